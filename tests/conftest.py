@@ -1,0 +1,20 @@
+"""Fixtures for all tests."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, and transformers does
+
+from tests.support.farm import Farm
+
+
+@pytest.fixture(scope="session")
+def farm() -> Iterator[Farm]:
+    """Worker processes that live as long as the test session."""
+    workers = Farm()
+    yield workers
+    workers.close()
