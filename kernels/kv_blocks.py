@@ -1,0 +1,78 @@
+"""Writing new KV into blocks, and reading blocks into contiguous memory.
+
+    store:  kv[0, slot // P, slot % P] = k[t]      kv[1, ...] = v[t]      slot = slots[t]; nothing where slot is -1
+    gather: k[j] = kv[0, ids[j // P], j % P]       v[j] = kv[1, ...]      j in [0, num_tokens)
+
+Shape suffixes: T rows, S tokens, N blocks of a table, K KV heads, D head dim, B blocks, P block size.
+"""
+
+import torch
+
+
+def store_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor, *, backend: str) -> None:
+    """Write row t's key and value to slot `slots_T[t]` = block * block_size + offset (int64); -1 writes nothing (padding).
+
+    The slots but -1 are distinct and lie in the blocks of `kv`: they are not checked. Backend "torch" or "triton".
+
+    Raises:
+        ValueError: shapes or dtypes that don't fit, a last dimension that isn't contiguous, or an unknown backend.
+    """
+    if k_TKD.shape != v_TKD.shape or k_TKD.shape[1:] != kv_2BPKD.shape[3:] or slots_T.shape != k_TKD.shape[:1]:
+        raise ValueError(
+            f"k {tuple(k_TKD.shape)}, v {tuple(v_TKD.shape)}, kv {tuple(kv_2BPKD.shape)}, slots {tuple(slots_T.shape)} "
+            "don't fit together"
+        )
+    if not k_TKD.dtype == v_TKD.dtype == kv_2BPKD.dtype or slots_T.dtype != torch.int64:
+        raise ValueError(f"k {k_TKD.dtype}, v {v_TKD.dtype}, kv {kv_2BPKD.dtype}, slots {slots_T.dtype}: int64 and one dtype")
+    if not k_TKD.stride(-1) == v_TKD.stride(-1) == kv_2BPKD.stride(-1) == 1:
+        raise ValueError("the last dimension of k, v and kv must be contiguous")
+    if not slots_T.numel():
+        return
+    match backend:
+        case "torch":
+            _store_kv_torch(k_TKD, v_TKD, kv_2BPKD, slots_T)
+        case "triton":
+            from kernels import triton_ops
+
+            triton_ops.store_kv(k_TKD, v_TKD, kv_2BPKD, slots_T)
+        case _:
+            raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+
+
+def gather_kv(
+    kv_2BPKD: torch.Tensor, block_ids_N: torch.Tensor, num_tokens: int, *, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `num_tokens` tokens of the listed blocks (int32 or int64): new contiguous `k_SKD`, `v_SKD`.
+
+    Raises:
+        ValueError: more tokens than the blocks hold, a last dimension that isn't contiguous, or an unknown backend.
+    """
+    capacity = block_ids_N.numel() * kv_2BPKD.shape[2]
+    if not 0 <= num_tokens <= capacity:
+        raise ValueError(f"{num_tokens} tokens asked of {block_ids_N.numel()} blocks that hold {capacity}")
+    if kv_2BPKD.stride(-1) != 1:
+        raise ValueError("the last dimension of kv must be contiguous")
+    match backend:
+        case "torch":
+            return _gather_kv_torch(kv_2BPKD, block_ids_N, num_tokens)
+        case "triton":
+            from kernels import triton_ops
+
+            return triton_ops.gather_kv(kv_2BPKD, block_ids_N, num_tokens)
+    raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+
+
+def _store_kv_torch(k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+    """Waits for the device where there is one: the number of written rows decides a shape."""
+    _, num_blocks, block_size, num_kv_heads, head_dim = kv_2BPKD.shape
+    rows_N = (slots_T >= 0).nonzero().squeeze(1)
+    slots_N = slots_T[rows_N]
+    for new_TKD, blocks_BPKD in ((k_TKD, kv_2BPKD[0]), (v_TKD, kv_2BPKD[1])):
+        # a view or an error: `reshape` might copy, and the write would be lost
+        flat_SKD = blocks_BPKD.view(num_blocks * block_size, num_kv_heads, head_dim)
+        flat_SKD.index_copy_(0, slots_N, new_TKD[rows_N])
+
+
+def _gather_kv_torch(kv_2BPKD: torch.Tensor, block_ids_N: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    kv_2SKD = kv_2BPKD.index_select(1, block_ids_N).flatten(1, 2)[:, :num_tokens]
+    return kv_2SKD[0], kv_2SKD[1]

@@ -1,0 +1,228 @@
+"""The torch backend of `kernels.paged_attention`: the twin of the Triton kernels, and what instances on CPU run.
+
+A segment's tokens are cut into pieces that PyTorch's fused CPU kernel takes without copies, and merged by log-sum-exp:
+
+    tokens  0 ........................ common ............. max(kv_lens)
+            | prefix: every row sees it | remainder: masked |
+            | a view per long run of    | one causal square, |
+            | blocks, the rest gathered | or a float mask    |
+
+    lse = log(exp(lse_a) + exp(lse_b))        out = out_a + (out_b - out_a) * sigmoid(lse_b - lse_a)
+
+Shape suffixes: T rows, H query heads, K KV heads, G = H / K, D head dim, B blocks, P block size, S tokens of KV.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, uncovered_ranges
+from kernels.reference import attention_state
+
+_State = tuple[torch.Tensor, torch.Tensor]
+"""`out_THD`, `lse_TH`"""
+
+_VIEW_BYTES = 1 << 20
+"""Runs of consecutive blocks with at least so many bytes of K and V are attended as views, shorter ones gathered together.
+Four times as many above `_FOLD_ROWS` rows, where the kernel loses more on short KV.
+
+One core, fp32, 2048 tokens, views against gathered: 1 row, 9/3 heads x 64, runs of 0.4 MB 0.99 / 0.66 ms, 0.8 MB
+0.72 / 0.69, 1.5 MB 0.57 / 1.01; 1 row, 32/8 x 128, 0.5 MB 6.1 / 4.3, 1 MB 4.2 / 4.4, 2 MB 3.4 / 4.6; 64 rows, 1 MB 43 / 39,
+4 MB 38 / 39; 512 rows, 2 MB 290 / 247.
+"""
+
+_GATHER_BYTES = 64 << 20
+"""Most that is gathered at once: a long shard in scattered blocks must not be copied whole."""
+
+_FOLD_ROWS = 16
+"""Up to so many unmasked rows, the heads of a group become rows of one head, so that a tile of K is used by all of them.
+
+One core, fp32, 9/3 heads x 64, 2048 tokens, folded against not: 1 row 0.37 / 0.43 ms, 4 rows 0.39 / 0.60, 16 rows
+1.24 / 1.35, 32 rows 2.35 / 2.34.
+"""
+
+_MASK_ROWS = 256
+"""Rows of irregular kv_lens are attended so many at a time: bounds the mask, and lets each tile have a longer prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Tokens `[skip, skip + num_tokens)` of some blocks: consecutive ones from `first_block` on, or those of `gather_N`."""
+
+    first_block: int
+    gather_N: torch.Tensor | None
+    skip: int
+    num_tokens: int
+    is_causal: bool = False
+    kv_lens_T: torch.Tensor | None = None
+    """Visible tokens of the piece per row; None: all."""
+    mask_TS: torch.Tensor | None = None
+    """`kv_lens_T` as the fused kernel takes it: 0 or -inf in q's dtype."""
+
+    def read(self, kv_2BPKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`k_K1SD`, `v_K1SD`: views where the blocks are consecutive.
+
+        One `as_strided` each: slicing, flattening and transposing cost 12 us more per piece and layer.
+        """
+        blocks, first = kv_2BPKD, self.first_block
+        if self.gather_N is not None:
+            blocks, first = kv_2BPKD.index_select(1, self.gather_N), 0
+        stride_2, stride_b, stride_p, stride_k, _ = blocks.stride()
+        size = (blocks.shape[3], 1, self.num_tokens, blocks.shape[4])
+        stride = (stride_k, 0, stride_p, 1)
+        offset = blocks.storage_offset() + first * stride_b + self.skip * stride_p
+        return blocks.as_strided(size, stride, offset), blocks.as_strided(size, stride, offset + stride_2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Rows `[first_row, last_row)` and the pieces of KV they see."""
+
+    first_row: int
+    last_row: int
+    pieces: tuple[_Piece, ...]
+
+
+class TorchPagedAttention(PagedAttention):
+    """On CPU the fused kernel, on other devices the plain twin `attention_state`."""
+
+    def __init__(self, sizes: AttentionSizes, min_blocks: int, segments: Sequence[Segment]) -> None:
+        super().__init__(sizes, min_blocks)
+        self._tiles = [tile for segment in segments for tile in _tiles(segment, sizes)]
+        self._empty = uncovered_ranges(segments, sizes.num_rows)
+        self._attend = _attend_fused if sizes.device.type == "cpu" else _attend_plain
+
+    def _run(
+        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, out_THD: torch.Tensor, lse_TH: torch.Tensor
+    ) -> None:
+        if kv_2BPKD.stride(1) != kv_2BPKD.stride(2) * self.sizes.block_size:
+            raise ValueError(f"consecutive blocks must be one run of tokens, kv has strides {kv_2BPKD.stride()}")
+        for start, end in self._empty:
+            out_THD[start:end] = 0
+            lse_TH[start:end] = -torch.inf
+        for tile in self._tiles:
+            rows = slice(tile.first_row, tile.last_row)
+            if not tile.pieces:
+                out_THD[rows] = 0
+                lse_TH[rows] = -torch.inf
+                continue
+            q_rows = q_THD[rows]
+            parts = (self._attend(q_rows, *piece.read(kv_2BPKD), scale, piece) for piece in tile.pieces)
+            out_THD[rows], lse_TH[rows] = reduce(_merge, parts)
+
+
+def _attend_fused(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scale: float, piece: _Piece) -> _State:
+    """Partial state by PyTorch's CPU flash attention, which takes grouped heads as strides: no copy of K, V or large q."""
+    num_rows, num_heads, head_dim = q_THD.shape
+    num_kv_heads = k_K1SD.shape[0]
+    group = num_heads // num_kv_heads
+    q_TKGD = q_THD.view(num_rows, num_kv_heads, group, head_dim)
+    folded = num_rows <= _FOLD_ROWS and piece.kv_lens_T is None
+    if folded:
+        q_batch = q_TKGD.transpose(0, 1).reshape(num_kv_heads, 1, num_rows * group, head_dim)
+    else:
+        q_batch = q_TKGD.permute(1, 2, 0, 3)
+        k_K1SD, v_K1SD = k_K1SD.expand(-1, group, -1, -1), v_K1SD.expand(-1, group, -1, -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_batch, k_K1SD, v_K1SD, 0.0, piece.is_causal, attn_mask=piece.mask_TS, scale=scale
+    )
+    if folded:
+        out_TKGD = out.view(num_kv_heads, num_rows, group, head_dim).transpose(0, 1)
+        lse_TKG = lse.view(num_kv_heads, num_rows, group).transpose(0, 1)
+    else:
+        out_TKGD, lse_TKG = out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
+    lse_TH = lse_TKG.reshape(num_rows, num_heads)
+    if piece.mask_TS is not None and piece.kv_lens_T is not None:
+        # the kernel says lse = 0 for a row whose mask hides everything
+        lse_TH = lse_TH.masked_fill((piece.kv_lens_T == 0)[:, None], -torch.inf)
+    return out_TKGD.reshape(num_rows, num_heads, head_dim), lse_TH
+
+
+def _attend_plain(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scale: float, piece: _Piece) -> _State:
+    k_SKD, v_SKD = k_K1SD.squeeze(1).transpose(0, 1), v_K1SD.squeeze(1).transpose(0, 1)
+    return attention_state(q_THD, k_SKD, v_SKD, scale, piece.kv_lens_T)
+
+
+def _merge(a: _State, b: _State) -> _State:
+    """The union of two states, `out` in the dtype of `lse` (at least fp32): rounded to q's dtype once, at the end."""
+    (out_a_THD, lse_a_TH), (out_b_THD, lse_b_TH) = a, b
+    weight_TH1 = (lse_b_TH - lse_a_TH).sigmoid().nan_to_num(0.0).unsqueeze(-1)  # both empty: -inf - -inf
+    out_THD = torch.lerp(out_a_THD.to(lse_a_TH.dtype), out_b_THD.to(lse_a_TH.dtype), weight_TH1)
+    return out_THD, torch.logaddexp(lse_a_TH, lse_b_TH)
+
+
+def _tiles(segment: Segment, sizes: AttentionSizes) -> Iterator[_Tile]:
+    """The rows of a segment in one tile if all see the same or each sees one more, else in tiles of `_MASK_ROWS`."""
+    lens = segment.kv_lens
+    regular = min(lens) == max(lens) or _rises_by_one(lens)
+    step = len(lens) if regular else _MASK_ROWS
+    for start in range(0, len(lens), step):
+        tile_lens = lens[start : start + step]
+        first = segment.first_row + start
+        yield _Tile(first, first + len(tile_lens), tuple(_pieces(segment.block_ids, tile_lens, sizes)))
+
+
+def _pieces(block_ids: tuple[int, ...], lens: tuple[int, ...], sizes: AttentionSizes) -> Iterator[_Piece]:
+    """What rows with the given kv_lens see: the common prefix, then the remainder that needs a mask."""
+    low, high = min(lens), max(lens)
+    is_causal = low < high and _rises_by_one(lens)
+    common = low - 1 if is_causal else low  # the causal square starts with the last token that row 0 sees
+    yield from _prefix(block_ids, common, len(lens), sizes)
+    if low == high:
+        return
+
+    kv_lens_T = torch.tensor(lens, device=sizes.device) - common
+    mask_TS = None
+    if not is_causal:
+        hidden_TS = torch.arange(high - common, device=sizes.device) >= kv_lens_T[:, None]
+        mask_TS = torch.zeros(hidden_TS.shape, dtype=sizes.dtype, device=sizes.device)
+        mask_TS.masked_fill_(hidden_TS, -torch.inf)
+    first = common // sizes.block_size
+    ids = block_ids[first : _cdiv(high, sizes.block_size)]
+    consecutive = ids == tuple(range(ids[0], ids[0] + len(ids)))
+    yield _Piece(
+        first_block=ids[0],
+        gather_N=None if consecutive else torch.tensor(ids, device=sizes.device),
+        skip=common - first * sizes.block_size,
+        num_tokens=high - common,
+        is_causal=is_causal,
+        kv_lens_T=kv_lens_T,
+        mask_TS=mask_TS,
+    )
+
+
+def _prefix(block_ids: tuple[int, ...], num_tokens: int, num_rows: int, sizes: AttentionSizes) -> Iterator[_Piece]:
+    """The first `num_tokens` tokens. Without a mask their order is free: long runs as they are, then the rest gathered."""
+    if num_tokens == 0:
+        return
+    block_size = sizes.block_size
+    block_bytes = 2 * block_size * sizes.num_kv_heads * sizes.head_dim * sizes.dtype.itemsize
+    view_bytes = _VIEW_BYTES if num_rows <= _FOLD_ROWS else 4 * _VIEW_BYTES
+    used = block_ids[: _cdiv(num_tokens, block_size)]
+    starts = [0, *(i for i in range(1, len(used)) if used[i] != used[i - 1] + 1)]
+    scattered: list[int] = []
+    missing = 0  # tokens that the last of `scattered` doesn't have
+    for start, end in zip(starts, [*starts[1:], len(used)], strict=True):
+        beyond = max(0, end * block_size - num_tokens)  # not 0 for the last run only
+        if len(starts) == 1 or (end - start) * block_bytes >= view_bytes:
+            yield _Piece(used[start], None, 0, (end - start) * block_size - beyond)
+        else:
+            scattered += used[start:end]
+            missing = beyond
+    step = max(1, _GATHER_BYTES // block_bytes)
+    for start in range(0, len(scattered), step):
+        ids = scattered[start : start + step]
+        beyond = missing if start + step >= len(scattered) else 0
+        ids_N = torch.tensor(ids, device=sizes.device)
+        yield _Piece(ids[0], ids_N, 0, len(ids) * block_size - beyond)
+
+
+def _rises_by_one(lens: tuple[int, ...]) -> bool:
+    """Whether the rows see n, n + 1, n + 2, ... tokens, n > 0: a causal chunk."""
+    return lens[0] > 0 and lens == tuple(range(lens[0], lens[0] + len(lens)))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,404 @@
+"""The Triton backend of `kernels.paged_attention`.
+
+Work is cut on the host into items: a tile of a segment's rows, all query heads of one KV head, and a part of the KV that
+the tile sees. Heads of a group are packed with the rows into M, so one load of K and V serves the whole group:
+
+    m = row_in_tile * G + head_in_group            rows of a tile: BLOCK_M // G
+
+A tile whose KV is one part writes its result. Where that would leave multiprocessors idle (a decode row against a long
+shard), the KV is split, each part writes a partial state to scratch, and a second kernel merges them.
+
+Offsets are 64 bit: a pool of a million tokens with 32 KV heads x 128 has more than 2^31 elements.
+
+Sources: FlashAttention-2 (the loop), Flash-Decoding (the split), FlashInfer (work lists made by a plan).
+
+Shape suffixes: T rows, H query heads, K KV heads, G = H / K, D head dim, B blocks, P block size; in kernels M rows of the
+packed tile, N tokens of a KV tile, W work items, R split rows, X parts in scratch.
+"""
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, uncovered_ranges
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_GROUP = 64
+_MIN_PART_TILES = 4
+"""A part of split KV is at least so many KV tiles long, so that the merge stays small beside it."""
+_PROGRAMS_PER_PROCESSOR = 4
+_INTERPRETER_PROGRAMS = 16
+"""Programs aimed at where there is no device to fill: few enough to be quick, enough that tests split KV."""
+_MERGE_PARTS = 16
+_WORK_COLUMNS = tl.constexpr(7)
+_SPLIT_COLUMNS = tl.constexpr(4)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_tiles(  # type: ignore[no-untyped-def]
+    acc_MD,
+    top_M,
+    sum_M,
+    q_MD,
+    kv_len_M,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    begin,
+    end,
+    stride_b,
+    stride_p,
+    log2_scale,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax, base 2, over tokens [begin, end), begin a multiple of BLOCK_N; end too unless MASKED.
+
+    s = q k^T scale log2(e)    new = max(top, max_n s)    p = 2^(s - new)
+    sum = sum 2^(top - new) + sum_n p                     acc = acc 2^(top - new) + p v
+    """
+    offset_N = tl.arange(0, BLOCK_N)
+    dim_D = tl.arange(0, D)
+    for start in range(begin, end, BLOCK_N):
+        token_N = start + offset_N
+        if P % BLOCK_N == 0:  # the tile lies in one block
+            block = tl.load(table_ptr + start // P).to(tl.int64)
+            row_N = block * stride_b + (start % P + offset_N) * stride_p
+        else:
+            block_N = tl.load(table_ptr + token_N // P, mask=token_N < end, other=0).to(tl.int64)
+            row_N = block_N * stride_b + (token_N % P) * stride_p
+        at_ND = row_N[:, None] + dim_D[None, :]
+        if MASKED:  # memory beyond `end` may hold NaN, and 0 * NaN is NaN
+            k_ND = tl.load(k_ptr + at_ND, mask=(token_N < end)[:, None], other=0.0)
+            v_ND = tl.load(v_ptr + at_ND, mask=(token_N < end)[:, None], other=0.0)
+        else:
+            k_ND = tl.load(k_ptr + at_ND)
+            v_ND = tl.load(v_ptr + at_ND)
+        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * log2_scale
+        if MASKED:
+            is_seen_MN = (token_N[None, :] < kv_len_M[:, None]) & (token_N < end)[None, :]
+            score_MN = tl.where(is_seen_MN, score_MN, -float("inf"))
+        new_M = tl.maximum(top_M, tl.max(score_MN, 1))
+        shift_M = tl.where(new_M == -float("inf"), 0.0, new_M)  # 2^(-inf - -inf) is NaN
+        p_MN = tl.exp2(score_MN - shift_M[:, None])
+        decay_M = tl.exp2(top_M - shift_M)
+        sum_M = sum_M * decay_M + tl.sum(p_MN, 1)
+        acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * decay_M[:, None], input_precision="ieee")
+        top_M = new_M
+    return acc_MD, top_M, sum_M
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attention_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    kv_ptr,
+    out_ptr,
+    lse_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    work_ptr,
+    kv_lens_ptr,
+    tables_ptr,
+    stride_qt,
+    stride_qh,
+    stride_2,
+    stride_b,
+    stride_p,
+    stride_k,
+    stride_ot,
+    stride_oh,
+    stride_lt,
+    stride_lh,
+    log2_scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over one work item's tokens.
+
+    Grid: work items, KV heads. Tokens [begin, full_end) are seen by all rows of the tile, [full_end, end) by some.
+    """
+    item_ptr = work_ptr + tl.program_id(0) * _WORK_COLUMNS
+    kv_head = tl.program_id(1)
+    first_row = tl.load(item_ptr)
+    num_rows = tl.load(item_ptr + 1)
+    table_ptr = tables_ptr + tl.load(item_ptr + 2)
+    begin = tl.load(item_ptr + 3)
+    full_end = tl.load(item_ptr + 4)
+    end = tl.load(item_ptr + 5)
+    part = tl.load(item_ptr + 6)
+
+    m_M = tl.arange(0, BLOCK_M)
+    dim_D = tl.arange(0, D)
+    is_row_M = m_M // G < num_rows
+    row_M = (first_row + m_M // G).to(tl.int64)
+    head_M = kv_head * G + m_M % G
+    q_MD_ptr = q_ptr + (row_M * stride_qt + head_M * stride_qh)[:, None] + dim_D[None, :]
+    q_MD = tl.load(q_MD_ptr, mask=is_row_M[:, None], other=0.0)
+    kv_len_M = tl.load(kv_lens_ptr + row_M, mask=is_row_M, other=0)
+    k_ptr = kv_ptr + kv_head.to(tl.int64) * stride_k
+    v_ptr = k_ptr + stride_2
+
+    acc_MD = tl.zeros((BLOCK_M, D), dtype=tl.float32)
+    top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+    sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc_MD, top_M, sum_M = _attend_tiles(
+        acc_MD, top_M, sum_M, q_MD, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_end,
+        stride_b, stride_p, log2_scale, D, P, BLOCK_N, False,
+    )  # fmt: skip
+    acc_MD, top_M, sum_M = _attend_tiles(
+        acc_MD, top_M, sum_M, q_MD, kv_len_M, k_ptr, v_ptr, table_ptr, full_end, end,
+        stride_b, stride_p, log2_scale, D, P, BLOCK_N, True,
+    )  # fmt: skip
+
+    divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # an empty state: 0 / 1, and -inf + log 1
+    acc_MD = acc_MD / divisor_M[:, None]
+    lse_M = (top_M + tl.log2(divisor_M)) * 0.6931471805599453  # ln 2
+    if part < 0:
+        out_MD_ptr = out_ptr + (row_M * stride_ot + head_M * stride_oh)[:, None] + dim_D[None, :]
+        tl.store(out_MD_ptr, acc_MD.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None])
+        tl.store(lse_ptr + row_M * stride_lt + head_M * stride_lh, lse_M, mask=is_row_M)
+    else:
+        part_M = (part.to(tl.int64) * K + kv_head) * BLOCK_M + m_M
+        tl.store(part_out_ptr + part_M[:, None] * D + dim_D[None, :], acc_MD, mask=is_row_M[:, None])
+        tl.store(part_lse_ptr + part_M, lse_M, mask=is_row_M)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merge_parts_kernel(  # type: ignore[no-untyped-def]
+    part_out_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    split_ptr,
+    stride_ot,
+    stride_oh,
+    stride_lt,
+    stride_lh,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """lse = log sum_x exp(lse_x), out = sum_x exp(lse_x - lse) out_x, over the parts of one row and head.
+
+    Grid: split rows, query heads.
+    """
+    item_ptr = split_ptr + tl.program_id(0) * _SPLIT_COLUMNS
+    head = tl.program_id(1)
+    row = tl.load(item_ptr).to(tl.int64)
+    row_in_tile = tl.load(item_ptr + 1)
+    first_part = tl.load(item_ptr + 2).to(tl.int64)
+    num_parts = tl.load(item_ptr + 3)
+    dim_D = tl.arange(0, D)
+
+    acc_D = tl.zeros((D,), dtype=tl.float32)
+    top = -float("inf")
+    total = 0.0
+    for start in range(0, num_parts, BLOCK_X):
+        x_X = start + tl.arange(0, BLOCK_X)
+        at_X = ((first_part + x_X) * K + head // G) * BLOCK_M + row_in_tile * G + head % G
+        lse_X = tl.load(part_lse_ptr + at_X, mask=x_X < num_parts, other=-float("inf"))
+        out_XD = tl.load(part_out_ptr + at_X[:, None] * D + dim_D[None, :], mask=(x_X < num_parts)[:, None], other=0.0)
+        new = tl.maximum(top, tl.max(lse_X, 0))
+        shift = tl.where(new == -float("inf"), 0.0, new)  # exp(-inf - -inf) is NaN
+        weight_X = tl.exp(lse_X - shift)
+        decay = tl.exp(top - shift)
+        acc_D = acc_D * decay + tl.sum(weight_X[:, None] * out_XD, 0)
+        total = total * decay + tl.sum(weight_X, 0)
+        top = new
+
+    divisor = tl.where(total == 0.0, 1.0, total)  # an empty state: 0 / 1, and -inf + log 1
+    acc_D = acc_D / divisor
+    tl.store(out_ptr + row * stride_ot + head * stride_oh + dim_D, acc_D.to(out_ptr.dtype.element_ty))
+    tl.store(lse_ptr + row * stride_lt + head * stride_lh, top + tl.log(divisor))
+
+
+@dataclass(frozen=True, slots=True)
+class _TileShape:
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """Work items of one tile shape, and the scratch for those whose KV is split."""
+
+    shape: _TileShape
+    work_WC: torch.Tensor
+    """int32 per item: first row, rows, start in the block tables, begin, full_end, end, part (-1: writes the result)."""
+    split_RC: torch.Tensor
+    """int32 per split row: row, row in its tile, first part, number of parts."""
+    part_out_XKMD: torch.Tensor
+    part_lse_XKM: torch.Tensor
+
+
+class TritonPagedAttention(PagedAttention):
+    """Two launches at most, for tiles of few rows (decode) and of many (chunks), and a merge for each that splits KV."""
+
+    def __init__(self, sizes: AttentionSizes, min_blocks: int, segments: Sequence[Segment]) -> None:
+        super().__init__(sizes, min_blocks)
+        _refuse_unsupported(sizes)
+        self._kv_lens_T, self._tables, tables_start = _upload_segments(segments, sizes)
+        few, many = _tile_shape(sizes, few_rows=True), _tile_shape(sizes, few_rows=False)
+        few_rows = few.block_m // sizes.group
+        by_shape: dict[_TileShape, list[tuple[Segment, int]]] = {few: [], many: []}
+        for segment, start in zip(segments, tables_start, strict=True):
+            by_shape[few if segment.num_rows <= few_rows else many].append((segment, start))
+        self._launches = [_plan_launch(shape, placed, sizes) for shape, placed in by_shape.items() if placed]
+        self._empty = uncovered_ranges(segments, sizes.num_rows)
+
+    def _run(
+        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, out_THD: torch.Tensor, lse_TH: torch.Tensor
+    ) -> None:
+        sizes = self.sizes
+        for start, end in self._empty:
+            out_THD[start:end] = 0
+            lse_TH[start:end] = -torch.inf
+        for launch in self._launches:
+            shape = launch.shape
+            _attention_kernel[(launch.work_WC.shape[0], sizes.num_kv_heads)](
+                q_THD,
+                kv_2BPKD,
+                out_THD,
+                lse_TH,
+                launch.part_out_XKMD,
+                launch.part_lse_XKM,
+                launch.work_WC,
+                self._kv_lens_T,
+                self._tables,
+                *q_THD.stride()[:2],
+                *kv_2BPKD.stride()[:4],
+                *out_THD.stride()[:2],
+                *lse_TH.stride(),
+                scale * math.log2(math.e),
+                K=sizes.num_kv_heads,
+                G=sizes.group,
+                D=sizes.head_dim,
+                P=sizes.block_size,
+                BLOCK_M=shape.block_m,
+                BLOCK_N=shape.block_n,
+                num_warps=shape.num_warps,
+                num_stages=shape.num_stages,
+            )
+            if launch.split_RC.shape[0]:
+                _merge_parts_kernel[(launch.split_RC.shape[0], sizes.num_heads)](
+                    launch.part_out_XKMD,
+                    launch.part_lse_XKM,
+                    out_THD,
+                    lse_TH,
+                    launch.split_RC,
+                    *out_THD.stride()[:2],
+                    *lse_TH.stride(),
+                    K=sizes.num_kv_heads,
+                    G=sizes.group,
+                    D=sizes.head_dim,
+                    BLOCK_M=shape.block_m,
+                    BLOCK_X=_MERGE_PARTS,
+                )
+
+
+def _refuse_unsupported(sizes: AttentionSizes) -> None:
+    dim = sizes.head_dim
+    if sizes.dtype not in _DTYPES or not 16 <= dim <= 256 or dim & (dim - 1) or sizes.group > _MAX_GROUP:
+        raise ValueError(
+            f"the triton backend takes float32, float16 and bfloat16, head_dim a power of two from 16 to 256, and at most "
+            f"{_MAX_GROUP} query heads per KV head; got {sizes.dtype}, head_dim {dim}, {sizes.group} query heads per KV head"
+        )
+    if sizes.device.type != "cuda" and isinstance(_attention_kernel, triton.JITFunction):
+        raise ValueError(f"the triton backend needs a CUDA device, got {sizes.device}")
+
+
+def _tile_shape(sizes: AttentionSizes, *, few_rows: bool) -> _TileShape:
+    """Tile sizes by dtype and head dim, for shared memory of 227 KB (Hopper): q tile + stages x (K tile + V tile)."""
+    least = triton.next_power_of_2(sizes.group)
+    if sizes.dtype == torch.float32:  # IEEE products run outside the tensor cores; larger tiles spilled registers
+        if sizes.head_dim > 64:
+            return _TileShape(max(16, least), 32, 8, 2)
+        return _TileShape(max(16 if few_rows else 32, least), 32, 4, 2)
+    if few_rows:
+        return _TileShape(max(16, least), 64, 4, 3 if sizes.head_dim <= 128 else 2)
+    return _TileShape(max(128, least), 64, 8, 3) if sizes.head_dim <= 128 else _TileShape(max(64, least), 64, 8, 2)
+
+
+def _plan_launch(shape: _TileShape, placed: Sequence[tuple[Segment, int]], sizes: AttentionSizes) -> _Launch:
+    """Cut segments (each with the start of its block table) into tiles, and the KV of tiles into parts."""
+    tile_rows = shape.block_m // sizes.group
+    tiles = [
+        (segment.first_row + row, segment.kv_lens[row : row + tile_rows], start)
+        for segment, start in placed
+        for row in range(0, segment.num_rows, tile_rows)
+    ]
+    total = sum(max(lens) for _, lens, _ in tiles)
+    programs = _programs(sizes.device) // sizes.num_kv_heads
+    work, split = array("i"), array("i")
+    num_parts = 0
+    for first_row, lens, start in tiles:
+        low, high = min(lens), max(lens)
+        # in proportion to its length, and never more programs than fill the device once
+        wanted = min(high * programs // max(total, 1), high // (_MIN_PART_TILES * shape.block_n))
+        length = _round_up(triton.cdiv(high, max(wanted, 1)), shape.block_n)
+        begins = range(0, max(high, 1), max(length, 1))
+        is_split = len(begins) > 1
+        for i, begin in enumerate(begins):
+            end = min(begin + length, high)
+            full_end = begin + max(0, min(low, end) - begin) // shape.block_n * shape.block_n
+            work.extend((first_row, len(lens), start, begin, full_end, end, num_parts + i if is_split else -1))
+        if is_split:
+            for row in range(len(lens)):
+                split.extend((first_row + row, row, num_parts, len(begins)))
+            num_parts += len(begins)
+    work_size = len(work)
+    table = _upload(work + split, sizes.device)
+    scratch = (num_parts, sizes.num_kv_heads, shape.block_m)
+    return _Launch(
+        shape=shape,
+        work_WC=table[:work_size].view(-1, _WORK_COLUMNS.value),
+        split_RC=table[work_size:].view(-1, _SPLIT_COLUMNS.value),
+        part_out_XKMD=torch.empty((*scratch, sizes.head_dim), dtype=torch.float32, device=sizes.device),
+        part_lse_XKM=torch.empty(scratch, dtype=torch.float32, device=sizes.device),
+    )
+
+
+def _programs(device: torch.device) -> int:
+    """How many programs fill the device."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _upload_segments(segments: Sequence[Segment], sizes: AttentionSizes) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """int32 on the device: kv_len of each row, and all block tables in a row; on the host where each segment's begins."""
+    kv_lens = array("i", bytes(4 * sizes.num_rows))
+    tables, starts = array("i"), []
+    for segment in segments:
+        kv_lens[segment.first_row : segment.first_row + segment.num_rows] = array("i", segment.kv_lens)
+        starts.append(len(tables))
+        tables.extend(segment.block_ids)
+    table = _upload(kv_lens + tables, sizes.device)
+    return table[: sizes.num_rows], table[sizes.num_rows :], starts
+
+
+def _upload(values: "array[int]", device: torch.device) -> torch.Tensor:
+    """int32 on the device, by one copy that is ordered by the stream: the host goes on."""
+    if not values:
+        return torch.empty(0, dtype=torch.int32, device=device)
+    host = torch.frombuffer(values, dtype=torch.int32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
