@@ -1,0 +1,97 @@
+"""Ids of the free blocks of one instance: pure integers, no tensors."""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import pairwise
+
+
+class BlockPool:
+    """Hands out block ids, in runs of consecutive ids as long as it can.
+
+    Consecutive blocks are read without a gather on CPU (`kernels.paged_attention`), so the free ids are kept as
+    maximal runs `[start, stop)`, ascending, and a request is served from the first run that holds it whole.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        """Raises ValueError unless `num_blocks` is positive."""
+        if num_blocks < 1:
+            raise ValueError(f"a pool needs at least one block, got {num_blocks}")
+        self.num_blocks = num_blocks
+        self.num_free = num_blocks
+        self._starts = [0]
+        self._stops = [num_blocks]
+
+    def can_allocate(self, count: int) -> bool:
+        return count <= self.num_free
+
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """`count` free ids; the run that follows block `after` is preferred, so that a growing shard stays consecutive.
+
+        Raises ValueError for a negative count and RuntimeError if fewer are free: ask `can_allocate` first.
+        """
+        if count < 0:
+            raise ValueError(f"can't allocate {count} blocks")
+        if not self.can_allocate(count):
+            raise RuntimeError(f"{count} blocks asked, {self.num_free} of {self.num_blocks} free")
+        taken: list[int] = []
+        if after is not None and count and (run := self._run_starting_at(after + 1)) is not None:
+            taken += self._take(run, count)
+        while len(taken) < count:
+            taken += self._take(self._best_run(count - len(taken), grows=after is not None), count - len(taken))
+        return taken
+
+    def free(self, block_ids: Iterable[int]) -> None:
+        """Give ids back. Raises RuntimeError for one that is free already or was never ours."""
+        for block in sorted(block_ids):
+            self._give(block)
+
+    def validate(self) -> None:
+        """Runs are ascending, apart, inside the pool, and add up. Raises RuntimeError otherwise."""
+        bounds = [edge for run in zip(self._starts, self._stops, strict=True) for edge in run]
+        apart = all(a < b for a, b in pairwise(bounds))
+        total = sum(self._stops) - sum(self._starts)
+        if not apart or (bounds and not 0 <= bounds[0] < bounds[-1] <= self.num_blocks) or total != self.num_free:
+            raise RuntimeError(f"pool of {self.num_blocks} blocks is inconsistent: runs {bounds}, {self.num_free} free")
+
+    def _run_starting_at(self, block: int) -> int | None:
+        run = bisect_left(self._starts, block)
+        return run if run < len(self._starts) and self._starts[run] == block else None
+
+    def _best_run(self, count: int, *, grows: bool) -> int:
+        """The first run that holds `count`; for a shard that grows block by block, the longest: room to go on in."""
+        lengths = [stop - start for start, stop in zip(self._starts, self._stops, strict=True)]
+        if not grows:
+            for run, length in enumerate(lengths):
+                if length >= count:
+                    return run
+        return max(range(len(lengths)), key=lengths.__getitem__)
+
+    def _take(self, run: int, count: int) -> list[int]:
+        start = self._starts[run]
+        stop = min(start + count, self._stops[run])
+        if stop == self._stops[run]:
+            del self._starts[run], self._stops[run]
+        else:
+            self._starts[run] = stop
+        self.num_free -= stop - start
+        return list(range(start, stop))
+
+    def _give(self, block: int) -> None:
+        run = bisect_left(self._starts, block)
+        before = run - 1
+        taken = (before < 0 or self._stops[before] <= block) and (run == len(self._starts) or self._starts[run] > block)
+        if not taken or not 0 <= block < self.num_blocks:
+            raise RuntimeError(f"block {block} of a pool of {self.num_blocks} is not in use")
+        joins_before = before >= 0 and self._stops[before] == block
+        joins_after = run < len(self._starts) and self._starts[run] == block + 1
+        if joins_before and joins_after:
+            self._stops[before] = self._stops[run]
+            del self._starts[run], self._stops[run]
+        elif joins_before:
+            self._stops[before] = block + 1
+        elif joins_after:
+            self._starts[run] = block
+        else:
+            self._starts.insert(run, block)
+            self._stops.insert(run, block + 1)
+        self.num_free += 1
