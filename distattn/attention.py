@@ -1,0 +1,162 @@
+"""Distributed attention: plan per step, run per layer.
+
+    store   this step's K and V go to local blocks, before any row of the step is attended
+    dispatch query rows go to the other holders of their sequences ...
+    attend  ... while own rows attend to local blocks; then the rows that came in do
+    combine their partial states go back
+    merge   by log-sum-exp: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i)
+
+Source: DistAttention (Infinite-LLM, section 4); the merge of partial softmaxes is FlashAttention's (section 3.1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from distattn.exchange import Exchange
+from distattn.layout import Layout, Reading
+from kernels.kv_blocks import store_kv
+from kernels.merge_state import MergePlan, merge_states
+from kernels.paged_attention import PagedAttention, Segment
+from kvstore.storage import KVStorage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """What one attention layer looks like; the same in all layers."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One step on this instance: routing, and the buffers that all layers use in turn.
+
+    S dispatched rows, M received rows.
+    """
+
+    layout: Layout
+    slots_T: torch.Tensor
+    own: PagedAttention
+    out_THD: torch.Tensor
+    lse_TH: torch.Tensor
+    send_rows_S: torch.Tensor
+    send_q_SHD: torch.Tensor
+    part_out_SHD: torch.Tensor
+    part_lse_SH: torch.Tensor
+    merge: MergePlan
+    others: PagedAttention
+    recv_q_MHD: torch.Tensor
+    recv_out_MHD: torch.Tensor
+    recv_lse_MH: torch.Tensor
+
+
+class DistAttention:
+    """Attention of one instance over its own storage and, through `exchange`, that of its party."""
+
+    def __init__(self, storage: KVStorage, shape: AttentionShape, exchange: Exchange, *, backend: str) -> None:
+        """`backend`: "torch" or "triton", of the kernels. Raises ValueError for a shape it doesn't support."""
+        self.shape = shape
+        self._storage = storage
+        self._exchange = exchange
+        self._backend = backend
+        self._device = storage.data_L2BPKD.device
+        self._plan: _Plan | None = None
+        self._attend([], 0)
+
+    @staticmethod
+    def scratch_bytes(shape: AttentionShape, max_rows: int, num_peers: int) -> int:
+        """Most bytes that a step's buffers take: `max_rows` own rows, all dispatched to every peer, and as many from each."""
+        state = shape.num_heads * (shape.head_dim * shape.dtype.itemsize + 4)
+        query = shape.num_heads * shape.head_dim * shape.dtype.itemsize
+        return max_rows * (state + 2 * num_peers * (state + query))
+
+    def plan(self, layout: Layout, slots: list[int]) -> None:
+        """Prepare all layers of a step. `slots[i]`: where own row i's K and V go."""
+        heads, dim, device = self.shape.num_heads, self.shape.head_dim, self._device
+
+        def rows(count: int) -> torch.Tensor:
+            return torch.empty((count, heads, dim), dtype=self.shape.dtype, device=device)
+
+        def lses(count: int) -> torch.Tensor:
+            return torch.empty((count, heads), dtype=torch.float32, device=device)
+
+        num_rows, num_sent, num_received = layout.num_rows, len(layout.dispatched_rows), layout.num_received
+        self._plan = _Plan(
+            layout=layout,
+            slots_T=_upload(slots, device),
+            own=self._attend(layout.own, num_rows),
+            out_THD=rows(num_rows),
+            lse_TH=lses(num_rows),
+            send_rows_S=_upload(layout.dispatched_rows, device),
+            send_q_SHD=rows(num_sent),
+            part_out_SHD=rows(num_sent),
+            part_lse_SH=lses(num_sent),
+            merge=MergePlan.build(layout.dispatched_rows, num_rows, device=device),
+            others=self._attend(layout.others, num_received),
+            recv_q_MHD=rows(num_received),
+            recv_out_MHD=rows(num_received),
+            recv_lse_MH=lses(num_received),
+        )
+
+    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+        """Attention output `[T, H, D]` of the planned step's own rows in one layer; serves the party's rows meanwhile.
+
+        The result is a buffer that the next layer overwrites. Raises RuntimeError if no step was planned or the rows are not
+        those of the plan.
+        """
+        plan = self._plan
+        if plan is None or q_THD.shape[0] != plan.layout.num_rows:
+            planned = "no step" if plan is None else f"{plan.layout.num_rows} rows"
+            raise RuntimeError(f"{q_THD.shape[0]} rows came, {planned} was planned")
+        layout, scale = plan.layout, self.shape.scale
+        kv_2BPKD = self._storage.layer(layer)
+        store_kv(k_TKD, v_TKD, kv_2BPKD, plan.slots_T, backend=self._backend)
+
+        alone = not (layout.dispatched or layout.received)
+        if not alone:
+            torch.index_select(q_THD, 0, plan.send_rows_S, out=plan.send_q_SHD)
+            dispatch = self._exchange.start([(plan.send_q_SHD, layout.dispatched)], [(plan.recv_q_MHD, layout.received)])
+        plan.own.run(q_THD, kv_2BPKD, scale, out_THD=plan.out_THD, lse_TH=plan.lse_TH)
+        if alone:
+            return plan.out_THD
+        for work in dispatch:
+            work.wait()
+        plan.others.run(plan.recv_q_MHD, kv_2BPKD, scale, out_THD=plan.recv_out_MHD, lse_TH=plan.recv_lse_MH)
+        combine = self._exchange.start(
+            [(plan.recv_out_MHD, layout.received), (plan.recv_lse_MH, layout.received)],
+            [(plan.part_out_SHD, layout.dispatched), (plan.part_lse_SH, layout.dispatched)],
+        )
+        for work in combine:
+            work.wait()
+        merge_states(plan.out_THD, plan.lse_TH, plan.part_out_SHD, plan.part_lse_SH, plan.merge, backend=self._backend)
+        return plan.out_THD
+
+    def bytes_sent(self, layout: Layout, num_layers: int) -> tuple[int, int]:
+        """Bytes of queries and of partial states that this instance sends in a step of that layout."""
+        query = self.shape.num_heads * self.shape.head_dim * self.shape.dtype.itemsize
+        state = query + self.shape.num_heads * 4
+        return num_layers * query * len(layout.dispatched_rows), num_layers * state * layout.num_received
+
+    def _attend(self, readings: list[Reading], num_rows: int) -> PagedAttention:
+        return PagedAttention.plan(
+            [Segment(r.first_row, r.num_rows, r.block_ids, r.kv_lens) for r in readings],
+            num_rows,
+            block_size=self._storage.block_size,
+            num_heads=self.shape.num_heads,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            dtype=self.shape.dtype,
+            device=self._device,
+            backend=self._backend,
+        )
+
+
+def _upload(values: list[int], device: torch.device) -> torch.Tensor:
+    """int64 on the device; from pinned memory, so that the copy is ordered by the stream and the caller goes on."""
+    host = torch.tensor(values, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

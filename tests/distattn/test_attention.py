@@ -1,0 +1,184 @@
+"""Distributed attention against float64, over random layouts, through real Gloo groups (one thread a rank)."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distattn.attention import AttentionShape, DistAttention
+from distattn.exchange import Exchange
+from distattn.layout import Holding, Layout, Span, lay_out
+from instance.cell import EpochGroup, open_store
+from kernels.reference import compare
+from kvstore.shard import ShardTable
+from kvstore.storage import KVStorage
+
+SIZE = 3
+SHAPE = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.3, dtype=torch.float32)
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Cell:
+    groups: list[EpochGroup]
+    threads: ThreadPoolExecutor
+
+
+@pytest.fixture(scope="module")
+def cell() -> Iterator[Cell]:
+    """Three ranks that live in threads, connected by Gloo over loopback."""
+    store, address = open_store("127.0.0.1", 20)
+    with ThreadPoolExecutor(SIZE) as threads:
+        groups = list(
+            threads.map(
+                lambda rank: EpochGroup(
+                    store_address=address, host="127.0.0.1", epoch=1, rank=rank, size=SIZE, device=CPU, timeout_s=20
+                ),
+                range(SIZE),
+            )
+        )
+        yield Cell(groups, threads)
+        for group in groups:
+            group.close()
+    del store
+
+
+@dataclass
+class Sequence:
+    """One sequence of a scene: its keys and values, and which rank holds each position."""
+
+    keys_SKD: torch.Tensor
+    values_SKD: torch.Tensor
+    owner: list[int]
+    spans: list[Span]
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[int, list[Sequence]]:
+    """A block size and sequences: a random past over random ranks, and the step's spans on random ranks."""
+    seed = draw(st.integers(0, 2**31))
+    random = torch.Generator().manual_seed(seed)
+    sequences = []
+    for seq in range(draw(st.integers(1, 4))):
+        owner: list[int] = []
+        for rank, length in draw(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 9)), max_size=6)):
+            owner += [rank] * length
+        spans = []
+        for rank, length in draw(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 5)), min_size=1, max_size=4)):
+            spans.append(Span(seq, rank, len(owner), len(owner) + length))
+            owner += [rank] * length
+        shape = (len(owner), SHAPE.num_kv_heads, SHAPE.head_dim)
+        sequences.append(Sequence(torch.randn(shape, generator=random), torch.randn(shape, generator=random), owner, spans))
+    return draw(st.sampled_from([1, 4, 16])), sequences
+
+
+def dense(q_THD: torch.Tensor, sequence: Sequence, span: Span) -> torch.Tensor:
+    """Causal attention of a span's rows over the whole sequence, in float64."""
+    group = SHAPE.num_heads // SHAPE.num_kv_heads
+    k = sequence.keys_SKD.double().repeat_interleave(group, 1)[: span.stop]
+    v = sequence.values_SKD.double().repeat_interleave(group, 1)[: span.stop]
+    scores = torch.einsum("thd,shd->hts", q_THD.double(), k) * SHAPE.scale
+    hidden = torch.arange(span.stop)[None, :] > torch.arange(span.start, span.stop)[:, None]
+    return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+class Rank:
+    """One instance's storage, filled with a scene's past; the rest of it is NaN."""
+
+    def __init__(self, rank: int, cell: Cell, block_size: int, sequences: list[Sequence]) -> None:
+        self.rank = rank
+        self.sequences = sequences
+        blocks = sum(-(-len(s.owner) // block_size) for s in sequences) + 1
+        self.shards = ShardTable(blocks, block_size)
+        self.storage = KVStorage(
+            num_layers=1,
+            num_blocks=blocks,
+            block_size=block_size,
+            num_kv_heads=SHAPE.num_kv_heads,
+            head_dim=SHAPE.head_dim,
+            dtype=SHAPE.dtype,
+            device=CPU,
+        )
+        self.storage.data_L2BPKD.fill_(torch.nan)
+        self.attention = DistAttention(self.storage, SHAPE, Exchange(cell.groups[rank].group, CPU), backend="torch")
+        self.spans = [span for s in sequences for span in s.spans]
+        self.slots: list[int] = []
+        for seq, sequence in enumerate(sequences):
+            mine = sequence.owner.count(rank)
+            if not mine:
+                continue
+            self.shards.reserve(seq, -(-mine // block_size))
+            past = sequence.spans[0].start
+            for position in range(past):
+                if sequence.owner[position] == rank:
+                    (slot,) = self.shards[seq].append(position, position + 1)
+                    block, offset = divmod(slot, block_size)
+                    self.storage.layer(0)[0, block, offset] = sequence.keys_SKD[position]
+                    self.storage.layer(0)[1, block, offset] = sequence.values_SKD[position]
+        for span in self.spans:
+            if span.rank == rank:
+                self.slots += self.shards[span.seq].append(span.start, span.stop)
+
+    def holdings(self) -> dict[int, Holding]:
+        return {
+            seq: Holding(self.rank, self.shards[seq].first, self.shards[seq].num_tokens)
+            for seq in range(len(self.sequences))
+            if seq in self.shards
+        }
+
+    def run(self, layout: Layout, queries: dict[Span, torch.Tensor]) -> torch.Tensor:
+        own = [span for span in self.spans if span.rank == self.rank]
+        shape = (0, SHAPE.num_kv_heads, SHAPE.head_dim)
+        k = torch.cat([self.sequences[s.seq].keys_SKD[s.start : s.stop] for s in own] or [torch.empty(shape)])
+        v = torch.cat([self.sequences[s.seq].values_SKD[s.start : s.stop] for s in own] or [torch.empty(shape)])
+        q = torch.cat([queries[s] for s in own] or [torch.empty((0, SHAPE.num_heads, SHAPE.head_dim))])
+        self.attention.plan(layout, self.slots)
+        return self.attention.run(0, q, k, v).clone()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scenes())
+def test_any_layout_equals_dense_attention(cell: Cell, scene: tuple[int, list[Sequence]]) -> None:
+    block_size, sequences = scene
+    ranks = [Rank(r, cell, block_size, sequences) for r in range(SIZE)]
+    holdings = {
+        seq: [held for rank in ranks if (held := rank.holdings().get(seq)) is not None] for seq in range(len(sequences))
+    }
+    random = torch.Generator().manual_seed(1)
+    queries = {
+        span: torch.randn((span.stop - span.start, SHAPE.num_heads, SHAPE.head_dim), generator=random) * 3
+        for span in ranks[0].spans
+    }
+    layouts = [lay_out(ranks[0].spans, holdings, rank.shards, rank.rank) for rank in ranks]
+    for a in range(SIZE):
+        for b in range(SIZE):
+            assert layouts[a].dispatched.get(b, 0) == layouts[b].received.get(a, 0)
+    outs = list(cell.threads.map(lambda rank: rank.run(layouts[rank.rank], queries), ranks))
+    for rank, out in zip(ranks, outs, strict=True):
+        own = [span for span in rank.spans if span.rank == rank.rank]
+        expected = [dense(queries[span], sequences[span.seq], span) for span in own]
+        if expected:
+            compare(out, torch.cat(expected), rms=1e-5, max=1e-4)
+        else:
+            assert out.shape[0] == 0
+
+
+def test_rows_that_were_not_planned_are_refused(cell: Cell) -> None:
+    storage = KVStorage(num_layers=1, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
+    attention = DistAttention(storage, SHAPE, Exchange(cell.groups[0].group, CPU), backend="torch")
+    rows = torch.zeros((2, 4, 16)), torch.zeros((2, 2, 16)), torch.zeros((2, 2, 16))
+    with pytest.raises(RuntimeError, match="2 rows came, no step was planned"):
+        attention.run(0, *rows)
+    attention.plan(lay_out([], {}, ShardTable(1, 4), 0), [])
+    with pytest.raises(RuntimeError, match="2 rows came, 0 rows was planned"):
+        attention.run(0, *rows)
+
+
+def test_scratch_is_what_is_allocated() -> None:
+    one = DistAttention.scratch_bytes(SHAPE, max_rows=10, num_peers=0)
+    assert one == 10 * 4 * (16 * 4 + 4)
+    assert DistAttention.scratch_bytes(SHAPE, max_rows=10, num_peers=2) == one + 40 * 4 * (2 * 16 * 4 + 4)
