@@ -1,0 +1,59 @@
+"""The global manager and its client. Imports neither torch nor transformers.
+
+from gmanager import AsyncClient, SamplingParams
+
+async with AsyncClient("tcp://127.0.0.1:5570") as client:
+    async for chunk in client.generate("Once upon a time", SamplingParams(max_tokens=32)):
+        print(chunk.text, end="")
+"""
+
+from gmanager.client import AsyncClient, Chunk
+from gmanager.wire.errors import (
+    AddressError,
+    BadMessage,
+    CallFailed,
+    DistattnError,
+    FrameTooLarge,
+    PeerGone,
+    ProtocolRefused,
+    RequestFailed,
+    RequestRefused,
+    ServiceUnreachable,
+    TextError,
+    WireError,
+)
+from gmanager.wire.messages import (
+    CellStats,
+    ChatMessage,
+    Counters,
+    InstanceStats,
+    RequestStats,
+    SamplingParams,
+    Stats,
+    TokenLogprob,
+)
+
+__all__ = [
+    "AddressError",
+    "AsyncClient",
+    "BadMessage",
+    "CallFailed",
+    "CellStats",
+    "ChatMessage",
+    "Chunk",
+    "Counters",
+    "DistattnError",
+    "FrameTooLarge",
+    "InstanceStats",
+    "PeerGone",
+    "ProtocolRefused",
+    "RequestFailed",
+    "RequestRefused",
+    "RequestStats",
+    "SamplingParams",
+    "ServiceUnreachable",
+    "Stats",
+    "TextError",
+    "TokenLogprob",
+    "WireError",
+]

@@ -1,0 +1,362 @@
+"""The Python client: many requests at once over one connection. Imports neither torch nor transformers."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+
+import msgspec
+
+from gmanager.wire import messages as m
+from gmanager.wire.channel import Dialer, Transport, ZmqTransport
+from gmanager.wire.codec import Decoder
+from gmanager.wire.errors import (
+    BadMessage,
+    CallFailed,
+    DistattnError,
+    PeerGone,
+    ProtocolRefused,
+    RequestFailed,
+    RequestRefused,
+    ServiceUnreachable,
+)
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+Spread = int | Literal["auto", "all"] | None
+
+_Over = ServiceUnreachable | ProtocolRefused
+"""Why a connection ended."""
+_Answer = m.Done | m.CallFailed | m.StatsReply | _Over
+
+_DEFAULT_PARAMS = m.SamplingParams()
+_PINGS_PER_LEASE = 3
+_UINT32_END = 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New tokens of a request."""
+
+    index: int
+    """Position of the first of `token_ids` among the request's generated tokens."""
+    token_ids: list[int]
+    text: str
+    """What these tokens add to the text. A token may add nothing yet (half a character), and the last chunk may
+    hold text without tokens."""
+    logprobs: list[m.TokenLogprob] | None = None
+    """One per token, if they were asked for."""
+    finish_reason: m.FinishReason | None = None
+    """Only on the last chunk."""
+    error: str | None = None
+    """Why, if `finish_reason` is "error"."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A request that the gManager has not ended yet."""
+
+    outputs: "asyncio.Queue[m.Output | _Over]" = field(default_factory=asyncio.Queue)
+    left: bool = False
+    """Nobody iterates any more. It stays known until the gManager has ended it, so that its late outputs aren't taken
+    for those of a new request with the same id."""
+
+
+class AsyncClient:
+    """A connection to a gManager; an async context manager.
+
+    `connect_timeout_s`: how long to wait for the gManager's first answer. `transport`: ZeroMQ unless given.
+    A connection that was lost is not made anew: all that is open fails with ServiceUnreachable, make a new client.
+    """
+
+    def __init__(self, address: str, *, connect_timeout_s: float = 10.0, transport: Transport | None = None) -> None:
+        self._address = address
+        self._connect_timeout_s = connect_timeout_s
+        self._transport: Transport = ZmqTransport() if transport is None else transport
+        self._dialer: Dialer[m.ToClient] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._streams: dict[str, _Stream] = {}
+        self._calls: dict[int, asyncio.Future[_Answer]] = {}
+        self._last_call = 0
+        self._silent_pings = 0
+        self._over: _Over | None = None
+
+    async def __aenter__(self) -> Self:
+        """Connect. Raises AddressError, ServiceUnreachable if nobody answers, ProtocolRefused if it doesn't want us."""
+        if self._dialer is not None:
+            raise RuntimeError("an AsyncClient is entered once; make a new one")
+        decoder: Decoder[m.ToClient] = Decoder(m.ToClient)
+        self._dialer = self._transport.dial(self._address, decoder)
+        try:
+            lease_s = await self._greet(self._dialer)
+        except BaseException:
+            await self._dialer.close()
+            raise
+        self._tasks = [
+            asyncio.create_task(self._read(self._dialer), name="distattn-client-read"),
+            asyncio.create_task(self._ping(self._dialer, lease_s), name="distattn-client-ping"),
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Abort what still runs and close."""
+        dialer = self._connection()
+        for request_id, stream in self._streams.items():
+            if not stream.left:
+                dialer.send(m.Abort(call=self._next_call(), request_id=request_id))
+        self._fail(ServiceUnreachable("the client was closed"))
+        for task in self._tasks:
+            task.cancel()
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            await dialer.close()
+
+    def generate(
+        self,
+        prompt: str | list[int],
+        params: m.SamplingParams = _DEFAULT_PARAMS,
+        *,
+        request_id: str | None = None,
+        spread: Spread = None,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Generate from text or token ids; the request starts with the first `__anext__`.
+
+        `request_id`: unique among the service's live requests; drawn if None. `spread`: least number of instances
+        that the prompt's KV is spread over. Leaving the iterator (break, aclose, cancel) aborts the request.
+
+        Raises TypeError and ValueError at once for arguments of a wrong type. The iterator raises RequestRefused if
+        the request is wrong, FrameTooLarge if the prompt is, RequestFailed (after a chunk with finish_reason "error")
+        if it was accepted and then failed, ServiceUnreachable if the gManager is gone.
+        """
+        if isinstance(prompt, str):
+            return self._stream(_submit(request_id, params, spread, text=prompt))
+        if not isinstance(prompt, list):
+            raise TypeError(f"a prompt is a str or a list of token ids, got {type(prompt).__name__}")
+        return self._stream(_submit(request_id, params, spread, token_ids=_packed(prompt)))
+
+    def chat(
+        self,
+        messages: Sequence[m.ChatMessage | Mapping[str, str]],
+        params: m.SamplingParams = _DEFAULT_PARAMS,
+        *,
+        request_id: str | None = None,
+        spread: Spread = None,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Generate the answer to a conversation, put into the model's chat template. Otherwise as `generate`."""
+        turns = [_checked(turn, m.ChatMessage) for turn in messages]
+        return self._stream(_submit(request_id, params, spread, messages=turns))
+
+    async def abort(self, request_id: str) -> None:
+        """End one of this client's requests; its iterator ends with finish_reason "abort".
+
+        Raises CallFailed if the gManager knows no such request, ServiceUnreachable.
+        """
+        await self._call(m.Abort(call=self._next_call(), request_id=request_id))
+
+    async def move_home(self, request_id: str, instance: int) -> None:
+        """Let another instance (its rank) compute a request's next tokens; returns when that one is its home.
+
+        Raises CallFailed with the reason if it can't be, ServiceUnreachable.
+        """
+        await self._call(m.MoveHome(call=self._next_call(), request_id=request_id, instance=instance))
+
+    async def stats(self) -> m.Stats:
+        """The service's state. Raises ServiceUnreachable."""
+        answer = await self._call(m.GetStats(call=self._next_call()))
+        if not isinstance(answer, m.StatsReply):
+            raise CallFailed(f"the gManager answered {type(answer).__name__} instead of StatsReply")
+        return answer.stats
+
+    # --- connection
+
+    async def _greet(self, dialer: Dialer[m.ToClient]) -> float:
+        dialer.send(m.Hello(protocol=m.PROTOCOL))
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                answer = await dialer.recv()
+        except TimeoutError:
+            raise ServiceUnreachable(f"nobody answers at {self._address} within {self._connect_timeout_s:g} s") from None
+        except PeerGone as error:
+            raise ServiceUnreachable(f"the gManager left: {error}") from None
+        if isinstance(answer, m.Welcome):
+            return answer.lease_s
+        if isinstance(answer, m.Refused):
+            raise ProtocolRefused(f"the gManager at {self._address} refused the connection: {answer.reason}")
+        raise ProtocolRefused(f"what answers at {self._address} is no gManager that this client understands")
+
+    def _connection(self) -> Dialer[m.ToClient]:
+        if self._dialer is None:
+            raise RuntimeError("use the client in `async with AsyncClient(...) as client:`")
+        return self._dialer
+
+    async def _read(self, dialer: Dialer[m.ToClient]) -> None:
+        while True:
+            try:
+                message = await dialer.recv()
+            except PeerGone as error:
+                self._fail(ServiceUnreachable(f"the gManager left: {error}"))
+                return
+            self._silent_pings = 0
+            if isinstance(message, BadMessage):
+                # An output may be among what can't be read; going on could leave a hole in a text.
+                self._fail(ProtocolRefused(f"{self._address} sent what this client can't read: {message.reason}"))
+                return
+            if isinstance(message, m.Refused):
+                self._fail(ProtocolRefused(f"the gManager ended the connection: {message.reason}"))
+                return
+            self._route(message)
+
+    def _route(self, message: m.ToClient) -> None:
+        if isinstance(message, m.Output):
+            stream = self._streams.get(message.request_id)
+            if stream is None:
+                return
+            if message.finish_reason is not None:
+                del self._streams[message.request_id]
+            if not stream.left:
+                stream.outputs.put_nowait(message)
+        elif isinstance(message, m.Done | m.CallFailed | m.StatsReply):
+            call = self._calls.pop(message.call, None)
+            if call is not None and not call.done():
+                call.set_result(message)
+
+    async def _ping(self, dialer: Dialer[m.ToClient], lease_s: float) -> None:
+        # Counts pings without an answer, not time: a program that was stopped for a while, or that blocked the event
+        # loop, first reads what has come meanwhile.
+        while self._silent_pings < _PINGS_PER_LEASE:
+            dialer.send(m.Ping())
+            self._silent_pings += 1
+            await asyncio.sleep(lease_s / _PINGS_PER_LEASE)
+        self._fail(ServiceUnreachable(f"the gManager at {self._address} has not been heard for {lease_s:g} s"))
+
+    def _fail(self, error: _Over) -> None:
+        """The connection is over: so is all that depends on it. The first reason stands."""
+        if self._over is not None:
+            return
+        self._over = error
+        for stream in self._streams.values():
+            stream.outputs.put_nowait(error)
+        self._streams.clear()
+        for call in self._calls.values():
+            if not call.done():
+                call.set_result(error)
+        self._calls.clear()
+
+    # --- requests and calls
+
+    async def _stream(self, submit: m.Submit) -> AsyncGenerator[Chunk, None]:
+        dialer = self._connection()
+        if self._over is not None:
+            raise _again(self._over)
+        request_id = submit.request_id
+        if request_id in self._streams:
+            raise RequestRefused(f"request id {request_id!r} is in use by this client")
+        dialer.send(submit)
+        stream = self._streams[request_id] = _Stream()
+        try:
+            while True:
+                output = await stream.outputs.get()
+                if isinstance(output, DistattnError):
+                    raise _again(output)
+                if output.refused:
+                    raise RequestRefused(output.error or "refused without a reason")
+                yield Chunk(
+                    index=output.index,
+                    token_ids=output.token_ids,
+                    text=output.text,
+                    logprobs=output.logprobs,
+                    finish_reason=output.finish_reason,
+                    error=output.error,
+                )
+                if output.finish_reason == "error":
+                    raise RequestFailed(output.error or "failed without a reason")
+                if output.finish_reason is not None:
+                    return
+        finally:
+            if self._streams.get(request_id) is stream:
+                self._leave(request_id, stream, dialer)
+
+    def _leave(self, request_id: str, stream: _Stream, dialer: Dialer[m.ToClient]) -> None:
+        """Abort a request that nobody iterates any more, without waiting for the answer."""
+        stream.left = True
+        abort = m.Abort(call=self._next_call(), request_id=request_id)
+
+        def on_answer(call: "asyncio.Future[_Answer]") -> None:
+            # CallFailed: the gManager doesn't know it, so no last output will come to say that it has ended.
+            if isinstance(call.result(), m.CallFailed) and self._streams.get(request_id) is stream:
+                del self._streams[request_id]
+
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(on_answer)
+        self._calls[abort.call] = answer
+        dialer.send(abort)
+
+    def _next_call(self) -> int:
+        self._last_call += 1
+        return self._last_call
+
+    async def _call(self, message: m.Abort | m.MoveHome | m.GetStats) -> m.Done | m.StatsReply:
+        dialer = self._connection()
+        if self._over is not None:
+            raise _again(self._over)
+        _checked(message, type(message))
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        self._calls[message.call] = answer
+        try:
+            dialer.send(message)
+            result = await answer
+        finally:
+            self._calls.pop(message.call, None)
+        if isinstance(result, DistattnError):
+            raise _again(result)
+        if isinstance(result, m.CallFailed):
+            raise CallFailed(result.reason)
+        return result
+
+
+def _again(error: _Over) -> _Over:
+    """A new one for each that raises it: one exception raised in many tasks would collect all their tracebacks."""
+    return type(error)(*error.args)
+
+
+def _packed(prompt: list[int]) -> bytes:
+    # bool is an int to Python, and True would become token 1.
+    if set(map(type, prompt)) - {int}:
+        at, token = next((i, t) for i, t in enumerate(prompt) if type(t) is not int)
+        raise TypeError(f"token ids are ints; prompt[{at}] is of type {type(token).__name__}")
+    if prompt and not (min(prompt) >= 0 and max(prompt) < _UINT32_END):
+        at, token = next((i, t) for i, t in enumerate(prompt) if not 0 <= t < _UINT32_END)
+        raise ValueError(f"token ids are in [0, {_UINT32_END}); prompt[{at}] is {token}")
+    return m.pack_tokens(prompt)
+
+
+def _submit(
+    request_id: str | None,
+    params: m.SamplingParams,
+    spread: Spread,
+    *,
+    text: str | None = None,
+    token_ids: bytes | None = None,
+    messages: list[m.ChatMessage] | None = None,
+) -> m.Submit:
+    return _checked(
+        m.Submit(
+            request_id=uuid.uuid4().hex if request_id is None else request_id,
+            params=params,
+            text=text,
+            token_ids=token_ids,
+            messages=messages,
+            spread=spread,
+        ),
+        m.Submit,
+    )
+
+
+def _checked(value: object, kind: type[S]) -> S:
+    """`value` as the wire will see it: building a struct doesn't check types, msgspec.convert does. Raises ValueError."""
+    return msgspec.convert(msgspec.to_builtins(value, builtin_types=(bytes,)), kind, strict=True, builtin_types=(bytes,))

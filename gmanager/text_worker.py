@@ -1,0 +1,252 @@
+"""A process beside the gManager for what would stall it: long texts, and chat templates.
+
+Encoding a million tokens holds the interpreter lock for seconds, and a chat template is a program that came with the
+model: it is rendered here, in Jinja's immutable sandbox, with limits on its length, output, time and memory, and is
+killed with this process if it doesn't stop. Both ends talk msgpack over a pipe; nothing is unpickled.
+"""
+
+import json
+import multiprocessing
+import resource
+import signal
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import msgpack
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as Backend
+
+from gmanager.wire.codec import MAX_FRAME_BYTES
+from gmanager.wire.errors import TextError
+from gmanager.wire.messages import TextAssets, pack_tokens
+
+MAX_TEMPLATE_CHARS = 2**20
+"""The longest chat templates in use have some 20,000 characters."""
+MAX_RENDERED_CHARS = MAX_FRAME_BYTES
+"""As much text as a client can send without a template."""
+RENDER_S = 10.0
+"""Time for rendering a chat: 64 MiB of messages take a second, so only a template that doesn't end takes longer."""
+ENCODE_S = 120.0
+"""Time for encoding one text: 64 MiB are some 16M tokens, at 4 s per million."""
+START_S = 60.0
+"""Added while the process starts: it imports, and reads tokenizer.json (35 MB at most), on cores that may be busy."""
+MAX_MEMORY_BYTES = 16 * 2**30
+"""Address space of the process. 16M tokens take about 2 GB while they are encoded."""
+
+_MAX_ERROR_CHARS = 500
+
+
+def load_backend(tokenizer_json: str) -> Backend:
+    """The tokenizer, as transformers calls it: nothing cut, nothing padded. Raises TextError."""
+    try:
+        backend = Backend.from_str(tokenizer_json)
+    except Exception as error:  # the package raises bare Exception
+        raise TextError(f"tokenizer.json can't be read: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def encode_ids(backend: Backend, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of `text`. `encode_batch` leaves the interpreter lock to others, `encode` does not."""
+    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids
+
+
+class ChatTemplate:
+    """A model's chat template with the names and filters that transformers gives it. Raises TextError."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise TextError(f"the chat template has {len(source):,} characters; at most {MAX_TEMPLATE_CHARS:,} are taken")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise TextError(f"the chat template can't be read: {_short(error)}") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: list[dict[str, str]], *, max_chars: int = MAX_RENDERED_CHARS) -> bytes:
+        """The conversation as UTF-8, ending where the assistant's answer begins."""
+        names: dict[str, Any] = self._special_tokens | {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        parts: list[str] = []
+        size = 0
+        try:
+            for part in self._template.generate(**names):
+                size += len(part)
+                if size > max_chars:
+                    raise TextError(f"the chat template made more than {max_chars:,} characters")
+                parts.append(part)
+            return "".join(parts).encode()
+        except TextError:
+            raise
+        except Exception as error:  # a template is a program: it can raise anything
+            raise TextError(f"the chat template refused the messages: {_short(error)}") from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; here its content simply stands."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares it as an instance attribute)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own escapes HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]
+
+
+class TextWorker:
+    """The process and the pipe to it. It starts with the first call and anew after it was killed."""
+
+    def __init__(self, assets: TextAssets) -> None:
+        self._assets = assets
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        # One thread: calls take turns, and a caller that is cancelled leaves no half-read answer in the pipe.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="text-worker")
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Future[bytes]:
+        """Packed token ids, when its turn has come. The future raises TextError."""
+        return self._submit({"encode": text, "special": add_special_tokens}, ENCODE_S)
+
+    def render(self, messages: list[dict[str, str]]) -> Future[bytes]:
+        """A conversation in the chat template, as UTF-8, when its turn has come. The future raises TextError."""
+        return self._submit({"render": messages}, RENDER_S)
+
+    def close(self) -> None:
+        """End the process; jobs that wait fail."""
+        self._closed = True
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+        self._thread.shutdown()
+        self._discard()
+
+    def _submit(self, job: Mapping[str, Any], timeout_s: float) -> Future[bytes]:
+        if self._closed:
+            raise TextError("the service is ending")
+        return self._thread.submit(self._call, job, timeout_s)
+
+    def _call(self, job: Mapping[str, Any], timeout_s: float) -> bytes:
+        if self._closed:
+            raise TextError("the service is ending")
+        pipe = self._pipe
+        if pipe is None:
+            timeout_s += START_S
+            pipe = self._start()
+        try:
+            pipe.send_bytes(msgpack.packb(job))
+            if not pipe.poll(timeout_s):
+                self._discard()
+                raise TextError(f"turning the text into tokens took longer than {timeout_s:g} s")
+            answer = msgpack.unpackb(pipe.recv_bytes())
+        except (EOFError, OSError) as error:
+            self._discard()
+            raise TextError("the process that turns text into tokens died (out of memory?)") from error
+        if "error" in answer:
+            raise TextError(answer["error"])
+        result: bytes = answer["result"]
+        return result
+
+    def _start(self) -> Connection:
+        # spawn: the gManager has threads (ZeroMQ's, the tokenizer's), and forking those is not safe.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        assets = self._assets
+        process = context.Process(
+            target=_serve,
+            args=(theirs, assets.tokenizer_json, assets.chat_template, assets.special_tokens),
+            name="distattn-text",
+            daemon=True,
+        )
+        process.start()
+        # The child alone must hold its end, or we would not see that it died.
+        theirs.close()
+        with self._lock:
+            self._pipe, self._process = ours, process
+            if self._closed:
+                process.kill()
+        return ours
+
+    def _discard(self) -> None:
+        with self._lock:
+            pipe, process = self._pipe, self._process
+            self._pipe = self._process = None
+        if pipe is not None:
+            pipe.close()
+        if process is not None:
+            process.kill()
+            process.join()
+            process.close()
+
+
+def _serve(pipe: Connection, tokenizer_json: str, chat_template: str | None, special_tokens: dict[str, str]) -> None:
+    """The child's main loop; ends when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    backend = load_backend(tokenizer_json)
+    template: ChatTemplate | None = None
+    while True:
+        try:
+            job = msgpack.unpackb(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if "encode" in job:
+                result = pack_tokens(encode_ids(backend, job["encode"], add_special_tokens=job["special"]))
+            else:
+                if template is None:
+                    if chat_template is None:
+                        raise TextError("this model has no chat template")
+                    template = ChatTemplate(chat_template, special_tokens)
+                result = template.render(job["render"])
+            answer: dict[str, Any] = {"result": result}
+        except TextError as error:
+            answer = {"error": str(error)}
+        except MemoryError:
+            answer = {"error": "turning the text into tokens takes more memory than is allowed"}
+        pipe.send_bytes(msgpack.packb(answer))

@@ -1,0 +1,75 @@
+"""Every exception that this package raises on purpose.
+
+DistattnError
+├── WireError                 between two processes
+│   ├── BadMessage            bytes that are no message of the expected kind
+│   ├── FrameTooLarge         a message that the other side would not take
+│   ├── AddressError          an address that can't be bound or dialled
+│   └── PeerGone              the other end left, or takes no more messages
+├── RequestRefused            the request was wrong and never started
+├── RequestFailed             the request was accepted and then failed
+├── CallFailed                an abort, a home move or another call could not be done
+├── ServiceUnreachable        nobody answers at the address, or no longer
+├── ProtocolRefused           the gManager doesn't serve this client
+└── TextError                 text can't be turned into tokens
+"""
+
+
+class DistattnError(Exception):
+    """Root of all errors of this project."""
+
+
+class WireError(DistattnError):
+    """Something went wrong between two processes."""
+
+
+class BadMessage(WireError):
+    """Bytes that are no message of the expected kind. `reason` is short and never quotes the payload.
+
+    Channels hand it out as a value (a bad peer is news, not the reader's failure); the codec raises it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class FrameTooLarge(WireError):
+    """A message takes more bytes than a frame may have; it was not sent."""
+
+    def __init__(self, kind: str, size: int, limit: int) -> None:
+        super().__init__(f"{kind} takes {size:,} bytes on the wire; a message may take {limit:,}")
+        self.size = size
+        self.limit = limit
+
+
+class AddressError(WireError):
+    """An address can't be bound or dialled: in use, malformed, or not of this machine."""
+
+
+class PeerGone(WireError):
+    """The other end closed the connection, or has stopped to take messages."""
+
+
+class RequestRefused(DistattnError):
+    """The request itself was wrong and never started."""
+
+
+class RequestFailed(DistattnError):
+    """The request was accepted and then failed; the tokens already delivered stand."""
+
+
+class CallFailed(DistattnError):
+    """A call other than a request (abort, move_home, stats) could not be done."""
+
+
+class ServiceUnreachable(DistattnError):
+    """Nobody answers at the address, or the gManager there has fallen silent."""
+
+
+class ProtocolRefused(DistattnError):
+    """The gManager doesn't serve this client: it speaks another protocol version, or takes the connection for over."""
+
+
+class TextError(DistattnError):
+    """Text can't be turned into tokens: no chat template, one that refuses the messages, or one over its limits."""

@@ -1,0 +1,553 @@
+"""Every message between client, gManager and instances, as typed structs.
+
+One direction a section. A struct is the whole contract: unknown fields are refused, and values that can be wrong on their
+own (a NaN temperature, a negative count) are refused while it is built, on both sides of the wire.
+
+Token ids travel as little-endian uint32 bytes (`pack_tokens`): 1.5 ms per million, against 30 ms as msgpack integers.
+
+`seq` is the gManager's number for one admission of a request: a request that is preempted and admitted again gets a new one,
+so that late messages of the old admission can't be taken for the new. Numbers grow with every admission.
+`epoch` names the membership a message belongs to; a message of another epoch is dropped and counted.
+"""
+
+import math
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import Any, Literal, dataclass_transform
+
+import msgspec
+
+PROTOCOL = 1
+"""Spoken version. A peer that speaks another is refused in its first message."""
+
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+RequestState = Literal["queued", "reserving", "prefill", "decode", "moving", "preempted", "finished"]
+CellState = Literal["forming", "ready"]
+
+
+def pack_tokens(token_ids: Iterable[int]) -> bytes:
+    """Token ids as little-endian uint32 bytes. Raises ValueError for an id outside [0, 2**32)."""
+    try:
+        ids = array("I", token_ids)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"token ids must be integers in [0, 4294967296): {error}") from error
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tobytes()
+
+
+def unpack_tokens(data: bytes) -> "array[int]":
+    """The ids in `data`. Raises ValueError if its length is no multiple of 4."""
+    if len(data) % 4:
+        raise ValueError(f"packed token ids must be a multiple of 4 bytes long, got {len(data)}")
+    ids = array("I")
+    ids.frombytes(data)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
+class _Strict(msgspec.StructMeta):
+    """Makes every struct frozen, keyword-only and closed to unknown fields; subclasses need not say so again."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> "_Strict":
+        strict = {"frozen": True, "kw_only": True, "forbid_unknown_fields": True}
+        return super().__new__(mcs, name, bases, namespace, **(strict | options))
+
+
+class Part(msgspec.Struct, metaclass=_Strict):
+    """Base of what messages are made of."""
+
+
+class Message(Part, tag_field="type"):
+    """Base of all that travels; `type` on the wire is the class name."""
+
+
+# --- what users see ---------------------------------------------------------------------------------------------------
+
+
+class SamplingParams(Part):
+    """How to choose tokens; names, meanings and defaults are vLLM's.
+
+    Raises ValueError (TypeError for a wrong type) with the offending value when built.
+    """
+
+    max_tokens: int = 16
+    """Most tokens to generate, at least 1."""
+    temperature: float = 1.0
+    """0 chooses the likeliest token (greedy)."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 or -1: from all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities sum to this, in (0, 1]."""
+    seed: int | None = None
+    """Same seed, prompt and model: same tokens. None: one is drawn."""
+    stop: str | list[str] | None = None
+    """Strings that end the text; they are not part of it."""
+    stop_token_ids: list[int] | None = None
+    """Tokens that end the request, as EOS does."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """With each token: its log-probability and that of this many likeliest ones (0: only its own)."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
+        if self.top_k < -1:
+            raise ValueError(f"top_k must be -1, 0 (all) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}")
+        stops = self.stop_strings
+        if len(stops) > MAX_STOP_STRINGS:
+            raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings are taken, got {len(stops)}")
+        if any(not s for s in stops):
+            raise ValueError("a stop string must not be empty")
+        if any(t < 0 for t in self.stop_token_ids or ()):
+            raise ValueError(f"stop_token_ids must not be negative, got {min(self.stop_token_ids or ())}")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list, whichever way it was given."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+
+class TokenLogprob(Part):
+    """Natural log-probabilities at one generated position, of the model's logits before temperature."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1: no token was likelier."""
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class ChatMessage(Part):
+    role: str
+    content: str
+
+
+class Counters(Part):
+    """What one instance has done since it started, or a sum of such."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens_prefilled: int = 0
+    home_moves: int = 0
+    preemptions: int = 0
+    blocks_copied: int = 0
+    query_bytes: int = 0
+    partial_bytes: int = 0
+    kv_bytes: int = 0
+    dropped_messages: int = 0
+
+
+class InstanceStats(Part):
+    cell: str
+    rank: int
+    total_tokens: int
+    used_tokens: int
+    """Tokens of the blocks in use, lent ones included: used + free = total."""
+    free_tokens: int
+    lent_tokens: int
+    """KV it holds of sequences whose home is another instance."""
+    borrowed_tokens: int
+    """KV that others hold of sequences whose home it is."""
+    counters: Counters
+
+
+class RequestStats(Part):
+    state: RequestState
+    home: int | None
+    kv_tokens: dict[int, int]
+    """Tokens of KV per instance rank; of a finished request, when it ended."""
+    prompt_tokens: int
+    generated_tokens: int
+    home_moves: int
+    preemptions: int
+    finish_reason: FinishReason | None = None
+
+
+class CellStats(Part):
+    name: str
+    epoch: int
+    state: CellState
+    size: int
+    model: str
+    block_size: int
+    max_context: int
+    """Most tokens, prompt and generated, that the model takes."""
+    total_tokens: int
+
+
+class Stats(Part):
+    epoch: int
+    """The newest epoch of any cell."""
+    cells: list[CellStats]
+    instances: list[InstanceStats]
+    requests: dict[str, RequestStats]
+    """Live requests and the last finished ones."""
+    counters: Counters
+    """Sum over the cells' instances and the gManager's own."""
+
+
+# --- client -> gManager -----------------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """A client's first message."""
+
+    protocol: int
+
+
+class Submit(Message):
+    """A new request. Exactly one of `text`, `token_ids` and `messages` is given."""
+
+    request_id: str
+    params: SamplingParams
+    text: str | None = None
+    token_ids: bytes | None = None
+    messages: list[ChatMessage] | None = None
+    spread: int | Literal["auto", "all"] | None = None
+    """Least number of instances to spread the prompt's KV over; None: the gManager's own setting."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("text", "token_ids", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of text, token_ids and messages must be given, got {given or 'none'}")
+        if not 1 <= len(self.request_id) <= 256:
+            raise ValueError(f"a request id has 1 to 256 characters, got {len(self.request_id)}")
+        if isinstance(self.spread, int) and self.spread < 1:
+            raise ValueError(f"spread must be at least 1, got {self.spread}")
+
+
+class Abort(Message):
+    """End a request of this client. Answered by Done or CallFailed."""
+
+    call: int
+    request_id: str
+
+
+class MoveHome(Message):
+    """Let another instance compute the next tokens of a request. Answered by Done when moved, or CallFailed."""
+
+    call: int
+    request_id: str
+    instance: int
+
+
+class GetStats(Message):
+    call: int
+
+
+class Ping(Message):
+    """Says that the sender lives. Answered by Pong."""
+
+
+# --- gManager -> client -----------------------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    """Answer to Hello: be heard (any message) more often than every `lease_s` seconds, or be taken for gone."""
+
+    lease_s: float
+
+
+class Refused(Message):
+    """The peer can't be served at all (wrong protocol, first message not a greeting, garbage); the connection is over."""
+
+    reason: str
+
+
+class Output(Message):
+    """New tokens of a request. `index` is the position of the first among its generated tokens.
+
+    The last one has a `finish_reason`. A request refused at the door gets one Output with `error` and index 0.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    refused: bool = False
+    """With `error`: the request itself was wrong and never started."""
+
+
+class Done(Message):
+    call: int
+
+
+class CallFailed(Message):
+    call: int
+    reason: str
+
+
+class StatsReply(Message):
+    call: int
+    stats: Stats
+
+
+class Pong(Message):
+    """Answer to Ping and Beat."""
+
+
+# --- instance -> gManager ---------------------------------------------------------------------------------------------
+
+
+class InstanceSpec(Part):
+    """What must be equal in all instances of a cell, and what each one has."""
+
+    model: str
+    fingerprint: str
+    """SHA-256 over the model's config and weights' names, shapes and a sample of their values."""
+    tokenizer: str
+    """SHA-256 of the text assets."""
+    dtype: str
+    block_size: int
+    vocab_size: int
+    max_context: int
+    num_blocks: int
+    """May differ between instances."""
+    chunk_tokens: int
+    device: str
+
+
+class TextAssets(Part):
+    """All that the gManager needs to turn text into tokens and back."""
+
+    tokenizer_json: str
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    """bos_token, eos_token, ... as the chat template names them."""
+    eos_token_ids: list[int]
+
+
+class Register(Message):
+    """An instance's first message."""
+
+    protocol: int
+    cell: str
+    cell_size: int
+    run_id: str
+    rank: int
+    """RANK within its torchrun."""
+    party_address: str
+    """Where its party socket listens."""
+    spec: InstanceSpec
+
+
+class Text(Message):
+    assets: TextAssets
+
+
+class StoreOpened(Message):
+    epoch: int
+    address: str
+
+
+class Joined(Message):
+    epoch: int
+
+
+class Leave(Message):
+    """The instance ends; with `failed`, because something broke."""
+
+    reason: str
+    failed: bool
+
+
+class Beat(Message):
+    """Sent every second, and at once when blocks were freed: deltas since the last Beat."""
+
+    epoch: int
+    free_blocks: int
+    held_tokens: dict[int, int]
+    """seq -> tokens of KV it now has here, for those that changed; 0: all its blocks are free again."""
+    counters: Counters
+
+
+class Granted(Message):
+    """`blocks` more blocks are this sequence's. Answer to Reserve."""
+
+    epoch: int
+    seq: int
+    blocks: int
+    free_blocks: int
+
+
+class NotGranted(Message):
+    """Nothing was reserved: so many blocks aren't free. Answer to Reserve; not an error."""
+
+    epoch: int
+    seq: int
+    free_blocks: int
+
+
+class Share(Part):
+    """Tokens of a sequence's KV on one instance: to be born there (Admit), or lying there (SequenceOutput)."""
+
+    rank: int
+    tokens: int
+
+
+class SequenceOutput(Part):
+    seq: int
+    index: int
+    """Position of the first token among the tokens generated in this admission."""
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    held: list[Share] | None = None
+    """With a finish_reason: where the KV lies at the end."""
+
+
+class Outputs(Message):
+    """What the homes on this instance generated in one step."""
+
+    epoch: int
+    outputs: list[SequenceOutput]
+
+
+class NeedBlock(Message):
+    """The home can't grant a sequence's next block: it waits for a MoveSequence, a Cancel, or a block that frees here."""
+
+    epoch: int
+    seq: int
+
+
+class HomeMoved(Message):
+    """Sent by the new home, once it is that."""
+
+    epoch: int
+    seq: int
+    home: int
+
+
+class Released(Message):
+    """Sent by the home: the step that released the sequence has completed; no later step of its party names it."""
+
+    epoch: int
+    seq: int
+    generated: int
+    """Tokens that were output in this admission, by all its homes."""
+
+
+# --- gManager -> instance ---------------------------------------------------------------------------------------------
+
+
+class Registered(Message):
+    lease_s: float
+    send_text: bool
+    """The cell has no text assets yet: send Text."""
+
+
+class OpenStore(Message):
+    """To the first-ranked instance of a new epoch: open a TCPStore and answer StoreOpened."""
+
+    epoch: int
+
+
+class Member(Part):
+    rank: int
+    """Rank in the cell's epoch: 0 .. size-1."""
+    party_address: str
+
+
+class JoinEpoch(Message):
+    epoch: int
+    rank: int
+    store_address: str
+    members: list[Member]
+
+
+class EndEpoch(Message):
+    """The cell is over: end."""
+
+    epoch: int
+    reason: str
+
+
+class Reserve(Message):
+    """Set blocks aside for a sequence, all or nothing. Answered by Granted or NotGranted."""
+
+    epoch: int
+    seq: int
+    blocks: int
+
+
+class Drop(Message):
+    """Give back what was reserved for a sequence that has no KV here. Nothing happens if it has."""
+
+    epoch: int
+    seq: int
+
+
+class SequenceParams(Part):
+    max_tokens: int
+    """Most tokens to generate in this admission."""
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop_token_ids: list[int]
+    """EOS among them, unless ignored."""
+    logprobs: int | None
+
+
+class Admit(Message):
+    """Start a sequence whose blocks are reserved. To all participants; the home is the first share's instance."""
+
+    epoch: int
+    seq: int
+    arrival: int
+    """Age: lower is older. A re-admitted request keeps its number."""
+    token_ids: bytes
+    shares: list[Share]
+    params: SequenceParams
+
+
+class Regroup(Message):
+    """New parties. Each lists ranks in ascending order; an instance finds its own. Numbers only grow."""
+
+    epoch: int
+    number: int
+    parties: list[list[int]]
+
+
+class MoveSequence(Message):
+    """To the home: hand the sequence to `to`, whose next block is reserved."""
+
+    epoch: int
+    seq: int
+    to: int
+
+
+class Cancel(Message):
+    """To the home: release the sequence (its client left, or it is preempted). Answered by Released."""
+
+    epoch: int
+    seq: int
+
+
+FromClient = Hello | Submit | Abort | MoveHome | GetStats | Ping
+ToClient = Welcome | Refused | Output | Done | CallFailed | StatsReply | Pong
+FromInstance = (
+    Register | Text | StoreOpened | Joined | Leave | Beat | Granted | NotGranted | Outputs | NeedBlock | HomeMoved | Released
+)
+ToInstance = (
+    Registered | Refused | OpenStore | JoinEpoch | EndEpoch | Reserve | Drop | Admit | Regroup | MoveSequence | Cancel | Pong
+)
