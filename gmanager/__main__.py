@@ -1,0 +1,71 @@
+"""`python -m gmanager`: the global manager of one service."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+
+import uvloop
+
+from gmanager.config import GManagerConfig, parse_spread
+from gmanager.server import Server
+from gmanager.wire.errors import AddressError
+
+BAD_USAGE = 2
+
+
+def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, str]:
+    """The configuration and the log level. Exits with BAD_USAGE and a reason if the arguments are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gmanager",
+        description="Global manager: membership, admission and placement of a distattn service, and its clients' door.",
+    )
+    default = GManagerConfig()
+    parser.add_argument("--bind", default=default.bind, help="address to listen at; port * takes a free one (%(default)s)")
+    parser.add_argument(
+        "--spread",
+        default=str(default.spread),
+        help="least number of instances a prompt's KV is spread over: auto, all or a number (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-queue-wait",
+        type=float,
+        default=default.max_queue_wait_s,
+        metavar="SECONDS",
+        help="longest time that a request waits for a ready cell or for memory (%(default)g)",
+    )
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    given = parser.parse_args(arguments)
+    try:
+        config = GManagerConfig(bind=given.bind, spread=parse_spread(given.spread), max_queue_wait_s=given.max_queue_wait)
+    except ValueError as error:
+        parser.error(str(error))
+    return config, given.log_level
+
+
+async def serve(config: GManagerConfig) -> None:
+    """Serve until SIGTERM or SIGINT. Raises AddressError."""
+    server = Server(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stop)
+    server.start()
+    print(f"gManager listens at {server.address}", flush=True)
+    await server.run()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 after SIGTERM or SIGINT, BAD_USAGE if the address can't be taken."""
+    config, log_level = parse(arguments)
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        uvloop.run(serve(config))
+    except AddressError as error:
+        print(f"gmanager: {error}", file=sys.stderr)
+        return BAD_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""A cell's membership, from its first registration to its end.
+
+    registering ──(cell_size registered)──> opening ──(StoreOpened)──> joining ──(all Joined, text loaded)──> ready
+
+Whoever leaves from `opening` on ends the cell; so does whoever should have sent the text and didn't.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gmanager.events import LoadText, Log, Send
+from gmanager.policy import why_never
+from gmanager.requests import Emit
+from gmanager.wire.channel import PeerId
+from gmanager.wire.codec import MAX_FRAME_BYTES
+from gmanager.wire.messages import (
+    PROTOCOL,
+    Beat,
+    Counters,
+    InstanceSpec,
+    JoinEpoch,
+    OpenStore,
+    Register,
+    Registered,
+    TextAssets,
+    unpack_tokens,
+)
+from gmanager.wire.messages import Member as WireMember
+
+MAX_CELL_NAME = 64
+MAX_CELL_SIZE = 4096
+
+MAX_TOKENS = MAX_FRAME_BYTES // 4 - 2**18
+"""Most tokens of a request, whatever the model takes: all of them must fit one Admit."""
+
+Phase = Literal["registering", "opening", "joining", "ready"]
+
+_SAME = ("fingerprint", "tokenizer", "dtype", "block_size", "vocab_size", "max_context")
+_POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens")
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One instance, and what is known of its blocks."""
+
+    peer: PeerId
+    register: Register
+    run: tuple[str, int]
+    """Its torchrun: the run id, and how many instances of the same run id and rank came before (torchruns that were
+    given no id are all called "none")."""
+    heard_at: float
+    rank: int = -1
+    """In the epoch; -1 before it has begun."""
+    joined: bool = False
+    free_blocks: int = 0
+    """As last heard. Answers to Reserve are already in it."""
+    outstanding: dict[int, int] = field(default_factory=dict)
+    """seq -> blocks of Reserves that aren't answered."""
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def spec(self) -> InstanceSpec:
+        return self.register.spec
+
+    @property
+    def free(self) -> int:
+        """Blocks that a new Reserve may count on."""
+        return max(0, self.free_blocks - sum(self.outstanding.values()))
+
+    @property
+    def name(self) -> str:
+        run = self.register.run_id[:64]
+        rank = self.rank if self.rank >= 0 else f"with RANK {self.register.rank} of run {run!r}"
+        return f"instance {rank} of cell '{self.register.cell}'"
+
+    def hear_free(self, blocks: int) -> None:
+        self.free_blocks = max(0, min(blocks, self.spec.num_blocks))
+
+
+class Cell:
+    """The membership of one epoch."""
+
+    def __init__(self, epoch: int, first: Register, emit: Emit) -> None:
+        self.name = first.cell
+        self.epoch = epoch
+        self.size = first.cell_size
+        self.spec = first.spec
+        self.phase: Phase = "registering"
+        self.members: list[Member] = []
+        """In order of registration; from `opening` on `members[r]` has rank r."""
+        self.assets: TextAssets | None = None
+        self.text_loaded = False
+        self.text_source: Member | None = None
+        self.began_at = 0.0
+        self._emit = emit
+
+    @property
+    def is_ready(self) -> bool:
+        return self.phase == "ready"
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        return self.assets.eos_token_ids if self.assets is not None else []
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(member.spec.num_blocks for member in self.members) * self.spec.block_size
+
+    def refusal(self, register: Register) -> str | None:
+        """Why this instance can't be a member."""
+        if self.phase != "registering":
+            return f"cell '{self.name}' already has its {self.size} instances"
+        if register.cell_size != self.size:
+            return f"its cell size is {register.cell_size}, that of cell '{self.name}' is {self.size}"
+        for field_name in _SAME:
+            own, theirs = getattr(register.spec, field_name), getattr(self.spec, field_name)
+            if own != theirs:
+                what = "model (fingerprint)" if field_name == "fingerprint" else field_name.replace("_", " ")
+                return f"its {what} is {str(own)[:80]}, that of cell '{self.name}' is {str(theirs)[:80]}"
+        if (register.spec.device == "cpu") != (self.spec.device == "cpu"):
+            return f"its device is {register.spec.device[:80]}, that of cell '{self.name}' is {self.spec.device[:80]}"
+        return None
+
+    def why_never(self, prompt: bytes, max_tokens: int) -> str | None:
+        """Why a request with this packed prompt can't be served here, even alone; None if it can."""
+        ids = unpack_tokens(prompt)
+        if (most := max(ids, default=0)) >= self.spec.vocab_size:
+            return (
+                f"token id {most} at position {ids.index(most)} is out of range: the model has {self.spec.vocab_size:,} tokens"
+            )
+        return why_never(
+            prompt=len(ids),
+            max_tokens=max_tokens,
+            max_context=min(self.spec.max_context, MAX_TOKENS),
+            cell=self.name,
+            total_blocks=[member.spec.num_blocks for member in self.members],
+            block_size=self.spec.block_size,
+        )
+
+    def add(self, peer: PeerId, register: Register, now: float, lease_s: float) -> Member:
+        """Register an instance; with the last one the epoch begins."""
+        key = (register.run_id, register.rank)
+        before = sum((m.register.run_id, m.register.rank) == key for m in self.members)
+        member = Member(peer, register, (register.run_id, before), now)
+        self.members.append(member)
+        send_text = self.text_source is None
+        if send_text:
+            self.text_source = member
+        self._emit(Send(peer, Registered(lease_s=lease_s, send_text=send_text)))
+        self._emit(Log(logging.INFO, f"{member.name} registered ({len(self.members)} of {self.size})"))
+        if len(self.members) == self.size:
+            self._begin(now)
+        return member
+
+    def set_text(self, member: Member, assets: TextAssets) -> None:
+        """The text assets came. Ignored but from who was asked."""
+        if member is self.text_source and self.assets is None:
+            self.assets = assets
+            self._emit(LoadText(self.epoch, assets))
+
+    def set_text_loaded(self) -> None:
+        self.text_loaded = True
+        self._check_ready()
+
+    def set_store(self, member: Member, address: str) -> None:
+        """The epoch's store is open: all can join."""
+        if self.phase != "opening" or member.rank != 0:
+            return
+        self.phase = "joining"
+        members = [WireMember(rank=m.rank, party_address=m.register.party_address) for m in self.members]
+        for m in self.members:
+            self._emit(Send(m.peer, JoinEpoch(epoch=self.epoch, rank=m.rank, store_address=address, members=members)))
+
+    def set_joined(self, member: Member) -> None:
+        if self.phase == "joining":
+            member.joined = True
+            self._check_ready()
+
+    def hear(self, member: Member, beat: Beat) -> bool:
+        """A Beat came. Returns whether its free blocks are news."""
+        before = member.free_blocks
+        member.hear_free(beat.free_blocks)
+        member.counters = beat.counters
+        return member.free_blocks != before
+
+    def can_lose(self, member: Member) -> bool:
+        """Whether the cell can go on forming without this member."""
+        return self.phase == "registering" and (self.assets is not None or member is not self.text_source)
+
+    def validate(self) -> None:
+        """Raises RuntimeError if the membership contradicts itself."""
+        if self.phase == "registering":
+            if len(self.members) >= self.size:
+                raise RuntimeError(f"cell '{self.name}' is complete and has no epoch")
+            return
+        if [m.rank for m in self.members] != list(range(self.size)):
+            raise RuntimeError(f"ranks of cell '{self.name}' are {[m.rank for m in self.members]}")
+        for m in self.members:
+            if not 0 <= m.free_blocks <= m.spec.num_blocks:
+                raise RuntimeError(f"{m.name} has {m.free_blocks} of {m.spec.num_blocks} blocks free")
+
+    def _begin(self, now: float) -> None:
+        """Ranks: by torchrun in order of its first registration, then by RANK."""
+        runs = list(dict.fromkeys(m.run for m in self.members))
+        self.members.sort(key=lambda m: (runs.index(m.run), m.register.rank))
+        for rank, m in enumerate(self.members):
+            m.rank = rank
+            m.free_blocks = m.spec.num_blocks
+        self.phase = "opening"
+        self.began_at = now
+        self._emit(Send(self.members[0].peer, OpenStore(epoch=self.epoch)))
+
+    def _check_ready(self) -> None:
+        if self.phase == "joining" and self.text_loaded and all(m.joined for m in self.members):
+            self.phase = "ready"
+            self._emit(
+                Log(
+                    logging.INFO,
+                    f"cell '{self.name}' is ready: epoch {self.epoch}, {self.size} instances, "
+                    f"{self.total_tokens:,} tokens of KV",
+                )
+            )
+
+
+def malformed(register: Register) -> str | None:
+    """What is wrong with a registration whatever the cell."""
+    if register.protocol != PROTOCOL:
+        return f"it speaks protocol {register.protocol}, this gManager {PROTOCOL}"
+    if not (1 <= len(register.cell) <= MAX_CELL_NAME and register.cell.isprintable()):
+        return f"a cell's name has 1 to {MAX_CELL_NAME} printable characters"
+    if not 1 <= register.cell_size <= MAX_CELL_SIZE:
+        return f"cell size must be between 1 and {MAX_CELL_SIZE}, got {register.cell_size}"
+    if register.rank < 0:
+        return f"RANK must not be negative, got {register.rank}"
+    for field_name in _POSITIVE:
+        value = getattr(register.spec, field_name)
+        if value < 1:
+            return f"{field_name} must be at least 1, got {value}"
+    return None

@@ -1,0 +1,489 @@
+"""The gManager's mind: every event goes through `handle`, which returns what is to be done. No socket, clock or chance.
+
+    peers ──> clients: requests wait here for a ready cell; then their text is tokenised and they join its queue
+          └─> instances: a Cell is formed; once ready, its Sequences admit and run requests
+
+A peer's first message says what it is. One that is done for (refused, of a cell that ended) is heard no more, and
+forgotten after a while.
+"""
+
+import logging
+
+from gmanager.cell import Cell, Member, malformed
+from gmanager.config import GManagerConfig
+from gmanager.events import (
+    Action,
+    DropText,
+    Encode,
+    Encoded,
+    Event,
+    Forget,
+    Log,
+    PeerGarbled,
+    PeerSaid,
+    PeerWasLost,
+    Send,
+    StopFound,
+    Stopped,
+    TextLoaded,
+    Ticked,
+)
+from gmanager.requests import MoveCall, Request, Requests, wrong_with
+from gmanager.sequences import Sequences
+from gmanager.stats import assemble
+from gmanager.wire import messages as m
+from gmanager.wire.channel import PeerId
+
+STALL_S = 3.0
+"""If ticks are further apart than this, it is we who were stopped: leases start anew."""
+
+
+class Cluster:
+    """Cells, clients and requests of one gManager."""
+
+    def __init__(self, config: GManagerConfig) -> None:
+        self._config = config
+        self._out: list[Action] = []
+        self._now = 0.0
+        self._ticked_at: float | None = None
+        self._epoch = 0
+        self._cells: dict[str, Cell] = {}
+        self._sequences: dict[str, Sequences] = {}
+        """Of the ready cells, by name."""
+        self._clients: dict[PeerId, float] = {}
+        """When each was last heard."""
+        self._members: dict[PeerId, tuple[Cell, Member]] = {}
+        self._parting: dict[PeerId, float] = {}
+        """Peers that are done for, and since when."""
+        self._requests = Requests(self._out.append)
+        self._unbound: dict[int, Request] = {}
+        """Requests that wait for a ready cell."""
+        self._num_dropped = 0
+        self._num_preemptions = 0
+        """Of cells that are over."""
+
+    def handle(self, event: Event) -> list[Action]:
+        """Take one event in. The actions are to be done in this order."""
+        self._now = event.now
+        match event:
+            case PeerSaid():
+                self._on_message(event)
+            case PeerGarbled(peer=peer, reason=reason):
+                self._on_garbled(peer, reason)
+            case PeerWasLost(peer=peer, reason=reason):
+                self._on_lost(peer, reason)
+                self._out.append(Forget(peer))
+            case TextLoaded(epoch=epoch, error=error):
+                self._on_text_loaded(epoch, error)
+            case Encoded():
+                self._on_encoded(event)
+            case StopFound(request=number, generated=generated):
+                self._on_stop_found(number, generated)
+            case Ticked():
+                self._on_tick()
+            case Stopped(reason=reason):
+                self._on_stop(reason)
+        for sequences in self._sequences.values():
+            sequences.advance()
+        actions = self._out[:]
+        self._out.clear()
+        return actions
+
+    # --- peers --------------------------------------------------------------------------------------------------------
+
+    def _on_message(self, event: PeerSaid) -> None:
+        peer, message = event.peer, event.message
+        if peer in self._clients:
+            self._clients[peer] = self._now
+            self._on_client(event)
+        elif peer in self._members:
+            cell, member = self._members[peer]
+            member.heard_at = self._now
+            self._on_instance(cell, member, message)
+        elif peer in self._parting:
+            self._num_dropped += 1
+        elif isinstance(message, m.Hello):
+            self._on_hello(peer, message)
+        elif isinstance(message, m.Register):
+            self._on_register(peer, message)
+        elif (epoch := getattr(message, "epoch", None)) is not None:
+            self._num_dropped += 1
+            self._part(peer, m.EndEpoch(epoch=epoch, reason="this instance is not registered here (any more)"))
+        else:
+            self._part(peer, m.Refused(reason=f"the first message must be Hello or Register, not {_kind(message)}"))
+
+    def _on_garbled(self, peer: PeerId, reason: str) -> None:
+        self._num_dropped += 1
+        if peer in self._parting:
+            return
+        self._log(logging.WARNING, f"a peer sent what can't be read: {reason}")
+        if peer in self._members:
+            _, member = self._members[peer]
+            self._lose_member(peer, f"{member.name} sent what can't be read: {reason}")
+        else:
+            self._lose_client(peer)
+        self._part(peer, m.Refused(reason=f"can't read this: {reason}"))
+
+    def _on_lost(self, peer: PeerId, reason: str) -> None:
+        self._parting.pop(peer, None)
+        if peer in self._members:
+            _, member = self._members[peer]
+            self._lose_member(peer, f"{member.name} is lost: {reason}")
+        elif peer in self._clients:
+            self._log(logging.INFO, f"a client is lost: {reason}")
+            self._lose_client(peer)
+
+    def _part(self, peer: PeerId, last_words: m.Message) -> None:
+        self._parting[peer] = self._now
+        self._out.append(Send(peer, last_words))
+
+    def _lose_client(self, peer: PeerId) -> None:
+        self._clients.pop(peer, None)
+        for request in self._requests.live():
+            if request.client == peer:
+                self._end(request, "abort")
+
+    # --- clients ------------------------------------------------------------------------------------------------------
+
+    def _on_hello(self, peer: PeerId, hello: m.Hello) -> None:
+        if hello.protocol != m.PROTOCOL:
+            self._part(peer, m.Refused(reason=f"it speaks protocol {hello.protocol}, this gManager {m.PROTOCOL}"))
+            return
+        self._clients[peer] = self._now
+        self._out.append(Send(peer, m.Welcome(lease_s=self._config.client_lease_s)))
+
+    def _on_client(self, event: PeerSaid) -> None:
+        peer = event.peer
+        match event.message:
+            case m.Submit() as submit:
+                self._on_submit(peer, submit, event.seed)
+            case m.Abort(call=call, request_id=request_id):
+                request = self._own_request(peer, call, request_id)
+                if request is not None:
+                    self._end(request, "abort")
+                    self._out.append(Send(peer, m.Done(call=call)))
+            case m.MoveHome(call=call, request_id=request_id, instance=instance):
+                request = self._own_request(peer, call, request_id)
+                if request is not None:
+                    self._move_home(request, MoveCall(peer, call, instance))
+            case m.GetStats(call=call):
+                self._out.append(Send(peer, m.StatsReply(call=call, stats=self.stats())))
+            case m.Ping():
+                self._out.append(Send(peer, m.Pong()))
+            case m.Hello():
+                self._out.append(Send(peer, m.Welcome(lease_s=self._config.client_lease_s)))
+            case other:
+                self._lose_client(peer)
+                self._part(peer, m.Refused(reason=f"a client doesn't send {_kind(other)}"))
+
+    def _own_request(self, peer: PeerId, call: int, request_id: str) -> Request | None:
+        """A live request of this client; if there is none, the call fails."""
+        request = self._requests.by_id(request_id)
+        if request is not None and request.client == peer:
+            return request
+        ended = request is None and self._requests.has_finished(request_id)
+        reason = f"request {request_id!r} has ended" if ended else f"this client has no request {request_id!r}"
+        self._out.append(Send(peer, m.CallFailed(call=call, reason=reason)))
+        return None
+
+    def _on_submit(self, peer: PeerId, submit: m.Submit, seed: int) -> None:
+        error = wrong_with(submit)
+        if self._requests.by_id(submit.request_id) is not None:
+            error = f"request id {submit.request_id!r} is in use by a request that has not ended"
+        if error is not None:
+            self._requests.refuse(submit, peer, error)
+            return
+        spread = self._config.spread if submit.spread is None else submit.spread
+        seed = seed if submit.params.seed is None else submit.params.seed
+        request = self._requests.new(submit, peer, seed, spread, self._now)
+        request.prompt = submit.token_ids or b""
+        request.place = "waiting room"
+        self._unbound[request.number] = request
+        self._bind_waiting()
+
+    def _move_home(self, request: Request, call: MoveCall) -> None:
+        sequences = self._sequences_of(request)
+        if request.move_call is not None:
+            reason = f"request {request.id!r} is being moved to instance {request.move_call.target}"
+            self._out.append(Send(call.peer, m.CallFailed(call=call.call, reason=reason)))
+        elif sequences is None:
+            reason = f"request {request.id!r} has no home now: it waits for a cell"
+            self._out.append(Send(call.peer, m.CallFailed(call=call.call, reason=reason)))
+        else:
+            sequences.move_home(request, call)
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def _bind_waiting(self) -> None:
+        """Give each request that waits for a ready cell to one."""
+        for request in list(self._unbound.values()):
+            ready = [cell for cell in self._cells.values() if cell.is_ready]
+            if not ready:
+                return
+            del self._unbound[request.number]
+            cell = self._choose_cell(request, ready)
+            request.epoch = cell.epoch
+            if request.prompt:
+                self._queue(request)
+            else:
+                request.place = "encoding"
+                self._out.append(Encode(cell.epoch, request.number, request.submit))
+
+    def _choose_cell(self, request: Request, ready: list[Cell]) -> Cell:
+        """Of those that can ever serve it, the one where fewest wait; then the one with most free memory."""
+        if len(ready) == 1:
+            return ready[0]
+
+        def rank(cell: Cell) -> tuple[bool, int, int, str]:
+            never = bool(request.prompt) and cell.why_never(request.prompt, request.params.max_tokens) is not None
+            free = sum(member.free for member in cell.members) * cell.spec.block_size
+            return never, self._sequences[cell.name].num_waiting, -free, cell.name
+
+        return min(ready, key=rank)
+
+    def _queue(self, request: Request) -> None:
+        """Its cell and its tokens are known: refuse it, or let it wait for memory."""
+        cell = self._cell_of(request)
+        sequences = self._sequences_of(request)
+        if cell is None or sequences is None:
+            raise RuntimeError(f"request {request.number} is bound to epoch {request.epoch}, which is over")
+        error = cell.why_never(request.prompt, request.params.max_tokens)
+        if error is not None:
+            request.place = "nowhere"
+            self._requests.finish(request, "error", error=error, refused=True)
+        else:
+            sequences.enqueue(request, request.waiting_since)
+
+    def _on_encoded(self, event: Encoded) -> None:
+        request = self._requests.by_number(event.request)
+        if request is None or request.place != "encoding":
+            return  # it has ended meanwhile
+        if event.error is not None or not event.token_ids:
+            request.place = "nowhere"
+            error = event.error or "the prompt is empty: it has no tokens"
+            self._requests.finish(request, "error", error=error, refused=True)
+            return
+        request.prompt = event.token_ids
+        self._queue(request)
+
+    def _on_stop_found(self, number: int, generated: int) -> None:
+        request = self._requests.by_number(number)
+        if request is None:
+            self._requests.correct(number, generated)
+        else:
+            del request.tokens[generated:]
+            self._end(request, "stop")
+
+    def _end(self, request: Request, reason: m.FinishReason, error: str | None = None) -> None:
+        """End a request wherever it is, and release what it holds."""
+        self._requests.finish(request, reason, error=error)
+        self._unbound.pop(request.number, None)
+        sequences = self._sequences_of(request)
+        if sequences is not None:
+            sequences.withdraw(request)
+        request.place = "nowhere"
+
+    def _cell_of(self, request: Request) -> Cell | None:
+        return next((cell for cell in self._cells.values() if cell.epoch == request.epoch), None)
+
+    def _sequences_of(self, request: Request) -> Sequences | None:
+        cell = self._cell_of(request)
+        return self._sequences.get(cell.name) if cell is not None else None
+
+    # --- instances ----------------------------------------------------------------------------------------------------
+
+    def _on_register(self, peer: PeerId, register: m.Register) -> None:
+        cell = self._cells.get(register.cell)
+        reason = malformed(register) or (cell.refusal(register) if cell is not None else None)
+        if reason is not None:
+            self._log(logging.WARNING, f"an instance was refused: {reason}")
+            self._part(peer, m.Refused(reason=reason))
+            return
+        if cell is None:
+            self._epoch += 1
+            cell = self._cells[register.cell] = Cell(self._epoch, register, self._out.append)
+        member = cell.add(peer, register, self._now, self._config.instance_lease_s)
+        self._members[peer] = cell, member
+
+    def _on_instance(self, cell: Cell, member: Member, message: m.Message) -> None:
+        if isinstance(message, m.Ping):
+            self._out.append(Send(member.peer, m.Pong()))
+        elif isinstance(message, m.Leave):
+            how = "failed" if message.failed else "left"
+            self._lose_member(member.peer, f"{member.name} {how}: {message.reason}")
+            self._parting[member.peer] = self._now
+        elif isinstance(message, m.Text):
+            cell.set_text(member, message.assets)
+        elif getattr(message, "epoch", None) != cell.epoch:
+            self._num_dropped += 1
+        elif isinstance(message, m.StoreOpened):
+            cell.set_store(member, message.address)
+        elif isinstance(message, m.Joined):
+            cell.set_joined(member)
+            self._check_ready(cell)
+        elif isinstance(message, m.Beat):
+            is_news = cell.hear(member, message)
+            if cell.is_ready:
+                self._sequences[cell.name].on_beat(member, message, is_news)
+            self._out.append(Send(member.peer, m.Pong()))
+        elif cell.is_ready:
+            self._on_running(self._sequences[cell.name], member, message)
+        else:
+            self._num_dropped += 1
+
+    def _on_running(self, sequences: Sequences, member: Member, message: m.Message) -> None:
+        match message:
+            case m.Granted(seq=seq, free_blocks=free_blocks):
+                sequences.on_granted(member, seq, free_blocks)
+            case m.NotGranted(seq=seq, free_blocks=free_blocks):
+                sequences.on_not_granted(member, seq, free_blocks)
+            case m.Outputs() as outputs:
+                sequences.on_outputs(member, outputs)
+                sequences.settle(self._now)
+            case m.NeedBlock(seq=seq):
+                sequences.on_need_block(member, seq)
+            case m.HomeMoved(seq=seq, home=home):
+                sequences.on_home_moved(seq, home)
+            case m.Released() as released:
+                sequences.on_released(released, self._now)
+            case _:
+                self._num_dropped += 1
+
+    def _on_text_loaded(self, epoch: int, error: str | None) -> None:
+        cell = next((cell for cell in self._cells.values() if cell.epoch == epoch), None)
+        if cell is None:
+            return
+        if error is not None:
+            self._fail(cell, f"the tokenizer of cell '{cell.name}' can't be used: {error}")
+            return
+        cell.set_text_loaded()
+        self._check_ready(cell)
+
+    def _check_ready(self, cell: Cell) -> None:
+        if cell.is_ready and cell.name not in self._sequences:
+            self._sequences[cell.name] = Sequences(cell, self._requests, self._out.append)
+            self._bind_waiting()
+
+    def _lose_member(self, peer: PeerId, reason: str) -> None:
+        cell, member = self._members.pop(peer)
+        if not cell.can_lose(member):
+            self._fail(cell, reason, lost=member)
+            return
+        self._log(logging.WARNING, reason)
+        cell.members.remove(member)
+        if not cell.members:
+            del self._cells[cell.name]
+            self._out.append(DropText(cell.epoch))
+
+    def _fail(self, cell: Cell, reason: str, lost: Member | None = None) -> None:
+        """The cell is over, and with it every request bound to it."""
+        self._log(logging.ERROR, f"cell '{cell.name}' is over (epoch {cell.epoch}): {reason}")
+        for member in cell.members:
+            if member is not lost:
+                del self._members[member.peer]
+                self._part(member.peer, m.EndEpoch(epoch=cell.epoch, reason=reason))
+        for request in self._requests.live():
+            if request.epoch == cell.epoch:
+                request.place = "nowhere"
+                self._requests.finish(request, "error", error=reason)
+        sequences = self._sequences.pop(cell.name, None)
+        if sequences is not None:
+            self._num_preemptions += sequences.num_preemptions
+            self._num_dropped += sequences.num_dropped
+        del self._cells[cell.name]
+        self._out.append(DropText(cell.epoch))
+
+    # --- time ---------------------------------------------------------------------------------------------------------
+
+    def _on_tick(self) -> None:
+        now = self._now
+        if self._ticked_at is not None and now - self._ticked_at > STALL_S:
+            self._log(logging.WARNING, f"this gManager stood still for {now - self._ticked_at:.1f} s")
+            self._clients = dict.fromkeys(self._clients, now)
+            for _, member in self._members.values():
+                member.heard_at = now
+        self._ticked_at = now
+        self._end_leases(now)
+        for cell in list(self._cells.values()):
+            late = now - cell.began_at > self._config.form_timeout_s
+            if cell.phase in ("opening", "joining") and late:
+                missing = [member.rank for member in cell.members if not member.joined]
+                what = f"instances {missing} have not joined" if missing else "its tokenizer is not loaded"
+                self._fail(cell, f"cell '{cell.name}' was not ready within {self._config.form_timeout_s:g} s: {what}")
+        longest = self._config.max_queue_wait_s
+        for request in self._requests.live():
+            waits = request.place in ("waiting room", "encoding", "queue", "reservation")
+            if waits and now - request.waiting_since > longest:
+                what = {"waiting room": "a ready cell", "encoding": "the tokenizer"}.get(request.place, "free memory")
+                self._end(request, "error", f"waited {longest:g} s for {what} (max-queue-wait)")
+
+    def _end_leases(self, now: float) -> None:
+        for peer, heard_at in list(self._clients.items()):
+            if now - heard_at > self._config.client_lease_s:
+                self._log(logging.INFO, f"a client was not heard for {self._config.client_lease_s:g} s")
+                self._lose_client(peer)
+                self._out.append(Forget(peer))
+        for peer, (cell, member) in list(self._members.items()):
+            if peer in self._members and now - member.heard_at > self._config.instance_lease_s:
+                reason = f"{member.name} was not heard for {self._config.instance_lease_s:g} s"
+                self._lose_member(peer, reason)
+                self._part(peer, m.EndEpoch(epoch=cell.epoch, reason=reason))  # in case it was only slow
+        for peer, since in list(self._parting.items()):
+            if now - since > self._config.client_lease_s:
+                del self._parting[peer]
+                self._out.append(Forget(peer))
+
+    def _on_stop(self, reason: str) -> None:
+        for request in self._requests.live():
+            self._end(request, "error", reason)
+        for cell in list(self._cells.values()):
+            self._fail(cell, reason)
+
+    # --- for others to see --------------------------------------------------------------------------------------------
+
+    def stats(self) -> m.Stats:
+        """The service's state now."""
+        own = m.Counters(
+            preemptions=self._num_preemptions + sum(s.num_preemptions for s in self._sequences.values()),
+            dropped_messages=self._num_dropped + sum(s.num_dropped for s in self._sequences.values()),
+        )
+        return assemble(self._cells.values(), self._sequences, self._requests.stats(), own)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is live and no instance holds anything for one."""
+        return not len(self._requests) and all(sequences.is_idle for sequences in self._sequences.values())
+
+    def validate(self) -> None:
+        """Raises RuntimeError if the books contradict each other. Tests call it after every event."""
+        self._requests.validate()
+        for cell in self._cells.values():
+            cell.validate()
+            if cell.is_ready != (cell.name in self._sequences):
+                raise RuntimeError(f"cell '{cell.name}' is {cell.phase}, its sequences don't know")
+            for member in cell.members:
+                if self._members.get(member.peer) != (cell, member):
+                    raise RuntimeError(f"{member.name} is no known peer")
+        if len(self._members) != sum(len(cell.members) for cell in self._cells.values()):
+            raise RuntimeError("there are instances without a cell")
+        roles = [*self._clients, *self._members, *self._parting]
+        if len(set(roles)) != len(roles):
+            raise RuntimeError("a peer has two roles")
+        for sequences in self._sequences.values():
+            sequences.validate()
+        epochs = [cell.epoch for cell in self._cells.values() if cell.is_ready]
+        for request in self._requests.live():
+            if request.client not in self._clients:
+                raise RuntimeError(f"request {request.number} has no client")
+            unbound = request.place == "waiting room"
+            if unbound != (request.number in self._unbound) or unbound == (request.epoch in epochs):
+                raise RuntimeError(f"request {request.number} is in its {request.place}, bound to {request.epoch}")
+        if set(self._unbound) and epochs:
+            raise RuntimeError("a cell is ready and requests wait for one")
+
+    def _log(self, level: int, text: str) -> None:
+        self._out.append(Log(level, text))
+
+
+def _kind(message: m.Message) -> str:
+    return type(message).__name__

@@ -1,0 +1,50 @@
+"""What the gManager is told when it starts."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Spread = int | Literal["auto", "all"]
+"""Least number of instances that a prompt's KV is spread over; see `gmanager.policy.place`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GManagerConfig:
+    """All that a gManager is told. Raises ValueError for a value that makes no sense."""
+
+    bind: str = "tcp://127.0.0.1:5570"
+    """Where it listens; port * takes a free one."""
+    spread: Spread = "auto"
+    """For requests that don't say it themselves."""
+    max_queue_wait_s: float = 600.0
+    """Longest time that a request waits for a ready cell, or for memory, before it fails."""
+    instance_lease_s: float = 5.0
+    """An instance that isn't heard for so long is taken for dead. They beat once a second."""
+    client_lease_s: float = 10.0
+    """A client that isn't heard for so long is taken for gone."""
+    form_timeout_s: float = 120.0
+    """Longest time from a cell's last registration until it is ready: a process group forms in seconds, but compilers
+    and slow file systems have taken a minute."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.spread, int):
+            if self.spread < 1:
+                raise ValueError(f"spread must be auto, all or at least 1, got {self.spread}")
+        elif self.spread not in ("auto", "all"):
+            raise ValueError(f"spread must be auto, all or a number, got {self.spread!r}")
+        for name in ("max_queue_wait_s", "instance_lease_s", "client_lease_s", "form_timeout_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def parse_spread(text: str) -> Spread:
+    """`auto`, `all` or a number. Raises ValueError."""
+    if text == "auto":
+        return "auto"
+    if text == "all":
+        return "all"
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"spread must be auto, all or a number, got {text!r}") from None

@@ -1,0 +1,153 @@
+"""What the cluster hears (past facts) and what it wants done (commands). No I/O here.
+
+A request is named by its `number` between cluster and shell: a client may use an id again once its request has ended.
+"""
+
+from dataclasses import dataclass
+
+from gmanager.wire.channel import PeerId
+from gmanager.wire.messages import FinishReason, Message, Submit, TextAssets, TokenLogprob
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSaid:
+    """A message came. `seed`: drawn by the shell, for a Submit without one."""
+
+    peer: PeerId
+    message: Message
+    now: float
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGarbled:
+    """Something came that is no message."""
+
+    peer: PeerId
+    reason: str
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeerWasLost:
+    """A peer can't be sent to any more."""
+
+    peer: PeerId
+    reason: str
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextLoaded:
+    """A cell's text assets are ready to use, or can't be used."""
+
+    epoch: int
+    now: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt was tokenised, or can't be."""
+
+    request: int
+    now: float
+    token_ids: bytes = b""
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopFound:
+    """A stop string was found in a request's text: only its first `generated` tokens count."""
+
+    request: int
+    generated: int
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The gManager ends."""
+
+    reason: str
+    now: float
+
+
+Event = PeerSaid | PeerGarbled | PeerWasLost | TextLoaded | Encoded | StopFound | Ticked | Stopped
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    peer: PeerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Nothing more is to be sent to this peer."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class LoadText:
+    """Make a tokenizer for the cell of this epoch. Answered by TextLoaded."""
+
+    epoch: int
+    assets: TextAssets
+
+
+@dataclass(frozen=True, slots=True)
+class DropText:
+    """The cell of this epoch is over."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Tokenise a request's text or messages. Answered by Encoded."""
+
+    epoch: int
+    request: int
+    submit: Submit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deliver:
+    """New tokens of a request for its client: the shell adds the text. Exactly one, the last, has a `finish_reason`."""
+
+    peer: PeerId
+    request: int
+    request_id: str
+    epoch: int
+    """Of the cell that generates; 0: none does."""
+    stop_strings: tuple[str, ...]
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """One line of the log. Never holds what a client wrote, but its request id, quoted."""
+
+    level: int
+    text: str
+
+
+Action = Send | Forget | LoadText | DropText | Encode | Deliver | Log

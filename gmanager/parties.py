@@ -1,0 +1,51 @@
+"""Parties: the instances that share a sequence, directly or through others, step together."""
+
+from collections.abc import Iterable
+
+from gmanager.wire.messages import Regroup
+
+
+class Parties:
+    """The parties of one epoch. Every rank starts alone, in a party with number 0."""
+
+    def __init__(self, epoch: int, size: int) -> None:
+        self._epoch = epoch
+        self._size = size
+        self._number = 0
+        self._parties = [[rank] for rank in range(size)]
+
+    def regroup(self, shared: Iterable[Iterable[int]]) -> tuple[list[int], Regroup] | None:
+        """Make the parties fit these sets of participants. Returns whom to tell what, or None if nothing changes."""
+        wanted = connected(self._size, shared)
+        new = [party for party in wanted if party not in self._parties]
+        if not new:
+            return None
+        self._number += 1
+        self._parties = wanted
+        ranks = sorted(rank for party in new for rank in party)
+        return ranks, Regroup(epoch=self._epoch, number=self._number, parties=new)
+
+    def validate(self, shared: Iterable[Iterable[int]]) -> None:
+        """Raises RuntimeError unless the parties are those that these sets make."""
+        wanted = connected(self._size, shared)
+        if self._parties != wanted:
+            raise RuntimeError(f"parties are {self._parties} and should be {wanted}")
+
+
+def connected(size: int, shared: Iterable[Iterable[int]]) -> list[list[int]]:
+    """Connected components of ranks 0 .. size-1, each ascending, in order of their lowest rank."""
+    leader = list(range(size))
+
+    def find(rank: int) -> int:
+        while leader[rank] != rank:
+            rank = leader[rank]
+        return rank
+
+    for ranks in shared:
+        roots = sorted({find(rank) for rank in ranks})
+        for root in roots[1:]:
+            leader[root] = roots[0]
+    parties: dict[int, list[int]] = {}
+    for rank in range(size):
+        parties.setdefault(find(rank), []).append(rank)
+    return list(parties.values())

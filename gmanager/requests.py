@@ -1,0 +1,255 @@
+"""Requests from a client's Submit to its one final answer, wherever they are meanwhile.
+
+    queued ──> reserving ──> prefill ──> decode <──> moving
+      ^            │             │          │           │          every state ──> finished
+      │<───────────┘             └──────────┼───────────┘
+      └──────────────────────────────── preempted                  (keeps its number, so it is first in the queue)
+
+This file knows no instances: `gmanager.sequences` says when a request goes from one state to the next.
+"""
+
+import logging
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from gmanager.config import Spread
+from gmanager.events import Action, Deliver, Log, Send
+from gmanager.wire.channel import PeerId
+from gmanager.wire.messages import (
+    CallFailed,
+    FinishReason,
+    RequestState,
+    RequestStats,
+    SamplingParams,
+    Submit,
+    TokenLogprob,
+    pack_tokens,
+)
+
+KEEP_FINISHED = 1024
+"""Finished requests whose statistics are kept."""
+
+Emit = Callable[[Action], None]
+
+Place = Literal["waiting room", "encoding", "queue", "reservation", "sequence", "nowhere"]
+"""Who has a request now: the cluster's waiting room for want of a ready cell, the shell that tokenises it, or one of
+its cell's: queue, reservation in flight, running sequence."""
+
+
+@dataclass(slots=True)
+class MoveCall:
+    """A client waits for a home move."""
+
+    peer: PeerId
+    call: int
+    target: int
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request. `tokens` are all that were generated, over all its admissions."""
+
+    number: int
+    """Age: lower is older. Also its name between cluster and shell."""
+    submit: Submit
+    client: PeerId
+    seed: int
+    spread: Spread
+    waiting_since: float
+    prompt: bytes = b""
+    """Packed token ids; empty until they are known."""
+    epoch: int = 0
+    """Of the cell that serves it; 0 while there is none."""
+    seq: int = 0
+    """Its present admission, while its place is "sequence"."""
+    place: Place = "nowhere"
+    state: RequestState = "queued"
+    tokens: "array[int]" = field(default_factory=lambda: array("I"))
+    home: int | None = None
+    held: dict[int, int] = field(default_factory=dict)
+    """Tokens of KV per rank, as last heard."""
+    home_moves: int = 0
+    preemptions: int = 0
+    move_call: MoveCall | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def id(self) -> str:
+        return self.submit.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.submit.params
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt) // 4
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated."""
+        return self.prompt_tokens + len(self.tokens)
+
+    @property
+    def is_live(self) -> bool:
+        return self.finish_reason is None
+
+    def packed(self) -> bytes:
+        """All its tokens so far: the prompt of its next admission."""
+        return self.prompt + pack_tokens(self.tokens)
+
+    def stats(self) -> RequestStats:
+        return RequestStats(
+            state=self.state,
+            home=self.home,
+            kv_tokens={rank: tokens for rank, tokens in sorted(self.held.items()) if tokens},
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=len(self.tokens),
+            home_moves=self.home_moves,
+            preemptions=self.preemptions,
+            finish_reason=self.finish_reason,
+        )
+
+
+class Requests:
+    """All live requests, and what is kept of the last finished ones."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._numbers = 0
+        self._live: dict[int, Request] = {}
+        self._ids: dict[str, Request] = {}
+        self._finished: dict[str, tuple[int, RequestStats]] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def new(self, submit: Submit, client: PeerId, seed: int, spread: Spread, now: float) -> Request:
+        """Take a request in. Its id must not be that of a live one."""
+        if submit.request_id in self._ids:
+            raise ValueError(f"request id {submit.request_id!r} is in use")
+        self._numbers += 1
+        request = Request(self._numbers, submit, client, seed, spread, now)
+        self._live[request.number] = self._ids[request.id] = request
+        return request
+
+    def live(self) -> list[Request]:
+        """In order of arrival."""
+        return list(self._live.values())
+
+    def by_number(self, number: int) -> Request | None:
+        return self._live.get(number)
+
+    def by_id(self, request_id: str) -> Request | None:
+        return self._ids.get(request_id)
+
+    def has_finished(self, request_id: str) -> bool:
+        return request_id in self._finished
+
+    def refuse(self, submit: Submit, client: PeerId, error: str) -> None:
+        """Answer a Submit that is not taken in."""
+        self._emit(Log(logging.INFO, f"request {submit.request_id!r} refused: {error}"))
+        self._answer(Request(0, submit, client, 0, 1, 0.0), [], None, "error", error, True)
+
+    def deliver(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
+        """New tokens, in order; more will come."""
+        request.tokens.extend(token_ids)
+        self._answer(request, token_ids, logprobs, None, None, False)
+
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        error: str | None = None,
+        refused: bool = False,
+        token_ids: list[int] | None = None,
+        logprobs: list[TokenLogprob] | None = None,
+    ) -> None:
+        """Its one final answer. What it holds on instances is for the caller to release."""
+        token_ids = token_ids or []
+        request.tokens.extend(token_ids)
+        request.finish_reason = reason
+        request.state = "finished"
+        self._answer(request, token_ids, logprobs, reason, error, refused)
+        self.fail_move(request, f"request {request.id!r} has ended ({reason})")
+        self._emit(
+            Log(
+                logging.INFO,
+                f"request {request.number} {request.id!r}: {'refused' if refused else reason}"
+                f"{': ' + error if error else ''} ({request.prompt_tokens} + {len(request.tokens)} tokens)",
+            )
+        )
+        del self._live[request.number]
+        del self._ids[request.id]
+        self._finished.pop(request.id, None)
+        self._finished[request.id] = (request.number, request.stats())
+        if len(self._finished) > KEEP_FINISHED:
+            del self._finished[next(iter(self._finished))]
+
+    def correct(self, number: int, generated: int) -> None:
+        """A stop string was found in the text of a request that has just ended: that is why it ended."""
+        for request_id, (kept, stats) in reversed(self._finished.items()):
+            if kept == number:
+                stats = msgspec.structs.replace(stats, finish_reason="stop", generated_tokens=generated)
+                self._finished[request_id] = (number, stats)
+                return
+
+    def fail_move(self, request: Request, reason: str) -> None:
+        """Answer the client that waits for a home move, if one does."""
+        if request.move_call is not None:
+            call, request.move_call = request.move_call, None
+            self._emit(Send(call.peer, CallFailed(call=call.call, reason=reason)))
+
+    def stats(self) -> dict[str, RequestStats]:
+        """Of the last finished requests and of all live ones."""
+        finished = {request_id: stats for request_id, (_, stats) in self._finished.items()}
+        return finished | {request.id: request.stats() for request in self._live.values()}
+
+    def validate(self) -> None:
+        """Raises RuntimeError if the books don't agree."""
+        if [request.number for request in self._ids.values()] != list(self._live):
+            raise RuntimeError("live requests by id and by number differ")
+        for request in self._live.values():
+            if not request.is_live or request.state == "finished":
+                raise RuntimeError(f"request {request.number} is kept as live and has finished")
+            if request.place == "nowhere":
+                raise RuntimeError(f"request {request.number} is nowhere")
+
+    def _answer(
+        self,
+        request: Request,
+        token_ids: list[int],
+        logprobs: list[TokenLogprob] | None,
+        reason: FinishReason | None,
+        error: str | None,
+        refused: bool,
+    ) -> None:
+        self._emit(
+            Deliver(
+                peer=request.client,
+                request=request.number,
+                request_id=request.id,
+                epoch=request.epoch,
+                stop_strings=tuple(request.params.stop_strings),
+                index=len(request.tokens) - len(token_ids),
+                token_ids=token_ids,
+                logprobs=logprobs,
+                finish_reason=reason,
+                error=error,
+                refused=refused,
+            )
+        )
+
+
+def wrong_with(submit: Submit) -> str | None:
+    """What is wrong with a request whoever serves it."""
+    if submit.token_ids is not None and len(submit.token_ids) % 4:
+        return f"token ids must be a multiple of 4 bytes long, got {len(submit.token_ids)}"
+    if not (submit.token_ids or submit.text or submit.messages):
+        return "the prompt is empty"
+    return None

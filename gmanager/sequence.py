@@ -1,0 +1,80 @@
+"""One admission of a request, and one reservation: what `gmanager.sequences` keeps of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gmanager.policy import Placement
+from gmanager.requests import Request
+from gmanager.wire.messages import SequenceOutput
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One admission of a request."""
+
+    number: int
+    request: Request
+    home: int
+    participants: list[int]
+    """Ascending: whoever has blocks of it, or will as its next home."""
+    asked: list[int] = field(default_factory=list)
+    """Instances that were sent a Reserve for a move. When all is released they get a Drop: they may never have been home,
+    or not have heard the Reserve before the release."""
+    held: dict[int, int] = field(default_factory=dict)
+    """rank -> tokens of KV, as last heard."""
+    received: int = 0
+    """Tokens of this admission that came, in order."""
+    early: dict[int, SequenceOutput] = field(default_factory=dict)
+    """index -> output that came before what precedes it (homes speak on different connections)."""
+    released: int | None = None
+    """Tokens that were output, once it is released. It is gone when they are all here."""
+    ending: bool = False
+    """It was cancelled, or has ended: Released will come."""
+    needs_block: bool = False
+    moving_to: int | None = None
+    """MoveSequence was sent, HomeMoved has not come."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its request still runs in it."""
+        return self.request.place == "sequence" and self.request.seq == self.number
+
+    def validate(self) -> None:
+        """Raises RuntimeError if it contradicts itself."""
+        name = f"sequence {self.number}"
+        ranks = self.participants
+        if ranks != sorted(set(ranks)) or self.home not in ranks:
+            raise RuntimeError(f"{name}: home {self.home}, participants {ranks}")
+        if any(index <= self.received for index in self.early):
+            raise RuntimeError(f"{name}: outputs {sorted(self.early)} lie here, {self.received} were taken")
+        if self.released is not None and self.received >= self.released:
+            raise RuntimeError(f"{name} is released and still here")
+        if self.is_current:
+            state = self.request.state
+            if state not in ("prefill", "decode", "moving", "preempted") or (state == "preempted") != self.ending:
+                raise RuntimeError(f"{name}: its request is {state}, ending: {self.ending}")
+        elif not self.ending:
+            raise RuntimeError(f"{name}: nobody wants it and it was not cancelled")
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Blocks that were asked for and aren't used yet."""
+
+    seq: int
+    blocks: dict[int, int]
+    request: Request
+    placement: Placement | None
+    """Of an admission; None for the move of a sequence's home."""
+    granted: dict[int, None] = field(default_factory=dict)
+
+    def validate(self, outstanding: Mapping[int, Mapping[int, int]]) -> None:
+        """Raises RuntimeError if the views (rank -> seq -> blocks) don't know of it, or it should be over."""
+        open_ranks = [rank for rank in self.blocks if rank not in self.granted]
+        for rank in open_ranks:
+            if outstanding[rank].get(self.seq) != self.blocks[rank]:
+                raise RuntimeError(f"reservation {self.seq}: the view of instance {rank} knows nothing of it")
+        if not open_ranks:
+            raise RuntimeError(f"reservation {self.seq} is granted and still open")
+        if self.request.place != ("reservation" if self.placement is not None else "sequence"):
+            raise RuntimeError(f"reservation {self.seq} is of a request whose place is its {self.request.place}")

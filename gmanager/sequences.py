@@ -1,0 +1,485 @@
+"""What runs in one ready cell: admissions, their tokens, home moves, preemption, parties.
+
+    waiting ──Reserve──> reservation ──all Granted: Regroup, Admit──> sequence ──Released──> gone
+       ^                     │ NotGranted: Drop                          │
+       └─────────────────────┴────────────── preempted ─────────────────┘
+
+- One reservation is in flight at a time, for an admission or a home move: two half-granted ones never wait for each
+  other.
+- `advance` is tried only when something has changed that could let it succeed; it never polls.
+- A sequence that waits for a block goes before any admission, and a reservation for it before any preemption.
+- After a preemption nothing is admitted until a sequence has ended: else the victim would take back what it gave.
+- The oldest sequence is preempted only if it is alone, no instance has a block, and so nobody else can make room.
+"""
+
+import logging
+from bisect import insort
+
+from gmanager.cell import Cell, Member
+from gmanager.events import Log, Send
+from gmanager.parties import Parties
+from gmanager.policy import Candidate, InstanceView, Placement, choose_target, choose_victim, place
+from gmanager.requests import Emit, MoveCall, Request, Requests
+from gmanager.sequence import Reservation, Sequence
+from gmanager.wire.messages import (
+    Admit,
+    Beat,
+    Cancel,
+    Done,
+    Drop,
+    MoveSequence,
+    Outputs,
+    Released,
+    Reserve,
+    SequenceOutput,
+    SequenceParams,
+    Share,
+    TokenLogprob,
+)
+
+
+class Sequences:
+    """Admission, placement and homes within one epoch. Pure: what is to be done is emitted."""
+
+    def __init__(self, cell: Cell, requests: Requests, emit: Emit) -> None:
+        self.num_preemptions = 0
+        self.num_dropped = 0
+        self._cell = cell
+        self._requests = requests
+        self._emit = emit
+        self._parties = Parties(cell.epoch, cell.size)
+        self._numbers = 0
+        self._waiting: list[Request] = []
+        self._sequences: dict[int, Sequence] = {}
+        self._reservation: Reservation | None = None
+        self._crowded = False
+        self._unsettled: dict[int, None] = {}
+        """Ranks that held KV of a released sequence and have not said since how many blocks are free."""
+        self._changed = False
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def enqueue(self, request: Request, now: float) -> None:
+        """Let a request wait for memory, behind all older ones."""
+        request.place = "queue"
+        request.state = "preempted" if request.preemptions else "queued"
+        request.waiting_since = now
+        insort(self._waiting, request, key=lambda waiting: waiting.number)
+        self._changed = True
+
+    def withdraw(self, request: Request) -> None:
+        """A request has ended otherwise than by its last token: release what it holds."""
+        if request.place == "queue":
+            self._waiting.remove(request)
+            self._changed = True
+        elif request.place == "reservation":
+            self._give_up_reservation()
+        elif request.place == "sequence":
+            self._cancel(self._sequences[request.seq])
+        request.place = "nowhere"
+
+    def move_home(self, request: Request, call: MoveCall) -> None:
+        """A client wants another home for a request. Answered when it has moved, or can't."""
+        request.move_call = call
+        sequence = self._sequences.get(request.seq) if request.place == "sequence" else None
+        if not 0 <= call.target < self._cell.size:
+            ranks = f"0 to {self._cell.size - 1}"
+            self._requests.fail_move(request, f"there is no instance {call.target}; cell '{self._cell.name}' has {ranks}")
+        elif sequence is None or sequence.ending:
+            self._requests.fail_move(request, f"request {request.id!r} has no home now: it is {request.state}")
+        elif sequence.moving_to is None and sequence.home == call.target:
+            self._answer_move(sequence)
+        else:
+            self._changed = True
+
+    # --- what instances say -------------------------------------------------------------------------------------------
+
+    def on_beat(self, member: Member, beat: Beat, is_news: bool) -> None:
+        """`is_news`: the free blocks are others than before."""
+        for number, tokens in beat.held_tokens.items():
+            if (sequence := self._sequences.get(number)) is not None:
+                sequence.held[member.rank] = max(0, tokens)
+                if sequence.is_current:
+                    sequence.request.held[member.rank] = max(0, tokens)
+        if member.rank in self._unsettled:
+            del self._unsettled[member.rank]
+            is_news = True
+        self._changed |= is_news
+
+    def on_granted(self, member: Member, seq: int, free_blocks: int) -> None:
+        blocks = member.outstanding.pop(seq, None)
+        if blocks is None:
+            self.num_dropped += 1
+            return
+        member.hear_free(free_blocks)
+        reservation = self._reservation
+        if reservation is None or reservation.seq != seq:
+            # It was given up, and a Drop is on its way.
+            member.hear_free(free_blocks + blocks)
+            return
+        reservation.granted[member.rank] = None
+        if len(reservation.granted) == len(reservation.blocks):
+            self._reservation = None
+            self._changed = True
+            if reservation.placement is not None:
+                self._admit(reservation, reservation.placement)
+            else:
+                self._start_move(self._sequences[seq], member.rank)
+
+    def on_not_granted(self, member: Member, seq: int, free_blocks: int) -> None:
+        blocks = member.outstanding.pop(seq, None)
+        if blocks is None:
+            self.num_dropped += 1
+            return
+        # Whatever it says, it has less than was asked: so the next try asks for less, and there is no endless loop.
+        member.hear_free(min(free_blocks, blocks - 1))
+        self._changed = True
+        reservation = self._reservation
+        if reservation is None or reservation.seq != seq:
+            return
+        self._give_up_reservation()
+        request = reservation.request
+        if reservation.placement is not None:
+            self.enqueue(request, request.waiting_since)
+        elif (call := request.move_call) is not None and call.target == member.rank:
+            self._requests.fail_move(
+                request, f"instance {member.rank} has no room: {blocks} block asked, {max(0, free_blocks)} free"
+            )
+
+    def on_outputs(self, member: Member, outputs: Outputs) -> None:
+        for output in outputs.outputs:
+            sequence = self._sequences.get(output.seq)
+            if sequence is None or output.index < sequence.received or output.index in sequence.early:
+                self.num_dropped += 1
+                continue
+            if sequence.needs_block and member.rank == sequence.home:
+                # A home tells of a lack of room after the tokens of all rows before it: blocks have become free.
+                sequence.needs_block = False
+                self._changed = True
+            sequence.early[output.index] = output
+            self._take_outputs(sequence)
+
+    def on_need_block(self, member: Member, seq: int) -> None:
+        sequence = self._sequences.get(seq)
+        if sequence is None or sequence.ending:
+            return
+        if member.rank != sequence.home:
+            self.num_dropped += 1
+            return
+        member.hear_free(0)
+        sequence.needs_block = True
+        self._changed = True
+
+    def on_home_moved(self, seq: int, home: int) -> None:
+        sequence = self._sequences.get(seq)
+        if sequence is None or home not in sequence.participants:
+            self.num_dropped += 1
+            return
+        sequence.home = home
+        sequence.moving_to = None
+        sequence.needs_block = False
+        self._changed = True
+        if sequence.is_current:
+            sequence.request.home = home
+            sequence.request.home_moves += 1
+            self._log(sequence, f"home is now {home}")
+        if not sequence.ending:
+            self._set_running_state(sequence)
+            # A call for another instance came while this move was under way: it is tried next.
+            self._answer_move(sequence)
+
+    def on_released(self, released: Released, now: float) -> None:
+        sequence = self._sequences.get(released.seq)
+        if sequence is None:
+            self.num_dropped += 1
+            return
+        sequence.ending = True
+        sequence.released = released.generated
+        self._settle(sequence, now)
+
+    def settle(self, now: float) -> None:
+        """Let go of what is released and whose tokens are all here."""
+        for sequence in [s for s in self._sequences.values() if s.released is not None]:
+            self._settle(sequence, now)
+
+    # --- decisions ----------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Start what can start now, if anything has changed."""
+        while self._changed and self._reservation is None:
+            self._changed = False
+            oldest_first = sorted(self._sequences.values(), key=lambda s: s.request.number)
+            if not any(self._try_move(sequence) for sequence in oldest_first):
+                self._try_admit()
+
+    def _try_move(self, sequence: Sequence) -> bool:
+        """Whether a reservation for its next home was begun."""
+        call = sequence.request.move_call
+        target: int | None = None
+        if sequence.ending or sequence.moving_to is not None:
+            return False
+        if call is not None:
+            target = call.target
+        elif sequence.needs_block and not self._cell.members[sequence.home].free:
+            target = self._make_room(sequence)
+        if target is None:
+            return False
+        sequence.request.state = "moving"
+        if target not in sequence.asked:
+            sequence.asked.append(target)
+        self._reserve(Reservation(sequence.number, {target: 1}, sequence.request, None))
+        return True
+
+    def _make_room(self, sequence: Sequence) -> int | None:
+        """Its home has no block left for it: another home, or None if somebody must make (or is making) room first."""
+        views = self.views()
+        target = choose_target(views, home=sequence.home)
+        if target is not None:
+            return target
+        if self._unsettled or any(s.ending for s in self._sequences.values()):
+            return None  # blocks are about to become free
+        running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._sequences.values()]
+        victim = choose_victim(running)
+        if victim is None:
+            target = choose_target(views, home=sequence.home, reserve=1)
+        if target is None:
+            self._preempt(sequence if victim is None else self._sequences[victim])
+        return target
+
+    def _try_admit(self) -> None:
+        if not self._waiting or self._crowded or any(s.needs_block and not s.ending for s in self._sequences.values()):
+            return
+        request = self._waiting[0]
+        placement = place(self.views(), tokens=request.num_tokens, block_size=self._cell.spec.block_size, spread=request.spread)
+        if placement is None:
+            return
+        del self._waiting[0]
+        request.place = "reservation"
+        request.state = "reserving"
+        self._numbers += 1
+        self._reserve(Reservation(self._numbers, placement.blocks, request, placement))
+
+    # --- reservations -------------------------------------------------------------------------------------------------
+
+    def _reserve(self, reservation: Reservation) -> None:
+        self._reservation = reservation
+        for rank, blocks in reservation.blocks.items():
+            member = self._cell.members[rank]
+            member.outstanding[reservation.seq] = blocks
+            self._emit(Send(member.peer, Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=blocks)))
+
+    def _give_up_reservation(self) -> None:
+        """Give back what was granted, and what will be: a Drop that follows a Reserve undoes it."""
+        reservation, self._reservation = self._reservation, None
+        if reservation is None:
+            raise RuntimeError("there is no reservation to give up")
+        self._changed = True
+        sequence = self._sequences.get(reservation.seq) if reservation.placement is None else None
+        if sequence is not None and sequence.request.state == "moving":
+            self._set_running_state(sequence)
+        for rank, blocks in reservation.blocks.items():
+            member = self._cell.members[rank]
+            asked = reservation.seq in member.outstanding
+            # On a participant a Drop would take the blocks that its share needs: it gets one once all is released.
+            if (asked or rank in reservation.granted) and not (sequence and rank in sequence.participants):
+                self._emit(Send(member.peer, Drop(epoch=self._cell.epoch, seq=reservation.seq)))
+                if not asked:
+                    member.hear_free(member.free_blocks + blocks)
+
+    def _admit(self, reservation: Reservation, placement: Placement) -> None:
+        request = reservation.request
+        home = placement.shares[0].rank
+        sequence = Sequence(reservation.seq, request, home, sorted(placement.blocks))
+        self._sequences[sequence.number] = sequence
+        request.place = "sequence"
+        request.seq = sequence.number
+        request.home = home
+        request.held = {}
+        self._set_running_state(sequence)
+        self._regroup()
+        admit = Admit(
+            epoch=self._cell.epoch,
+            seq=sequence.number,
+            arrival=request.number,
+            token_ids=request.packed(),
+            shares=placement.shares,
+            params=self._params(request),
+        )
+        for rank in sequence.participants:
+            self._emit(Send(self._cell.members[rank].peer, admit))
+        self._log(sequence, f"admitted, {_described(placement.shares)}")
+
+    def _params(self, request: Request) -> SequenceParams:
+        params = request.params
+        eos = [] if params.ignore_eos else self._cell.eos_token_ids
+        return SequenceParams(
+            max_tokens=params.max_tokens - len(request.tokens),
+            temperature=params.temperature,
+            top_k=max(0, params.top_k),
+            top_p=params.top_p,
+            seed=request.seed,
+            stop_token_ids=sorted({*(params.stop_token_ids or ()), *eos}),
+            logprobs=params.logprobs,
+        )
+
+    # --- homes --------------------------------------------------------------------------------------------------------
+
+    def _start_move(self, sequence: Sequence, target: int) -> None:
+        if target not in sequence.participants:
+            insort(sequence.participants, target)
+            self._regroup()
+        sequence.moving_to = target
+        home = self._cell.members[sequence.home].peer
+        self._emit(Send(home, MoveSequence(epoch=self._cell.epoch, seq=sequence.number, to=target)))
+
+    def _answer_move(self, sequence: Sequence) -> None:
+        request = sequence.request
+        call = request.move_call
+        if call is not None and call.target == sequence.home:
+            request.move_call = None
+            self._emit(Send(call.peer, Done(call=call.call)))
+
+    def _set_running_state(self, sequence: Sequence) -> None:
+        sequence.request.state = "decode" if sequence.received else "prefill"
+
+    # --- tokens -------------------------------------------------------------------------------------------------------
+
+    def _take_outputs(self, sequence: Sequence) -> None:
+        """All that is there without a gap goes to the client at once."""
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        last: SequenceOutput | None = None
+        while (output := sequence.early.pop(sequence.received, None)) is not None:
+            token_ids += output.token_ids
+            logprobs += output.logprobs or ()
+            sequence.received += len(output.token_ids)
+            last = output
+        for index in [i for i in sequence.early if i <= sequence.received]:
+            del sequence.early[index]  # overlaps what was taken: no instance of ours says this
+            self.num_dropped += 1
+        if last is None or not sequence.is_current:
+            return
+        request = sequence.request
+        with_logprobs = logprobs if request.params.logprobs is not None else None
+        if last.finish_reason is None:
+            if request.state == "prefill":
+                request.state = "decode"
+            self._requests.deliver(request, token_ids, with_logprobs)
+            return
+        sequence.ending = True
+        self._give_up_move(sequence)
+        if last.held is not None:
+            request.held = {share.rank: share.tokens for share in last.held}
+        request.place = "nowhere"
+        self._requests.finish(request, last.finish_reason, token_ids=token_ids, logprobs=with_logprobs)
+
+    # --- ends ---------------------------------------------------------------------------------------------------------
+
+    def _cancel(self, sequence: Sequence) -> None:
+        """Have it released. Whatever home it has: the instances pass a Cancel on."""
+        self._give_up_move(sequence)
+        if not sequence.ending:
+            sequence.ending = True
+            home = self._cell.members[sequence.home].peer
+            self._emit(Send(home, Cancel(epoch=self._cell.epoch, seq=sequence.number)))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._cancel(sequence)
+        self._crowded = True
+        self.num_preemptions += 1
+        request = sequence.request
+        request.preemptions += 1
+        request.state = "preempted"
+        self._requests.fail_move(request, f"request {request.id!r} was preempted: the cell is full")
+        self._log(sequence, "preempted")
+
+    def _give_up_move(self, sequence: Sequence) -> None:
+        reservation = self._reservation
+        if reservation is not None and reservation.seq == sequence.number:
+            self._give_up_reservation()
+
+    def _settle(self, sequence: Sequence, now: float) -> None:
+        if sequence.released is None or sequence.received < sequence.released:
+            return
+        self._give_up_move(sequence)
+        del self._sequences[sequence.number]
+        self._changed = True
+        self._unsettled |= dict.fromkeys(rank for rank in sequence.participants if rank != sequence.home)
+        for rank in sequence.asked:
+            self._emit(Send(self._cell.members[rank].peer, Drop(epoch=self._cell.epoch, seq=sequence.number)))
+        self._regroup()
+        request = sequence.request
+        if not sequence.is_current:
+            self._crowded = False
+        elif request.state == "preempted":
+            request.home = None
+            request.held = {}
+            self.enqueue(request, now)
+        else:
+            self._crowded = False
+            request.place = "nowhere"
+            error = f"instance {sequence.home} of cell '{self._cell.name}' released the request unasked"
+            self._requests.finish(request, "error", error=error)
+        if not self._sequences:
+            self._crowded = False
+
+    def _regroup(self) -> None:
+        news = self._parties.regroup(sequence.participants for sequence in self._sequences.values())
+        if news is not None:
+            ranks, regroup = news
+            for rank in ranks:
+                self._emit(Send(self._cell.members[rank].peer, regroup))
+
+    # --- for others to see --------------------------------------------------------------------------------------------
+
+    def views(self) -> list[InstanceView]:
+        homes = [0] * self._cell.size
+        for sequence in self._sequences.values():
+            homes[sequence.home] += 1
+        return [
+            InstanceView(rank=m.rank, free_blocks=m.free, total_blocks=m.spec.num_blocks, homes=homes[m.rank])
+            for m in self._cell.members
+        ]
+
+    def lent_and_borrowed(self) -> tuple[list[int], list[int]]:
+        """Per rank: tokens it holds for other homes, and tokens that others hold for its sequences."""
+        lent, borrowed = [0] * self._cell.size, [0] * self._cell.size
+        for sequence in self._sequences.values():
+            for rank, tokens in sequence.held.items():
+                if rank != sequence.home:
+                    lent[rank] += tokens
+                    borrowed[sequence.home] += tokens
+        return lent, borrowed
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, runs or is being reserved or released."""
+        busy = self._waiting or self._sequences or self._reservation
+        return not busy and not any(m.outstanding for m in self._cell.members)
+
+    def validate(self) -> None:
+        """Raises RuntimeError if the books contradict each other."""
+        self._parties.validate(sequence.participants for sequence in self._sequences.values())
+        if [r.number for r in self._waiting] != sorted({r.number for r in self._waiting}):
+            raise RuntimeError("the queue is not in order of arrival")
+        for request in self._waiting:
+            if request.place != "queue" or request.state not in ("queued", "preempted") or not request.prompt:
+                raise RuntimeError(f"request {request.number} waits and is {request.state} ({request.place})")
+        for sequence in self._sequences.values():
+            sequence.validate()
+        if self._reservation is not None:
+            self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
+        elif self._changed:
+            raise RuntimeError("something has changed and was not looked at")
+
+    def _log(self, sequence: Sequence, text: str) -> None:
+        request = sequence.request
+        self._emit(Log(logging.INFO, f"request {request.number} {request.id!r} (sequence {sequence.number}): {text}"))
+
+
+def _described(shares: list[Share]) -> str:
+    return ", ".join(f"{share.tokens} tokens on {share.rank}" for share in shares)

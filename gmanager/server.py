@@ -1,0 +1,266 @@
+"""The shell around the cluster: sockets, text and time. It decides nothing.
+
+recv ──> event ──> Cluster.handle ──> actions ──> send, tokenise, detokenise ──> (events)
+"""
+
+import asyncio
+import logging
+import secrets
+from array import array
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from gmanager.cluster import Cluster
+from gmanager.config import GManagerConfig
+from gmanager.events import (
+    Action,
+    Deliver,
+    DropText,
+    Encode,
+    Encoded,
+    Event,
+    Forget,
+    LoadText,
+    Log,
+    PeerGarbled,
+    PeerSaid,
+    PeerWasLost,
+    Send,
+    StopFound,
+    Stopped,
+    TextLoaded,
+    Ticked,
+)
+from gmanager.text import Detokenizer, Tokenizer
+from gmanager.wire.channel import Listener, PeerId, PeerLost, Transport, ZmqTransport
+from gmanager.wire.codec import Decoder
+from gmanager.wire.errors import BadMessage, FrameTooLarge, TextError
+from gmanager.wire.messages import FromClient, FromInstance, Message, Output, Submit, TextAssets, pack_tokens
+
+log = logging.getLogger("gmanager")
+
+TICK_S = 1.0
+
+
+@dataclass(slots=True)
+class _RequestText:
+    """The text of one request."""
+
+    detokenizer: Detokenizer
+    stopped_at: int | None = None
+    """How many generated tokens count, once a stop string was found."""
+
+
+class Server:
+    """One gManager. `start`, then `run` until `stop`."""
+
+    def __init__(self, config: GManagerConfig, *, transport: Transport | None = None) -> None:
+        self._config = config
+        self._transport: Transport = ZmqTransport() if transport is None else transport
+        self._cluster = Cluster(config)
+        self._listener: Listener[FromClient | FromInstance] | None = None
+        self._stopping = asyncio.Event()
+        self._events: deque[Event] = deque()
+        self._is_handling = False
+        self._tokenizers: dict[int, Tokenizer] = {}
+        self._loading: set[int] = set()
+        self._texts: dict[int, _RequestText] = {}
+        self._work: set[asyncio.Task[None]] = set()
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return self._bound().address
+
+    def start(self) -> None:
+        """Take the address. Needs a running loop. Raises AddressError."""
+        decoder: Decoder[FromClient | FromInstance] = Decoder(FromClient | FromInstance)
+        self._listener = self._transport.listen(self._config.bind, decoder)
+
+    def stop(self) -> None:
+        """End `run` soon: whoever waits for something is told."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Serve until `stop`."""
+        listener = self._bound()
+        tasks = [asyncio.create_task(self._receive(listener)), asyncio.create_task(self._tick())]
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in [*tasks, stopping, *self._work]:
+                task.cancel()
+            # A second error while telling everybody that we end must not hide the first.
+            try:
+                self._handle(Stopped("gManager is shutting down", self._now()))
+            finally:
+                await asyncio.gather(*tasks, stopping, *self._work, return_exceptions=True)
+                await listener.close()
+
+    def validate(self) -> None:
+        """Raises RuntimeError if the books contradict each other."""
+        self._cluster.validate()
+        if self._cluster.is_idle and self._texts:
+            raise RuntimeError(f"no request is live and texts of {sorted(self._texts)} are kept")
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is live and no instance holds anything for one."""
+        return self._cluster.is_idle
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    async def _receive(self, listener: "Listener[FromClient | FromInstance]") -> None:
+        while True:
+            peer, message = await listener.recv()
+            now = self._now()
+            if isinstance(message, BadMessage):
+                self._handle(PeerGarbled(peer, message.reason, now))
+            elif isinstance(message, PeerLost):
+                self._handle(PeerWasLost(peer, message.reason, now))
+            elif isinstance(message, Submit):
+                self._handle(PeerSaid(peer, message, now, seed=secrets.randbits(63)))
+            else:
+                self._handle(PeerSaid(peer, message, now))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._handle(Ticked(self._now()))
+
+    def _handle(self, event: Event) -> None:
+        """One event and all that its actions bring about, in order."""
+        self._events.append(event)
+        if self._is_handling:
+            return
+        self._is_handling = True
+        try:
+            while self._events:
+                for action in self._cluster.handle(self._events.popleft()):
+                    self._do(action)
+        finally:
+            self._is_handling = False
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _bound(self) -> "Listener[FromClient | FromInstance]":
+        if self._listener is None:
+            raise RuntimeError("start the server first")
+        return self._listener
+
+    # --- actions ------------------------------------------------------------------------------------------------------
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Send(peer=peer, message=message):
+                self._send(peer, message)
+            case Deliver():
+                self._deliver(action)
+            case Log(level=level, text=text):
+                log.log(level, "%s", text)
+            case Forget(peer=peer):
+                self._bound().forget(peer)
+            case Encode():
+                self._start(self._encode(action, self._tokenizers[action.epoch]))
+            case LoadText(epoch=epoch, assets=assets):
+                self._loading.add(epoch)
+                self._start(self._load_text(epoch, assets))
+            case DropText(epoch=epoch):
+                self._loading.discard(epoch)
+                tokenizer = self._tokenizers.pop(epoch, None)
+                if tokenizer is not None:
+                    self._start(tokenizer.close())
+
+    def _send(self, peer: PeerId, message: Message) -> None:
+        try:
+            self._bound().send(peer, message)
+        except (FrameTooLarge, ValueError) as error:
+            # What it was to hear can't be said; nothing that is said after that would make sense to it.
+            log.error("a peer is given up: %s", error)
+            self._handle(PeerWasLost(peer, str(error), self._now()))
+
+    def _deliver(self, new: Deliver) -> None:
+        """Add the text, and find out whether it ends here."""
+        token_ids, logprobs, reason, index = new.token_ids, new.logprobs, new.finish_reason, new.index
+        text = ""
+        state = self._text_of(new)
+        if state is not None:
+            delta = state.detokenizer.push(token_ids, final=reason is not None)
+            text = delta.text
+            if delta.stopped:
+                token_ids = token_ids[: delta.num_tokens]
+                logprobs = logprobs[: delta.num_tokens] if logprobs is not None else None
+                if state.stopped_at is None:
+                    state.stopped_at = index + delta.num_tokens
+                    self._handle(StopFound(new.request, state.stopped_at, self._now()))
+                index = min(index, state.stopped_at)
+                reason = "stop" if reason == "length" else reason
+        if not (token_ids or text or reason):
+            return
+        output = Output(
+            request_id=new.request_id,
+            index=index,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            error=new.error,
+            refused=new.refused,
+        )
+        self._send(new.peer, output)
+
+    def _text_of(self, new: Deliver) -> _RequestText | None:
+        """None: it has no text, no token of it was ever generated."""
+        if new.finish_reason is not None:
+            state = self._texts.pop(new.request, None)
+        else:
+            state = self._texts.get(new.request)
+        if state is None and new.token_ids:
+            state = _RequestText(Detokenizer(self._tokenizers[new.epoch], new.stop_strings))
+            if new.finish_reason is None:
+                self._texts[new.request] = state
+        return state
+
+    # --- work that takes long -----------------------------------------------------------------------------------------
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._on_work_done)
+
+    def _on_work_done(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a background task failed", exc_info=error)
+
+    async def _load_text(self, epoch: int, assets: TextAssets) -> None:
+        try:
+            tokenizer = await asyncio.to_thread(Tokenizer, assets)
+        except TextError as error:
+            self._handle(TextLoaded(epoch, self._now(), str(error)))
+            return
+        if epoch not in self._loading:  # the cell has ended meanwhile
+            await tokenizer.close()
+            return
+        self._loading.discard(epoch)
+        self._tokenizers[epoch] = tokenizer
+        self._handle(TextLoaded(epoch, self._now()))
+
+    async def _encode(self, job: Encode, tokenizer: Tokenizer) -> None:
+        submit = job.submit
+        error: str | None = None
+        ids = array("I")
+        try:
+            if submit.messages is not None:
+                ids = await tokenizer.encode_chat(submit.messages)
+            else:
+                ids = await tokenizer.encode(submit.text or "")
+        except TextError as failure:
+            error = str(failure)
+        self._handle(Encoded(job.request, self._now(), token_ids=pack_tokens(ids), error=error))

@@ -1,0 +1,59 @@
+"""The service's statistics, put together from what the instances said last."""
+
+from collections.abc import Iterable, Mapping
+
+from gmanager.cell import Cell, Member
+from gmanager.sequences import Sequences
+from gmanager.wire.messages import CellStats, Counters, InstanceStats, RequestStats, Stats
+
+
+def assemble(
+    cells: Iterable[Cell], sequences: Mapping[str, Sequences], requests: dict[str, RequestStats], own: Counters
+) -> Stats:
+    """`sequences`: of the ready cells, by name. `own`: the gManager's counters."""
+    cells = sorted(cells, key=lambda cell: cell.name)
+    instances = [stats for cell in cells if cell.name in sequences for stats in _instances(cell, sequences[cell.name])]
+    return Stats(
+        epoch=max((cell.epoch for cell in cells), default=0),
+        cells=[_cell(cell) for cell in cells],
+        instances=instances,
+        requests=requests,
+        counters=_sum([own, *(stats.counters for stats in instances)]),
+    )
+
+
+def _cell(cell: Cell) -> CellStats:
+    return CellStats(
+        name=cell.name,
+        epoch=cell.epoch,
+        state="ready" if cell.is_ready else "forming",
+        size=cell.size,
+        model=cell.spec.model,
+        block_size=cell.spec.block_size,
+        max_context=cell.spec.max_context,
+        total_tokens=cell.total_tokens,
+    )
+
+
+def _instances(cell: Cell, sequences: Sequences) -> list[InstanceStats]:
+    lent, borrowed = sequences.lent_and_borrowed()
+    return [_instance(cell, member, lent[member.rank], borrowed[member.rank]) for member in cell.members]
+
+
+def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceStats:
+    total = member.spec.num_blocks * cell.spec.block_size
+    free = member.free_blocks * cell.spec.block_size
+    return InstanceStats(
+        cell=cell.name,
+        rank=member.rank,
+        total_tokens=total,
+        used_tokens=total - free,
+        free_tokens=free,
+        lent_tokens=lent,
+        borrowed_tokens=borrowed,
+        counters=member.counters,
+    )
+
+
+def _sum(counters: list[Counters]) -> Counters:
+    return Counters(**{name: sum(getattr(c, name) for c in counters) for name in Counters.__struct_fields__})

@@ -1,0 +1,161 @@
+"""Placement, limits, targets and victims: numbers in, numbers out."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gmanager.config import GManagerConfig, Spread, parse_spread
+from gmanager.parties import connected
+from gmanager.policy import LONG_PROMPT, Candidate, InstanceView, choose_target, choose_victim, place, why_never
+
+frees = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+spreads = st.one_of(st.sampled_from(["auto", "all"]), st.integers(1, 8))
+
+
+def views(free: list[int], total: int = 40, homes: list[int] | None = None) -> list[InstanceView]:
+    return [
+        InstanceView(rank=rank, free_blocks=blocks, total_blocks=total, homes=homes[rank] if homes else 0)
+        for rank, blocks in enumerate(free)
+    ]
+
+
+def shares(free: list[int], tokens: int, spread: Spread, block_size: int = 4) -> list[tuple[int, int]] | None:
+    placement = place(views(free), tokens=tokens, block_size=block_size, spread=spread)
+    return placement and [(share.rank, share.tokens) for share in placement.shares]
+
+
+@given(frees, st.integers(1, 500), st.integers(1, 16), spreads)
+def test_shares_sum_up_fit_and_are_even(free: list[int], tokens: int, block_size: int, spread: Spread) -> None:
+    placement = place(views(free), tokens=tokens, block_size=block_size, spread=spread)
+    num_blocks = -(-tokens // block_size)
+    if placement is None:
+        able = len(free) if spread == "all" else 1 if spread == "auto" else spread
+        with_room = [blocks for blocks in free if blocks > 1]
+        assert sum(blocks - 1 for blocks in with_room) < num_blocks or len(with_room) < min(able, num_blocks, len(free))
+        return
+    got = {share.rank: share.tokens for share in placement.shares}
+    assert len(got) == len(placement.shares)
+    assert sum(got.values()) == tokens
+    for i, share in enumerate(placement.shares):
+        assert share.tokens > 0
+        assert i == 0 or share.tokens % block_size == 0
+        assert placement.blocks[share.rank] == -(-share.tokens // block_size) + 1 <= free[share.rank]
+    uncapped = [n for rank, n in got.items() if placement.blocks[rank] < free[rank]]
+    if uncapped:
+        assert max(got.values()) - min(uncapped) <= block_size
+    home = placement.shares[0].rank
+    assert free[home] == max(free)
+    assert list(placement.blocks) == [share.rank for share in placement.shares]
+
+
+@given(frees, st.integers(1, 500), spreads)
+def test_no_fewer_participants_than_asked_and_no_more_than_needed(free: list[int], tokens: int, spread: Spread) -> None:
+    got = shares(free, tokens, spread)
+    if got is None:
+        return
+    num_blocks = -(-tokens // 4)
+    asked = len(free) if spread == "all" else 1 if spread == "auto" else spread
+    caps = sorted((blocks - 1 for blocks in free), reverse=True)
+    needed = next(k for k in range(1, len(free) + 1) if sum(caps[:k]) >= num_blocks)
+    assert len(got) == max(needed, min(asked, len(free), num_blocks))
+
+
+def test_literal_placements() -> None:
+    assert shares([10, 10], 10, "auto") == [(0, 10)]
+    assert shares([9, 10], 10, "auto") == [(1, 10)]
+    assert shares([10, 10], 10, 2) == [(0, 6), (1, 4)]
+    assert shares([10, 10], 16, "all") == [(0, 8), (1, 8)]
+    assert shares([10, 10, 10], 3, "all") == [(0, 3)]
+    assert shares([10, 3], 40, "auto") == [(0, 32), (1, 8)]
+    assert shares([10, 3], 41, "auto") == [(0, 33), (1, 8)]
+    assert shares([10, 3], 45, "auto") is None
+    assert shares([10, 1], 8, 2) is None, "a promise: wait until two have room"
+    assert shares([1, 1], 1, "auto") is None
+
+
+def test_the_home_is_where_fewest_homes_are_among_equals() -> None:
+    placement = place(views([10, 10, 10], homes=[2, 1, 1]), tokens=8, block_size=4, spread="auto")
+    assert placement is not None
+    assert placement.shares[0].rank == 1
+
+
+def test_a_long_prompt_takes_all_that_have_room() -> None:
+    assert shares([5000, 5000, 1], LONG_PROMPT, "auto") == [(0, 4096), (1, 4096)]
+    assert shares([5000, 5000, 1], LONG_PROMPT - 1, "auto") == [(0, LONG_PROMPT - 1)]
+
+
+def never(prompt: int, max_tokens: int, total_blocks: list[int]) -> str | None:
+    return why_never(
+        prompt=prompt,
+        max_tokens=max_tokens,
+        max_context=2_000_000,
+        cell="main",
+        total_blocks=total_blocks,
+        block_size=64,
+    )
+
+
+def test_the_error_carries_the_arithmetic() -> None:
+    assert never(1_048_560, 16, [3072] * 4) == (
+        "prompt of 1,048,560 + max_tokens of 16 = 1,048,576 tokens: needs 1,048,576 tokens of KV; "
+        "cell 'main' holds 786,432 (4 instances x 196,608), less one spare block of 64 on each"
+    )
+    assert "cell 'main' holds 192 (2 instances: 64 + 128)" in (never(200, 1, [1, 2]) or "")
+    assert never(1_999_999, 2, [100_000]) == (
+        "prompt of 1,999,999 + max_tokens of 2 = 2,000,001 tokens; the model takes at most 2,000,000"
+    )
+    assert never(64, 64, [3]) is None
+    assert never(64, 65, [3]) is not None
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(1, 200), st.integers(1, 200), spreads)
+def test_what_can_ever_be_served_can_be_placed_in_an_empty_cell(
+    totals: list[int], prompt: int, max_tokens: int, spread: Spread
+) -> None:
+    limits = {"max_context": 10_000, "cell": "main", "total_blocks": totals, "block_size": 4}
+    if why_never(prompt=prompt, max_tokens=max_tokens, **limits) is not None:  # type: ignore[arg-type]
+        return
+    empty = [InstanceView(rank=r, free_blocks=n, total_blocks=n, homes=0) for r, n in enumerate(totals)]
+    for tokens in (prompt, prompt + max_tokens - 1):
+        assert place(empty, tokens=tokens, block_size=4, spread=spread) is not None
+
+
+def test_targets() -> None:
+    assert choose_target(views([0, 5, 9]), home=0) == 2
+    assert choose_target(views([0, 5, 9]), home=2) == 1
+    assert choose_target(views([0, 1, 1]), home=0) is None
+    assert choose_target(views([0, 1, 1]), home=0, reserve=1) == 1
+    assert choose_target(views([9, 3, 3], homes=[0, 2, 1]), home=0) == 2
+
+
+def test_victims() -> None:
+    assert choose_victim([]) is None
+    assert choose_victim([Candidate(7, 1, 5)]) is None
+    assert choose_victim([Candidate(7, 1, 5), Candidate(8, 2, 90), Candidate(9, 3, 50)]) == 9
+    assert choose_victim([Candidate(9, 3, 50), Candidate(8, 2, 50), Candidate(7, 1, 5)]) == 9
+
+
+@given(st.integers(1, 7), st.lists(st.lists(st.integers(0, 6), max_size=4), max_size=5))
+def test_connected_components(size: int, shared: list[list[int]]) -> None:
+    shared = [[rank % size for rank in ranks] for ranks in shared]
+    parties = connected(size, shared)
+    assert sorted(rank for party in parties for rank in party) == list(range(size))
+    for ranks in shared:
+        assert sum(bool(set(ranks) & set(party)) for party in parties) <= 1
+    if not any(len(set(ranks)) > 1 for ranks in shared):
+        assert all(len(party) == 1 for party in parties)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"spread": 0}, {"max_queue_wait_s": -1.0}, {"max_queue_wait_s": float("nan")}, {"client_lease_s": 0.0}]
+)
+def test_a_config_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        GManagerConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_spread_is_parsed() -> None:
+    assert [parse_spread(text) for text in ("auto", "all", "3")] == ["auto", "all", 3]
+    with pytest.raises(ValueError, match="'many'"):
+        parse_spread("many")
