@@ -1,0 +1,153 @@
+"""Start one instance: `torchrun --nproc-per-node N -m instance --gmanager tcp://... --model ... --kv-tokens ...`.
+
+Exit codes: 0 when asked to end (SIGTERM, SIGINT), 1 when something broke or the cell ended, 2 for wrong settings.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import uvloop
+
+from gmanager.wire.channel import ZmqTransport
+from gmanager.wire.codec import Decoder
+from gmanager.wire.errors import AddressError
+from gmanager.wire.messages import ToInstance
+from instance import config as settings
+from instance.checkpoint import CheckpointError, resolve_checkpoint
+from instance.config import InstanceConfig, Launch
+from instance.model import UnsupportedModel, load_model, load_text_assets
+from instance.party import PartyMessage
+from instance.server import Instance, make_spec, scratch_bytes
+from kvstore.storage import KVStorage
+
+log = logging.getLogger("instance")
+
+
+def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
+    """The settings; "auto" is resolved here, once. Raises ValueError for a wrong one, SystemExit for an unknown flag."""
+    parser = argparse.ArgumentParser("instance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gmanager", required=True, help="tcp://host:port of the gManager")
+    parser.add_argument("--model", required=True, help="a directory, a hub id or a GGUF file")
+    parser.add_argument("--kv-tokens", required=True, type=int, help="tokens of KV this instance holds, its own and lent")
+    parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
+    parser.add_argument("--chunk-tokens", type=int, help="most prompt rows in one step (2048 on GPU, 256 on CPU)")
+    parser.add_argument("--threads", type=int, help="CPU threads (this machine's cores, shared by its instances)")
+    parser.add_argument("--host", default="127.0.0.1", help="where this instance's own sockets listen")
+    parser.add_argument("--cell", default="main", help="name of the cell to join")
+    parser.add_argument("--cell-size", type=int, help="instances of the cell (WORLD_SIZE)")
+    parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
+    args = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if gpu and torch.cuda.device_count() <= launch.local_rank:
+        raise ValueError(f"LOCAL_RANK {launch.local_rank} finds no CUDA device: {torch.cuda.device_count()} are seen")
+    return InstanceConfig(
+        gmanager=args.gmanager,
+        model=args.model,
+        kv_tokens=args.kv_tokens,
+        launch=launch,
+        device="cuda" if gpu else "cpu",
+        dtype=args.dtype,
+        block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
+        chunk_tokens=_given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if gpu else settings.CPU_CHUNK_TOKENS),
+        threads=_given(args.threads, settings.default_threads(launch.world_size)),
+        host=args.host,
+        cell=args.cell,
+        cell_size=_given(args.cell_size, launch.world_size),
+        cache_dir=args.cache_dir,
+    )
+
+
+async def serve(config: InstanceConfig) -> None:
+    """Load the model and serve until a signal asks to end. Raises what broke."""
+    device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda", config.launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    transport = ZmqTransport()
+    gmanager_decoder: Decoder[ToInstance] = Decoder(ToInstance)
+    party_decoder: Decoder[PartyMessage] = Decoder(PartyMessage)
+    gmanager = transport.dial(config.gmanager, gmanager_decoder)
+    listener = transport.listen(f"tcp://{config.host}:*", party_decoder)
+
+    path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
+    model = load_model(path, None if config.dtype == "auto" else getattr(torch, config.dtype), device)
+    assets = load_text_assets(path)
+    shape = model.shape
+    storage = KVStorage(
+        num_layers=model.num_layers,
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        device=device,
+    )
+    log.info(
+        "%s on %s: weights %.1f MiB; KV %d blocks x %d bytes = %.1f MiB (%d tokens); attention scratch at most %.1f MiB",
+        path,
+        device,
+        model.weight_bytes() / 2**20,
+        storage.num_blocks,
+        storage.block_bytes,
+        storage.nbytes / 2**20,
+        storage.num_blocks * config.block_size,
+        scratch_bytes(model, config) / 2**20,
+    )
+    instance = Instance(
+        config,
+        model,
+        assets,
+        make_spec(model, config, assets, config.model),
+        storage=storage,
+        gmanager=gmanager,
+        party_listener=listener,
+        dial_party=lambda address: transport.dial(address, party_decoder),
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, instance.stop, signal.Signals(number).name)
+    await instance.run()
+
+
+def main() -> int:
+    try:
+        config = parse(sys.argv[1:], Launch.from_environment(os.environ))
+    except ValueError as error:
+        print(f"instance: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s instance {config.launch.rank} %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        uvloop.run(serve(config))
+    except (CheckpointError, UnsupportedModel, AddressError) as error:
+        log.error("%s", error)
+        return 2
+    except Exception as error:
+        log.exception("instance failed: %s", error)
+        return 1
+    return 0
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not sys.exit: a device thread that waits for a lost peer must not hold the process
+    os._exit(code)

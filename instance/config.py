@@ -1,0 +1,104 @@
+"""The settings of one instance: frozen, checked when built, complete before anything starts."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
+
+GPU_BLOCK_SIZE = 64
+CPU_BLOCK_SIZE = 16
+GPU_CHUNK_TOKENS = 2048
+CPU_CHUNK_TOKENS = 256
+"""A CPU step of 256 rows of a 135M model takes about a second on one core: what a short request waits for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """What torchrun says of this process. Nothing else of its environment is read, MASTER_* least of all."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    run_id: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"RANK must be in [0, WORLD_SIZE), got {self.rank} of {self.world_size}")
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str]) -> "Launch":
+        """Raises ValueError if the process was not started by torchrun."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+        missing = [name for name in names if name not in environment]
+        if missing:
+            raise ValueError(
+                f"start instances with torchrun (python -m torch.distributed.run ... -m instance): {', '.join(missing)} not set"
+            )
+        return Launch(
+            rank=int(environment["RANK"]),
+            local_rank=int(environment["LOCAL_RANK"]),
+            world_size=int(environment["WORLD_SIZE"]),
+            run_id=environment["TORCHELASTIC_RUN_ID"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceConfig:
+    """All that an instance is told."""
+
+    gmanager: str
+    """Address of the gManager, tcp://host:port."""
+    model: str
+    """A directory, a hub id or a GGUF file."""
+    kv_tokens: int
+    """Tokens of KV, all layers, that this instance can hold; rounded down to blocks."""
+    launch: Launch
+    device: Literal["cpu", "cuda"]
+    dtype: DType = "auto"
+    """auto: what the checkpoint says."""
+    block_size: int = CPU_BLOCK_SIZE
+    """Tokens in a block."""
+    chunk_tokens: int = CPU_CHUNK_TOKENS
+    """Most prompt rows this instance runs in one step."""
+    threads: int = 1
+    """CPU threads of the model."""
+    host: str = "127.0.0.1"
+    """Where this instance's own sockets listen."""
+    cell: str = "main"
+    cell_size: int
+    """Instances of the cell."""
+    cache_dir: Path | None = None
+    """Where converted checkpoints lie; None: the user's cache directory."""
+    connect_timeout_s: float = 120
+    """How long to wait for a gManager that isn't there."""
+    step_timeout_s: float = 120
+    """Longest wait for other instances inside a step; after it the epoch ends."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        for flag, value in (
+            ("--block-size", self.block_size),
+            ("--chunk-tokens", self.chunk_tokens),
+            ("--threads", self.threads),
+            ("--cell-size", self.cell_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.kv_tokens < self.block_size:
+            raise ValueError(f"--kv-tokens {self.kv_tokens} is less than one block of {self.block_size} tokens")
+        if not self.cell:
+            raise ValueError("--cell must not be empty")
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_tokens // self.block_size
+
+
+def default_threads(world_size: int) -> int:
+    """This machine's cores, shared by the instances of one torchrun."""
+    return max(1, (os.cpu_count() or 1) // world_size)

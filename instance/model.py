@@ -1,0 +1,215 @@
+"""A transformers model whose attention is ours.
+
+The model runs a whole ragged step as one row `[1, T]`; its attention layers call `DistAttention` through transformers'
+`AttentionInterface`. Only that function is registered, no mask function: transformers then builds no mask.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from distattn.attention import AttentionShape
+from gmanager.wire.messages import TextAssets
+
+_IMPLEMENTATION = "distattn"
+
+# What transformers passes to an attention function that changes nothing for us, with the values that don't.
+_HARMLESS: dict[str, tuple[object, ...]] = {
+    "dropout": (0, 0.0),
+    "is_causal": (True, None),
+    "use_cache": (False,),
+    "output_attentions": (False, None),
+}
+# ... and that is free to have any value: how rows are placed is the step's business.
+_IGNORED = frozenset({"position_ids", "cache_position"})
+
+# Rotary types whose frequencies depend on the longest position in the batch: KV written in one step would not fit another's.
+_BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+class UnsupportedModel(ValueError):
+    """The checkpoint needs something that is not implemented; the message names it."""
+
+
+class LayerAttention(Protocol):
+    """`(layer, q_THD, k_TKD, v_TKD) -> out_THD`."""
+
+    def __call__(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor: ...
+
+
+class AttentionContext:
+    """The one object through which the model's attention layers reach the present step. Bound to each layer at load."""
+
+    def __init__(self) -> None:
+        self.attend: LayerAttention | None = None
+
+
+class Model:
+    """A loaded causal language model: rows in, logits of chosen rows out."""
+
+    def __init__(self, module: PreTrainedModel, path: Path) -> None:
+        """Raises UnsupportedModel by the name of what can't be served exactly."""
+        config = module.config.get_text_config()
+        self.module = module
+        self.path = path
+        self.num_layers: int = config.num_hidden_layers
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = config.max_position_embeddings
+        self.context = AttentionContext()
+        self.device = module.device
+        _refuse_rope(config)
+        self.shape = self._probe()
+
+    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, logits_rows_S: torch.Tensor) -> torch.Tensor:
+        """Logits `[S, V]` of the chosen rows, of int64 rows `[T]`. Attention goes to `context.attend`."""
+        out = self.module(
+            input_ids=token_ids_T.unsqueeze(0),
+            position_ids=positions_T.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=logits_rows_S,
+        )
+        return out.logits[0]  # type: ignore[no-any-return]
+
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and, of every weight, its name, shape, type and 64 values: equal models, equal prints."""
+        config = self.module.config.to_dict()
+        for local in ("_name_or_path", "transformers_version", "dtype", "_attn_implementation"):
+            config.pop(local, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.module.state_dict().items()):
+            flat = weight.detach().reshape(-1)
+            values = flat[:: max(1, flat.numel() // 64)][:64].double().cpu().tolist()
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {values}".encode())
+        return digest.hexdigest()
+
+    def _probe(self) -> AttentionShape:
+        """Run one row and look at what each attention layer is called with; bind the layers to `context`."""
+        seen: dict[int, AttentionShape] = {}
+
+        def probe(
+            module: torch.nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            mask: torch.Tensor | None,
+            scaling: float | None = None,
+            **extra: object,
+        ) -> tuple[torch.Tensor, None]:
+            _refuse_arguments(extra, mask)
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            module.distattn_context = self.context  # type: ignore[assignment]
+            seen[layer] = AttentionShape(
+                num_heads=query.shape[1],
+                num_kv_heads=key.shape[1],
+                head_dim=query.shape[3],
+                scale=query.shape[3] ** -0.5 if scaling is None else scaling,
+                dtype=query.dtype,
+            )
+            if value.shape != key.shape:
+                raise UnsupportedModel(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
+            return torch.zeros_like(query).transpose(1, 2), None
+
+        AttentionInterface.register(_IMPLEMENTATION, probe)
+        try:
+            with torch.inference_mode():
+                zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+                self.forward(zero, zero, zero)
+        finally:
+            AttentionInterface.register(_IMPLEMENTATION, _attention)
+        if sorted(seen) != list(range(self.num_layers)) or len(set(seen.values())) != 1:
+            raise UnsupportedModel(
+                f"{self.module.config.model_type}: expected {self.num_layers} equal attention layers, saw {seen}"
+            )
+        return seen[0]
+
+
+def load_model(path: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
+    """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own.
+
+    Raises UnsupportedModel, or OSError if the directory lacks a file.
+    """
+    module = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        attn_implementation=_register(),
+        local_files_only=True,
+    )
+    module.to(device)  # type: ignore[arg-type]
+    module.train(False)
+    return Model(module, path)
+
+
+def load_text_assets(path: Path) -> TextAssets:
+    """What the gManager needs to turn text into tokens of this model and back.
+
+    Raises UnsupportedModel if the tokenizer is not a fast one.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if not tokenizer.is_fast:
+        raise UnsupportedModel(f"the tokenizer of {path} has no tokenizer.json form")
+    config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    eos: set[int] = set()
+    generation = path / "generation_config.json"
+    sources = [config.eos_token_id, tokenizer.eos_token_id]
+    if generation.exists():
+        sources.append(json.loads(generation.read_text()).get("eos_token_id"))
+    for source in sources:
+        eos.update(source if isinstance(source, list) else [] if source is None else [source])
+    return TextAssets(
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+        eos_token_ids=sorted(eos),
+    )
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: `[1, heads, T, D]` in, `[1, T, heads, D]` out."""
+    context: AttentionContext = module.distattn_context  # type: ignore[assignment]
+    if context.attend is None:
+        raise RuntimeError("the model ran outside a step")
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    out = context.attend(int(module.layer_idx), *rows)  # type: ignore[arg-type]
+    return out.unsqueeze(0), None
+
+
+def _register() -> str:
+    AttentionInterface.register(_IMPLEMENTATION, _attention)
+    return _IMPLEMENTATION
+
+
+def _refuse_arguments(extra: Mapping[str, Any], mask: torch.Tensor | None) -> None:
+    """Raises UnsupportedModel for whatever a layer passes that would be silently lost."""
+    if mask is not None:
+        raise UnsupportedModel("the model passes its own attention mask, which is not implemented")
+    for name, value in extra.items():
+        if value is None or name in _IGNORED or any(value is ok or value == ok for ok in _HARMLESS.get(name, ())):
+            continue
+        shown = tuple(value.shape) if isinstance(value, torch.Tensor) else value
+        raise UnsupportedModel(f"the model's attention needs {name}={shown}, which is not implemented")
+
+
+def _refuse_rope(config: Any) -> None:
+    """Raises UnsupportedModel for rotary frequencies that depend on the batch."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope] if "rope_type" in rope or "type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    for kind in kinds:
+        name = kind.get("rope_type", kind.get("type"))
+        if name in _BATCH_DEPENDENT_ROPE:
+            raise UnsupportedModel(f"rotary type '{name}' changes its frequencies with the longest position in a batch")

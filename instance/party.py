@@ -1,0 +1,228 @@
+"""Who steps together now, and how their notices meet: rounds led by the party's lowest rank.
+
+    member                      leader
+      | -- Notice (step n) -->    |     waits for those of all members
+      | <-- Round (all) ---------  |     or, if it knows of a newer party for any of them:
+      | <-- Superseded ----------  |
+      | <-- Wake ----------------  |     somebody has work, the others' notices are missing
+
+A member that has sent its notice waits for the leader's answer and nothing else; the leader alone decides whether the round
+completes. So a round completes for all of a party or for none, and parties change only between two rounds.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+from gmanager.wire.channel import Dialer, Listener, PeerLost
+from gmanager.wire.errors import PeerGone
+from gmanager.wire.messages import Message
+from instance.step import Grouping, Notice
+
+
+class PartyTimeout(Exception):
+    """Members did not bring their notices in time."""
+
+
+class Round(Message):
+    """All notices of a party's step."""
+
+    epoch: int
+    party: int
+    step: int
+    notices: list[Notice]
+
+
+class Superseded(Message):
+    """The party that a notice was for is over: go to this one."""
+
+    epoch: int
+    party: int
+    next: Grouping
+
+
+class Wake(Message):
+    """Send your notice for this step: another member has work."""
+
+    epoch: int
+    party: int
+    step: int
+
+
+PartyMessage = Notice | Round | Superseded | Wake
+
+
+class Party:
+    """The present party of one instance, within one epoch. It starts alone."""
+
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        rank: int,
+        addresses: Sequence[str],
+        listener: "Listener[PartyMessage]",
+        dial: "Callable[[str], Dialer[PartyMessage]]",
+        timeout_s: float,
+    ) -> None:
+        """`addresses[r]` is the party socket of rank r; `dial` connects to one."""
+        self.grouping = Grouping(number=0, members=[rank])
+        self.step = 0
+        self.digest: list[int] = []
+        self.woken = asyncio.Event()
+        """Set when there is a reason to look for work."""
+        self.dropped = 0
+        """Messages of another epoch, or not to be read."""
+        self._epoch = epoch
+        self._rank = rank
+        self._addresses = addresses
+        self._listener = listener
+        self._dial = dial
+        self._timeout_s = timeout_s
+        self._called = False
+        self._newest = {r: Grouping(number=0, members=[r]) for r in range(len(addresses))}
+        self._inbox: dict[tuple[int, int], dict[int, Notice]] = {}
+        self._peers: dict[int, bytes] = {}
+        self._dialers: dict[int, Dialer[PartyMessage]] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._answer: asyncio.Future[Round | Superseded] | None = None
+
+    @property
+    def members(self) -> list[int]:
+        return self.grouping.members
+
+    @property
+    def is_called(self) -> bool:
+        """Whether the party waits for a notice from here, or there is a party to change to."""
+        return self._called or self._newest[self._rank].number > self.grouping.number
+
+    def learn(self, groupings: Iterable[Grouping]) -> None:
+        """Hear of parties. Notices that wait here for one that is over are answered."""
+        for grouping in groupings:
+            for rank in grouping.members:
+                if grouping.number > self._newest[rank].number:
+                    self._newest[rank] = grouping
+        for (number, step), notices in list(self._inbox.items()):
+            for rank in list(notices):
+                if self._newest[rank].number > number:
+                    del notices[rank]
+                    self._reply(rank, Superseded(epoch=self._epoch, party=number, next=self._newest[rank]))
+            if not notices:
+                del self._inbox[number, step]
+        self.woken.set()
+
+    def news(self) -> list[Grouping]:
+        """Newer parties of present members, for the leader to hear of."""
+        newer = [self._newest[rank] for rank in self.members if self._newest[rank].number > self.grouping.number]
+        return list({(g.number, tuple(g.members)): g for g in newer}.values())
+
+    async def exchange(self, notice: Notice) -> list[Notice] | None:
+        """Bring a notice to the present party; returns those of all members.
+
+        None: the party changed instead, nothing was decided; propose again. Raises PartyTimeout when the others don't come.
+        """
+        self._called = False
+        leader = self.members[0]
+        self._answer = asyncio.get_running_loop().create_future()
+        if leader == self._rank:
+            self._take(notice)
+            self._wake_missing()
+        else:
+            self._dialer(leader).send(notice)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self._answer
+        except TimeoutError:
+            here = self._inbox.get((notice.party, notice.step), {})
+            missing = [r for r in self.members if r not in here] if leader == self._rank else [leader]
+            raise PartyTimeout(
+                f"party {notice.party} waited {self._timeout_s:.0f} s in step {notice.step} for ranks {missing}"
+            ) from None
+        finally:
+            self._answer = None
+        if isinstance(answer, Superseded):
+            self._enter(answer.next)
+            return None
+        return answer.notices
+
+    def advance(self, digest: list[int], *, rest: bool) -> None:
+        """The step was derived. `rest`: it was empty, so wait to be woken; else the next round follows at once."""
+        self.step += 1
+        self.digest = digest
+        self._called = self._called or (not rest and len(self.members) > 1)
+
+    async def run(self) -> None:
+        """Read the party's sockets until cancelled. Raises what goes wrong with them."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while True:
+                    peer, message = await self._listener.recv()
+                    if isinstance(message, Notice) and message.epoch == self._epoch and message.rank in self._newest:
+                        self._peers[message.rank] = peer
+                        self._take(message)
+                    elif not isinstance(message, PeerLost):
+                        self.dropped += 1
+        finally:
+            for dialer in self._dialers.values():
+                await dialer.close()
+
+    def _enter(self, grouping: Grouping) -> None:
+        self.learn([grouping])
+        self.grouping = grouping
+        self.step = 0
+        self.digest = []
+        # every member comes to a party's first round: a leader can only wake those it has heard
+        self._called = len(grouping.members) > 1
+
+    def _take(self, notice: Notice) -> None:
+        """As leader: a notice has come, perhaps for a party or step that this instance has yet to reach."""
+        self._inbox.setdefault((notice.party, notice.step), {})[notice.rank] = notice
+        self.learn(notice.groupings)
+        here = self._inbox.get((self.grouping.number, self.step), {})
+        if notice.party != self.grouping.number:
+            return
+        if sorted(here) == self.members:
+            del self._inbox[self.grouping.number, self.step]
+            notices = [here[rank] for rank in self.members]
+            for rank in self.members:
+                self._reply(rank, Round(epoch=self._epoch, party=notice.party, step=notice.step, notices=notices))
+        elif self._rank not in here:
+            self._called = True
+
+    def _reply(self, rank: int, answer: Round | Superseded) -> None:
+        if rank != self._rank:
+            self._listener.send(self._peers[rank], answer)
+        elif self._answer is not None and not self._answer.done():
+            self._answer.set_result(answer)
+
+    def _wake_missing(self) -> None:
+        here = self._inbox.get((self.grouping.number, self.step), {})
+        for rank in self.members:
+            if self._rank in here and rank not in here and rank in self._peers:
+                wake = Wake(epoch=self._epoch, party=self.grouping.number, step=self.step)
+                self._listener.send(self._peers[rank], wake)
+
+    def _dialer(self, leader: int) -> Dialer[PartyMessage]:
+        if leader not in self._dialers:
+            if self._tasks is None:
+                raise RuntimeError("a party exchanges only while it runs")
+            self._dialers[leader] = self._dial(self._addresses[leader])
+            self._tasks.create_task(self._follow(self._dialers[leader]))
+        return self._dialers[leader]
+
+    async def _follow(self, dialer: Dialer[PartyMessage]) -> None:
+        """Read one leader's answers, until it is gone: then the gManager ends the epoch, or the exchange times out."""
+        while True:
+            try:
+                message = await dialer.recv()
+            except PeerGone:
+                return
+            if not isinstance(message, Wake | Round | Superseded) or message.epoch != self._epoch:
+                self.dropped += 1
+            elif message.party != self.grouping.number:
+                continue  # of a party that this instance has left
+            elif isinstance(message, Wake):
+                if message.step > self.step or self._answer is None:  # else the notice is on its way
+                    self._called = True
+                    self.woken.set()
+            elif self._answer is not None and not self._answer.done():
+                self._answer.set_result(message)

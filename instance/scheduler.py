@@ -1,0 +1,404 @@
+"""What this instance proposes, and what a derived step means for it: pure, one step ahead of the device.
+
+The loop of `instance.server` calls, for step n:
+
+    propose()       the notice, from what steps up to n-1 have been accepted
+    accept(step n)  counts move on; the plan of what this instance runs
+    commit(tokens of step n-1)   token values become known, ends are seen, blocks are freed
+
+So `propose` uses counts, never the values of tokens that are under way. A sequence that turns out to have ended runs at most
+one more row, whose token is thrown away.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distattn.layout import Layout, Span, lay_out
+from gmanager.wire.messages import (
+    Admit,
+    HomeMoved,
+    Message,
+    NeedBlock,
+    Outputs,
+    Released,
+    SequenceOutput,
+    SequenceParams,
+    Share,
+    TokenLogprob,
+    unpack_tokens,
+)
+from instance.rmanager import RManager
+from instance.sequence import Guest, Home
+from instance.step import Decode, Grouping, Handoff, LastToken, Notice, Prefill, Step, StepMismatch
+
+MAX_DECODE_ROWS = 256
+"""Most decode rows an instance brings to one step; the oldest sequences go first. With `chunk_tokens` it bounds a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRow:
+    """A row whose logits yield the token at `position`."""
+
+    row: int
+    seq: int
+    position: int
+    params: SequenceParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What this instance runs in one step. T own rows."""
+
+    token_ids_T: list[int]
+    positions_T: list[int]
+    pending: list[tuple[int, int]]
+    """`(row, i)`: the row's token is the i-th that this instance's previous plan samples."""
+    sampled: list[SampledRow]
+    slots_T: list[int]
+    layout: Layout
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to run: no own rows, and none to serve."""
+        return not (self.layout.num_rows or self.layout.num_received)
+
+
+@dataclass(slots=True)
+class _Ended:
+    """Sequences whose blocks are free once the step that released them has run."""
+
+    seqs: list[int]
+    homes: list[Home] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts for the statistics."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens_prefilled: int = 0
+    home_moves: int = 0
+
+
+class Scheduler:
+    """One instance's sequences within one epoch."""
+
+    def __init__(self, *, epoch: int, rank: int, chunk_tokens: int, rmanager: RManager) -> None:
+        self.epoch = epoch
+        self.rank = rank
+        self.tally = Tally()
+        self._chunk_tokens = chunk_tokens
+        self._rmanager = rmanager
+        self._homes: dict[int, Home] = {}
+        self._guests: dict[int, Guest] = {}
+        self._cancels: dict[int, None] = {}
+        self._departed: dict[int, None] = {}
+        """Handed off while their last token was under way."""
+        self._last_tokens: list[LastToken] = []
+        self._previous_samples: dict[int, int] = {}
+        """seq -> which token of the previous plan is its."""
+        self._ended: list[_Ended] = []
+        """Of each accepted step that is not committed."""
+        self._outputs: list[SequenceOutput] = []
+        self._messages: list[Message] = []
+
+    # --- commands from the gManager -----------------------------------------------------------------------------------
+
+    def admit(self, admit: Admit) -> None:
+        """Start a sequence. Ignored if its reservation is gone: it was cancelled before this arrived."""
+        if self._rmanager.shard(admit.seq) is None:
+            return
+        mine = next((share.tokens for share in admit.shares if share.rank == self.rank), 0)
+        prompt = unpack_tokens(admit.token_ids)
+        self._guests[admit.seq] = Guest(prompt, mine)
+        if admit.shares[0].rank == self.rank:
+            self._homes[admit.seq] = Home(
+                seq=admit.seq,
+                arrival=admit.arrival,
+                params=admit.params,
+                prompt_tokens=len(prompt),
+                shares=list(admit.shares),
+            )
+
+    def cancel(self, seq: int) -> None:
+        """End a sequence, whoever is its home now. Ignored if nothing is known of it here."""
+        if seq in self._homes:
+            self._homes[seq].cancelled = True
+        elif self._rmanager.shard(seq) is not None:
+            self._cancels[seq] = None
+
+    def move(self, seq: int, to: int) -> None:
+        """Hand a sequence off once its prefill is over. Ignored if this is not its home."""
+        if seq in self._homes and to != self.rank:
+            self._homes[seq].move_to = to
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def has_work(self, members: Sequence[int]) -> bool:
+        """Whether a notice from here would ask for anything, in a party of these members."""
+        return bool(self._cancels or self._last_tokens) or any(
+            home.over or home.in_prefill or home.move_to is not None or self._can_decode(home)
+            for home in self._homes.values()
+            if home.ranks() <= set(members)
+        )
+
+    def propose(self, members: Sequence[int], *, party: int, step: int, digest: list[int], groupings: list[Grouping]) -> Notice:
+        """What this instance wants of the next step. Grants blocks, changes nothing else, so it may be asked again."""
+        decodes: list[Decode] = []
+        prefills: list[Prefill] = []
+        released: list[int] = []
+        handoffs: list[Handoff] = []
+        for home in sorted(self._homes.values(), key=lambda home: (home.arrival, home.seq)):
+            if not home.ranks() <= set(members):
+                continue  # its party has not met yet
+            if home.over:
+                released.append(home.seq)
+            elif home.in_prefill:
+                prefills.append(
+                    Prefill(
+                        seq=home.seq,
+                        arrival=home.arrival,
+                        start=home.position,
+                        end=home.prompt_tokens,
+                        shares=home.shares,
+                        holdings=home.holdings,
+                    )
+                )
+            elif home.move_to is not None:
+                handoffs.append(_handoff(home, home.move_to))
+            elif len(decodes) < MAX_DECODE_ROWS and self._grant(home):
+                decodes.append(Decode(seq=home.seq, position=home.position, holdings=home.holdings))
+        return Notice(
+            epoch=self.epoch,
+            party=party,
+            step=step,
+            rank=self.rank,
+            digest=digest,
+            budget=self._chunk_tokens,
+            ready=[seq for seq, guest in self._guests.items() if guest.remaining],
+            decodes=decodes,
+            prefills=prefills,
+            released=released,
+            cancels=sorted(self._cancels),
+            handoffs=handoffs,
+            last_tokens=list(self._last_tokens),
+            groupings=groupings,
+        )
+
+    def accept(self, step: Step) -> StepPlan:
+        """Take a derived step as decided: move all counts on, and say what to run.
+
+        Raises StepMismatch if the step contradicts what this instance holds.
+        """
+        self._cancels.clear()
+        self._last_tokens.clear()
+        arrived = {last.seq: last.token for last in step.last_tokens}
+        for handoff in step.handoffs:
+            self._hand_over(handoff, awaits_token=handoff.last_token is None and handoff.seq not in arrived)
+        for seq, token in arrived.items():
+            if (home := self._homes.get(seq)) is not None:
+                self._take_token(home, token)
+        for seq in step.cancels:
+            if seq in self._homes:
+                self._homes[seq].cancelled = True
+        ended = _Ended(seqs=step.released)
+        for seq in step.released:
+            self._guests.pop(seq, None)
+            if (home := self._homes.pop(seq, None)) is not None:
+                ended.homes.append(home)
+        self._ended.append(ended)
+        return self._plan(step)
+
+    def commit(self, tokens: Mapping[int, TokenLogprob]) -> None:
+        """The oldest accepted step has run: its tokens by sequence."""
+        for seq, token in tokens.items():
+            if (home := self._homes.get(seq)) is not None:
+                self._take_token(home, token)
+            elif seq in self._departed:
+                del self._departed[seq]
+                self._last_tokens.append(LastToken(seq=seq, token=token))
+        ended = self._ended.pop(0)
+        for seq in ended.seqs:
+            self._rmanager.free(seq)
+        self._messages += [Released(epoch=self.epoch, seq=home.seq, generated=home.committed) for home in ended.homes]
+
+    def take_messages(self) -> list[Message]:
+        """What the gManager must hear since the last call, outputs first."""
+        outputs: list[Message] = [Outputs(epoch=self.epoch, outputs=self._outputs)] if self._outputs else []
+        messages = outputs + self._messages
+        self._outputs, self._messages = [], []
+        return messages
+
+    def validate(self) -> None:
+        """Blocks add up, and with no sequence nothing is left. Raises RuntimeError otherwise."""
+        self._rmanager.shards.validate()
+        known = [self._homes, self._guests, self._departed, self._cancels, self._last_tokens]
+        if not len(self._rmanager.shards) and any(known):
+            raise RuntimeError(f"no sequence holds blocks, yet these are known: {known}")
+
+    # --- the parts ----------------------------------------------------------------------------------------------------
+
+    def _can_decode(self, home: Home) -> bool:
+        """Whether it has a row to propose, or a lack of room to tell of."""
+        if home.generated >= home.params.max_tokens:
+            return False
+        shard = self._rmanager.shard(home.seq)
+        room = self._rmanager.free_blocks > 0 or (shard is not None and shard.can_append(1))
+        return room or not home.waits_for_block
+
+    def _grant(self, home: Home) -> bool:
+        """Room for its next row. The gManager hears once of each lack."""
+        if home.generated >= home.params.max_tokens:
+            return False
+        if self._rmanager.grant_next(home.seq):
+            home.waits_for_block = False
+            return True
+        if not home.waits_for_block:
+            home.waits_for_block = True
+            self._messages.append(NeedBlock(epoch=self.epoch, seq=home.seq))
+        return False
+
+    def _take_token(self, home: Home, token: TokenLogprob) -> None:
+        if home.over:
+            return  # the one row too many, or nobody listens any more
+        home.committed += 1
+        home.last_token = token.token_id
+        reason: Literal["stop", "length"] | None = None
+        if token.token_id in home.params.stop_token_ids:
+            reason = "stop"
+        elif home.committed == home.params.max_tokens:
+            reason = "length"
+        home.finished = reason is not None
+        self._outputs.append(
+            SequenceOutput(
+                seq=home.seq,
+                index=home.committed - 1,
+                token_ids=[token.token_id],
+                logprobs=None if home.params.logprobs is None else [token],
+                finish_reason=reason,
+                held=[Share(rank=h.rank, tokens=h.tokens) for h in home.holdings] if reason else None,
+            )
+        )
+
+    def _hand_over(self, handoff: Handoff, *, awaits_token: bool) -> None:
+        old = self._homes.pop(handoff.seq, None)
+        if old is not None:
+            if awaits_token:
+                self._departed[handoff.seq] = None
+            if old.cancelled:
+                self._cancels[handoff.seq] = None
+        if handoff.to != self.rank:
+            return
+        self._homes[handoff.seq] = Home(
+            seq=handoff.seq,
+            arrival=handoff.arrival,
+            params=handoff.params,
+            prompt_tokens=handoff.prompt_tokens,
+            position=handoff.position,
+            holdings=handoff.holdings,
+            generated=handoff.generated,
+            committed=handoff.generated - (handoff.last_token is None),
+            last_token=handoff.last_token,
+        )
+        self.tally.home_moves += 1
+        self._messages.append(HomeMoved(epoch=self.epoch, seq=handoff.seq, home=self.rank))
+
+    def _plan(self, step: Step) -> StepPlan:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        pending: list[tuple[int, int]] = []
+        slots: list[int] = []
+        sampled: list[SampledRow] = []
+        ends = {seq: max(span.stop for span in step.spans if span.seq == seq) for seq in step.sampled}
+        for span in step.spans:
+            if span.rank != self.rank:
+                continue
+            if span.seq in self._guests:
+                token_ids += self._take_prompt(span)
+            else:
+                known = self._known_token(span)
+                if known is None:
+                    pending.append((len(token_ids), self._previous_samples[span.seq]))
+                token_ids.append(known or 0)
+            positions += range(span.start, span.stop)
+            slots += self._rmanager.append(span.seq, span.start, span.stop)
+            if ends.get(span.seq) == span.stop:
+                sampled.append(SampledRow(len(token_ids) - 1, span.seq, span.stop, self._homes[span.seq].params))
+        self._previous_samples = {row.seq: i for i, row in enumerate(sampled)}
+        self._move_on(step)
+        self._check_holdings(step)
+        self.tally.steps += 1
+        self.tally.rows += len(token_ids)
+        return StepPlan(
+            token_ids_T=token_ids,
+            positions_T=positions,
+            pending=pending,
+            sampled=sampled,
+            slots_T=slots,
+            layout=lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank),
+        )
+
+    def _take_prompt(self, span: Span) -> list[int]:
+        guest = self._guests[span.seq]
+        guest.remaining -= span.stop - span.start
+        if not guest.remaining:
+            del self._guests[span.seq]
+        self.tally.tokens_prefilled += span.stop - span.start
+        return guest.prompt[span.start : span.stop].tolist()
+
+    def _known_token(self, span: Span) -> int | None:
+        """The token of a decode row, or None while the step before computes it."""
+        home = self._homes[span.seq]
+        if span.start == home.prompt_tokens + home.committed - 1:
+            return home.last_token
+        if span.start != home.prompt_tokens + home.committed or span.seq not in self._previous_samples:
+            raise StepMismatch(
+                f"sequence {span.seq}: row {span.start} was derived, but {home.committed} tokens after a prompt of "
+                f"{home.prompt_tokens} are known"
+            )
+        return None
+
+    def _move_on(self, step: Step) -> None:
+        """Counts of the homes here, after the step's spans."""
+        for seq, holdings in step.holdings.items():
+            home = self._homes.get(seq)
+            if home is None:
+                continue
+            spans = [span for span in step.spans if span.seq == seq]
+            taken = {share.rank: share.tokens for share in home.shares}
+            for span in spans:
+                if span.rank in taken:
+                    taken[span.rank] -= span.stop - span.start
+            home.position = max(span.stop for span in spans)
+            home.shares = [Share(rank=r, tokens=t) for r, t in taken.items()] if home.in_prefill else []
+            home.holdings = holdings
+            home.generated += seq in step.sampled
+
+    def _check_holdings(self, step: Step) -> None:
+        for seq, holdings in step.holdings.items():
+            for holding in holdings:
+                if holding.rank != self.rank:
+                    continue
+                shard = self._rmanager.shard(seq)
+                here = (shard.first, shard.num_tokens) if shard is not None and shard.num_tokens else None
+                if here != (holding.first, holding.tokens):
+                    raise StepMismatch(
+                        f"sequence {seq}: the step says rank {self.rank} holds {holding.tokens} tokens from position "
+                        f"{holding.first}, it holds {here}"
+                    )
+
+
+def _handoff(home: Home, to: int) -> Handoff:
+    return Handoff(
+        seq=home.seq,
+        to=to,
+        arrival=home.arrival,
+        position=home.position,
+        prompt_tokens=home.prompt_tokens,
+        generated=home.generated,
+        last_token=home.last_token if home.committed == home.generated else None,
+        params=home.params,
+        holdings=home.holdings,
+    )

@@ -1,0 +1,59 @@
+"""What an instance knows of a sequence: as its home, or as one that takes part in its prefill."""
+
+from array import array
+from dataclasses import dataclass, field
+
+from distattn.layout import Holding
+from gmanager.wire.messages import SequenceParams, Share
+
+
+@dataclass(slots=True)
+class Guest:
+    """A prompt in whose prefill this instance takes part, the home included."""
+
+    prompt: "array[int]"
+    remaining: int
+    """Tokens of its share that are not yet in an accepted step."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Home:
+    """A sequence whose next rows are computed here.
+
+    positions   0 .. prompt_tokens .. position
+                |  KV in accepted steps  | next row
+    """
+
+    seq: int
+    arrival: int
+    params: SequenceParams
+    prompt_tokens: int
+    position: int = 0
+    """`[0, position)` are in accepted steps."""
+    shares: list[Share] = field(default_factory=list)
+    """What each participant still has to prefill."""
+    holdings: list[Holding] = field(default_factory=list)
+    generated: int = 0
+    """Tokens generated in accepted steps, those under way included."""
+    committed: int = 0
+    """Tokens generated, known here and output. `generated - committed` are still under way, at most two."""
+    last_token: int | None = None
+    """The newest committed one."""
+    finished: bool = False
+    cancelled: bool = False
+    move_to: int | None = None
+    waits_for_block: bool = False
+    """The gManager has been told that there is no room for its next row."""
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.position < self.prompt_tokens
+
+    @property
+    def over(self) -> bool:
+        return self.finished or self.cancelled
+
+    def ranks(self) -> set[int]:
+        """All instances that its next step concerns."""
+        ranks = {share.rank for share in self.shares} | {holding.rank for holding in self.holdings}
+        return ranks if self.move_to is None else ranks | {self.move_to}

@@ -1,0 +1,343 @@
+"""One instance: registers, joins an epoch, and runs its steps until the epoch ends.
+
+The loop is two deep: while the device runs step n, the CPU proposes, exchanges, derives and queues step n+1.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distattn.attention import DistAttention
+from distattn.exchange import Exchange
+from gmanager.wire import messages as wire
+from gmanager.wire.channel import Dialer, Listener
+from gmanager.wire.errors import BadMessage, PeerGone
+from instance.cell import EpochGroup, open_store
+from instance.config import InstanceConfig
+from instance.model import Model
+from instance.party import Party, PartyMessage
+from instance.rmanager import RManager
+from instance.runner import Runner
+from instance.scheduler import MAX_DECODE_ROWS, Scheduler
+from instance.step import Grouping, derive
+from kvstore.storage import KVStorage
+
+log = logging.getLogger("instance")
+
+BEAT_S = 1.0
+
+
+class InstanceError(Exception):
+    """The instance can't go on; the message says why."""
+
+
+class EpochEnded(InstanceError):
+    """The gManager ended the cell."""
+
+
+@dataclass(slots=True)
+class _Epoch:
+    """Everything that lives as long as one membership."""
+
+    number: int
+    rank: int
+    party: Party
+    scheduler: Scheduler
+    runner: Runner
+
+
+class Instance:
+    """Serves one model from one pool of KV. `run` returns when `stop` was called and raises when something broke."""
+
+    def __init__(
+        self,
+        config: InstanceConfig,
+        model: Model,
+        assets: wire.TextAssets,
+        spec: wire.InstanceSpec,
+        *,
+        storage: KVStorage,
+        gmanager: Dialer[wire.ToInstance],
+        party_listener: Listener[PartyMessage],
+        dial_party: Callable[[str], Dialer[PartyMessage]],
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._assets = assets
+        self._spec = spec
+        self._storage = storage
+        self._gmanager = gmanager
+        self._listener = party_listener
+        self._dial = dial_party
+        self._rmanager = RManager(storage.num_blocks, storage.block_size)
+        self._epoch: _Epoch | None = None
+        self._lease_s = 0.0
+        self._heard = time.monotonic()
+        self._dropped = 0
+        self._stop_reason: asyncio.Future[str] | None = None
+        self._cleanup = AsyncExitStack()
+
+    def stop(self, reason: str) -> None:
+        """End `run` soon; the gManager is told."""
+        if self._stop_reason is not None and not self._stop_reason.done():
+            self._stop_reason.set_result(reason)
+
+    async def run(self) -> None:
+        """Serve. Raises InstanceError (or what broke), after telling the gManager."""
+        self._stop_reason = asyncio.get_running_loop().create_future()
+        failure: BaseException | None = None
+        async with self._cleanup:
+            work = asyncio.create_task(self._serve())
+            stopped: asyncio.Future[Any] = self._stop_reason
+            try:
+                await asyncio.wait([work, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    failure = work.exception()
+            finally:
+                if not isinstance(failure, EpochEnded):
+                    reason = str(failure or (self._stop_reason.done() and self._stop_reason.result()) or "cancelled")
+                    self._gmanager.send(wire.Leave(reason=reason, failed=failure is not None))
+                work.cancel()
+                await asyncio.wait([work])
+                await self._gmanager.close()
+                await self._listener.close()
+        if failure is not None:
+            raise failure
+
+    # --- control ------------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        await self._register()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._beat())
+                while True:
+                    await self._obey(await self._gmanager.recv(), tasks)
+        except* PeerGone:
+            raise InstanceError("the gManager is gone") from None
+        except* Exception as group:
+            raise _first(group) from None
+
+    async def _register(self) -> None:
+        """Greet the gManager; ZeroMQ delivers the greeting when there is one."""
+        config = self._config
+        self._gmanager.send(
+            wire.Register(
+                protocol=wire.PROTOCOL,
+                cell=config.cell,
+                cell_size=config.cell_size,
+                run_id=config.launch.run_id,
+                rank=config.launch.rank,
+                party_address=self._listener.address,
+                spec=self._spec,
+            )
+        )
+        try:
+            async with asyncio.timeout(config.connect_timeout_s):
+                answer = await self._gmanager.recv()
+        except TimeoutError:
+            raise InstanceError(f"no gManager answered at {config.gmanager} within {config.connect_timeout_s:.0f} s") from None
+        if isinstance(answer, wire.Refused):
+            raise InstanceError(f"the gManager refused this instance: {answer.reason}")
+        if not isinstance(answer, wire.Registered):
+            raise InstanceError(f"the gManager at {config.gmanager} answered the registration with {type(answer).__name__}")
+        self._lease_s = answer.lease_s
+        if answer.send_text:
+            self._gmanager.send(wire.Text(assets=self._assets))
+        log.info("registered with %s for cell '%s'", config.gmanager, config.cell)
+
+    async def _beat(self) -> None:
+        """Say that we live, and notice when the gManager doesn't."""
+        self._heard = time.monotonic()
+        while True:
+            await asyncio.sleep(BEAT_S)
+            if time.monotonic() - self._heard > self._lease_s:
+                raise InstanceError(f"nothing heard from the gManager for {self._lease_s:.0f} s")
+            self._send_beat()
+
+    def _send_beat(self) -> None:
+        epoch = self._epoch
+        if epoch is None:
+            self._gmanager.send(wire.Ping())
+            return
+        tally, traffic = epoch.scheduler.tally, epoch.runner.traffic
+        self._gmanager.send(
+            wire.Beat(
+                epoch=epoch.number,
+                free_blocks=self._rmanager.free_blocks,
+                held_tokens=self._rmanager.take_changes(),
+                counters=wire.Counters(
+                    steps=tally.steps,
+                    rows=tally.rows,
+                    tokens_prefilled=tally.tokens_prefilled,
+                    home_moves=tally.home_moves,
+                    query_bytes=traffic.query_bytes,
+                    partial_bytes=traffic.partial_bytes,
+                    dropped_messages=self._dropped + epoch.party.dropped,
+                ),
+            )
+        )
+
+    async def _obey(self, message: wire.Message | BadMessage, tasks: asyncio.TaskGroup) -> None:
+        """One message of the gManager."""
+        self._heard = time.monotonic()
+        if isinstance(message, wire.Pong):
+            return
+        if isinstance(message, wire.OpenStore):
+            store, address = open_store(self._config.host, self._config.step_timeout_s)
+            self._cleanup.callback(lambda: store and None)  # the store lives as long as the epoch
+            self._gmanager.send(wire.StoreOpened(epoch=message.epoch, address=address))
+        elif isinstance(message, wire.JoinEpoch):
+            await self._join(message, tasks)
+        elif isinstance(message, wire.EndEpoch):
+            raise EpochEnded(f"the gManager ended the cell: {message.reason}")
+        elif self._epoch is None or getattr(message, "epoch", None) != self._epoch.number:
+            self._dropped += 1
+            log.warning("dropped %s", type(message).__name__)
+        else:
+            self._command(self._epoch, message)
+            self._epoch.party.woken.set()
+
+    def _command(self, epoch: _Epoch, message: wire.Message | BadMessage) -> None:
+        match message:
+            case wire.Reserve(seq=seq, blocks=blocks):
+                kind = {"epoch": epoch.number, "seq": seq}
+                if self._rmanager.reserve(seq, blocks):
+                    self._gmanager.send(wire.Granted(**kind, blocks=blocks, free_blocks=self._rmanager.free_blocks))
+                else:
+                    self._gmanager.send(wire.NotGranted(**kind, free_blocks=self._rmanager.free_blocks))
+            case wire.Drop(seq=seq):
+                self._rmanager.drop(seq)
+            case wire.Admit():
+                epoch.scheduler.admit(message)
+            case wire.Regroup(number=number, parties=parties):
+                epoch.party.learn(Grouping(number=number, members=members) for members in parties)
+            case wire.MoveSequence(seq=seq, to=to):
+                epoch.scheduler.move(seq, to)
+            case wire.Cancel(seq=seq):
+                epoch.scheduler.cancel(seq)
+            case _:
+                self._dropped += 1
+
+    async def _join(self, join: wire.JoinEpoch, tasks: asyncio.TaskGroup) -> None:
+        """Form the epoch's process group and start to step."""
+        config, device = self._config, self._model.device
+        group = await asyncio.get_running_loop().run_in_executor(
+            None,
+            lambda: EpochGroup(
+                store_address=join.store_address,
+                host=config.host,
+                epoch=join.epoch,
+                rank=join.rank,
+                size=len(join.members),
+                device=device,
+                timeout_s=config.step_timeout_s,
+            ),
+        )
+        self._cleanup.callback(group.close)
+        attention = DistAttention(
+            self._storage,
+            self._model.shape,
+            Exchange(group.group, device),
+            backend="triton" if device.type == "cuda" else "torch",
+        )
+        runner = Runner(self._model, attention, config.threads)
+        self._cleanup.callback(runner.close)
+        party = Party(
+            epoch=join.epoch,
+            rank=join.rank,
+            addresses=[member.party_address for member in join.members],
+            listener=self._listener,
+            dial=self._dial,
+            timeout_s=config.step_timeout_s,
+        )
+        scheduler = Scheduler(epoch=join.epoch, rank=join.rank, chunk_tokens=config.chunk_tokens, rmanager=self._rmanager)
+        self._epoch = _Epoch(join.epoch, join.rank, party, scheduler, runner)
+        tasks.create_task(party.run())
+        tasks.create_task(self._step(self._epoch))
+        self._gmanager.send(wire.Joined(epoch=join.epoch))
+        log.info("epoch %d: rank %d of %d", join.epoch, join.rank, len(join.members))
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    async def _step(self, epoch: _Epoch) -> None:
+        """The main loop: propose, derive, launch, commit."""
+        party, scheduler, runner = epoch.party, epoch.scheduler, epoch.runner
+        running = None  # the step on the device
+        while True:
+            launched = None
+            if party.is_called or scheduler.has_work(party.members):
+                notice = scheduler.propose(
+                    party.members,
+                    party=party.grouping.number,
+                    step=party.step,
+                    digest=party.digest,
+                    groupings=party.news(),
+                )
+                notices = await party.exchange(notice)
+                if notices is None:
+                    continue
+                step = derive(notices)
+                launched = runner.launch(scheduler.accept(step))
+                party.advance(step.digest(), rest=step.is_empty())
+            elif running is None:
+                party.woken.clear()
+                await party.woken.wait()
+                continue
+            if running is not None:
+                scheduler.commit(await runner.result_of(running))
+            running = launched
+            self._publish(scheduler)
+
+    def _publish(self, scheduler: Scheduler) -> None:
+        if self._rmanager.freed:
+            self._send_beat()  # somebody may wait for these blocks
+        for message in scheduler.take_messages():
+            self._gmanager.send(message)
+
+    def validate(self) -> None:
+        """The pool and the sequences agree. Raises RuntimeError otherwise."""
+        self._rmanager.shards.validate()
+        if self._epoch is not None:
+            self._epoch.scheduler.validate()
+
+
+def scratch_bytes(model: Model, config: InstanceConfig) -> int:
+    """Most bytes that a step's attention buffers take beside weights and KV."""
+    rows = config.chunk_tokens + MAX_DECODE_ROWS
+    return DistAttention.scratch_bytes(model.shape, rows, config.cell_size - 1)
+
+
+def make_spec(model: Model, config: InstanceConfig, assets: wire.TextAssets, name: str) -> wire.InstanceSpec:
+    """What this instance tells the gManager of itself."""
+    return wire.InstanceSpec(
+        model=name,
+        fingerprint=model.fingerprint(),
+        tokenizer=hashlib.sha256(repr(assets).encode()).hexdigest(),
+        dtype=str(model.shape.dtype).removeprefix("torch."),
+        block_size=config.block_size,
+        vocab_size=model.vocab_size,
+        max_context=model.max_context,
+        num_blocks=config.num_blocks,
+        chunk_tokens=config.chunk_tokens,
+        device=_device_name(model.device),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that started it: what tasks raise later is its echo."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,251 @@
+"""From notices to a step: pure, and the same on every member of a party.
+
+A **notice** is what one instance tells its party about its next step. `derive` turns the notices of all members into the
+**step**: which rows run where, who holds what, which sequences end, which change home. It uses counts, never token values,
+and nothing but its arguments.
+"""
+
+import zlib
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from distattn.layout import Holding, Span
+from gmanager.wire.messages import Message, Part, SequenceParams, Share, TokenLogprob
+
+
+class StepMismatch(Exception):
+    """Members of one party derived different steps, or speak of different ones: nothing they compute can be trusted."""
+
+
+class Decode(Part):
+    """One row of a sequence at its home: the token at `position`, which is attended to all before it."""
+
+    seq: int
+    position: int
+    holdings: list[Holding]
+
+
+class Prefill(Part):
+    """The rest of a prompt, `[start, end)`, ready to be cut into a chunk. Sent by its home, the first of `shares`."""
+
+    seq: int
+    arrival: int
+    start: int
+    end: int
+    shares: list[Share]
+    """What each participant still has to take."""
+    holdings: list[Holding]
+
+
+class Handoff(Part):
+    """The home gives a sequence to another instance: all that is needed to go on."""
+
+    seq: int
+    to: int
+    arrival: int
+    position: int
+    """Of the next row."""
+    prompt_tokens: int
+    generated: int
+    """Tokens generated, the one under way included."""
+    last_token: int | None
+    """None: it is still being computed when the notice goes out, and follows in the old home's next one (`LastToken`)."""
+    params: SequenceParams
+    holdings: list[Holding]
+
+
+class LastToken(Part):
+    """The token that a home computed last for a sequence it has handed off. The new home outputs it."""
+
+    seq: int
+    token: TokenLogprob
+
+
+class Grouping(Part):
+    """The newest party of an instance that somebody has heard of."""
+
+    number: int
+    members: list[int]
+
+
+class Notice(Message):
+    epoch: int
+    party: int
+    step: int
+    rank: int
+    digest: list[int]
+    """Of the step before, field by field (`Step.digest`); empty in a party's first step."""
+    budget: int
+    """Prompt rows it would run in this step."""
+    ready: list[int]
+    """Sequences it takes part in prefilling."""
+    decodes: list[Decode]
+    prefills: list[Prefill]
+    released: list[int]
+    """Its sequences that have ended: all members free what they hold of them."""
+    cancels: list[int]
+    """Commands to end a sequence, for whoever is its home now."""
+    handoffs: list[Handoff]
+    last_tokens: list[LastToken]
+    groupings: list[Grouping]
+    """Parties that are to follow this one, for the leader to know (`instance.party`); no part of the step."""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """What a party does next."""
+
+    spans: list[Span]
+    """In the order in which rows run."""
+    holdings: dict[int, list[Holding]]
+    """Of every sequence with a span: who holds what once the step has written its KV."""
+    sampled: list[int]
+    """Sequences whose last row of this step yields a token."""
+    released: list[int]
+    cancels: list[int]
+    handoffs: list[Handoff]
+    last_tokens: list[LastToken]
+
+    def digest(self) -> list[int]:
+        """A checksum for each field, in the order of `__struct_fields__`."""
+        return [zlib.crc32(msgspec.msgpack.encode(getattr(self, field))) for field in self.__struct_fields__]
+
+    def is_empty(self) -> bool:
+        return not any(getattr(self, field) for field in self.__struct_fields__)
+
+
+def derive(notices: Sequence[Notice]) -> Step:
+    """The step that the notices of all members of a party ask for.
+
+    Raises StepMismatch if they are not of one party and step, or if the steps before differed.
+    """
+    notices = sorted(notices, key=lambda notice: notice.rank)
+    _check_same(notices)
+    released = sorted({seq for notice in notices for seq in notice.released})
+    spans: list[Span] = []
+    sampled: list[int] = []
+    holdings: dict[int, list[Holding]] = {}
+    for notice in notices:
+        for row in notice.decodes:
+            span = Span(row.seq, notice.rank, row.position, row.position + 1)
+            spans.append(span)
+            sampled.append(row.seq)
+            holdings[row.seq] = _with_spans(row.holdings, [span])
+    for prefill, chunk in _chunks(notices):
+        spans += chunk
+        holdings[prefill.seq] = _with_spans(prefill.holdings, chunk)
+        if max(span.stop for span in chunk) == prefill.end:
+            sampled.append(prefill.seq)
+    return Step(
+        spans=spans,
+        holdings=holdings,
+        sampled=sampled,
+        released=released,
+        cancels=sorted({seq for notice in notices for seq in notice.cancels}),
+        handoffs=[handoff for notice in notices for handoff in notice.handoffs],
+        last_tokens=[token for notice in notices for token in notice.last_tokens],
+    )
+
+
+def split_chunk(start: int, end: int, caps: Sequence[int], final_caps: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The next chunk of a prompt's rest `[start, end)` as `(participant, start, stop)`, ascending.
+
+    Each of k participants takes two spans, i and 2k-1-i of 2k, so that causal work is even (contiguous spans cost 19 % more
+    for 4096 tokens on two instances, DESIGN), as many rows as the others unless `caps` says less. The last row of a prompt is
+    participant 0's, the home's: in a chunk that doesn't end the prompt `caps` hold, in the one that does `final_caps`, so that
+    the home can keep one token of its share for it.
+
+        k = 2:   | 0 | 1 | 1 | 0 |
+    """
+    shares = _fill(end - start, final_caps)
+    if sum(shares) < end - start or not shares[0]:
+        shares = _fill(end - start, caps)
+    fronts = [share // 2 for share in shares]
+    order = list(enumerate(fronts)) + [(i, shares[i] - fronts[i]) for i in reversed(range(len(shares)))]
+    spans: list[tuple[int, int, int]] = []
+    for participant, rows in order:
+        if rows and spans and spans[-1][0] == participant:
+            spans[-1] = (participant, spans[-1][1], start + rows)
+        elif rows:
+            spans.append((participant, start, start + rows))
+        start += rows
+    return spans
+
+
+def _fill(total: int, caps: Sequence[int]) -> list[int]:
+    """`total` (or all that fits) shared as evenly as `caps` allow; what doesn't divide goes to the first."""
+    shares = [0] * len(caps)
+    left = min(total, sum(caps))
+    while left:
+        open_ = [i for i, cap in enumerate(caps) if shares[i] < cap]
+        each = max(1, left // len(open_))
+        for i in open_:
+            take = min(each, caps[i] - shares[i], left)
+            shares[i] += take
+            left -= take
+    return shares
+
+
+def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
+    """Share the members' prompt rows of this step among the prompts that wait.
+
+    The oldest is promised half of each budget it can use, so that it never starves; the rest goes to those with the fewest
+    tokens left, so that a short prompt never waits for a long one; the oldest takes what remains.
+    """
+    ready = {notice.rank: set(notice.ready) for notice in notices}
+    waiting = [
+        prefill
+        for notice in notices
+        for prefill in notice.prefills
+        if all(prefill.seq in ready.get(share.rank, ()) for share in prefill.shares if share.tokens)
+    ]
+    if not waiting:
+        return
+    budget = {notice.rank: notice.budget for notice in notices}
+    oldest = min(waiting, key=lambda p: (p.arrival, p.seq))
+    kept = {share.rank: (budget[share.rank] + 1) // 2 for share in oldest.shares}
+    others = sorted((p for p in waiting if p is not oldest), key=lambda p: (p.end - p.start, p.arrival, p.seq))
+    for prefill in [*others, oldest]:
+        if prefill is oldest:
+            kept = {}
+        room = [min(s.tokens, budget[s.rank] - kept.get(s.rank, 0)) for s in prefill.shares]
+        home = prefill.shares[0]
+        caps = [min(room[0], home.tokens - 1), *room[1:]] if len(room) > 1 else room
+        chunk = [
+            Span(prefill.seq, prefill.shares[i].rank, start, stop)
+            for i, start, stop in split_chunk(prefill.start, prefill.end, caps, room)
+        ]
+        for span in chunk:
+            budget[span.rank] -= span.stop - span.start
+        if chunk:
+            yield prefill, chunk
+
+
+def _with_spans(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holding]:
+    """Holdings after the spans have written their KV, by rank."""
+    after = {holding.rank: holding for holding in holdings}
+    for span in spans:
+        held = after.get(span.rank) or Holding(span.rank, span.start, 0)
+        first = held.first if held.tokens else span.start
+        after[span.rank] = Holding(span.rank, first, held.tokens + span.stop - span.start)
+    return [after[rank] for rank in sorted(after)]
+
+
+def _check_same(notices: Sequence[Notice]) -> None:
+    head = notices[0]
+    for other in notices[1:]:
+        for what in ("epoch", "party", "step"):
+            if getattr(head, what) != getattr(other, what):
+                raise StepMismatch(
+                    f"rank {other.rank} is in {what} {getattr(other, what)}, rank {head.rank} in {getattr(head, what)}"
+                )
+        if head.digest != other.digest:
+            fields = [
+                name
+                for name, ours, theirs in zip(Step.__struct_fields__, head.digest, other.digest, strict=False)
+                if ours != theirs
+            ]
+            raise StepMismatch(
+                f"ranks {head.rank} and {other.rank} derived different steps before step {head.step} of party "
+                f"{head.party}: {', '.join(fields) or 'one has no digest'} differ"
+            )

@@ -1,0 +1,79 @@
+"""What the model layer takes, and what it refuses by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+
+from instance.model import Model, UnsupportedModel, load_model, load_text_assets
+from tests.support.tiny import CONFIGS, make_model
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+
+
+def load(config: Any) -> Model:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="distattn")
+    return Model(model.eval(), Path("nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (MistralConfig(**SMALL, sliding_window=64), "sliding_window=64"),
+        (Gemma2Config(**SMALL, sliding_window=None, attn_logit_softcapping=50.0), "softcap=50.0"),
+        (LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "'dynamic'"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_name(config: Any, name: str, tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    load_model(tmp_path, torch.float32, torch.device("cpu"))  # registers the attention function
+    with pytest.raises(UnsupportedModel, match=name):
+        load(config)
+
+
+def test_a_model_with_sinks_is_refused(tmp_path: Path) -> None:
+    from transformers import GptOssConfig
+
+    make_model("llama", tmp_path)
+    load_model(tmp_path, torch.float32, torch.device("cpu"))
+    config = GptOssConfig(
+        **SMALL, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2, sliding_window=None
+    )
+    with pytest.raises(UnsupportedModel, match="s_aux"):
+        load(config)
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_known_shapes_load(kind: str, tmp_path: Path) -> None:
+    model = load_model(make_model(kind, tmp_path), torch.float32, torch.device("cpu"))
+    assert (model.shape.num_heads, model.shape.num_kv_heads, model.shape.head_dim) == (4, 2, 16)
+    assert model.max_context == 512
+    again = load_model(tmp_path, torch.float32, torch.device("cpu"))
+    assert again.fingerprint() == model.fingerprint()
+    with torch.no_grad():
+        next(iter(again.module.parameters())).view(-1)[0] += 1
+    assert again.fingerprint() != model.fingerprint()
+
+
+def test_text_assets(tmp_path: Path) -> None:
+    assets = load_text_assets(make_model("llama", tmp_path))
+    assert '"ByteLevel"' in assets.tokenizer_json
+    assert assets.chat_template is not None
+    assert assets.eos_token_ids == []
+
+
+def test_the_model_runs_only_inside_a_step(tmp_path: Path) -> None:
+    model = load_model(make_model("llama", tmp_path), torch.float32, torch.device("cpu"))
+    zero = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="outside a step"):
+        model.forward(zero, zero, zero)

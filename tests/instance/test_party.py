@@ -1,0 +1,182 @@
+"""Parties over the in-memory transport: rounds complete for all members or for none."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from gmanager.wire.codec import Decoder
+from gmanager.wire.memory import MemoryTransport
+from instance.party import Party, PartyMessage, PartyTimeout
+from instance.step import Grouping, Notice, derive
+
+
+def decoder() -> Decoder[PartyMessage]:
+    return Decoder(PartyMessage)
+
+
+@asynccontextmanager
+async def parties(size: int, timeout_s: float = 5) -> AsyncIterator[list[Party]]:
+    transport = MemoryTransport()
+    addresses = [f"party-{rank}" for rank in range(size)]
+    made = [
+        Party(
+            epoch=1,
+            rank=rank,
+            addresses=addresses,
+            listener=transport.listen(addresses[rank], decoder()),
+            dial=lambda address: transport.dial(address, decoder()),
+            timeout_s=timeout_s,
+        )
+        for rank in range(size)
+    ]
+    tasks = [asyncio.create_task(party.run()) for party in made]
+    await asyncio.sleep(0)
+    yield made
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+def notice(party: Party, rank: int, **fields: object) -> Notice:
+    lists = ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens")
+    return Notice(
+        epoch=1,
+        party=party.grouping.number,
+        step=party.step,
+        rank=rank,
+        digest=party.digest,
+        budget=1,
+        groupings=party.news(),
+        **({name: [] for name in lists} | fields),  # type: ignore[arg-type]
+    )
+
+
+async def step(party: Party, rank: int, **fields: object) -> list[int] | None:
+    """One exchange; returns the cancels of the derived step, which stand for any work here."""
+    notices = await party.exchange(notice(party, rank, **fields))
+    if notices is None:
+        return None
+    derived = derive(notices)
+    party.advance(derived.digest(), rest=derived.is_empty())
+    return derived.cancels
+
+
+async def test_alone_needs_nobody() -> None:
+    async with parties(2) as made:
+        assert await step(made[0], 0, cancels=[7]) == [7]
+        assert made[0].step == 1
+        assert not made[0].is_called
+
+
+async def test_members_meet_in_the_new_party_and_derive_the_same() -> None:
+    async with parties(3) as made:
+        both = Grouping(number=4, members=[0, 2])
+        made[0].learn([both])
+        made[2].learn([both])
+        assert made[0].is_called
+        assert await step(made[0], 0) is None  # the party changed
+        assert await step(made[2], 2) is None
+        assert await asyncio.gather(step(made[0], 0, cancels=[1]), step(made[2], 2, cancels=[2])) == [[1, 2], [1, 2]]
+        assert made[0].digest == made[2].digest != []
+
+
+async def test_the_leader_wakes_who_rests() -> None:
+    async with parties(2) as made:
+        pair = Grouping(number=1, members=[0, 1])
+        for rank, party in enumerate(made):
+            party.learn([pair])
+            assert await step(party, rank) is None
+        await asyncio.gather(step(made[0], 0), step(made[1], 1))  # empty: both rest
+        assert not made[0].is_called
+        assert not made[1].is_called
+        leads = asyncio.create_task(step(made[0], 0, cancels=[3]))
+        async with asyncio.timeout(2):
+            while not made[1].is_called:
+                made[1].woken.clear()
+                await made[1].woken.wait()
+        assert await step(made[1], 1) == [3] == await leads
+        follows = asyncio.create_task(step(made[1], 1, cancels=[4]))
+        assert made[0].is_called  # the step was not empty
+        assert await step(made[0], 0) == [4] == await follows
+
+
+async def test_a_late_member_is_waited_for_and_named() -> None:
+    async with parties(2, timeout_s=0.05) as made:
+        made[0].learn([Grouping(number=1, members=[0, 1])])
+        assert await step(made[0], 0) is None
+        with pytest.raises(PartyTimeout, match=r"party 1 waited .* in step 0 for ranks \[1\]"):
+            await step(made[0], 0)
+
+
+async def test_a_round_that_was_overtaken_sends_all_on() -> None:
+    async with parties(3) as made:
+        made[0].learn([Grouping(number=1, members=[0, 1, 2])])
+        made[1].learn([Grouping(number=1, members=[0, 1, 2])])
+        assert await step(made[0], 0) is None
+        assert await step(made[1], 1) is None
+        waiting = [asyncio.create_task(step(made[r], r)) for r in (0, 1)]  # rank 2 has not heard of party 1
+        await asyncio.sleep(0.01)
+        apart = [Grouping(number=2, members=[0]), Grouping(number=2, members=[1, 2])]
+        made[0].learn(apart)
+        assert await asyncio.gather(*waiting) == [None, None]
+        assert made[1].grouping == apart[1]
+        made[2].learn(apart)
+        assert await step(made[2], 2) is None
+        assert await asyncio.gather(step(made[1], 1), step(made[2], 2, cancels=[9])) == [[9], [9]]
+
+
+async def test_foreign_messages_are_dropped_and_counted() -> None:
+    async with parties(2) as made:
+        stranger = made[1]._dial("party-0")
+        stranger.send(notice(made[1], 1).__class__(**(_fields(notice(made[1], 1)) | {"epoch": 9})))
+        stranger.send(notice(made[1], 77))
+        await asyncio.sleep(0.02)
+        assert made[0].dropped == 2
+        await stranger.close()
+
+
+@pytest.mark.parametrize("seed", range(25))
+async def test_random_regroupings_never_split_a_round(seed: int) -> None:
+    """Members hear of parties at random times; whatever completes, completes for all members with the same notices."""
+    rng = random.Random(seed)
+    size = 4
+    history: list[list[Grouping]] = []
+    for number in range(1, 8):
+        ranks = list(range(size))
+        rng.shuffle(ranks)
+        cut = rng.randint(1, size)
+        groups = [sorted(ranks[:cut]), sorted(ranks[cut:])]
+        history.append([Grouping(number=number, members=g) for g in groups if g])
+    rounds: dict[tuple[int, int, tuple[int, ...]], dict[int, list[int] | None]] = {}
+
+    async with parties(size) as made:
+
+        async def live(rank: int) -> None:
+            party = made[rank]
+            done = asyncio.create_task(hear(rank))
+            last = history[-1][0].number
+            while not (party.grouping.number == last and party.step == 3):  # the same end for all members
+                key = (party.grouping.number, party.step, tuple(party.members))
+                cancels = await step(party, rank, cancels=[rank])
+                if cancels is not None:
+                    rounds.setdefault(key, {})[rank] = cancels
+                await asyncio.sleep(rng.random() * 0.002)
+            await done
+
+        async def hear(rank: int) -> None:
+            for groupings in history:
+                await asyncio.sleep(rng.random() * 0.01)
+                made[rank].learn(groupings)
+
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(live(rank) for rank in range(size)))
+    for (_, _, members), seen in rounds.items():
+        assert sorted(seen) == list(members)
+        assert all(cancels == list(members) for cancels in seen.values())
+
+
+def _fields(notice: Notice) -> dict[str, object]:
+    return {name: getattr(notice, name) for name in notice.__struct_fields__}

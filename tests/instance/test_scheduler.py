@@ -1,0 +1,258 @@
+"""Schedulers of several instances through whole lives of sequences, two steps deep, with a made-up device.
+
+The device "computes" token f(seq, position) and checks that every row was fed the token of its position.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gmanager.wire.messages import (
+    Admit,
+    HomeMoved,
+    NeedBlock,
+    Outputs,
+    Released,
+    SequenceParams,
+    Share,
+    TokenLogprob,
+    pack_tokens,
+)
+from instance.rmanager import RManager
+from instance.scheduler import Scheduler, StepPlan
+from instance.step import StepMismatch, derive
+
+VOCAB = 50
+
+
+def token_at(seq: int, position: int) -> int:
+    return (seq * 7919 + position * 104729) % VOCAB
+
+
+@dataclass
+class FakeInstance:
+    rank: int
+    rmanager: RManager
+    scheduler: Scheduler
+    running: deque[tuple[StepPlan, list[int]]] = field(default_factory=deque)
+    previous: list[int] = field(default_factory=list)
+
+
+class FakeCell:
+    """All instances as one party, driven round by round."""
+
+    def __init__(self, size: int, *, blocks: int, block_size: int, chunk_tokens: int) -> None:
+        self.block_size = block_size
+        self.instances: list[FakeInstance] = []
+        for rank in range(size):
+            rmanager = RManager(blocks, block_size)
+            scheduler = Scheduler(epoch=1, rank=rank, chunk_tokens=chunk_tokens, rmanager=rmanager)
+            self.instances.append(FakeInstance(rank, rmanager, scheduler))
+        self.members = list(range(size))
+        self.digest: list[int] = []
+        self.step = 0
+        self.home: dict[int, int] = {}
+        self.outputs: dict[int, dict[int, int]] = {}
+        self.finished: dict[int, str] = {}
+        self.released: dict[int, int] = {}
+        self.needs: list[int] = []
+        self.moves = 0
+
+    def admit(self, seq: int, shares: list[Share], max_tokens: int, stop: list[int]) -> bool:
+        for share in shares:
+            rm = self.instances[share.rank].rmanager
+            if not rm.reserve(seq, -(-share.tokens // self.block_size) + 1):
+                for other in shares:
+                    self.instances[other.rank].rmanager.drop(seq)
+                return False
+        length = sum(share.tokens for share in shares)
+        admit = Admit(
+            epoch=1,
+            seq=seq,
+            arrival=seq,
+            token_ids=pack_tokens(token_at(seq, p) for p in range(length)),
+            shares=shares,
+            params=SequenceParams(
+                max_tokens=max_tokens, temperature=0, top_k=0, top_p=1, seed=0, stop_token_ids=stop, logprobs=None
+            ),
+        )
+        self.home[seq] = shares[0].rank
+        self.outputs[seq] = {}
+        for share in shares:
+            self.instances[share.rank].scheduler.admit(admit)
+        return True
+
+    def round(self) -> bool:
+        """One step everywhere, as `instance.server` does it. Returns whether there was anything to do."""
+        if not any(i.scheduler.has_work(self.members) for i in self.instances):
+            for instance in self.instances:
+                if instance.running:
+                    self.commit(instance)
+            return any(i.running or i.scheduler.has_work(self.members) for i in self.instances)
+        notices = [
+            i.scheduler.propose(self.members, party=1, step=self.step, digest=self.digest, groupings=[]) for i in self.instances
+        ]
+        step = derive(notices)
+        self.digest = step.digest()
+        self.step += 1
+        for instance in self.instances:
+            plan = instance.scheduler.accept(step)
+            self.run(instance, plan)
+        for instance in self.instances:
+            if len(instance.running) == 2:
+                self.commit(instance)
+        return True
+
+    def run(self, instance: FakeInstance, plan: StepPlan) -> None:
+        ids = list(plan.token_ids_T)
+        for row, i in plan.pending:
+            ids[row] = instance.previous[i]
+        assert len(ids) == len(plan.positions_T) == len(plan.slots_T) == plan.layout.num_rows
+        assert len(set(plan.slots_T)) == len(plan.slots_T)
+        sampled = []
+        for s in plan.sampled:
+            assert plan.positions_T[s.row] == s.position - 1
+            sampled.append(token_at(s.seq, s.position))
+        instance.previous = sampled
+        instance.running.append((plan, sampled))
+        # which sequence a row belongs to: its token and position must fit one we know
+        for row, (token, position) in enumerate(zip(ids, plan.positions_T, strict=True)):
+            owners = [seq for seq in self.outputs if token_at(seq, position) == token]
+            assert owners, f"row {row} at position {position} was fed token {token}"
+
+    def commit(self, instance: FakeInstance) -> None:
+        plan, sampled = instance.running.popleft()
+        tokens = {s.seq: TokenLogprob(token_id=t, logprob=0.0, rank=1) for s, t in zip(plan.sampled, sampled, strict=True)}
+        instance.scheduler.commit(tokens)
+        for message in instance.scheduler.take_messages():
+            match message:
+                case Outputs(outputs=outputs):
+                    for out in outputs:
+                        assert out.index not in self.outputs[out.seq]
+                        self.outputs[out.seq][out.index] = out.token_ids[0]
+                        if out.finish_reason:
+                            assert out.seq not in self.finished
+                            self.finished[out.seq] = out.finish_reason
+                case HomeMoved(seq=seq, home=home):
+                    assert home == instance.rank
+                    self.home[seq] = home
+                    self.moves += 1
+                case NeedBlock(seq=seq):
+                    self.needs.append(seq)
+                case Released(seq=seq, generated=generated):
+                    assert seq not in self.released
+                    self.released[seq] = generated
+        instance.scheduler.validate()
+
+    def drain(self, most: int = 500) -> None:
+        for _ in range(most):
+            if not self.round():
+                return
+        raise AssertionError("the cell never came to rest")
+
+    def check_empty(self) -> None:
+        for instance in self.instances:
+            assert instance.rmanager.free_blocks == instance.rmanager.shards.pool.num_blocks
+            instance.scheduler.validate()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_lives_of_sequences(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 3))
+    cell = FakeCell(
+        size,
+        blocks=60,
+        block_size=data.draw(st.sampled_from([1, 4, 16])),
+        chunk_tokens=data.draw(st.sampled_from([1, 7, 64])),
+    )
+    wanted: dict[int, tuple[int, int, int | None]] = {}
+    cancelled: set[int] = set()
+    for seq in range(1, data.draw(st.integers(1, 5)) + 1):
+        ranks = data.draw(st.permutations(range(size)))[: data.draw(st.integers(1, size))]
+        shares = [Share(rank=r, tokens=data.draw(st.integers(1, 8))) for r in ranks]
+        length = sum(s.tokens for s in shares)
+        max_tokens = data.draw(st.integers(1, 12))
+        stop_at = data.draw(st.one_of(st.none(), st.integers(0, 11)))
+        stop = [token_at(seq, length + stop_at)] if stop_at is not None else []
+        if cell.admit(seq, shares, max_tokens, stop):
+            wanted[seq] = (length, max_tokens, stop[0] if stop else None)
+        for _ in range(data.draw(st.integers(0, 6))):
+            cell.round()
+        live = [s for s in wanted if s not in cell.released]
+        if live and data.draw(st.booleans()):
+            moved = data.draw(st.sampled_from(live))
+            to = data.draw(st.integers(0, size - 1))
+            target = cell.instances[to].rmanager
+            if to != cell.home[moved] and target.reserve(moved, 1):
+                cell.instances[cell.home[moved]].scheduler.move(moved, to)
+        if live and data.draw(st.integers(0, 4)) == 0:
+            gone = data.draw(st.sampled_from(live))
+            cancelled.add(gone)
+            cell.instances[data.draw(st.integers(0, size - 1))].scheduler.cancel(gone)
+    cell.drain()
+    for need in list(dict.fromkeys(cell.needs)):  # nobody moves them here: give up
+        cancelled.add(need)
+        for instance in cell.instances:
+            instance.scheduler.cancel(need)
+    cell.drain()
+    for seq, (length, max_tokens, stop_token) in wanted.items():
+        got = [cell.outputs[seq][i] for i in sorted(cell.outputs[seq])]
+        assert sorted(cell.outputs[seq]) == list(range(len(got)))
+        full = [token_at(seq, length + i) for i in range(max_tokens)]
+        if stop_token in full:
+            full = full[: full.index(stop_token) + 1]
+        if seq in cell.finished:
+            assert got == full
+            assert cell.finished[seq] == ("stop" if full[-1] == stop_token else "length")
+        else:
+            assert seq in cancelled
+            assert got == full[: len(got)]
+        if seq in cell.released:
+            assert cell.released[seq] == len(got)
+    for instance in cell.instances:  # what a Drop from the gManager would give back: reserved for a move that never came
+        for seq in wanted:
+            if seq in cell.released:
+                instance.rmanager.drop(seq)
+    if set(cell.released) == set(wanted):
+        cell.check_empty()
+    else:
+        assert set(wanted) - set(cell.released) <= cancelled
+
+
+def test_a_home_moves_in_the_middle_of_a_block_and_skips_one_step() -> None:
+    cell = FakeCell(2, blocks=8, block_size=4, chunk_tokens=64)
+    assert cell.admit(1, [Share(rank=0, tokens=6)], 8, [])
+    for _ in range(3):
+        cell.round()
+    assert cell.instances[1].rmanager.reserve(1, 1)
+    cell.instances[0].scheduler.move(1, 1)
+    rows = []
+    while cell.round():
+        rows.append([i.running[-1][0].layout.num_rows if i.running else 0 for i in cell.instances])
+    assert rows[:2] == [[0, 0], [0, 1]]
+    assert cell.moves == 1
+    assert [cell.outputs[1][i] for i in range(8)] == [token_at(1, 6 + i) for i in range(8)]
+    cell.check_empty()
+
+
+def test_a_home_without_room_says_so_once_and_goes_on_when_there_is() -> None:
+    cell = FakeCell(1, blocks=4, block_size=4, chunk_tokens=64)
+    assert cell.admit(1, [Share(rank=0, tokens=4)], 12, [])
+    assert cell.admit(2, [Share(rank=0, tokens=4)], 4, [])
+    cell.drain()
+    assert cell.needs == [1]
+    assert cell.finished == {1: "length", 2: "length"}
+    cell.check_empty()
+
+
+def test_a_wrong_count_stops_the_instance() -> None:
+    cell = FakeCell(1, blocks=4, block_size=4, chunk_tokens=64)
+    assert cell.admit(1, [Share(rank=0, tokens=4)], 12, [])
+    cell.round()
+    cell.instances[0].rmanager.append(1, 90, 91)
+    with pytest.raises((StepMismatch, ValueError)):
+        cell.round()

@@ -1,0 +1,131 @@
+"""Derivation of steps: what must hold for any notices."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distattn.layout import Holding, Span
+from gmanager.wire.messages import Share
+from instance.step import Decode, Notice, Prefill, Step, StepMismatch, derive, split_chunk
+
+
+def notice(rank: int, **fields: object) -> Notice:
+    empty: dict[str, object] = {
+        name: [] for name in ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "groupings")
+    }
+    same: dict[str, object] = {"epoch": 1, "party": 2, "step": 3, "digest": [], "budget": 64}
+    return Notice(rank=rank, **(same | empty | fields))  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 120), st.integers(0, 120)), min_size=1, max_size=5))
+def test_chunks_cover_a_prefix_once_within_caps(start: int, participants: list[tuple[int, int]]) -> None:
+    shares = [tokens for tokens, _ in participants]
+    shares[0] += 1  # the home always has the last token to take
+    room = [min(tokens, budget) for tokens, (_, budget) in zip(shares, participants, strict=True)]
+    caps = [min(room[0], shares[0] - 1), *room[1:]] if len(room) > 1 else room
+    end = start + sum(shares)
+    spans = split_chunk(start, end, caps, room)
+    edges = [start] + [b for _, _, b in spans]
+    assert [a for _, a, _ in spans] == edges[:-1]  # contiguous, ascending
+    assert edges[-1] <= end
+    taken = [sum(b - a for p, a, b in spans if p == i) for i in range(len(shares))]
+    assert all(t <= cap for t, cap in zip(taken, room, strict=True))
+    if edges[-1] == end:
+        assert spans[-1][0] == 0  # the last row is the home's
+    elif len(shares) > 1:
+        assert taken[0] < shares[0]
+
+
+def test_causal_work_is_even() -> None:
+    spans = split_chunk(0, 4096, [4096, 4096], [4096, 4096])
+    assert spans == [(0, 0, 1024), (1, 1024, 3072), (0, 3072, 4096)]  # spans 1 and 2 of 4 are neighbours
+    work = [sum((a + b) / 2 * (b - a) for p, a, b in spans if p == i) for i in (0, 1)]
+    assert work[0] == work[1]
+
+
+@given(st.data())
+def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> None:
+    """Play whole prefills of several prompts over several instances; every token is computed once, by whose share it is."""
+    size = data.draw(st.integers(1, 4))
+    budgets = [data.draw(st.integers(1, 40)) for _ in range(size)]
+    prompts = {}
+    for seq in range(data.draw(st.integers(1, 4))):
+        ranks = data.draw(st.permutations(range(size)))[: data.draw(st.integers(1, size))]
+        shares = [Share(rank=r, tokens=data.draw(st.integers(1, 60))) for r in ranks]
+        prompts[seq] = (shares, sum(s.tokens for s in shares))
+    left = {seq: {s.rank: s.tokens for s in shares} for seq, (shares, _) in prompts.items()}
+    at = dict.fromkeys(prompts, 0)
+    holdings: dict[int, list[Holding]] = {seq: [] for seq in prompts}
+    for _ in itertools.count():
+        waiting = [seq for seq in prompts if at[seq] < prompts[seq][1]]
+        if not waiting:
+            break
+        notices = [
+            notice(
+                rank,
+                budget=budgets[rank],
+                ready=[seq for seq in waiting if left[seq].get(rank)],
+                prefills=[
+                    Prefill(
+                        seq=seq,
+                        arrival=seq,
+                        start=at[seq],
+                        end=prompts[seq][1],
+                        shares=[Share(rank=r, tokens=t) for r, t in left[seq].items()],
+                        holdings=holdings[seq],
+                    )
+                    for seq in waiting
+                    if prompts[seq][0][0].rank == rank
+                ],
+            )
+            for rank in range(size)
+        ]
+        step = derive(data.draw(st.permutations(notices)))
+        assert step == derive(notices)
+        oldest = [s for s in step.spans if s.seq == waiting[0]]
+        assert oldest, "the oldest prompt always goes on"
+        for rank in range(size):
+            assert sum(s.stop - s.start for s in step.spans if s.rank == rank) <= budgets[rank]
+        for span in step.spans:
+            assert span.start == at[span.seq]
+            at[span.seq] = span.stop
+            left[span.seq][span.rank] -= span.stop - span.start
+            assert left[span.seq][span.rank] >= 0
+        for seq in {s.seq for s in step.spans}:
+            holdings[seq] = step.holdings[seq]
+            assert (seq in step.sampled) == (at[seq] == prompts[seq][1])
+    for seq, (shares, length) in prompts.items():
+        assert at[seq] == length
+        assert {h.rank: h.tokens for h in holdings[seq]} == {s.rank: s.tokens for s in shares}
+
+
+def test_a_short_prompt_gets_through_beside_a_long_one() -> None:
+    def prefill(seq: int, end: int) -> Prefill:
+        return Prefill(seq=seq, arrival=seq, start=0, end=end, shares=[Share(rank=0, tokens=end)], holdings=[])
+
+    step = derive([notice(0, budget=64, ready=[1, 2, 3], prefills=[prefill(1, 1000), prefill(2, 500), prefill(3, 20)])])
+    assert step.spans == [Span(3, 0, 0, 20), Span(2, 0, 0, 12), Span(1, 0, 0, 32)]
+    assert step.sampled == [3]
+
+
+def test_a_chunk_waits_for_all_participants() -> None:
+    prefill = Prefill(
+        seq=1, arrival=1, start=0, end=20, shares=[Share(rank=0, tokens=10), Share(rank=1, tokens=10)], holdings=[]
+    )
+    home = notice(0, ready=[1], prefills=[prefill])
+    assert derive([home, notice(1)]).is_empty()
+    assert derive([home, notice(1, ready=[1])]).spans[-1] == Span(1, 0, 15, 20)
+
+
+def test_members_that_differ_stop() -> None:
+    a = derive([notice(0, decodes=[Decode(seq=1, position=5, holdings=[Holding(0, 0, 5)])])])
+    b = derive([notice(0, released=[1], decodes=[Decode(seq=1, position=5, holdings=[Holding(0, 0, 5)])])])
+    assert a.holdings == {1: [Holding(0, 0, 6)]}
+    with pytest.raises(StepMismatch, match=r"ranks 0 and 1 .* step 3 of party 2: released differ"):
+        derive([notice(0, digest=a.digest()), notice(1, digest=b.digest())])
+    with pytest.raises(StepMismatch, match="rank 1 is in step 4, rank 0 in 3"):
+        derive([notice(0), notice(1, step=4)])
+    assert a.digest() == derive([notice(0, decodes=[Decode(seq=1, position=5, holdings=[Holding(0, 0, 5)])])]).digest()
+    assert Step.__struct_fields__[3] == "released"

@@ -1,0 +1,225 @@
+"""Instances in real processes, started once and reconfigured: importing torch and transformers costs seconds, a cell 0.3 s.
+
+A worker process runs one `Instance` at a time, with the same parts as `python -m instance`, and can be told to make a mistake
+(`mutate`), which the exactness tests must then find.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+from instance.config import InstanceConfig, Launch
+
+Mutation = Literal["drop", "double", "shift"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How the instances of a cell are to be."""
+
+    model: Path
+    kv_tokens: int | tuple[int, ...] = 512
+    """One number for all, or one for each."""
+    block_size: int = 16
+    chunk_tokens: int = 64
+    mutate: Mutation | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass
+class Worker:
+    process: BaseProcess
+    pipe: Connection
+
+    async def ask(self, *command: Any) -> Any:
+        """Send a command and wait for its answer. Raises RuntimeError with the worker's error."""
+        self.pipe.send(command)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(60):
+            kind, value = await loop.run_in_executor(None, self.pipe.recv)
+        if kind == "error":
+            raise RuntimeError(value)
+        return value
+
+
+@dataclass
+class Farm:
+    """Worker processes; `close` ends them."""
+
+    workers: list[Worker] = field(default_factory=list)
+
+    def grow(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self.workers) < size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(len(self.workers), theirs), daemon=True)
+            process.start()
+            self.workers.append(Worker(process, ours))
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.join(10)
+
+    @asynccontextmanager
+    async def serve(self, size: int, setup: Setup, gmanager: str) -> AsyncIterator[None]:
+        """A cell of `size` instances, registered at a gManager. At the end every pool must be empty and consistent."""
+        self.grow(size)
+        await asyncio.gather(*(w.ask("serve", rank, size, setup, gmanager) for rank, w in enumerate(self.workers[:size])))
+        try:
+            yield
+        finally:
+            await asyncio.gather(*(w.ask("stop") for w in self.workers[:size]))
+
+
+def _work(index: int, pipe: Connection) -> None:
+    """Main of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the test runner's; it closes the farm
+    import uvloop
+
+    uvloop.run(_obey(pipe))
+
+
+async def _obey(pipe: Connection) -> None:
+    loop = asyncio.get_running_loop()
+    serving: _Serving | None = None
+    while True:
+        try:
+            name, *arguments = await loop.run_in_executor(None, pipe.recv)
+        except EOFError:
+            os._exit(0)
+        try:
+            if name == "serve":
+                serving = await _Serving.start(*arguments)
+                pipe.send(("ok", None))
+            elif name == "stop" and serving is not None:
+                pipe.send(("ok", await serving.end()))
+        except Exception as error:
+            pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+_models: dict[tuple[Path, str, str], Any] = {}
+
+
+class _Serving:
+    def __init__(self, instance: Any, rmanager: Any, task: "asyncio.Task[None]", undo: Any) -> None:
+        self._instance = instance
+        self._rmanager = rmanager
+        self._task = task
+        self._undo = undo
+
+    @staticmethod
+    async def start(rank: int, size: int, setup: Setup, gmanager: str) -> "_Serving":
+        import torch
+
+        from gmanager.wire.channel import ZmqTransport
+        from gmanager.wire.codec import Decoder
+        from gmanager.wire.messages import ToInstance
+        from instance.model import load_model, load_text_assets
+        from instance.party import PartyMessage
+        from instance.server import Instance, make_spec
+        from kvstore.storage import KVStorage
+
+        config = InstanceConfig(
+            gmanager=gmanager,
+            model=str(setup.model),
+            kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[rank],
+            launch=Launch(rank=rank, local_rank=rank, world_size=size, run_id="farm"),
+            device=setup.device,
+            dtype=setup.dtype,
+            block_size=setup.block_size,
+            chunk_tokens=setup.chunk_tokens,
+            cell_size=size,
+            step_timeout_s=30,
+        )
+        device = torch.device(setup.device, rank if setup.device == "cuda" else None)
+        key = (setup.model, setup.dtype, str(device))
+        if key not in _models:
+            _models[key] = (load_model(setup.model, getattr(torch, setup.dtype), device), load_text_assets(setup.model))
+        model, assets = _models[key]
+        storage = KVStorage(
+            num_layers=model.num_layers,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            num_kv_heads=model.shape.num_kv_heads,
+            head_dim=model.shape.head_dim,
+            dtype=model.shape.dtype,
+            device=device,
+        )
+        storage.data_L2BPKD.fill_(torch.nan)
+        transport = ZmqTransport()
+        to_instance: Decoder[ToInstance] = Decoder(ToInstance)
+        party: Decoder[PartyMessage] = Decoder(PartyMessage)
+        instance = Instance(
+            config,
+            model,
+            assets,
+            make_spec(model, config, assets, "tiny"),
+            storage=storage,
+            gmanager=transport.dial(gmanager, to_instance),
+            party_listener=transport.listen("tcp://127.0.0.1:*", party),
+            dial_party=lambda address: transport.dial(address, party),
+        )
+        undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
+        return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)
+
+    async def end(self) -> None:
+        """Stop the instance; raises if it had failed, or its pool isn't empty."""
+        try:
+            if not self._task.done():
+                self._instance.validate()
+                pool = self._rmanager.shards.pool
+                if pool.num_free != pool.num_blocks:
+                    raise RuntimeError(f"{pool.num_blocks - pool.num_free} blocks are still held")
+            self._instance.stop("the test is over")
+            await self._task
+        finally:
+            if self._undo is not None:
+                self._undo()
+
+
+def _mutate(mutation: Mutation, block_size: int) -> Any:
+    """Let this process read one wrong block in every reading of at least three blocks. Returns how to undo it."""
+    import instance.scheduler as scheduler
+    from distattn.layout import Layout, Reading, lay_out
+
+    def wrong(reading: Reading) -> Reading:
+        blocks, lens = list(reading.block_ids), reading.kv_lens
+        if len(blocks) < 3:
+            return reading
+        if mutation == "drop":
+            del blocks[1]
+            lens = tuple(max(0, n - block_size) for n in lens)
+        elif mutation == "double":
+            blocks.insert(1, blocks[1])
+            lens = tuple(n + block_size for n in lens)
+        else:
+            blocks[0], blocks[1] = blocks[1], blocks[2]
+        return Reading(reading.first_row, reading.num_rows, tuple(blocks), lens)
+
+    def mutated(*args: Any) -> Layout:
+        layout = lay_out(*args)
+        return Layout(
+            layout.num_rows,
+            [wrong(r) for r in layout.own],
+            layout.dispatched_rows,
+            layout.dispatched,
+            layout.received,
+            [wrong(r) for r in layout.others],
+        )
+
+    scheduler.lay_out = mutated
+
+    def undo() -> None:
+        scheduler.lay_out = lay_out
+
+    return undo

@@ -1,0 +1,51 @@
+"""A gManager in this process and a cell of the farm's instances, for one test."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from gmanager import AsyncClient
+from gmanager.config import GManagerConfig
+from gmanager.server import Server
+from tests.support.farm import Farm, Setup
+
+
+@dataclass
+class Service:
+    client: AsyncClient
+    server: Server
+    size: int
+
+
+@asynccontextmanager
+async def serve(farm: Farm, size: int, setup: Setup, *, spread: str = "auto") -> AsyncIterator[Service]:
+    """Ready when entered; when left, every request must have ended and every pool be empty."""
+    server = Server(GManagerConfig(bind="tcp://127.0.0.1:*", spread=spread))
+    server.start()
+    running = asyncio.create_task(server.run())
+    try:
+        async with farm.serve(size, setup, server.address), AsyncClient(server.address) as client:
+            await ready(client)
+            yield Service(client, server, size)
+            await at_rest(client)
+    finally:
+        server.stop()
+        await running
+
+
+async def ready(client: AsyncClient) -> None:
+    async with asyncio.timeout(60):
+        while not any(cell.state == "ready" for cell in (await client.stats()).cells):
+            await asyncio.sleep(0.02)
+
+
+async def at_rest(client: AsyncClient) -> None:
+    """Wait until no request lives and no block is held. A leak fails by the deadline."""
+    async with asyncio.timeout(10):
+        while True:
+            stats = await client.stats()
+            live = [name for name, r in stats.requests.items() if r.state != "finished"]
+            if not live and all(i.used_tokens == 0 for i in stats.instances):
+                return
+            await asyncio.sleep(0.02)
