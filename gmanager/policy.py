@@ -39,6 +39,11 @@ class Placement:
     blocks: dict[int, int]
     """rank -> blocks to reserve."""
 
+    @property
+    def is_even(self) -> bool:
+        """Whether no share is smaller than another because memory capped it."""
+        return max(self.blocks.values()) - min(self.blocks.values()) <= 1
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

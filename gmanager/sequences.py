@@ -240,8 +240,8 @@ class Sequences:
         target = choose_target(views, home=sequence.home)
         if target is not None:
             return target
-        if self._unsettled or any(s.ending for s in self._sequences.values()):
-            return None  # blocks are about to become free
+        if self._blocks_come:
+            return None
         running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._sequences.values()]
         victim = choose_victim(running)
         if victim is None:
@@ -250,12 +250,17 @@ class Sequences:
             self._preempt(sequence if victim is None else self._sequences[victim])
         return target
 
+    @property
+    def _blocks_come(self) -> bool:
+        """Whether more blocks are about to be free than is known."""
+        return bool(self._unsettled) or any(s.ending for s in self._sequences.values())
+
     def _try_admit(self) -> None:
         if not self._waiting or self._crowded or any(s.needs_block and not s.ending for s in self._sequences.values()):
             return
         request = self._waiting[0]
         placement = place(self.views(), tokens=request.num_tokens, block_size=self._cell.spec.block_size, spread=request.spread)
-        if placement is None:
+        if placement is None or (not placement.is_even and self._blocks_come):
             return
         del self._waiting[0]
         request.place = "reservation"

@@ -12,8 +12,9 @@ DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
 GPU_CHUNK_TOKENS = 2048
-CPU_CHUNK_TOKENS = 256
-"""A CPU step of 256 rows of a 135M model takes about a second on one core: what a short request waits for."""
+CPU_CHUNK_TOKENS = 512
+"""What a short request waits for, against what small matrix products cost. 4096 tokens of a 135M model on two instances of
+one core each: 1.27 times transformers' time with 256, 1.18 with 512, 1.11 with 1024; a step of 512 takes about 1.5 s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
