@@ -11,71 +11,15 @@ from pathlib import Path
 import pytest
 
 from gmanager import AsyncClient, SamplingParams
+from tests.support.exactness import MIXED_LENGTHS, ask, ask_mixed, move_on, prompt
 from tests.support.farm import Farm, Mutation, Setup
 from tests.support.service import Service, serve
-from tests.support.tiny import CONFIGS, Expected, make_model, reference
-
-NEW = 12
-LOGPROB_TOLERANCE = 5e-4
-# Two greedy runs whose logprobs differ by at most the tolerance can only part where the best two are closer than twice that.
-LEAST_MARGIN = 2 * LOGPROB_TOLERANCE
-
-
-def prompt(path: Path, length: int, *, new: int = NEW, seed: int = 0) -> list[int]:
-    """A prompt whose greedy continuation is no close call: where it was, rounding could decide."""
-    for attempt in range(20):
-        ids = [(i * i * 31 + i * 17 + seed * 7919 + attempt * 101 + length) % 256 for i in range(length)]
-        if reference(path, tuple(ids), new).margin > LEAST_MARGIN:
-            return ids
-    raise AssertionError(f"no clear prompt of {length} tokens found")
+from tests.support.tiny import CONFIGS, make_model
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-async def ask(
-    client: AsyncClient,
-    path: Path,
-    ids: list[int],
-    *,
-    new: int = NEW,
-    spread: int | str | None = None,
-    move: bool = False,
-) -> None:
-    """One greedy request, compared with the reference; with `move`, its home moves after five tokens."""
-    expected = reference(path, tuple(ids), new)
-    assert expected.margin > LEAST_MARGIN, "a closer call than rounding allows"
-    request_id = f"r-{id(ids)}"
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    moving: asyncio.Task[None] | None = None
-    params = SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True)
-    async for chunk in client.generate(ids, params, request_id=request_id, spread=spread):  # type: ignore[arg-type]
-        assert chunk.index == len(tokens)
-        tokens += chunk.token_ids
-        logprobs += [p.logprob for p in chunk.logprobs or []]
-        if move and len(tokens) >= 5 and moving is None:
-            moving = asyncio.create_task(move_on(client, request_id))
-    check(tokens, logprobs, expected)
-    if moving is not None:
-        await moving
-        assert (await client.stats()).requests[request_id].home_moves >= 1
-
-
-async def move_on(client: AsyncClient, request_id: str) -> None:
-    """Move a request's home to the next instance."""
-    stats = await client.stats()
-    home = stats.requests[request_id].home
-    assert home is not None
-    await client.move_home(request_id, (home + 1) % len(stats.instances))
-
-
-def check(tokens: list[int], logprobs: list[float], expected: Expected) -> None:
-    worst = max((abs(a - b) for a, b in zip(logprobs, expected.logprobs, strict=True)), default=0.0)
-    assert worst <= LOGPROB_TOLERANCE
-    assert tokens == expected.token_ids
 
 
 @pytest.fixture
@@ -100,13 +44,7 @@ async def test_matrix(cell: Service, llama: Path) -> None:
     await ask(client, llama, prompt(llama, 200), spread="all")
     if cell.size > 1:
         await ask(client, llama, prompt(llama, 75, new=30), spread=1, new=30, move=True)
-    lengths = (3, 150, 40, 1, 97, 64, 17, 120)
-
-    async def later(i: int, length: int) -> None:
-        await asyncio.sleep(0.02 * i)  # some arrive while others decode
-        await ask(client, llama, prompt(llama, length, seed=i), spread=("all", 1, None)[i % 3])
-
-    await asyncio.gather(*(later(i, length) for i, length in enumerate(lengths)))
+    await ask_mixed(client, llama, [prompt(llama, length, seed=i) for i, length in enumerate(MIXED_LENGTHS)])
     stats = await client.stats()
     assert stats.counters.kv_bytes == stats.counters.blocks_copied == 0
 

@@ -20,6 +20,9 @@ from instance.config import InstanceConfig, Launch
 
 Mutation = Literal["drop", "double", "shift"]
 
+DEVICE: Literal["cpu", "cuda"] = "cuda" if os.environ.get("DISTATTN_TEST_DEVICE") == "cuda" else "cpu"
+"""Where the exactness cases run: DISTATTN_TEST_DEVICE=cuda takes as many GPUs as the case has instances."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -31,7 +34,7 @@ class Setup:
     block_size: int = 16
     chunk_tokens: int = 64
     mutate: Mutation | None = None
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

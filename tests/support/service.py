@@ -5,6 +5,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import pytest
+import torch
+
 from gmanager import AsyncClient
 from gmanager.config import GManagerConfig
 from gmanager.server import Server
@@ -21,7 +24,9 @@ class Service:
 @asynccontextmanager
 async def serve(farm: Farm, size: int, setup: Setup, *, spread: str = "auto") -> AsyncIterator[Service]:
     """Ready when entered; when left, every request must have ended and every pool be empty."""
-    server = Server(GManagerConfig(bind="tcp://127.0.0.1:*", spread=spread))
+    if setup.device == "cuda" and size > torch.cuda.device_count():
+        pytest.skip(f"needs {size} GPUs")
+    server = Server(GManagerConfig(bind="tcp://127.0.0.1:*", spread=spread, max_queue_wait_s=60))
     server.start()
     running = asyncio.create_task(server.run())
     try:

@@ -1,7 +1,7 @@
 """Tiny random models with a real tokenizer, written to disk, and what transformers alone says of them."""
 
+import functools
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +86,27 @@ class Expected:
     """Smallest lead of the likeliest token over the next: ids can only differ if rounding exceeds it."""
 
 
-@cache
+@functools.cache
 def reference(path: Path, prompt: tuple[int, ...], max_tokens: int) -> Expected:
-    """Teacher: one full forward for each token, no cache, so nothing of ours is in it."""
+    """The model alone, in float32 on the CPU, with transformers' own attention and cache."""
     model = _load(path)
-    ids = list(prompt)
+    ids: list[int] = []
     logprobs: list[float] = []
     margin = float("inf")
+    cache = None
     with torch.inference_mode():
         for _ in range(max_tokens):
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            new = ids[-1:] or prompt
+            out = model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            logits = out.logits[0, -1]
             top = logits.topk(2)
             margin = min(margin, float(top.values[0] - top.values[1]))
             logprobs.append(float(logits.log_softmax(-1)[top.indices[0]]))
             ids.append(int(top.indices[0]))
-    return Expected(ids[len(prompt) :], logprobs, margin)
+    return Expected(ids, logprobs, margin)
 
 
-@cache
+@functools.cache
 def _load(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()

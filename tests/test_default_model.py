@@ -1,0 +1,72 @@
+"""Law 1 with the model of the quickstart: six named cases on real text.
+
+`scripts/test` fetches the model before pytest runs; `scripts/quickstart --fetch-only` does only that.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from instance.checkpoint import resolve_checkpoint
+from tests.support.exactness import ask, ask_mixed, clear_prompt
+from tests.support.farm import Farm, Setup
+from tests.support.service import serve
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    files = list((CACHE / "model").glob("*.gguf"))
+    assert files, "the default model is missing: run scripts/quickstart --fetch-only"
+    return resolve_checkpoint(str(files[0]), cache_dir=CACHE / "converted")
+
+
+@pytest.fixture(scope="module")
+def essay(model: Path) -> list[int]:
+    """Tokens of real text."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    ids: list[int] = tokenizer((CACHE / "haystack" / "worked.txt").read_text()).input_ids
+    return ids
+
+
+def passage(model: Path, essay: list[int], length: int, *, new: int = NEW, seed: int = 0) -> list[int]:
+    """`length` tokens from somewhere in the essay, after which the model is sure of how to go on.
+
+    To be made before the service runs: the reference holds this process, and the gManager in it, for seconds.
+    """
+
+    def at(attempt: int) -> list[int]:
+        start = 701 * seed + 97 * attempt
+        return essay[start : start + length]
+
+    return clear_prompt(model, at, new)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+async def test_spread(size: int, farm: Farm, model: Path, essay: list[int]) -> None:
+    ids = passage(model, essay, 500, seed=size)
+    async with serve(farm, size, Setup(model=model, kv_tokens=640, chunk_tokens=128)) as service:
+        await ask(service.client, model, ids, spread="all")
+
+
+async def test_home_moves_while_it_decodes(farm: Farm, model: Path, essay: list[int]) -> None:
+    ids = passage(model, essay, 203, new=24)
+    async with serve(farm, 2, Setup(model=model, kv_tokens=512, chunk_tokens=128)) as service:
+        await ask(service.client, model, ids, new=24, spread=1, move=True)
+
+
+async def test_eight_mixed(farm: Farm, model: Path, essay: list[int]) -> None:
+    lengths = (30, 400, 120, 5, 250, 64, 17, 310)
+    prompts = [passage(model, essay, length, seed=i) for i, length in enumerate(lengths)]
+    async with serve(farm, 2, Setup(model=model, kv_tokens=1536, chunk_tokens=128)) as service:
+        await ask_mixed(service.client, model, prompts)
+
+
+async def test_chunks_of_seven_and_blocks_of_one(farm: Farm, model: Path, essay: list[int]) -> None:
+    ids = passage(model, essay, 150)
+    async with serve(farm, 2, Setup(model=model, kv_tokens=256, block_size=1, chunk_tokens=7)) as service:
+        await ask(service.client, model, ids, spread="all")
