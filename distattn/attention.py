@@ -18,6 +18,7 @@ from distattn.layout import Layout, Reading
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, merge_states
 from kernels.paged_attention import PagedAttention, Segment
+from kernels.upload import upload
 from kvstore.storage import KVStorage
 
 
@@ -69,11 +70,15 @@ class DistAttention:
         self._attend([], 0)
 
     @staticmethod
-    def scratch_bytes(shape: AttentionShape, max_rows: int, num_peers: int) -> int:
+    def scratch_bytes(shape: AttentionShape, max_rows: int, num_peers: int, device: torch.device, backend: str) -> int:
         """Most bytes that a step's buffers take: `max_rows` own rows, all dispatched to every peer, and as many from each."""
+        kernels = sum(
+            PagedAttention.scratch_bytes(rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, backend)
+            for rows in (max_rows, num_peers * max_rows)
+        )
         state = shape.num_heads * (shape.head_dim * shape.dtype.itemsize + 4)
         query = shape.num_heads * shape.head_dim * shape.dtype.itemsize
-        return max_rows * (state + 2 * num_peers * (state + query))
+        return max_rows * (state + 2 * num_peers * (state + query)) + kernels
 
     def plan(self, layout: Layout, slots: list[int]) -> None:
         """Prepare all layers of a step. `slots[i]`: where own row i's K and V go."""
@@ -88,11 +93,11 @@ class DistAttention:
         num_rows, num_sent, num_received = layout.num_rows, len(layout.dispatched_rows), layout.num_received
         self._plan = _Plan(
             layout=layout,
-            slots_T=_upload(slots, device),
+            slots_T=upload(slots, device),
             own=self._attend(layout.own, num_rows),
             out_THD=rows(num_rows),
             lse_TH=lses(num_rows),
-            send_rows_S=_upload(layout.dispatched_rows, device),
+            send_rows_S=upload(layout.dispatched_rows, device),
             send_q_SHD=rows(num_sent),
             part_out_SHD=rows(num_sent),
             part_lse_SH=lses(num_sent),
@@ -154,9 +159,3 @@ class DistAttention:
             device=self._device,
             backend=self._backend,
         )
-
-
-def _upload(values: list[int], device: torch.device) -> torch.Tensor:
-    """int64 on the device; from pinned memory, so that the copy is ordered by the stream and the caller goes on."""
-    host = torch.tensor(values, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -16,15 +16,15 @@ class Work(Protocol):
 
 
 class Group(Protocol):
-    """The part of `torch.distributed.ProcessGroup` that is used here."""
+    """The part of torch's `ProcessGroupNCCL` and `ProcessGroupGloo` that is used here."""
 
     def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Work: ...
 
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> Work: ...
 
-    def _start_coalescing(self, device: torch.device) -> None: ...
+    def _start_coalescing(self) -> None: ...
 
-    def _end_coalescing(self, device: torch.device) -> Work: ...
+    def _end_coalescing(self) -> Work: ...
 
 
 class Exchange:
@@ -36,7 +36,6 @@ class Exchange:
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self._group = group
-        self._device = device
         self._grouped = device.type == "cuda"
 
     def start(
@@ -51,13 +50,13 @@ class Exchange:
         """
         works: list[Work] = []
         if self._grouped:
-            self._group._start_coalescing(self._device)
+            self._group._start_coalescing()
         for tensor, rows in receives:
             works += [self._group.recv([part], rank, 0) for rank, part in _parts(tensor, rows)]
         for tensor, rows in sends:
             works += [self._group.send([part], rank, 0) for rank, part in _parts(tensor, rows)]
         if self._grouped:
-            return [self._group._end_coalescing(self._device)]
+            return [self._group._end_coalescing()]
         return works
 
 

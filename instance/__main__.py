@@ -9,22 +9,20 @@ import logging
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvloop
 
 from gmanager.wire.channel import ZmqTransport
-from gmanager.wire.codec import Decoder
 from gmanager.wire.errors import AddressError
-from gmanager.wire.messages import ToInstance
 from instance import config as settings
-from instance.checkpoint import CheckpointError, resolve_checkpoint
+from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
-from instance.model import UnsupportedModel, load_model, load_text_assets
-from instance.party import PartyMessage
-from instance.server import Instance, make_spec, scratch_bytes
-from kvstore.storage import KVStorage
+from instance.model import UnsupportedModel
+from instance.start import PoolTooLarge, load, make_instance
 
 log = logging.getLogger("instance")
 
@@ -67,54 +65,24 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
 
 async def serve(config: InstanceConfig) -> None:
     """Load the model and serve until a signal asks to end. Raises what broke."""
-    device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda", config.launch.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-    transport = ZmqTransport()
-    gmanager_decoder: Decoder[ToInstance] = Decoder(ToInstance)
-    party_decoder: Decoder[PartyMessage] = Decoder(PartyMessage)
-    gmanager = transport.dial(config.gmanager, gmanager_decoder)
-    listener = transport.listen(f"tcp://{config.host}:*", party_decoder)
-
-    path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
-    model = load_model(path, None if config.dtype == "auto" else getattr(torch, config.dtype), device)
-    assets = load_text_assets(path)
-    shape = model.shape
-    storage = KVStorage(
-        num_layers=model.num_layers,
-        num_blocks=config.num_blocks,
-        block_size=config.block_size,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        dtype=shape.dtype,
-        device=device,
-    )
-    log.info(
-        "%s on %s: weights %.1f MiB; KV %d blocks x %d bytes = %.1f MiB (%d tokens); attention scratch at most %.1f MiB",
-        path,
-        device,
-        model.weight_bytes() / 2**20,
-        storage.num_blocks,
-        storage.block_bytes,
-        storage.nbytes / 2**20,
-        storage.num_blocks * config.block_size,
-        scratch_bytes(model, config) / 2**20,
-    )
-    instance = Instance(
-        config,
-        model,
-        assets,
-        make_spec(model, config, assets, config.model),
-        storage=storage,
-        gmanager=gmanager,
-        party_listener=listener,
-        dial_party=lambda address: transport.dial(address, party_decoder),
-    )
     loop = asyncio.get_running_loop()
+    asked: asyncio.Future[str] = loop.create_future()
+
+    def on_signal(number: signal.Signals) -> None:
+        if not asked.done():
+            asked.set_result(number.name)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, instance.stop, signal.Signals(number).name)
+        loop.add_signal_handler(number, on_signal, number)
+    # a pool of its own: a signal ends the process without waiting for what is being loaded
+    loading = loop.run_in_executor(ThreadPoolExecutor(1, thread_name_prefix="load"), load, config)
+    first: list[asyncio.Future[Any]] = [loading, asked]
+    await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+    if asked.done():
+        log.info("%s while the model was being loaded", asked.result())
+        return
+    instance = make_instance(config, loading.result(), ZmqTransport())
+    asked.add_done_callback(lambda done: instance.stop(done.result()))
     await instance.run()
 
 
@@ -132,7 +100,7 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         uvloop.run(serve(config))
-    except (CheckpointError, UnsupportedModel, AddressError) as error:
+    except (CheckpointError, UnsupportedModel, PoolTooLarge, AddressError) as error:
         log.error("%s", error)
         return 2
     except Exception as error:

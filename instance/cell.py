@@ -1,5 +1,6 @@
 """The process group of one epoch: opened from a TCPStore whose address the gManager passes on."""
 
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +14,22 @@ dist: Any = torch.distributed
 
 
 def open_store(host: str, timeout_s: float) -> tuple[object, str]:
-    """A TCPStore on a free port of `host`, and its address `host:port`. Keep it until the epoch ends."""
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-    return store, f"{host}:{store.port}"
+    """A TCPStore on a free port of `host`, and its address `host:port`. Keep it until the epoch ends.
+
+    Raises OSError if `host` is no address of this machine.
+    """
+    family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    listening = socket.create_server((host, 0), family=family)
+    port = listening.getsockname()[1]
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listening.detach(),  # left to itself it listens on all interfaces
+    )
+    return store, f"{host}:{port}"
 
 
 class EpochGroup:
@@ -34,6 +48,7 @@ class EpochGroup:
         tcp = dist.TCPStore(store_host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
         store = dist.PrefixStore(f"epoch-{epoch}", tcp)
         if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = timeout
             self._group: Any = dist.ProcessGroupNCCL(store, rank, size, nccl)

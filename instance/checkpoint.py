@@ -17,6 +17,11 @@ _VERSION = 1
 """Of the conversion: another one gets other directories."""
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
+_HUB_DUPLICATES = ["consolidated*", "*/*"]
+"""The same weights in another layout, or for other programs."""
+
+_CONVERSION_S = 1800
+"""Longest wait for another process that converts the same file."""
 
 
 class CheckpointError(ValueError):
@@ -24,6 +29,7 @@ class CheckpointError(ValueError):
 
 
 def default_cache_dir() -> Path:
+    """Where conversions are kept unless told otherwise."""
     return Path.home() / ".cache" / "distattn"
 
 
@@ -58,7 +64,7 @@ def convert_gguf(file: Path, cache_dir: Path) -> Path:
     if target.is_dir():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f"{target.name}.lock"):
+    with FileLock(cache_dir / f"{target.name}.lock", timeout=_CONVERSION_S):
         if not target.is_dir():
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -72,14 +78,14 @@ def _convert(file: Path, target: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)  # the weights are plain now
     settings.pop("_name_or_path", None)
     config = type(model.config).from_dict(settings | {"architectures": [type(model).__name__]})
     config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(target)
     weights: dict[str, torch.Tensor] = {}
     seen: dict[int, str] = {}
     for name, weight in model.state_dict().items():
@@ -105,7 +111,7 @@ def _download(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         summary = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"'{model}' is no local path, and could not be had from the hub: {summary}") from error

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gmanager.wire.channel import check_address
+
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 
@@ -22,9 +24,12 @@ class Launch:
     """What torchrun says of this process. Nothing else of its environment is read, MASTER_* least of all."""
 
     rank: int
+    """Among all processes of this torchrun, [0, world_size)."""
     local_rank: int
+    """Among those on this machine: which GPU is ours."""
     world_size: int
     run_id: str
+    """The same in all processes of one torchrun."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -76,8 +81,9 @@ class InstanceConfig:
     """Where converted checkpoints lie; None: the user's cache directory."""
     connect_timeout_s: float = 120
     """How long to wait for a gManager that isn't there."""
-    step_timeout_s: float = 120
-    """Longest wait for other instances inside a step; after it the epoch ends."""
+    step_timeout_s: float = 600
+    """Longest wait for other instances, or the device, inside a step; after it the epoch ends. An instance that died or
+    was stopped is noticed within seconds by its lease: this is for what isn't, and longer than any honest step."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -94,12 +100,21 @@ class InstanceConfig:
             raise ValueError(f"--kv-tokens {self.kv_tokens} is less than one block of {self.block_size} tokens")
         if not self.cell:
             raise ValueError("--cell must not be empty")
+        if self.host in ("0.0.0.0", "::", "*", ""):
+            raise ValueError(f"--host {self.host!r} is no address that the other instances could dial")
+        check_address(self.gmanager)
+
+    @property
+    def backend(self) -> Literal["triton", "torch"]:
+        """Which kernels run."""
+        return "triton" if self.device == "cuda" else "torch"
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the pool."""
         return self.kv_tokens // self.block_size
 
 
 def default_threads(world_size: int) -> int:
-    """This machine's cores, shared by the instances of one torchrun."""
-    return max(1, (os.cpu_count() or 1) // world_size)
+    """The cores this process may use, shared by the instances of one torchrun."""
+    return max(1, len(os.sched_getaffinity(0)) // world_size)

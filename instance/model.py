@@ -52,17 +52,17 @@ class AttentionContext:
 class Model:
     """A loaded causal language model: rows in, logits of chosen rows out."""
 
-    def __init__(self, module: PreTrainedModel, path: Path) -> None:
+    def __init__(self, module: PreTrainedModel) -> None:
         """Raises UnsupportedModel by the name of what can't be served exactly."""
         config = module.config.get_text_config()
         self.module = module
-        self.path = path
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
-        self.max_context: int = config.max_position_embeddings
+        self.max_context = _max_context(config)
         self.context = AttentionContext()
         self.device = module.device
         _refuse_rope(config)
+        _refuse_layer_types(config)
         self.shape = self._probe()
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, logits_rows_S: torch.Tensor) -> torch.Tensor:
@@ -76,6 +76,7 @@ class Model:
         return out.logits[0]  # type: ignore[no-any-return]
 
     def weight_bytes(self) -> int:
+        """Bytes of all parameters."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
     def fingerprint(self) -> str:
@@ -91,7 +92,11 @@ class Model:
         return digest.hexdigest()
 
     def _probe(self) -> AttentionShape:
-        """Run one row and look at what each attention layer is called with; bind the layers to `context`."""
+        """Run two rows and look at what each attention layer is called with; bind the layers to `context`.
+
+        Attention is 0 here, so a row must come out as it does alone: else something beside attention mixes rows (a state,
+        a convolution), which a step that holds rows of many sequences would mix up.
+        """
         seen: dict[int, AttentionShape] = {}
 
         def probe(
@@ -104,6 +109,8 @@ class Model:
             **extra: object,
         ) -> tuple[torch.Tensor, None]:
             _refuse_arguments(extra, mask)
+            if getattr(module, "is_causal", True) is False:
+                raise UnsupportedModel("the model's attention is not causal")
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             module.distattn_context = self.context  # type: ignore[assignment]
             seen[layer] = AttentionShape(
@@ -120,14 +127,18 @@ class Model:
         AttentionInterface.register(_IMPLEMENTATION, probe)
         try:
             with torch.inference_mode():
-                zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-                self.forward(zero, zero, zero)
+                ids = torch.tensor([1, 2], device=self.device) % self.vocab_size
+                places = torch.tensor([0, 1], device=self.device)
+                together = self.forward(ids, places, places)[1]
+                alone = self.forward(ids[1:], places[1:], places[:1])[0]
         finally:
             AttentionInterface.register(_IMPLEMENTATION, _attention)
         if sorted(seen) != list(range(self.num_layers)) or len(set(seen.values())) != 1:
             raise UnsupportedModel(
                 f"{self.module.config.model_type}: expected {self.num_layers} equal attention layers, saw {seen}"
             )
+        if float((together - alone).abs().max()) > 0.02 * float(alone.abs().max()):  # bf16 rounds to 0.004
+            raise UnsupportedModel(f"{self.module.config.model_type}: something beside attention mixes the rows of a step")
         return seen[0]
 
 
@@ -142,10 +153,11 @@ def load_model(path: Path, dtype: torch.dtype | None, device: torch.device) -> M
         use_safetensors=True,
         attn_implementation=_register(),
         local_files_only=True,
+        trust_remote_code=False,
     )
     module.to(device)  # type: ignore[arg-type]
     module.train(False)
-    return Model(module, path)
+    return Model(module)
 
 
 def load_text_assets(path: Path) -> TextAssets:
@@ -153,10 +165,10 @@ def load_text_assets(path: Path) -> TextAssets:
 
     Raises UnsupportedModel if the tokenizer is not a fast one.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UnsupportedModel(f"the tokenizer of {path} has no tokenizer.json form")
-    config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_text_config()
     eos: set[int] = set()
     generation = path / "generation_config.json"
     sources = [config.eos_token_id, tokenizer.eos_token_id]
@@ -164,9 +176,12 @@ def load_text_assets(path: Path) -> TextAssets:
         sources.append(json.loads(generation.read_text()).get("eos_token_id"))
     for source in sources:
         eos.update(source if isinstance(source, list) else [] if source is None else [source])
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
     return TextAssets(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_template=template,
         special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         eos_token_ids=sorted(eos),
     )
@@ -203,6 +218,21 @@ def _refuse_arguments(extra: Mapping[str, Any], mask: torch.Tensor | None) -> No
             continue
         shown = tuple(value.shape) if isinstance(value, torch.Tensor) else value
         raise UnsupportedModel(f"the model's attention needs {name}={shown}, which is not implemented")
+
+
+def _max_context(config: Any) -> int:
+    """Raises UnsupportedModel for a model that doesn't say."""
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        raise UnsupportedModel(f"{config.model_type}: max_position_embeddings is {length}, so its longest context is unknown")
+    return length
+
+
+def _refuse_layer_types(config: Any) -> None:
+    """Raises UnsupportedModel for layers whose window or chunk would stand only in a mask, which is never built."""
+    others = sorted({kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"})
+    if others:
+        raise UnsupportedModel(f"{config.model_type} has layers of type {', '.join(others)}, which is not implemented")
 
 
 def _refuse_rope(config: Any) -> None:

@@ -12,6 +12,7 @@ from gmanager.wire.messages import TokenLogprob
 from instance.model import Model
 from instance.sampler import sample
 from instance.scheduler import SampledRow, StepPlan
+from kernels.upload import upload
 
 
 @dataclass(slots=True)
@@ -23,16 +24,24 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class _Launched:
+class _Samples:
     """Sampled tokens of a step, on their way to the host."""
 
-    sampled: Sequence[SampledRow]
+    rows: Sequence[SampledRow]
     tokens_S: torch.Tensor
     logprobs_S: torch.Tensor
     ranks_S: torch.Tensor
     top_logprobs_SN: torch.Tensor
     top_ids_SN: torch.Tensor
-    arrived: torch.cuda.Event | None
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that is queued on the device."""
+
+    samples: _Samples | None
+    done: torch.cuda.Event | None
+    """On a GPU: when the step has run and its samples are here."""
 
 
 class Runner:
@@ -50,22 +59,22 @@ class Runner:
         self._driver = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="result")
         self._previous_tokens = torch.empty(0, dtype=torch.int64, device=self._device)
-        # threads is a setting of the thread that calls it
+        # the number of threads and the current GPU are settings of the thread that calls
         self._driver.submit(torch.set_num_threads, threads).result()
+        if self._device.type == "cuda":
+            self._driver.submit(torch.cuda.set_device, self._device).result()
         model.context.attend = attention.run
 
-    def launch(self, plan: StepPlan) -> asyncio.Future[_Launched | None]:
+    def launch(self, plan: StepPlan) -> asyncio.Future[Launched]:
         """Queue a plan behind those before it."""
         return asyncio.get_running_loop().run_in_executor(self._driver, self._run, plan)
 
-    async def result_of(self, launched: asyncio.Future[_Launched | None]) -> dict[int, TokenLogprob]:
-        """The tokens of a launched plan by sequence, once the device has them."""
+    async def result_of(self, launched: asyncio.Future[Launched]) -> dict[int, TokenLogprob]:
+        """The tokens of a launched plan by sequence, once the device has run it."""
         step = await launched
-        if step is None:
-            return {}
-        if step.arrived is not None:
-            await asyncio.get_running_loop().run_in_executor(self._waiter, step.arrived.synchronize)
-        return _read(step)
+        if step.done is not None:
+            await asyncio.get_running_loop().run_in_executor(self._waiter, step.done.synchronize)
+        return {} if step.samples is None else _read(step.samples)
 
     def close(self) -> None:
         """Let go of the threads. A step that waits for a lost peer is not waited for."""
@@ -74,10 +83,17 @@ class Runner:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, plan: StepPlan) -> _Launched | None:
-        if plan.is_idle:
+    def _run(self, plan: StepPlan) -> Launched:
+        samples = None if plan.is_idle else self._compute(plan)
+        if samples is None:
             self._previous_tokens = self._previous_tokens[:0]
-            return None
+        done = None
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(torch.cuda.current_stream(self._device))
+        return Launched(samples, done)
+
+    def _compute(self, plan: StepPlan) -> _Samples | None:
         with torch.inference_mode():
             self._attention.plan(plan.layout, plan.slots_T)
             queries, partials = self._attention.bytes_sent(plan.layout, self._model.num_layers)
@@ -85,7 +101,6 @@ class Runner:
             self.traffic.partial_bytes += partials
             if not plan.token_ids_T:
                 self._serve()
-                self._previous_tokens = self._previous_tokens[:0]
                 return None
             logits_SV = self._model.forward(
                 self._token_ids(plan), self._upload(plan.positions_T), self._upload([s.row for s in plan.sampled])
@@ -108,9 +123,8 @@ class Runner:
             token_ids_T[self._upload(rows)] = self._previous_tokens[self._upload(samples)]
         return token_ids_T
 
-    def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> _Launched | None:
+    def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> _Samples | None:
         if not plan.sampled:
-            self._previous_tokens = self._previous_tokens[:0]
             return None
         tokens_S = sample(logits_SV, [s.params for s in plan.sampled], [s.position for s in plan.sampled])
         self._previous_tokens = tokens_S
@@ -120,22 +134,17 @@ class Runner:
         most = min(max(s.params.logprobs or 0 for s in plan.sampled), logprobs_SV.shape[-1])
         top = logprobs_SV.topk(most, -1)
         results = [tokens_S, logprobs_S, ranks_S, top.values, top.indices]
-        arrived = None
         if self._device.type == "cuda":
             results = [result.to("cpu", non_blocking=True) for result in results]
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record(torch.cuda.current_stream(self._device))
-        tokens_S, logprobs_S, ranks_S, top_logprobs_SN, top_ids_SN = results
-        return _Launched(plan.sampled, tokens_S, logprobs_S, ranks_S, top_logprobs_SN, top_ids_SN, arrived)
+        return _Samples(plan.sampled, *results)
 
     def _upload(self, values: Sequence[int]) -> torch.Tensor:
-        host = torch.tensor(values, dtype=torch.int64)
-        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
+        return upload(values, self._device)
 
 
-def _read(step: _Launched) -> dict[int, TokenLogprob]:
+def _read(step: _Samples) -> dict[int, TokenLogprob]:
     tokens: dict[int, TokenLogprob] = {}
-    for i, row in enumerate(step.sampled):
+    for i, row in enumerate(step.rows):
         count = row.params.logprobs or 0
         tokens[row.seq] = TokenLogprob(
             token_id=int(step.tokens_S[i]),

@@ -13,12 +13,20 @@ from gmanager.wire.messages import SequenceParams
 
 _MASK = 0xFFFFFFFF
 
+_LEAST_TEMPERATURE = 1e-5
+"""Below it a row is greedy, as in vLLM: logits divided by less may overflow."""
+
+
+def scratch_bytes(num_rows: int, vocab_size: int) -> int:
+    """Most bytes that sampling that many rows takes: their logits in float32, sorted, as probabilities and as noise."""
+    return num_rows * vocab_size * 10 * 4
+
 
 def sample(logits_SV: torch.Tensor, params: Sequence[SequenceParams], positions: Sequence[int]) -> torch.Tensor:
     """One token id for each row `[S]`, int64. `positions[i]`: of the token that row i yields."""
     logits_SV = logits_SV.float()
     tokens_S = logits_SV.argmax(-1)
-    random = [i for i, p in enumerate(params) if p.temperature > 0]
+    random = [i for i, p in enumerate(params) if p.temperature >= _LEAST_TEMPERATURE]
     if random:
         rows = torch.tensor(random, device=logits_SV.device)
         chosen = [params[i] for i in random]
@@ -49,7 +57,8 @@ def _keep_top_p(logits: torch.Tensor, top_p: Sequence[float]) -> torch.Tensor:
         return logits
     ordered, index = logits.sort(-1, descending=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    drop = before >= _column(top_p, logits)
+    # a row that keeps all must not lose its tail to the rounding of a sum over the vocabulary
+    drop = before >= _column([p if p < 1 else float("inf") for p in top_p], logits)
     drop[:, 0] = False  # the likeliest token always stays
     return logits.masked_fill(torch.zeros_like(drop).scatter(1, index, drop), -torch.inf)
 

@@ -107,8 +107,8 @@ class Scheduler:
     # --- commands from the gManager -----------------------------------------------------------------------------------
 
     def admit(self, admit: Admit) -> None:
-        """Start a sequence. Ignored if its reservation is gone: it was cancelled before this arrived."""
-        if self._rmanager.shard(admit.seq) is None:
+        """Start a sequence. Ignored if its reservation is gone, or about to be: it was cancelled before this arrived."""
+        if not self._keeps(admit.seq):
             return
         mine = next((share.tokens for share in admit.shares if share.rank == self.rank), 0)
         prompt = unpack_tokens(admit.token_ids)
@@ -126,7 +126,7 @@ class Scheduler:
         """End a sequence, whoever is its home now. Ignored if nothing is known of it here."""
         if seq in self._homes:
             self._homes[seq].cancelled = True
-        elif self._rmanager.shard(seq) is not None:
+        elif self._keeps(seq):
             self._cancels[seq] = None
 
     def move(self, seq: int, to: int) -> None:
@@ -145,7 +145,10 @@ class Scheduler:
         )
 
     def propose(self, members: Sequence[int], *, party: int, step: int, digest: list[int], groupings: list[Grouping]) -> Notice:
-        """What this instance wants of the next step. Grants blocks, changes nothing else, so it may be asked again."""
+        """What this instance wants of the next step. Grants blocks, and tells the gManager once of each lack of one.
+
+        May be asked again for the same step.
+        """
         decodes: list[Decode] = []
         prefills: list[Prefill] = []
         released: list[int] = []
@@ -192,7 +195,8 @@ class Scheduler:
 
         Raises StepMismatch if the step contradicts what this instance holds.
         """
-        self._cancels.clear()
+        for seq in step.cancels:  # others may have come since the notice
+            self._cancels.pop(seq, None)
         self._last_tokens.clear()
         arrived = {last.seq: last.token for last in step.last_tokens}
         for handoff in step.handoffs:
@@ -206,6 +210,7 @@ class Scheduler:
         ended = _Ended(seqs=step.released)
         for seq in step.released:
             self._guests.pop(seq, None)
+            self._cancels.pop(seq, None)
             if (home := self._homes.pop(seq, None)) is not None:
                 ended.homes.append(home)
         self._ended.append(ended)
@@ -240,6 +245,10 @@ class Scheduler:
 
     # --- the parts ----------------------------------------------------------------------------------------------------
 
+    def _keeps(self, seq: int) -> bool:
+        """Whether blocks of it are here, and not only until the step that released them has run."""
+        return self._rmanager.shard(seq) is not None and not any(seq in ended.seqs for ended in self._ended)
+
     def _can_decode(self, home: Home) -> bool:
         """Whether it has a row to propose, or a lack of room to tell of."""
         if home.generated >= home.params.max_tokens:
@@ -261,8 +270,8 @@ class Scheduler:
         return False
 
     def _take_token(self, home: Home, token: TokenLogprob) -> None:
-        if home.over:
-            return  # the one row too many, or nobody listens any more
+        if home.finished:
+            return  # the one row too many
         home.committed += 1
         home.last_token = token.token_id
         reason: Literal["stop", "length"] | None = None
@@ -311,7 +320,10 @@ class Scheduler:
         pending: list[tuple[int, int]] = []
         slots: list[int] = []
         sampled: list[SampledRow] = []
-        ends = {seq: max(span.stop for span in step.spans if span.seq == seq) for seq in step.sampled}
+        spans_of: dict[int, list[Span]] = {}
+        for span in step.spans:
+            spans_of.setdefault(span.seq, []).append(span)
+        ends = {seq: max(span.stop for span in spans_of[seq]) for seq in step.sampled}
         for span in step.spans:
             if span.rank != self.rank:
                 continue
@@ -327,9 +339,9 @@ class Scheduler:
             if ends.get(span.seq) == span.stop:
                 sampled.append(SampledRow(len(token_ids) - 1, span.seq, span.stop, self._homes[span.seq].params))
         self._previous_samples = {row.seq: i for i, row in enumerate(sampled)}
-        self._move_on(step)
+        self._move_on(step, spans_of)
         self._check_holdings(step)
-        self.tally.steps += 1
+        self.tally.steps += not step.is_empty()
         self.tally.rows += len(token_ids)
         return StepPlan(
             token_ids_T=token_ids,
@@ -360,13 +372,13 @@ class Scheduler:
             )
         return None
 
-    def _move_on(self, step: Step) -> None:
+    def _move_on(self, step: Step, spans_of: Mapping[int, list[Span]]) -> None:
         """Counts of the homes here, after the step's spans."""
         for seq, holdings in step.holdings.items():
             home = self._homes.get(seq)
             if home is None:
                 continue
-            spans = [span for span in step.spans if span.seq == seq]
+            spans = spans_of[seq]
             taken = {share.rank: share.tokens for share in home.shares}
             for span in spans:
                 if span.rank in taken:

@@ -36,7 +36,8 @@ class Home:
     generated: int = 0
     """Tokens generated in accepted steps, those under way included."""
     committed: int = 0
-    """Tokens generated, known here and output. `generated - committed` are still under way, at most two."""
+    """Tokens generated, known here and output. `generated - committed` are still under way: at most one when a
+    notice is made, two between `accept` and `commit`."""
     last_token: int | None = None
     """The newest committed one."""
     finished: bool = False

@@ -4,28 +4,26 @@ The loop is two deep: while the device runs step n, the CPU proposes, exchanges,
 """
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
 from gmanager.wire import messages as wire
-from gmanager.wire.channel import Dialer, Listener
+from gmanager.wire.channel import Transport
+from gmanager.wire.codec import Decoder
 from gmanager.wire.errors import BadMessage, PeerGone
 from instance.cell import EpochGroup, open_store
 from instance.config import InstanceConfig
 from instance.model import Model
 from instance.party import Party, PartyMessage
 from instance.rmanager import RManager
-from instance.runner import Runner
-from instance.scheduler import MAX_DECODE_ROWS, Scheduler
+from instance.runner import Launched, Runner
+from instance.scheduler import Scheduler
 from instance.step import Grouping, derive
 from kvstore.storage import KVStorage
 
@@ -47,7 +45,6 @@ class _Epoch:
     """Everything that lives as long as one membership."""
 
     number: int
-    rank: int
     party: Party
     scheduler: Scheduler
     runner: Runner
@@ -62,20 +59,20 @@ class Instance:
         model: Model,
         assets: wire.TextAssets,
         spec: wire.InstanceSpec,
-        *,
         storage: KVStorage,
-        gmanager: Dialer[wire.ToInstance],
-        party_listener: Listener[PartyMessage],
-        dial_party: Callable[[str], Dialer[PartyMessage]],
+        transport: Transport,
     ) -> None:
+        """Listens for its party, and begins to dial the gManager. Needs a running loop. Raises AddressError."""
+        to_instance: Decoder[wire.ToInstance] = Decoder(wire.ToInstance)
+        self._party_decoder: Decoder[PartyMessage] = Decoder(PartyMessage)
         self._config = config
         self._model = model
         self._assets = assets
         self._spec = spec
         self._storage = storage
-        self._gmanager = gmanager
-        self._listener = party_listener
-        self._dial = dial_party
+        self._transport = transport
+        self._listener = transport.listen(f"tcp://{config.host}:*", self._party_decoder)
+        self._gmanager = transport.dial(config.gmanager, to_instance)
         self._rmanager = RManager(storage.num_blocks, storage.block_size)
         self._epoch: _Epoch | None = None
         self._lease_s = 0.0
@@ -83,6 +80,10 @@ class Instance:
         self._dropped = 0
         self._stop_reason: asyncio.Future[str] | None = None
         self._cleanup = AsyncExitStack()
+        self._store: object = None
+        """Of the epoch, if it was opened here: it serves as long as it is kept."""
+        self._joiner = ThreadPoolExecutor(1, thread_name_prefix="join")
+        """Not the loop's own pool, whose end waits for a thread that waits for a lost peer."""
 
     def stop(self, reason: str) -> None:
         """End `run` soon; the gManager is told."""
@@ -93,6 +94,7 @@ class Instance:
         """Serve. Raises InstanceError (or what broke), after telling the gManager."""
         self._stop_reason = asyncio.get_running_loop().create_future()
         failure: BaseException | None = None
+        self._cleanup.callback(self._joiner.shutdown, wait=False, cancel_futures=True)
         async with self._cleanup:
             work = asyncio.create_task(self._serve())
             stopped: asyncio.Future[Any] = self._stop_reason
@@ -119,7 +121,7 @@ class Instance:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._beat())
                 while True:
-                    await self._obey(await self._gmanager.recv(), tasks)
+                    self._obey(await self._gmanager.recv(), tasks)
         except* PeerGone:
             raise InstanceError("the gManager is gone") from None
         except* Exception as group:
@@ -142,6 +144,8 @@ class Instance:
         try:
             async with asyncio.timeout(config.connect_timeout_s):
                 answer = await self._gmanager.recv()
+        except PeerGone:
+            raise InstanceError(f"the gManager at {config.gmanager} closed the connection") from None
         except TimeoutError:
             raise InstanceError(f"no gManager answered at {config.gmanager} within {config.connect_timeout_s:.0f} s") from None
         if isinstance(answer, wire.Refused):
@@ -185,19 +189,20 @@ class Instance:
             )
         )
 
-    async def _obey(self, message: wire.Message | BadMessage, tasks: asyncio.TaskGroup) -> None:
+    def _obey(self, message: wire.Message | BadMessage, tasks: asyncio.TaskGroup) -> None:
         """One message of the gManager."""
         self._heard = time.monotonic()
         if isinstance(message, wire.Pong):
             return
         if isinstance(message, wire.OpenStore):
-            store, address = open_store(self._config.host, self._config.step_timeout_s)
-            self._cleanup.callback(lambda: store and None)  # the store lives as long as the epoch
+            self._store, address = open_store(self._config.host, self._config.step_timeout_s)
             self._gmanager.send(wire.StoreOpened(epoch=message.epoch, address=address))
         elif isinstance(message, wire.JoinEpoch):
-            await self._join(message, tasks)
+            tasks.create_task(self._join(message, tasks))
         elif isinstance(message, wire.EndEpoch):
             raise EpochEnded(f"the gManager ended the cell: {message.reason}")
+        elif isinstance(message, wire.Refused):
+            raise InstanceError(f"the gManager refused this instance: {message.reason}")
         elif self._epoch is None or getattr(message, "epoch", None) != self._epoch.number:
             self._dropped += 1
             log.warning("dropped %s", type(message).__name__)
@@ -215,6 +220,7 @@ class Instance:
                     self._gmanager.send(wire.NotGranted(**kind, free_blocks=self._rmanager.free_blocks))
             case wire.Drop(seq=seq):
                 self._rmanager.drop(seq)
+                self._tell_of_freed()
             case wire.Admit():
                 epoch.scheduler.admit(message)
             case wire.Regroup(number=number, parties=parties):
@@ -230,7 +236,7 @@ class Instance:
         """Form the epoch's process group and start to step."""
         config, device = self._config, self._model.device
         group = await asyncio.get_running_loop().run_in_executor(
-            None,
+            self._joiner,
             lambda: EpochGroup(
                 store_address=join.store_address,
                 host=config.host,
@@ -246,7 +252,7 @@ class Instance:
             self._storage,
             self._model.shape,
             Exchange(group.group, device),
-            backend="triton" if device.type == "cuda" else "torch",
+            backend=config.backend,
         )
         runner = Runner(self._model, attention, config.threads)
         self._cleanup.callback(runner.close)
@@ -255,11 +261,11 @@ class Instance:
             rank=join.rank,
             addresses=[member.party_address for member in join.members],
             listener=self._listener,
-            dial=self._dial,
+            dial=lambda address: self._transport.dial(address, self._party_decoder),
             timeout_s=config.step_timeout_s,
         )
         scheduler = Scheduler(epoch=join.epoch, rank=join.rank, chunk_tokens=config.chunk_tokens, rmanager=self._rmanager)
-        self._epoch = _Epoch(join.epoch, join.rank, party, scheduler, runner)
+        self._epoch = _Epoch(join.epoch, party, scheduler, runner)
         tasks.create_task(party.run())
         tasks.create_task(self._step(self._epoch))
         self._gmanager.send(wire.Joined(epoch=join.epoch))
@@ -292,47 +298,32 @@ class Instance:
                 await party.woken.wait()
                 continue
             if running is not None:
-                scheduler.commit(await runner.result_of(running))
+                scheduler.commit(await self._result_of(runner, running))
             running = launched
             self._publish(scheduler)
 
+    async def _result_of(self, runner: Runner, running: asyncio.Future[Launched]) -> dict[int, wire.TokenLogprob]:
+        limit = self._config.step_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await runner.result_of(running)
+        except TimeoutError:
+            raise InstanceError(f"the device did not end a step within {limit:.0f} s") from None
+
     def _publish(self, scheduler: Scheduler) -> None:
-        if self._rmanager.freed:
-            self._send_beat()  # somebody may wait for these blocks
+        self._tell_of_freed()
         for message in scheduler.take_messages():
             self._gmanager.send(message)
+
+    def _tell_of_freed(self) -> None:
+        if self._rmanager.freed:
+            self._send_beat()  # somebody may wait for these blocks
 
     def validate(self) -> None:
         """The pool and the sequences agree. Raises RuntimeError otherwise."""
         self._rmanager.shards.validate()
         if self._epoch is not None:
             self._epoch.scheduler.validate()
-
-
-def scratch_bytes(model: Model, config: InstanceConfig) -> int:
-    """Most bytes that a step's attention buffers take beside weights and KV."""
-    rows = config.chunk_tokens + MAX_DECODE_ROWS
-    return DistAttention.scratch_bytes(model.shape, rows, config.cell_size - 1)
-
-
-def make_spec(model: Model, config: InstanceConfig, assets: wire.TextAssets, name: str) -> wire.InstanceSpec:
-    """What this instance tells the gManager of itself."""
-    return wire.InstanceSpec(
-        model=name,
-        fingerprint=model.fingerprint(),
-        tokenizer=hashlib.sha256(repr(assets).encode()).hexdigest(),
-        dtype=str(model.shape.dtype).removeprefix("torch."),
-        block_size=config.block_size,
-        vocab_size=model.vocab_size,
-        max_context=model.max_context,
-        num_blocks=config.num_blocks,
-        chunk_tokens=config.chunk_tokens,
-        device=_device_name(model.device),
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -18,6 +18,8 @@ from itertools import accumulate
 
 import torch
 
+from kernels.upload import upload
+
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
@@ -45,10 +47,7 @@ class MergePlan:
             counts[row] += 1
         offsets = [0, *accumulate(counts)]
         index = sorted(range(len(part_rows)), key=part_rows.__getitem__)
-        host = torch.tensor([*offsets, *index, *part_rows], dtype=torch.int64)
-        if device.type == "cuda":
-            host = host.pin_memory()  # else the copy waits for the device
-        table = host.to(device, non_blocking=True)
+        table = upload([*offsets, *index, *part_rows], device)
         first, second = len(offsets), len(offsets) + len(index)
         return MergePlan(table[:first], table[first:second], table[second:])
 

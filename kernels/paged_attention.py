@@ -110,6 +110,22 @@ class PagedAttention(ABC):
                 return TritonPagedAttention(sizes, min_blocks, segments)
         raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
+    @staticmethod
+    def scratch_bytes(
+        num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, backend: str
+    ) -> int:
+        """Most bytes that `run` takes beside its arguments for that many rows, whatever the segments."""
+        match backend:
+            case "torch":
+                from kernels.paged_attention_torch import scratch_bytes as of_torch
+
+                return of_torch(num_rows, num_heads, head_dim)
+            case "triton":
+                from kernels.paged_attention_triton import scratch_bytes as of_triton
+
+                return of_triton(num_heads, num_kv_heads, head_dim, device)
+        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+
     def run(
         self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, *, out_THD: torch.Tensor, lse_TH: torch.Tensor
     ) -> None:

@@ -85,6 +85,11 @@ class _Tile:
     pieces: tuple[_Piece, ...]
 
 
+def scratch_bytes(num_rows: int, num_heads: int, head_dim: int) -> int:
+    """Most bytes beside the arguments: one gathering, and for all rows a query, two states and their merge in fp32."""
+    return _GATHER_BYTES + num_rows * num_heads * (6 * head_dim + 4) * 4
+
+
 class TorchPagedAttention(PagedAttention):
     """On CPU the fused kernel, on other devices the plain twin `attention_state`."""
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, uncovered_ranges
+from kernels.upload import upload
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_GROUP = 64
@@ -246,6 +247,13 @@ class _Launch:
     part_lse_XKM: torch.Tensor
 
 
+def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:
+    """Most bytes of the parts of split KV: in each of the two launches at most one for each program that fills the device."""
+    group: int = triton.next_power_of_2(num_heads // num_kv_heads)
+    programs = _programs(device) // num_kv_heads * num_kv_heads
+    return 2 * programs * max(128, group) * (head_dim + 1) * 4
+
+
 class TritonPagedAttention(PagedAttention):
     """Two launches at most, for tiles of few rows (decode) and of many (chunks), and a merge for each that splits KV."""
 
@@ -362,7 +370,7 @@ def _plan_launch(shape: _TileShape, placed: Sequence[tuple[Segment, int]], sizes
                 split.extend((first_row + row, row, num_parts, len(begins)))
             num_parts += len(begins)
     work_size = len(work)
-    table = _upload(work + split, sizes.device)
+    table = upload(work + split, sizes.device, torch.int32)
     scratch = (num_parts, sizes.num_kv_heads, shape.block_m)
     return _Launch(
         shape=shape,
@@ -388,16 +396,8 @@ def _upload_segments(segments: Sequence[Segment], sizes: AttentionSizes) -> tupl
         kv_lens[segment.first_row : segment.first_row + segment.num_rows] = array("i", segment.kv_lens)
         starts.append(len(tables))
         tables.extend(segment.block_ids)
-    table = _upload(kv_lens + tables, sizes.device)
+    table = upload(kv_lens + tables, sizes.device, torch.int32)
     return table[: sizes.num_rows], table[sizes.num_rows :], starts
-
-
-def _upload(values: "array[int]", device: torch.device) -> torch.Tensor:
-    """int32 on the device, by one copy that is ordered by the stream: the host goes on."""
-    if not values:
-        return torch.empty(0, dtype=torch.int32, device=device)
-    host = torch.frombuffer(values, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -131,12 +131,12 @@ class ZmqTransport:
 
     def listen(self, address: str, decoder: Decoder[M], *, limits: QueueLimits = DEFAULT_LIMITS) -> Listener[M]:
         """Bind, for example tcp://127.0.0.1:5570, or tcp://127.0.0.1:* for a free port. Raises AddressError."""
-        _check_address(address)
+        check_address(address)
         return _ZmqListener(self, address, decoder, limits)
 
     def dial(self, address: str, decoder: Decoder[M], *, limits: QueueLimits = DEFAULT_LIMITS) -> Dialer[M]:
         """Connect, in the background. Raises AddressError if the address is malformed."""
-        _check_address(address)
+        check_address(address)
         return _ZmqDialer(self, address, decoder, limits)
 
     def _open(self, kind: int, max_bytes: int) -> "zmq.Socket[bytes]":
@@ -458,7 +458,7 @@ class _ZmqDialer(_ZmqEnd[M]):
 _TCP = re.compile(r"tcp://[^:/\s]+:(\*|\d{1,5})")
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     # ZeroMQ takes 99999 for port 34463.
     match = _TCP.fullmatch(address)
     if match is None or (match[1] != "*" and int(match[1]) > 65535):

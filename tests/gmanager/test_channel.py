@@ -13,7 +13,7 @@ import uvloop
 import zmq
 
 from gmanager.wire import messages as m
-from gmanager.wire.channel import Listener, PeerLost, QueueLimits, Transport, ZmqTransport
+from gmanager.wire.channel import PIPE_MESSAGES, Listener, PeerLost, QueueLimits, Transport, ZmqTransport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.errors import AddressError, BadMessage, FrameTooLarge, PeerGone
 from gmanager.wire.memory import MemoryTransport
@@ -284,7 +284,7 @@ async def test_queue_is_bounded_in_bytes(transport: Transport) -> None:
         dialer.send(m.Ping())
         peer, _ = await listener.recv()
         text = "x" * 1_000_000
-        for call in range(100):
+        for call in range(4 * PIPE_MESSAGES):
             listener.send(peer, m.CallFailed(call=call, reason=text))
         lost = await listener.recv()
         assert isinstance(lost[1], PeerLost)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, FalconH1Config, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from instance.model import Model, UnsupportedModel, load_model, load_text_assets
 from tests.support.tiny import CONFIGS, make_model
@@ -21,17 +21,30 @@ SMALL: dict[str, Any] = {
 }
 
 
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}
+
+
 def load(config: Any) -> Model:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="distattn")
-    return Model(model.eval(), Path("nowhere"))
+    return Model(model.eval())
 
 
 @pytest.mark.parametrize(
     ("config", "name"),
     [
         (MistralConfig(**SMALL, sliding_window=64), "sliding_window=64"),
-        (Gemma2Config(**SMALL, sliding_window=None, attn_logit_softcapping=50.0), "softcap=50.0"),
+        (Gemma2Config(**SMALL, layer_types=["full_attention"] * 2, attn_logit_softcapping=50.0), "softcap=50.0"),
         (LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "'dynamic'"),
+        (LlamaConfig(**SMALL, rope_parameters=LONGROPE), "'longrope'"),
+        (Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding_attention"),
+        (FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16), "hybrid"),
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(config: Any, name: str, tmp_path: Path) -> None:
@@ -51,6 +64,27 @@ def test_a_model_with_sinks_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedModel, match="s_aux"):
         load(config)
+
+
+def test_attention_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    model = load_model(make_model("llama", tmp_path), torch.float32, torch.device("cpu"))
+    module: Any = model.module
+    module.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(UnsupportedModel, match="not causal"):
+        Model(module)
+
+
+def test_rows_that_mix_outside_attention_are_refused(tmp_path: Path) -> None:
+    """As a state or a convolution over the rows would: in a step they are of different sequences."""
+
+    class Convolution(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x.roll(1, dims=1)
+
+    module: Any = load_model(make_model("llama", tmp_path), torch.float32, torch.device("cpu")).module
+    module.model.layers[0].mlp = Convolution()
+    with pytest.raises(UnsupportedModel, match="something beside attention mixes"):
+        Model(module)
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))

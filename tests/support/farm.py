@@ -110,7 +110,7 @@ async def _obey(pipe: Connection) -> None:
             pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
-_models: dict[tuple[Path, str, str], Any] = {}
+_loaded: dict[tuple[Path, str, int], Any] = {}
 
 
 class _Serving:
@@ -125,12 +125,7 @@ class _Serving:
         import torch
 
         from gmanager.wire.channel import ZmqTransport
-        from gmanager.wire.codec import Decoder
-        from gmanager.wire.messages import ToInstance
-        from instance.model import load_model, load_text_assets
-        from instance.party import PartyMessage
-        from instance.server import Instance, make_spec
-        from kvstore.storage import KVStorage
+        from instance.start import load, make_instance
 
         config = InstanceConfig(
             gmanager=gmanager,
@@ -142,36 +137,14 @@ class _Serving:
             block_size=setup.block_size,
             chunk_tokens=setup.chunk_tokens,
             cell_size=size,
+            threads=1,
             step_timeout_s=30,
         )
-        device = torch.device(setup.device, rank if setup.device == "cuda" else None)
-        key = (setup.model, setup.dtype, str(device))
-        if key not in _models:
-            _models[key] = (load_model(setup.model, getattr(torch, setup.dtype), device), load_text_assets(setup.model))
-        model, assets = _models[key]
-        storage = KVStorage(
-            num_layers=model.num_layers,
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-            num_kv_heads=model.shape.num_kv_heads,
-            head_dim=model.shape.head_dim,
-            dtype=model.shape.dtype,
-            device=device,
-        )
-        storage.data_L2BPKD.fill_(torch.nan)
-        transport = ZmqTransport()
-        to_instance: Decoder[ToInstance] = Decoder(ToInstance)
-        party: Decoder[PartyMessage] = Decoder(PartyMessage)
-        instance = Instance(
-            config,
-            model,
-            assets,
-            make_spec(model, config, assets, "tiny"),
-            storage=storage,
-            gmanager=transport.dial(gmanager, to_instance),
-            party_listener=transport.listen("tcp://127.0.0.1:*", party),
-            dial_party=lambda address: transport.dial(address, party),
-        )
+        key = (setup.model, setup.dtype, rank)
+        if key not in _loaded:
+            _loaded[key] = load(config)
+        instance = make_instance(config, _loaded[key], ZmqTransport())
+        instance._storage.data_L2BPKD.fill_(torch.nan)
         undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
         return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)
 
