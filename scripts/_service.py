@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Never, TypeVar
 
 from gmanager import AsyncClient, DistattnError
+
+T = TypeVar("T")
 
 STOP_S = 15.0
 """Between asking a process to end and killing it."""
@@ -44,6 +47,25 @@ class Service:
 
     address: str
     processes: list["Process"] = field(default_factory=list)
+
+    async def during(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is given up if one of the processes ends. Raises ServiceError, and what `work` raises."""
+        working, watching = asyncio.ensure_future(work), asyncio.ensure_future(self._watch())
+        try:
+            await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+            return await working
+        finally:
+            for task in (working, watching):
+                task.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _watch(self) -> Never:
+        while True:
+            for process in self.processes:
+                process.check()
+            await asyncio.sleep(0.5)
 
 
 class Process:
