@@ -17,6 +17,7 @@ from instance.model import Model, UnsupportedModel, load_model, load_text_assets
 from instance.sampler import scratch_bytes as sampler_scratch_bytes
 from instance.scheduler import MAX_DECODE_ROWS
 from instance.server import Instance
+from instance.warmup import warm_up
 from kernels.paged_attention import PagedAttention
 from kvstore.storage import KVStorage
 
@@ -59,6 +60,8 @@ def load(config: InstanceConfig) -> Loaded:
 def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) -> Instance:
     """An instance with its pool; needs a running loop. Raises PoolTooLarge, and AddressError if `--host` can't be bound."""
     model = loaded.model
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
     storage = _make_storage(config, model)
     rows = config.chunk_tokens + MAX_DECODE_ROWS
     attention = DistAttention.scratch_bytes(model.shape, rows, config.cell_size - 1, model.device, config.backend)
@@ -76,6 +79,7 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
         _mib(attention),
         _mib(sampler_scratch_bytes(MAX_DECODE_ROWS, model.vocab_size)),
     )
+    warm_up(model, storage, config.backend)
     return Instance(config, model, loaded.assets, _make_spec(config, loaded), storage, transport)
 
 

@@ -13,6 +13,7 @@ from distattn.attention import AttentionShape, DistAttention
 from distattn.exchange import Exchange
 from distattn.layout import Holding, Layout, Span, lay_out
 from instance.cell import EpochGroup, open_store
+from kernels.paged_attention import PagedAttention
 from kernels.reference import compare
 from kvstore.shard import ShardTable
 from kvstore.storage import KVStorage
@@ -178,7 +179,17 @@ def test_rows_that_were_not_planned_are_refused(cell: Cell) -> None:
         attention.run(0, *rows)
 
 
-def test_scratch_is_what_is_allocated() -> None:
-    one = DistAttention.scratch_bytes(SHAPE, max_rows=10, num_peers=0)
-    assert one == 10 * 4 * (16 * 4 + 4)
-    assert DistAttention.scratch_bytes(SHAPE, max_rows=10, num_peers=2) == one + 40 * 4 * (2 * 16 * 4 + 4)
+def test_scratch_is_what_is_allocated(cell: Cell) -> None:
+    """The buffers of the largest step: all own rows go to both peers, and as many come from each."""
+    storage = KVStorage(num_layers=1, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
+    attention = DistAttention(storage, SHAPE, Exchange(cell.groups[0].group, CPU), backend="torch")
+    rows, both = 10, {1: 10, 2: 10}
+    attention.plan(
+        Layout(num_rows=rows, own=[], dispatched_rows=[*range(rows)] * 2, dispatched=both, received=both, others=[]), [0] * rows
+    )
+    plan = attention._plan
+    assert plan is not None
+    fields = [getattr(plan, name) for name in plan.__dataclass_fields__]
+    buffers = sum(f.nbytes for f in fields if isinstance(f, torch.Tensor) and f.is_floating_point())
+    kernels = sum(PagedAttention.scratch_bytes(n, 4, 2, 16, CPU, "torch") for n in (rows, 2 * rows))
+    assert DistAttention.scratch_bytes(SHAPE, rows, 2, CPU, "torch") == buffers + kernels

@@ -8,6 +8,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ Mutation = Literal["drop", "double", "shift"]
 
 DEVICE: Literal["cpu", "cuda"] = "cuda" if os.environ.get("DISTATTN_TEST_DEVICE") == "cuda" else "cpu"
 """Where the exactness cases run: DISTATTN_TEST_DEVICE=cuda takes as many GPUs as the case has instances."""
+
+
+OVER = "the test is over"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,12 @@ class Farm:
         """A cell of `size` instances, registered at a gManager. At the end every pool must be empty and consistent."""
         self.grow(size)
         await asyncio.gather(*(w.ask("serve", rank, size, setup, gmanager) for rank, w in enumerate(self.workers[:size])))
+        workers = self.workers[:size]
         try:
             yield
+            await asyncio.gather(*(w.ask("rest") for w in workers))
         finally:
-            await asyncio.gather(*(w.ask("stop") for w in self.workers[:size]))
+            await asyncio.gather(*(w.ask("stop") for w in workers))
 
 
 def _work(index: int, pipe: Connection) -> None:
@@ -104,6 +110,8 @@ async def _obey(pipe: Connection) -> None:
             if name == "serve":
                 serving = await _Serving.start(*arguments)
                 pipe.send(("ok", None))
+            elif name == "rest" and serving is not None:
+                pipe.send(("ok", await serving.rest()))
             elif name == "stop" and serving is not None:
                 pipe.send(("ok", await serving.end()))
         except Exception as error:
@@ -148,16 +156,28 @@ class _Serving:
         undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
         return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)
 
-    async def end(self) -> None:
-        """Stop the instance; raises if it had failed, or its pool isn't empty."""
-        try:
-            if not self._task.done():
-                self._instance.validate()
-                pool = self._rmanager.shards.pool
-                if pool.num_free != pool.num_blocks:
-                    raise RuntimeError(f"{pool.num_blocks - pool.num_free} blocks are still held")
-            self._instance.stop("the test is over")
+    async def rest(self) -> None:
+        """Wait until the instance holds nothing; raises if it has failed, or blocks were lost."""
+        pool = self._rmanager.shards.pool
+        deadline = time.monotonic() + 5
+        while not self._task.done() and pool.num_free != pool.num_blocks:  # a Drop may be on its way
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{pool.num_blocks - pool.num_free} blocks are still held")
+            await asyncio.sleep(0.01)
+        if self._task.done():
             await self._task
+        self._instance.validate()
+
+    async def end(self) -> None:
+        """Stop the instance. Another one may have been first, and so have ended the cell."""
+        from instance.server import EpochEnded
+
+        self._instance.stop(OVER)
+        try:
+            await self._task
+        except EpochEnded as ended:
+            if OVER not in str(ended):
+                raise
         finally:
             if self._undo is not None:
                 self._undo()
