@@ -20,6 +20,18 @@ STOP_S = 15.0
 """Between asking a process to end and killing it."""
 
 
+SLACK = 64
+"""KV tokens beside the longest prompt: its answer, and a block or two."""
+
+
+def pool_tokens(contexts: Sequence[int], instances: int) -> int:
+    """KV tokens of each instance: 5/8 of the longest prompt and its answer on two, so that it fits on none of several."""
+    longest = max(contexts) + SLACK
+    if instances == 1:
+        return longest + SLACK
+    return -(-5 * longest // (4 * instances))
+
+
 class ServiceError(Exception):
     """The service did not come up, or went down; the message holds the end of the log."""
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from _arguments import add_benchmark_arguments, check_benchmark_arguments
 
 from gmanager import AsyncClient, DistattnError, SamplingParams
 
 NEEDLE = " The special magic number is {secret}."
 QUESTION = "\n\nWhat is the special magic number?"
-MAX_TOKENS = 24
 REPORT = "needle.json"
 PICTURE = "needle.png"
 
@@ -297,23 +297,6 @@ def print_table(results: Sequence[Result]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the benchmark and the quickstart have in common."""
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096], help="prompt tokens")
-    parser.add_argument("--depths", type=int, nargs="+", default=[10, 50, 90], help="percent of the text before the needle")
-    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="tokens of an answer")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of needle.json and needle.png")
-    parser.add_argument("--reference", choices=("none", "transformers"), default="none", help="also ask it alone")
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises PromptError for contexts or depths that make no sense."""
-    if min(args.contexts) < 1 or args.max_tokens < 1:
-        raise PromptError("contexts and --max-tokens must be at least 1")
-    if not all(0 <= depth <= 100 for depth in args.depths):
-        raise PromptError(f"depths are percentages, got {args.depths}")
-
-
 async def benchmark(address: str, model: Path, haystack: Path, args: argparse.Namespace, device: str) -> int:
     """Run, compare, print and write. Returns the exit code: 1 if a request failed."""
     from rich.progress import Progress
@@ -342,12 +325,12 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="the served model: a directory, a hub id or a GGUF file")
     parser.add_argument("--haystack", type=Path, required=True, help="folder of .txt files")
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
-    add_arguments(parser)
+    add_benchmark_arguments(parser, out=Path("results"))
     args = parser.parse_args()
+    check_benchmark_arguments(parser, args)
     from instance.checkpoint import CheckpointError, resolve_checkpoint
 
     try:
-        check_arguments(args)
         model = resolve_checkpoint(args.model, cache_dir=args.cache_dir)
         return asyncio.run(benchmark(args.gmanager, model, args.haystack, args, "as the service runs"))
     except (PromptError, CheckpointError, DistattnError) as error:

@@ -19,6 +19,7 @@ class Service:
     client: AsyncClient
     server: Server
     size: int
+    block_size: int
 
 
 @asynccontextmanager
@@ -32,7 +33,7 @@ async def serve(farm: Farm, size: int, setup: Setup, *, spread: str = "auto") ->
     try:
         async with farm.serve(size, setup, server.address), AsyncClient(server.address) as client:
             await ready(client)
-            yield Service(client, server, size)
+            yield Service(client, server, size, setup.block_size)
             await at_rest(client)
     finally:
         server.stop()
