@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gmanager.wire.channel import check_address
+from gmanager.wire.errors import AddressError
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
@@ -102,7 +103,10 @@ class InstanceConfig:
             raise ValueError("--cell must not be empty")
         if self.host in ("0.0.0.0", "::", "*", ""):
             raise ValueError(f"--host {self.host!r} is no address that the other instances could dial")
-        check_address(self.gmanager)
+        try:
+            check_address(self.gmanager)
+        except AddressError as error:
+            raise ValueError(f"--gmanager: {error}") from error
 
     @property
     def backend(self) -> Literal["triton", "torch"]:

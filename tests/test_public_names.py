@@ -1,0 +1,79 @@
+"""The names that others build on: a change here is a change of the public face."""
+
+import inspect
+import subprocess
+import sys
+
+import msgspec
+
+import gmanager
+from gmanager import AsyncClient, Chunk, Counters, InstanceStats, RequestStats, SamplingParams, Stats
+
+
+def fields(struct: type[msgspec.Struct]) -> list[str]:
+    return [field.encode_name for field in msgspec.structs.fields(struct)]
+
+
+def test_gmanager() -> None:
+    assert gmanager.__all__ == [
+        "AddressError",
+        "AsyncClient",
+        "BadMessage",
+        "CallFailed",
+        "CellStats",
+        "ChatMessage",
+        "Chunk",
+        "Counters",
+        "DistattnError",
+        "FrameTooLarge",
+        "InstanceStats",
+        "PeerGone",
+        "ProtocolRefused",
+        "RequestFailed",
+        "RequestRefused",
+        "RequestStats",
+        "SamplingParams",
+        "ServiceUnreachable",
+        "Stats",
+        "TextError",
+        "TokenLogprob",
+        "WireError",
+    ]
+    assert all(hasattr(gmanager, name) for name in gmanager.__all__)
+
+
+def test_client() -> None:
+    methods = {name for name, _ in inspect.getmembers(AsyncClient, inspect.isfunction) if not name.startswith("_")}
+    assert methods == {"generate", "chat", "abort", "move_home", "stats"}
+    assert list(inspect.signature(AsyncClient.generate).parameters) == ["self", "prompt", "params", "request_id", "spread"]
+    assert list(inspect.signature(AsyncClient.chat).parameters) == ["self", "messages", "params", "request_id", "spread"]
+
+
+def test_sampling_params_are_vllms_with_its_defaults() -> None:
+    assert msgspec.structs.asdict(SamplingParams()) == {
+        "max_tokens": 16,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "seed": None,
+        "stop": None,
+        "stop_token_ids": None,
+        "ignore_eos": False,
+        "logprobs": None,
+    }
+
+
+def test_chunk_and_stats() -> None:
+    assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", "finish_reason", "error"]
+    assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters"]
+    kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
+    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters"]
+    assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))
+    tokens = ["steps", "rows", "tokens_prefilled", "home_moves", "preemptions", "blocks_copied"]
+    assert fields(Counters) == [*tokens, "query_bytes", "partial_bytes", "kv_bytes", "dropped_messages"]
+
+
+def test_the_client_imports_neither_torch_nor_transformers() -> None:
+    code = "import gmanager, sys; print(sorted({'torch', 'transformers', 'triton', 'tokenizers', 'numpy'} & set(sys.modules)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "[]\n"
