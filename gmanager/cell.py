@@ -36,7 +36,7 @@ MAX_TOKENS = MAX_FRAME_BYTES // 4 - 2**18
 
 Phase = Literal["registering", "opening", "joining", "ready"]
 
-_SAME = ("fingerprint", "tokenizer", "dtype", "block_size", "vocab_size", "max_context")
+_SAME = ("fingerprint", "tokenizer", "dtype", "block_size", "chunk_tokens", "vocab_size", "max_context")
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens")
 
 
@@ -116,7 +116,10 @@ class Cell:
         for field_name in _SAME:
             own, theirs = getattr(register.spec, field_name), getattr(self.spec, field_name)
             if own != theirs:
-                what = "model (fingerprint)" if field_name == "fingerprint" else field_name.replace("_", " ")
+                what = field_name.replace("_", " ")
+                if field_name == "fingerprint":
+                    what = "model"
+                    own, theirs = (f"{spec.model[:40]} ({spec.fingerprint[:12]})" for spec in (register.spec, self.spec))
                 return f"its {what} is {str(own)[:80]}, that of cell '{self.name}' is {str(theirs)[:80]}"
         if (register.spec.device == "cpu") != (self.spec.device == "cpu"):
             return f"its device is {register.spec.device[:80]}, that of cell '{self.name}' is {self.spec.device[:80]}"

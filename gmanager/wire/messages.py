@@ -537,7 +537,10 @@ class MoveSequence(Message):
 
 
 class Cancel(Message):
-    """To the home: release the sequence (its client left, or it is preempted). Answered by Released."""
+    """To the home: release the sequence (its client left, or it is preempted). Answered by Released.
+
+    One that has handed the sequence on since passes it on with its next notice.
+    """
 
     epoch: int
     seq: int
