@@ -129,15 +129,13 @@ class DistAttention:
         plan.own.run(q_THD, kv_2BPKD, scale, out_THD=plan.out_THD, lse_TH=plan.lse_TH)
         if alone:
             return plan.out_THD
-        for work in dispatch:
-            work.wait()
+        dispatch.wait()
         plan.others.run(plan.recv_q_MHD, kv_2BPKD, scale, out_THD=plan.recv_out_MHD, lse_TH=plan.recv_lse_MH)
         combine = self._exchange.start(
             [(plan.recv_out_MHD, layout.received), (plan.recv_lse_MH, layout.received)],
             [(plan.part_out_SHD, layout.dispatched), (plan.part_lse_SH, layout.dispatched)],
         )
-        for work in combine:
-            work.wait()
+        combine.wait()
         merge_states(plan.out_THD, plan.lse_TH, plan.part_out_SHD, plan.part_lse_SH, plan.merge, backend=self._backend)
         return plan.out_THD
 

@@ -3,7 +3,8 @@
 All sizes are known from the step, so nothing is announced. Only members that share data take part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -27,6 +28,23 @@ class Group(Protocol):
     def _end_coalescing(self) -> Work: ...
 
 
+class ExchangeError(RuntimeError):
+    """Another instance can't be reached any more; the message says which."""
+
+
+class Transfer:
+    """Rows under way."""
+
+    def __init__(self, works: Sequence[tuple[str, Work]]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """Until all rows are here and gone; on a GPU the current stream waits, not the caller. Raises ExchangeError."""
+        for who, work in self._works:
+            with _named(who):
+                work.wait()
+
+
 class Exchange:
     """Sends and receives slices of rows between the members of one epoch.
 
@@ -42,22 +60,31 @@ class Exchange:
         self,
         sends: Sequence[tuple[torch.Tensor, Mapping[int, int]]],
         receives: Sequence[tuple[torch.Tensor, Mapping[int, int]]],
-    ) -> list[Work]:
+    ) -> Transfer:
         """Begin to move rows; each tensor comes with `rank -> rows`, which lie in it one rank after the other.
 
-        The tensors (contiguous, rows first) must stay as they are until every returned `wait()` has come back. On a GPU `wait`
-        makes the current stream wait, not the caller.
+        The tensors (contiguous, rows first) must stay as they are until `wait` has come back. Raises ExchangeError.
         """
-        works: list[Work] = []
+        works: list[tuple[str, Work]] = []
         if self._grouped:
             self._group._start_coalescing()
-        for tensor, rows in receives:
-            works += [self._group.recv([part], rank, 0) for rank, part in _parts(tensor, rows)]
-        for tensor, rows in sends:
-            works += [self._group.send([part], rank, 0) for rank, part in _parts(tensor, rows)]
+        for pieces, move in ((receives, self._group.recv), (sends, self._group.send)):
+            for tensor, rows in pieces:
+                for rank, part in _parts(tensor, rows):
+                    who = f"instance {rank}"
+                    with _named(who):
+                        works.append((who, move([part], rank, 0)))
         if self._grouped:
-            return [self._group._end_coalescing()]
-        return works
+            return Transfer([("the other instances", self._group._end_coalescing())])
+        return Transfer(works)
+
+
+@contextmanager
+def _named(who: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ExchangeError(f"the exchange with {who} broke: {str(error).splitlines()[0][:200]}") from error
 
 
 def _parts(tensor: torch.Tensor, rows: Mapping[int, int]) -> list[tuple[int, torch.Tensor]]:

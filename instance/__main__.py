@@ -22,6 +22,7 @@ from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
 from instance.model import UnsupportedModel
+from instance.server import InstanceError
 from instance.start import PoolTooLarge, load, make_instance
 
 log = logging.getLogger("instance")
@@ -103,6 +104,9 @@ def main() -> int:
     except (CheckpointError, UnsupportedModel, PoolTooLarge, AddressError) as error:
         log.error("%s", error)
         return 2
+    except InstanceError as error:
+        log.error("%s", error)
+        return 1
     except Exception as error:
         log.exception("instance failed: %s", error)
         return 1

@@ -391,9 +391,9 @@ async def test_idle_costs_nothing() -> None:
         waiting = [asyncio.create_task(end.recv()) for end in ends]
         await asyncio.sleep(0.2)
         before = resource.getrusage(resource.RUSAGE_SELF)
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(2.0)
         after = resource.getrusage(resource.RUSAGE_SELF)
         used = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
         for task in waiting:
             task.cancel()
-        assert used < 0.01
+        assert used / 2.0 < 0.02  # of a core, for eleven sockets

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import is_alive
+from tests.support.processes import children, is_alive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,12 +22,6 @@ def quickstart(*flags: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment | {"COLUMNS": "200"}
     )
-
-
-def started_by(pid: int) -> set[int]:
-    """All processes below `pid`."""
-    children = {int(c) for t in Path(f"/proc/{pid}/task").glob("*/children") for c in t.read_text().split()}
-    return children | {below for child in children for below in started_by(child)}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +72,7 @@ def test_interrupted_it_stops_what_it_started(number: signal.Signals, tmp_path: 
         assert run.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    started = started_by(run.pid)
+    started = children(run.pid)
     assert len(started) >= 4  # gManager, torchrun, two instances
     run.send_signal(number)
     _, errors = run.communicate(timeout=30)

@@ -6,6 +6,7 @@ would set.
 """
 
 import asyncio
+import ipaddress
 import multiprocessing
 import os
 import re
@@ -223,8 +224,8 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def listening_ports(pid: int) -> list[int]:
-    """IPv4 and IPv6 TCP ports at which a process listens."""
+def listening_addresses(pid: int) -> set[str]:
+    """IPv4 and IPv6 addresses at which a process listens for TCP."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -233,13 +234,15 @@ def listening_ports(pid: int) -> list[int]:
             continue
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
-    ports = set()
+    addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and fields[9] in inodes:
-                ports.add(int(fields[1].rpartition(":")[2], 16))
-    return sorted(ports)
+                words = bytes.fromhex(fields[1].partition(":")[0])  # each of four bytes in the machine's order
+                packed = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                addresses.add(str(ipaddress.ip_address(packed)))
+    return addresses
 
 
 def free_port() -> int:
