@@ -305,3 +305,19 @@ async def test_requests_that_can_never_be_served_are_refused(started: Processes,
             RequestRefused, match=r"prompt of 500 \+ max_tokens of 400 = 900 tokens; the model takes at most 512"
         ):
             await generate(client, 500, LONG)
+
+
+@pytest.mark.slow
+async def test_a_request_to_an_idle_cell_starts_within_20_ms(started: Processes, model: Path) -> None:
+    """Submit to first token, the step itself included. Slow: it says something only on a quiet machine."""
+    address = await address_of(started.gmanager())
+    started.instance(*flags(address, model))
+    await until_ready(address)
+    times = []
+    async with client_of(address) as client:
+        for _ in range(15):
+            await asyncio.sleep(0.3)
+            began = time.perf_counter()
+            await anext(client.generate(prompt(10), SamplingParams(max_tokens=1)))
+            times.append(time.perf_counter() - began)
+    assert sorted(times)[7] < 0.020, times

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gmanager import AsyncClient, ServiceUnreachable
 
@@ -44,6 +45,11 @@ class Started:
     def signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the process and all its children at once."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGINT)
 
     async def exit_code(self, within_s: float = ENDS_WITHIN_S) -> int:
         """Wait for its end. Raises AssertionError with its output if it doesn't come."""
@@ -101,17 +107,19 @@ class Processes:
             *("-m", "instance", *flags),
         )
 
-    def instance(self, *flags: str, rank: int = 0, world_size: int = 1, run_id: str = "fork") -> Started:
-        """`python -m instance` as torchrun starts it, less the time to import."""
+    def instance(
+        self, *flags: str, rank: int = 0, world_size: int = 1, run_id: str | None = "fork", notes_steps: bool = False
+    ) -> Started:
+        """`python -m instance` as torchrun starts it (without a run id: as torchrun does not), less the time to import.
+
+        `notes_steps`: it writes when it launches a step that has rows; `launches` reads that.
+        """
         _preload()
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "TORCHELASTIC_RUN_ID": run_id,
-        }
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        if run_id is not None:
+            environment["TORCHELASTIC_RUN_ID"] = run_id
         log = self._log("instance")
-        process = _FORKSERVER.Process(target=_run_instance, args=(flags, environment, log), daemon=True)
+        process = _FORKSERVER.Process(target=_run_instance, args=(flags, environment, log, notes_steps), daemon=True)
         process.start()
         if process.pid is None:
             raise RuntimeError("the process did not start")
@@ -184,6 +192,11 @@ async def client_of(address: str) -> AsyncIterator[AsyncClient]:
         await client.__aexit__(None, None, None)
 
 
+def launches(instance: Started) -> list[float]:
+    """When, on time.monotonic's clock, an instance that notes its steps has launched one."""
+    return [float(line.removeprefix(_LAUNCHED)) for line in instance.text.splitlines() if line.startswith(_LAUNCHED)]
+
+
 # --- what /proc knows
 
 
@@ -218,14 +231,20 @@ def workers(torchrun: Started) -> dict[int, int]:
     return found
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 def cpu_seconds(pid: int) -> float:
     """User and system time that the process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def listening_addresses(pid: int) -> set[str]:
-    """IPv4 and IPv6 addresses at which a process listens for TCP."""
+def listening(pid: int) -> set[tuple[str, int]]:
+    """IPv4 and IPv6 addresses and ports at which a process listens for TCP."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -234,15 +253,21 @@ def listening_addresses(pid: int) -> set[str]:
             continue
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
-    addresses = set()
+    found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and fields[9] in inodes:
-                words = bytes.fromhex(fields[1].partition(":")[0])  # each of four bytes in the machine's order
+                address, _, port = fields[1].partition(":")
+                words = bytes.fromhex(address)  # each of four bytes in the machine's order
                 packed = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
-                addresses.add(str(ipaddress.ip_address(packed)))
-    return addresses
+                found.add((str(ipaddress.ip_address(packed)), int(port, 16)))
+    return found
+
+
+def listening_addresses(pid: int) -> set[str]:
+    """Addresses at which a process listens for TCP."""
+    return {address for address, _ in listening(pid)}
 
 
 def free_port() -> int:
@@ -256,22 +281,44 @@ def free_port() -> int:
 # --- forked instances
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
+_LAUNCHED = "step launched at "
 
 
 def _preload() -> None:
     _FORKSERVER.set_forkserver_preload(["instance.__main__", "transformers.models.llama.modeling_llama"])
 
 
-def _run_instance(flags: tuple[str, ...], environment: Mapping[str, str], log: Path) -> None:
+def _run_instance(flags: tuple[str, ...], environment: Mapping[str, str], log: Path, notes_steps: bool) -> None:
     """Main of a forked process: what `python -m instance` does."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
     os.environ.update(environment)
     sys.argv = ["instance", *flags]
     from instance.__main__ import main
 
-    code = main()
+    if notes_steps:
+        _note_steps()
+    try:
+        code = main()
+    except SystemExit as end:  # argparse
+        code = end.code if isinstance(end.code, int) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _note_steps() -> None:
+    """Let this process write when it launches a step with rows of its own."""
+    from instance.runner import Runner
+
+    launch = Runner.launch
+
+    def noted(runner: Runner, plan: Any) -> Any:
+        if plan.layout.num_rows:
+            os.write(1, f"{_LAUNCHED}{time.monotonic():.6f}\n".encode())
+        return launch(runner, plan)
+
+    Runner.launch = noted  # type: ignore[method-assign]
