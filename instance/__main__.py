@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import uvloop
 
+from distattn.exchange import ExchangeError
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.errors import AddressError
 from instance import config as settings
@@ -75,6 +76,7 @@ async def serve(config: InstanceConfig) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    log.info("loading %s", config.model)
     # a pool of its own: a signal ends the process without waiting for what is being loaded
     loading = loop.run_in_executor(ThreadPoolExecutor(1, thread_name_prefix="load"), load, config)
     first: list[asyncio.Future[Any]] = [loading, asked]
@@ -84,7 +86,12 @@ async def serve(config: InstanceConfig) -> None:
         return
     instance = make_instance(config, loading.result(), ZmqTransport())
     asked.add_done_callback(lambda done: instance.stop(done.result()))
-    await instance.run()
+    try:
+        await instance.run()
+    except (InstanceError, ExchangeError) as error:
+        if not asked.done():
+            raise
+        log.info("%s, and meanwhile: %s", asked.result(), error)  # others that were asked too may have left first
 
 
 def main() -> int:
@@ -104,6 +111,8 @@ def main() -> int:
     except (CheckpointError, UnsupportedModel, PoolTooLarge, AddressError) as error:
         log.error("%s", error)
         return 2
+    except KeyboardInterrupt:  # before there was a handler
+        return 0
     except InstanceError as error:
         log.error("%s", error)
         return 1

@@ -267,13 +267,13 @@ class Instance:
         scheduler = Scheduler(epoch=join.epoch, rank=join.rank, chunk_tokens=config.chunk_tokens, rmanager=self._rmanager)
         self._epoch = _Epoch(join.epoch, party, scheduler, runner)
         tasks.create_task(party.run())
-        tasks.create_task(self._step(self._epoch))
+        tasks.create_task(self._step(self._epoch, tasks))
         self._gmanager.send(wire.Joined(epoch=join.epoch))
         log.info("epoch %d: rank %d of %d", join.epoch, join.rank, len(join.members))
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    async def _step(self, epoch: _Epoch) -> None:
+    async def _step(self, epoch: _Epoch, tasks: asyncio.TaskGroup) -> None:
         """The main loop: propose, derive, launch, commit."""
         party, scheduler, runner = epoch.party, epoch.scheduler, epoch.runner
         running = None  # the step on the device
@@ -292,6 +292,7 @@ class Instance:
                     continue
                 step = derive(notices)
                 launched = runner.launch(scheduler.accept(step))
+                tasks.create_task(_fail_with(launched))
                 party.advance(step.digest(), rest=step.is_empty())
             elif running is None:
                 party.woken.clear()
@@ -324,6 +325,11 @@ class Instance:
         self._rmanager.shards.validate()
         if self._epoch is not None:
             self._epoch.scheduler.validate()
+
+
+async def _fail_with(launched: asyncio.Future[Launched]) -> None:
+    """A step that breaks is noticed at once, also while the loop waits for others to come to the next."""
+    await launched
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

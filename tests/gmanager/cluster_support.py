@@ -1,14 +1,24 @@
-"""What tests of the cluster share: instances' registrations, and a cell made ready."""
+"""What tests of the cluster share: instances' registrations, a cell made ready, and a cluster that is driven by events."""
+
+from typing import Any
 
 from gmanager.cluster import Cluster
-from gmanager.events import Action, PeerSaid, TextLoaded
+from gmanager.config import GManagerConfig, Spread
+from gmanager.events import Action, Deliver, Event, Log, PeerSaid, Send, TextLoaded, Ticked
 from gmanager.wire import messages as m
+from gmanager.wire.channel import PeerId
 
 ASSETS = m.TextAssets(tokenizer_json="{}", chat_template=None, special_tokens={}, eos_token_ids=[2])
+CLIENT = b"client"
+OTHER = b"other client"
+HELLO = m.Hello(protocol=m.PROTOCOL)
+WELCOME = m.Welcome(lease_s=10.0)
+SEED = 7
+"""What the shell draws for each Submit without a seed."""
 
 
 def register(
-    *, rank: int, cell_size: int, blocks: int = 8, block_size: int = 4, run_id: str = "run", **spec: object
+    *, rank: int, cell_size: int, blocks: int = 8, block_size: int = 4, run_id: str = "run", cell: str = "main", **spec: object
 ) -> m.Register:
     """A registration; `spec` overrides fields of the InstanceSpec."""
     fields: dict[str, object] = {
@@ -25,7 +35,7 @@ def register(
     }
     return m.Register(
         protocol=m.PROTOCOL,
-        cell="main",
+        cell=cell,
         cell_size=cell_size,
         run_id=run_id,
         rank=rank,
@@ -34,22 +44,172 @@ def register(
     )
 
 
-def peer(rank: int) -> bytes:
-    return b"instance-%d" % rank
+def peer(rank: int, epoch: int = 1) -> PeerId:
+    """An instance of an epoch."""
+    return b"instance-%d.%d" % (epoch, rank)
 
 
-def ready_cell(cluster: Cluster, blocks: list[int], *, now: float = 0.0) -> list[Action]:
-    """Register instances with pools of these sizes (block size 4) and go through to a ready cell of epoch 1."""
-    actions: list[Action] = []
-    messages: list[tuple[bytes, m.Message]] = [
-        (peer(rank), register(rank=rank, cell_size=len(blocks), blocks=size)) for rank, size in enumerate(blocks)
-    ]
-    messages.append((peer(0), m.Text(assets=ASSETS)))
-    messages.append((peer(0), m.StoreOpened(epoch=1, address="tcp://127.0.0.1:7000")))
-    messages += [(peer(rank), m.Joined(epoch=1)) for rank in range(len(blocks))]
-    for who, message in messages:
-        actions += cluster.handle(PeerSaid(who, message, now))
-        cluster.validate()
-    actions += cluster.handle(TextLoaded(1, now))
-    cluster.validate()
-    return actions
+class Driver:
+    """A cluster and its clock. The books are checked after every event; log lines are kept apart from the actions."""
+
+    def __init__(self, **config: Any) -> None:
+        self.cluster = Cluster(GManagerConfig(**config))
+        self.now = 0.0
+        self.logs: list[Log] = []
+        self.free: dict[PeerId, int] = {}
+        """Blocks that instances have left, for `grant`."""
+
+    def handle(self, event: Event) -> list[Action]:
+        """The actions that one event brings about."""
+        actions = self.cluster.handle(event)
+        self.cluster.validate()
+        self.logs += [action for action in actions if isinstance(action, Log)]
+        return [action for action in actions if not isinstance(action, Log)]
+
+    def say(self, who: PeerId, *messages: m.Message) -> list[Action]:
+        """A peer says something."""
+        return [action for message in messages for action in self.handle(PeerSaid(who, message, self.now, seed=SEED))]
+
+    def grant(self, actions: list[Action]) -> list[Action]:
+        """Let instances grant each Reserve among the actions; returns what that brings about."""
+        news: list[Action] = []
+        for action in actions:
+            if isinstance(action, Send) and isinstance(action.message, m.Reserve):
+                asked = action.message
+                self.free[action.peer] -= asked.blocks
+                left = self.free[action.peer]
+                granted = m.Granted(epoch=asked.epoch, seq=asked.seq, blocks=asked.blocks, free_blocks=left)
+                news += self.say(action.peer, granted)
+        return news
+
+    def wait(self, seconds: int, *heard: PeerId) -> list[Action]:
+        """Let time pass, second by second; these peers ping each time (their Pongs are left out)."""
+        actions: list[Action] = []
+        for _ in range(seconds):
+            self.now += 1
+            for who in heard:
+                assert self.say(who, m.Ping()) == [Send(who, m.Pong())]
+            actions += self.handle(Ticked(self.now))
+        return actions
+
+    def ready_cell(self, *blocks: int, cell: str = "main", epoch: int = 1) -> list[Action]:
+        """Register instances with pools of these sizes (block size 4) and go through to a ready cell.
+
+        Returns what the last event, TextLoaded, brought about.
+        """
+        messages: list[tuple[int, m.Message]] = [
+            (rank, register(rank=rank, cell_size=len(blocks), blocks=size, cell=cell)) for rank, size in enumerate(blocks)
+        ]
+        messages += [(0, m.Text(assets=ASSETS)), (0, m.StoreOpened(epoch=epoch, address="tcp://127.0.0.1:7000"))]
+        messages += [(rank, m.Joined(epoch=epoch)) for rank in range(len(blocks))]
+        for rank, message in messages:
+            self.say(peer(rank, epoch), message)
+        self.free |= {peer(rank, epoch): size for rank, size in enumerate(blocks)}
+        return self.handle(TextLoaded(epoch, self.now))
+
+
+# --- words
+
+
+def serving(*blocks: int, **config: Any) -> Driver:
+    """A ready cell with pools of these sizes, and a client."""
+    driver = Driver(**config)
+    driver.ready_cell(*blocks)
+    assert driver.say(CLIENT, HELLO) == [Send(CLIENT, WELCOME)]
+    return driver
+
+
+def submit(
+    name: str, tokens: int = 8, *, spread: Spread | None = None, prompt: list[int] | None = None, **params: Any
+) -> m.Submit:
+    packed = m.pack_tokens([5] * tokens if prompt is None else prompt)
+    return m.Submit(request_id=name, params=m.SamplingParams(**params), token_ids=packed, spread=spread)
+
+
+def running(driver: Driver, name: str, tokens: int = 8, generated: int = 0, **more: Any) -> list[Action]:
+    """Let a request be admitted and generate; returns what its admission brought about."""
+    admitted = driver.grant(driver.say(CLIENT, submit(name, tokens, **more)))
+    admits = [a.message for a in admitted if isinstance(a, Send) and isinstance(a.message, m.Admit)]
+    assert admits, admitted
+    if generated:
+        driver.say(peer(admits[0].shares[0].rank), outputs(admits[0].seq, 0, [9] * generated))
+    return admitted
+
+
+def outputs(seq: int, index: int, token_ids: list[int], **more: Any) -> m.Outputs:
+    return m.Outputs(epoch=1, outputs=[m.SequenceOutput(seq=seq, index=index, token_ids=token_ids, **more)])
+
+
+def beat(free: int, held: dict[int, int] | None = None, **counters: int) -> m.Beat:
+    return m.Beat(epoch=1, free_blocks=free, held_tokens=held or {}, counters=m.Counters(**counters))
+
+
+def granted(seq: int, blocks: int, free: int) -> m.Granted:
+    return m.Granted(epoch=1, seq=seq, blocks=blocks, free_blocks=free)
+
+
+def reserve(rank: int, seq: int, blocks: int) -> Send:
+    return Send(peer(rank), m.Reserve(epoch=1, seq=seq, blocks=blocks))
+
+
+def drop(rank: int, seq: int) -> Send:
+    return Send(peer(rank), m.Drop(epoch=1, seq=seq))
+
+
+def cancel(rank: int, seq: int) -> Send:
+    return Send(peer(rank), m.Cancel(epoch=1, seq=seq))
+
+
+def move(rank: int, seq: int, to: int) -> Send:
+    return Send(peer(rank), m.MoveSequence(epoch=1, seq=seq, to=to))
+
+
+def regroup(number: int, *parties: list[int]) -> list[Action]:
+    """To all who are in one of them."""
+    message = m.Regroup(epoch=1, number=number, parties=list(parties))
+    return [Send(peer(rank), message) for rank in sorted(rank for party in parties for rank in party)]
+
+
+def admit(seq: int, arrival: int, ids: list[int], shares: dict[int, int], max_tokens: int = 16) -> list[Action]:
+    """To all participants; the home's share comes first."""
+    params = m.SequenceParams(
+        max_tokens=max_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=SEED, stop_token_ids=[2], logprobs=None
+    )
+    listed = [m.Share(rank=rank, tokens=tokens) for rank, tokens in shares.items()]
+    packed = m.pack_tokens(ids)
+    message = m.Admit(epoch=1, seq=seq, arrival=arrival, token_ids=packed, shares=listed, params=params)
+    return [Send(peer(rank), message) for rank in sorted(shares)]
+
+
+def deliver(number: int, name: str, index: int, token_ids: list[int], **more: Any) -> Deliver:
+    fields: dict[str, Any] = {"peer": CLIENT, "epoch": 1, "stop_strings": (), "logprobs": None} | more
+    return Deliver(request=number, request_id=name, index=index, token_ids=token_ids, **fields)
+
+
+def failed(number: int, name: str, error: str, **more: Any) -> Deliver:
+    return deliver(number, name, more.pop("index", 0), [], finish_reason="error", error=error, **more)
+
+
+def refused(name: str, error: str, **more: Any) -> list[Action]:
+    """At the door: it never got a number."""
+    return [failed(more.pop("number", 0), name, error, refused=True, **({"epoch": 0} | more))]
+
+
+def pong(rank: int) -> Send:
+    return Send(peer(rank), m.Pong())
+
+
+def done(call: int) -> Send:
+    return Send(CLIENT, m.Done(call=call))
+
+
+def call_failed(call: int, reason: str) -> Send:
+    return Send(CLIENT, m.CallFailed(call=call, reason=reason))
+
+
+def dropped(driver: Driver) -> int:
+    return driver.cluster.stats().counters.dropped_messages
+
+
+def request_stats(driver: Driver, name: str) -> m.RequestStats:
+    return driver.cluster.stats().requests[name]

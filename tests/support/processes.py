@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -231,12 +232,6 @@ def workers(torchrun: Started) -> dict[int, int]:
     return found
 
 
-def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler of its own for a signal."""
-    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
-
-
 def cpu_seconds(pid: int) -> float:
     """User and system time that the process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -297,10 +292,13 @@ def _run_instance(flags: tuple[str, ...], environment: Mapping[str, str], log: P
         os.environ.pop(name, None)
     os.environ.update(environment)
     sys.argv = ["instance", *flags]
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     from instance.__main__ import main
 
     if notes_steps:
         _note_steps()
+    tqdm.set_lock(threading.RLock())  # the lock between processes that it makes otherwise would be left behind
     try:
         code = main()
     except SystemExit as end:  # argparse
@@ -321,4 +319,4 @@ def _note_steps() -> None:
             os.write(1, f"{_LAUNCHED}{time.monotonic():.6f}\n".encode())
         return launch(runner, plan)
 
-    Runner.launch = noted  # type: ignore[method-assign]
+    Runner.launch = noted  # type: ignore[method-assign,assignment]

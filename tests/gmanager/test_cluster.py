@@ -1,0 +1,493 @@
+"""The gManager's mind: literal events in, literal lists of actions out, the books checked after every event.
+
+Blocks have 4 tokens. `main` is a cell of epoch 1 unless a test says otherwise; its first admission is sequence 1.
+"""
+
+import math
+from itertools import permutations
+from typing import Any, Literal
+
+import msgspec
+import pytest
+
+from gmanager.config import Spread
+from gmanager.events import (
+    Action,
+    Deliver,
+    DropText,
+    Encode,
+    Encoded,
+    Forget,
+    LoadText,
+    PeerGarbled,
+    PeerWasLost,
+    Send,
+    StopFound,
+    Stopped,
+    TextLoaded,
+)
+from gmanager.wire import messages as m
+from gmanager.wire.channel import PeerId
+from tests.gmanager.cluster_support import (
+    ASSETS,
+    CLIENT,
+    HELLO,
+    OTHER,
+    Driver,
+    admit,
+    beat,
+    call_failed,
+    cancel,
+    deliver,
+    done,
+    drop,
+    dropped,
+    failed,
+    granted,
+    move,
+    outputs,
+    peer,
+    pong,
+    refused,
+    regroup,
+    register,
+    request_stats,
+    reserve,
+    running,
+    serving,
+    submit,
+)
+
+# --- cells
+
+
+def test_a_cell_forms() -> None:
+    driver = Driver()
+    one, two = register(rank=0, cell_size=2), register(rank=1, cell_size=2)
+    members = [m.Member(rank=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}") for rank in (0, 1)]
+    assert driver.say(peer(0), one) == [Send(peer(0), m.Registered(lease_s=5.0, send_text=True))]
+    assert driver.say(peer(1), m.StoreOpened(epoch=1, address="tcp://early:1")) == [
+        Send(peer(1), m.EndEpoch(epoch=1, reason="this instance is not registered here (any more)"))
+    ]
+    driver.handle(PeerWasLost(peer(1), "it left", 0.0))
+    assert driver.say(peer(1), two) == [
+        Send(peer(1), m.Registered(lease_s=5.0, send_text=False)),
+        Send(peer(0), m.OpenStore(epoch=1)),
+    ]
+    assert driver.say(peer(1), m.Text(assets=ASSETS)) == []  # it was not asked
+    assert driver.say(peer(0), m.Text(assets=ASSETS)) == [LoadText(1, ASSETS)]
+    assert driver.say(peer(0), m.Text(assets=ASSETS)) == []
+    assert driver.say(peer(0), m.Joined(epoch=1)) == []  # nothing to join yet
+    assert driver.say(peer(1), m.StoreOpened(epoch=1, address="tcp://not-asked:1")) == []
+    assert driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://store:1")) == [
+        Send(peer(rank), m.JoinEpoch(epoch=1, rank=rank, store_address="tcp://store:1", members=members)) for rank in (0, 1)
+    ]
+    assert driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://again:1")) == []
+    (cell,) = driver.cluster.stats().cells
+    assert (cell.name, cell.epoch, cell.state, cell.size, cell.total_tokens) == ("main", 1, "forming", 2, 64)
+
+
+@pytest.mark.parametrize("order", list(permutations(["one joins", "the other joins", "text"])), ids=", ".join)
+def test_ready_when_all_have_joined_and_the_text_is_loaded(order: tuple[str, ...]) -> None:
+    driver = Driver()
+    for rank in (0, 1):
+        driver.say(peer(rank), register(rank=rank, cell_size=2))
+    driver.say(peer(0), m.Text(assets=ASSETS), m.StoreOpened(epoch=1, address="tcp://store:1"))
+    driver.say(CLIENT, HELLO, submit("r"))
+    for last, what in zip((False, False, True), order, strict=True):
+        if what == "text":
+            actions = driver.handle(TextLoaded(1, driver.now))
+        else:
+            actions = driver.say(peer(0 if what == "one joins" else 1), m.Joined(epoch=1))
+        assert actions == ([reserve(0, 1, 3)] if last else [])
+        assert driver.cluster.stats().cells[0].state == ("ready" if last else "forming")
+
+
+@pytest.mark.parametrize(
+    ("registrations", "ranks"),
+    [
+        ([("run", 2), ("run", 0), ("run", 1)], [2, 0, 1]),
+        ([("b", 1), ("a", 0), ("a", 1), ("b", 0)], [1, 2, 3, 0]),  # by run in order of its first registration
+        ([("none", 1), ("none", 0), ("none", 0), ("none", 1)], [1, 0, 2, 3]),  # two torchruns without an id
+    ],
+)
+def test_ranks(registrations: list[tuple[str, int]], ranks: list[int]) -> None:
+    driver = Driver()
+    size = len(registrations)
+    actions: list[Action] = []
+    for number, (run_id, rank) in enumerate(registrations):
+        actions += driver.say(peer(number), register(rank=rank, cell_size=size, run_id=run_id))
+    opener = peer(ranks.index(0))
+    assert actions[-1] == Send(opener, m.OpenStore(epoch=1))
+    joins = driver.say(opener, m.StoreOpened(epoch=1, address="tcp://store:1"))
+    told = {a.peer: a.message.rank for a in joins if isinstance(a, Send) and isinstance(a.message, m.JoinEpoch)}
+    assert [told[peer(number)] for number in range(size)] == ranks
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"fingerprint": "c0de"}, "its model is tiny (c0de), that of cell 'main' is tiny (f00d)"),
+        ({"model": "big", "fingerprint": "c0de"}, "its model is big (c0de), that of cell 'main' is tiny (f00d)"),
+        ({"tokenizer": "cafe"}, "its tokenizer is cafe, that of cell 'main' is beef"),
+        ({"dtype": "float16"}, "its dtype is float16, that of cell 'main' is float32"),
+        ({"block_size": 16}, "its block size is 16, that of cell 'main' is 4"),
+        ({"chunk_tokens": 7}, "its chunk tokens is 7, that of cell 'main' is 64"),
+        ({"vocab_size": 5001}, "its vocab size is 5001, that of cell 'main' is 5000"),
+        ({"max_context": 10}, "its max context is 10, that of cell 'main' is 1000"),
+        ({"device": "cuda:0"}, "its device is cuda:0, that of cell 'main' is cpu"),
+        ({"cell_size": 3}, "its cell size is 3, that of cell 'main' is 2"),
+        ({"protocol": 2}, "it speaks protocol 2, this gManager 1"),
+        ({"cell": "\n"}, "a cell's name has 1 to 64 printable characters"),
+        ({"cell_size": 0}, "cell size must be between 1 and 4096, got 0"),
+        ({"rank": -1}, "RANK must not be negative, got -1"),
+        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        ({"block_size": -4}, "block_size must be at least 1, got -4"),
+    ],
+    ids=str,
+)
+def test_refused_instances(changes: dict[str, Any], reason: str) -> None:
+    """Each is told why, and is heard no more; the cell forms without it."""
+    driver = Driver()
+    driver.say(peer(0), register(rank=0, cell_size=2))
+    in_spec = {name: changes[name] for name in changes if name in m.InstanceSpec.__struct_fields__}
+    good = register(rank=1, cell_size=2)
+    bad = msgspec.structs.replace(good, **{name: changes[name] for name in changes if name not in in_spec})
+    bad = msgspec.structs.replace(bad, spec=msgspec.structs.replace(good.spec, **in_spec))
+    assert driver.say(b"bad", bad) == [Send(b"bad", m.Refused(reason=reason))]
+    assert driver.say(b"bad", good) == []
+    assert dropped(driver) == 1
+    assert driver.say(peer(1), good)[-1] == Send(peer(0), m.OpenStore(epoch=1))
+    assert driver.wait(11, peer(0), peer(1)) == [Forget(b"bad")]
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_a_complete_cell_takes_no_more(is_ready: bool) -> None:
+    driver = Driver()
+    if is_ready:
+        driver.ready_cell(8)
+    else:
+        driver.say(peer(0), register(rank=0, cell_size=1))
+    reason = "cell 'main' already has its 1 instances"
+    assert driver.say(b"late", register(rank=0, cell_size=1)) == [Send(b"late", m.Refused(reason=reason))]
+    assert driver.say(b"late 2", register(rank=0, cell_size=1, cell="more"))[-1] == Send(b"late 2", m.OpenStore(epoch=2))
+
+
+def test_a_cell_goes_on_forming_without_an_instance_that_left_early() -> None:
+    driver = Driver()
+    driver.say(peer(0), register(rank=0, cell_size=2), m.Text(assets=ASSETS))
+    assert driver.handle(PeerWasLost(peer(0), "gone", 0.0)) == [DropText(1), Forget(peer(0))]  # that was all of it
+    driver.say(peer(0, 2), register(rank=0, cell_size=2), m.Text(assets=ASSETS))
+    driver.say(peer(1, 2), register(rank=0, cell_size=3))
+    driver.say(peer(2, 2), register(rank=1, cell_size=2))
+    assert driver.cluster.stats().epoch == 2
+
+
+@pytest.mark.parametrize("stuck", ["opening", "joining", "tokenizer"])
+def test_a_cell_that_does_not_get_ready_in_time_ends(stuck: str) -> None:
+    driver = Driver(form_timeout_s=5.0)
+    driver.say(peer(0), register(rank=0, cell_size=2))
+    driver.say(peer(1), register(rank=1, cell_size=2))
+    reason = "cell 'main' was not ready within 5 s: "
+    reason += {"opening": "instances [0, 1] have", "joining": "instances [1] have", "tokenizer": "its tokenizer is"}[stuck]
+    reason += " not loaded" if stuck == "tokenizer" else " not joined"
+    if stuck != "opening":
+        driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://store:1"), m.Joined(epoch=1))
+    if stuck == "tokenizer":
+        driver.say(peer(1), m.Joined(epoch=1))
+    assert driver.wait(5, peer(0), peer(1)) == []
+    end = m.EndEpoch(epoch=1, reason=reason)
+    assert driver.wait(1, peer(0), peer(1)) == [Send(peer(0), end), Send(peer(1), end), DropText(1)]
+
+
+def test_a_tokenizer_that_can_not_be_used_ends_the_cell() -> None:
+    driver = Driver()
+    driver.say(peer(0), register(rank=0, cell_size=1), m.Text(assets=ASSETS))
+    end = m.EndEpoch(epoch=1, reason="the tokenizer of cell 'main' can't be used: no JSON")
+    assert driver.handle(TextLoaded(1, 0.0, "no JSON")) == [Send(peer(0), end), DropText(1)]
+    assert driver.handle(TextLoaded(1, 0.0)) == []
+
+
+# --- one request
+
+
+def test_a_request_from_its_submit_to_its_release() -> None:
+    """10 tokens in blocks of 4 on 2 instances: 6 at home, 4 on the other, and one spare block on each."""
+    driver = serving(8, 8)
+    assert driver.say(CLIENT, submit("r", 10, spread=2)) == [reserve(0, 1, 3), reserve(1, 1, 2)]
+    assert driver.say(peer(1), granted(1, 2, 6)) == []
+    assert driver.say(peer(0), granted(1, 3, 5)) == [*regroup(1, [0, 1]), *admit(1, 1, [5] * 10, {0: 6, 1: 4})]
+    assert driver.say(peer(0), beat(5, {1: 6})) == [pong(0)]
+    assert driver.say(peer(1), beat(6, {1: 4})) == [pong(1)]
+    assert driver.say(peer(0), outputs(1, 0, [11])) == [deliver(1, "r", 0, [11])]
+    assert driver.say(peer(0), outputs(1, 1, [12, 13])) == [deliver(1, "r", 1, [12, 13])]
+    stats = driver.cluster.stats()
+    assert stats.requests["r"] == m.RequestStats(
+        state="decode", home=0, kv_tokens={0: 6, 1: 4}, prompt_tokens=10, generated_tokens=3, home_moves=0, preemptions=0
+    )
+    assert [(i.used_tokens, i.free_tokens, i.lent_tokens, i.borrowed_tokens) for i in stats.instances] == [
+        (12, 20, 0, 4),
+        (8, 24, 4, 0),
+    ]
+    held = [m.Share(rank=0, tokens=9), m.Share(rank=1, tokens=4)]
+    assert driver.say(peer(0), outputs(1, 3, [2], finish_reason="stop", held=held)) == [
+        deliver(1, "r", 3, [2], finish_reason="stop")
+    ]
+    assert not driver.cluster.is_idle, "its blocks are not free yet"
+    assert driver.say(peer(0), m.Released(epoch=1, seq=1, generated=4)) == regroup(2, [0], [1])
+    assert driver.cluster.is_idle
+    assert request_stats(driver, "r").kv_tokens == {0: 9, 1: 4}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spread", "reserved", "shares"),
+    [
+        (20, "auto", {0: 6}, {0: 20}),
+        (20, 1, {0: 6}, {0: 20}),
+        (20, 2, {0: 4, 1: 3}, {0: 12, 1: 8}),
+        (20, 3, {0: 3, 1: 3, 2: 2}, {0: 8, 1: 8, 2: 4}),
+        (20, "all", {0: 3, 1: 3, 2: 2}, {0: 8, 1: 8, 2: 4}),
+        (20, 99, {0: 3, 1: 3, 2: 2}, {0: 8, 1: 8, 2: 4}),
+        (7, "all", {0: 2, 1: 2}, {0: 3, 1: 4}),  # no more participants than blocks
+        (3, "all", {0: 2}, {0: 3}),
+        (40, "auto", {0: 6, 1: 6}, {0: 20, 1: 20}),  # it doesn't fit on one
+    ],
+)
+@pytest.mark.parametrize("said", ["by the request", "by the gManager"])
+def test_spread(tokens: int, spread: Spread, reserved: dict[int, int], shares: dict[int, int], said: str) -> None:
+    """Evenly to one block, over the least that memory needs and at least what was asked."""
+    by_request = said == "by the request"
+    driver = serving(8, 8, 8, spread="auto" if by_request else spread)
+    asked = driver.say(CLIENT, submit("r", tokens, spread=spread if by_request else None))
+    assert asked == [reserve(rank, 1, blocks) for rank, blocks in reserved.items()]
+    party = regroup(1, sorted(shares)) if len(shares) > 1 else []
+    assert driver.grant(asked) == [*party, *admit(1, 1, [5] * tokens, shares)]
+
+
+def test_outputs_are_delivered_in_order_and_exactly_once() -> None:
+    """Homes speak on different connections; what comes early waits for what precedes it."""
+    driver = serving(8, 8)
+    running(driver, "r", spread=2)
+    driver.say(CLIENT, m.MoveHome(call=1, request_id="r", instance=1))
+    driver.say(peer(1), granted(1, 1, 4))
+    assert driver.say(peer(1), m.HomeMoved(epoch=1, seq=1, home=1)) == [done(1)]
+    assert driver.say(peer(1), outputs(1, 2, [12])) == []
+    assert driver.say(peer(1), outputs(1, 2, [12])) == []
+    assert driver.say(peer(1), outputs(1, 3, [13], finish_reason="length")) == []
+    assert driver.say(peer(1), m.Released(epoch=1, seq=1, generated=4)) == []
+    assert driver.say(peer(0), outputs(1, 0, [10])) == [deliver(1, "r", 0, [10])]
+    assert driver.say(peer(0), outputs(1, 0, [10])) == []
+    assert driver.say(peer(0), outputs(1, 1, [11])) == [
+        deliver(1, "r", 1, [11, 12, 13], finish_reason="length"),
+        drop(1, 1),
+        *regroup(2, [0], [1]),
+    ]
+    assert driver.say(peer(0), outputs(1, 1, [11])) == []
+    assert dropped(driver) == 3
+    assert driver.cluster.is_idle
+
+
+def test_logprobs_come_to_who_asked_for_them() -> None:
+    logprob = m.TokenLogprob(token_id=10, logprob=-0.5, rank=1)
+    for asked, expected in ((0, [logprob]), (None, None)):
+        driver = serving(8)
+        running(driver, "r", logprobs=asked)
+        assert driver.say(peer(0), outputs(1, 0, [10], logprobs=[logprob])) == [deliver(1, "r", 0, [10], logprobs=expected)]
+
+
+def test_a_stop_string_ends_a_request() -> None:
+    driver = serving(8)
+    running(driver, "r", stop=["x"])
+    stops: dict[str, Any] = {"stop_strings": ("x",)}
+    assert driver.say(peer(0), outputs(1, 0, [10, 11, 12])) == [deliver(1, "r", 0, [10, 11, 12], **stops)]
+    assert driver.handle(StopFound(1, 2, 0.0)) == [deliver(1, "r", 2, [], finish_reason="stop", **stops), cancel(0, 1)]
+    assert driver.say(peer(0), outputs(1, 3, [13])) == []  # the row that was under way
+    assert driver.say(peer(0), m.Released(epoch=1, seq=1, generated=4)) == []
+    assert driver.handle(StopFound(1, 2, 0.0)) == []
+    stats = request_stats(driver, "r")
+    assert (stats.finish_reason, stats.generated_tokens) == ("stop", 2)
+
+
+def test_texts_are_encoded_by_the_shell() -> None:
+    driver = serving(8)
+    said = m.Submit(request_id="r", params=m.SamplingParams(), text="hello")
+    assert driver.say(CLIENT, said) == [Encode(1, 1, said)]
+    assert driver.handle(Encoded(1, 0.0, token_ids=m.pack_tokens([7, 8]))) == [reserve(0, 1, 2)]
+    assert driver.handle(Encoded(1, 0.0, token_ids=m.pack_tokens([7, 8]))) == []
+    assert driver.say(peer(0), granted(1, 2, 6)) == admit(1, 1, [7, 8], {0: 2})
+
+
+def test_the_cell_with_the_shortest_queue_that_can_serve_it() -> None:
+    driver = Driver()
+    driver.ready_cell(4, cell="a", epoch=1)
+    driver.ready_cell(20, cell="b", epoch=2)
+    driver.say(CLIENT, HELLO)
+    reserves = [driver.say(CLIENT, submit(f"r{tokens}", tokens, max_tokens=1)) for tokens in (60, 11, 10)]
+    to_b = Send(peer(0, 2), m.Reserve(epoch=2, seq=1, blocks=16))
+    assert reserves == [[to_b], [], [reserve(0, 1, 4)]]  # 60 fit only b, 11 went behind it: b has most room, then a is empty
+
+
+# --- requests that can't be served
+
+
+@pytest.mark.parametrize(
+    ("blocks", "given", "error"),
+    [
+        (
+            [8, 8],
+            submit("r", 900, max_tokens=101),
+            "prompt of 900 + max_tokens of 101 = 1,001 tokens; the model takes at most 1,000",
+        ),
+        (
+            [8, 8],
+            submit("r", 41, max_tokens=16),
+            "prompt of 41 + max_tokens of 16 = 57 tokens: needs 57 tokens of KV; cell 'main' holds 64 (2 instances x 32), "
+            "less one spare block of 4 on each",
+        ),
+        (
+            [8, 5],
+            submit("r", 41, max_tokens=4),
+            "prompt of 41 + max_tokens of 4 = 45 tokens: needs 45 tokens of KV; cell 'main' holds 52 (2 instances: 32 + 20), "
+            "less one spare block of 4 on each",
+        ),
+        (
+            [8, 8],
+            submit("r", prompt=[1, 4999, 5000, 1]),
+            "token id 5000 at position 2 is out of range: the model has 5,000 tokens",
+        ),
+        (
+            [8, 8],
+            submit("r", prompt=[2**32 - 1]),
+            "token id 4294967295 at position 0 is out of range: the model has 5,000 tokens",
+        ),
+    ],
+)
+def test_requests_that_can_never_be_served(blocks: list[int], given: m.Submit, error: str) -> None:
+    driver = serving(*blocks)
+    assert driver.say(CLIENT, given) == refused("r", error, number=1, epoch=1)
+    assert driver.cluster.is_idle
+    assert driver.say(CLIENT, submit("r", 40, max_tokens=4)) != [], "the largest that fits, and the id is free again"
+
+
+def test_the_largest_requests_that_fit() -> None:
+    for blocks, tokens, max_tokens in (([8, 8], 40, 16), ([8, 5], 43, 1), ([500], 984, 16)):
+        driver = serving(*blocks)
+        running(driver, "r", tokens, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"token_ids": b""}, "the prompt is empty"),
+        ({"text": ""}, "the prompt is empty"),
+        ({"messages": []}, "the prompt is empty"),
+        ({"token_ids": b"123"}, "token ids must be a multiple of 4 bytes long, got 3"),
+    ],
+    ids=str,
+)
+def test_prompts_that_are_none(is_ready: bool, given: dict[str, Any], error: str) -> None:
+    driver = serving(8) if is_ready else Driver()
+    driver.say(CLIENT, HELLO)
+    assert driver.say(CLIENT, m.Submit(request_id="r", params=m.SamplingParams(), **given)) == refused("r", error)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "error"),
+    [({}, "the prompt is empty: it has no tokens"), ({"error": "no template"}, "no template")],
+    ids=str,
+)
+def test_texts_that_give_no_tokens(encoded: dict[str, Any], error: str) -> None:
+    driver = serving(8)
+    driver.say(CLIENT, m.Submit(request_id="r", params=m.SamplingParams(), text="\u200b"))
+    assert driver.handle(Encoded(1, 0.0, **encoded)) == refused("r", error, number=1, epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("temperature", value) for value in (math.nan, math.inf, -0.1)],
+        *[("top_p", value) for value in (math.nan, 0.0, -0.5, 1.1)],
+        *[("max_tokens", 0), ("max_tokens", -1), ("top_k", -2), ("seed", -1), ("logprobs", -1), ("stop_token_ids", [-1])],
+    ],
+)
+def test_sampling_values_that_make_no_sense_are_never_built(name: str, value: Any) -> None:
+    """No event can hold them: neither a caller nor the wire can make such a Submit."""
+    with pytest.raises(ValueError, match=f"^{name} must .* got "):
+        submit("r", **{name: value})
+    as_sent = msgspec.to_builtins(submit("r"), builtin_types=(bytes,))
+    as_sent["params"][name] = value
+    with pytest.raises(msgspec.ValidationError, match=f"^{name} must .* got "):
+        msgspec.convert(as_sent, m.Submit, builtin_types=(bytes,))
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_an_id_is_taken_until_its_request_has_ended(is_ready: bool) -> None:
+    driver = serving(8) if is_ready else Driver()
+    driver.say(CLIENT, HELLO)
+    driver.say(OTHER, HELLO)
+    driver.say(CLIENT, submit("r"))
+    error = "request id 'r' is in use by a request that has not ended"
+    assert driver.say(CLIENT, submit("r")) == refused("r", error)
+    assert driver.say(OTHER, submit("r")) == refused("r", error, peer=OTHER)
+    driver.say(CLIENT, m.Abort(call=1, request_id="r"))
+    again = driver.say(OTHER, submit("r"))
+    assert again == ([reserve(0, 2, 3)] if is_ready else [])
+    assert request_stats(driver, "r").state == ("reserving" if is_ready else "queued")
+
+
+# --- waiting
+
+
+def waits_in(place: str) -> tuple[Driver, list[Action]]:
+    """A request "w" that waits; and what its end gives back."""
+    if place == "for a cell":
+        driver = Driver(max_queue_wait_s=5.0)
+        driver.say(CLIENT, HELLO, submit("w"))
+        return driver, []
+    driver = serving(8, 8, max_queue_wait_s=5.0)
+    if place == "for the tokenizer":
+        driver.say(CLIENT, m.Submit(request_id="w", params=m.SamplingParams(), text="hello"))
+        return driver, []
+    if place == "for a grant":
+        driver.say(CLIENT, submit("w", spread=2))
+        driver.say(peer(1), granted(1, 2, 6))
+        return driver, [drop(0, 1), drop(1, 1)]
+    running(driver, "first", 40)
+    assert driver.say(CLIENT, submit("w", 40)) == []
+    return driver, []
+
+
+PLACES = {
+    "for a cell": "waited 5 s for a ready cell (max-queue-wait)",
+    "for the tokenizer": "waited 5 s for the tokenizer (max-queue-wait)",
+    "for a grant": "waited 5 s for free memory (max-queue-wait)",
+    "for memory": "waited 5 s for free memory (max-queue-wait)",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nobody_waits_for_ever(place: str) -> None:
+    driver, given_back = waits_in(place)
+    instances = [] if place == "for a cell" else [peer(0), peer(1)]
+    assert driver.wait(5, CLIENT, *instances) == []
+    number, epoch = (2 if place == "for memory" else 1), (0 if place == "for a cell" else 1)
+    answer = failed(number, "w", PLACES[place], epoch=epoch)
+    assert driver.wait(1, CLIENT, *instances) == [answer, *given_back]
+    assert driver.wait(9, CLIENT, *instances) == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_who_waits_can_be_aborted_but_not_moved(place: str) -> None:
+    driver, given_back = waits_in(place)
+    state = {"for a cell": "it waits for a cell", "for a grant": "it is reserving"}.get(place, "it is queued")
+    assert driver.say(CLIENT, m.MoveHome(call=1, request_id="w", instance=0)) == [
+        call_failed(1, f"request 'w' has no home now: {state}")
+    ]
+    number, epoch = (2 if place == "for memory" else 1), (0 if place == "for a cell" else 1)
+    answer = deliver(number, "w", 0, [], finish_reason="abort", epoch=epoch)
+    assert driver.say(CLIENT, m.Abort(call=2, request_id="w")) == [answer, *given_back, done(2)]
+    if place == "for a grant":
+        assert driver.say(peer(0), granted(1, 2, 6)) == []  # it came too late: the Drop behind its Reserve undoes it
+        assert driver.say(CLIENT, submit("next", 28)) == [reserve(0, 2, 8)]
+    assert driver.handle(Encoded(1, 0.0, token_ids=m.pack_tokens([1]))) == []
