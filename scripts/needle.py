@@ -20,6 +20,8 @@ from typing import Any
 
 import msgspec
 from _arguments import add_benchmark_arguments, check_benchmark_arguments
+from _assets import HAYSTACK, FetchError, fetch
+from _setup import CACHE
 
 from gmanager import AsyncClient, DistattnError, SamplingParams
 
@@ -319,11 +321,20 @@ async def benchmark(address: str, model: Path, haystack: Path, args: argparse.Na
     return 1 if failures else 0
 
 
+async def served_model(address: str) -> str:
+    """What the service's instances were told to serve. Raises PromptError if there are none."""
+    async with AsyncClient(address) as client:
+        cells = (await client.stats()).cells
+    if not cells:
+        raise PromptError("the service has no cell yet: start instances, or say --model")
+    return cells[0].model
+
+
 def main() -> int:
     parser = argparse.ArgumentParser("needle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gmanager", required=True, help="address of a running service")
-    parser.add_argument("--model", required=True, help="the served model: a directory, a hub id or a GGUF file")
-    parser.add_argument("--haystack", type=Path, required=True, help="folder of .txt files")
+    parser.add_argument("--model", help="the served model: a directory, a hub id or a GGUF file (default: as the service says)")
+    parser.add_argument("--haystack", type=Path, help="folder of .txt files (default: Paul Graham's essays, fetched once)")
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
     add_benchmark_arguments(parser, out=Path("results"))
     args = parser.parse_args()
@@ -331,9 +342,11 @@ def main() -> int:
     from instance.checkpoint import CheckpointError, resolve_checkpoint
 
     try:
+        args.model = args.model or asyncio.run(served_model(args.gmanager))
         model = resolve_checkpoint(args.model, cache_dir=args.cache_dir)
-        return asyncio.run(benchmark(args.gmanager, model, args.haystack, args, "as the service runs"))
-    except (PromptError, CheckpointError, DistattnError) as error:
+        haystack = args.haystack or fetch(HAYSTACK, CACHE / "haystack")[0].parent
+        return asyncio.run(benchmark(args.gmanager, model, haystack, args, "as the service runs"))
+    except (PromptError, CheckpointError, FetchError, DistattnError) as error:
         print(f"needle.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,6 +3,9 @@
 `scripts/test` fetches the model before pytest runs; `scripts/quickstart --fetch-only` does only that.
 """
 
+import asyncio
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,18 @@ async def test_eight_mixed(farm: Farm, model: Path, essay: list[int]) -> None:
     prompts = [passage(model, essay, length, seed=i) for i, length in enumerate(lengths)]
     async with serve(farm, 2, Setup(model=model, kv_tokens=1536, chunk_tokens=128)) as service:
         await ask_mixed(service.client, model, prompts)
+
+
+async def test_the_benchmark_runs_against_any_service(farm: Farm, model: Path, tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "scripts" / "needle.py"
+    async with serve(farm, 2, Setup(model=model, kv_tokens=512, chunk_tokens=128)) as service:
+        flags = ["--contexts", "300", "--depths", "50", "--out", str(tmp_path)]
+        command = [sys.executable, str(script), "--gmanager", service.server.address, *flags]
+        run = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        said, _ = await asyncio.wait_for(run.communicate(), 60)
+    assert run.returncode == 0
+    assert b"1 of 1 needles found" in said
+    assert json.loads((tmp_path / "needle.json").read_text())["model"] == str(model)
 
 
 async def test_chunks_of_seven_and_blocks_of_one(farm: Farm, model: Path, essay: list[int]) -> None:

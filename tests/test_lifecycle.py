@@ -151,6 +151,11 @@ async def test_torchrun_serves_and_ends_when_asked(started: Processes, model: Pa
         assert listening_addresses(pid) == {"127.0.0.1"}
     async with client_of(address) as client:
         await answers(client, model)
+        said = [c.text async for c in client.chat([{"role": "user", "content": "hello"}], SamplingParams(max_tokens=8, seed=1))]
+        assert "".join(said)
+        loaded = Path(f"/proc/{gmanager.pid}/maps").read_text()
+        assert "tokenizers" in loaded, "it has turned text into tokens"
+        assert "libtorch" not in loaded, "and that without torch"
         running = asyncio.create_task(run(client, "running", 40, spread="all"))
         await until_decoding(client, "running")
         torchrun.signal(signal.SIGTERM)
