@@ -30,6 +30,8 @@ from gmanager.wire.messages import Member as WireMember
 
 MAX_CELL_NAME = 64
 MAX_CELL_SIZE = 4096
+MAX_KV_TOKENS = 2**50
+"""Most tokens of KV of one instance. Those of a whole cell fit the wire's integers."""
 
 MAX_TOKENS = MAX_FRAME_BYTES // 4 - 2**18
 """Most tokens of a request, whatever the model takes: all of them must fit one Admit."""
@@ -240,4 +242,7 @@ def malformed(register: Register) -> str | None:
         value = getattr(register.spec, field_name)
         if value < 1:
             return f"{field_name} must be at least 1, got {value}"
+    if register.spec.num_blocks * register.spec.block_size > MAX_KV_TOKENS:
+        blocks = f"{register.spec.num_blocks:,} blocks of {register.spec.block_size:,} tokens"
+        return f"an instance has at most {MAX_KV_TOKENS:,} tokens of KV, got {blocks}"
     return None

@@ -337,6 +337,8 @@ class Cluster:
                 sequences.on_granted(member, seq, free_blocks)
             case m.NotGranted(seq=seq, free_blocks=free_blocks):
                 sequences.on_not_granted(member, seq, free_blocks)
+            case m.Outputs(outputs=outputs) if any(not 0 <= t < 2**32 for output in outputs for t in output.token_ids):
+                self._on_garbled(member.peer, "token ids must be in [0, 4294967296)")
             case m.Outputs() as outputs:
                 sequences.on_outputs(member, outputs)
                 sequences.settle(self._now)

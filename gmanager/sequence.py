@@ -51,8 +51,12 @@ class Sequence:
             raise RuntimeError(f"{name} is released and still here")
         if self.is_current:
             state = self.request.state
-            if state not in ("prefill", "decode", "moving", "preempted") or (state == "preempted") != self.ending:
+            # Released may come before the last tokens do: an earlier home speaks on another connection.
+            may_end = state == "preempted" or self.released is not None
+            if state not in ("prefill", "decode", "moving", "preempted") or (self.ending and not may_end):
                 raise RuntimeError(f"{name}: its request is {state}, ending: {self.ending}")
+            if state == "preempted" and not self.ending:
+                raise RuntimeError(f"{name}: its request is preempted and it was not cancelled")
         elif not self.ending:
             raise RuntimeError(f"{name}: nobody wants it and it was not cancelled")
 

@@ -102,9 +102,10 @@ class Sequences:
         """`is_news`: the free blocks are others than before."""
         for number, tokens in beat.held_tokens.items():
             if (sequence := self._sequences.get(number)) is not None:
-                sequence.held[member.rank] = max(0, tokens)
+                held = max(0, min(tokens, member.spec.num_blocks * self._cell.spec.block_size))
+                sequence.held[member.rank] = held
                 if sequence.is_current:
-                    sequence.request.held[member.rank] = max(0, tokens)
+                    sequence.request.held[member.rank] = held
         if member.rank in self._unsettled:
             del self._unsettled[member.rank]
             is_news = True
@@ -120,6 +121,7 @@ class Sequences:
         if reservation is None or reservation.seq != seq:
             # It was given up, and a Drop is on its way.
             member.hear_free(free_blocks + blocks)
+            self._changed = True
             return
         reservation.granted[member.rank] = None
         if len(reservation.granted) == len(reservation.blocks):

@@ -56,4 +56,6 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
 
 
 def _sum(counters: list[Counters]) -> Counters:
-    return Counters(**{name: sum(getattr(c, name) for c in counters) for name in Counters.__struct_fields__})
+    # No sum may leave what fits the wire, whatever an instance says.
+    sums = {name: sum(getattr(c, name) for c in counters) for name in Counters.__struct_fields__}
+    return Counters(**{name: max(0, min(total, 2**63 - 1)) for name, total in sums.items()})

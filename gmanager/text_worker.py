@@ -55,8 +55,13 @@ def load_backend(tokenizer_json: str) -> Backend:
 
 
 def encode_ids(backend: Backend, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of `text`. `encode_batch` leaves the interpreter lock to others, `encode` does not."""
-    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    """Token ids of `text`. `encode_batch` leaves the interpreter lock to others, `encode` does not. Raises TextError."""
+    try:
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    except MemoryError:
+        raise
+    except Exception as error:  # the package raises bare Exception, for an unknown token among others
+        raise TextError(f"the text can't be turned into tokens: {_short(error)}") from error
     ids: list[int] = encoding.ids
     return ids
 

@@ -5,7 +5,7 @@ Blocks have 4 tokens. `main` is a cell of epoch 1 unless a test says otherwise; 
 
 import math
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,21 +13,17 @@ import pytest
 from gmanager.config import Spread
 from gmanager.events import (
     Action,
-    Deliver,
     DropText,
     Encode,
     Encoded,
     Forget,
     LoadText,
-    PeerGarbled,
     PeerWasLost,
     Send,
     StopFound,
-    Stopped,
     TextLoaded,
 )
 from gmanager.wire import messages as m
-from gmanager.wire.channel import PeerId
 from tests.gmanager.cluster_support import (
     ASSETS,
     CLIENT,
@@ -44,13 +40,12 @@ from tests.gmanager.cluster_support import (
     dropped,
     failed,
     granted,
-    move,
     outputs,
     peer,
     pong,
     refused,
-    regroup,
     register,
+    regroup,
     request_stats,
     reserve,
     running,
@@ -317,14 +312,23 @@ def test_texts_are_encoded_by_the_shell() -> None:
     assert driver.say(peer(0), granted(1, 2, 6)) == admit(1, 1, [7, 8], {0: 2})
 
 
-def test_the_cell_with_the_shortest_queue_that_can_serve_it() -> None:
+def test_which_cell_serves_a_request() -> None:
+    """One that ever can; the one where fewest wait; then the one with most free memory."""
     driver = Driver()
     driver.ready_cell(4, cell="a", epoch=1)
-    driver.ready_cell(20, cell="b", epoch=2)
+    driver.ready_cell(19, cell="b", epoch=2)
     driver.say(CLIENT, HELLO)
-    reserves = [driver.say(CLIENT, submit(f"r{tokens}", tokens, max_tokens=1)) for tokens in (60, 11, 10)]
-    to_b = Send(peer(0, 2), m.Reserve(epoch=2, seq=1, blocks=16))
-    assert reserves == [[to_b], [], [reserve(0, 1, 4)]]  # 60 fit only b, 11 went behind it: b has most room, then a is empty
+
+    def at_b(seq: int, blocks: int) -> Send:
+        return Send(peer(0, 2), m.Reserve(epoch=2, seq=seq, blocks=blocks))
+
+    assert driver.say(CLIENT, submit("never fits a", 60, max_tokens=1)) == [at_b(1, 16)]
+    assert driver.say(CLIENT, submit("a has 4 blocks, b 3", 8, max_tokens=1)) == [reserve(0, 1, 3)]
+    assert driver.say(CLIENT, submit("b has 3 blocks, a 1", 7, max_tokens=1)) == []
+    assert driver.say(CLIENT, submit("one waits for b, none for a", 4, max_tokens=1)) == []
+    assert driver.say(peer(0, 2), m.Granted(epoch=2, seq=1, blocks=16, free_blocks=3))[1:] == [at_b(2, 3)]
+    assert driver.say(peer(0), granted(1, 3, 1)) == admit(1, 2, [5] * 8, {0: 8}, max_tokens=1)
+    assert driver.say(peer(0), beat(4)) == [pong(0), reserve(0, 2, 2)]
 
 
 # --- requests that can't be served
