@@ -107,6 +107,14 @@ def test_a_request_that_ends_while_it_moves(when: str) -> None:
     assert driver.say(peer(0), m.Released(epoch=1, seq=1, generated=1)) == [drop(1, 1), *alone]
 
 
+def test_a_request_that_its_instance_lets_go_of() -> None:
+    driver = serving(8)
+    running(driver, "r", generated=1)
+    error = "instance 0 of cell 'main' released the request unasked"
+    assert driver.say(peer(0), m.Released(epoch=1, seq=1, generated=1)) == [failed(1, "r", error, index=1)]
+    assert driver.cluster.is_idle
+
+
 # --- memory
 
 
@@ -121,6 +129,14 @@ def test_a_reservation_is_all_or_nothing() -> None:
     assert driver.say(peer(1), m.NotGranted(epoch=1, seq=2, free_blocks=9)) == [drop(0, 2)]
     assert driver.say(peer(0), granted(2, 4, 4)) == [reserve(0, 3, 5), reserve(1, 3, 3)], "it has at most 3: less than asked"
     assert driver.grant([reserve(1, 3, 3), reserve(0, 3, 5)])[2:4] == admit(3, 1, [5] * 24, {0: 16, 1: 8})
+
+
+def test_what_is_given_back_counts_at_once() -> None:
+    driver = serving(8, 8)
+    assert driver.say(CLIENT, submit("r", 24, spread=2)) == [reserve(0, 1, 4), reserve(1, 1, 4)]
+    assert driver.say(peer(0), granted(1, 4, 4)) == []
+    no = m.NotGranted(epoch=1, seq=1, free_blocks=3)
+    assert driver.say(peer(1), no) == [drop(0, 1), reserve(0, 2, 5), reserve(1, 2, 3)]
 
 
 def test_a_late_grant_makes_room_for_who_waits() -> None:
@@ -191,8 +207,8 @@ def test_the_oldest_is_never_preempted(needy: int, generated: tuple[int, int, in
 
 def test_nobody_is_preempted_while_blocks_are_about_to_be_free() -> None:
     driver = serving(4, 4, 4)
-    for rank in range(3):
-        running(driver, f"r{rank}", generated=1)
+    for rank, tokens in enumerate((1, 1, 3)):
+        running(driver, f"r{rank}", generated=tokens)
     driver.say(CLIENT, m.Abort(call=1, request_id="r2"))
     assert driver.say(peer(0), m.NeedBlock(epoch=1, seq=1)) == []
     assert driver.say(peer(2), beat(4, {3: 0})) == [pong(2), reserve(2, 1, 1)]
@@ -368,11 +384,11 @@ def test_counters_are_summed() -> None:
 def test_numbers_of_an_instance_that_has_gone_mad_reach_clients() -> None:
     """What each says fits the wire; so must what is made of it, or asking for statistics would end the client's connection."""
     driver = serving(8, 8)
-    for name in ("r1", "r2"):
+    for name in ("r1", "r2", "r3"):
         running(driver, name, spread=2)
     for value in (2**64 - 1, -(2**63)):
         for rank in (0, 1):
-            driver.say(peer(rank), beat(8, {1: value, 2: value}, steps=value, kv_bytes=value))
+            driver.say(peer(rank), beat(8, {1: value, 2: value, 3: value}, steps=value, kv_bytes=value))
         (answer,) = driver.say(CLIENT, m.GetStats(call=1))
         assert isinstance(answer, Send)
         assert Decoder[m.ToClient](m.ToClient).decode(encode(answer.message)) == answer.message

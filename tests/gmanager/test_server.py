@@ -76,6 +76,7 @@ class Instance:
         self._text = text
         self._epoch = 0
         self._generated: dict[int, int] = {}
+        self._outputs: list[m.SequenceOutput] = []
         self._tasks = [asyncio.create_task(self._obey()), asyncio.create_task(self._live())]
         self.admits: asyncio.Queue[m.Admit] = asyncio.Queue()
         self.cancels: asyncio.Queue[m.Cancel] = asyncio.Queue()
@@ -86,13 +87,18 @@ class Instance:
         for message in messages:
             self._dialer.send(message)
 
-    def generate(self, seq: int, text: str | list[int], finish_reason: Literal["stop", "length"] | None = None) -> None:
-        """One step's tokens; with a reason the last ones, and the sequence is released."""
+    def generate(
+        self, seq: int, text: str | list[int], finish_reason: Literal["stop", "length"] | None = None, *, at_once: bool = True
+    ) -> None:
+        """One step's tokens; with a reason the last ones, and the sequence is released. Not at once: with the next ones."""
         tokens = ids(text) if isinstance(text, str) else text
         index = self._generated.get(seq, 0)
         self._generated[seq] = index + len(tokens)
         output = m.SequenceOutput(seq=seq, index=index, token_ids=tokens, finish_reason=finish_reason)
-        self.say(m.Outputs(epoch=self._epoch, outputs=[output]))
+        self._outputs.append(output)
+        if at_once:
+            self.say(m.Outputs(epoch=self._epoch, outputs=self._outputs))
+            self._outputs = []
         if finish_reason is not None:
             self._release(seq)
 
@@ -200,9 +206,11 @@ async def serving(transport: Transport, **config: Any) -> AsyncIterator[Service]
 
 
 @asynccontextmanager
-async def a_cell(transport: Transport, text: m.TextAssets = ASSETS) -> AsyncIterator[tuple[Service, Instance, AsyncClient]]:
+async def a_cell(
+    transport: Transport, text: m.TextAssets = ASSETS, **config: Any
+) -> AsyncIterator[tuple[Service, Instance, AsyncClient]]:
     """A gManager, an instance and a client; all is at rest at the end, and no background task has failed."""
-    async with serving(transport) as service, service.instance(text) as instance, service.client() as client:
+    async with serving(transport, **config) as service, service.instance(text) as instance, service.client() as client:
         yield service, instance, client
         await service.at_rest()
 
@@ -272,10 +280,10 @@ def nothing_failed_unnoticed(caplog: pytest.LogCaptureFixture) -> Any:
     assert not [record for record in caplog.records if record.exc_info or "background task" in record.message]
 
 
-async def started(service: Instance, client: AsyncClient, prompt: Any, **params: Any) -> tuple[m.Admit, "Stream"]:
+async def started(instance: Instance, client: AsyncClient, prompt: Any, **params: Any) -> tuple[m.Admit, "Stream"]:
     """A request that the instance has been told to run."""
     stream = Stream(client.generate(prompt, SamplingParams(**params)))
-    return await service.admitted(), stream
+    return await instance.admitted(), stream
 
 
 class Stream:
@@ -353,6 +361,16 @@ async def test_stop_strings(
             await instance.cancelled(admit.seq)
         (stats,) = (await client.stats()).requests.values()
         assert (stats.finish_reason, stats.generated_tokens) == ("stop" if stops else "length", len(counted))
+
+
+async def test_what_comes_behind_a_stop_string_in_the_same_message(transport: Transport) -> None:
+    async with a_cell(transport) as (_, instance, client):
+        admit, stream = await started(instance, client, "x", stop="END", max_tokens=50)
+        instance.generate(admit.seq, "one END two", at_once=False)
+        instance.generate(admit.seq, " three", "length")
+        assert joined(await stream.rest()) == ("one ", ids("one END"), "stop")
+        (stats,) = (await client.stats()).requests.values()
+        assert (stats.finish_reason, stats.generated_tokens) == ("stop", len("one END"))
 
 
 async def test_many_requests_at_once_keep_apart(transport: Transport) -> None:
@@ -505,7 +523,7 @@ async def test_a_client_that_garbles_loses_its_requests() -> None:
 
 async def test_an_oversize_frame_ends_the_connection() -> None:
     """Before it is read. If it was a client's, its requests end with the next token."""
-    async with a_cell(ZmqTransport()) as (service, instance, client):
+    async with a_cell(ZmqTransport(), client_lease_s=1000.0) as (service, instance, client):
         admit, bystander = await started(instance, client, "x")
         async with stranger(service) as speaker:
             await speaker.greet(SUBMIT)
