@@ -1,7 +1,7 @@
 """Writing new KV into blocks, and reading blocks into contiguous memory.
 
     store:  kv[0, slot // P, slot % P] = k[t]      kv[1, ...] = v[t]      slot = slots[t]; nothing where slot is -1
-    gather: k[j] = kv[0, ids[j // P], j % P]       v[j] = kv[1, ...]      j in [0, num_tokens)
+    gather: k[j - first] = kv[0, ids[j // P], j % P]       v[j - first] = kv[1, ...]      j in [first, first + num_tokens)
 
 Shape suffixes: T rows, S tokens, N blocks of a table, K KV heads, D head dim, B blocks, P block size.
 """
@@ -45,21 +45,49 @@ def gather_kv(
     """The first `num_tokens` tokens of the listed blocks (int32 or int64): new contiguous `k_SKD`, `v_SKD`.
 
     Raises:
-        ValueError: more tokens than the blocks hold, a last dimension that isn't contiguous, or an unknown backend.
+        ValueError: fewer than no tokens or more than the blocks hold, a last dimension that isn't contiguous, or an unknown
+            backend.
     """
-    capacity = block_ids_N.numel() * kv_2BPKD.shape[2]
-    if not 0 <= num_tokens <= capacity:
-        raise ValueError(f"{num_tokens} tokens asked of {block_ids_N.numel()} blocks that hold {capacity}")
-    if kv_2BPKD.stride(-1) != 1:
-        raise ValueError("the last dimension of kv must be contiguous")
+    if num_tokens < 0:
+        raise ValueError(f"{num_tokens} tokens asked")
+    out_2SKD = kv_2BPKD.new_empty((2, num_tokens, *kv_2BPKD.shape[3:]))
+    gather_kv_into(out_2SKD, kv_2BPKD, block_ids_N, 0, backend=backend)
+    return out_2SKD[0], out_2SKD[1]
+
+
+def gather_kv_into(
+    out_2SKD: torch.Tensor, kv_2BPKD: torch.Tensor, block_ids_N: torch.Tensor, first_token: int, *, backend: str
+) -> None:
+    """Fill `out` with the tokens `[first_token, first_token + S)` of the listed blocks (int32 or int64). No host work.
+
+    Keys and values of `out` must each be contiguous; between them there may be room, so the start of a larger buffer will do.
+    The block ids are not checked.
+
+    Raises:
+        ValueError: more tokens than the blocks hold, other shapes, dtypes or strides than stated, or an unknown backend.
+    """
+    num_tokens, capacity = out_2SKD.shape[1], block_ids_N.numel() * kv_2BPKD.shape[2]
+    if not 0 <= first_token <= first_token + num_tokens <= capacity:
+        raise ValueError(
+            f"tokens [{first_token}, {first_token + num_tokens}) asked of {block_ids_N.numel()} blocks that hold {capacity}"
+        )
+    if out_2SKD.shape[0] != 2 or out_2SKD.shape[2:] != kv_2BPKD.shape[3:] or out_2SKD.dtype != kv_2BPKD.dtype:
+        raise ValueError(
+            f"out {tuple(out_2SKD.shape)} {out_2SKD.dtype} doesn't fit kv {tuple(kv_2BPKD.shape)} {kv_2BPKD.dtype}"
+        )
+    if kv_2BPKD.stride(-1) != 1 or not out_2SKD[0].is_contiguous():
+        raise ValueError("the last dimension of kv, and keys and values of out, must be contiguous")
+    if not num_tokens:
+        return
     match backend:
         case "torch":
-            return _gather_kv_torch(kv_2BPKD, block_ids_N, num_tokens)
+            _gather_kv_torch(out_2SKD, kv_2BPKD, block_ids_N, first_token)
         case "triton":
             from kernels import triton_ops
 
-            return triton_ops.gather_kv(kv_2BPKD, block_ids_N, num_tokens)
-    raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+            triton_ops.gather_kv(out_2SKD, kv_2BPKD, block_ids_N, first_token)
+        case _:
+            raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
 def _store_kv_torch(k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor) -> None:
@@ -73,6 +101,8 @@ def _store_kv_torch(k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_2BPKD: torch.Te
         flat_SKD.index_copy_(0, slots_N, new_TKD[rows_N])
 
 
-def _gather_kv_torch(kv_2BPKD: torch.Tensor, block_ids_N: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    kv_2SKD = kv_2BPKD.index_select(1, block_ids_N).flatten(1, 2)[:, :num_tokens]
-    return kv_2SKD[0], kv_2SKD[1]
+def _gather_kv_torch(out_2SKD: torch.Tensor, kv_2BPKD: torch.Tensor, block_ids_N: torch.Tensor, first_token: int) -> None:
+    num_tokens, block_size = out_2SKD.shape[1], kv_2BPKD.shape[2]
+    first_block, skip = divmod(first_token, block_size)
+    ids_N = block_ids_N[first_block : -(-(first_token + num_tokens) // block_size)]
+    out_2SKD.copy_(kv_2BPKD.index_select(1, ids_N).flatten(1, 2)[:, skip : skip + num_tokens])

@@ -16,8 +16,12 @@ Shape suffixes: T rows, H query heads, K KV heads, G = H / K, D head dim, B bloc
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from kernels.paged_attention_tiles import TiledAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +79,13 @@ class PagedAttention(ABC):
         dtype: torch.dtype,
         device: torch.device,
         backend: str,
+        tiles: "TiledAttention | None" = None,
     ) -> "PagedAttention":
         """Validate the segments, which together cover each of the `num_rows` rows at most once, and build the tables.
 
         `backend` is "torch" (any device and floating dtype) or "triton" (CUDA; fp32, fp16, bf16; head_dim a power of two
-        from 16 to 256; at most 64 query heads per KV head; any block size).
+        from 16 to 256; at most 64 query heads per KV head; any block size). With `tiles` (triton) spans of many rows go to the
+        library's dense kernel.
 
         Raises:
             ValueError: a segment that contradicts itself or another, or a shape that the backend doesn't support.
@@ -107,7 +113,7 @@ class PagedAttention(ABC):
             case "triton":
                 from kernels.paged_attention_triton import TritonPagedAttention
 
-                return TritonPagedAttention(sizes, min_blocks, segments)
+                return TritonPagedAttention(sizes, min_blocks, segments, tiles)
         raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
     @staticmethod

@@ -5,7 +5,7 @@ the tile sees. Heads of a group are packed with the rows into M, so one load of 
 
     m = row_in_tile * G + head_in_group            rows of a tile: BLOCK_M // G
 
-A tile whose KV is one part writes its result. Where that would leave multiprocessors idle (a decode row against a long
+A tile whose KV is one part writes its result. Where that would leave multiprocessors idle (a few rows against a long
 shard), the KV is split, each part writes a partial state to scratch, and a second kernel merges them.
 
 Offsets are 64 bit: a pool of a million tokens with 32 KV heads x 128 has more than 2^31 elements.
@@ -25,7 +25,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import decode_attention
+from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading
 from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, uncovered_ranges
+from kernels.paged_attention_tiles import TiledAttention, TilePlan, is_tileable, uses_tiles
 from kernels.upload import upload
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -236,9 +239,12 @@ class _TileShape:
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """Work items of one tile shape, and the scratch for those whose KV is split."""
+    """Work items of spans, and the scratch for those whose KV is split."""
 
     shape: _TileShape
+    kv_lens_T: torch.Tensor
+    tables: torch.Tensor
+    """Block tables of all spans, one after the other."""
     work_WC: torch.Tensor
     """int32 per item: first row, rows, start in the block tables, begin, full_end, end, part (-1: writes the result)."""
     split_RC: torch.Tensor
@@ -248,75 +254,109 @@ class _Launch:
 
 
 def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:
-    """Most bytes of the parts of split KV: in each of the two launches at most one for each program that fills the device."""
+    """Most bytes of the parts of split KV: at most one for each program that fills the device, and the decode kernel's."""
     group: int = triton.next_power_of_2(num_heads // num_kv_heads)
     programs = _programs(device) // num_kv_heads * num_kv_heads
-    return 2 * programs * max(128, group) * (head_dim + 1) * 4
+    parts = programs * max(128, group) * (head_dim + 1) * 4
+    return parts + decode_attention.scratch_bytes(num_heads, num_kv_heads, head_dim, device)
 
 
 class TritonPagedAttention(PagedAttention):
-    """Two launches at most, for tiles of few rows (decode) and of many (chunks), and a merge for each that splits KV."""
+    """Single rows go to `kernels.decode_attention`, spans of many to `kernels.paged_attention_tiles` where there is one, and
+    what is left to the kernel of this file."""
 
-    def __init__(self, sizes: AttentionSizes, min_blocks: int, segments: Sequence[Segment]) -> None:
+    def __init__(
+        self, sizes: AttentionSizes, min_blocks: int, segments: Sequence[Segment], tiles: TiledAttention | None
+    ) -> None:
         super().__init__(sizes, min_blocks)
         _refuse_unsupported(sizes)
-        self._kv_lens_T, self._tables, tables_start = _upload_segments(segments, sizes)
-        few, many = _tile_shape(sizes, few_rows=True), _tile_shape(sizes, few_rows=False)
-        few_rows = few.block_m // sizes.group
-        by_shape: dict[_TileShape, list[tuple[Segment, int]]] = {few: [], many: []}
-        for segment, start in zip(segments, tables_start, strict=True):
-            by_shape[few if segment.num_rows <= few_rows else many].append((segment, start))
-        self._launches = [_plan_launch(shape, placed, sizes) for shape, placed in by_shape.items() if placed]
+        single = [RowReading(s.first_row, s.block_ids, s.kv_lens[0]) for s in segments if s.num_rows == 1]
+        spans: list[Segment] = []
+        self._tiles = tiles
+        self._tiled: list[TilePlan] = []
+        for segment in segments:
+            if tiles is not None and _is_for_tiles(segment, sizes):
+                plan = tiles.plan(segment)
+                self._tiled.append(plan)
+                spans += plan.left_over
+            elif segment.num_rows > 1:
+                spans.append(segment)
+        self._decode: list[tuple[DecodeAttention, DecodeTables]] = []
+        if single:
+            kernel = DecodeAttention(sizes)
+            for at in range(0, len(single), MAX_ROWS):
+                self._decode.append((kernel, kernel.upload_tables(single[at : at + MAX_ROWS])))
+        self._chunk = _plan_launch(_tile_shape(sizes), spans, sizes) if spans else None
         self._empty = uncovered_ranges(segments, sizes.num_rows)
 
     def _run(
         self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, out_THD: torch.Tensor, lse_TH: torch.Tensor
     ) -> None:
-        sizes = self.sizes
         for start, end in self._empty:
             out_THD[start:end] = 0
             lse_TH[start:end] = -torch.inf
-        for launch in self._launches:
-            shape = launch.shape
-            _attention_kernel[(launch.work_WC.shape[0], sizes.num_kv_heads)](
-                q_THD,
-                kv_2BPKD,
-                out_THD,
-                lse_TH,
+        for kernel, tables in self._decode:
+            kernel.run(q_THD, kv_2BPKD, scale, tables, out_THD=out_THD, lse_TH=lse_TH)
+        if self._chunk is not None:
+            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scale, out_THD, lse_TH)
+        if self._tiles is not None:
+            for plan in self._tiled:
+                self._tiles.run(plan, q_THD, kv_2BPKD, scale, out_THD=out_THD, lse_TH=lse_TH)
+
+    def _run_chunk(
+        self,
+        launch: _Launch,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scale: float,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+    ) -> None:
+        sizes, shape = self.sizes, launch.shape
+        _attention_kernel[(launch.work_WC.shape[0], sizes.num_kv_heads)](
+            q_THD,
+            kv_2BPKD,
+            out_THD,
+            lse_TH,
+            launch.part_out_XKMD,
+            launch.part_lse_XKM,
+            launch.work_WC,
+            launch.kv_lens_T,
+            launch.tables,
+            *q_THD.stride()[:2],
+            *kv_2BPKD.stride()[:4],
+            *out_THD.stride()[:2],
+            *lse_TH.stride(),
+            scale * math.log2(math.e),
+            K=sizes.num_kv_heads,
+            G=sizes.group,
+            D=sizes.head_dim,
+            P=sizes.block_size,
+            BLOCK_M=shape.block_m,
+            BLOCK_N=shape.block_n,
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+        )
+        if launch.split_RC.shape[0]:
+            _merge_parts_kernel[(launch.split_RC.shape[0], sizes.num_heads)](
                 launch.part_out_XKMD,
                 launch.part_lse_XKM,
-                launch.work_WC,
-                self._kv_lens_T,
-                self._tables,
-                *q_THD.stride()[:2],
-                *kv_2BPKD.stride()[:4],
+                out_THD,
+                lse_TH,
+                launch.split_RC,
                 *out_THD.stride()[:2],
                 *lse_TH.stride(),
-                scale * math.log2(math.e),
                 K=sizes.num_kv_heads,
                 G=sizes.group,
                 D=sizes.head_dim,
-                P=sizes.block_size,
                 BLOCK_M=shape.block_m,
-                BLOCK_N=shape.block_n,
-                num_warps=shape.num_warps,
-                num_stages=shape.num_stages,
+                BLOCK_X=_MERGE_PARTS,
             )
-            if launch.split_RC.shape[0]:
-                _merge_parts_kernel[(launch.split_RC.shape[0], sizes.num_heads)](
-                    launch.part_out_XKMD,
-                    launch.part_lse_XKM,
-                    out_THD,
-                    lse_TH,
-                    launch.split_RC,
-                    *out_THD.stride()[:2],
-                    *lse_TH.stride(),
-                    K=sizes.num_kv_heads,
-                    G=sizes.group,
-                    D=sizes.head_dim,
-                    BLOCK_M=shape.block_m,
-                    BLOCK_X=_MERGE_PARTS,
-                )
+
+
+def _is_for_tiles(segment: Segment, sizes: AttentionSizes) -> bool:
+    most = max(segment.kv_lens)
+    return uses_tiles(segment.num_rows, most, sizes.dtype, sizes.head_dim) and is_tileable(segment)
 
 
 def _refuse_unsupported(sizes: AttentionSizes) -> None:
@@ -330,24 +370,23 @@ def _refuse_unsupported(sizes: AttentionSizes) -> None:
         raise ValueError(f"the triton backend needs a CUDA device, got {sizes.device}")
 
 
-def _tile_shape(sizes: AttentionSizes, *, few_rows: bool) -> _TileShape:
+def _tile_shape(sizes: AttentionSizes) -> _TileShape:
     """Tile sizes by dtype and head dim, for shared memory of 227 KB (Hopper): q tile + stages x (K tile + V tile)."""
     least = triton.next_power_of_2(sizes.group)
     if sizes.dtype == torch.float32:  # IEEE products run outside the tensor cores; larger tiles spilled registers
         if sizes.head_dim > 64:
             return _TileShape(max(16, least), 32, 8, 2)
-        return _TileShape(max(16 if few_rows else 32, least), 32, 4, 2)
-    if few_rows:
-        return _TileShape(max(16, least), 64, 4, 3 if sizes.head_dim <= 128 else 2)
+        return _TileShape(max(32, least), 32, 4, 2)
     return _TileShape(max(128, least), 64, 8, 3) if sizes.head_dim <= 128 else _TileShape(max(64, least), 64, 8, 2)
 
 
-def _plan_launch(shape: _TileShape, placed: Sequence[tuple[Segment, int]], sizes: AttentionSizes) -> _Launch:
-    """Cut segments (each with the start of its block table) into tiles, and the KV of tiles into parts."""
+def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: AttentionSizes) -> _Launch:
+    """Cut segments into tiles, and the KV of tiles into parts."""
+    kv_lens_T, tables, starts = _upload_segments(segments, sizes)
     tile_rows = shape.block_m // sizes.group
     tiles = [
         (segment.first_row + row, segment.kv_lens[row : row + tile_rows], start)
-        for segment, start in placed
+        for segment, start in zip(segments, starts, strict=True)
         for row in range(0, segment.num_rows, tile_rows)
     ]
     total = sum(max(lens) for _, lens, _ in tiles)
@@ -374,6 +413,8 @@ def _plan_launch(shape: _TileShape, placed: Sequence[tuple[Segment, int]], sizes
     scratch = (num_parts, sizes.num_kv_heads, shape.block_m)
     return _Launch(
         shape=shape,
+        kv_lens_T=kv_lens_T,
+        tables=tables,
         work_WC=table[:work_size].view(-1, _WORK_COLUMNS.value),
         split_RC=table[work_size:].view(-1, _SPLIT_COLUMNS.value),
         part_out_XKMD=torch.empty((*scratch, sizes.head_dim), dtype=torch.float32, device=sizes.device),

@@ -1,9 +1,9 @@
-"""Triton versions of `kernels.merge_state` and `kernels.kv_blocks`, called by them after validation.
+"""Triton versions of `kernels.merge_state`, `kernels.kv_blocks` and of one merge, called by them after validation.
 
 Offsets are 64 bit: a pool of a million tokens with 32 KV heads x 128 has more than 2^31 elements.
 
 Shape suffixes: T rows, S tokens, N blocks of a table, H query heads, K KV heads, D head dim, M parts, B blocks, P block
-size; in kernels C is a tile of elements of one token (K * D).
+size; in kernels C is a tile of elements of one token (K * D), R of pairs of row and head.
 """
 
 import torch
@@ -12,6 +12,9 @@ import triton.language as tl
 
 _TILE_HEADS = 8
 _TILE_ELEMENTS = 1024
+_GATHER_ELEMENTS = 4096
+"""Of keys, and as many of values, per program: four 16-byte vectors of each a thread at 16 bits."""
+_PAIR_ELEMENTS = 2048
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -153,47 +156,147 @@ def store_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_2BPKD: torch.Tensor, s
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Not specialized on what differs from call to call: each combination would be compiled anew, long after warm-up.
+@triton.jit(do_not_specialize=["first_token", "num_tokens"], do_not_specialize_on_alignment=["block_ids_ptr"])  # type: ignore[untyped-decorator]
 def _gather_kernel(  # type: ignore[no-untyped-def]
     kv_ptr,
     block_ids_ptr,
-    k_ptr,
-    v_ptr,
+    out_ptr,
+    first_token,
+    num_tokens,
     stride_2,
     stride_b,
     stride_p,
     stride_k,
+    stride_o2,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """k[j] = kv[0, ids[j // P], j % P], v[j] = kv[1, ...]. One program per token and tile of its elements."""
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.load(block_ids_ptr + token // P).to(tl.int64)
+    """out[0, j - first] = kv[0, ids[j // P], j % P], out[1, ...] = kv[1, ...].
+
+    One program per BLOCK_S tokens and BLOCK_C elements of each, keys and values.
+    """
+    index_S = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    is_S = index_S < num_tokens
+    token_S = first_token + index_S
+    block_S = tl.load(block_ids_ptr + token_S // P, mask=is_S, other=0).to(tl.int64)
     element_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_C = element_C < K * D
-    from_C_ptr = kv_ptr + block * stride_b + (token % P) * stride_p + (element_C // D) * stride_k + element_C % D
-    to_C = token * (K * D) + element_C
-    tl.store(k_ptr + to_C, tl.load(from_C_ptr, mask=is_C), mask=is_C)
-    tl.store(v_ptr + to_C, tl.load(from_C_ptr + stride_2, mask=is_C), mask=is_C)
+    is_SC = is_S[:, None] & (element_C < K * D)[None, :]
+    from_S = block_S * stride_b + (token_S % P) * stride_p
+    from_C = (element_C // D) * stride_k + element_C % D
+    from_SC_ptr = kv_ptr + from_S[:, None] + from_C[None, :]
+    to_SC_ptr = out_ptr + (index_S * (K * D))[:, None] + element_C[None, :]
+    k_SC = tl.load(from_SC_ptr, mask=is_SC)
+    v_SC = tl.load(from_SC_ptr + stride_2, mask=is_SC)  # both are on their way before the first store waits
+    tl.store(to_SC_ptr, k_SC, mask=is_SC)
+    tl.store(to_SC_ptr + stride_o2, v_SC, mask=is_SC)
 
 
-def gather_kv(kv_2BPKD: torch.Tensor, block_ids_N: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `kernels.kv_blocks.gather_kv`."""
-    _, _, block_size, num_kv_heads, head_dim = kv_2BPKD.shape
-    k_SKD = kv_2BPKD.new_empty((num_tokens, num_kv_heads, head_dim))
-    v_SKD = torch.empty_like(k_SKD)
-    if num_tokens:
-        _gather_kernel[(num_tokens, triton.cdiv(num_kv_heads * head_dim, _TILE_ELEMENTS))](
-            kv_2BPKD,
-            block_ids_N,
-            k_SKD,
-            v_SKD,
-            *kv_2BPKD.stride()[:4],
-            K=num_kv_heads,
-            D=head_dim,
-            P=block_size,
-            BLOCK_C=_TILE_ELEMENTS,
-        )
-    return k_SKD, v_SKD
+def gather_kv(out_2SKD: torch.Tensor, kv_2BPKD: torch.Tensor, block_ids_N: torch.Tensor, first_token: int) -> None:
+    """See `kernels.kv_blocks.gather_kv_into`."""
+    _, num_tokens, num_kv_heads, head_dim = out_2SKD.shape
+    stride_2, stride_b, stride_p, stride_k, _ = kv_2BPKD.stride()
+    if stride_k == head_dim:  # one run of elements per token: nothing for the compiler to prove
+        num_kv_heads, head_dim = 1, num_kv_heads * head_dim
+    elements = num_kv_heads * head_dim
+    block_c = min(_TILE_ELEMENTS, triton.next_power_of_2(elements))
+    block_s = _GATHER_ELEMENTS // block_c
+    _gather_kernel[(triton.cdiv(num_tokens, block_s), triton.cdiv(elements, block_c))](
+        kv_2BPKD,
+        block_ids_N,
+        out_2SKD,
+        first_token,
+        num_tokens,
+        stride_2,
+        stride_b,
+        stride_p,
+        stride_k,
+        out_2SKD.stride(0),
+        K=num_kv_heads,
+        D=head_dim,
+        P=kv_2BPKD.shape[2],
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+    )
+
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["stride_alt", "stride_alh", "stride_blt", "stride_blh", "stride_lt", "stride_lh", "num_states"],
+    do_not_specialize_on_alignment=["a_lse_ptr", "b_lse_ptr", "lse_ptr"],
+)
+def _merge_pair_kernel(  # type: ignore[no-untyped-def]
+    a_out_ptr,
+    a_lse_ptr,
+    b_out_ptr,
+    b_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    num_states,
+    stride_at,
+    stride_ah,
+    stride_alt,
+    stride_alh,
+    stride_bt,
+    stride_bh,
+    stride_blt,
+    stride_blh,
+    stride_ot,
+    stride_oh,
+    stride_lt,
+    stride_lh,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """lse = log(exp(lse_a) + exp(lse_b)); out = (exp(lse_a) out_a + exp(lse_b) out_b) / exp(lse).
+
+    One program per BLOCK_R pairs of row and head. A pair is read and written by one program, so the result may be a or b.
+    """
+    state_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_R = state_R // H
+    head_R = state_R % H
+    dim_D = tl.arange(0, BLOCK_D)
+    is_R = state_R < num_states
+    is_RD = is_R[:, None] & (dim_D < D)[None, :]
+
+    a_R = tl.load(a_lse_ptr + row_R * stride_alt + head_R * stride_alh, mask=is_R, other=-float("inf"))
+    b_R = tl.load(b_lse_ptr + row_R * stride_blt + head_R * stride_blh, mask=is_R, other=-float("inf"))
+    a_RD_ptr = a_out_ptr + (row_R * stride_at + head_R * stride_ah)[:, None] + dim_D[None, :]
+    b_RD_ptr = b_out_ptr + (row_R * stride_bt + head_R * stride_bh)[:, None] + dim_D[None, :]
+    a_RD = tl.load(a_RD_ptr, mask=is_RD, other=0.0).to(tl.float32)
+    b_RD = tl.load(b_RD_ptr, mask=is_RD, other=0.0).to(tl.float32)
+
+    top_R = tl.maximum(a_R, b_R)
+    shift_R = tl.where(top_R == -float("inf"), 0.0, top_R)  # exp(-inf - -inf) is NaN
+    a_R = tl.exp(a_R - shift_R)
+    b_R = tl.exp(b_R - shift_R)
+    sum_R = tl.where(top_R == -float("inf"), 1.0, a_R + b_R)  # both empty: 0 / 1, and -inf + log 1
+    out_RD = (a_RD * a_R[:, None] + b_RD * b_R[:, None]) / sum_R[:, None]
+    out_RD_ptr = out_ptr + (row_R * stride_ot + head_R * stride_oh)[:, None] + dim_D[None, :]
+    tl.store(out_RD_ptr, out_RD.to(out_ptr.dtype.element_ty), mask=is_RD)
+    tl.store(lse_ptr + row_R * stride_lt + head_R * stride_lh, top_R + tl.log(sum_R), mask=is_R)
+
+
+def merge_pair(
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], result: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """See `kernels.paged_attention_tiles.merge_pair`."""
+    num_rows, num_heads, head_dim = a[0].shape
+    block_d: int = triton.next_power_of_2(head_dim)
+    block_r = max(1, _PAIR_ELEMENTS // block_d)
+    strides = [stride for out_THD, lse_TH in (a, b, result) for stride in (*out_THD.stride()[:2], *lse_TH.stride())]
+    _merge_pair_kernel[(triton.cdiv(num_rows * num_heads, block_r),)](
+        *a,
+        *b,
+        *result,
+        num_rows * num_heads,
+        *strides,
+        H=num_heads,
+        D=head_dim,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+    )

@@ -1,0 +1,350 @@
+"""Partial attention of single rows (decode) over paged KV, in tables that never move: a CUDA graph can hold it.
+
+A row attends to the first `kv_len` tokens of its own block table. Work is counted in tiles of BLOCK_N tokens, numbered row by
+row; each slot takes an equal run of them, and has a program for each KV head:
+
+    tiles | row 0 ........................ | row 1 ... | row 2 ............. | ...
+    slots |   0    |   1    |   2    |   3    |   4    |   5    |   6    | ...
+
+The programs of a slot read the same blocks at the same time, so that memory is read in whole pages. A row that lies in one
+slot is written at once. The pieces of one that lies in several go to scratch (a slot has at most two: of a row that it ends or
+passes through, and of one that it begins), and a second kernel merges them. Who has which tiles follows from their counts
+alone, so the host only adds up `kv_len`s, and what is launched depends on nothing but the contents of the tables.
+
+    s_j = scale * q . k_j        lse = log sum_j exp(s_j)        out = sum_j exp(s_j - lse) v_j
+
+Sources: Flash-Decoding (the split), Stream-K (Osama et al. 2023, equal runs), FlashAttention-2 (online softmax).
+
+Shape suffixes: R rows of the tables, T rows of q, H query heads, K KV heads, G = H / K, D head dim, B blocks, P block size; in
+kernels M query heads of one KV head (padded), N tokens of a tile, X pieces.
+"""
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+from kernels.paged_attention import AttentionSizes
+from kernels.upload import upload
+
+MAX_ROWS = 2048
+_ROW_VECTORS = (32, 256, MAX_ROWS)
+"""Rows that the search for a tile's row looks at together: one compiled kernel for each."""
+_INTERPRETER_PROGRAMS = 16
+"""Programs where there is no device to fill: few enough to be quick, enough that tests split rows."""
+_MERGE_PIECES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RowReading:
+    """Row `row` of q sees the first `kv_len` tokens of `block_ids`."""
+
+    row: int
+    block_ids: Sequence[int]
+    kv_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTables:
+    """The tables of one set of rows, int32; on the host when built, and wherever they were copied to."""
+
+    rows_4R1: torch.Tensor
+    """Four tables of R + 1 each: row of q (-1: none), kv_len, begin in `blocks`, tiles of the rows before."""
+    blocks_N: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the kernel is launched."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int
+    use_tma: bool
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_tile(  # type: ignore[no-untyped-def]
+    acc_MD, top_M, sum_M, q_MD, token, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k, log2_scale,
+    D: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax, base 2, over tokens [token, token + BLOCK_N), those from kv_len on masked.
+
+    s = q k^T scale log2(e)    new = max(top, max_n s)    p = 2^(s - new)
+    sum = sum 2^(top - new) + sum_n p                     acc = acc 2^(top - new) + p v
+    """
+    offset_N = tl.arange(0, BLOCK_N)
+    is_seen_N = token + offset_N < kv_len
+    if USE_TMA:
+        k_ND = k_src.load([block * P + token % P, head * D])
+        v_ND = v_src.load([block * P + token % P, head * D])
+    else:
+        if P % BLOCK_N == 0:  # the tile lies in one block
+            at_N = block.to(tl.int64) * stride_b + (token % P + offset_N) * stride_p
+        else:
+            token_N = token + offset_N
+            block_N = tl.load(table_ptr + token_N // P, mask=is_seen_N, other=0).to(tl.int64)
+            at_N = block_N * stride_b + (token_N % P) * stride_p
+        at_ND = (at_N + head.to(tl.int64) * stride_k)[:, None] + tl.arange(0, D)[None, :]
+        if MASKED:
+            k_ND = tl.load(k_src + at_ND, mask=is_seen_N[:, None], other=0.0)
+            v_ND = tl.load(v_src + at_ND, mask=is_seen_N[:, None], other=0.0)
+        else:
+            k_ND = tl.load(k_src + at_ND)
+            v_ND = tl.load(v_src + at_ND)
+    score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * log2_scale
+    if MASKED:
+        score_MN = tl.where(is_seen_N[None, :], score_MN, -float("inf"))
+        v_ND = tl.where(is_seen_N[:, None], v_ND, 0.0)  # memory that nobody wrote may hold NaN, and 0 * NaN is NaN
+    new_M = tl.maximum(top_M, tl.max(score_MN, 1))
+    p_MN = tl.exp2(score_MN - new_M[:, None])
+    decay_M = tl.exp2(top_M - new_M)
+    sum_M = sum_M * decay_M + tl.sum(p_MN, 1)
+    acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * decay_M[:, None], input_precision="ieee")
+    return acc_MD, new_M, sum_M
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
+def _decode_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_src, v_src, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, blocks_ptr, num_rows,
+    stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_lh, stride_b, stride_p, stride_k, log2_scale,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over this slot's tiles and one KV head."""
+    program = tl.program_id(0)
+    head = program % K
+    slot = program // K
+    size = num_rows + 1
+    tile_count = tl.load(rows_ptr + 3 * size + num_rows).to(tl.int64)
+    slots = tl.minimum(tl.num_programs(0) // K, tile_count)
+    if slot >= slots:
+        wait_for_previous(DEPENDENT)
+        return
+    tile = slot * tile_count // slots
+    last = (slot + 1) * tile_count // slots
+    row_R = tl.arange(0, ROWS)
+    ends_R = tl.load(rows_ptr + 3 * size + 1 + row_R, mask=row_R < num_rows, other=2**31 - 1)
+    m_M = tl.arange(0, BLOCK_M)
+    dim_D = tl.arange(0, D)
+    wait_for_previous(DEPENDENT)
+    while tile < last:
+        index = tl.sum((ends_R <= tile).to(tl.int32), 0)
+        tiles_before = tl.load(rows_ptr + 3 * size + index)
+        tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
+        first_tile = (tile - tiles_before).to(tl.int32)
+        num_tiles = tl.minimum((last - tile).to(tl.int32), tiles - first_tile)
+        row = tl.load(rows_ptr + index).to(tl.int64)
+        kv_len = tl.load(rows_ptr + size + index)
+        table_ptr = blocks_ptr + tl.load(rows_ptr + 2 * size + index)
+        head_M = head * G + m_M
+        q_ptr_MD = q_ptr + (row * stride_qt + head_M * stride_qh)[:, None] + dim_D[None, :]
+        q_MD = tl.load(q_ptr_MD, mask=(m_M < G)[:, None], other=0.0)
+
+        acc_MD = tl.zeros((BLOCK_M, D), dtype=tl.float32)
+        top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+        sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        begin = first_tile * BLOCK_N
+        end = begin + num_tiles * BLOCK_N
+        full_end = tl.minimum(end, kv_len // BLOCK_N * BLOCK_N)
+        for token in tl.range(begin, full_end, BLOCK_N):
+            block = tl.load(table_ptr + token // P)
+            acc_MD, top_M, sum_M = _attend_tile(
+                acc_MD, top_M, sum_M, q_MD, token, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
+                log2_scale, D, P, BLOCK_N, USE_TMA, False,
+            )  # fmt: skip
+        if full_end < end:
+            block = tl.load(table_ptr + full_end // P)
+            acc_MD, top_M, sum_M = _attend_tile(
+                acc_MD, top_M, sum_M, q_MD, full_end, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
+                stride_k, log2_scale, D, P, BLOCK_N, USE_TMA, True,
+            )  # fmt: skip
+
+        result_MD = acc_MD / sum_M[:, None]
+        lse_M = (top_M + tl.log2(sum_M)) * 0.6931471805599453  # ln 2
+        if num_tiles == tiles:
+            out_ptr_MD = out_ptr + (row * stride_ot + head_M * stride_oh)[:, None] + dim_D[None, :]
+            tl.store(out_ptr_MD, result_MD.to(out_ptr.dtype.element_ty), mask=(m_M < G)[:, None])
+            tl.store(lse_ptr + row * stride_lt + head_M * stride_lh, lse_M, mask=m_M < G)
+        else:
+            piece_M = (2 * program + (first_tile == 0).to(tl.int32)) * BLOCK_M + m_M
+            tl.store(piece_out_ptr + piece_M[:, None] * D + dim_D[None, :], result_MD, mask=(m_M < G)[:, None])
+            tl.store(piece_lse_ptr + piece_M, lse_M, mask=m_M < G)
+        tile += num_tiles
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_slots"])  # type: ignore[untyped-decorator]
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, num_rows, num_slots,
+    stride_ot, stride_oh, stride_lt, stride_lh,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """lse = log sum_x exp(lse_x), out = sum_x exp(lse_x - lse) out_x over the pieces x of one row and head.
+
+    Grid: rows of the tables, query heads.
+    """
+    index = tl.program_id(0)
+    head = tl.program_id(1)
+    size = num_rows + 1
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
+    row = tl.load(rows_ptr + index).to(tl.int64)
+    if row < 0:
+        return
+    dim_D = tl.arange(0, D)
+    out_D_ptr = out_ptr + row * stride_ot + head * stride_oh + dim_D
+    lse_at_ptr = lse_ptr + row * stride_lt + head * stride_lh
+    tiles_before = tl.load(rows_ptr + 3 * size + index)
+    tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
+    if tiles == 0:
+        tl.store(out_D_ptr, tl.zeros((D,), dtype=out_ptr.dtype.element_ty))
+        tl.store(lse_at_ptr, -float("inf"))
+        return
+    tile_count = tl.load(rows_ptr + 3 * size + num_rows).to(tl.int64)
+    slots = tl.minimum(num_slots, tile_count)
+    # the slot s with s * tile_count // slots <= t < (s + 1) * tile_count // slots has tile t
+    first = ((tiles_before + 1) * slots - 1) // tile_count
+    last = ((tiles_before + tiles) * slots - 1) // tile_count
+    if first == last:
+        return
+    m = head % G
+    top = -float("inf")
+    total = 0.0
+    acc_D = tl.zeros((D,), dtype=tl.float32)
+    for at in range(first, last + 1, BLOCK_X):
+        slot_X = at + tl.arange(0, BLOCK_X)
+        is_X = slot_X <= last
+        # the first slot begins this row: its second piece; each other passes through or ends it: its first
+        piece_X = (2 * (slot_X * K + head // G) + (slot_X == first).to(tl.int64)) * BLOCK_M + m
+        lse_X = tl.load(piece_lse_ptr + piece_X, mask=is_X, other=-float("inf"))
+        out_XD = tl.load(piece_out_ptr + piece_X[:, None] * D + dim_D[None, :], mask=is_X[:, None], other=0.0)
+        new = tl.maximum(top, tl.max(lse_X, 0))
+        weight_X = tl.exp(lse_X - new)
+        decay = tl.exp(top - new)
+        total = total * decay + tl.sum(weight_X, 0)
+        acc_D = acc_D * decay + tl.sum(out_XD * weight_X[:, None], 0)
+        top = new
+    tl.store(out_D_ptr, (acc_D / total).to(out_ptr.dtype.element_ty))
+    tl.store(lse_at_ptr, top + tl.log(total))
+
+
+class DecodeAttention:
+    """The kernels and their scratch; any number of tables, layers and CUDA graphs may use one, in the order of one stream."""
+
+    def __init__(self, sizes: AttentionSizes, config: DecodeConfig | None = None) -> None:
+        """`sizes.num_rows` is not looked at, and the caller has refused unsupported sizes.
+
+        Raises ValueError for tiles that TMA can't load: they must lie in one block.
+        """
+        self.sizes = sizes
+        self.config = config or _default_config(sizes)
+        if self.config.use_tma and sizes.block_size % self.config.block_n:
+            raise ValueError(f"tiles of {self.config.block_n} tokens cross blocks of {sizes.block_size}: TMA can't load them")
+        self._block_m = max(16, triton.next_power_of_2(sizes.group))
+        self._slots = max(1, _programs(sizes.device, self.config) // sizes.num_kv_heads)
+        pieces = 2 * self._slots * sizes.num_kv_heads * self._block_m
+        self._piece_out = torch.empty((pieces, sizes.head_dim), dtype=torch.float32, device=sizes.device)
+        self._piece_lse = torch.empty(pieces, dtype=torch.float32, device=sizes.device)
+
+    def tables(self, readings: Sequence[RowReading], num_rows: int, *, first_block: int = 0) -> "tuple[array[int], array[int]]":
+        """The contents of `DecodeTables` with room for `num_rows` readings, those that are missing reading nothing.
+
+        `first_block`: where in `blocks_N` the second part will stand. Raises ValueError for more readings than
+        that or than `MAX_ROWS`.
+        """
+        if not len(readings) <= num_rows <= MAX_ROWS:
+            raise ValueError(f"{len(readings)} rows in tables of {num_rows}; at most {MAX_ROWS} are supported")
+        missing = num_rows - len(readings)
+        rows, kv_lens, begins, tiles, blocks = array("i"), array("i"), array("i"), array("i", [0]), array("i")
+        for reading in readings:
+            rows.append(reading.row)
+            kv_lens.append(reading.kv_len)
+            begins.append(first_block + len(blocks))
+            tiles.append(tiles[-1] - (-reading.kv_len // self.config.block_n))
+            blocks.extend(reading.block_ids)
+        rows.extend([-1] * (missing + 1))
+        kv_lens.extend([0] * (missing + 1))
+        begins.extend([0] * (missing + 1))
+        tiles.extend([tiles[-1]] * missing)
+        return rows + kv_lens + begins + tiles, blocks
+
+    def upload_tables(self, readings: Sequence[RowReading]) -> DecodeTables:
+        """Tables of just these readings, on the device."""
+        rows, blocks = self.tables(readings, len(readings))
+        table = upload(rows + blocks, self.sizes.device, torch.int32)
+        return DecodeTables(table[: len(rows)], table[len(rows) :])
+
+    def run(
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scale: float,
+        tables: DecodeTables,
+        *,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+    ) -> None:
+        """Fill the rows of `out` and `lse` that the tables name; a row with no token gets `0, -inf`. Only launches.
+
+        Nothing is checked: the tables' contents may change between launches of a graph.
+        """
+        sizes, config = self.sizes, self.config
+        num_rows = tables.rows_4R1.numel() // 4 - 1
+        dependent = has_dependent_launch(sizes.device)
+        if config.use_tma:
+            shape = [config.block_n, sizes.head_dim]
+            k_src, v_src = (TensorDescriptor.from_tensor(kv_BPKD.flatten(0, 1).flatten(1), shape) for kv_BPKD in kv_2BPKD)
+        else:
+            k_src, v_src = kv_2BPKD
+        _decode_kernel[(self._slots * sizes.num_kv_heads,)](
+            q_THD, k_src, v_src, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, tables.blocks_N, num_rows,
+            *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_2BPKD.stride()[1:4], scale * math.log2(math.e),
+            K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, P=sizes.block_size,
+            ROWS=next(rows for rows in _ROW_VECTORS if rows >= num_rows), BLOCK_M=self._block_m, BLOCK_N=config.block_n,
+            USE_TMA=config.use_tma, DEPENDENT=dependent, num_warps=config.num_warps, num_stages=config.num_stages,
+            launch_pdl=dependent,
+        )  # fmt: skip
+        _merge_kernel[(num_rows, sizes.num_heads)](
+            out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, num_rows, self._slots,
+            *out_THD.stride()[:2], *lse_TH.stride(),
+            K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, BLOCK_M=self._block_m, BLOCK_X=_MERGE_PIECES,
+            DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
+        )  # fmt: skip
+
+
+def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:
+    """Bytes that a `DecodeAttention` holds."""
+    block_m: int = max(16, triton.next_power_of_2(num_heads // num_kv_heads))
+    programs = max(num_kv_heads, _programs(device, _MOST_PROGRAMS))
+    return 2 * programs * block_m * (head_dim + 1) * 4
+
+
+def _default_config(sizes: AttentionSizes) -> DecodeConfig:
+    """On one H200, head dim 128, pages of 64, GB/s of KV for 8 x 128K and 64 x 8K with 32/8 heads: three programs a
+    processor, two stages 4355 and 4261; two, three stages 4091 and 3964; one, six stages 4107 and 4035. TMA beside plain
+    loads: 4362 and 4341, 4287 and 4240 (two warps)."""
+    if sizes.dtype == torch.float32:  # IEEE products run outside the tensor cores
+        return DecodeConfig(block_n=32, num_warps=4, num_stages=2, programs_per_processor=2, use_tma=False)
+    return DecodeConfig(
+        block_n=64,
+        num_warps=4,
+        num_stages=2,
+        programs_per_processor=3 if sizes.head_dim <= 128 else 1,  # by shared memory
+        use_tma=sizes.block_size % 64 == 0,
+    )
+
+
+_MOST_PROGRAMS = DecodeConfig(block_n=64, num_warps=4, num_stages=2, programs_per_processor=3, use_tma=False)
+
+
+def _programs(device: torch.device, config: DecodeConfig) -> int:
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return config.programs_per_processor * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,32 @@
+"""Programmatic dependent launch (Hopper and later): a kernel starts while the one before it ends, and waits where it must.
+
+A kernel launched so calls `wait_for_previous` before it reads what kernels before it wrote, and before it writes anything.
+What no kernel writes (weights, and tables that a copy brought before the first of them) may be read earlier. Source: CUDA C++
+Programming Guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+
+@functools.cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels on the device can be launched so."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def wait_for_previous(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the kernel before has ended and its writes are visible."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def let_next_start(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The next kernel may start once all programs have come here: worth it where that one has something to do early."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()

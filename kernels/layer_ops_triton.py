@@ -1,0 +1,255 @@
+"""Triton versions of `kernels.layer_ops`, called by them after validation.
+
+The product of one row (GEMV): a program takes BLOCK_N rows of W and walks along E, the products summed in fp32 in registers.
+The activation before it and the sum after it ride along. (A norm before it, computed anew by every program, was tried: a step
+took 4.08 ms instead of 3.97 with a kernel of its own.)
+
+Shape suffixes: T rows, E features in, N features out, I intermediate size, D head dim, R rotated dims, B blocks, P block
+size, K KV heads; in kernels, tiles of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+
+_ROTATED_HEADS = 8
+"""Heads of a program. With one, 8192 rows of 48 heads took 476 us on an H200, ten times what the bytes need."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemvConfig:
+    """How a product of few rows is cut."""
+
+    block_n: int
+    block_e: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, residual_ptr, weight_ptr, out_ptr, stride_x, stride_r, stride_o, eps,
+    E: tl.constexpr, TILE: tl.constexpr, WITH_RESIDUAL: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out = weight (x / sqrt(mean(x^2) + eps)); with a residual, residual += x comes first and is what is normed. One row."""
+    row = tl.program_id(0).to(tl.int64)
+    at_E = tl.arange(0, TILE)
+    is_E = at_E < E
+    weight_E = tl.load(weight_ptr + at_E, mask=is_E, other=0.0)
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
+    x_E = tl.load(x_ptr + row * stride_x + at_E, mask=is_E, other=0.0)
+    if WITH_RESIDUAL:
+        residual_E = tl.load(residual_ptr + row * stride_r + at_E, mask=is_E, other=0.0)
+        x_E = (residual_E.to(tl.float32) + x_E.to(tl.float32)).to(x_E.dtype)
+        tl.store(residual_ptr + row * stride_r + at_E, x_E, mask=is_E)
+    full_E = x_E.to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(full_E * full_E, 0) / E + eps)
+    out_E = weight_E.to(tl.float32) * (full_E * scale).to(x_E.dtype).to(tl.float32)
+    tl.store(out_ptr + row * stride_o + at_E, out_E.to(x_E.dtype), mask=is_E)
+
+
+def rms_norm(x_TE: torch.Tensor, residual_TE: torch.Tensor | None, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `kernels.layer_ops.rms_norm` and `add_rms_norm`."""
+    num_rows, width = x_TE.shape
+    out_TE = x_TE.new_empty(x_TE.shape)
+    residual = x_TE if residual_TE is None else residual_TE
+    if num_rows:
+        tile: int = triton.next_power_of_2(width)
+        dependent = has_dependent_launch(x_TE.device)
+        _rms_norm_kernel[(num_rows,)](
+            x_TE, residual, weight_E, out_TE, x_TE.stride(0), residual.stride(0), out_TE.stride(0), eps,
+            E=width, TILE=tile, WITH_RESIDUAL=residual_TE is not None, DEPENDENT=dependent,
+            num_warps=min(8, max(1, tile // 512)), launch_pdl=dependent,
+        )  # fmt: skip
+    return out_TE
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_ptr, kv_ptr, eps,
+    stride_t, stride_c, stride_s, stride_2, stride_b, stride_p, stride_k,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
+    TILE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """One program for some heads of a row: query heads, then key heads, then value heads.
+
+    out[d] = x[d] cos[d] + (d < R/2 ? -x[d + R/2] : x[d - R/2]) sin[d] for d < R, x[d] beyond; x normed before if asked.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head_H = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_query_H = head_H < H
+    is_key_H = (head_H >= H) & (head_H < H + K)
+    is_value_H = (head_H >= H + K) & (head_H < H + 2 * K)
+    d_D = tl.arange(0, TILE)
+    half = R // 2
+    partner_D = tl.where(d_D < half, d_D + half, d_D - half)
+    is_turned_D = d_D < R
+    is_HD = (head_H < H + 2 * K)[:, None] & (d_D < D)[None, :]
+    is_turned_HD = is_HD & is_turned_D[None, :] & (head_H < H + K)[:, None]
+    x_ptr_H1 = qkv_ptr + row * stride_t + head_H[:, None] * D
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
+    x_HD = tl.load(x_ptr_H1 + d_D[None, :], mask=is_HD, other=0.0)
+    other_HD = tl.load(x_ptr_H1 + partner_D[None, :], mask=is_turned_HD, other=0.0).to(tl.float32)
+    full_HD = x_HD.to(tl.float32)
+    if Q_NORM or K_NORM:
+        scale_H1 = (1 / tl.sqrt(tl.sum(full_HD * full_HD, 1) / D + eps))[:, None]
+        is_normed_H1 = ((is_query_H & Q_NORM) | (is_key_H & K_NORM))[:, None]
+        q_weight_D = tl.load(q_norm_ptr + d_D, mask=d_D < D, other=0.0).to(tl.float32)
+        k_weight_D = tl.load(k_norm_ptr + d_D, mask=d_D < D, other=0.0).to(tl.float32)
+        q_other_D = tl.load(q_norm_ptr + partner_D, mask=is_turned_D, other=0.0).to(tl.float32)
+        k_other_D = tl.load(k_norm_ptr + partner_D, mask=is_turned_D, other=0.0).to(tl.float32)
+        weight_HD = tl.where(is_query_H[:, None], q_weight_D[None, :], k_weight_D[None, :])
+        weight_other_HD = tl.where(is_query_H[:, None], q_other_D[None, :], k_other_D[None, :])
+        normed_HD = (weight_HD * (full_HD * scale_H1).to(x_HD.dtype).to(tl.float32)).to(x_HD.dtype).to(tl.float32)
+        normed_other_HD = (weight_other_HD * (other_HD * scale_H1).to(x_HD.dtype).to(tl.float32)).to(x_HD.dtype)
+        full_HD = tl.where(is_normed_H1, normed_HD, full_HD)
+        other_HD = tl.where(is_normed_H1, normed_other_HD.to(tl.float32), other_HD)
+    cos_D = tl.load(cos_ptr + row * stride_c + d_D, mask=is_turned_D, other=1.0).to(tl.float32)
+    sin_D = tl.load(sin_ptr + row * stride_s + d_D, mask=is_turned_D, other=0.0).to(tl.float32)
+    turned_HD = full_HD * cos_D[None, :] + tl.where((d_D < half)[None, :], -other_HD, other_HD) * sin_D[None, :]
+    out_HD = tl.where(is_value_H[:, None], full_HD, turned_HD).to(x_HD.dtype)
+    tl.store(q_ptr + (row * H + head_H[:, None]) * D + d_D[None, :], out_HD, mask=is_HD & is_query_H[:, None])
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    to_ptr = kv_ptr + (slot // P) * stride_b + (slot % P) * stride_p
+    key_ptr_HD = to_ptr + (head_H - H)[:, None] * stride_k + d_D[None, :]
+    tl.store(key_ptr_HD, out_HD, mask=is_HD & is_key_H[:, None] & (slot >= 0))
+    value_ptr_HD = to_ptr + stride_2 + (head_H - H - K)[:, None] * stride_k + d_D[None, :]
+    tl.store(value_ptr_HD, out_HD, mask=is_HD & is_value_H[:, None] & (slot >= 0))
+
+
+def rotate_and_store(
+    qkv_TE: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    slots_T: torch.Tensor,
+    kv_2BPKD: torch.Tensor,
+    num_heads: int,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """See `kernels.layer_ops.rotate_and_store`."""
+    num_rows = qkv_TE.shape[0]
+    block_size, num_kv_heads, head_dim = kv_2BPKD.shape[2:]
+    q_THD = qkv_TE.new_empty((num_rows, num_heads, head_dim))
+    dependent = has_dependent_launch(qkv_TE.device)
+    if num_rows:
+        _rotate_and_store_kernel[(num_rows, triton.cdiv(num_heads + 2 * num_kv_heads, _ROTATED_HEADS))](
+            qkv_TE, cos_TR, sin_TR, slots_T, qkv_TE if q_norm is None else q_norm, qkv_TE if k_norm is None else k_norm,
+            q_THD, kv_2BPKD, eps, qkv_TE.stride(0), cos_TR.stride(0), sin_TR.stride(0), *kv_2BPKD.stride()[:4],
+            H=num_heads, K=num_kv_heads, D=head_dim, R=cos_TR.shape[1], P=block_size, HEADS=_ROTATED_HEADS,
+            TILE=triton.next_power_of_2(head_dim),
+            Q_NORM=q_norm is not None, K_NORM=k_norm is not None, DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
+        )  # fmt: skip
+    return q_THD
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _silu_mul_kernel(  # type: ignore[no-untyped-def]
+    gate_up_ptr, out_ptr, stride_g, stride_o, WIDTH: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
+    """out = silu(gate) up. One program for a tile of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    at_I = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    is_I = at_I < WIDTH
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
+    gate_I = tl.load(gate_up_ptr + row * stride_g + at_I, mask=is_I, other=0.0)
+    up_I = tl.load(gate_up_ptr + row * stride_g + WIDTH + at_I, mask=is_I, other=0.0)
+    full_I = gate_I.to(tl.float32)
+    active_I = (full_I / (1 + tl.exp(-full_I))).to(gate_I.dtype)
+    tl.store(out_ptr + row * stride_o + at_I, (active_I.to(tl.float32) * up_I.to(tl.float32)).to(gate_I.dtype), mask=is_I)
+
+
+def silu_mul(gate_up_T2I: torch.Tensor) -> torch.Tensor:
+    """See `kernels.layer_ops.silu_mul`."""
+    num_rows, width = gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2
+    out_TI = gate_up_T2I.new_empty((num_rows, width))
+    if num_rows:
+        tile = min(2048, triton.next_power_of_2(width))
+        dependent = has_dependent_launch(gate_up_T2I.device)
+        _silu_mul_kernel[(num_rows, triton.cdiv(width, tile))](
+            gate_up_T2I, out_TI, gate_up_T2I.stride(0), out_TI.stride(0),
+            WIDTH=width, TILE=tile, DEPENDENT=dependent, launch_pdl=dependent,
+        )  # fmt: skip
+    return out_TI
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_tile(acc_NE, w_NE, x_ptr_E, begin, E: tl.constexpr, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc[n, e] += w[n, e] f(x)[e] for features [begin, begin + BLOCK_E)."""
+    x_E = tl.load(x_ptr_E + begin)
+    if SILU:
+        up_E = tl.load(x_ptr_E + E + begin)
+        full_E = x_E.to(tl.float32)
+        active_E = (full_E / (1 + tl.exp(-full_E))).to(x_E.dtype)
+        x_E = (active_E.to(tl.float32) * up_E.to(tl.float32)).to(x_E.dtype)
+    return acc_NE + w_NE.to(tl.float32) * x_E.to(tl.float32)[None, :]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gemv_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N,
+    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SILU: tl.constexpr, WITH_BIAS: tl.constexpr,
+    WITH_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out[n] = sum_e f(x)[e] w[n, e] (+ bias[n]), added to the residual if there is one; f(x) is silu(gate) up, or x itself."""
+    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_N = n_N < N
+    e_E = tl.arange(0, BLOCK_E)
+    x_ptr_E = x_ptr + e_E
+    w_ptr_NE = weight_ptr + n_N.to(tl.int64)[:, None] * stride_w + e_E[None, :]
+    w_NE = tl.load(w_ptr_NE, mask=is_N[:, None], other=0.0)  # weights don't wait for the kernel before
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
+    acc_NE = _add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, 0, E, SILU)
+    for begin in tl.range(BLOCK_E, E, BLOCK_E, num_stages=STAGES):
+        w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
+        acc_NE = _add_tile(acc_NE, w_NE, x_ptr_E, begin, E, SILU)
+    sum_N = tl.sum(acc_NE, 1)
+    if WITH_BIAS:
+        sum_N += tl.load(bias_ptr + n_N, mask=is_N, other=0.0).to(tl.float32)
+    out_N = sum_N.to(out_ptr.dtype.element_ty)
+    if WITH_RESIDUAL:
+        residual_N = tl.load(residual_ptr + n_N, mask=is_N, other=0.0)
+        out_N = (out_N.to(tl.float32) + residual_N.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + n_N, out_N, mask=is_N)
+
+
+def gemv_config() -> GemvConfig:
+    """How a product is cut.
+
+    One H200, bf16, all products of the 8B shape, with dependent launch: 3.66 ms (torch 3.88); blocks of 4 x 1024 3.65, 4 x 2048
+    3.64, 16 x 1024 3.88, 8 x 512 4.01; without dependent launch 3.77. In a step with norms, rotary and activation 4.08, 4.30,
+    4.24, 5.11 and 4.38; without 4.23.
+    """
+    return GemvConfig(block_n=8, block_e=1024, num_warps=4, num_stages=2)
+
+
+def gemv(
+    x_1E: torch.Tensor,
+    weight_NE: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    residual_1N: torch.Tensor | None,
+    *,
+    with_silu: bool = False,
+    config: GemvConfig | None = None,
+) -> torch.Tensor:
+    """See `kernels.layer_ops.linear`; with SiLU `silu_mul_linear` (x is then `[1, 2 E]`)."""
+    num_out, num_in = weight_NE.shape
+    config = config or gemv_config()
+    dependent = has_dependent_launch(x_1E.device)
+    out_1N = x_1E.new_empty((1, num_out)) if residual_1N is None else residual_1N
+    _gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
+        x_1E, weight_NE, x_1E if bias_N is None else bias_N, out_1N, out_1N, weight_NE.stride(0), num_out,
+        E=num_in, BLOCK_N=config.block_n, BLOCK_E=config.block_e, SILU=with_silu, WITH_BIAS=bias_N is not None,
+        WITH_RESIDUAL=residual_1N is not None, STAGES=config.num_stages, DEPENDENT=dependent, num_warps=config.num_warps,
+        launch_pdl=dependent,
+    )  # fmt: skip
+    return out_1N

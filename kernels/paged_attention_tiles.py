@@ -1,0 +1,402 @@
+"""Partial attention of many rows by the library's dense kernel (cuDNN), over tiles of rows and tokens of fixed sizes.
+
+cuDNN builds a plan for every shape it meets (46-400 ms), so only a short list of shapes ever reaches it, all built by
+`TiledAttention.warm_up`. A segment whose rows all see the same tokens, or each one more than the last, is cut like this:
+
+    tokens  0 ................. f                                 f: seen by every row
+    rows 0  | tile | tile | rest | square \\ |                     tile: one call, no mask
+         n  | tile | tile | tile | rest | square \\ |              square: one call, causal; it begins with the token of the
+            |  left over: fewer rows than the smallest tile |             tile's first row, wherever that lies
+
+Rest and left over go back to the caller as segments of whole blocks, for the page kernel; their states are the start that
+the tiles merge into:
+
+    lse = log(exp(lse_a) + exp(lse_b))        out = (exp(lse_a) out_a + exp(lse_b) out_b) / exp(lse)
+
+Where the blocks of a tile are consecutive, the pool itself is read through a strided view; else its blocks are gathered into
+a buffer of the same strides, once for all rows.
+
+Sources: partial states are Flash-Decoding's and DistAttention's, the split by visibility cascade inference's (FlashInfer).
+
+Shape suffixes: T rows, H query heads, K KV heads, D head dim, B blocks, P block size, S tokens, N blocks of a table.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.kv_blocks import gather_kv_into
+from kernels.paged_attention import AttentionSizes, Segment
+from kernels.upload import upload
+
+State = tuple[torch.Tensor, torch.Tensor]
+"""`out_THD`, `lse_TH` (natural log)"""
+
+ROW_TILES = (8192, 4096, 2048, 1024, 512, 256)
+TOKEN_TILES = (65536, 16384, 4096, 1024)
+
+_MAX_HEAD_DIM = 128
+_DTYPES = (torch.float16, torch.bfloat16)
+"""cuDNN attention takes no fp32."""
+
+
+def uses_tiles(num_rows: int, num_tokens: int, dtype: torch.dtype, head_dim: int) -> bool:
+    """The one rule for choosing between this file and the page kernel, for rows of one segment that see up to `num_tokens`.
+
+    On an H200, bf16, 32/8 heads x 128, TFLOP/s of 2048 or 8192 rows against 128K tokens without a mask: cuDNN 620 in one call
+    and 588-601 in tiles of 16K, 64K or 128K; FlashAttention-3 548, and kernels without Hopper's own instructions 351-357.
+    Below the smallest tile there is nothing to give to cuDNN.
+    """
+    return (
+        num_rows >= ROW_TILES[-1]
+        and num_tokens >= TOKEN_TILES[-1]
+        and dtype in _DTYPES
+        and head_dim <= _MAX_HEAD_DIM
+        and head_dim % 8 == 0
+    )
+
+
+def is_tileable(segment: Segment) -> bool:
+    """Whether all rows see the same tokens, at least one, or each row one more than the last."""
+    return 0 < min(segment.kv_lens) == max(segment.kv_lens) or _is_causal(segment)
+
+
+@dataclass(frozen=True, slots=True)
+class TileJob:
+    """One call: rows `[first_row, first_row + num_rows)` of the step, tokens `[first_token, first_token + num_tokens)` of
+    the segment. Every row sees all of them, or if `is_causal` the i-th row (from 0) the first i + 1."""
+
+    first_row: int
+    num_rows: int
+    first_token: int
+    num_tokens: int
+    is_causal: bool
+
+
+def split_segment(
+    segment: Segment, block_size: int, row_tiles: Sequence[int] = ROW_TILES, token_tiles: Sequence[int] = TOKEN_TILES
+) -> tuple[list[TileJob], list[Segment]]:
+    """The jobs, those of the same tokens side by side, and what is left: segments that begin with a block.
+
+    Tile sizes are descending, those of tokens multiples of the block size. Every pair of a row and a token it sees is in
+    exactly one job or left-over segment, and every row in at most one of the latter.
+
+    Raises:
+        ValueError: for a segment that isn't tileable.
+    """
+    if not is_tileable(segment):
+        lens = segment.kv_lens
+        raise ValueError(
+            f"{segment.num_rows} rows that see {min(lens)} to {max(lens)} tokens: all must see the same, or each one more than "
+            "the last"
+        )
+    is_causal = _is_causal(segment)
+    jobs: list[TileJob] = []
+    left_over: list[Segment] = []
+    row = 0
+    for num_rows in _fill(segment.num_rows, row_tiles):
+        first_row = segment.first_row + row
+        full = segment.kv_lens[row] - is_causal  # the square begins with the row's own token
+        token = 0
+        for num_tokens in _fill(full, token_tiles):
+            jobs.append(TileJob(first_row, num_rows, token, num_tokens, is_causal=False))
+            token += num_tokens
+        if token < full:
+            ids = segment.block_ids[token // block_size : -(-full // block_size)]
+            left_over.append(Segment(first_row, num_rows, ids, (full - token,) * num_rows))
+        if is_causal:
+            jobs.append(TileJob(first_row, num_rows, full, num_rows, is_causal=True))
+        row += num_rows
+    if row < segment.num_rows:
+        left_over.append(Segment(segment.first_row + row, segment.num_rows - row, segment.block_ids, segment.kv_lens[row:]))
+    jobs.sort(key=lambda job: (job.first_token, job.num_tokens, job.first_row))
+    return jobs, left_over
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    job: TileJob
+    pool_token: int | None
+    """Where the tokens lie, as block * block_size + offset, if that is one run; None: they are to be gathered."""
+    is_last: bool
+    """Of its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """What `TiledAttention.run` does for one segment, on every layer."""
+
+    left_over: tuple[Segment, ...]
+    """For the caller: their states must stand in `out` and `lse` before `run`."""
+    calls: tuple[_Call, ...]
+    continued: frozenset[int]
+    """First rows of the tiles whose state begins with a left-over segment's."""
+    block_ids_N: torch.Tensor
+    min_blocks: int
+    """The highest block id, plus 1."""
+
+
+class TiledAttention:
+    """The tile sizes, and the one buffer that gathered tokens pass through. One instance serves all layers and steps, in the
+    order of one stream.
+
+    How a step uses it:
+
+        plan = tiles.plan(segment)                     # once per step
+        attend(plan.left_over, out, lse)               # each layer: the page kernel
+        tiles.run(plan, q, kv, scale, out_THD=out, lse_TH=lse)
+    """
+
+    def __init__(
+        self,
+        sizes: AttentionSizes,
+        *,
+        backend: str,
+        row_tiles: Sequence[int] = ROW_TILES,
+        token_tiles: Sequence[int] = TOKEN_TILES,
+    ) -> None:
+        """`sizes.num_rows` is not looked at. `backend` ("torch" or "triton") is that of gathering and merging: the attention is
+        cuDNN's on CUDA, and PyTorch's CPU kernel, its twin, elsewhere.
+
+        Raises:
+            ValueError: tile sizes that aren't descending, or not multiples of the block size where they count tokens; on CUDA
+                a dtype or head dim that cuDNN doesn't take.
+        """
+        for name, tiles in (("row", row_tiles), ("token", token_tiles)):
+            if not tiles or tiles[-1] < 1 or list(tiles) != sorted(set(tiles), reverse=True):
+                raise ValueError(f"{name} tiles must be descending and at least 1, got {tuple(tiles)}")
+        if any(tokens % sizes.block_size for tokens in token_tiles):
+            raise ValueError(f"token tiles {tuple(token_tiles)} must be multiples of the block size, {sizes.block_size}")
+        if sizes.device.type == "cuda" and not uses_tiles(ROW_TILES[0], TOKEN_TILES[0], sizes.dtype, sizes.head_dim):
+            raise ValueError(
+                f"cuDNN attention takes float16 and bfloat16 and a head dim that is a multiple of 8 up to {_MAX_HEAD_DIM}, got "
+                f"{sizes.dtype}, head_dim {sizes.head_dim}"
+            )
+        self.sizes = sizes
+        self._backend = backend
+        self._row_tiles = tuple(row_tiles)
+        self._token_tiles = tuple(token_tiles)
+        tokens = max(row_tiles[0], token_tiles[0])
+        shape = (2, tokens, sizes.num_kv_heads, sizes.head_dim)
+        self._gathered_2SKD = torch.empty(shape, dtype=sizes.dtype, device=sizes.device)
+
+    def shapes(self) -> list[tuple[int, int, bool]]:
+        """Rows, tokens, and whether causal: all that the library's kernel is ever called with."""
+        full = [(rows, tokens, False) for rows in self._row_tiles for tokens in self._token_tiles]
+        return full + [(rows, rows, True) for rows in self._row_tiles]
+
+    def scratch_bytes(self, num_rows: int) -> int:
+        """Most bytes that this object and a `run` for so many rows hold beside the arguments, the library's own left out:
+        the buffer; a copy of q; the running state in fp32; and of one tile, two states as the library returns them."""
+        sizes = self.sizes
+        states, itemsize = num_rows * sizes.num_heads, sizes.dtype.itemsize
+        tile = min(num_rows, self._row_tiles[0]) * sizes.num_heads
+        running = states * (sizes.head_dim * (itemsize + 4) + 4)
+        return self._gathered_2SKD.nbytes + running + 2 * tile * (sizes.head_dim * itemsize + 4)
+
+    def warm_up(self, kv_2BPKD: torch.Tensor) -> None:
+        """Build every plan and kernel that `run` may need; reads one block of `kv`, a layer of the pool, and writes nothing.
+
+        Must be called on the thread that will call `run`: PyTorch keeps cuDNN's plans per thread, by sizes and strides.
+        """
+        sizes = self.sizes
+        shape = (self._row_tiles[0], sizes.num_heads, sizes.head_dim)
+        q_THD = torch.zeros(shape, dtype=sizes.dtype, device=sizes.device)
+        out_THD, lse_TH = torch.zeros_like(q_THD), torch.zeros(shape[:2], device=sizes.device)
+        ids_N = upload([0] * (self._token_tiles[0] // sizes.block_size), sizes.device, torch.int32)
+        self._gathered_2SKD.zero_()
+        gather_kv_into(self._gathered_2SKD[:, : self._token_tiles[0]], kv_2BPKD, ids_N, 0, backend=self._backend)
+        for num_rows, num_tokens, is_causal in self.shapes():
+            k_SKD, v_SKD = self._gathered_2SKD[:, :num_tokens]
+            attend(q_THD[:num_rows], k_SKD, v_SKD, 1.0, is_causal)
+        rows, tokens = self._row_tiles[-1], self._token_tiles[-1]
+        ids = (0,) * (3 * tokens // sizes.block_size)
+        for num_jobs in (1, 2, 3):  # a state may be left over, the library's or the running one; a result running or the last
+            jobs = [TileJob(0, rows, i * tokens, tokens, is_causal=False) for i in range(num_jobs)]
+            for left_over in ([], [Segment(0, rows, ids, (1,) * rows)]):
+                plan = self._plan(ids, jobs, left_over)
+                self.run(plan, q_THD, kv_2BPKD, 1.0, out_THD=out_THD, lse_TH=lse_TH)
+
+    def plan(self, segment: Segment) -> TilePlan:
+        """Cut a segment and upload its block table.
+
+        Raises:
+            ValueError: for a segment that isn't tileable, sees more tokens than its blocks hold, or names a negative block.
+        """
+        capacity = len(segment.block_ids) * self.sizes.block_size
+        if max(segment.kv_lens) > capacity or min(segment.block_ids, default=0) < 0:
+            raise ValueError(
+                f"rows see {max(segment.kv_lens)} tokens, {len(segment.block_ids)} blocks from id "
+                f"{min(segment.block_ids, default=0)} on hold {capacity}"
+            )
+        jobs, left_over = split_segment(segment, self.sizes.block_size, self._row_tiles, self._token_tiles)
+        return self._plan(segment.block_ids, jobs, left_over)
+
+    def _plan(self, block_ids: tuple[int, ...], jobs: list[TileJob], left_over: list[Segment]) -> TilePlan:
+        last = {job.first_row: job for job in jobs}
+        return TilePlan(
+            left_over=tuple(left_over),
+            calls=tuple(_Call(job, self._pool_token(block_ids, job), job is last[job.first_row]) for job in jobs),
+            continued=frozenset(segment.first_row for segment in left_over) & last.keys(),
+            block_ids_N=upload(block_ids, self.sizes.device, torch.int32),
+            min_blocks=max(block_ids, default=-1) + 1,
+        )
+
+    def _pool_token(self, block_ids: tuple[int, ...], job: TileJob) -> int | None:
+        block_size = self.sizes.block_size
+        first, offset = divmod(job.first_token, block_size)
+        ids = block_ids[first : -(-(job.first_token + job.num_tokens) // block_size)]
+        if ids[-1] - ids[0] != len(ids) - 1 or ids != tuple(range(ids[0], ids[0] + len(ids))):
+            return None
+        return ids[0] * block_size + offset
+
+    def run(
+        self,
+        plan: TilePlan,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scale: float,
+        *,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+    ) -> None:
+        """Complete the states of the plan's rows in `out_THD` (q's dtype) and `lse_TH` (fp32, natural log).
+
+        Those of `plan.left_over` must have been written there; what else the tiled rows hold is overwritten, and other rows are
+        left alone. Sums of several tiles are kept in fp32, rounded once at the end. Only launches, apart from copying q if it
+        isn't contiguous.
+
+        Raises:
+            ValueError: shapes, dtypes or strides other than those of the sizes, or too few blocks.
+        """
+        if not plan.calls:
+            return
+        self._check(plan, q_THD, kv_2BPKD, out_THD, lse_TH)
+        begin = min(call.job.first_row for call in plan.calls)
+        end = max(call.job.first_row + call.job.num_rows for call in plan.calls)
+        q_rows_THD = q_THD[begin:end].contiguous()  # one layout, for one plan a shape
+        states: dict[int, State] = {row: (out_THD[row:], lse_TH[row:]) for row in plan.continued}
+        read: TileJob | None = None
+        for call in plan.calls:
+            job = call.job
+            if read is None or (job.first_token, job.num_tokens) != (read.first_token, read.num_tokens):
+                k_SKD, v_SKD = self._read(plan, call, kv_2BPKD)
+                read = job
+            first, num_rows = job.first_row, job.num_rows
+            part = attend(q_rows_THD[first - begin :][:num_rows], k_SKD, v_SKD, scale, job.is_causal)
+            result = out_THD[first : first + num_rows], lse_TH[first : first + num_rows]
+            state = states.get(first)
+            if state is not None:
+                state = state[0][:num_rows], state[1][:num_rows]
+                to = result if call.is_last else _running(state)
+                merge_pair(state, part, to, backend=self._backend)
+                states[first] = to
+            elif call.is_last:
+                result[0].copy_(part[0])
+                result[1].copy_(part[1])
+            else:
+                states[first] = part
+
+    def _read(self, plan: TilePlan, call: _Call, kv_2BPKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`k_SKD`, `v_SKD` of a job, with the same strides whether gathered or not."""
+        job = call.job
+        if call.pool_token is None:
+            kv_2SKD = self._gathered_2SKD[:, : job.num_tokens]
+            gather_kv_into(kv_2SKD, kv_2BPKD, plan.block_ids_N, job.first_token, backend=self._backend)
+        else:
+            kv_2SKD = kv_2BPKD.flatten(1, 2)[:, call.pool_token : call.pool_token + job.num_tokens]
+        return kv_2SKD[0], kv_2SKD[1]
+
+    def _check(
+        self, plan: TilePlan, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, out_THD: torch.Tensor, lse_TH: torch.Tensor
+    ) -> None:
+        sizes = self.sizes
+        state = (sizes.num_heads, sizes.head_dim)
+        if q_THD.shape[1:] != state or out_THD.shape != q_THD.shape or lse_TH.shape != q_THD.shape[:2]:
+            raise ValueError(
+                f"rows must be (T, {state[0]}, {state[1]}), got q {tuple(q_THD.shape)}, out {tuple(out_THD.shape)}, lse "
+                f"{tuple(lse_TH.shape)}"
+            )
+        if not q_THD.dtype == out_THD.dtype == kv_2BPKD.dtype == sizes.dtype or lse_TH.dtype != torch.float32:
+            raise ValueError(
+                f"q, out and kv must be {sizes.dtype} and lse torch.float32, got {q_THD.dtype}, {out_THD.dtype}, "
+                f"{kv_2BPKD.dtype}, {lse_TH.dtype}"
+            )
+        block = (sizes.block_size, sizes.num_kv_heads, sizes.head_dim)
+        if kv_2BPKD.shape[2:] != block or not kv_2BPKD[0].is_contiguous() or out_THD.stride(-1) != 1:
+            raise ValueError(
+                f"keys and values must each be contiguous (B, {block}), and out's last dimension; got kv "
+                f"{tuple(kv_2BPKD.shape)} with strides {kv_2BPKD.stride()}, out with {out_THD.stride()}"
+            )
+        if kv_2BPKD.shape[1] < plan.min_blocks:
+            raise ValueError(f"the plan names block {plan.min_blocks - 1}, kv holds {kv_2BPKD.shape[1]} blocks")
+        last_row = max(call.job.first_row + call.job.num_rows for call in plan.calls)
+        if q_THD.shape[0] < last_row:
+            raise ValueError(f"the plan covers rows up to {last_row}, q has {q_THD.shape[0]}")
+
+
+def attend(q_THD: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, scale: float, is_causal: bool) -> State:
+    """The partial state of rows that see all S tokens, or, if causal and S = T, row i the first i + 1.
+
+    cuDNN on CUDA: `out` in q's dtype and, like q, of contiguous rows; heads stay grouped. PyTorch's CPU kernel elsewhere.
+    """
+    num_rows, num_heads, _ = q_THD.shape
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q_THD, k_SKD, v_SKD))
+    if q.device.type == "cuda":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, is_causal=is_causal, scale=scale)
+    else:
+        group = num_heads // k_SKD.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+    return out.squeeze(0).transpose(0, 1), lse.reshape(num_heads, num_rows).transpose(0, 1)
+
+
+def merge_pair(a: State, b: State, result: State, *, backend: str) -> None:
+    """Write the union of two states over disjoint tokens to `result`, which may be one of them; computed in fp32.
+
+    Each `out` has a dtype of its own, its last dimension contiguous. Backend "torch" or "triton".
+
+    Raises:
+        ValueError: for an unknown backend, or shapes that differ.
+    """
+    if not a[0].shape == b[0].shape == result[0].shape or not a[1].shape == b[1].shape == result[1].shape:
+        raise ValueError(f"states of {tuple(a[0].shape)} and {tuple(b[0].shape)} into {tuple(result[0].shape)}")
+    match backend:
+        case "torch":
+            _merge_pair_torch(a, b, result)
+        case "triton":
+            from kernels import triton_ops
+
+            triton_ops.merge_pair(a, b, result)
+        case _:
+            raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+
+
+def _merge_pair_torch(a: State, b: State, result: State) -> None:
+    lse_TH = torch.logaddexp(a[1], b[1])
+    shift_TH1 = lse_TH.masked_fill(lse_TH == -torch.inf, 0.0).unsqueeze(-1)  # exp(-inf - -inf) is NaN
+    out_THD = a[0].float() * (a[1].unsqueeze(-1) - shift_TH1).exp()
+    out_THD += b[0].float() * (b[1].unsqueeze(-1) - shift_TH1).exp()
+    result[0].copy_(out_THD)
+    result[1].copy_(lse_TH)
+
+
+def _running(state: State) -> State:
+    """Where the union of a state and a tile's goes: into the running state once there is one."""
+    if state[0].dtype == torch.float32:
+        return state
+    return torch.empty_like(state[0], dtype=torch.float32, memory_format=torch.contiguous_format), torch.empty_like(state[1])
+
+
+def _is_causal(segment: Segment) -> bool:
+    lens = segment.kv_lens
+    return len(lens) > 1 and lens[0] > 0 and lens == tuple(range(lens[0], lens[0] + len(lens)))
+
+
+def _fill(total: int, tiles: Sequence[int]) -> Iterator[int]:
+    """Tiles that fit into `total` one after the other, the largest first."""
+    for tile in tiles:
+        while total >= tile:
+            yield tile
+            total -= tile

@@ -1,0 +1,143 @@
+"""Decode attention against dense float64 attention: tables by hand, programs that split rows anywhere, pages in any order."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import decode_attention
+from kernels.decode_attention import DecodeAttention, DecodeConfig, DecodeTables, RowReading
+from kernels.paged_attention import AttentionSizes
+from kernels.reference import attention_state
+from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state
+
+HEADS = [(4, 2), (9, 3), (2, 2), (7, 1)]
+
+
+def check(
+    lens: list[int],
+    *,
+    block_size: int,
+    heads: tuple[int, int],
+    config: DecodeConfig,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 16,
+    padding: int = 0,
+    seed: int = 0,
+) -> None:
+    """Each row reads a shard of its own; the tables' order is not that of q. Twice, as two layers would."""
+    torch.manual_seed(seed)
+    num_rows, scale = len(lens) + padding, 1.3 / math.sqrt(head_dim)
+    sizes = AttentionSizes(
+        num_rows=0,
+        block_size=block_size,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    kernel = DecodeAttention(sizes, config)
+    blocks = [-(-n // block_size) for n in lens]
+    ids = torch.randperm(sum(blocks) + 2).tolist()
+    order = torch.randperm(len(lens)).tolist()
+    readings = [
+        RowReading(row, [ids.pop() for _ in range(count)], n) for row, count, n in zip(order, blocks, lens, strict=True)
+    ]
+    rows, block_table = kernel.tables(readings, num_rows, first_block=3)
+    tables = DecodeTables(
+        torch.tensor(rows, dtype=torch.int32, device=DEVICE),
+        torch.tensor([-1, -1, -1, *block_table], dtype=torch.int32).to(DEVICE),
+    )
+    for _ in range(2):
+        kv_2BPKD = torch.full((2, sum(blocks) + 2, block_size, heads[1], head_dim), NAN, dtype=dtype)
+        q_THD = torch.randn(num_rows, heads[0], head_dim).to(dtype)
+        want_out = torch.zeros(num_rows, *q_THD.shape[1:], dtype=torch.float64)
+        want_lse = torch.full(q_THD.shape[:2], -torch.inf, dtype=torch.float64)
+        for reading in readings:
+            token_S = torch.arange(reading.kv_len)
+            kv_2SKD = torch.randn(2, reading.kv_len, heads[1], head_dim).to(dtype)
+            place = torch.tensor(reading.block_ids, dtype=torch.int64)
+            kv_2BPKD[:, place[token_S // block_size], token_S % block_size] = kv_2SKD
+            row = slice(reading.row, reading.row + 1)
+            lens_1 = torch.tensor([reading.kv_len])
+            want_out[row], want_lse[row] = attention_state(q_THD[row].double(), *kv_2SKD.double(), scale, lens_1)
+        out_THD = torch.full(q_THD.shape, NAN, dtype=dtype, device=DEVICE)
+        lse_TH = torch.full(q_THD.shape[:2], NAN, device=DEVICE)
+        kernel.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), scale, tables, out_THD=out_THD, lse_TH=lse_TH)
+        read = sorted(order)
+        check_state(out_THD[read], lse_TH[read], want_out[read], want_lse[read])
+        assert out_THD[len(lens) :].isnan().all()  # rows that the tables don't name are left alone
+
+
+def config(block_n: int = 32, *, use_tma: bool = False) -> DecodeConfig:
+    return DecodeConfig(block_n=block_n, num_warps=4, num_stages=2, programs_per_processor=2, use_tma=use_tma)
+
+
+@settings(max_examples=60 if ON_GPU else 12, deadline=None)
+@given(
+    st.lists(st.integers(0, 400 if ON_GPU else 150), min_size=1, max_size=6),
+    st.sampled_from([1, 16, 32, 64]),
+    st.sampled_from(HEADS),
+    st.integers(0, 3),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+)
+def test_any_rows_over_any_number_of_programs(
+    lens: list[int], block_size: int, heads: tuple[int, int], padding: int, programs: int, seed: int
+) -> None:
+    with mock.patch.object(decode_attention, "_programs", return_value=programs):
+        check(lens, block_size=block_size, heads=heads, config=config(), padding=padding, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="GPU"))]
+)
+@pytest.mark.parametrize(("block_size", "use_tma"), [(64, True), (128, True), (64, False), (16, False)])
+def test_sixteen_bit_tiles_by_both_loads(block_size: int, use_tma: bool, dtype: torch.dtype) -> None:
+    lens = [1, 64, 0, 333, 129]
+    check(lens, block_size=block_size, heads=(8, 2), config=config(64, use_tma=use_tma), dtype=dtype, head_dim=32)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no GPU: the interpreter is too slow for these sizes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("heads", [(32, 8), (64, 8), (8, 8), (7, 1)])
+def test_the_configuration_of_every_supported_shape(
+    heads: tuple[int, int], block_size: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    sizes = AttentionSizes(
+        num_rows=0,
+        block_size=block_size,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        dtype=dtype,
+        device=DEVICE,
+    )
+    lens = [20000, 1, 63, 64, 65, 0, *range(1000, 1060)]
+    chosen = decode_attention._default_config(sizes)
+    check(lens, block_size=block_size, heads=heads, config=chosen, dtype=dtype, head_dim=head_dim)
+
+
+def test_tables_are_refused_when_rows_are_too_many() -> None:
+    sizes = AttentionSizes(
+        num_rows=0, block_size=16, num_heads=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=DEVICE
+    )
+    kernel = DecodeAttention(sizes, config())
+    with pytest.raises(ValueError, match="3 rows in tables of 2"):
+        kernel.tables([RowReading(0, (), 0)] * 3, 2)
+    with pytest.raises(ValueError, match="at most 2048"):
+        kernel.tables([], 2049)
+
+
+def test_tiles_that_cross_pages_are_refused_for_tma() -> None:
+    sizes = AttentionSizes(
+        num_rows=0, block_size=32, num_heads=2, num_kv_heads=2, head_dim=16, dtype=torch.float16, device=DEVICE
+    )
+    with pytest.raises(ValueError, match="tiles of 64 tokens"):
+        DecodeAttention(sizes, config(64, use_tma=True))
