@@ -15,22 +15,13 @@ import torch
 
 from distattn.exchange import Exchange
 from distattn.layout import Layout, Reading
+from distattn.shape import AttentionShape, PackedRows
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, merge_states
-from kernels.paged_attention import PagedAttention, Segment
+from kernels.paged_attention import AttentionSizes, PagedAttention, Segment
+from kernels.paged_attention_tiles import ROW_TILES, TOKEN_TILES, TiledAttention, uses_tiles
 from kernels.upload import upload
 from kvstore.storage import KVStorage
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionShape:
-    """What one attention layer looks like; the same in all layers."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +58,7 @@ class DistAttention:
         self._backend = backend
         self._device = storage.data_L2BPKD.device
         self._plan: _Plan | None = None
+        self._tiles: TiledAttention | None = None
         self._attend([], 0)
 
     @staticmethod
@@ -79,6 +71,27 @@ class DistAttention:
         state = shape.num_heads * (shape.head_dim * shape.dtype.itemsize + 4)
         query = shape.num_heads * shape.head_dim * shape.dtype.itemsize
         return max_rows * (state + 2 * num_peers * (state + query)) + kernels
+
+    def use_tiles(self, max_rows: int) -> None:
+        """Give spans of many rows to the library's dense kernel, where it takes this shape, and build all that needs.
+
+        Takes seconds. To be called in the thread that runs the steps; `max_rows`: of a chunk.
+        """
+        shape = self.shape
+        row_tiles = [rows for rows in ROW_TILES if rows <= max_rows]
+        if not row_tiles or not uses_tiles(row_tiles[0], TOKEN_TILES[0], shape.dtype, shape.head_dim):
+            return
+        sizes = AttentionSizes(
+            num_rows=0,
+            block_size=self._storage.block_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=self._device,
+        )
+        self._tiles = TiledAttention(sizes, backend=self._backend, row_tiles=row_tiles)
+        self._tiles.warm_up(self._storage.layer(0))
 
     def plan(self, layout: Layout, slots: list[int]) -> None:
         """Prepare all layers of a step. `slots[i]`: where own row i's K and V go."""
@@ -114,14 +127,30 @@ class DistAttention:
         The result is a buffer that the next layer overwrites. Raises RuntimeError if no step was planned or the rows are not
         those of the plan.
         """
-        plan = self._plan
-        if plan is None or q_THD.shape[0] != plan.layout.num_rows:
-            planned = "no step" if plan is None else f"{plan.layout.num_rows} rows"
-            raise RuntimeError(f"{q_THD.shape[0]} rows came, {planned} was planned")
-        layout, scale = plan.layout, self.shape.scale
-        kv_2BPKD = self._storage.layer(layer)
+        plan, kv_2BPKD = self._planned(q_THD.shape[0]), self._storage.layer(layer)
         store_kv(k_TKD, v_TKD, kv_2BPKD, plan.slots_T, backend=self._backend)
+        return self._attend_rows(plan, q_THD, kv_2BPKD)
 
+    def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
+        """As `run`, of rows that come packed."""
+        plan, kv_2BPKD = self._planned(rows.qkv_TE.shape[0]), self._storage.layer(layer)
+        q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, plan.slots_T, self._backend)
+        return self._attend_rows(plan, q_THD, kv_2BPKD)
+
+    def store_packed(self, layer: int, rows: PackedRows) -> None:
+        """Keep the rows' keys and values, and attend to nothing: no member of the party may expect more of this layer."""
+        plan = self._planned(rows.qkv_TE.shape[0])
+        rows.rotate_and_store(self.shape.num_heads, self._storage.layer(layer), plan.slots_T, self._backend)
+
+    def _planned(self, num_rows: int) -> _Plan:
+        plan = self._plan
+        if plan is None or num_rows != plan.layout.num_rows:
+            planned = "no step" if plan is None else f"{plan.layout.num_rows} rows"
+            raise RuntimeError(f"{num_rows} rows came, {planned} was planned")
+        return plan
+
+    def _attend_rows(self, plan: _Plan, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
+        layout, scale = plan.layout, self.shape.scale
         alone = not (layout.dispatched or layout.received)
         if not alone:
             torch.index_select(q_THD, 0, plan.send_rows_S, out=plan.send_q_SHD)
@@ -156,4 +185,5 @@ class DistAttention:
             dtype=self.shape.dtype,
             device=self._device,
             backend=self._backend,
+            tiles=self._tiles,
         )

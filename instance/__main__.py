@@ -1,4 +1,4 @@
-"""Start one instance: `torchrun --nproc-per-node N -m instance --gmanager tcp://... --model ... --kv-tokens ...`.
+"""Start one instance: `torchrun --nproc-per-node N -m instance --gmanager tcp://... --model ...`.
 
 Exit codes: 0 when asked to end (SIGTERM, SIGINT), 1 when something broke or the cell ended, 2 for wrong settings.
 """
@@ -11,7 +11,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import uvloop
@@ -22,9 +22,12 @@ from gmanager.wire.errors import AddressError
 from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
+from instance.memory import TooLittleMemory
 from instance.model import UnsupportedModel
 from instance.server import InstanceError
-from instance.start import PoolTooLarge, load, make_instance
+from instance.start import load, make_instance
+
+T = TypeVar("T")
 
 log = logging.getLogger("instance")
 
@@ -34,7 +37,9 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser = argparse.ArgumentParser("instance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gmanager", required=True, help="tcp://host:port of the gManager")
     parser.add_argument("--model", required=True, help="a directory, a hub id or a GGUF file")
-    parser.add_argument("--kv-tokens", required=True, type=int, help="tokens of KV this instance holds, its own and lent")
+    pool = parser.add_mutually_exclusive_group()
+    pool.add_argument("--kv-tokens", type=int, help="tokens of KV this instance holds, its own and lent (needed on CPU)")
+    pool.add_argument("--kv-memory", type=float, help=f"or, on GPU: fill this part of its memory ({settings.GPU_KV_MEMORY})")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
@@ -52,6 +57,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         gmanager=args.gmanager,
         model=args.model,
         kv_tokens=args.kv_tokens,
+        kv_memory=_given(args.kv_memory, settings.GPU_KV_MEMORY) if gpu and args.kv_tokens is None else args.kv_memory,
         launch=launch,
         device="cuda" if gpu else "cpu",
         dtype=args.dtype,
@@ -108,7 +114,7 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         uvloop.run(serve(config))
-    except (CheckpointError, UnsupportedModel, PoolTooLarge, AddressError) as error:
+    except (CheckpointError, UnsupportedModel, TooLittleMemory, AddressError) as error:
         log.error("%s", error)
         return 2
     except KeyboardInterrupt:  # before there was a handler
@@ -122,7 +128,7 @@ def main() -> int:
     return 0
 
 
-def _given(value: int | None, default: int) -> int:
+def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
 

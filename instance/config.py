@@ -19,6 +19,9 @@ CPU_CHUNK_TOKENS = 512
 """What a short request waits for, against what small matrix products cost. 4096 tokens of a 135M model on two instances of
 one core each: 1.27 times transformers' time with 256, 1.18 with 512, 1.11 with 1024; a step of 512 takes about 1.5 s."""
 
+GPU_KV_MEMORY = 0.92
+"""Part of a GPU's memory that may be used, unless told otherwise; what is beside it is for what was not foreseen."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
@@ -29,6 +32,8 @@ class Launch:
     local_rank: int
     """Among those on this machine: which GPU is ours."""
     world_size: int
+    local_world_size: int
+    """Processes of this torchrun on this machine."""
     run_id: str
     """The same in all processes of one torchrun."""
 
@@ -39,7 +44,7 @@ class Launch:
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> "Launch":
         """Raises ValueError if the process was not started by torchrun."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
         missing = [name for name in names if name not in environment]
         if missing:
             raise ValueError(
@@ -49,6 +54,7 @@ class Launch:
             rank=int(environment["RANK"]),
             local_rank=int(environment["LOCAL_RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
+            local_world_size=int(environment["LOCAL_WORLD_SIZE"]),
             run_id=environment["TORCHELASTIC_RUN_ID"],
         )
 
@@ -61,8 +67,11 @@ class InstanceConfig:
     """Address of the gManager, tcp://host:port."""
     model: str
     """A directory, a hub id or a GGUF file."""
-    kv_tokens: int
-    """Tokens of KV, all layers, that this instance can hold; rounded down to blocks."""
+    kv_tokens: int | None = None
+    """Tokens of KV, all layers, that this instance can hold; rounded down to blocks. Or `kv_memory`, never both."""
+    kv_memory: float | None = None
+    """CUDA: part of the device's memory that may be used in all, in (0, 1). What is left of it is the pool's; `instance.start`
+    puts the tokens into a new config, because they are known only beside the loaded model."""
     launch: Launch
     device: Literal["cpu", "cuda"]
     dtype: DType = "auto"
@@ -97,8 +106,7 @@ class InstanceConfig:
         ):
             if value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
-        if self.kv_tokens < self.block_size:
-            raise ValueError(f"--kv-tokens {self.kv_tokens} is less than one block of {self.block_size} tokens")
+        self._check_pool()
         if not self.cell:
             raise ValueError("--cell must not be empty")
         if self.host in ("0.0.0.0", "::", "*", ""):
@@ -114,9 +122,30 @@ class InstanceConfig:
         return "triton" if self.device == "cuda" else "torch"
 
     @property
+    def shares_host(self) -> bool:
+        """Whether all instances of the cell are of this torchrun and on this machine, and so reach each other's memory."""
+        return self.cell_size == self.launch.local_world_size == self.launch.world_size
+
+    @property
     def num_blocks(self) -> int:
-        """Blocks of the pool."""
+        """Blocks of the pool. Raises RuntimeError while only `kv_memory` is known."""
+        if self.kv_tokens is None:
+            raise RuntimeError(f"the pool of --kv-memory {self.kv_memory} has not been sized yet")
         return self.kv_tokens // self.block_size
+
+    def _check_pool(self) -> None:
+        if self.kv_tokens is not None and self.kv_memory is not None:
+            raise ValueError(f"give --kv-tokens or --kv-memory, not both (got {self.kv_tokens} and {self.kv_memory})")
+        if self.kv_tokens is not None:
+            if self.kv_tokens < self.block_size:
+                raise ValueError(f"--kv-tokens {self.kv_tokens} is less than one block of {self.block_size} tokens")
+        elif self.device == "cpu":
+            got = "" if self.kv_memory is None else f" and takes no --kv-memory (got {self.kv_memory})"
+            raise ValueError(f"an instance on the CPU needs --kv-tokens{got}")
+        elif self.kv_memory is None:
+            raise ValueError("--kv-tokens or --kv-memory is needed")
+        elif not 0 < self.kv_memory < 1:
+            raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
 
 
 def default_threads(world_size: int) -> int:

@@ -8,13 +8,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from distattn.attention import AttentionShape
+from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
+from instance.fused import FusedDecoder, LayerAttention, OwnRow, is_like_llama
 
 _IMPLEMENTATION = "distattn"
 
@@ -36,17 +37,17 @@ class UnsupportedModel(ValueError):
     """The checkpoint needs something that is not implemented; the message names it."""
 
 
-class LayerAttention(Protocol):
-    """`(layer, q_THD, k_TKD, v_TKD) -> out_THD`."""
-
-    def __call__(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor: ...
-
-
 class AttentionContext:
     """The one object through which the model's attention layers reach the present step. Bound to each layer at load."""
 
     def __init__(self) -> None:
-        self.attend: LayerAttention | None = None
+        self.attention: LayerAttention | None = None
+
+    def needed(self) -> LayerAttention:
+        """Raises RuntimeError outside a step."""
+        if self.attention is None:
+            raise RuntimeError("the model ran outside a step")
+        return self.attention
 
 
 class Model:
@@ -63,10 +64,42 @@ class Model:
         self.device = module.device
         _refuse_rope(config)
         _refuse_layer_types(config)
+        self._fused: FusedDecoder | None = None
         self.shape = self._probe()
 
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, logits_rows_S: torch.Tensor) -> torch.Tensor:
-        """Logits `[S, V]` of the chosen rows, of int64 rows `[T]`. Attention goes to `context.attend`."""
+    @property
+    def fused(self) -> FusedDecoder | None:
+        """The layers, if they run fused."""
+        return self._fused
+
+    def fuse(self, backend: str) -> None:
+        """Run the layers with merged projections and fused kernels from now on, if they are made like Llama's."""
+        if not is_like_llama(self.module):
+            return
+        fused = FusedDecoder(self.module, backend)
+        self.context.attention = OwnRow(self.shape, backend)
+        try:
+            with torch.inference_mode():
+                if fused.agrees(self.context.attention):
+                    self._fused = fused
+        finally:
+            self.context.attention = None
+
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        logits_rows_S: torch.Tensor,
+        *,
+        stores_only_last: bool = False,
+    ) -> torch.Tensor:
+        """Logits `[S, V]` of the chosen rows, of rows `[T]` (int64, or int32 where fused). Attention: `context.attention`.
+
+        `stores_only_last`: no logits are wanted, here or elsewhere, so that a fused model's last layer only stores KV.
+        """
+        if self._fused is not None:
+            attention = self.context.needed()
+            return self._fused.forward(token_ids_T, positions_T, logits_rows_S, attention, stores_only_last=stores_only_last)
         out = self.module(
             input_ids=token_ids_T.unsqueeze(0),
             position_ids=positions_T.unsqueeze(0),
@@ -160,6 +193,24 @@ def load_model(path: Path, dtype: torch.dtype | None, device: torch.device) -> M
     return Model(module)
 
 
+def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Model:
+    """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
+
+    Raises UnsupportedModel.
+    """
+    default = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            auto: Any = AutoModelForCausalLM  # its from_config has no types
+            module = auto.from_config(config, attn_implementation=_register(), trust_remote_code=False)
+    finally:
+        torch.set_default_dtype(default)
+    module.train(False)
+    return Model(module)
+
+
 def load_text_assets(path: Path) -> TextAssets:
     """What the gManager needs to turn text into tokens of this model and back.
 
@@ -197,10 +248,8 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: `[1, heads, T, D]` in, `[1, T, heads, D]` out."""
     context: AttentionContext = module.distattn_context  # type: ignore[assignment]
-    if context.attend is None:
-        raise RuntimeError("the model ran outside a step")
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    out = context.attend(int(module.layer_idx), *rows)  # type: ignore[arg-type]
+    out = context.needed().run(int(module.layer_idx), *rows)  # type: ignore[arg-type]
     return out.unsqueeze(0), None
 
 

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from distattn.attention import DistAttention
+from distattn.peers import PeerMemory
 from gmanager.wire.messages import TokenLogprob
+from instance.graphs import DecodeGraphs
 from instance.model import Model
 from instance.sampler import sample
 from instance.scheduler import SampledRow, StepPlan
 from kernels.upload import upload
+from kvstore.storage import KVStorage
 
 
 @dataclass(slots=True)
@@ -24,15 +27,24 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Of the rows whose requests ask for them. A rows."""
+
+    index_of: dict[int, int]
+    """seq -> its row here."""
+    logprobs_A: torch.Tensor
+    ranks_A: torch.Tensor
+    top_logprobs_AN: torch.Tensor
+    top_ids_AN: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Samples:
     """Sampled tokens of a step, on their way to the host."""
 
     rows: Sequence[SampledRow]
     tokens_S: torch.Tensor
-    logprobs_S: torch.Tensor
-    ranks_S: torch.Tensor
-    top_logprobs_SN: torch.Tensor
-    top_ids_SN: torch.Tensor
+    logprobs: _Logprobs | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +63,31 @@ class Runner:
     thread waits for the event behind it.
     """
 
-    def __init__(self, model: Model, attention: DistAttention, threads: int) -> None:
+    def __init__(self, model: Model, attention: DistAttention, *, threads: int, max_samples: int) -> None:
+        """`max_samples`: most tokens that one step samples."""
         self.traffic = Traffic()
         self._model = model
         self._attention = attention
         self._device = model.device
         self._driver = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="result")
-        self._previous_tokens = torch.empty(0, dtype=torch.int64, device=self._device)
+        self.graphs: DecodeGraphs | None = None
+        self.shared_graph_steps = 0
+        """Steps that ran as a graph in which rows travelled."""
+        self._previous_tokens = torch.zeros(max_samples, dtype=torch.int64, device=self._device)
         # the number of threads and the current GPU are settings of the thread that calls
         self._driver.submit(torch.set_num_threads, threads).result()
         if self._device.type == "cuda":
             self._driver.submit(torch.cuda.set_device, self._device).result()
-        model.context.attend = attention.run
+
+    def prepare(self, storage: KVStorage, max_rows: int, peers: PeerMemory | None) -> None:
+        """Build and capture what steps with up to `max_rows` prompt rows need on a GPU: seconds, before the first launch."""
+        self._driver.submit(self._prepare, storage, max_rows, peers).result()
+
+    def _prepare(self, storage: KVStorage, max_rows: int, peers: PeerMemory | None) -> None:
+        with torch.inference_mode():
+            self._attention.use_tiles(max_rows)
+        self.graphs = DecodeGraphs(self._model, storage, self._previous_tokens, peers)
 
     def launch(self, plan: StepPlan) -> asyncio.Future[Launched]:
         """Queue a plan behind those before it."""
@@ -78,15 +102,13 @@ class Runner:
 
     def close(self) -> None:
         """Let go of the threads. A step that waits for a lost peer is not waited for."""
-        self._model.context.attend = None
+        self._model.context.attention = None
         pools: list[Executor] = [self._driver, self._waiter]
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, plan: StepPlan) -> Launched:
         samples = None if plan.is_idle else self._compute(plan)
-        if samples is None:
-            self._previous_tokens = self._previous_tokens[:0]
         done = None
         if self._device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -94,25 +116,37 @@ class Runner:
         return Launched(samples, done)
 
     def _compute(self, plan: StepPlan) -> _Samples | None:
+        queries, partials = self._attention.bytes_sent(plan.layout, self._model.num_layers)
+        self.traffic.query_bytes += queries
+        self.traffic.partial_bytes += partials
         with torch.inference_mode():
-            self._attention.plan(plan.layout, plan.slots_T)
-            queries, partials = self._attention.bytes_sent(plan.layout, self._model.num_layers)
-            self.traffic.query_bytes += queries
-            self.traffic.partial_bytes += partials
-            if not plan.token_ids_T:
-                self._serve()
-                return None
-            logits_SV = self._model.forward(
-                self._token_ids(plan), self._upload(plan.positions_T), self._upload([s.row for s in plan.sampled])
-            )
-            return self._sample(plan, logits_SV)
+            if self.graphs is not None and self.graphs.can_run(plan):
+                logits_SV = self.graphs.run(plan)
+                self.shared_graph_steps += bool(plan.layout.dispatched or plan.layout.received)
+            else:
+                logits_SV = self._run_eagerly(plan)
+            return self._sample(plan, logits_SV) if plan.sampled and logits_SV is not None else None
 
-    def _serve(self) -> None:
+    def _run_eagerly(self, plan: StepPlan) -> torch.Tensor | None:
+        self._attention.plan(plan.layout, plan.slots_T)
+        if not plan.token_ids_T:
+            self._serve(plan)
+            return None
+        self._model.context.attention = self._attention
+        return self._model.forward(
+            self._token_ids(plan),
+            self._upload(plan.positions_T),
+            self._upload([s.row for s in plan.sampled]),
+            stores_only_last=not plan.samples_anywhere,
+        )
+
+    def _serve(self, plan: StepPlan) -> None:
         """Attend for others, with no rows of our own."""
+        num_layers = self._model.num_layers - (self._model.fused is not None and not plan.samples_anywhere)
         shape = self._attention.shape
         q_0HD = torch.empty((0, shape.num_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
         kv_0KD = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
-        for layer in range(self._model.num_layers):
+        for layer in range(num_layers):
             self._attention.run(layer, q_0HD, kv_0KD, kv_0KD)
 
     def _token_ids(self, plan: StepPlan) -> torch.Tensor:
@@ -123,34 +157,48 @@ class Runner:
             token_ids_T[self._upload(rows)] = self._previous_tokens[self._upload(samples)]
         return token_ids_T
 
-    def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> _Samples | None:
-        if not plan.sampled:
-            return None
+    def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> _Samples:
         tokens_S = sample(logits_SV, [s.params for s in plan.sampled], [s.position for s in plan.sampled])
-        self._previous_tokens = tokens_S
-        logprobs_SV = logits_SV.float().log_softmax(-1)
-        logprobs_S = logprobs_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1)
-        ranks_S = (logprobs_SV > logprobs_S.unsqueeze(1)).sum(-1) + 1
-        most = min(max(s.params.logprobs or 0 for s in plan.sampled), logprobs_SV.shape[-1])
-        top = logprobs_SV.topk(most, -1)
-        results = [tokens_S, logprobs_S, ranks_S, top.values, top.indices]
-        if self._device.type == "cuda":
-            results = [result.to("cpu", non_blocking=True) for result in results]
-        return _Samples(plan.sampled, *results)
+        self._previous_tokens[: len(plan.sampled)] = tokens_S
+        return _Samples(plan.sampled, self._to_host(tokens_S), self._logprobs(plan, logits_SV, tokens_S))
+
+    def _logprobs(self, plan: StepPlan, logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> _Logprobs | None:
+        asked = [i for i, s in enumerate(plan.sampled) if s.params.logprobs is not None]
+        if not asked:
+            return None
+        if len(asked) < len(plan.sampled):
+            rows_A = self._upload(asked)
+            logits_SV, tokens_S = logits_SV[rows_A], tokens_S[rows_A]
+        logprobs_AV = logits_SV.float().log_softmax(-1)
+        logprobs_A = logprobs_AV.gather(1, tokens_S.unsqueeze(1)).squeeze(1)
+        ranks_A = (logprobs_AV > logprobs_A.unsqueeze(1)).sum(-1) + 1
+        most = min(max(plan.sampled[i].params.logprobs or 0 for i in asked), logprobs_AV.shape[-1])
+        top = logprobs_AV.topk(most, -1)
+        results = [self._to_host(result) for result in (logprobs_A, ranks_A, top.values, top.indices)]
+        return _Logprobs({plan.sampled[i].seq: a for a, i in enumerate(asked)}, *results)
+
+    def _to_host(self, result: torch.Tensor) -> torch.Tensor:
+        """Queued, not waited for."""
+        return result.to("cpu", non_blocking=True) if self._device.type == "cuda" else result
 
     def _upload(self, values: Sequence[int]) -> torch.Tensor:
         return upload(values, self._device)
 
 
 def _read(step: _Samples) -> dict[int, TokenLogprob]:
+    """Tokens by sequence; log-probability and rank are 0 where nobody asked for them."""
+    logprobs = step.logprobs
     tokens: dict[int, TokenLogprob] = {}
-    for i, row in enumerate(step.rows):
-        count = row.params.logprobs or 0
+    for row, token_id in zip(step.rows, step.tokens_S.tolist(), strict=True):
+        if logprobs is None or row.params.logprobs is None:
+            tokens[row.seq] = TokenLogprob(token_id=token_id, logprob=0.0, rank=0)
+            continue
+        at, count = logprobs.index_of[row.seq], row.params.logprobs
         tokens[row.seq] = TokenLogprob(
-            token_id=int(step.tokens_S[i]),
-            logprob=float(step.logprobs_S[i]),
-            rank=int(step.ranks_S[i]),
-            top_ids=step.top_ids_SN[i, :count].tolist(),
-            top_logprobs=step.top_logprobs_SN[i, :count].tolist(),
+            token_id=token_id,
+            logprob=float(logprobs.logprobs_A[at]),
+            rank=int(logprobs.ranks_A[at]),
+            top_ids=logprobs.top_ids_AN[at, :count].tolist(),
+            top_logprobs=logprobs.top_logprobs_AN[at, :count].tolist(),
         )
     return tokens

@@ -24,13 +24,13 @@ def scratch_bytes(num_rows: int, vocab_size: int) -> int:
 
 def sample(logits_SV: torch.Tensor, params: Sequence[SequenceParams], positions: Sequence[int]) -> torch.Tensor:
     """One token id for each row `[S]`, int64. `positions[i]`: of the token that row i yields."""
-    logits_SV = logits_SV.float()
     tokens_S = logits_SV.argmax(-1)
     random = [i for i, p in enumerate(params) if p.temperature >= _LEAST_TEMPERATURE]
     if random:
         rows = torch.tensor(random, device=logits_SV.device)
         chosen = [params[i] for i in random]
-        scaled = logits_SV[rows] / _column([p.temperature for p in chosen], logits_SV)
+        scaled = logits_SV[rows].float()
+        scaled = scaled / _column([p.temperature for p in chosen], scaled)
         scaled = _keep_top_k(scaled, [p.top_k for p in chosen])
         scaled = _keep_top_p(scaled, [p.top_p for p in chosen])
         uniform = _uniform([p.seed for p in chosen], [positions[i] for i in random], scaled)

@@ -10,6 +10,7 @@ So `propose` uses counts, never the values of tokens that are under way. A seque
 one more row, whose token is thrown away.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,10 +31,13 @@ from gmanager.wire.messages import (
 )
 from instance.rmanager import RManager
 from instance.sequence import Guest, Home
-from instance.step import Decode, Grouping, Handoff, LastToken, Notice, Prefill, Step, StepMismatch
+from instance.step import MAX_PROMPTS, Decode, Grouping, Handoff, LastToken, Notice, Prefill, Step, StepMismatch
 
 MAX_DECODE_ROWS = 256
 """Most decode rows an instance brings to one step; the oldest sequences go first. With `chunk_tokens` it bounds a step."""
+
+MAX_SAMPLES = MAX_DECODE_ROWS + MAX_PROMPTS
+"""Most tokens that an instance samples in one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,10 @@ class StepPlan:
     sampled: list[SampledRow]
     slots_T: list[int]
     layout: Layout
+    samples_anywhere: bool
+    """Whether any member of the party samples in this step: else nobody needs what the last layer attends to."""
+    is_decode: bool
+    """Whether every row of every member is a span of its own that yields a token, and none has more than `MAX_DECODE_ROWS`."""
 
     @property
     def is_idle(self) -> bool:
@@ -350,6 +358,8 @@ class Scheduler:
             sampled=sampled,
             slots_T=slots,
             layout=lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank),
+            samples_anywhere=bool(step.sampled),
+            is_decode=_is_decode(step),
         )
 
     def _take_prompt(self, span: Span) -> list[int]:
@@ -400,6 +410,15 @@ class Scheduler:
                         f"sequence {seq}: the step says rank {self.rank} holds {holding.tokens} tokens from position "
                         f"{holding.first}, it holds {here}"
                     )
+
+
+def _is_decode(step: Step) -> bool:
+    rows = Counter(span.rank for span in step.spans)
+    return (
+        len(step.sampled) == len(step.spans)
+        and all(span.stop - span.start == 1 for span in step.spans)
+        and max(rows.values(), default=0) <= MAX_DECODE_ROWS
+    )
 
 
 def _handoff(home: Home, to: int) -> Handoff:

@@ -13,6 +13,7 @@ from typing import Any
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
+from distattn.peers import PeerMemory
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Transport
 from gmanager.wire.codec import Decoder
@@ -23,7 +24,7 @@ from instance.model import Model
 from instance.party import Party, PartyMessage
 from instance.rmanager import RManager
 from instance.runner import Launched, Runner
-from instance.scheduler import Scheduler
+from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Scheduler
 from instance.step import Grouping, derive
 from kvstore.storage import KVStorage
 
@@ -235,7 +236,8 @@ class Instance:
     async def _join(self, join: wire.JoinEpoch, tasks: asyncio.TaskGroup) -> None:
         """Form the epoch's process group and start to step."""
         config, device = self._config, self._model.device
-        group = await asyncio.get_running_loop().run_in_executor(
+        loop = asyncio.get_running_loop()
+        group = await loop.run_in_executor(
             self._joiner,
             lambda: EpochGroup(
                 store_address=join.store_address,
@@ -254,8 +256,10 @@ class Instance:
             Exchange(group.group, device),
             backend=config.backend,
         )
-        runner = Runner(self._model, attention, config.threads)
+        runner = Runner(self._model, attention, threads=config.threads, max_samples=MAX_SAMPLES)
         self._cleanup.callback(runner.close)
+        if device.type == "cuda":
+            await loop.run_in_executor(self._joiner, self._prepare, join, group, runner)
         party = Party(
             epoch=join.epoch,
             rank=join.rank,
@@ -270,6 +274,23 @@ class Instance:
         tasks.create_task(self._step(self._epoch, tasks))
         self._gmanager.send(wire.Joined(epoch=join.epoch))
         log.info("epoch %d: rank %d of %d", join.epoch, join.rank, len(join.members))
+
+    def _prepare(self, join: wire.JoinEpoch, group: EpochGroup, runner: Runner) -> None:
+        """Build what the epoch's steps need on a GPU."""
+        peers = None
+        if self._config.shares_host and len(join.members) > 1:
+            peers = PeerMemory(
+                store=group.store,
+                rank=join.rank,
+                size=len(join.members),
+                rows=MAX_DECODE_ROWS,
+                shape=self._model.shape,
+                device=self._model.device,
+            )
+            self._cleanup.callback(peers.abort)
+            group.barrier()  # nobody pushes into memory that its owner has yet to clear
+        runner.prepare(self._storage, self._config.chunk_tokens, peers)
+        log.info("decode steps exchange rows by %s", "NVLink or PCIe, one-sided" if peers else "NCCL")
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

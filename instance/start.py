@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from filelock import Timeout
@@ -13,9 +13,10 @@ from gmanager.wire.channel import Transport
 from gmanager.wire.messages import InstanceSpec, TextAssets
 from instance.checkpoint import CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig
+from instance.memory import TooLittleMemory, check_weights, checkpoint_bytes, measure
 from instance.model import Model, UnsupportedModel, load_model, load_text_assets
 from instance.sampler import scratch_bytes as sampler_scratch_bytes
-from instance.scheduler import MAX_DECODE_ROWS
+from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.server import Instance
 from instance.warmup import warm_up
 from kernels.paged_attention import PagedAttention
@@ -27,10 +28,6 @@ log = logging.getLogger("instance")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, Timeout)
 
 
-class PoolTooLarge(ValueError):
-    """There is not enough memory for the pool; the message has the sizes."""
-
-
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What takes long to load, and can serve any number of epochs."""
@@ -40,33 +37,43 @@ class Loaded:
 
 
 def load(config: InstanceConfig) -> Loaded:
-    """Find, load and check the model. Raises CheckpointError, or UnsupportedModel by the name of what is not supported."""
+    """Find, load and check the model.
+
+    Raises CheckpointError, UnsupportedModel by the name of what is not supported, TooLittleMemory if the GPU can't hold it.
+    """
     device = device_of(config)
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means IEEE
         torch.backends.cudnn.allow_tf32 = False
     try:
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
-        model = load_model(path, None if config.dtype == "auto" else getattr(torch, config.dtype), device)
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            check_weights(str(device), needed=checkpoint_bytes(path, dtype), free=free, total=total)
+        model = load_model(path, dtype, device)
         assets = load_text_assets(path)
-    except (CheckpointError, UnsupportedModel):
+    except (CheckpointError, UnsupportedModel, TooLittleMemory):
         raise
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"{config.model} can't be loaded: {type(error).__name__}: {error}") from error
     _refuse_shape(model, config)
+    if config.backend == "triton":
+        model.fuse(config.backend)
+        log.info("layers run %s", "fused" if model.fused else "as transformers has them: they are not made like Llama's")
     return Loaded(model, assets)
 
 
 def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) -> Instance:
-    """An instance with its pool; needs a running loop. Raises PoolTooLarge, and AddressError if `--host` can't be bound."""
+    """An instance with its pool; needs a running loop. Raises TooLittleMemory, and AddressError if `--host` can't be bound."""
     model = loaded.model
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
+    config = size_pool(config, model)
     storage = _make_storage(config, model)
-    rows = config.chunk_tokens + MAX_DECODE_ROWS
-    attention = DistAttention.scratch_bytes(model.shape, rows, config.cell_size - 1, model.device, config.backend)
+    tokens = storage.num_blocks * config.block_size
     log.info(
-        "%s on %s (%s kernels): weights %s; KV %d blocks x %d bytes = %s (%d tokens); scratch of attention at most %s, "
+        "%s on %s (%s kernels): weights %s; KV %d blocks x %d bytes = %s; scratch of attention at most %s, "
         "of sampling at most %s",
         config.model,
         model.device,
@@ -75,12 +82,41 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
         storage.num_blocks,
         storage.block_bytes,
         _mib(storage.nbytes),
-        storage.num_blocks * config.block_size,
-        _mib(attention),
-        _mib(sampler_scratch_bytes(MAX_DECODE_ROWS, model.vocab_size)),
+        _mib(_attention_bytes(config, model)),
+        _mib(sampler_scratch_bytes(MAX_SAMPLES, model.vocab_size)),
+    )
+    log.info(
+        "KV of this instance: %s tokens; about %s in a cell of %d such instances",
+        f"{tokens:,}",
+        f"{tokens * config.cell_size:,}",
+        config.cell_size,
     )
     warm_up(model, storage, config.backend)
     return Instance(config, model, loaded.assets, _make_spec(config, loaded), storage, transport)
+
+
+def size_pool(config: InstanceConfig, model: Model) -> InstanceConfig:
+    """The config with the pool's tokens: `kv_memory` becomes what the GPU has left; given tokens are checked against that.
+
+    The CPU's memory is not measured. Raises TooLittleMemory.
+    """
+    if model.device.type == "cpu":
+        return config
+    budget = measure(
+        model,
+        fraction=1 if config.kv_memory is None else config.kv_memory,
+        rows=config.chunk_tokens + MAX_DECODE_ROWS,
+        sampled=MAX_SAMPLES,
+        attention=_attention_bytes(config, model),
+        sampling=sampler_scratch_bytes(MAX_SAMPLES, model.vocab_size),
+    )
+    for line in budget.describe():
+        log.info("%s", line)
+    if config.kv_tokens is not None:
+        budget.check(config.num_blocks * config.block_size, _token_bytes(model))
+        return config
+    blocks = budget.num_blocks(config.block_size * _token_bytes(model))
+    return replace(config, kv_memory=None, kv_tokens=blocks * config.block_size)
 
 
 def device_of(config: InstanceConfig) -> torch.device:
@@ -120,11 +156,22 @@ def _make_storage(config: InstanceConfig, model: Model) -> KVStorage:
             device=model.device,
         )
     except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError, on a GPU and on the CPU
-        token = 2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
-        needed = config.num_blocks * config.block_size * token
-        raise PoolTooLarge(
-            f"--kv-tokens {config.kv_tokens:,} needs {_mib(needed)} on {model.device} ({token:,} bytes a token): {error}"
+        tokens, token = config.num_blocks * config.block_size, _token_bytes(model)
+        raise TooLittleMemory(
+            f"--kv-tokens {tokens:,} needs {_mib(tokens * token)} on {model.device} ({token:,} bytes a token): {error}"
         ) from error
+
+
+def _token_bytes(model: Model) -> int:
+    """Bytes of one token's KV in all layers."""
+    shape = model.shape
+    return 2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+
+
+def _attention_bytes(config: InstanceConfig, model: Model) -> int:
+    """Scratch of the largest step's attention."""
+    rows = config.chunk_tokens + MAX_DECODE_ROWS
+    return DistAttention.scratch_bytes(model.shape, rows, config.cell_size - 1, model.device, config.backend)
 
 
 def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:

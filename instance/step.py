@@ -13,6 +13,9 @@ import msgspec
 from distattn.layout import Holding, Span
 from gmanager.wire.messages import Message, Part, SequenceParams, Share, TokenLogprob
 
+MAX_PROMPTS = 64
+"""Most prompts that have rows in one step: each may end in it, and its logits take memory."""
+
 
 class StepMismatch(Exception):
     """Members of one party derived different steps, or speak of different ones: nothing they compute can be trusted."""
@@ -205,6 +208,7 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     oldest = min(waiting, key=lambda p: (p.arrival, p.seq))
     kept = {share.rank: (budget[share.rank] + 1) // 2 for share in oldest.shares}
     others = sorted((p for p in waiting if p is not oldest), key=lambda p: (p.end - p.start, p.arrival, p.seq))
+    del others[MAX_PROMPTS - 1 :]
     for prefill in [*others, oldest]:
         if prefill is oldest:
             kept = {}

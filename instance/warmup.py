@@ -1,7 +1,8 @@
-"""One made-up step before the first real one: nothing compiles or tunes once an instance has said that it is ready."""
+"""Made-up steps before the first real one: nothing compiles or tunes once an instance has said that it is ready."""
 
 import torch
 
+from distattn.shape import PackedRows
 from instance.model import Model
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, merge_states
@@ -14,45 +15,72 @@ _LONG_TOKENS = 4096
 
 
 def warm_up(model: Model, storage: KVStorage, backend: str) -> None:
-    """Run the model on rows that use every kernel: a decode over split KV, a chunk, a store and a merge.
+    """Run the model on rows that use every kernel: a row alone, and a row over split KV beside a chunk; a store, a merge.
 
     The rows attend to block 0, again and again; nothing of it is kept, and block 0 is zero afterwards.
     """
-    shape, device = model.shape, model.device
-    num_rows = 1 + _CHUNK_ROWS
-    table = (0,) * -(-_LONG_TOKENS // storage.block_size)
-    attention = PagedAttention.plan(
-        [Segment(0, 1, table, (_LONG_TOKENS,)), Segment(1, _CHUNK_ROWS, table, (_LONG_TOKENS,) * _CHUNK_ROWS)],
-        num_rows,
-        block_size=storage.block_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        dtype=shape.dtype,
-        device=device,
-        backend=backend,
-    )
-    merge = MergePlan.build([0], num_rows, device=device)
-    slots_T = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
-    slots_T[0] = 0
-    lse_TH = torch.empty((num_rows, shape.num_heads), dtype=torch.float32, device=device)
+    device = model.device
+    try:
+        with torch.inference_mode():
+            for num_decodes, num_chunk_rows in ((1, 0), (1, _CHUNK_ROWS)):
+                model.context.attention = _MadeUpStep(model, storage, num_decodes, num_chunk_rows, backend)
+                rows_T = torch.zeros(num_decodes + num_chunk_rows, dtype=torch.int64, device=device)
+                model.forward(rows_T, rows_T, rows_T[:1])
+    finally:
+        model.context.attention = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    def attend(layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
-        kv_2BPKD = storage.layer(layer)
-        kv_2BPKD[:, 0] = 0
-        store_kv(k_TKD, v_TKD, kv_2BPKD, slots_T, backend=backend)
+
+class _MadeUpStep:
+    """Attention of decode rows and a chunk to a long shard that is block 0 over and over; row 0 is merged with itself."""
+
+    def __init__(self, model: Model, storage: KVStorage, num_decodes: int, num_chunk_rows: int, backend: str) -> None:
+        self._shape = shape = model.shape
+        self._storage = storage
+        self._backend = backend
+        num_rows = num_decodes + num_chunk_rows
+        table = (0,) * -(-_LONG_TOKENS // storage.block_size)
+        segments = [Segment(row, 1, table, (_LONG_TOKENS,)) for row in range(num_decodes)]
+        if num_chunk_rows:
+            segments.append(Segment(num_decodes, num_chunk_rows, table, (_LONG_TOKENS,) * num_chunk_rows))
+        self._attention = PagedAttention.plan(
+            segments,
+            num_rows,
+            block_size=storage.block_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=model.device,
+            backend=backend,
+        )
+        self._merge = MergePlan.build([0], num_rows, device=model.device)
+        self._slots_T = torch.full((num_rows,), -1, dtype=torch.int64, device=model.device)
+        self._slots_T[0] = 0
+        self._lse_TH = torch.empty((num_rows, shape.num_heads), dtype=torch.float32, device=model.device)
+
+    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+        kv_2BPKD = self._cleared(layer)
+        store_kv(k_TKD, v_TKD, kv_2BPKD, self._slots_T, backend=self._backend)
+        return self._attend(q_THD, kv_2BPKD)
+
+    def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
+        kv_2BPKD = self._cleared(layer)
+        return self._attend(rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend), kv_2BPKD)
+
+    def store_packed(self, layer: int, rows: PackedRows) -> None:
+        rows.rotate_and_store(self._shape.num_heads, self._cleared(layer), self._slots_T, self._backend)
+
+    def _attend(self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        attention.run(q_THD, kv_2BPKD, shape.scale, out_THD=out_THD, lse_TH=lse_TH)
-        merge_states(out_THD, lse_TH, out_THD[:1].clone(), lse_TH[:1].clone(), merge, backend=backend)
+        lse_TH = self._lse_TH
+        self._attention.run(q_THD, kv_2BPKD, self._shape.scale, out_THD=out_THD, lse_TH=lse_TH)
+        merge_states(out_THD, lse_TH, out_THD[:1].clone(), lse_TH[:1].clone(), self._merge, backend=self._backend)
         kv_2BPKD[:, 0] = 0
         return out_THD
 
-    model.context.attend = attend
-    try:
-        with torch.inference_mode():
-            rows_T = torch.zeros(num_rows, dtype=torch.int64, device=device)
-            model.forward(rows_T, rows_T, rows_T[:1])
-    finally:
-        model.context.attend = None
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def _cleared(self, layer: int) -> torch.Tensor:
+        kv_2BPKD = self._storage.layer(layer)
+        kv_2BPKD[:, 0] = 0
+        return kv_2BPKD

@@ -9,9 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distattn.attention import AttentionShape, DistAttention
+from distattn.attention import DistAttention
 from distattn.exchange import Exchange
 from distattn.layout import Holding, Layout, Span, lay_out
+from distattn.shape import AttentionShape
 from instance.cell import EpochGroup, open_store
 from kernels.paged_attention import PagedAttention
 from kernels.reference import compare

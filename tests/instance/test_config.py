@@ -4,14 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from distattn.attention import DistAttention
+from instance import start
 from instance.__main__ import parse
 from instance.checkpoint import CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig, Launch
-from instance.start import load
+from instance.memory import MemoryBudget, TooLittleMemory
+from instance.model import load_model
+from instance.start import load, size_pool
 from tests.support.tiny import make_model
 
-LAUNCH = Launch(rank=1, local_rank=1, world_size=2, run_id="x")
+LAUNCH = Launch(rank=1, local_rank=1, world_size=2, local_world_size=2, run_id="x")
 NEEDED = ["--gmanager", "tcp://127.0.0.1:5570", "--model", "m", "--kv-tokens", "100"]
 
 
@@ -28,9 +33,12 @@ def config(**other: Any) -> InstanceConfig:
 
 
 def test_only_torchruns_names_are_read() -> None:
-    environment = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "r", "MASTER_ADDR": "nowhere"}
-    assert Launch.from_environment(environment) == Launch(rank=1, local_rank=0, world_size=3, run_id="r")
-    with pytest.raises(ValueError, match="start instances with torchrun .* WORLD_SIZE, TORCHELASTIC_RUN_ID not set"):
+    environment = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "r"}
+    launch = Launch(rank=1, local_rank=0, world_size=3, local_world_size=1, run_id="r")
+    assert Launch.from_environment(environment | {"MASTER_ADDR": "nowhere"}) == launch
+    with pytest.raises(
+        ValueError, match="start instances with torchrun .* WORLD_SIZE, LOCAL_WORLD_SIZE, TORCHELASTIC_RUN_ID not set"
+    ):
         Launch.from_environment({"RANK": "1", "LOCAL_RANK": "0"})
     with pytest.raises(ValueError, match="got 3 of 3"):
         Launch.from_environment(environment | {"RANK": "3"})
@@ -43,9 +51,66 @@ def test_auto_is_resolved_once() -> None:
     assert parsed.threads >= 1
 
 
+def test_the_pool_of_a_gpu_is_a_part_of_its_memory_unless_its_tokens_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    on_gpu = [*NEEDED[:4], "--device", "cuda"]
+    for flags, tokens, memory in (
+        ([], None, 0.92),
+        (["--kv-memory", "0.5"], None, 0.5),
+        (["--kv-tokens", "640"], 640, None),
+    ):
+        parsed = parse([*on_gpu, *flags], LAUNCH)
+        assert (parsed.kv_tokens, parsed.kv_memory) == (tokens, memory)
+        assert (parsed.block_size, parsed.chunk_tokens, parsed.backend) == (64, 2048, "triton")
+    with pytest.raises(RuntimeError, match="--kv-memory 0.92 has not been sized yet"):
+        _ = parse(on_gpu, LAUNCH).num_blocks
+
+
+def test_tokens_and_memory_exclude_each_other_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse([*NEEDED, "--kv-memory", "0.9"], LAUNCH)
+    assert end.value.code == 2
+    assert "--kv-memory: not allowed with argument --kv-tokens" in capsys.readouterr().err
+
+
+def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a GPU would say is made up here; the largest step, and its scratch, are what it is asked about."""
+    model = load_model(make_model("llama", tmp_path), None, torch.device("cpu"))
+    model.device = torch.device("cuda", 1)
+    asked: dict[str, Any] = {}
+
+    def measure(model: Any, **what: Any) -> MemoryBudget:
+        asked.update(what)
+        sizes = {"weights": 300_000, "other": 50_000, "activations": 40_000, "reserve": 10_000}
+        scratch = {name: what[name] for name in ("fraction", "attention", "sampling")}
+        return MemoryBudget(device="cuda:1", total=5_000_000, **sizes, **scratch)
+
+    monkeypatch.setattr(start, "measure", measure)
+    monkeypatch.setattr(start, "sampler_scratch_bytes", lambda rows, vocab: rows * 10)
+    monkeypatch.setattr(
+        DistAttention, "scratch_bytes", staticmethod(lambda shape, rows, peers, device, backend: rows * 100 * peers)
+    )
+    settings: dict[str, Any] = {"device": "cuda", "chunk_tokens": 44, "kv_tokens": None}
+    sized = size_pool(config(**settings, kv_memory=0.5), model)
+    assert asked == {"fraction": 0.5, "rows": 300, "sampled": 320, "attention": 30_000, "sampling": 3_200}
+    # 2,500,000 - 433,200 = 2,066,800; a block is 16 tokens of 2 x 2 layers x 2 heads x 16 x 4 bytes
+    assert (sized.kv_memory, sized.num_blocks, sized.kv_tokens) == (None, 252, 252 * 16)
+    given = config(**settings | {"kv_tokens": 8000})
+    assert size_pool(given, model) is given
+    assert asked["fraction"] == 1
+    with pytest.raises(TooLittleMemory, match="--kv-tokens 9,008: .* at most 8,919 tokens fit"):
+        size_pool(config(**settings | {"kv_tokens": 9010}), model)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"kv_memory": 0.5}, r"give --kv-tokens or --kv-memory, not both \(got 64 and 0.5\)"),
+        ({"kv_tokens": None}, "an instance on the CPU needs --kv-tokens$"),
+        ({"kv_tokens": None, "kv_memory": 0.9}, r"needs --kv-tokens and takes no --kv-memory \(got 0.9\)"),
+        ({"kv_tokens": None, "device": "cuda"}, "--kv-tokens or --kv-memory is needed"),
+        ({"kv_tokens": None, "device": "cuda", "kv_memory": 1.0}, r"--kv-memory must be in \(0, 1\), got 1.0"),
+        ({"kv_tokens": None, "device": "cuda", "kv_memory": float("nan")}, r"--kv-memory must be in \(0, 1\), got nan"),
         ({"kv_tokens": 15}, "--kv-tokens 15 is less than one block of 16 tokens"),
         ({"block_size": 0}, "--block-size must be at least 1, got 0"),
         ({"chunk_tokens": -1}, "--chunk-tokens must be at least 1, got -1"),

@@ -139,7 +139,7 @@ class _Serving:
             gmanager=gmanager,
             model=str(setup.model),
             kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[rank],
-            launch=Launch(rank=rank, local_rank=rank, world_size=size, run_id="farm"),
+            launch=Launch(rank=rank, local_rank=rank, world_size=size, local_world_size=1, run_id="farm"),
             device=setup.device,
             dtype=setup.dtype,
             block_size=setup.block_size,

@@ -1,0 +1,133 @@
+"""Memory that the instances of one host write for each other: queries that arrive, and partial states that come back.
+
+Every instance has a slot for each of its peers, ascending by rank, with room for `rows` rows:
+
+    queries  | from peer 0 | from peer 1 | ...        pushed by the row's home
+    states   | from peer 0 | from peer 1 | ...        (out, lse), pushed by the holder, in the place that the query had
+
+A slot is written again only after its reader has answered: the home pushes the next layer's query after it has the state, the
+holder the next state after it has that query. So one buffer and one signal for each pair is enough.
+"""
+
+from typing import Any, Protocol
+
+import msgspec
+import torch
+
+from distattn.shape import AttentionShape
+from kernels.peer_rows import Inbox
+
+_ALIGNMENT = 256
+
+
+class Store(Protocol):
+    """The part of torch's stores that is used here."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        """Waits for the key."""
+
+
+class PeerMemory:
+    """This instance's part, and the addresses of the others' (CUDA IPC). Needs GPUs that reach each other's memory."""
+
+    def __init__(self, *, store: Store, rank: int, size: int, rows: int, shape: AttentionShape, device: torch.device) -> None:
+        """All instances of the epoch call this together, and meet once more before any pushes. `rows`: most between two.
+
+        Raises RuntimeError if memory can't be shared.
+        """
+        self.rank = rank
+        self.size = size
+        self.rows = rows
+        num_rows = (size - 1) * rows
+        row_bytes = shape.num_heads * shape.head_dim * shape.dtype.itemsize
+        self._starts: dict[str, int] = {}
+        total = 0
+        for name, nbytes in (
+            ("queries", num_rows * row_bytes),
+            ("outs", num_rows * row_bytes),
+            ("lses", num_rows * shape.num_heads * 4),
+            ("query_signals", size * 4),
+            ("state_signals", size * 4),
+        ):
+            self._starts[name] = total
+            total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._memory = torch.zeros(total, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(device)
+        store.set(f"peers-{rank}", _export(self._memory))
+        self._others = {peer: _import(store.get(f"peers-{peer}"), device) for peer in range(size) if peer != rank}
+        bases = [self._others.get(peer, self._memory).data_ptr() for peer in range(size)]
+
+        heads = (num_rows, shape.num_heads)
+        self.queries_MHD = self._view("queries", shape.dtype, (*heads, shape.head_dim))
+        self.outs_MHD = self._view("outs", shape.dtype, (*heads, shape.head_dim))
+        self.lses_MH = self._view("lses", torch.float32, heads)
+        self.query_signals_N = self._view("query_signals", torch.int32, (size,))
+        self.state_signals_N = self._view("state_signals", torch.int32, (size,))
+        lse_bytes = shape.num_heads * 4
+        self.query_inbox = self._inbox(bases, ("queries", row_bytes), None, "query_signals")
+        self.state_inbox = self._inbox(bases, ("outs", row_bytes), ("lses", lse_bytes), "state_signals")
+        self.abort_1 = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        """Not 0: nobody waits for a signal any more."""
+
+    def place(self, peer: int, index: int) -> int:
+        """The row, here, of the `index`-th row that goes to or comes from a peer."""
+        return self._slot(self.rank, peer) * self.rows + index
+
+    def abort(self) -> None:
+        """End every wait, present and to come: the epoch is over, and what its steps still compute means nothing."""
+        self.abort_1.fill_(1)
+
+    def _slot(self, owner: int, peer: int) -> int:
+        """Which of the slots of `owner` belongs to `peer`."""
+        return peer if peer < owner else peer - 1
+
+    def _view(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        start = self._starts[name]
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        return self._memory[start : start + nbytes].view(dtype).view(shape)
+
+    def _inbox(self, bases: list[int], rows: tuple[str, int], lses: tuple[str, int] | None, signals: str) -> Inbox:
+        """Where this instance pushes: its slot at each peer (at its own rank: nothing)."""
+
+        def address(peer: int, part: tuple[str, int] | None) -> int:
+            if part is None or peer == self.rank:
+                return 0
+            name, nbytes = part
+            return bases[peer] + self._starts[name] + self._slot(peer, self.rank) * self.rows * nbytes
+
+        table = [
+            [address(peer, rows) for peer in range(self.size)],
+            [address(peer, lses) for peer in range(self.size)],
+            [bases[peer] + self._starts[signals] + 4 * self.rank for peer in range(self.size)],
+        ]
+        return Inbox(torch.tensor(table, dtype=torch.int64, device=self._memory.device))
+
+
+class _Handle(msgspec.Struct, frozen=True, array_like=True):
+    """What torch says of memory that another process may open, in its order (`torch.multiprocessing` passes the same)."""
+
+    device: int
+    handle: bytes
+    size: int
+    offset: int
+    ref_counter: bytes
+    ref_counter_offset: int
+    event: bytes
+    event_is_needed: bool
+
+
+def _export(memory: torch.Tensor) -> bytes:
+    storage: Any = memory.untyped_storage()
+    return msgspec.msgpack.encode(_Handle(*storage._share_cuda_()))
+
+
+def _import(exported: bytes, device: torch.device) -> torch.Tensor:
+    """Another process's memory, mapped for our own device: only its address means anything."""
+    handle = msgspec.msgpack.decode(exported, type=_Handle)
+    # the exporter has synchronised, so its event is not waited for
+    ours = msgspec.structs.replace(handle, device=device.index, event_is_needed=False)
+    storage_type: Any = torch.UntypedStorage
+    storage = storage_type._new_shared_cuda(*msgspec.structs.astuple(ours))
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

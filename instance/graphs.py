@@ -1,0 +1,135 @@
+"""Decode steps as CUDA graphs: captured once for each bucket of rows, then only fed.
+
+A step of decode rows (`StepPlan.is_decode`) is padded to the next bucket. Its tables lie at fixed addresses
+(`kernels.upload.FixedTables`); padding rows write no KV and attend to nothing. With peers, each bucket has a second graph in
+which rows travel (`distattn.decode`): all members of a party run theirs in the same step.
+"""
+
+from array import array
+from dataclasses import dataclass
+
+import torch
+
+from distattn.decode import DecodeStep, decode_kernel
+from distattn.layout import Layout
+from distattn.peers import PeerMemory
+from instance.model import Model
+from instance.scheduler import MAX_DECODE_ROWS, StepPlan
+from kernels.upload import FixedTables
+from kvstore.storage import KVStorage
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_DECODE_ROWS)
+"""Rows of the captured steps. Up to 64 rows reading the weights is what takes time, so a bucket's padding is nearly free."""
+
+
+_NOTHING = StepPlan(
+    token_ids_T=[],
+    positions_T=[],
+    pending=[],
+    sampled=[],
+    slots_T=[],
+    layout=Layout(num_rows=0, own=[], dispatched_rows=[], dispatched={}, received={}, others=[]),
+    samples_anywhere=False,
+    is_decode=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    tables: FixedTables
+    attention: DecodeStep
+    graph: torch.cuda.CUDAGraph
+    logits_rows_R: torch.Tensor
+    """What the graph reads must live as long as it does."""
+    logits_RV: torch.Tensor | None
+
+
+class DecodeGraphs:
+    """All captured steps of one instance. To be used in the thread, and on the stream, that runs its other steps."""
+
+    def __init__(self, model: Model, storage: KVStorage, previous_tokens: torch.Tensor, peers: PeerMemory | None) -> None:
+        """Captures every bucket, alone and with `peers`. `previous_tokens`: where each step leaves its samples for the next."""
+        self._model = model
+        self._storage = storage
+        self._previous_tokens = previous_tokens
+        self._peers = peers
+        self._kernel = decode_kernel(storage, model.shape)
+        self._memory = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        for rows in sorted(BUCKETS, reverse=True):  # the largest first: the others fit in the memory it took
+            self._capture(rows, None)
+            if peers is not None:
+                self._capture(rows, peers)
+        if peers is not None:
+            self._capture(0, peers)
+
+    def can_run(self, plan: StepPlan) -> bool:
+        """Whether the step is one of those captured."""
+        return plan.is_decode and (self._peers is not None or not _is_shared(plan))
+
+    def run(self, plan: StepPlan) -> torch.Tensor | None:
+        """Queue the step: logits `[T, V]` of its rows, if it has any, in memory that the next step overwrites."""
+        num_rows = len(plan.token_ids_T)
+        graph = self._graphs[_bucket(num_rows), _is_shared(plan)]
+        _fill(graph.tables, graph.attention, plan)
+        graph.graph.replay()
+        return None if graph.logits_RV is None else graph.logits_RV[:num_rows]
+
+    def graph(self, num_rows: int) -> torch.cuda.CUDAGraph:
+        """The graph that runs so many rows alone. To measure with: it runs the tables of its last step again."""
+        return self._graphs[_bucket(num_rows), False].graph
+
+    def _capture(self, num_rows: int, peers: PeerMemory | None) -> None:
+        tables = FixedTables(
+            {"token_ids": num_rows, "positions": num_rows, "sources": num_rows}
+            | DecodeStep.table_sizes(self._storage, num_rows, peers),
+            self._model.device,
+        )
+        attention = DecodeStep(self._storage, self._model.shape, tables, num_rows, self._kernel, peers)
+        logits_rows_R = torch.arange(num_rows, device=self._model.device)
+
+        def forward() -> torch.Tensor | None:
+            if not num_rows:
+                for layer in range(self._model.num_layers):
+                    attention.serve(layer)
+                return None
+            sources_T = tables["sources"]
+            sampled_T = self._previous_tokens[sources_T.clamp(min=0)]
+            token_ids_T = torch.where(sources_T >= 0, sampled_T, tables["token_ids"])
+            return self._model.forward(token_ids_T, tables["positions"], logits_rows_R)
+
+        self._model.context.attention = attention
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.inference_mode():
+                _fill(tables, attention, _NOTHING)
+                forward()  # what is compiled or allocated once must not happen in the capture
+                torch.cuda.synchronize(self._model.device)
+                # other threads go on: NCCL's watchdog asks its events meanwhile
+                with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                    logits_RV = forward()
+        finally:
+            self._model.context.attention = None
+        self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, logits_RV)
+
+
+def _bucket(num_rows: int) -> int:
+    return next(rows for rows in (0, *BUCKETS) if rows >= num_rows)
+
+
+def _is_shared(plan: StepPlan) -> bool:
+    return bool(plan.layout.dispatched or plan.layout.received)
+
+
+def _fill(tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> None:
+    """Write all tables of the step and send them; rows beyond its own are padding."""
+    padding = [0] * (attention.num_rows - len(plan.token_ids_T))
+    sources = array("i", [-1] * attention.num_rows)
+    for row, sample in plan.pending:
+        sources[row] = sample
+    tables.begin()
+    tables.write("token_ids", array("i", plan.token_ids_T + padding))
+    tables.write("positions", array("i", plan.positions_T + padding))
+    tables.write("sources", sources)
+    attention.plan(plan.layout, plan.slots_T)
+    tables.upload()

@@ -1,0 +1,97 @@
+"""One rank of two that decode together by `distattn.peers`; run by `tests/distattn/test_peers.py` under torchrun.
+
+The same prompts are answered by each instance alone, and with their KV and their prefill on both: the tokens must be equal.
+"""
+
+import os
+import sys
+from array import array
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import torch
+import torch.distributed
+from _loop import Cell, Loop
+from transformers import LlamaConfig
+
+from instance.cell import EpochGroup, open_store
+from instance.model import random_model
+from instance.warmup import warm_up
+from kvstore.storage import KVStorage
+
+PROMPTS = (300, 65, 7, 128, 1000)
+NEW = 40
+BLOCK = 64
+
+
+def main() -> None:
+    rank = int(os.environ["RANK"])
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        max_position_embeddings=4096,
+    )
+    model = random_model(config, torch.float32, device, seed=3)
+    for parameter in model.module.parameters():
+        parameter.data.mul_(3)  # away from ties
+    model.fuse("triton")
+    assert model.fused is not None
+    storage = KVStorage(
+        num_layers=3, num_blocks=200, block_size=BLOCK, num_kv_heads=2, head_dim=64, dtype=torch.float32, device=device
+    )
+    warm_up(model, storage, "triton")
+    meeting = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
+    stores = []
+    if rank == 0:
+        store, address = open_store("127.0.0.1", 60)
+        stores.append(store)
+        meeting.set("address", address)
+    group = EpochGroup(
+        store_address=meeting.get("address").decode(),
+        host="127.0.0.1",
+        epoch=1,
+        rank=rank,
+        size=2,
+        device=device,
+        timeout_s=60,
+    )
+    loop = Loop(model, storage, chunk_tokens=256, cell=Cell(rank, 2, group.store, group.group))
+    group.barrier()
+    prompts = [array("I", torch.randint(1000, (n,), generator=torch.Generator().manual_seed(n)).tolist()) for n in PROMPTS]
+
+    if rank == 0:
+        for seq, prompt in enumerate(prompts):
+            loop.admit(seq, prompt, [len(prompt), 0], NEW)
+        loop.steps(1 << 30)
+    group.barrier()
+    loop.join([0, 1])
+    for seq, prompt in enumerate(prompts):
+        away = len(prompt) // 2
+        loop.admit(100 + seq, prompt, [len(prompt) - away, away], NEW)
+    while loop.is_busy(100) or any(loop.is_busy(100 + seq) for seq in range(len(prompts))):
+        loop.steps(1)
+    if rank == 0:
+        for seq in range(len(prompts)):
+            alone, shared = loop.tokens[seq], loop.tokens[100 + seq]
+            assert len(alone) == NEW
+            assert alone == shared, (seq, alone, shared)
+        assert loop.runner.shared_graph_steps > NEW // 2, "the steps did not run as graphs"
+        print("EQUAL", flush=True)
+    group.barrier()
+    loop.close()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)
