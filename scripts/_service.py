@@ -42,7 +42,9 @@ class ServiceConfig:
 
     model: str
     instances: int
-    kv_tokens: int
+    kv_tokens: int | None
+    """Of each instance; None: on a GPU, what its memory holds."""
+    kv_memory: float | None = None
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
@@ -140,6 +142,7 @@ def _instances(config: ServiceConfig, address: str) -> list[str]:
         "--gmanager": address,
         "--model": config.model,
         "--kv-tokens": config.kv_tokens,
+        "--kv-memory": config.kv_memory,
         "--device": config.device,
         "--dtype": config.dtype,
         "--threads": config.threads,

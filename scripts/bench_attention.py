@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""Partial attention over paged KV beside what others offer, on one GPU and in one run.
+
+Decode: one row a sequence, pages of 64 tokens in random order, `(out, lse)` out. FlashInfer (if it is installed) by its
+fastest backend, planned beforehand as ours is; cuDNN and flash through torch, on KV that lies contiguous. All in GB/s of KV
+read, beside the bandwidth of a device copy. Prefill: a chunk's rows against a long prefix, TFLOP/s. K, V and q are random
+normal; a case whose KV is smaller than four times the L2 cache rotates over several copies of it. Every output is compared
+with the others' before it is timed.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from _measure import Row, copy_bandwidth, graph_ms, matmul_tflops, show, write_json
+
+from kernels.decode_attention import DecodeAttention, RowReading
+from kernels.paged_attention import AttentionSizes, PagedAttention, Segment
+from kernels.paged_attention_tiles import TiledAttention
+
+PAGE = 64
+HEAD_DIM = 128
+HEADS = ((32, 8), (64, 8), (32, 32))
+DECODES = {
+    "1 x 128K": [131072],
+    "1 x 1M": [1048576],
+    "8 x 128K": [131072] * 8,
+    "64 x 8K": [8192] * 64,
+    "1 x 1M + 63 x 4K": [1048576] + [4096] * 63,
+}
+PREFILLS = ((2048, 131072), (8192, 131072))
+L2_CACHES = 4
+MOST_ERROR = 1e-2
+"""Relative RMS between outputs in bf16; two right ones differ by about 3e-3."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """KV of some sequences in one paged pool, `copies` times over, and a row for each."""
+
+    lens: list[int]
+    heads: tuple[int, int]
+    kv_2BPKD: list[torch.Tensor]
+    block_ids: list[list[int]]
+    q_THD: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.lens) * self.heads[1] * HEAD_DIM * 2 * 2
+
+    @staticmethod
+    def make(lens: list[int], heads: tuple[int, int], rows: int | None = None) -> "Case":
+        blocks = [-(-n // PAGE) for n in lens]
+        size = sum(blocks)
+        each = 2 * size * PAGE * heads[1] * HEAD_DIM * 2
+        copies = 1 + L2_CACHES * torch.cuda.get_device_properties(0).L2_cache_size // each
+        pools = [torch.empty(2, size, PAGE, heads[1], HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+        for pool in pools:
+            for piece in pool.view(-1).split(1 << 28):
+                piece.normal_()
+        order = torch.randperm(size).tolist()
+        ids = [[order.pop() for _ in range(count)] for count in blocks]
+        q_THD = torch.randn(rows or len(lens), heads[0], HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        return Case(lens, heads, pools, ids, q_THD)
+
+
+Result = tuple[torch.Tensor, torch.Tensor]
+Attention = Callable[[torch.Tensor], Result]
+"""From one copy of the KV to `(out, lse)`."""
+
+
+def ours(case: Case) -> Attention:
+    kernel = DecodeAttention(sizes_of(case))
+    readings = [RowReading(i, ids, n) for i, (ids, n) in enumerate(zip(case.block_ids, case.lens, strict=True))]
+    tables = kernel.upload_tables(readings)
+    out_THD = torch.full_like(case.q_THD, math.nan)
+    lse_TH = torch.full(case.q_THD.shape[:2], math.nan, device="cuda")
+
+    def run(kv_2BPKD: torch.Tensor) -> Result:
+        kernel.run(case.q_THD, kv_2BPKD, HEAD_DIM**-0.5, tables, out_THD=out_THD, lse_TH=lse_TH)
+        return out_THD, lse_TH
+
+    return run
+
+
+def flashinfer(case: Case) -> Attention:
+    import flashinfer
+
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    # tensor cores, FA2: of its backends the fastest in every case of this benchmark (FA3 reached 312 to 3626 GB/s)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True, backend="fa2")
+    ends = [0]
+    for ids in case.block_ids:
+        ends.append(ends[-1] + len(ids))
+    wrapper.plan(
+        torch.tensor(ends, dtype=torch.int32),
+        torch.tensor([i for ids in case.block_ids for i in ids], dtype=torch.int32, device="cuda"),
+        torch.tensor([(n - 1) % PAGE + 1 for n in case.lens], dtype=torch.int32),
+        *case.heads,
+        HEAD_DIM,
+        PAGE,
+        q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16,
+    )
+    out_THD = torch.empty_like(case.q_THD)
+    lse_TH = torch.empty(case.q_THD.shape[:2], device="cuda")
+
+    def run(kv_2BPKD: torch.Tensor) -> Result:
+        wrapper.run(case.q_THD, (kv_2BPKD[0], kv_2BPKD[1]), out=out_THD, lse=lse_TH, return_lse=True)
+        return out_THD, lse_TH  # its lse is base 2
+
+    return run
+
+
+def torch_op(case: Case, name: str) -> Attention:
+    """cuDNN or flash on contiguous KV of sequences of one length."""
+    op: Any = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention")
+    count, length = len(case.lens), case.lens[0]
+    num_heads, num_kv_heads = case.heads
+    q = case.q_THD.view(count, -1, num_heads, HEAD_DIM).transpose(1, 2)
+
+    def run(kv_2BPKD: torch.Tensor) -> Result:
+        k, v = (x.view(count, length, num_kv_heads, HEAD_DIM).transpose(1, 2) for x in kv_2BPKD)
+        if name == "cudnn":
+            out, lse = op(q, k, v, None, True, 0.0, False, False, scale=HEAD_DIM**-0.5)[:2]
+        else:
+            out, lse = op(q, k, v, 0.0, False, False, scale=HEAD_DIM**-0.5)[:2]
+        return out.transpose(1, 2), lse
+
+    return run
+
+
+def decode(heads: tuple[int, int], name: str, lens: list[int], theirs: Sequence[str], copy: float) -> Row:
+    case = Case.make(lens, heads)
+    row: Row = {"heads": f"{heads[0]}/{heads[1]}", "case": name, "ours": 0.0}
+    run = ours(case)
+    row["ours"] = rate = bandwidth(case, run)
+    out_THD, lse_TH = (x.float().clone() for x in run(case.kv_2BPKD[0]))
+    if "flashinfer" in theirs:
+        other = flashinfer(case)
+        want_out, want_lse = other(case.kv_2BPKD[0])
+        check(name, out_THD, want_out.float())
+        check(f"{name}: lse", lse_TH, want_lse * math.log(2))
+        row["FlashInfer"] = fastest = bandwidth(case, other)
+        row["ours / FlashInfer"] = rate / fastest
+    if len(set(lens)) == 1:
+        for op in ("cudnn", "flash"):
+            if op == "flash" and heads[0] != heads[1]:
+                continue  # torch's flash op takes no grouped heads
+            row[op] = bandwidth(case, torch_op(case, op))
+    row["ours / copy"] = rate / copy
+    return row
+
+
+def prefill(heads: tuple[int, int], rows: int, tokens: int, *, consecutive: bool, with_tiles: bool) -> Row:
+    case = Case.make([tokens], heads, rows)
+    if consecutive:
+        case.block_ids[0].sort()
+    flops = 4 * rows * tokens * heads[0] * HEAD_DIM
+    tiles = TiledAttention(sizes_of(case), backend="triton")
+    tiles.warm_up(case.kv_2BPKD[0])
+    plan = PagedAttention.plan(
+        [Segment(0, rows, tuple(case.block_ids[0]), (tokens,) * rows)],
+        rows,
+        block_size=PAGE,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=HEAD_DIM,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda", 0),
+        backend="triton",
+        tiles=tiles if with_tiles else None,
+    )
+    out_THD = torch.full_like(case.q_THD, math.nan)
+    lse_TH = torch.full(case.q_THD.shape[:2], math.nan, device="cuda")
+    kv_2BPKD = case.kv_2BPKD[0]
+    paged_ms = graph_ms(
+        lambda: plan.run(case.q_THD, kv_2BPKD, HEAD_DIM**-0.5, out_THD=out_THD, lse_TH=lse_TH), calls=1, replays=5
+    )
+    flat_2BPKD = kv_2BPKD.index_select(1, torch.tensor(case.block_ids[0], device="cuda"))
+    cudnn = torch_op(case, "cudnn")
+    check("prefill", out_THD.float(), cudnn(flat_2BPKD)[0].flatten(0, 1).float())
+    cudnn_ms = graph_ms(lambda: cudnn(flat_2BPKD), calls=1, replays=5)
+    return {
+        "heads": f"{heads[0]}/{heads[1]}",
+        "rows": rows,
+        "tokens": tokens,
+        "blocks": "consecutive" if consecutive else "scattered",
+        "kernel": "tiles" if with_tiles else "pages",
+        "ours": flops / paged_ms / 1e9,
+        "cuDNN, contiguous": flops / cudnn_ms / 1e9,
+        "ours / cuDNN": cudnn_ms / paged_ms,
+    }
+
+
+def sizes_of(case: Case) -> AttentionSizes:
+    return AttentionSizes(
+        num_rows=0,
+        block_size=PAGE,
+        num_heads=case.heads[0],
+        num_kv_heads=case.heads[1],
+        head_dim=HEAD_DIM,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda", 0),
+    )
+
+
+def bandwidth(case: Case, run: Attention) -> float:
+    """GB/s of KV, over copies of the KV in turn."""
+    copies = case.kv_2BPKD
+
+    def once() -> None:
+        for kv_2BPKD in copies:
+            run(kv_2BPKD)
+
+    return case.nbytes * len(copies) / graph_ms(once, calls=max(1, 8 // len(copies))) / 1e6
+
+
+def check(what: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    error = float((got - want).norm() / want.norm())
+    if not error <= MOST_ERROR:
+        raise SystemExit(f"{what}: outputs differ by {error:.2e} (relative RMS)")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench_attention.json"))
+    parser.add_argument("--only", choices=("decode", "prefill"), help="one half")
+    parser.add_argument("--without", nargs="*", default=[], choices=("flashinfer",), help="what not to compare with")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_attention: needs a GPU", file=sys.stderr)
+        return 2
+    theirs = [name for name in ("flashinfer",) if name not in args.without]
+    report: Row = {"copy_GB/s": copy_bandwidth(), "matmul_TFLOP/s": matmul_tflops(), "decode_GB/s": [], "prefill_TFLOP/s": []}
+    print(f"copy {report['copy_GB/s']:.0f} GB/s, 8192^3 product {report['matmul_TFLOP/s']:.0f} TFLOP/s")
+    if args.only != "prefill":
+        for heads in HEADS:
+            for name, lens in DECODES.items():
+                report["decode_GB/s"].append(decode(heads, name, lens, theirs, report["copy_GB/s"]))
+                torch.cuda.empty_cache()
+                write_json(args.out, report)
+        show(report["decode_GB/s"], "Decode, GB/s of KV")
+    if args.only != "decode":
+        for rows, tokens in PREFILLS:
+            for consecutive, with_tiles in ((True, True), (False, True), (False, False)):
+                row = prefill(HEADS[0], rows, tokens, consecutive=consecutive, with_tiles=with_tiles)
+                report["prefill_TFLOP/s"].append(row)
+                write_json(args.out, report)
+        show(report["prefill_TFLOP/s"], "Prefill, TFLOP/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Steps of one instance on one GPU: random weights of the Llama-3.1-8B shape (or of `--config`), bf16, no service around it.
+
+Decode: sequences whose KV is random (std 0.5) instead of prefilled. `step` is what the loop of an instance reaches (propose,
+derive, launch, commit, two deep), by the host's clock over many steps; `graph` the same step's captured graph replayed alone,
+by device events; their difference is what the host's work costs. `products` is the step's matrix products alone in a graph, and
+`no attention` the captured step without its attention kernels. `floor` is (weights + KV) over the copy bandwidth of this run.
+Prefill: whole prompts of random tokens through the same loop.
+"""
+
+import argparse
+import statistics
+import sys
+from array import array
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from _dummy import bytes_read, make, token_bytes
+from _loop import Loop
+from _measure import Row, copy_bandwidth, event_ms, graph_ms, matmul_tflops, show, write_json
+
+from distattn.shape import PackedRows
+from instance.model import Model
+from kernels.layer_ops import linear
+from kvstore.storage import KVStorage
+
+DECODES = ((1, 1024), (1, 32768), (1, 131072), (1, 524288), (64, 1024), (64, 8192))
+ROWS = (1, 8, 64)
+PREFILLS = (32768, 131072)
+STEPS = 60
+
+
+class NoAttention:
+    """Stores KV as a step does, and attends to nothing."""
+
+    def __init__(self, model: Model, storage: KVStorage, rows: int) -> None:
+        self._heads = model.shape.num_heads
+        self._storage = storage
+        self._slots_T = torch.arange(rows, dtype=torch.int32, device=model.device)
+
+    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the model is not fused")
+
+    def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
+        return rows.rotate_and_store(self._heads, self._storage.layer(layer), self._slots_T, "triton")
+
+    def store_packed(self, layer: int, rows: PackedRows) -> None:
+        self.run_packed(layer, rows)
+
+
+def products_ms(model: Model, rows: int) -> float:
+    """Milliseconds of a step's matrix products alone, by the faster of torch's and ours for each shape."""
+    assert model.fused is not None  # checked in main
+    weights = model.fused.matrices()
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], dtype=weight.dtype, device="cuda") for weight in weights}
+
+    def run(backend: str) -> float:
+        return graph_ms(lambda: [linear(inputs[w.shape[1]], w, backend=backend) for w in weights], calls=1)
+
+    return min(run("torch"), run("triton"))
+
+
+def no_attention_ms(model: Model, storage: KVStorage, rows: int) -> float:
+    ids_T = torch.arange(rows, device="cuda")
+    model.context.attention = NoAttention(model, storage, rows)
+    try:
+        return graph_ms(lambda: model.forward(ids_T, ids_T, ids_T), calls=1)
+    finally:
+        model.context.attention = None
+
+
+def decode(loop: Loop, rows: int, tokens: int, model: Model, copy: float) -> Row:
+    graphs = loop.runner.graphs
+    assert graphs is not None  # for mypy: this script needs a GPU
+    for seq in range(rows):
+        loop.place(seq, [tokens], STEPS + 40)
+    ends = loop.steps(STEPS)
+    between = [b - a for a, b in pairwise(ends[10:])]
+    # the tables of the last step are still in place
+    graph = event_ms(graphs.graph(rows).replay, repeats=15)
+    loop.drain()
+    read = bytes_read(model) + rows * tokens * token_bytes(loop.storage)
+    step = 1e3 * statistics.median(between)
+    floor = read / copy / 1e6
+    return {
+        "rows": rows, "tokens": tokens, "step ms": step, "P99": 1e3 * sorted(between)[int(0.99 * len(between))],
+        "graph ms": graph, "host's part": (step - graph) / step, "floor ms": floor, "step / floor": step / floor,
+    }  # fmt: skip
+
+
+def prefill(loop: Loop, tokens: int, vocab: int) -> Row:
+    prompt = array("I", torch.randint(vocab, (tokens,)).tolist())
+    loop.admit(1 << 20, prompt, [tokens], 1)
+    ends = loop.steps(1 << 30)
+    steps = [b - a for a, b in pairwise(ends)]
+    return {"tokens": tokens, "s": ends[-1], "first step s": ends[0], "last step s": steps[-1] if steps else None}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench_step.json"))
+    parser.add_argument("--config", help="a directory with another model's config.json")
+    parser.add_argument("--kv-tokens", type=int, default=64 * 8192 + 64 * 256)
+    parser.add_argument("--chunk-tokens", type=int, default=8192)
+    parser.add_argument("--only", choices=("products", "decode", "prefill"))
+    parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILLS), help="prompt lengths")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_step: needs a GPU", file=sys.stderr)
+        return 2
+    model, storage = make(args.config, args.kv_tokens, torch.device("cuda", 0))
+    copy, matmul = copy_bandwidth(), matmul_tflops()
+    report: Row = {
+        "copy_GB/s": copy,
+        "matmul_TFLOP/s": matmul,
+        "arguments": vars(args) | {"out": str(args.out)},
+    }
+    print(f"copy {copy:.0f} GB/s, 8192^3 product {matmul:.0f} TFLOP/s, {model.weight_bytes():,} bytes")
+    if args.only in (None, "products"):
+        report["without attention"] = []
+        for rows in ROWS:
+            products, whole = products_ms(model, rows), no_attention_ms(model, storage, rows)
+            row = {"rows": rows, "products ms": products, "no attention ms": whole, "ratio": whole / products}
+            report["without attention"].append(row)
+        show(report["without attention"], "A decode step without attention")
+        write_json(args.out, report)
+    loop = Loop(model, storage, chunk_tokens=args.chunk_tokens)
+    if args.only in (None, "decode"):
+        report["decode"] = []
+        for rows, tokens in DECODES:
+            if rows * (tokens + 256) <= args.kv_tokens:
+                report["decode"].append(decode(loop, rows, tokens, model, copy))
+                write_json(args.out, report)
+        show(report["decode"], "Decode steps")
+    if args.only in (None, "prefill"):
+        report["prefill"] = []
+        for tokens in args.prefill:
+            report["prefill"].append(prefill(loop, tokens, model.vocab_size))
+            loop.drain()
+            write_json(args.out, report)
+        show(report["prefill"], f"Prefill in chunks of {args.chunk_tokens}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
