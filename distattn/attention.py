@@ -15,11 +15,12 @@ import torch
 
 from distattn.exchange import Exchange
 from distattn.layout import Layout, Reading
-from distattn.shape import AttentionShape, PackedRows
+from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, merge_states
-from kernels.paged_attention import AttentionSizes, PagedAttention, Segment
+from kernels.paged_attention import PagedAttention, Segment
 from kernels.paged_attention_tiles import ROW_TILES, TOKEN_TILES, TiledAttention, uses_tiles
+from kernels.paged_attention_tiles import scratch_bytes as tiles_scratch_bytes
 from kernels.upload import upload
 from kvstore.storage import KVStorage
 
@@ -68,6 +69,8 @@ class DistAttention:
             PagedAttention.scratch_bytes(rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, backend)
             for rows in (max_rows, num_peers * max_rows)
         )
+        if backend == "triton" and uses_tiles(ROW_TILES[0], TOKEN_TILES[0], shape.dtype, shape.head_dim):
+            kernels += tiles_scratch_bytes(attention_sizes(shape, 1, device), max(1, num_peers) * max_rows)
         state = shape.num_heads * (shape.head_dim * shape.dtype.itemsize + 4)
         query = shape.num_heads * shape.head_dim * shape.dtype.itemsize
         return max_rows * (state + 2 * num_peers * (state + query)) + kernels
@@ -81,15 +84,9 @@ class DistAttention:
         row_tiles = [rows for rows in ROW_TILES if rows <= max_rows]
         if not row_tiles or not uses_tiles(row_tiles[0], TOKEN_TILES[0], shape.dtype, shape.head_dim):
             return
-        sizes = AttentionSizes(
-            num_rows=0,
-            block_size=self._storage.block_size,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            device=self._device,
-        )
+        if TOKEN_TILES[-1] % self._storage.block_size:
+            return  # a tile must begin where a block does
+        sizes = attention_sizes(shape, self._storage.block_size, self._device)
         self._tiles = TiledAttention(sizes, backend=self._backend, row_tiles=row_tiles)
         self._tiles.warm_up(self._storage.layer(0))
 

@@ -14,11 +14,9 @@ import torch
 
 from distattn.layout import Layout, Reading
 from distattn.peers import PeerMemory
-from distattn.shape import AttentionShape, PackedRows
+from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels import triton_ops
 from kernels.decode_attention import DecodeAttention, DecodeTables, RowReading
-from kernels.kv_blocks import store_kv
-from kernels.paged_attention import AttentionSizes
 from kernels.peer_rows import push_rows, wait_rows
 from kernels.upload import FixedTables
 from kvstore.storage import KVStorage
@@ -26,17 +24,7 @@ from kvstore.storage import KVStorage
 
 def decode_kernel(storage: KVStorage, shape: AttentionShape) -> DecodeAttention:
     """The kernel that all `DecodeStep`s of an instance share."""
-    return DecodeAttention(
-        AttentionSizes(
-            num_rows=0,
-            block_size=storage.block_size,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            device=storage.data_L2BPKD.device,
-        )
-    )
+    return DecodeAttention(attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device))
 
 
 class DecodeStep:
@@ -107,12 +95,6 @@ class DecodeStep:
             write("others", served)
             blocks += served_blocks
         write("blocks", blocks)
-
-    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
-        """As `DistAttention.run`."""
-        kv_2BPKD = self._storage.layer(layer)
-        store_kv(k_TKD, v_TKD, kv_2BPKD, self._tables["slots"].long(), backend="triton")
-        return self._attend(q_THD.contiguous(), kv_2BPKD)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `DistAttention.run_packed`."""

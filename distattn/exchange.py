@@ -28,6 +28,18 @@ class Group(Protocol):
     def _end_coalescing(self) -> Work: ...
 
 
+class Store(Protocol):
+    """The part of torch's stores that is used here."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        """Waits for the key."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all are there."""
+
+
 class ExchangeError(RuntimeError):
     """Another instance can't be reached any more; the message says which."""
 

@@ -9,24 +9,16 @@ A slot is written again only after its reader has answered: the home pushes the 
 holder the next state after it has that query. So one buffer and one signal for each pair is enough.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
 
+from distattn.exchange import Store
 from distattn.shape import AttentionShape
 from kernels.peer_rows import Inbox
 
 _ALIGNMENT = 256
-
-
-class Store(Protocol):
-    """The part of torch's stores that is used here."""
-
-    def set(self, key: str, value: bytes) -> None: ...
-
-    def get(self, key: str) -> bytes:
-        """Waits for the key."""
 
 
 class PeerMemory:

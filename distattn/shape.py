@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.layer_ops import rotate_and_store
+from kernels.paged_attention import AttentionSizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +17,19 @@ class AttentionShape:
     head_dim: int
     scale: float
     dtype: torch.dtype
+
+
+def attention_sizes(shape: AttentionShape, block_size: int, device: torch.device) -> AttentionSizes:
+    """What kernels that serve any number of rows are made for."""
+    return AttentionSizes(
+        num_rows=0,
+        block_size=block_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        device=device,
+    )
 
 
 @dataclass(frozen=True, slots=True)

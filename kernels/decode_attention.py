@@ -34,8 +34,6 @@ from kernels.paged_attention import AttentionSizes
 from kernels.upload import upload
 
 MAX_ROWS = 2048
-_ROW_VECTORS = (32, 256, MAX_ROWS)
-"""Rows that the search for a tile's row looks at together: one compiled kernel for each."""
 _INTERPRETER_PROGRAMS = 16
 """Programs where there is no device to fill: few enough to be quick, enough that tests split rows."""
 _MERGE_PIECES = 16
@@ -68,6 +66,15 @@ class DecodeConfig:
     num_stages: int
     programs_per_processor: int
     use_tma: bool
+
+    @property
+    def max_registers(self) -> int:
+        """Of a thread, so that all programs of a processor fit: 65,536 in a processor, at most 255 in a thread.
+
+        Left to itself the compiler took 189 for tables of many rows, and a third program no longer fitted: on an H200 64 rows
+        of 8K ran at 3474 GB/s, where few long rows ran at 4420. 168 cost it 8 bytes of stack.
+        """
+        return min(255, 65536 // (self.programs_per_processor * 32 * self.num_warps) // 8 * 8)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -111,11 +118,24 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     return acc_MD, new_M, sum_M
 
 
+@triton.jit
+def _row_of(ends_ptr, num_rows, tile):  # type: ignore[no-untyped-def]
+    """The row that a tile belongs to: the first whose end lies beyond it, by bisection."""
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        is_before = tl.load(ends_ptr + middle) <= tile
+        low = tl.where(is_before, middle + 1, low)
+        high = tl.where(is_before, high, middle)
+    return low
+
+
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_src, v_src, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, blocks_ptr, num_rows,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_lh, stride_b, stride_p, stride_k, log2_scale,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over this slot's tiles and one KV head."""
@@ -130,13 +150,11 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         return
     tile = slot * tile_count // slots
     last = (slot + 1) * tile_count // slots
-    row_R = tl.arange(0, ROWS)
-    ends_R = tl.load(rows_ptr + 3 * size + 1 + row_R, mask=row_R < num_rows, other=2**31 - 1)
     m_M = tl.arange(0, BLOCK_M)
     dim_D = tl.arange(0, D)
     wait_for_previous(DEPENDENT)
     while tile < last:
-        index = tl.sum((ends_R <= tile).to(tl.int32), 0)
+        index = _row_of(rows_ptr + 3 * size + 1, num_rows, tile)
         tiles_before = tl.load(rows_ptr + 3 * size + index)
         tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
         first_tile = (tile - tiles_before).to(tl.int32)
@@ -307,9 +325,9 @@ class DecodeAttention:
             q_THD, k_src, v_src, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, tables.blocks_N, num_rows,
             *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_2BPKD.stride()[1:4], scale * math.log2(math.e),
             K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, P=sizes.block_size,
-            ROWS=next(rows for rows in _ROW_VECTORS if rows >= num_rows), BLOCK_M=self._block_m, BLOCK_N=config.block_n,
+            BLOCK_M=self._block_m, BLOCK_N=config.block_n,
             USE_TMA=config.use_tma, DEPENDENT=dependent, num_warps=config.num_warps, num_stages=config.num_stages,
-            launch_pdl=dependent,
+            launch_pdl=dependent, maxnreg=config.max_registers,
         )  # fmt: skip
         _merge_kernel[(num_rows, sizes.num_heads)](
             out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, num_rows, self._slots,

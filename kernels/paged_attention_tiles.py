@@ -187,13 +187,8 @@ class TiledAttention:
         return full + [(rows, rows, True) for rows in self._row_tiles]
 
     def scratch_bytes(self, num_rows: int) -> int:
-        """Most bytes that this object and a `run` for so many rows hold beside the arguments, the library's own left out:
-        the buffer; a copy of q; the running state in fp32; and of one tile, two states as the library returns them."""
-        sizes = self.sizes
-        states, itemsize = num_rows * sizes.num_heads, sizes.dtype.itemsize
-        tile = min(num_rows, self._row_tiles[0]) * sizes.num_heads
-        running = states * (sizes.head_dim * (itemsize + 4) + 4)
-        return self._gathered_2SKD.nbytes + running + 2 * tile * (sizes.head_dim * itemsize + 4)
+        """Most bytes that this object and a `run` for so many rows hold beside the arguments, the library's own left out."""
+        return scratch_bytes(self.sizes, num_rows, self._row_tiles[0], self._token_tiles[0])
 
     def warm_up(self, kv_2BPKD: torch.Tensor) -> None:
         """Build every plan and kernel that `run` may need; reads one block of `kv`, a layer of the pool, and writes nothing.
@@ -334,6 +329,18 @@ class TiledAttention:
         last_row = max(call.job.first_row + call.job.num_rows for call in plan.calls)
         if q_THD.shape[0] < last_row:
             raise ValueError(f"the plan covers rows up to {last_row}, q has {q_THD.shape[0]}")
+
+
+def scratch_bytes(sizes: AttentionSizes, num_rows: int, row_tile: int = ROW_TILES[0], token_tile: int = TOKEN_TILES[0]) -> int:
+    """See `TiledAttention.scratch_bytes`, for the largest tiles of rows and tokens.
+
+    The buffer; a copy of q; the running state in fp32; and of one tile, two states as the library returns them.
+    """
+    states, itemsize = num_rows * sizes.num_heads, sizes.dtype.itemsize
+    buffer = 2 * max(row_tile, token_tile) * sizes.num_kv_heads * sizes.head_dim * itemsize
+    tile = min(num_rows, row_tile) * sizes.num_heads
+    running = states * (sizes.head_dim * (itemsize + 4) + 4)
+    return buffer + running + 2 * tile * (sizes.head_dim * itemsize + 4)
 
 
 def attend(q_THD: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, scale: float, is_causal: bool) -> State:
