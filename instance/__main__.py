@@ -43,7 +43,8 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
-    parser.add_argument("--chunk-tokens", type=int, help="most prompt rows in one step (2048 on GPU, 512 on CPU)")
+    parser.add_argument("--chunk-tokens", type=int, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
+    parser.add_argument("--mixed-chunk-tokens", type=int, help="the same beside decodes (512 on GPU, --chunk-tokens on CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads (this machine's cores, shared by its instances)")
     parser.add_argument("--host", default="127.0.0.1", help="where this instance's own sockets listen")
     parser.add_argument("--cell", default="main", help="name of the cell to join")
@@ -53,6 +54,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     if gpu and torch.cuda.device_count() <= launch.local_rank:
         raise ValueError(f"LOCAL_RANK {launch.local_rank} finds no CUDA device: {torch.cuda.device_count()} are seen")
+    chunk_tokens = _given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if gpu else settings.CPU_CHUNK_TOKENS)
     return InstanceConfig(
         gmanager=args.gmanager,
         model=args.model,
@@ -62,7 +64,8 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         device="cuda" if gpu else "cpu",
         dtype=args.dtype,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
-        chunk_tokens=_given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if gpu else settings.CPU_CHUNK_TOKENS),
+        chunk_tokens=chunk_tokens,
+        mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),
         threads=_given(args.threads, settings.default_threads(launch.world_size)),
         host=args.host,
         cell=args.cell,

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from distattn.exchange import Group
-from distattn.peers import Store
+from distattn.exchange import Group, Store
 
 # torch's stubs lack what is made here: dist.TCPStore, and the options of both groups
 dist: Any = torch.distributed

@@ -27,15 +27,19 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of what a layer adds to its input, relative RMS. Another rounding gives a tenth of it; another formula, ten times as much."""
 
 
-class LayerAttention(Protocol):
+class PackedAttention(Protocol):
     """Attention of one layer's rows in the present step: the result is `[T, H, D]`."""
-
-    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor: ...
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor: ...
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """Keep the rows' keys and values, and attend to nothing."""
+
+
+class LayerAttention(PackedAttention, Protocol):
+    """The same for layers that run as transformers has them, too."""
+
+    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,10 @@ class FusedDecoder:
         self._backend = backend
         self._layers = [_merge(layer) for layer in base.layers]
 
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
     def matrices(self) -> list[torch.Tensor]:
         """All that a step multiplies with, `[out, in]`, in order."""
         layers = [matrix for layer in self._layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
@@ -78,7 +86,7 @@ class FusedDecoder:
         token_ids_T: torch.Tensor,
         positions_T: torch.Tensor,
         logits_rows_S: torch.Tensor,
-        attention: LayerAttention,
+        attention: PackedAttention,
         *,
         stores_only_last: bool = False,
     ) -> torch.Tensor:
@@ -97,7 +105,7 @@ class FusedDecoder:
         h_SE = rms_norm(x_SE, self._final_norm_E, self._eps, backend=self._backend)
         return linear(h_SE, self._head.weight, self._head.bias, backend=self._backend)
 
-    def agrees(self, attention: LayerAttention) -> bool:
+    def agrees(self, attention: PackedAttention) -> bool:
         """Whether every layer adds to random rows what transformers' own layer adds, up to rounding.
 
         transformers' layers must be bound to `attention`: `OwnRow` shows a mistake in queries, keys and values alike.
@@ -129,7 +137,7 @@ class FusedDecoder:
         x_TE: torch.Tensor,
         pending_TE: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention: LayerAttention,
+        attention: PackedAttention,
     ) -> torch.Tensor | None:
         """Adds the layer to `x_TE` in place, but for what it returns: the next norm adds that on its way."""
         eps, backend = self._eps, self._backend

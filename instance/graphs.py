@@ -13,7 +13,8 @@ import torch
 from distattn.decode import DecodeStep, decode_kernel
 from distattn.layout import Layout
 from distattn.peers import PeerMemory
-from instance.model import Model
+from distattn.shape import AttentionShape
+from instance.fused import FusedDecoder
 from instance.scheduler import MAX_DECODE_ROWS, StepPlan
 from kernels.upload import FixedTables
 from kvstore.storage import KVStorage
@@ -47,13 +48,22 @@ class _Graph:
 class DecodeGraphs:
     """All captured steps of one instance. To be used in the thread, and on the stream, that runs its other steps."""
 
-    def __init__(self, model: Model, storage: KVStorage, previous_tokens: torch.Tensor, peers: PeerMemory | None) -> None:
+    def __init__(
+        self,
+        decoder: FusedDecoder,
+        shape: AttentionShape,
+        storage: KVStorage,
+        previous_tokens: torch.Tensor,
+        peers: PeerMemory | None,
+    ) -> None:
         """Captures every bucket, alone and with `peers`. `previous_tokens`: where each step leaves its samples for the next."""
-        self._model = model
+        self._decoder = decoder
+        self._shape = shape
         self._storage = storage
+        self._device = storage.data_L2BPKD.device
         self._previous_tokens = previous_tokens
         self._peers = peers
-        self._kernel = decode_kernel(storage, model.shape)
+        self._kernel = decode_kernel(storage, shape)
         self._memory = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         for rows in sorted(BUCKETS, reverse=True):  # the largest first: the others fit in the memory it took
@@ -83,33 +93,29 @@ class DecodeGraphs:
         tables = FixedTables(
             {"token_ids": num_rows, "positions": num_rows, "sources": num_rows}
             | DecodeStep.table_sizes(self._storage, num_rows, peers),
-            self._model.device,
+            self._device,
         )
-        attention = DecodeStep(self._storage, self._model.shape, tables, num_rows, self._kernel, peers)
-        logits_rows_R = torch.arange(num_rows, device=self._model.device)
+        attention = DecodeStep(self._storage, self._shape, tables, num_rows, self._kernel, peers)
+        logits_rows_R = torch.arange(num_rows, device=self._device)
 
         def forward() -> torch.Tensor | None:
             if not num_rows:
-                for layer in range(self._model.num_layers):
+                for layer in range(self._decoder.num_layers):
                     attention.serve(layer)
                 return None
             sources_T = tables["sources"]
             sampled_T = self._previous_tokens[sources_T.clamp(min=0)]
             token_ids_T = torch.where(sources_T >= 0, sampled_T, tables["token_ids"])
-            return self._model.forward(token_ids_T, tables["positions"], logits_rows_R)
+            return self._decoder.forward(token_ids_T, tables["positions"], logits_rows_R, attention)
 
-        self._model.context.attention = attention
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.inference_mode():
-                _fill(tables, attention, _NOTHING)
-                forward()  # what is compiled or allocated once must not happen in the capture
-                torch.cuda.synchronize(self._model.device)
-                # other threads go on: NCCL's watchdog asks its events meanwhile
-                with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                    logits_RV = forward()
-        finally:
-            self._model.context.attention = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode():
+            _fill(tables, attention, _NOTHING)
+            forward()  # what is compiled or allocated once must not happen in the capture
+            torch.cuda.synchronize(self._device)
+            # other threads go on: NCCL's watchdog asks its events meanwhile
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                logits_RV = forward()
         self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, logits_RV)
 
 

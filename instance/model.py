@@ -112,6 +112,16 @@ class Model:
         """Bytes of all parameters."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
+    def reach(self) -> int:
+        """Tokens that a row attends to at the cost of the rest of the model.
+
+        Its products are 2 x parameters operations, attention to a token 4 x heads x head dim in each layer.
+        """
+        embeddings: Any = self.module.get_input_embeddings()
+        rest = sum(p.numel() for p in self.module.parameters()) - embeddings.weight.numel()
+        shape = self.shape
+        return max(1, 2 * int(rest) // (4 * shape.num_heads * shape.head_dim * self.num_layers))
+
     def fingerprint(self) -> str:
         """SHA-256 over the config and, of every weight, its name, shape, type and 64 values: equal models, equal prints."""
         config = self.module.config.to_dict()

@@ -4,18 +4,21 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from distattn.attention import DistAttention
-from distattn.peers import PeerMemory
 from gmanager.wire.messages import TokenLogprob
-from instance.graphs import DecodeGraphs
 from instance.model import Model
 from instance.sampler import sample
 from instance.scheduler import SampledRow, StepPlan
 from kernels.upload import upload
 from kvstore.storage import KVStorage
+
+if TYPE_CHECKING:  # they need Triton, which an instance on the CPU does without
+    from distattn.peers import PeerMemory
+    from instance.graphs import DecodeGraphs
 
 
 @dataclass(slots=True)
@@ -80,14 +83,18 @@ class Runner:
         if self._device.type == "cuda":
             self._driver.submit(torch.cuda.set_device, self._device).result()
 
-    def prepare(self, storage: KVStorage, max_rows: int, peers: PeerMemory | None) -> None:
+    def prepare(self, storage: KVStorage, max_rows: int, peers: "PeerMemory | None") -> None:
         """Build and capture what steps with up to `max_rows` prompt rows need on a GPU: seconds, before the first launch."""
         self._driver.submit(self._prepare, storage, max_rows, peers).result()
 
-    def _prepare(self, storage: KVStorage, max_rows: int, peers: PeerMemory | None) -> None:
+    def _prepare(self, storage: KVStorage, max_rows: int, peers: "PeerMemory | None") -> None:
         with torch.inference_mode():
             self._attention.use_tiles(max_rows)
-        self.graphs = DecodeGraphs(self._model, storage, self._previous_tokens, peers)
+        decoder = self._model.fused
+        if decoder is not None:  # what other models launch is not known to fit a graph
+            from instance.graphs import DecodeGraphs
+
+            self.graphs = DecodeGraphs(decoder, self._model.shape, storage, self._previous_tokens, peers)
 
     def launch(self, plan: StepPlan) -> asyncio.Future[Launched]:
         """Queue a plan behind those before it."""

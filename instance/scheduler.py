@@ -90,14 +90,26 @@ class Tally:
     home_moves: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Prompt rows that an instance runs in one step."""
+
+    chunk_tokens: int
+    """Where no decode waits for the step."""
+    mixed_chunk_tokens: int
+    """Where one does, at the beginning of a prompt."""
+    reach: int
+    """Tokens at which attending to what came before costs a row as much as the rest of the model."""
+
+
 class Scheduler:
     """One instance's sequences within one epoch."""
 
-    def __init__(self, *, epoch: int, rank: int, chunk_tokens: int, rmanager: RManager) -> None:
+    def __init__(self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager) -> None:
         self.epoch = epoch
         self.rank = rank
         self.tally = Tally()
-        self._chunk_tokens = chunk_tokens
+        self._pace = pace
         self._rmanager = rmanager
         self._homes: dict[int, Home] = {}
         self._guests: dict[int, Guest] = {}
@@ -187,7 +199,9 @@ class Scheduler:
             step=step,
             rank=self.rank,
             digest=digest,
-            budget=self._chunk_tokens,
+            budget=self._pace.chunk_tokens,
+            paced_budget=self._pace.mixed_chunk_tokens,
+            reach=self._pace.reach,
             ready=[seq for seq, guest in self._guests.items() if guest.remaining],
             decodes=decodes,
             prefills=prefills,

@@ -13,7 +13,6 @@ from typing import Any
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
-from distattn.peers import PeerMemory
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Transport
 from gmanager.wire.codec import Decoder
@@ -24,8 +23,8 @@ from instance.model import Model
 from instance.party import Party, PartyMessage
 from instance.rmanager import RManager
 from instance.runner import Launched, Runner
-from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Scheduler
-from instance.step import Grouping, derive
+from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
+from instance.step import FAR, Grouping, derive
 from kvstore.storage import KVStorage
 
 log = logging.getLogger("instance")
@@ -268,7 +267,9 @@ class Instance:
             dial=lambda address: self._transport.dial(address, self._party_decoder),
             timeout_s=config.step_timeout_s,
         )
-        scheduler = Scheduler(epoch=join.epoch, rank=join.rank, chunk_tokens=config.chunk_tokens, rmanager=self._rmanager)
+        is_paced = config.mixed_chunk_tokens < config.chunk_tokens
+        pace = Pace(config.chunk_tokens, config.mixed_chunk_tokens, self._model.reach() if is_paced else FAR)
+        scheduler = Scheduler(epoch=join.epoch, rank=join.rank, pace=pace, rmanager=self._rmanager)
         self._epoch = _Epoch(join.epoch, party, scheduler, runner)
         tasks.create_task(party.run())
         tasks.create_task(self._step(self._epoch, tasks))
@@ -277,8 +278,12 @@ class Instance:
 
     def _prepare(self, join: wire.JoinEpoch, group: EpochGroup, runner: Runner) -> None:
         """Build what the epoch's steps need on a GPU."""
+        from distattn.peers import PeerMemory  # it needs Triton, which an instance on the CPU does without
+        from kernels.decode_attention import MAX_ROWS
+
         peers = None
-        if self._config.shares_host and len(join.members) > 1:
+        most_served = (len(join.members) - 1) * MAX_DECODE_ROWS
+        if self._config.shares_host and self._model.fused is not None and 0 < most_served <= MAX_ROWS:
             peers = PeerMemory(
                 store=group.store,
                 rank=join.rank,

@@ -17,6 +17,10 @@ MAX_PROMPTS = 64
 """Most prompts that have rows in one step: each may end in it, and its logits take memory."""
 
 
+FAR = 1 << 60
+"""A `Notice.reach` with which all rows cost the same."""
+
+
 class StepMismatch(Exception):
     """Members of one party derived different steps, or speak of different ones: nothing they compute can be trusted."""
 
@@ -80,7 +84,11 @@ class Notice(Message):
     digest: list[int]
     """Of the step before, field by field (`Step.digest`); empty in a party's first step."""
     budget: int
-    """Prompt rows it would run in this step."""
+    """Prompt rows it would run in a step without decode rows."""
+    paced_budget: int
+    """The same beside decode rows of any member, counted at the beginning of a prompt: rows cost more further on."""
+    reach: int
+    """Tokens before a row at which it costs twice as much as the first row."""
     ready: list[int]
     """Sequences it takes part in prefilling."""
     decodes: list[Decode]
@@ -204,7 +212,9 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     ]
     if not waiting:
         return
-    budget = {notice.rank: notice.budget for notice in notices}
+    is_paced = any(notice.decodes for notice in notices)
+    budget = {notice.rank: notice.paced_budget if is_paced else notice.budget for notice in notices}
+    reach = {notice.rank: notice.reach if is_paced else FAR for notice in notices}
     oldest = min(waiting, key=lambda p: (p.arrival, p.seq))
     kept = {share.rank: (budget[share.rank] + 1) // 2 for share in oldest.shares}
     others = sorted((p for p in waiting if p is not oldest), key=lambda p: (p.end - p.start, p.arrival, p.seq))
@@ -212,7 +222,8 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     for prefill in [*others, oldest]:
         if prefill is oldest:
             kept = {}
-        room = [min(s.tokens, budget[s.rank] - kept.get(s.rank, 0)) for s in prefill.shares]
+        left = {s.rank: budget[s.rank] - kept.get(s.rank, 0) for s in prefill.shares}
+        room = [min(s.tokens, _affordable(left[s.rank], prefill.start, reach[s.rank])) for s in prefill.shares]
         home = prefill.shares[0]
         caps = [min(room[0], home.tokens - 1), *room[1:]] if len(room) > 1 else room
         chunk = [
@@ -220,9 +231,19 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
             for i, start, stop in split_chunk(prefill.start, prefill.end, caps, room)
         ]
         for span in chunk:
-            budget[span.rank] -= span.stop - span.start
+            budget[span.rank] -= _cost(span.stop - span.start, prefill.start, reach[span.rank])
         if chunk:
             yield prefill, chunk
+
+
+def _affordable(budget: int, start: int, reach: int) -> int:
+    """Rows from position `start` on that a budget pays for: at least one, so that a prompt never stands still."""
+    return max(1, ((budget + 1) * reach - 1) // (reach + start)) if budget > 0 else 0
+
+
+def _cost(rows: int, start: int, reach: int) -> int:
+    """Of a budget: a row after `reach` tokens costs two (Medha: chunks shrink as the prefix grows, so that decodes hold)."""
+    return rows * (reach + start) // reach
 
 
 def _with_spans(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holding]:

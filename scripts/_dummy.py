@@ -5,7 +5,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig
 
+from distattn.attention import DistAttention
+from instance.config import GPU_KV_MEMORY
+from instance.memory import measure
 from instance.model import Model, random_model
+from instance.sampler import scratch_bytes
+from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage
 
@@ -24,8 +29,8 @@ STD = 0.5
 """Of the KV that stands in for what a prefill would have written."""
 
 
-def make(config: str | None, kv_tokens: int, device: torch.device) -> tuple[Model, KVStorage]:
-    """The Llama-3.1-8B shape, or that of a directory's config.json; bf16 and fused on a GPU, fp32 elsewhere. Warm."""
+def make_model(config: str | None, device: torch.device) -> Model:
+    """The Llama-3.1-8B shape, or that of a directory's config.json; bf16 and fused on a GPU, fp32 elsewhere."""
     on_gpu = device.type == "cuda"
     settings = AutoConfig.from_pretrained(config) if config else LlamaConfig.from_dict(LLAMA_3_1_8B)
     model = random_model(settings, torch.bfloat16 if on_gpu else torch.float32, device, seed=0)
@@ -33,6 +38,29 @@ def make(config: str | None, kv_tokens: int, device: torch.device) -> tuple[Mode
         model.fuse("triton")
         if model.fused is None:
             raise SystemExit("this model's layers don't run fused: there is nothing to measure")
+    return model
+
+
+def pool_tokens(model: Model, chunk_tokens: int, cell_size: int) -> int:
+    """Tokens of KV that an instance with `--kv-memory 0.92` holds (`instance.start.size_pool`)."""
+    rows = chunk_tokens + MAX_DECODE_ROWS
+    budget = measure(
+        model,
+        fraction=GPU_KV_MEMORY,
+        rows=rows,
+        sampled=MAX_SAMPLES,
+        attention=DistAttention.scratch_bytes(model.shape, rows, cell_size - 1, model.device, "triton"),
+        sampling=scratch_bytes(MAX_SAMPLES, model.vocab_size),
+    )
+    for line in budget.describe():
+        print(line)
+    shape = model.shape
+    token = 2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+    return budget.num_blocks(BLOCK * token) * BLOCK
+
+
+def make_storage(model: Model, kv_tokens: int) -> KVStorage:
+    """A pool of random KV; afterwards all is warm."""
     shape = model.shape
     storage = KVStorage(
         num_layers=model.num_layers,
@@ -41,13 +69,13 @@ def make(config: str | None, kv_tokens: int, device: torch.device) -> tuple[Mode
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         dtype=shape.dtype,
-        device=device,
+        device=model.device,
     )
     for layer in range(model.num_layers):
         for piece in torch.split(storage.layer(layer).view(-1), 1 << 28):
             piece.normal_(std=STD)
-    warm_up(model, storage, "triton" if on_gpu else "torch")
-    return model, storage
+    warm_up(model, storage, "triton" if model.device.type == "cuda" else "torch")
+    return storage
 
 
 def bytes_read(model: Model) -> int:

@@ -13,17 +13,18 @@ import msgspec
 import torch
 
 from distattn.attention import DistAttention
-from distattn.exchange import Exchange, Group
+from distattn.exchange import Exchange, Group, Store
 from distattn.layout import Holding
-from distattn.peers import PeerMemory, Store
+from distattn.peers import PeerMemory
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.messages import Admit, Message, Outputs, SequenceParams, Share, pack_tokens
+from instance.config import GPU_MIXED_CHUNK_TOKENS
 from instance.model import Model
 from instance.party import Party, PartyMessage
 from instance.rmanager import RManager
 from instance.runner import Launched, Runner
-from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Scheduler
+from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
 from instance.step import Grouping, Handoff, derive
 from kvstore.storage import KVStorage
 
@@ -43,7 +44,15 @@ class Cell:
 class Loop:
     """One instance's loop; alone, or in a cell of which all members call the same methods in the same order."""
 
-    def __init__(self, model: Model, storage: KVStorage, *, chunk_tokens: int, cell: Cell | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        storage: KVStorage,
+        *,
+        chunk_tokens: int,
+        mixed_chunk_tokens: int = GPU_MIXED_CHUNK_TOKENS,
+        cell: Cell | None = None,
+    ) -> None:
         on_gpu = model.device.type == "cuda"
         self.rank, size = (0, 1) if cell is None else (cell.rank, cell.size)
         self.storage = storage
@@ -68,12 +77,14 @@ class Loop:
                 )
             self.runner.prepare(storage, chunk_tokens, peers)
         self._rmanager = RManager(storage.num_blocks, storage.block_size)
-        self._scheduler = Scheduler(epoch=1, rank=self.rank, chunk_tokens=chunk_tokens, rmanager=self._rmanager)
+        pace = Pace(chunk_tokens, min(chunk_tokens, mixed_chunk_tokens), model.reach())
+        self._scheduler = Scheduler(epoch=1, rank=self.rank, pace=pace, rmanager=self._rmanager)
         self._running: asyncio.Future[Launched] | None = None
         self._seqs: dict[int, None] = {}
         self.tokens: dict[int, list[int]] = {}
         """What each sequence whose home is here has generated."""
         self._groupings = 0
+        self._cell = cell
         self._events = asyncio.Runner()
         self._events.run(self._open(cell))
 
@@ -82,9 +93,10 @@ class Loop:
         return self._rmanager.free_blocks * self.storage.block_size
 
     def join(self, members: Sequence[int]) -> None:
-        """Step together with these from now on; every one of them is told the same."""
+        """Step together with these from now on. All of the cell call this at once, each with its own party."""
         self._groupings += 1
         self._party.learn([Grouping(number=self._groupings, members=list(members))])
+        self._events.run(self._settle())
 
     def place(self, seq: int, tokens: Sequence[int], max_tokens: int) -> None:
         """A sequence that has just been prefilled, whatever its KV holds: `tokens[r]` of it on rank r, in that order.
@@ -122,8 +134,8 @@ class Loop:
             self._seqs[seq] = None
 
     def is_busy(self, seq: int) -> bool:
-        """Whether a sequence still holds blocks here, or a step still runs."""
-        return self._running is not None or self._rmanager.shard(seq) is not None
+        """Whether a sequence still holds blocks here."""
+        return self._rmanager.shard(seq) is not None
 
     def steps(self, most: int) -> list[float]:
         """Seconds at which each of up to `most` steps was known to have run, from the call on; ends when there is no work.
@@ -170,28 +182,48 @@ class Loop:
         await asyncio.gather(self._meeting, return_exceptions=True)
         await self._listener.close()
 
+    async def _settle(self) -> None:
+        """Go to the new party, and stay to answer until all have done so."""
+        while self._party.grouping.number < self._groupings:
+            await self._step()
+        if self._cell is not None:
+            self._cell.store.set(f"joined-{self._groupings}-{self.rank}", b"")
+            names = [f"joined-{self._groupings}-{rank}" for rank in range(self._cell.size)]
+            while not self._cell.store.check(names):
+                await asyncio.sleep(0.002)
+
+    async def _step(self) -> bool | None:
+        """Launch the next step of the party, if there is one: False if there is no work, None if the party changed instead."""
+        party, scheduler = self._party, self._scheduler
+        self._launched: asyncio.Future[Launched] | None = None
+        if not (party.is_called or scheduler.has_work(party.members)):
+            return False
+        notice = scheduler.propose(
+            party.members, party=party.grouping.number, step=party.step, digest=party.digest, groupings=party.news()
+        )
+        notices = await party.exchange(notice)
+        if notices is None:
+            return None
+        step = derive(notices)
+        self._launched = self.runner.launch(scheduler.accept(step))
+        party.advance(step.digest(), rest=step.is_empty())
+        return True
+
     async def _run(self, most: int) -> list[float]:
         party, scheduler = self._party, self._scheduler
         ends: list[float] = []
         begin = time.perf_counter()
         while len(ends) < most:
-            launched = None
-            if party.is_called or scheduler.has_work(party.members):
-                notice = scheduler.propose(
-                    party.members, party=party.grouping.number, step=party.step, digest=party.digest, groupings=party.news()
-                )
-                notices = await party.exchange(notice)
-                if notices is None:
-                    continue
-                step = derive(notices)
-                launched = self.runner.launch(scheduler.accept(step))
-                party.advance(step.digest(), rest=step.is_empty())
-            elif self._running is None:
+            stepped = await self._step()
+            if stepped is None:
+                continue
+            if not stepped and self._running is None:
                 if len(party.members) == 1:
                     break
                 party.woken.clear()
                 await asyncio.wait_for(party.woken.wait(), TIMEOUT_S)
                 continue
+            launched = self._launched
             if self._running is not None:
                 scheduler.commit(await self.runner.result_of(self._running))
                 self._collect(scheduler.take_messages())

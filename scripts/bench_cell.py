@@ -25,7 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed
-from _dummy import bytes_read, make, token_bytes
+from _dummy import bytes_read, make_model, make_storage, pool_tokens, token_bytes
 from _loop import Cell, Loop
 from _measure import Row, copy_bandwidth, show, write_json
 
@@ -140,16 +140,21 @@ def undisturbed(bench: Bench) -> list[Row]:
     return [{"rows": count, "alone ms": alone, "beside a prefill ms": busy, "ratio": busy / alone}]
 
 
-def prefill_s(bench: Bench, seq: int, tokens: int, parts: list[int]) -> float:
-    """Seconds from the first step of a prompt to its first token; `parts`: who takes part."""
+def prefill_s(bench: Bench, seq: int, tokens: int, parts: list[int], steps: list[float] | None = None) -> float:
+    """Seconds from the first step of a prompt to its end; `parts`: who takes part. Adds the seconds of each step to `steps`."""
     prompt = array("I", torch.randint(bench.vocab, (tokens,), generator=torch.Generator().manual_seed(1)).tolist())
     shares = [tokens * part // sum(parts) for part in parts]
     shares[0] += tokens - sum(shares)
     begin = time.perf_counter()
     bench.loop.admit(seq, prompt, shares, 1)
+    last = begin
     while bench.loop.is_busy(seq):
         bench.loop.steps(1)
-    return time.perf_counter() - begin
+        now = time.perf_counter()
+        if steps is not None:
+            steps.append(now - last)
+        last = now
+    return last - begin
 
 
 def prefills(bench: Bench, lengths: list[int]) -> list[Row]:
@@ -164,9 +169,49 @@ def prefills(bench: Bench, lengths: list[int]) -> list[Row]:
     return rows
 
 
+def mixed(bench: Bench) -> list[Row]:
+    """32 rows at 8K, 16 at home on each GPU, while a prompt of 128K is prefilled by both."""
+    count, tokens, prompt = 32, bench.tokens(8192), bench.tokens(131072)
+
+    def place() -> None:
+        bench.together()
+        for seq in range(count):
+            bench.loop.place(seq, [tokens, 0] if seq % 2 else [0, tokens], 2000)
+
+    place()
+    ends = bench.loop.steps(STEPS)
+    alone = [b - a for a, b in pairwise(ends[WARM:])]
+    bench.loop.drain()
+    bench.group.barrier()
+    place()
+    bench.loop.steps(WARM)
+    times: list[float] = []
+    seconds = prefill_s(bench, 1 << 20, prompt, [1, 1], times)
+    bench.group.barrier()
+    bench.loop.drain()
+    bench.group.barrier()
+    bench.together()
+    undisturbed_s = prefill_s(bench, 1 << 21, prompt, [1, 1])
+    bench.group.barrier()
+    bench.loop.drain()
+    before, beside = _p99(alone), _p99(times)
+    return [
+        {
+            "rows": count, "P99 alone ms": 1e3 * before, "P99 beside ms": 1e3 * beside,
+            "P99 ratio": beside / before, "prefill alone s": undisturbed_s, "prefill beside s": seconds,
+            "prefill ratio": seconds / undisturbed_s, "steps": len(times),
+        }
+    ]  # fmt: skip
+
+
+def _p99(values: list[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+
+
 PARTS: dict[str, tuple[str, Callable[[Bench], list[Row]]]] = {
     "exchange": ("Dispatch and combine", exchange),
     "long": ("One row of a long sequence", long_rows),
+    "mixed": ("Decodes beside a prefill of both GPUs", mixed),
     "undisturbed": ("Two GPUs that share nothing", undisturbed),
 }
 
@@ -175,7 +220,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_cell.json"))
     parser.add_argument("--config", help="a directory with another model's config.json")
-    parser.add_argument("--kv-tokens", type=int, default=800_000, help="of each GPU")
+    parser.add_argument("--kv-tokens", type=int, help="of each GPU (default: what --kv-memory 0.92 gives)")
     parser.add_argument("--chunk-tokens", type=int, default=8192)
     parser.add_argument("--only", nargs="*", choices=(*PARTS, "prefill"), default=(*PARTS, "prefill"))
     parser.add_argument("--prefill", type=int, nargs="*", default=[131072], help="prompt lengths")
@@ -188,7 +233,9 @@ def main() -> int:
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model, storage = make(args.config, args.kv_tokens, device)
+    model = make_model(args.config, device)
+    capacity = pool_tokens(model, args.chunk_tokens, size) if device.type == "cuda" else args.kv_tokens
+    storage = make_storage(model, args.kv_tokens or capacity)
     copy = copy_bandwidth() if device.type == "cuda" else 10.0
     meeting = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     stores = []  # to be kept as long as the group
@@ -209,7 +256,11 @@ def main() -> int:
     loop = Loop(model, storage, chunk_tokens=args.chunk_tokens, cell=cell)
     group.barrier()  # nobody pushes into memory that its owner has yet to clear
     bench = Bench(loop, group, rank, copy, bytes_read(model), token_bytes(storage), model.vocab_size, args.scale)
-    report: Row = {"copy_GB/s": copy, "arguments": {key: str(value) for key, value in vars(args).items()}}
+    report: Row = {
+        "copy_GB/s": copy,
+        "KV tokens of each GPU": capacity,
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+    }
     for part in args.only:
         title, measure = PARTS[part] if part in PARTS else ("Prefill on two GPUs", lambda b: prefills(b, args.prefill))
         report[part] = measure(bench)

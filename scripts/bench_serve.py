@@ -39,6 +39,10 @@ from gmanager import AsyncClient, CellStats, DistattnError
 REPORT = "bench_serve.json"
 
 
+COUNTERS_LAG_S = 2.0
+"""Instances tell their counters once a second."""
+
+
 class BenchError(Exception):
     """The service can't be measured."""
 
@@ -199,6 +203,7 @@ async def measure(address: str, trace: Sequence[Arrival], args: argparse.Namespa
             flush=True,
         )
         timings = await replay(client, trace, vocab_size, seed=args.seed, timeout_s=args.timeout)
+        await asyncio.sleep(COUNTERS_LAG_S)
         after = await client.stats()
     counted = [msgspec.structs.asdict(stats.counters) for stats in (before, after)]
     report = Report(

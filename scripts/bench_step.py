@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from _dummy import bytes_read, make, token_bytes
+from _dummy import bytes_read, make_model, make_storage, token_bytes
 from _loop import Loop
 from _measure import Row, copy_bandwidth, event_ms, graph_ms, matmul_tflops, show, write_json
 
@@ -112,7 +112,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench_step: needs a GPU", file=sys.stderr)
         return 2
-    model, storage = make(args.config, args.kv_tokens, torch.device("cuda", 0))
+    model = make_model(args.config, torch.device("cuda", 0))
+    storage = make_storage(model, args.kv_tokens)
     copy, matmul = copy_bandwidth(), matmul_tflops()
     report: Row = {
         "copy_GB/s": copy,

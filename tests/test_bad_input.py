@@ -165,7 +165,13 @@ def register(service: Service, *, cell: str = "fake", **changes: Any) -> m.Regis
 def notice(**changes: Any) -> Notice:
     """A notice without rows, of an epoch that never was unless `changes` say which."""
     lists = ("digest", "ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "groupings")
-    return Notice(**({"epoch": 99, "party": 0, "step": 0, "rank": 0, "budget": 1} | {name: [] for name in lists} | changes))
+    return Notice(
+        **(
+            {"epoch": 99, "party": 0, "step": 0, "rank": 0, "budget": 1, "paced_budget": 1, "reach": 1}
+            | {name: [] for name in lists}
+            | changes
+        )
+    )
 
 
 def frame(message: m.Message, **changes: Any) -> bytes:

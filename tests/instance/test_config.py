@@ -61,7 +61,7 @@ def test_the_pool_of_a_gpu_is_a_part_of_its_memory_unless_its_tokens_are_given(m
     ):
         parsed = parse([*on_gpu, *flags], LAUNCH)
         assert (parsed.kv_tokens, parsed.kv_memory) == (tokens, memory)
-        assert (parsed.block_size, parsed.chunk_tokens, parsed.backend) == (64, 2048, "triton")
+        assert (parsed.block_size, parsed.chunk_tokens, parsed.backend) == (64, 8192, "triton")
     with pytest.raises(RuntimeError, match="--kv-memory 0.92 has not been sized yet"):
         _ = parse(on_gpu, LAUNCH).num_blocks
 

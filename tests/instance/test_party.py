@@ -49,6 +49,8 @@ def notice(party: Party, rank: int, **fields: object) -> Notice:
         rank=rank,
         digest=party.digest,
         budget=1,
+        paced_budget=1,
+        reach=1,
         groupings=party.news(),
         **({name: [] for name in lists} | fields),  # type: ignore[arg-type]
     )

@@ -24,7 +24,7 @@ from gmanager.wire.messages import (
     pack_tokens,
 )
 from instance.rmanager import RManager
-from instance.scheduler import Scheduler, StepPlan
+from instance.scheduler import Pace, Scheduler, StepPlan
 from instance.step import StepMismatch, derive
 
 VOCAB = 50
@@ -51,7 +51,7 @@ class FakeCell:
         self.instances: list[FakeInstance] = []
         for rank in range(size):
             rmanager = RManager(blocks, block_size)
-            scheduler = Scheduler(epoch=1, rank=rank, chunk_tokens=chunk_tokens, rmanager=rmanager)
+            scheduler = Scheduler(epoch=1, rank=rank, pace=Pace(chunk_tokens, max(1, chunk_tokens // 4), 20), rmanager=rmanager)
             self.instances.append(FakeInstance(rank, rmanager, scheduler))
         self.members = list(range(size))
         self.digest: list[int] = []

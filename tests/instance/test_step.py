@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from distattn.layout import Holding, Span
 from gmanager.wire.messages import Share
-from instance.step import Decode, Notice, Prefill, Step, StepMismatch, derive, split_chunk
+from instance.step import FAR, MAX_PROMPTS, Decode, Notice, Prefill, Step, StepMismatch, derive, split_chunk
 
 
 def notice(rank: int, **fields: object) -> Notice:
     empty: dict[str, object] = {
         name: [] for name in ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "groupings")
     }
-    same: dict[str, object] = {"epoch": 1, "party": 2, "step": 3, "digest": [], "budget": 64}
+    same: dict[str, object] = {"epoch": 1, "party": 2, "step": 3, "digest": [], "budget": 64, "paced_budget": 64, "reach": FAR}
     return Notice(rank=rank, **(same | empty | fields))  # type: ignore[arg-type]
 
 
@@ -50,6 +50,7 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
     """Play whole prefills of several prompts over several instances; every token is computed once, by whose share it is."""
     size = data.draw(st.integers(1, 4))
     budgets = [data.draw(st.integers(1, 40)) for _ in range(size)]
+    reach = data.draw(st.sampled_from([1, 30, FAR]))
     prompts = {}
     for seq in range(data.draw(st.integers(1, 4))):
         ranks = data.draw(st.permutations(range(size)))[: data.draw(st.integers(1, size))]
@@ -66,6 +67,8 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
             notice(
                 rank,
                 budget=budgets[rank],
+                paced_budget=budgets[rank],
+                reach=reach,
                 ready=[seq for seq in waiting if left[seq].get(rank)],
                 prefills=[
                     Prefill(
@@ -129,3 +132,30 @@ def test_members_that_differ_stop() -> None:
         derive([notice(0), notice(1, step=4)])
     assert a.digest() == derive([notice(0, decodes=[Decode(seq=1, position=5, holdings=[Holding(0, 0, 5)])])]).digest()
     assert Step.__struct_fields__[3] == "released"
+
+
+def test_prompts_are_paced_beside_decodes_and_more_so_further_on() -> None:
+    """A row after `reach` tokens costs two: 60 rows at the beginning, 30 there, one at least whatever came before."""
+    home = [Share(rank=0, tokens=10_000)]
+
+    def rows(start: int, decodes: list[Decode]) -> int:
+        waiting = Prefill(seq=1, arrival=1, start=start, end=10_000, shares=home, holdings=[])
+        step = derive([notice(0, budget=500, paced_budget=60, reach=1000, ready=[1], prefills=[waiting], decodes=decodes)])
+        return sum(span.stop - span.start for span in step.spans if span.seq == 1)
+
+    beside = [Decode(seq=2, position=5, holdings=[])]
+    assert [rows(start, beside) for start in (0, 1000, 5000)] == [60, 30, 10]
+    assert rows(1000, []) == 500
+    late = Prefill(seq=1, arrival=1, start=900_000, end=999_999, shares=[Share(rank=0, tokens=99_999)], holdings=[])
+    step = derive([notice(0, budget=500, paced_budget=60, reach=1000, ready=[1], prefills=[late], decodes=beside)])
+    assert sum(span.stop - span.start for span in step.spans if span.seq == 1) == 1
+
+
+def test_a_step_has_rows_of_so_many_prompts_at_most() -> None:
+    """Each may end in it, and its logits take memory: `MAX_SAMPLES` of the scheduler counts on this."""
+    waiting = [
+        Prefill(seq=i, arrival=i, start=0, end=1, shares=[Share(rank=0, tokens=1)], holdings=[]) for i in range(MAX_PROMPTS + 9)
+    ]
+    step = derive([notice(0, budget=5000, ready=[p.seq for p in waiting], prefills=waiting)])
+    assert len(step.spans) == len(step.sampled) == MAX_PROMPTS
+    assert 0 in step.sampled, "the oldest always goes on"
