@@ -6,7 +6,9 @@ which rows travel (`distattn.decode`): all members of a party run theirs in the 
 """
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -35,11 +37,17 @@ _NOTHING = StepPlan(
 )
 
 
+class Replay(Protocol):
+    """What of a CUDA graph is used."""
+
+    def replay(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Graph:
     tables: FixedTables
     attention: DecodeStep
-    graph: torch.cuda.CUDAGraph
+    graph: Replay
     logits_rows_R: torch.Tensor
     """What the graph reads must live as long as it does."""
     logits_RV: torch.Tensor | None
@@ -64,7 +72,7 @@ class DecodeGraphs:
         self._previous_tokens = previous_tokens
         self._peers = peers
         self._kernel = decode_kernel(storage, shape)
-        self._memory = torch.cuda.graph_pool_handle()
+        self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         for rows in sorted(BUCKETS, reverse=True):  # the largest first: the others fit in the memory it took
             self._capture(rows, None)
@@ -85,7 +93,7 @@ class DecodeGraphs:
         graph.graph.replay()
         return None if graph.logits_RV is None else graph.logits_RV[:num_rows]
 
-    def graph(self, num_rows: int) -> torch.cuda.CUDAGraph:
+    def graph(self, num_rows: int) -> Replay:
         """The graph that runs so many rows alone. To measure with: it runs the tables of its last step again."""
         return self._graphs[_bucket(num_rows), False].graph
 
@@ -108,15 +116,20 @@ class DecodeGraphs:
             token_ids_T = torch.where(sources_T >= 0, sampled_T, tables["token_ids"])
             return self._decoder.forward(token_ids_T, tables["positions"], logits_rows_R, attention)
 
-        graph = torch.cuda.CUDAGraph()
         with torch.inference_mode():
             _fill(tables, attention, _NOTHING)
             forward()  # what is compiled or allocated once must not happen in the capture
-            torch.cuda.synchronize(self._device)
-            # other threads go on: NCCL's watchdog asks its events meanwhile
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                logits_RV = forward()
+            graph, logits_RV = self._record(forward)
         self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, logits_RV)
+
+    def _record(self, forward: Callable[[], torch.Tensor | None]) -> tuple[Replay, torch.Tensor | None]:
+        """`forward` as something that runs it again, and its result, which every run overwrites."""
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # other threads go on: NCCL's watchdog asks its events meanwhile
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            logits_RV = forward()
+        return graph, logits_RV
 
 
 def _bucket(num_rows: int) -> int:

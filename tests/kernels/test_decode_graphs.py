@@ -1,0 +1,153 @@
+"""Captured decode steps beside the same steps run eagerly.
+
+Without a GPU the Triton code runs in its interpreter and a "graph" runs its function again into the same result: tables,
+buckets, padding and routing of pending tokens are the real ones.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from distattn.attention import DistAttention
+from distattn.exchange import Exchange
+from distattn.layout import Layout, Reading
+from instance import graphs
+from instance.graphs import DecodeGraphs, Replay
+from instance.model import Model, random_model
+from instance.scheduler import SampledRow, StepPlan
+from kvstore.storage import KVStorage
+from tests.kernels.test_paged_attention import DEVICE
+
+BLOCK = 16
+PARAMS: Any = None
+"""How a row is sampled is not looked at."""
+
+
+class Again:
+    def __init__(self, forward: Callable[[], torch.Tensor | None]) -> None:
+        self._forward = forward
+        self.result = forward()
+
+    def replay(self) -> None:
+        with torch.inference_mode():
+            new = self._forward()
+            if self.result is not None and new is not None:
+                self.result.copy_(new)
+
+
+class Graphs(DecodeGraphs):
+    def _record(self, forward: Callable[[], torch.Tensor | None]) -> tuple[Replay, torch.Tensor | None]:
+        if DEVICE.type == "cuda":
+            return super()._record(forward)
+        again = Again(forward)
+        return again, again.result
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        max_position_embeddings=512,
+    )
+    made = random_model(config, torch.float32, DEVICE, seed=2)
+    for name, parameter in made.module.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    made.fuse("triton")
+    assert made.fused is not None
+    return made
+
+
+def storage_of(model: Model, seed: int) -> KVStorage:
+    storage = KVStorage(
+        num_layers=2,
+        num_blocks=30,
+        block_size=BLOCK,
+        num_kv_heads=2,
+        head_dim=model.shape.head_dim,
+        dtype=torch.float32,
+        device=DEVICE,
+    )
+    storage.data_L2BPKD.copy_(torch.randn(storage.data_L2BPKD.shape, generator=torch.Generator().manual_seed(seed)))
+    return storage
+
+
+def step(kv_lens: list[int], pending: list[tuple[int, int]]) -> StepPlan:
+    """Rows of sequences that hold `kv_lens` tokens once the step has written theirs, in blocks dealt out from the end."""
+    ids = list(range(30))
+    readings, slots = [], []
+    for row, kv_len in enumerate(kv_lens):
+        blocks = tuple(ids.pop() for _ in range(-(-kv_len // BLOCK)))
+        readings.append(Reading(row, 1, blocks, (kv_len,)))
+        slots.append(blocks[(kv_len - 1) // BLOCK] * BLOCK + (kv_len - 1) % BLOCK)
+    rows = len(kv_lens)
+    return StepPlan(
+        token_ids_T=[0 if row in dict(pending) else 5 + row for row in range(rows)],
+        positions_T=[kv_len - 1 for kv_len in kv_lens],
+        pending=pending,
+        sampled=[SampledRow(row, row, kv_lens[row], PARAMS) for row in range(rows)],
+        slots_T=slots,
+        layout=Layout(num_rows=rows, own=readings, dispatched_rows=[], dispatched={}, received={}, others=[]),
+        samples_anywhere=True,
+        is_decode=True,
+    )
+
+
+def eagerly(model: Model, storage: KVStorage, plan: StepPlan, previous: torch.Tensor) -> torch.Tensor:
+    backend = "triton" if DEVICE.type == "cuda" else "torch"
+    attention = DistAttention(storage, model.shape, Exchange(None, DEVICE), backend=backend)  # type: ignore[arg-type]
+    attention.plan(plan.layout, plan.slots_T)
+    ids = torch.tensor(plan.token_ids_T, device=DEVICE)
+    for row, sample in plan.pending:
+        ids[row] = previous[sample]
+    model.context.attention = attention
+    rows = torch.arange(len(ids), device=DEVICE)
+    with torch.inference_mode():
+        return model.forward(ids, torch.tensor(plan.positions_T, device=DEVICE), rows)
+
+
+def test_steps_of_any_size_are_those_run_eagerly(model: Model) -> None:
+    previous = torch.tensor([17, 41, 3, 88, 9, 60, 2, 5], device=DEVICE)
+    ours, theirs = storage_of(model, 4), storage_of(model, 4)
+    with mock.patch.object(graphs, "BUCKETS", (1, 2, 4)):
+        assert model.fused is not None
+        captured = Graphs(model.fused, model.shape, ours, previous, None)
+        # capturing wrote nothing; steps one after the other, larger and smaller, with stale tables behind what they write
+        torch.testing.assert_close(ours.data_L2BPKD, theirs.data_L2BPKD, rtol=0, atol=0)
+        for kv_lens, pending in [
+            ([33], []),
+            ([100, 1, 17], [(0, 2), (2, 7)]),
+            ([16, 48], [(1, 0)]),
+            ([5, 64, 31, 90], [(3, 1)]),
+            ([2], [(0, 4)]),
+        ]:
+            plan = step(kv_lens, pending)
+            assert captured.can_run(plan)
+            got = captured.run(plan)
+            assert got is not None
+            want = eagerly(model, theirs, plan, previous)
+            torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+            torch.testing.assert_close(ours.data_L2BPKD, theirs.data_L2BPKD, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_others_have_a_part_in_needs_peers(model: Model) -> None:
+    previous = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    with mock.patch.object(graphs, "BUCKETS", (1,)):
+        assert model.fused is not None
+        captured = Graphs(model.fused, model.shape, storage_of(model, 1), previous, None)
+    alone = step([5], [])
+    shared = StepPlan(
+        token_ids_T=[1], positions_T=[4], pending=[], sampled=alone.sampled, slots_T=alone.slots_T,
+        layout=Layout(num_rows=1, own=alone.layout.own, dispatched_rows=[0], dispatched={1: 1}, received={}, others=[]),
+        samples_anywhere=True, is_decode=True,
+    )  # fmt: skip
+    assert captured.can_run(alone)
+    assert not captured.can_run(shared)
