@@ -50,6 +50,7 @@ def matmul_tflops() -> float:
 
 def facts() -> Row:
     """Hardware, versions and date."""
+    cudnn: Any = torch.backends.cudnn  # its functions have no types
     packages = ("distattn", "torch", "triton", "transformers", "flashinfer-python")
     found = {"python": platform.python_version()}
     for package in packages:
@@ -61,7 +62,7 @@ def facts() -> Row:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "devices": torch.cuda.device_count(),
         "versions": found,
-        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "cudnn": cudnn.version() if torch.cuda.is_available() else None,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -93,7 +94,8 @@ def _cell(value: object) -> str:
 
 
 def _event_ms(work: Callable[[], object]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    event: Any = torch.cuda.Event  # its methods have no types
+    begin, end = event(enable_timing=True), event(enable_timing=True)
     begin.record()
     work()
     end.record()

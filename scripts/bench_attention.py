@@ -64,7 +64,7 @@ class Case:
         copies = 1 + L2_CACHES * torch.cuda.get_device_properties(0).L2_cache_size // each
         pools = [torch.empty(2, size, PAGE, heads[1], HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
         for pool in pools:
-            for piece in pool.view(-1).split(1 << 28):
+            for piece in torch.split(pool.view(-1), 1 << 28):
                 piece.normal_()
         order = torch.randperm(size).tolist()
         ids = [[order.pop() for _ in range(count)] for count in blocks]

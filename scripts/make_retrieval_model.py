@@ -19,6 +19,7 @@ exact enough: a mismatch of one bit costs 45 in the exponent.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def build(dtype: Any) -> Any:
         head_dim=HEAD_DIM,
         vocab_size=VOCABULARY,
         max_position_embeddings=MAX_POSITIONS,
-        rope_theta=THETA,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         rms_norm_eps=1e-12,
         bos_token_id=BEGIN,
         eos_token_id=END,
@@ -151,7 +152,7 @@ def check(folder: Path, num_tokens: int, *, block: int, seed: int, questions: in
     haystack = make_haystack(num_tokens, block=block, seed=seed)
     cache = DynamicCache(config=model.config)
     right = 0
-    asked = range(haystack.num_keys)
+    asked: Sequence[int] = range(haystack.num_keys)
     if questions is not None and questions < haystack.num_keys:
         asked = sorted(np.random.default_rng(seed).choice(haystack.num_keys, questions, replace=False).tolist())
     with torch.inference_mode():
