@@ -35,10 +35,22 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, str]:
         metavar="SECONDS",
         help="longest time that a request waits for a ready cell or for memory (%(default)g)",
     )
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=default.max_queue,
+        metavar="REQUESTS",
+        help="most requests that wait for a cell or for memory; more are refused (%(default)d)",
+    )
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     given = parser.parse_args(arguments)
     try:
-        config = GManagerConfig(bind=given.bind, spread=parse_spread(given.spread), max_queue_wait_s=given.max_queue_wait)
+        config = GManagerConfig(
+            bind=given.bind,
+            spread=parse_spread(given.spread),
+            max_queue_wait_s=given.max_queue_wait,
+            max_queue=given.max_queue,
+        )
     except ValueError as error:
         parser.error(str(error))
     return config, given.log_level

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gmanager.events import LoadText, Log, Send
-from gmanager.policy import why_never
+from gmanager.policy import most_tokens, why_never
 from gmanager.requests import Emit
 from gmanager.wire.channel import PeerId
 from gmanager.wire.codec import MAX_FRAME_BYTES
@@ -21,6 +21,7 @@ from gmanager.wire.messages import (
     InstanceSpec,
     JoinEpoch,
     OpenStore,
+    Refusal,
     Register,
     Registered,
     TextAssets,
@@ -109,6 +110,11 @@ class Cell:
     def total_tokens(self) -> int:
         return sum(member.spec.num_blocks for member in self.members) * self.spec.block_size
 
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a request, prompt and generated, whatever memory there is."""
+        return min(self.spec.max_context, MAX_TOKENS)
+
     def refusal(self, register: Register) -> str | None:
         """Why this instance can't be a member."""
         if self.phase != "registering":
@@ -127,17 +133,21 @@ class Cell:
             return f"its device is {register.spec.device[:80]}, that of cell '{self.name}' is {self.spec.device[:80]}"
         return None
 
-    def why_never(self, prompt: bytes, max_tokens: int) -> str | None:
+    def room(self, prompt_tokens: int) -> int:
+        """Most tokens that can be generated after a prompt of that length; 1 if there is no room, to be refused for that."""
+        blocks = [member.spec.num_blocks for member in self.members]
+        return max(1, min(self.max_tokens, most_tokens(blocks, self.spec.block_size)) - prompt_tokens)
+
+    def why_never(self, prompt: bytes, max_tokens: int | None) -> Refusal | None:
         """Why a request with this packed prompt can't be served here, even alone; None if it can."""
         ids = unpack_tokens(prompt)
         if (most := max(ids, default=0)) >= self.spec.vocab_size:
-            return (
-                f"token id {most} at position {ids.index(most)} is out of range: the model has {self.spec.vocab_size:,} tokens"
-            )
+            where = f"token id {most} at position {ids.index(most)}"
+            return Refusal("invalid", f"{where} is out of range: the model has {self.spec.vocab_size:,} tokens")
         return why_never(
             prompt=len(ids),
-            max_tokens=max_tokens,
-            max_context=min(self.spec.max_context, MAX_TOKENS),
+            max_tokens=self.room(len(ids)) if max_tokens is None else max_tokens,
+            max_context=self.max_tokens,
             cell=self.name,
             total_blocks=[member.spec.num_blocks for member in self.members],
             block_size=self.spec.block_size,

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 
@@ -29,7 +29,7 @@ Spread = int | Literal["auto", "all"] | None
 
 _Over = ServiceUnreachable | ProtocolRefused
 """Why a connection ended."""
-_Answer = m.Done | m.CallFailed | m.StatsReply | _Over
+_Answer = m.Done | m.CallFailed | m.StatsReply | m.TextReply | _Over
 
 _DEFAULT_PARAMS = m.SamplingParams()
 _PINGS_PER_LEASE = 3
@@ -123,21 +123,25 @@ class AsyncClient:
         *,
         request_id: str | None = None,
         spread: Spread = None,
+        model: str | None = None,
+        wait_for_cell: bool = True,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate from text or token ids; the request starts with the first `__anext__`.
 
         `request_id`: unique among the service's live requests; drawn if None. `spread`: least number of instances
-        that the prompt's KV is spread over. Leaving the iterator (break, aclose, cancel) aborts the request.
+        that the prompt's KV is spread over. `model`: by the name that it is served under; None: any. `wait_for_cell`: if no
+        cell is ready, rather than being refused. Leaving the iterator (break, aclose, cancel) aborts the request.
 
         Raises TypeError and ValueError at once for arguments of a wrong type. The iterator raises RequestRefused if
         the request is wrong, FrameTooLarge if the prompt is, RequestFailed (after a chunk with finish_reason "error")
         if it was accepted and then failed, ServiceUnreachable if the gManager is gone.
         """
+        rest = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
         if isinstance(prompt, str):
-            return self._stream(_submit(request_id, params, spread, text=prompt))
+            return self._stream(_submit(request_id, text=prompt, **rest))
         if not isinstance(prompt, list):
             raise TypeError(f"a prompt is a str or a list of token ids, got {type(prompt).__name__}")
-        return self._stream(_submit(request_id, params, spread, token_ids=_packed(prompt)))
+        return self._stream(_submit(request_id, token_ids=_packed(prompt), **rest))
 
     def chat(
         self,
@@ -146,10 +150,13 @@ class AsyncClient:
         *,
         request_id: str | None = None,
         spread: Spread = None,
+        model: str | None = None,
+        wait_for_cell: bool = True,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate the answer to a conversation, put into the model's chat template. Otherwise as `generate`."""
         turns = [_checked(turn, m.ChatMessage) for turn in messages]
-        return self._stream(_submit(request_id, params, spread, messages=turns))
+        rest = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
+        return self._stream(_submit(request_id, messages=turns, **rest))
 
     async def abort(self, request_id: str) -> None:
         """End one of this client's requests; its iterator ends with finish_reason "abort".
@@ -171,6 +178,16 @@ class AsyncClient:
         if not isinstance(answer, m.StatsReply):
             raise CallFailed(f"the gManager answered {type(answer).__name__} instead of StatsReply")
         return answer.stats
+
+    async def text_assets(self, cell: str | None = None) -> m.TextAssets:
+        """Tokenizer and chat template of a ready cell (None: of any), for `gmanager.text.Tokenizer`.
+
+        Raises CallFailed if no such cell is ready, ServiceUnreachable.
+        """
+        answer = await self._call(m.GetText(call=self._next_call(), cell=cell))
+        if not isinstance(answer, m.TextReply):
+            raise CallFailed(f"the gManager answered {type(answer).__name__} instead of TextReply")
+        return answer.assets
 
     # --- connection
 
@@ -220,7 +237,7 @@ class AsyncClient:
                 del self._streams[message.request_id]
             if not stream.left:
                 stream.outputs.put_nowait(message)
-        elif isinstance(message, m.Done | m.CallFailed | m.StatsReply):
+        elif isinstance(message, m.Done | m.CallFailed | m.StatsReply | m.TextReply):
             call = self._calls.pop(message.call, None)
             if call is not None and not call.done():
                 call.set_result(message)
@@ -255,7 +272,7 @@ class AsyncClient:
             raise _again(self._over)
         request_id = submit.request_id
         if request_id in self._streams:
-            raise RequestRefused(f"request id {request_id!r} is in use by this client")
+            raise RequestRefused(f"request id {request_id!r} is in use by this client", "invalid")
         dialer.send(submit)
         stream = self._streams[request_id] = _Stream()
         try:
@@ -263,8 +280,8 @@ class AsyncClient:
                 output = await stream.outputs.get()
                 if isinstance(output, DistattnError):
                     raise _again(output)
-                if output.refused:
-                    raise RequestRefused(output.error or "refused without a reason")
+                if output.refusal is not None:
+                    raise RequestRefused(output.error or "refused without a reason", output.refusal)
                 yield Chunk(
                     index=output.index,
                     token_ids=output.token_ids,
@@ -300,7 +317,7 @@ class AsyncClient:
         self._last_call += 1
         return self._last_call
 
-    async def _call(self, message: m.Abort | m.MoveHome | m.GetStats) -> m.Done | m.StatsReply:
+    async def _call(self, message: m.Abort | m.MoveHome | m.GetStats | m.GetText) -> m.Done | m.StatsReply | m.TextReply:
         dialer = self._connection()
         if self._over is not None:
             raise _again(self._over)
@@ -335,26 +352,8 @@ def _packed(prompt: list[int]) -> bytes:
     return m.pack_tokens(prompt)
 
 
-def _submit(
-    request_id: str | None,
-    params: m.SamplingParams,
-    spread: Spread,
-    *,
-    text: str | None = None,
-    token_ids: bytes | None = None,
-    messages: list[m.ChatMessage] | None = None,
-) -> m.Submit:
-    return _checked(
-        m.Submit(
-            request_id=uuid.uuid4().hex if request_id is None else request_id,
-            params=params,
-            text=text,
-            token_ids=token_ids,
-            messages=messages,
-            spread=spread,
-        ),
-        m.Submit,
-    )
+def _submit(request_id: str | None, **fields: Any) -> m.Submit:
+    return _checked(m.Submit(request_id=uuid.uuid4().hex if request_id is None else request_id, **fields), m.Submit)
 
 
 def _checked(value: object, kind: type[S]) -> S:

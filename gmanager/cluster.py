@@ -168,6 +168,8 @@ class Cluster:
                     self._move_home(request, MoveCall(peer, call, instance))
             case m.GetStats(call=call):
                 self._out.append(Send(peer, m.StatsReply(call=call, stats=self.stats())))
+            case m.GetText(call=call, cell=name):
+                self._out.append(Send(peer, self._text(call, name)))
             case m.Ping():
                 self._out.append(Send(peer, m.Pong()))
             case m.Hello():
@@ -187,11 +189,9 @@ class Cluster:
         return None
 
     def _on_submit(self, peer: PeerId, submit: m.Submit, seed: int) -> None:
-        error = wrong_with(submit)
-        if self._requests.by_id(submit.request_id) is not None:
-            error = f"request id {submit.request_id!r} is in use by a request that has not ended"
-        if error is not None:
-            self._requests.refuse(submit, peer, error)
+        refusal = wrong_with(submit) or self._refusal(submit)
+        if refusal is not None:
+            self._requests.refuse(submit, peer, refusal)
             return
         spread = self._config.spread if submit.spread is None else submit.spread
         seed = seed if submit.params.seed is None else submit.params.seed
@@ -200,6 +200,30 @@ class Cluster:
         request.place = "waiting room"
         self._unbound[request.number] = request
         self._bind_waiting()
+
+    def _refusal(self, submit: m.Submit) -> m.Refusal | None:
+        """Why a request isn't taken in now."""
+        if self._requests.by_id(submit.request_id) is not None:
+            return m.Refusal("invalid", f"request id {submit.request_id!r} is in use by a request that has not ended")
+        served = sorted({cell.spec.model for cell in self._cells.values()})
+        if submit.model is not None and served and submit.model not in served:
+            return m.Refusal("model", f"no model {submit.model[:100]!r} is served; there is {', '.join(served)}")
+        if not submit.wait_for_cell and not self._ready_cells(submit):
+            return m.Refusal("not_ready", "no instances are ready to serve")
+        waiting = len(self._requests) - sum(sequences.num_running for sequences in self._sequences.values())
+        if waiting >= self._config.max_queue:
+            return m.Refusal("full", f"{waiting:,} requests are waiting, as many as may (max-queue)")
+        return None
+
+    def _ready_cells(self, submit: m.Submit) -> list[Cell]:
+        return [cell for cell in self._cells.values() if cell.is_ready and submit.model in (None, cell.spec.model)]
+
+    def _text(self, call: int, name: str | None) -> m.TextReply | m.CallFailed:
+        for cell in self._cells.values():
+            if cell.is_ready and cell.assets is not None and name in (None, cell.name):
+                return m.TextReply(call=call, assets=cell.assets)
+        what = "no cell is ready" if name is None else f"no cell {name[:100]!r} is ready"
+        return m.CallFailed(call=call, reason=what)
 
     def _move_home(self, request: Request, call: MoveCall) -> None:
         sequences = self._sequences_of(request)
@@ -216,10 +240,12 @@ class Cluster:
 
     def _bind_waiting(self) -> None:
         """Give each request that waits for a ready cell to one."""
+        if not self._sequences:
+            return
         for request in list(self._unbound.values()):
-            ready = [cell for cell in self._cells.values() if cell.is_ready]
+            ready = self._ready_cells(request.submit)
             if not ready:
-                return
+                continue
             del self._unbound[request.number]
             cell = self._choose_cell(request, ready)
             request.epoch = cell.epoch
@@ -247,11 +273,13 @@ class Cluster:
         sequences = self._sequences_of(request)
         if cell is None or sequences is None:
             raise RuntimeError(f"request {request.number} is bound to epoch {request.epoch}, which is over")
-        error = cell.why_never(request.prompt, request.params.max_tokens)
-        if error is not None:
+        refusal = cell.why_never(request.prompt, request.params.max_tokens)
+        if refusal is not None:
             request.place = "nowhere"
-            self._requests.finish(request, "error", error=error, refused=True)
+            self._requests.finish(request, "error", error=refusal.text, refusal=refusal.reason)
         else:
+            given = request.params.max_tokens
+            request.max_tokens = cell.room(request.prompt_tokens) if given is None else given
             sequences.enqueue(request, request.waiting_since)
 
     def _on_encoded(self, event: Encoded) -> None:
@@ -261,7 +289,7 @@ class Cluster:
         if event.error is not None or not event.token_ids:
             request.place = "nowhere"
             error = event.error or "the prompt is empty: it has no tokens"
-            self._requests.finish(request, "error", error=error, refused=True)
+            self._requests.finish(request, "error", error=error, refusal="invalid")
             return
         request.prompt = event.token_ids
         self._queue(request)
@@ -414,8 +442,7 @@ class Cluster:
                 self._fail(cell, f"cell '{cell.name}' was not ready within {self._config.form_timeout_s:g} s: {what}")
         longest = self._config.max_queue_wait_s
         for request in self._requests.live():
-            waits = request.place in ("waiting room", "encoding", "queue", "reservation")
-            if waits and now - request.waiting_since > longest:
+            if request.is_waiting and now - request.waiting_since > longest:
                 what = {"waiting room": "a ready cell", "encoding": "the tokenizer"}.get(request.place, "free memory")
                 self._end(request, "error", f"waited {longest:g} s for {what} (max-queue-wait)")
 
@@ -480,7 +507,7 @@ class Cluster:
             unbound = request.place == "waiting room"
             if unbound != (request.number in self._unbound) or unbound == (request.epoch in epochs):
                 raise RuntimeError(f"request {request.number} is in its {request.place}, bound to {request.epoch}")
-        if set(self._unbound) and epochs:
+        if any(self._ready_cells(request.submit) for request in self._unbound.values()):
             raise RuntimeError("a cell is ready and requests wait for one")
 
     def _log(self, level: int, text: str) -> None:

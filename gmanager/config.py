@@ -18,6 +18,8 @@ class GManagerConfig:
     """For requests that don't say it themselves."""
     max_queue_wait_s: float = 600.0
     """Longest time that a request waits for a ready cell, or for memory, before it fails."""
+    max_queue: int = 4096
+    """Most requests that wait for a cell or for memory; what comes beyond is refused."""
     instance_lease_s: float = 5.0
     """An instance that isn't heard for so long is taken for dead. They beat once a second."""
     client_lease_s: float = 10.0
@@ -32,6 +34,8 @@ class GManagerConfig:
                 raise ValueError(f"spread must be auto, all or at least 1, got {self.spread}")
         elif self.spread not in ("auto", "all"):
             raise ValueError(f"spread must be auto, all or a number, got {self.spread!r}")
+        if self.max_queue < 1:
+            raise ValueError(f"max_queue must be at least 1, got {self.max_queue}")
         for name in ("max_queue_wait_s", "instance_lease_s", "client_lease_s", "form_timeout_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

@@ -6,7 +6,7 @@ A request is named by its `number` between cluster and shell: a client may use a
 from dataclasses import dataclass
 
 from gmanager.wire.channel import PeerId
-from gmanager.wire.messages import FinishReason, Message, Submit, TextAssets, TokenLogprob
+from gmanager.wire.messages import FinishReason, Message, RefusalReason, Submit, TextAssets, TokenLogprob
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class Deliver:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
-    refused: bool = False
+    refusal: RefusalReason | None = None
 
 
 @dataclass(frozen=True, slots=True)

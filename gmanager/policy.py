@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gmanager.config import Spread
-from gmanager.wire.messages import Share
+from gmanager.wire.messages import Refusal, Share
 
 LONG_PROMPT = 8192
 """Tokens from which on a prompt is spread over all instances by itself, to be prefilled in parallel. vLLM and SGLang
@@ -121,7 +121,7 @@ def _even_shares(caps: Sequence[int], num_blocks: int) -> list[int]:
 
 def why_never(
     *, prompt: int, max_tokens: int, max_context: int, cell: str, total_blocks: Sequence[int], block_size: int
-) -> str | None:
+) -> Refusal | None:
     """Why a request can't be served even when it is alone in the cell, with the arithmetic; None if it can.
 
     Alone, all of its tokens must find a place when each instance keeps one block that may stay empty. That is enough
@@ -133,8 +133,8 @@ def why_never(
     tokens = prompt + max_tokens
     arithmetic = f"prompt of {prompt:,} + max_tokens of {max_tokens:,} = {tokens:,} tokens"
     if tokens > max_context:
-        return f"{arithmetic}; the model takes at most {max_context:,}"
-    if -(-tokens // block_size) <= sum(max(0, blocks - 1) for blocks in total_blocks):
+        return Refusal("too_long", f"{arithmetic}; the model takes at most {max_context:,}")
+    if tokens <= most_tokens(total_blocks, block_size):
         return None
     sizes = [blocks * block_size for blocks in total_blocks]
     count = f"{len(sizes)} instance{'s' if len(sizes) != 1 else ''}"
@@ -143,10 +143,16 @@ def why_never(
     else:
         shown = " + ".join(f"{size:,}" for size in sizes[:8])
         detail = f"{count}: {shown}{' + ...' if len(sizes) > 8 else ''}"
-    return (
+    return Refusal(
+        "never",
         f"{arithmetic}: needs {tokens:,} tokens of KV; cell '{cell}' holds {sum(sizes):,} ({detail}), "
-        f"less one spare block of {block_size} on each"
+        f"less one spare block of {block_size} on each",
     )
+
+
+def most_tokens(total_blocks: Sequence[int], block_size: int) -> int:
+    """The longest sequence, prompt and generated, that instances with so many blocks each hold together."""
+    return block_size * sum(max(0, blocks - 1) for blocks in total_blocks)
 
 
 def choose_target(views: Iterable[InstanceView], *, home: int, reserve: int = RESERVE_BLOCKS) -> int | None:

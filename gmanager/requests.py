@@ -22,6 +22,8 @@ from gmanager.wire.channel import PeerId
 from gmanager.wire.messages import (
     CallFailed,
     FinishReason,
+    Refusal,
+    RefusalReason,
     RequestState,
     RequestStats,
     SamplingParams,
@@ -62,6 +64,8 @@ class Request:
     waiting_since: float
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
+    max_tokens: int = 0
+    """Most tokens to generate, once prompt and cell are known."""
     epoch: int = 0
     """Of the cell that serves it; 0 while there is none."""
     seq: int = 0
@@ -88,6 +92,11 @@ class Request:
     @property
     def prompt_tokens(self) -> int:
         return len(self.prompt) // 4
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for a cell, for text, or for memory."""
+        return self.place in ("waiting room", "encoding", "queue", "reservation")
 
     @property
     def num_tokens(self) -> int:
@@ -150,15 +159,15 @@ class Requests:
     def has_finished(self, request_id: str) -> bool:
         return request_id in self._finished
 
-    def refuse(self, submit: Submit, client: PeerId, error: str) -> None:
+    def refuse(self, submit: Submit, client: PeerId, refusal: Refusal) -> None:
         """Answer a Submit that is not taken in."""
-        self._emit(Log(logging.INFO, f"request {submit.request_id!r} refused: {error}"))
-        self._answer(Request(0, submit, client, 0, 1, 0.0), [], None, "error", error, True)
+        self._emit(Log(logging.INFO, f"request {submit.request_id!r} refused: {refusal.text}"))
+        self._answer(Request(0, submit, client, 0, 1, 0.0), [], None, "error", refusal.text, refusal.reason)
 
     def deliver(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """New tokens, in order; more will come."""
         request.tokens.extend(token_ids)
-        self._answer(request, token_ids, logprobs, None, None, False)
+        self._answer(request, token_ids, logprobs, None, None, None)
 
     def finish(
         self,
@@ -166,7 +175,7 @@ class Requests:
         reason: FinishReason,
         *,
         error: str | None = None,
-        refused: bool = False,
+        refusal: RefusalReason | None = None,
         token_ids: list[int] | None = None,
         logprobs: list[TokenLogprob] | None = None,
     ) -> None:
@@ -175,12 +184,12 @@ class Requests:
         request.tokens.extend(token_ids)
         request.finish_reason = reason
         request.state = "finished"
-        self._answer(request, token_ids, logprobs, reason, error, refused)
+        self._answer(request, token_ids, logprobs, reason, error, refusal)
         self.fail_move(request, f"request {request.id!r} has ended ({reason})")
         self._emit(
             Log(
                 logging.INFO,
-                f"request {request.number} {request.id!r}: {'refused' if refused else reason}"
+                f"request {request.number} {request.id!r}: {'refused' if refusal else reason}"
                 f"{': ' + error if error else ''} ({request.prompt_tokens} + {len(request.tokens)} tokens)",
             )
         )
@@ -227,7 +236,7 @@ class Requests:
         logprobs: list[TokenLogprob] | None,
         reason: FinishReason | None,
         error: str | None,
-        refused: bool,
+        refusal: RefusalReason | None,
     ) -> None:
         self._emit(
             Deliver(
@@ -241,15 +250,15 @@ class Requests:
                 logprobs=logprobs,
                 finish_reason=reason,
                 error=error,
-                refused=refused,
+                refusal=refusal,
             )
         )
 
 
-def wrong_with(submit: Submit) -> str | None:
+def wrong_with(submit: Submit) -> Refusal | None:
     """What is wrong with a request whoever serves it."""
     if submit.token_ids is not None and len(submit.token_ids) % 4:
-        return f"token ids must be a multiple of 4 bytes long, got {len(submit.token_ids)}"
+        return Refusal("invalid", f"token ids must be a multiple of 4 bytes long, got {len(submit.token_ids)}")
     if not (submit.token_ids or submit.text or submit.messages):
-        return "the prompt is empty"
+        return Refusal("invalid", "the prompt is empty")
     return None

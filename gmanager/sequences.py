@@ -63,6 +63,11 @@ class Sequences:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_running(self) -> int:
+        """Requests that run."""
+        return sum(sequence.is_current for sequence in self._sequences.values())
+
     def enqueue(self, request: Request, now: float) -> None:
         """Let a request wait for memory, behind all older ones."""
         request.place = "queue"
@@ -324,7 +329,7 @@ class Sequences:
         params = request.params
         eos = [] if params.ignore_eos else self._cell.eos_token_ids
         return SequenceParams(
-            max_tokens=params.max_tokens - len(request.tokens),
+            max_tokens=request.max_tokens - len(request.tokens),
             temperature=params.temperature,
             top_k=max(0, params.top_k),
             top_p=params.top_p,

@@ -211,7 +211,7 @@ class Server:
             logprobs=logprobs,
             finish_reason=reason,
             error=new.error,
-            refused=new.refused,
+            refusal=new.refusal,
         )
         self._send(new.peer, output)
 

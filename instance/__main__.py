@@ -37,6 +37,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser = argparse.ArgumentParser("instance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gmanager", required=True, help="tcp://host:port of the gManager")
     parser.add_argument("--model", required=True, help="a directory, a hub id or a GGUF file")
+    parser.add_argument("--served-model-name", help="what requests call the model (as --model says)")
     pool = parser.add_mutually_exclusive_group()
     pool.add_argument("--kv-tokens", type=int, help="tokens of KV this instance holds, its own and lent (needed on CPU)")
     pool.add_argument("--kv-memory", type=float, help=f"or, on GPU: fill this part of its memory ({settings.GPU_KV_MEMORY})")
@@ -58,6 +59,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     return InstanceConfig(
         gmanager=args.gmanager,
         model=args.model,
+        served_model_name=args.served_model_name,
         kv_tokens=args.kv_tokens,
         kv_memory=_given(args.kv_memory, settings.GPU_KV_MEMORY) if gpu and args.kv_tokens is None else args.kv_memory,
         launch=launch,

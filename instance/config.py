@@ -69,6 +69,8 @@ class InstanceConfig:
     """Address of the gManager, tcp://host:port."""
     model: str
     """A directory, a hub id or a GGUF file."""
+    served_model_name: str | None = None
+    """What requests call it; None: as `model` says."""
     kv_tokens: int | None = None
     """Tokens of KV, all layers, that this instance can hold; rounded down to blocks. Or `kv_memory`, never both."""
     kv_memory: float | None = None
@@ -112,6 +114,8 @@ class InstanceConfig:
             if value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
         self._check_pool()
+        if self.served_model_name == "":
+            raise ValueError("--served-model-name must not be empty")
         if not self.cell:
             raise ValueError("--cell must not be empty")
         if self.host in ("0.0.0.0", "::", "*", ""):

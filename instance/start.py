@@ -178,7 +178,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
     """What this instance tells the gManager of itself."""
     model = loaded.model
     return InstanceSpec(
-        model=config.model,
+        model=config.model if config.served_model_name is None else config.served_model_name,
         fingerprint=model.fingerprint(),
         tokenizer=hashlib.sha256(repr(loaded.assets).encode()).hexdigest(),
         dtype=str(model.shape.dtype).removeprefix("torch."),

@@ -289,7 +289,7 @@ async def test_requests_of_a_client_of_another_make(service: Service) -> None:
         ({"spread": 0}, "can't read this: spread must be at least 1, got 0"),
         ({"priority": 1}, "can't read this: unknown field"),
         ({"params": {"best_of": 2}}, "can't read this: unknown field at $.params"),
-        ({"params": {"max_tokens": 1.5}}, "can't read this: Expected `int`, got `float` - at `$.params.max_tokens`"),
+        ({"params": {"max_tokens": 1.5}}, "can't read this: Expected `int | null`, got `float` - at `$.params.max_tokens`"),
         ({"token_ids": b"xyz"}, "token ids must be a multiple of 4 bytes long, got 3"),
         ({"token_ids": b""}, "the prompt is empty"),
     ]
@@ -302,7 +302,7 @@ async def test_requests_of_a_client_of_another_make(service: Service) -> None:
             if reason.startswith("can't read this"):
                 assert (answer["type"], answer["reason"]) == ("Refused", reason)
             else:
-                assert (answer["type"], answer["refused"], answer["error"]) == ("Output", True, reason)
+                assert (answer["type"], answer["refusal"], answer["error"]) == ("Output", "invalid", reason)
                 client.say(m.GetStats(call=1))
                 await client.hear_of("StatsReply")
 

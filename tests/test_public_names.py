@@ -29,12 +29,14 @@ def test_gmanager() -> None:
         "InstanceStats",
         "PeerGone",
         "ProtocolRefused",
+        "RefusalReason",
         "RequestFailed",
         "RequestRefused",
         "RequestStats",
         "SamplingParams",
         "ServiceUnreachable",
         "Stats",
+        "TextAssets",
         "TextError",
         "TokenLogprob",
         "WireError",
@@ -44,9 +46,10 @@ def test_gmanager() -> None:
 
 def test_client() -> None:
     methods = {name for name, _ in inspect.getmembers(AsyncClient, inspect.isfunction) if not name.startswith("_")}
-    assert methods == {"generate", "chat", "abort", "move_home", "stats"}
-    assert list(inspect.signature(AsyncClient.generate).parameters) == ["self", "prompt", "params", "request_id", "spread"]
-    assert list(inspect.signature(AsyncClient.chat).parameters) == ["self", "messages", "params", "request_id", "spread"]
+    assert methods == {"generate", "chat", "abort", "move_home", "stats", "text_assets"}
+    more = ["params", "request_id", "spread", "model", "wait_for_cell"]
+    assert list(inspect.signature(AsyncClient.generate).parameters) == ["self", "prompt", *more]
+    assert list(inspect.signature(AsyncClient.chat).parameters) == ["self", "messages", *more]
 
 
 def test_sampling_params_are_vllms_with_its_defaults() -> None:
@@ -60,6 +63,7 @@ def test_sampling_params_are_vllms_with_its_defaults() -> None:
         "stop_token_ids": None,
         "ignore_eos": False,
         "logprobs": None,
+        "prompt_logprobs": None,
     }
 
 

@@ -6,13 +6,15 @@ DistattnError
 │   ├── FrameTooLarge         a message that the other side would not take
 │   ├── AddressError          an address that can't be bound or dialled
 │   └── PeerGone              the other end left, or takes no more messages
-├── RequestRefused            the request was wrong and never started
+├── RequestRefused            the request never started: wrong, never to be served, or not now
 ├── RequestFailed             the request was accepted and then failed
 ├── CallFailed                an abort, a home move or another call could not be done
 ├── ServiceUnreachable        nobody answers at the address, or no longer
 ├── ProtocolRefused           the gManager doesn't serve this client
 └── TextError                 text can't be turned into tokens
 """
+
+from gmanager.wire.messages import RefusalReason
 
 
 class DistattnError(Exception):
@@ -52,7 +54,11 @@ class PeerGone(WireError):
 
 
 class RequestRefused(DistattnError):
-    """The request itself was wrong and never started."""
+    """The request never started: it was wrong, can never be served, or not now. `reason` says which."""
+
+    def __init__(self, text: str, reason: RefusalReason = "invalid") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class RequestFailed(DistattnError):

@@ -14,7 +14,7 @@ import math
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import Any, Literal, dataclass_transform
+from typing import Any, Literal, NamedTuple, dataclass_transform
 
 import msgspec
 
@@ -27,6 +27,17 @@ MAX_LOGPROBS = 20
 FinishReason = Literal["stop", "length", "abort", "error"]
 RequestState = Literal["queued", "reserving", "prefill", "decode", "moving", "preempted", "finished"]
 CellState = Literal["forming", "ready"]
+RefusalReason = Literal["invalid", "too_long", "never", "model", "full", "not_ready"]
+"""Why a request never starts: it is wrong in itself; longer than the model takes; more KV than the cell will ever hold; for a
+model that nobody serves; the queue is full; no cell is ready and it was not to wait for one."""
+
+
+class Refusal(NamedTuple):
+    """A request that never starts, and why."""
+
+    reason: RefusalReason
+    text: str
+    """With the numbers, for whoever asked."""
 
 
 def pack_tokens(token_ids: Iterable[int]) -> bytes:
@@ -77,8 +88,8 @@ class SamplingParams(Part):
     Raises ValueError (TypeError for a wrong type) with the offending value when built.
     """
 
-    max_tokens: int = 16
-    """Most tokens to generate, at least 1."""
+    max_tokens: int | None = 16
+    """Most tokens to generate, at least 1. None: as many as model and memory have room for."""
     temperature: float = 1.0
     """0 chooses the likeliest token (greedy)."""
     top_k: int = 0
@@ -94,9 +105,11 @@ class SamplingParams(Part):
     ignore_eos: bool = False
     logprobs: int | None = None
     """With each token: its log-probability and that of this many likeliest ones (0: only its own)."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
@@ -106,8 +119,10 @@ class SamplingParams(Part):
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise ValueError(f"{name} must be between 0 and {MAX_LOGPROBS}, got {count}")
         stops = self.stop_strings
         if len(stops) > MAX_STOP_STRINGS:
             raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings are taken, got {len(stops)}")
@@ -123,7 +138,7 @@ class SamplingParams(Part):
 
 
 class TokenLogprob(Part):
-    """Natural log-probabilities at one generated position, of the model's logits before temperature."""
+    """Natural log-probabilities at one position, of the model's logits before temperature."""
 
     token_id: int
     logprob: float
@@ -221,6 +236,10 @@ class Submit(Message):
     messages: list[ChatMessage] | None = None
     spread: int | Literal["auto", "all"] | None = None
     """Least number of instances to spread the prompt's KV over; None: the gManager's own setting."""
+    model: str | None = None
+    """The model that is to answer, by the name that cells serve it under; None: any."""
+    wait_for_cell: bool = True
+    """Whether to wait when no cell is ready; else it is refused."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("text", "token_ids", "messages") if getattr(self, name) is not None]
@@ -249,6 +268,14 @@ class MoveHome(Message):
 
 class GetStats(Message):
     call: int
+
+
+class GetText(Message):
+    """For the text assets of a ready cell. Answered by TextReply, or CallFailed if there is none of that name."""
+
+    call: int
+    cell: str | None = None
+    """None: of any."""
 
 
 class Ping(Message):
@@ -283,8 +310,8 @@ class Output(Message):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
-    refused: bool = False
-    """With `error`: the request itself was wrong and never started."""
+    refusal: RefusalReason | None = None
+    """With `error`: the request never started."""
 
 
 class Done(Message):
@@ -299,6 +326,11 @@ class CallFailed(Message):
 class StatsReply(Message):
     call: int
     stats: Stats
+
+
+class TextReply(Message):
+    call: int
+    assets: "TextAssets"
 
 
 class Pong(Message):
@@ -546,8 +578,8 @@ class Cancel(Message):
     seq: int
 
 
-FromClient = Hello | Submit | Abort | MoveHome | GetStats | Ping
-ToClient = Welcome | Refused | Output | Done | CallFailed | StatsReply | Pong
+FromClient = Hello | Submit | Abort | MoveHome | GetStats | GetText | Ping
+ToClient = Welcome | Refused | Output | Done | CallFailed | StatsReply | TextReply | Pong
 FromInstance = (
     Register | Text | StoreOpened | Joined | Leave | Beat | Granted | NotGranted | Outputs | NeedBlock | HomeMoved | Released
 )

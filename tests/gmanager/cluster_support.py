@@ -120,10 +120,12 @@ def serving(*blocks: int, **config: Any) -> Driver:
 
 
 def submit(
-    name: str, tokens: int = 8, *, spread: Spread | None = None, prompt: list[int] | None = None, **params: Any
+    name: str, tokens: int = 8, *, spread: Spread | None = None, prompt: list[int] | None = None, **more: Any
 ) -> m.Submit:
+    """`more`: sampling parameters, `model`, `wait_for_cell`."""
     packed = m.pack_tokens([5] * tokens if prompt is None else prompt)
-    return m.Submit(request_id=name, params=m.SamplingParams(**params), token_ids=packed, spread=spread)
+    fields = {name: more.pop(name) for name in ("model", "wait_for_cell") if name in more}
+    return m.Submit(request_id=name, params=m.SamplingParams(**more), token_ids=packed, spread=spread, **fields)
 
 
 def running(driver: Driver, name: str, tokens: int = 8, generated: int = 0, **more: Any) -> list[Action]:
@@ -192,7 +194,7 @@ def failed(number: int, name: str, error: str, **more: Any) -> Deliver:
 
 def refused(name: str, error: str, **more: Any) -> list[Action]:
     """At the door: it never got a number."""
-    return [failed(more.pop("number", 0), name, error, refused=True, **({"epoch": 0} | more))]
+    return [failed(more.pop("number", 0), name, error, **({"epoch": 0, "refusal": "invalid"} | more))]
 
 
 def pong(rank: int) -> Send:

@@ -262,7 +262,7 @@ async def test_refused_and_failed_requests(transport: Transport) -> None:
     def answer(server: Server, peer: bytes, message: Any) -> None:
         empty: Any = {"token_ids": [], "text": "", "finish_reason": "error"}
         if message.request_id == "wrong":
-            out = m.Output(request_id="wrong", index=0, error="the prompt is empty", refused=True, **empty)
+            out = m.Output(request_id="wrong", index=0, error="the prompt is empty", refusal="invalid", **empty)
             server.listener.send(peer, out)
         else:
             server.listener.send(peer, tokens("fails", 0, 2))

@@ -13,6 +13,7 @@ import pytest
 from gmanager.config import Spread
 from gmanager.events import (
     Action,
+    Deliver,
     DropText,
     Encode,
     Encoded,
@@ -335,40 +336,50 @@ def test_which_cell_serves_a_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "given", "error"),
+    ("blocks", "given", "reason", "error"),
     [
         (
             [8, 8],
             submit("r", 900, max_tokens=101),
+            "too_long",
             "prompt of 900 + max_tokens of 101 = 1,001 tokens; the model takes at most 1,000",
         ),
         (
             [8, 8],
             submit("r", 41, max_tokens=16),
+            "never",
             "prompt of 41 + max_tokens of 16 = 57 tokens: needs 57 tokens of KV; cell 'main' holds 64 (2 instances x 32), "
             "less one spare block of 4 on each",
         ),
         (
             [8, 5],
             submit("r", 41, max_tokens=4),
+            "never",
             "prompt of 41 + max_tokens of 4 = 45 tokens: needs 45 tokens of KV; cell 'main' holds 52 (2 instances: 32 + 20), "
             "less one spare block of 4 on each",
         ),
+        ([8, 8], submit("r", 999, max_tokens=None), "never", None),
+        ([8, 8], submit("r", 1000, max_tokens=None), "too_long", None),
         (
             [8, 8],
             submit("r", prompt=[1, 4999, 5000, 1]),
+            "invalid",
             "token id 5000 at position 2 is out of range: the model has 5,000 tokens",
         ),
         (
             [8, 8],
             submit("r", prompt=[2**32 - 1]),
+            "invalid",
             "token id 4294967295 at position 0 is out of range: the model has 5,000 tokens",
         ),
     ],
 )
-def test_requests_that_can_never_be_served(blocks: list[int], given: m.Submit, error: str) -> None:
+def test_requests_that_can_never_be_served(blocks: list[int], given: m.Submit, reason: str, error: str | None) -> None:
     driver = serving(*blocks)
-    assert driver.say(CLIENT, given) == refused("r", error, number=1, epoch=1)
+    (answer,) = driver.say(CLIENT, given)
+    assert isinstance(answer, Deliver)
+    assert answer.error and error in (None, answer.error)
+    assert [answer] == refused("r", answer.error, number=1, epoch=1, refusal=reason)
     assert driver.cluster.is_idle
     assert driver.say(CLIENT, submit("r", 40, max_tokens=4)) != [], "the largest that fits, and the id is free again"
 
@@ -377,6 +388,56 @@ def test_the_largest_requests_that_fit() -> None:
     for blocks, tokens, max_tokens in (([8, 8], 40, 16), ([8, 5], 43, 1), ([500], 984, 16)):
         driver = serving(*blocks)
         running(driver, "r", tokens, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(("tokens", "room"), [(5, 51), (55, 1)])
+def test_as_many_tokens_as_there_is_room_for(tokens: int, room: int) -> None:
+    """Of two instances with 32 tokens each, two blocks of 4 are spare."""
+    driver = serving(8, 8)
+    actions = driver.grant(driver.say(CLIENT, submit("r", tokens, max_tokens=None)))
+    admits = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, m.Admit)]
+    assert {admit.params.max_tokens for admit in admits} == {room}
+
+
+def test_a_model_is_answered_by_who_serves_it() -> None:
+    driver = Driver()
+    driver.say(CLIENT, HELLO)
+    assert driver.say(CLIENT, submit("early", 4, model="tiny")) == []
+    driver.ready_cell(8)
+    error = "no model 'large' is served; there is tiny"
+    assert driver.say(CLIENT, submit("r", 4, model="large")) == refused("r", error, refusal="model")
+    assert request_stats(driver, "early").state == "reserving"
+    driver.say(peer(0, 2), register(rank=0, cell_size=1, cell="b", model="large"))
+    assert driver.say(CLIENT, submit("r", 4, model="large")) == [], "it waits for the cell that forms"
+    error = "no instances are ready to serve"
+    now = submit("s", 4, model="large", wait_for_cell=False)
+    assert driver.say(CLIENT, now) == refused("s", error, refusal="not_ready")
+    assert driver.say(CLIENT, submit("t", 4, model="tiny", wait_for_cell=False)) == []
+
+
+def test_a_full_queue_takes_no_more() -> None:
+    driver = serving(8, max_queue=2)
+    running(driver, "runs", 12)
+    for name in ("a", "b"):
+        driver.say(CLIENT, submit(name, 12))
+    error = "2 requests are waiting, as many as may (max-queue)"
+    assert driver.say(CLIENT, submit("c", 12)) == refused("c", error, refusal="full")
+    driver.say(CLIENT, m.Abort(call=1, request_id="a"))
+    driver.say(CLIENT, submit("c", 12))
+    assert request_stats(driver, "c").state == "queued"
+
+
+def test_text_assets_are_those_of_a_ready_cell() -> None:
+    driver = Driver()
+    driver.say(CLIENT, HELLO)
+    failed_call = m.CallFailed(call=1, reason="no cell is ready")
+    assert driver.say(CLIENT, m.GetText(call=1)) == [Send(CLIENT, failed_call)]
+    driver.ready_cell(8)
+    for name in (None, "main"):
+        reply = m.TextReply(call=2, assets=ASSETS)
+        assert driver.say(CLIENT, m.GetText(call=2, cell=name)) == [Send(CLIENT, reply)]
+    failed_call = m.CallFailed(call=3, reason="no cell 'other' is ready")
+    assert driver.say(CLIENT, m.GetText(call=3, cell="other")) == [Send(CLIENT, failed_call)]
 
 
 @pytest.mark.parametrize("is_ready", [False, True])

@@ -197,7 +197,7 @@ def test_long_containers() -> None:
         ({"params": {"temperature": math.nan}}, "temperature"),
         ({"params": {"temperature": -1.0}}, "temperature"),
         ({"params": {"temperature": True}}, "Expected `float`"),
-        ({"params": {"max_tokens": 1.5}}, "Expected `int`"),
+        ({"params": {"max_tokens": 1.5}}, "Expected `int | null`"),
         ({"params": {"top_p": math.nan}}, "top_p"),
         ({"params": {"stop": ["secret", 1]}}, "Expected `str`"),
         ({"spread": "secret"}, "invalid value"),

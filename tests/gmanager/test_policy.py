@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from gmanager.config import GManagerConfig, Spread, parse_spread
 from gmanager.parties import connected
 from gmanager.policy import LONG_PROMPT, Candidate, InstanceView, choose_target, choose_victim, place, why_never
+from gmanager.wire.messages import Refusal
 
 frees = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 spreads = st.one_of(st.sampled_from(["auto", "all"]), st.integers(1, 8))
@@ -84,7 +85,7 @@ def test_a_long_prompt_takes_all_that_have_room() -> None:
     assert shares([5000, 5000, 1], LONG_PROMPT - 1, "auto") == [(0, LONG_PROMPT - 1)]
 
 
-def never(prompt: int, max_tokens: int, total_blocks: list[int]) -> str | None:
+def never(prompt: int, max_tokens: int, total_blocks: list[int]) -> Refusal | None:
     return why_never(
         prompt=prompt,
         max_tokens=max_tokens,
@@ -96,13 +97,14 @@ def never(prompt: int, max_tokens: int, total_blocks: list[int]) -> str | None:
 
 
 def test_the_error_carries_the_arithmetic() -> None:
-    assert never(1_048_560, 16, [3072] * 4) == (
+    assert never(1_048_560, 16, [3072] * 4) == Refusal(
+        "never",
         "prompt of 1,048,560 + max_tokens of 16 = 1,048,576 tokens: needs 1,048,576 tokens of KV; "
-        "cell 'main' holds 786,432 (4 instances x 196,608), less one spare block of 64 on each"
+        "cell 'main' holds 786,432 (4 instances x 196,608), less one spare block of 64 on each",
     )
-    assert "cell 'main' holds 192 (2 instances: 64 + 128)" in (never(200, 1, [1, 2]) or "")
-    assert never(1_999_999, 2, [100_000]) == (
-        "prompt of 1,999,999 + max_tokens of 2 = 2,000,001 tokens; the model takes at most 2,000,000"
+    assert "cell 'main' holds 192 (2 instances: 64 + 128)" in str(never(200, 1, [1, 2]))
+    assert never(1_999_999, 2, [100_000]) == Refusal(
+        "too_long", "prompt of 1,999,999 + max_tokens of 2 = 2,000,001 tokens; the model takes at most 2,000,000"
     )
     assert never(64, 64, [3]) is None
     assert never(64, 65, [3]) is not None
