@@ -48,6 +48,8 @@ class Chunk:
     hold text without tokens."""
     logprobs: list[m.TokenLogprob] | None = None
     """One per token, if they were asked for."""
+    prompt_logprobs: list[m.TokenLogprob] | None = None
+    """Only on the first chunk, if they were asked for: one per prompt token but the first."""
     finish_reason: m.FinishReason | None = None
     """Only on the last chunk."""
     error: str | None = None
@@ -58,7 +60,7 @@ class Chunk:
 class _Stream:
     """A request that the gManager has not ended yet."""
 
-    outputs: "asyncio.Queue[m.Output | _Over]" = field(default_factory=asyncio.Queue)
+    outputs: "asyncio.Queue[m.Output | m.PromptOutput | _Over]" = field(default_factory=asyncio.Queue)
     left: bool = False
     """Nobody iterates any more. It stays known until the gManager has ended it, so that its late outputs aren't taken
     for those of a new request with the same id."""
@@ -229,7 +231,11 @@ class AsyncClient:
             self._route(message)
 
     def _route(self, message: m.ToClient) -> None:
-        if isinstance(message, m.Output):
+        if isinstance(message, m.PromptOutput):
+            stream = self._streams.get(message.request_id)
+            if stream is not None and not stream.left:
+                stream.outputs.put_nowait(message)
+        elif isinstance(message, m.Output):
             stream = self._streams.get(message.request_id)
             if stream is None:
                 return
@@ -275,11 +281,15 @@ class AsyncClient:
             raise RequestRefused(f"request id {request_id!r} is in use by this client", "invalid")
         dialer.send(submit)
         stream = self._streams[request_id] = _Stream()
+        scores: dict[int, m.TokenLogprob] = {}
         try:
             while True:
                 output = await stream.outputs.get()
                 if isinstance(output, DistattnError):
                     raise _again(output)
+                if isinstance(output, m.PromptOutput):
+                    scores |= enumerate(output.logprobs.unpack(), output.logprobs.start)
+                    continue
                 if output.refusal is not None:
                     raise RequestRefused(output.error or "refused without a reason", output.refusal)
                 yield Chunk(
@@ -287,9 +297,11 @@ class AsyncClient:
                     token_ids=output.token_ids,
                     text=output.text,
                     logprobs=output.logprobs,
+                    prompt_logprobs=[scores[position] for position in sorted(scores)] if scores else None,
                     finish_reason=output.finish_reason,
                     error=output.error,
                 )
+                scores.clear()
                 if output.finish_reason == "error":
                     raise RequestFailed(output.error or "failed without a reason")
                 if output.finish_reason is not None:

@@ -370,6 +370,9 @@ class Cluster:
             case m.Outputs() as outputs:
                 sequences.on_outputs(member, outputs)
                 sequences.settle(self._now)
+            case m.Scored() as scored:
+                sequences.on_scored(member, scored)
+                sequences.settle(self._now)
             case m.NeedBlock(seq=seq):
                 sequences.on_need_block(member, seq)
             case m.HomeMoved(seq=seq, home=home):

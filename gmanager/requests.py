@@ -22,6 +22,8 @@ from gmanager.wire.channel import PeerId
 from gmanager.wire.messages import (
     CallFailed,
     FinishReason,
+    PromptLogprobs,
+    PromptOutput,
     Refusal,
     RefusalReason,
     RequestState,
@@ -72,6 +74,8 @@ class Request:
     """Its present admission, while its place is "sequence"."""
     place: Place = "nowhere"
     state: RequestState = "queued"
+    is_scored: bool = False
+    """Its client has the log-probabilities of its prompt, if it asked for them."""
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
     home: int | None = None
     held: dict[int, int] = field(default_factory=dict)
@@ -168,6 +172,10 @@ class Requests:
         """New tokens, in order; more will come."""
         request.tokens.extend(token_ids)
         self._answer(request, token_ids, logprobs, None, None, None)
+
+    def deliver_scores(self, request: Request, logprobs: PromptLogprobs) -> None:
+        """Log-probabilities of some of its prompt."""
+        self._emit(Send(request.client, PromptOutput(request_id=request.id, logprobs=logprobs)))
 
     def finish(
         self,

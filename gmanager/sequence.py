@@ -26,6 +26,8 @@ class Sequence:
     """Tokens of this admission that came, in order."""
     early: dict[int, SequenceOutput] = field(default_factory=dict)
     """index -> output that came before what precedes it (homes speak on different connections)."""
+    unscored: int = 0
+    """Prompt tokens whose log-probability was asked for and has not come: till then no output goes to the client."""
     released: int | None = None
     """Tokens that were output, once it is released. It is gone when they are all here."""
     ending: bool = False
@@ -45,7 +47,7 @@ class Sequence:
         ranks = self.participants
         if ranks != sorted(set(ranks)) or self.home not in ranks:
             raise RuntimeError(f"{name}: home {self.home}, participants {ranks}")
-        if any(index <= self.received for index in self.early):
+        if any(index <= self.received for index in self.early) and not self.unscored:
             raise RuntimeError(f"{name}: outputs {sorted(self.early)} lie here, {self.received} were taken")
         if self.released is not None and self.received >= self.released:
             raise RuntimeError(f"{name} is released and still here")

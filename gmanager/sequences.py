@@ -31,6 +31,7 @@ from gmanager.wire.messages import (
     Outputs,
     Released,
     Reserve,
+    Scored,
     SequenceOutput,
     SequenceParams,
     Share,
@@ -170,6 +171,19 @@ class Sequences:
             sequence.early[output.index] = output
             self._take_outputs(sequence)
 
+    def on_scored(self, member: Member, scored: Scored) -> None:
+        """Log-probabilities of some of a prompt; with the last of them the outputs that waited go to the client."""
+        sequence = self._sequences.get(scored.seq)
+        if sequence is None or member.rank not in sequence.participants or len(scored.logprobs) > sequence.unscored:
+            self.num_dropped += 1
+            return
+        sequence.unscored -= len(scored.logprobs)
+        if sequence.is_current:
+            self._requests.deliver_scores(sequence.request, scored.logprobs)
+            if not sequence.unscored:
+                sequence.request.is_scored = True
+                self._take_outputs(sequence)
+
     def on_need_block(self, member: Member, seq: int) -> None:
         sequence = self._sequences.get(seq)
         if sequence is None or sequence.ending:
@@ -306,6 +320,8 @@ class Sequences:
         request = reservation.request
         home = placement.shares[0].rank
         sequence = Sequence(reservation.seq, request, home, sorted(placement.blocks))
+        if request.params.prompt_logprobs is not None and not request.is_scored:
+            sequence.unscored = request.prompt_tokens - 1
         self._sequences[sequence.number] = sequence
         request.place = "sequence"
         request.seq = sequence.number
@@ -336,6 +352,7 @@ class Sequences:
             seed=request.seed,
             stop_token_ids=sorted({*(params.stop_token_ids or ()), *eos}),
             logprobs=params.logprobs,
+            prompt_logprobs=None if request.is_scored else params.prompt_logprobs,
         )
 
     # --- homes --------------------------------------------------------------------------------------------------------
@@ -361,7 +378,9 @@ class Sequences:
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     def _take_outputs(self, sequence: Sequence) -> None:
-        """All that is there without a gap goes to the client at once."""
+        """All that is there without a gap goes to the client at once, but only after its prompt's log-probabilities."""
+        if sequence.unscored and sequence.is_current:
+            return
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] = []
         last: SequenceOutput | None = None
@@ -415,6 +434,8 @@ class Sequences:
             self._give_up_reservation()
 
     def _settle(self, sequence: Sequence, now: float) -> None:
+        if not sequence.is_current:
+            self._take_outputs(sequence)  # nobody waits for log-probabilities of its prompt any more
         if sequence.released is None or sequence.received < sequence.released:
             return
         self._give_up_move(sequence)

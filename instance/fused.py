@@ -58,12 +58,22 @@ class _Layer:
     down: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Rows after the last layer."""
+
+    x_TE: torch.Tensor
+    pending_TE: torch.Tensor | None = None
+    """To be added."""
+
+
 class FusedDecoder:
     """The layers of one model, from token ids to logits of chosen rows."""
 
     def __init__(self, module: PreTrainedModel, backend: str) -> None:
         """Merges the weights in place, layer by layer. Only for a model that `is_like_llama`."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+        self._module: Any = module
         self._embed: nn.Module = base.embed_tokens
         self._rotary: nn.Module = base.rotary_emb
         self._final_norm_E: torch.Tensor = base.norm.weight
@@ -81,27 +91,22 @@ class FusedDecoder:
         layers = [matrix for layer in self._layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         return [*layers, self._head.weight]
 
-    def forward(
-        self,
-        token_ids_T: torch.Tensor,
-        positions_T: torch.Tensor,
-        logits_rows_S: torch.Tensor,
-        attention: PackedAttention,
-        *,
-        stores_only_last: bool = False,
-    ) -> torch.Tensor:
-        """Logits `[S, V]` of the chosen rows; none may be chosen if the last layer only stores its KV."""
-        x_TE: torch.Tensor = self._embed(token_ids_T)
-        rotary = self._rotary_of(x_TE, positions_T)
-        pending_TE = None
-        for index, layer in enumerate(self._layers):
-            if stores_only_last and index == len(self._layers) - 1:
-                attention.store_packed(index, self._project(layer, x_TE, pending_TE, rotary))
-                return x_TE.new_empty((0, self._head.weight.shape[0]))
-            pending_TE = self._run_layer(index, layer, x_TE, pending_TE, rotary, attention)
-        x_SE = x_TE[logits_rows_S]
-        if pending_TE is not None:
-            x_SE = x_SE + pending_TE[logits_rows_S]
+    def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> Hidden:
+        """All layers."""
+        hidden, _ = self._run_layers(self._layers, token_ids_T, positions_T, attention)
+        return hidden
+
+    def store(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> None:
+        """All layers, but of the last only what makes its keys and values."""
+        *before, last = self._layers
+        hidden, rotary = self._run_layers(before, token_ids_T, positions_T, attention)
+        attention.store_packed(len(before), self._project(last, hidden.x_TE, hidden.pending_TE, rotary))
+
+    def logits(self, hidden: Hidden, rows_S: torch.Tensor) -> torch.Tensor:
+        """Logits `[S, V]` of the chosen rows."""
+        x_SE = hidden.x_TE[rows_S]
+        if hidden.pending_TE is not None:
+            x_SE = x_SE + hidden.pending_TE[rows_S]
         h_SE = rms_norm(x_SE, self._final_norm_E, self._eps, backend=self._backend)
         return linear(h_SE, self._head.weight, self._head.bias, backend=self._backend)
 
@@ -121,10 +126,39 @@ class FusedDecoder:
             want_TE = theirs[0].float() - x_TE.float()
             ours_TE = x_TE.clone()
             pending_TE = self._run_layer(index, layer, ours_TE, None, (cos_TD, sin_TD), attention)
-            got_TE = ours_TE.float() - x_TE.float() + (0 if pending_TE is None else pending_TE.float())
-            if not (got_TE - want_TE).norm() <= _TOLERANCE[weight.dtype] * want_TE.norm():
+            if not self._agree(ours_TE.float() - x_TE.float() + (0 if pending_TE is None else pending_TE.float()), want_TE):
                 return False
         return True
+
+    def ends_agree(self) -> bool:
+        """Whether transformers too does nothing to embeddings, and nothing to logits after the last norm and the head."""
+        base = self._module.get_decoder()
+        ids_T = torch.tensor(_CHECK_POSITIONS, device=self._head.weight.device)
+        x_TE: torch.Tensor = self._embed(ids_T)
+        layers, norm = base.layers, base.norm
+        base.layers = nn.ModuleList()
+        try:
+            with_norm_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
+            base.norm = nn.Identity()  # which would hide another scale of the embeddings
+            without_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
+        finally:
+            base.layers, base.norm = layers, norm
+        ours_TV = self.logits(Hidden(x_TE), torch.arange(len(ids_T), device=ids_T.device))
+        return self._agree(ours_TV, with_norm_TV) and self._agree(self._head(x_TE), without_TV)
+
+    def _agree(self, got: torch.Tensor, want: torch.Tensor) -> bool:
+        return bool((got.float() - want.float()).norm() <= _TOLERANCE[self._head.weight.dtype] * want.float().norm())
+
+    def _run_layers(
+        self, layers: list[_Layer], token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention
+    ) -> tuple[Hidden, tuple[torch.Tensor, torch.Tensor]]:
+        """The first layers, and the rows' rotary factors for more."""
+        x_TE: torch.Tensor = self._embed(token_ids_T)
+        rotary = self._rotary_of(x_TE, positions_T)
+        pending_TE = None
+        for index, layer in enumerate(layers):
+            pending_TE = self._run_layer(index, layer, x_TE, pending_TE, rotary, attention)
+        return Hidden(x_TE, pending_TE), rotary
 
     def _rotary_of(self, x_TE: torch.Tensor, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos_1TD, sin_1TD = self._rotary(x_TE, positions_T.unsqueeze(0))

@@ -30,9 +30,10 @@ _NOTHING = StepPlan(
     positions_T=[],
     pending=[],
     sampled=[],
+    scored=[],
     slots_T=[],
     layout=Layout(num_rows=0, own=[], dispatched_rows=[], dispatched={}, received={}, others=[]),
-    samples_anywhere=False,
+    needs_logits=False,
     is_decode=True,
 )
 
@@ -114,7 +115,8 @@ class DecodeGraphs:
             sources_T = tables["sources"]
             sampled_T = self._previous_tokens[sources_T.clamp(min=0)]
             token_ids_T = torch.where(sources_T >= 0, sampled_T, tables["token_ids"])
-            return self._decoder.forward(token_ids_T, tables["positions"], logits_rows_R, attention)
+            hidden = self._decoder.run(token_ids_T, tables["positions"], attention)
+            return self._decoder.logits(hidden, logits_rows_R)
 
         with torch.inference_mode():
             _fill(tables, attention, _NOTHING)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
-from instance.fused import FusedDecoder, LayerAttention, OwnRow, is_like_llama
+from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
 
 _IMPLEMENTATION = "distattn"
 
@@ -57,6 +58,7 @@ class Model:
         """Raises UnsupportedModel by the name of what can't be served exactly."""
         config = module.config.get_text_config()
         self.module = module
+        self._base: Any = module.base_model
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.max_context = _max_context(config)
@@ -80,33 +82,42 @@ class Model:
         self.context.attention = OwnRow(self.shape, backend)
         try:
             with torch.inference_mode():
-                if fused.agrees(self.context.attention):
+                if fused.ends_agree() and fused.agrees(self.context.attention):
                     self._fused = fused
         finally:
             self.context.attention = None
 
-    def forward(
-        self,
-        token_ids_T: torch.Tensor,
-        positions_T: torch.Tensor,
-        logits_rows_S: torch.Tensor,
-        *,
-        stores_only_last: bool = False,
-    ) -> torch.Tensor:
-        """Logits `[S, V]` of the chosen rows, of rows `[T]` (int64, or int32 where fused). Attention: `context.attention`.
-
-        `stores_only_last`: no logits are wanted, here or elsewhere, so that a fused model's last layer only stores KV.
-        """
+    def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> Hidden:
+        """All layers, of rows `[T]` (int64, or int32 where fused). Attention: `context.attention`."""
         if self._fused is not None:
-            attention = self.context.needed()
-            return self._fused.forward(token_ids_T, positions_T, logits_rows_S, attention, stores_only_last=stores_only_last)
-        out = self.module(
-            input_ids=token_ids_T.unsqueeze(0),
-            position_ids=positions_T.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=logits_rows_S,
-        )
+            return self._fused.run(token_ids_T, positions_T, self.context.needed())
+        out = self._base(input_ids=token_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False)
+        return Hidden(out.last_hidden_state[0])
+
+    def store(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
+        """As `run`, where nobody wants logits, here or elsewhere: a fused model's last layer only stores KV."""
+        if self._fused is not None:
+            self._fused.store(token_ids_T, positions_T, self.context.needed())
+        else:
+            self.run(token_ids_T, positions_T)
+
+    def logits(self, hidden: Hidden, rows_S: torch.Tensor) -> torch.Tensor:
+        """Logits `[S, V]` of the chosen rows."""
+        if self._fused is not None:
+            return self._fused.logits(hidden, rows_S)
+        # What a model does to its logits beside the head (scales, caps) stands in its forward: it runs with its layers' result
+        # given.
+        given = BaseModelOutputWithPast(last_hidden_state=hidden.x_TE[rows_S].unsqueeze(0))
+        self._base.forward = lambda **_: given
+        try:
+            out = self.module(input_ids=rows_S.unsqueeze(0), use_cache=False)
+        finally:
+            del self._base.forward
         return out.logits[0]  # type: ignore[no-any-return]
+
+    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, logits_rows_S: torch.Tensor) -> torch.Tensor:
+        """`run`, then the `logits` of the chosen rows."""
+        return self.logits(self.run(token_ids_T, positions_T), logits_rows_S)
 
     def weight_bytes(self) -> int:
         """Bytes of all parameters."""
@@ -172,8 +183,9 @@ class Model:
             with torch.inference_mode():
                 ids = torch.tensor([1, 2], device=self.device) % self.vocab_size
                 places = torch.tensor([0, 1], device=self.device)
-                together = self.forward(ids, places, places)[1]
-                alone = self.forward(ids[1:], places[1:], places[:1])[0]
+                together = self._as_transformers(ids, places)[1]
+                alone = self._as_transformers(ids[1:], places[1:])[0]
+                halves = self.forward(ids, places, places)[1]
         finally:
             AttentionInterface.register(_IMPLEMENTATION, _attention)
         if sorted(seen) != list(range(self.num_layers)) or len(set(seen.values())) != 1:
@@ -182,7 +194,14 @@ class Model:
             )
         if float((together - alone).abs().max()) > 0.02 * float(alone.abs().max()):  # bf16 rounds to 0.004
             raise UnsupportedModel(f"{self.module.config.model_type}: something beside attention mixes the rows of a step")
+        if not torch.equal(halves, together):
+            raise UnsupportedModel(f"{self.module.config.model_type}: its logits come from more than its last hidden states")
         return seen[0]
+
+    def _as_transformers(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+        """Logits `[T, V]` of the model run in one piece."""
+        out = self.module(input_ids=token_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False)
+        return out.logits[0]  # type: ignore[no-any-return]
 
 
 def load_model(path: Path, dtype: torch.dtype | None, device: torch.device) -> Model:

@@ -3,16 +3,17 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from distattn.attention import DistAttention
-from gmanager.wire.messages import TokenLogprob
+from gmanager.wire.messages import PromptLogprobs, TokenLogprob, pack_tokens
+from instance.fused import Hidden
 from instance.model import Model
 from instance.sampler import sample
-from instance.scheduler import SampledRow, StepPlan
+from instance.scheduler import SampledRow, ScoredRows, StepPlan
 from kernels.upload import upload
 from kvstore.storage import KVStorage
 
@@ -31,10 +32,8 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class _Logprobs:
-    """Of the rows whose requests ask for them. A rows."""
+    """Log-probability and rank of a token for each of A rows, and the N likeliest tokens."""
 
-    index_of: dict[int, int]
-    """seq -> its row here."""
     logprobs_A: torch.Tensor
     ranks_A: torch.Tensor
     top_logprobs_AN: torch.Tensor
@@ -48,13 +47,30 @@ class _Samples:
     rows: Sequence[SampledRow]
     tokens_S: torch.Tensor
     logprobs: _Logprobs | None
+    """Of the rows whose requests ask for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """What a step brings, on its way to the host."""
+
+    samples: _Samples | None = None
+    scored: list[tuple[ScoredRows, _Logprobs]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step has brought, by sequence."""
+
+    tokens: dict[int, TokenLogprob]
+    scored: list[tuple[int, PromptLogprobs]]
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
     """A step that is queued on the device."""
 
-    samples: _Samples | None
+    results: _Results
     done: torch.cuda.Event | None
     """On a GPU: when the step has run and its samples are here."""
 
@@ -77,6 +93,7 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         self.shared_graph_steps = 0
         """Steps that ran as a graph in which rows travelled."""
+        self._max_samples = max_samples
         self._previous_tokens = torch.zeros(max_samples, dtype=torch.int64, device=self._device)
         # the number of threads and the current GPU are settings of the thread that calls
         self._driver.submit(torch.set_num_threads, threads).result()
@@ -100,12 +117,13 @@ class Runner:
         """Queue a plan behind those before it."""
         return asyncio.get_running_loop().run_in_executor(self._driver, self._run, plan)
 
-    async def result_of(self, launched: asyncio.Future[Launched]) -> dict[int, TokenLogprob]:
-        """The tokens of a launched plan by sequence, once the device has run it."""
+    async def result_of(self, launched: asyncio.Future[Launched]) -> StepResult:
+        """What a launched plan brings, once the device has run it."""
         step = await launched
         if step.done is not None:
             await asyncio.get_running_loop().run_in_executor(self._waiter, step.done.synchronize)
-        return {} if step.samples is None else _read(step.samples)
+        samples, scored = step.results.samples, step.results.scored
+        return StepResult({} if samples is None else _read(samples), [(rows.seq, _pack(rows, found)) for rows, found in scored])
 
     def close(self) -> None:
         """Let go of the threads. A step that waits for a lost peer is not waited for."""
@@ -115,14 +133,14 @@ class Runner:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, plan: StepPlan) -> Launched:
-        samples = None if plan.is_idle else self._compute(plan)
+        results = _Results() if plan.is_idle else self._compute(plan)
         done = None
         if self._device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self._device))
-        return Launched(samples, done)
+        return Launched(results, done)
 
-    def _compute(self, plan: StepPlan) -> _Samples | None:
+    def _compute(self, plan: StepPlan) -> _Results:
         queries, partials = self._attention.bytes_sent(plan.layout, self._model.num_layers)
         self.traffic.query_bytes += queries
         self.traffic.partial_bytes += partials
@@ -130,26 +148,29 @@ class Runner:
             if self.graphs is not None and self.graphs.can_run(plan):
                 logits_SV = self.graphs.run(plan)
                 self.shared_graph_steps += bool(plan.layout.dispatched or plan.layout.received)
-            else:
-                logits_SV = self._run_eagerly(plan)
-            return self._sample(plan, logits_SV) if plan.sampled and logits_SV is not None else None
+                return _Results(None if logits_SV is None else self._sample(plan, logits_SV))
+            return self._run_eagerly(plan)
 
-    def _run_eagerly(self, plan: StepPlan) -> torch.Tensor | None:
+    def _run_eagerly(self, plan: StepPlan) -> _Results:
         self._attention.plan(plan.layout, plan.slots_T)
         if not plan.token_ids_T:
             self._serve(plan)
-            return None
-        self._model.context.attention = self._attention
-        return self._model.forward(
-            self._token_ids(plan),
-            self._upload(plan.positions_T),
-            self._upload([s.row for s in plan.sampled]),
-            stores_only_last=not plan.samples_anywhere,
-        )
+            return _Results()
+        model = self._model
+        model.context.attention = self._attention
+        token_ids_T, positions_T = self._token_ids(plan), self._upload(plan.positions_T)
+        if not plan.needs_logits:
+            model.store(token_ids_T, positions_T)
+            return _Results()
+        hidden = model.run(token_ids_T, positions_T)
+        scored = self._score(plan.scored, hidden) if plan.scored else []
+        if not plan.sampled:
+            return _Results(None, scored)
+        return _Results(self._sample(plan, model.logits(hidden, self._upload([s.row for s in plan.sampled]))), scored)
 
     def _serve(self, plan: StepPlan) -> None:
         """Attend for others, with no rows of our own."""
-        num_layers = self._model.num_layers - (self._model.fused is not None and not plan.samples_anywhere)
+        num_layers = self._model.num_layers - (self._model.fused is not None and not plan.needs_logits)
         shape = self._attention.shape
         q_0HD = torch.empty((0, shape.num_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
         kv_0KD = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
@@ -176,13 +197,28 @@ class Runner:
         if len(asked) < len(plan.sampled):
             rows_A = self._upload(asked)
             logits_SV, tokens_S = logits_SV[rows_A], tokens_S[rows_A]
-        logprobs_AV = logits_SV.float().log_softmax(-1)
-        logprobs_A = logprobs_AV.gather(1, tokens_S.unsqueeze(1)).squeeze(1)
+        return self._logprobs_of(logits_SV, tokens_S, max(plan.sampled[i].params.logprobs or 0 for i in asked))
+
+    def _score(self, scored: list[ScoredRows], hidden: Hidden) -> list[tuple[ScoredRows, _Logprobs]]:
+        """Log-probabilities of prompt tokens, for as many rows at a time as a step may sample: all logits would take GBs."""
+        found = []
+        for rows in scored:
+            parts = []
+            for start in range(0, len(rows.token_ids), self._max_samples):
+                token_ids = rows.token_ids[start : start + self._max_samples]
+                first = rows.first_row + start
+                logits_SV = self._model.logits(hidden, self._upload(range(first, first + len(token_ids))))
+                parts.append(self._logprobs_of(logits_SV, self._upload(token_ids), rows.num_top))
+            joined = (torch.cat([getattr(part, name) for part in parts]) for name in _Logprobs.__slots__)
+            found.append((rows, _Logprobs(*joined)))
+        return found
+
+    def _logprobs_of(self, logits_AV: torch.Tensor, tokens_A: torch.Tensor, num_top: int) -> _Logprobs:
+        logprobs_AV = logits_AV.float().log_softmax(-1)
+        logprobs_A = logprobs_AV.gather(1, tokens_A.unsqueeze(1).long()).squeeze(1)
         ranks_A = (logprobs_AV > logprobs_A.unsqueeze(1)).sum(-1) + 1
-        most = min(max(plan.sampled[i].params.logprobs or 0 for i in asked), logprobs_AV.shape[-1])
-        top = logprobs_AV.topk(most, -1)
-        results = [self._to_host(result) for result in (logprobs_A, ranks_A, top.values, top.indices)]
-        return _Logprobs({plan.sampled[i].seq: a for a, i in enumerate(asked)}, *results)
+        top = logprobs_AV.topk(min(num_top, logprobs_AV.shape[-1]), -1)
+        return _Logprobs(*[self._to_host(result) for result in (logprobs_A, ranks_A, top.values, top.indices)])
 
     def _to_host(self, result: torch.Tensor) -> torch.Tensor:
         """Queued, not waited for."""
@@ -195,12 +231,14 @@ class Runner:
 def _read(step: _Samples) -> dict[int, TokenLogprob]:
     """Tokens by sequence; log-probability and rank are 0 where nobody asked for them."""
     logprobs = step.logprobs
+    asked = [row.seq for row in step.rows if row.params.logprobs is not None]
+    index_of = {seq: a for a, seq in enumerate(asked)}
     tokens: dict[int, TokenLogprob] = {}
     for row, token_id in zip(step.rows, step.tokens_S.tolist(), strict=True):
         if logprobs is None or row.params.logprobs is None:
             tokens[row.seq] = TokenLogprob(token_id=token_id, logprob=0.0, rank=0)
             continue
-        at, count = logprobs.index_of[row.seq], row.params.logprobs
+        at, count = index_of[row.seq], row.params.logprobs
         tokens[row.seq] = TokenLogprob(
             token_id=token_id,
             logprob=float(logprobs.logprobs_A[at]),
@@ -209,3 +247,16 @@ def _read(step: _Samples) -> dict[int, TokenLogprob]:
             top_logprobs=logprobs.top_logprobs_AN[at, :count].tolist(),
         )
     return tokens
+
+
+def _pack(rows: ScoredRows, found: _Logprobs) -> PromptLogprobs:
+    num_top = found.top_ids_AN.shape[1]
+    return PromptLogprobs(
+        start=rows.start,
+        token_ids=pack_tokens(rows.token_ids),
+        logprobs=found.logprobs_A.numpy().astype("<f4").tobytes(),
+        ranks=found.ranks_A.numpy().astype("<u4").tobytes(),
+        num_top=num_top,
+        top_ids=found.top_ids_AN.numpy().astype("<u4").tobytes(),
+        top_logprobs=found.top_logprobs_AN.numpy().astype("<f4").tobytes(),
+    )

@@ -10,6 +10,7 @@ So `propose` uses counts, never the values of tokens that are under way. A seque
 one more row, whose token is thrown away.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from gmanager.wire.messages import (
     Message,
     NeedBlock,
     Outputs,
+    PromptLogprobs,
     Released,
+    Scored,
     SequenceOutput,
     SequenceParams,
     Share,
@@ -50,6 +53,19 @@ class SampledRow:
     params: SequenceParams
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Consecutive rows of a prompt whose logits tell the log-probabilities of the tokens that follow them there."""
+
+    seq: int
+    first_row: int
+    start: int
+    """Position of the first of these tokens."""
+    token_ids: "array[int]"
+    num_top: int
+    """How many of the likeliest tokens are wanted with each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """What this instance runs in one step. T own rows."""
@@ -59,10 +75,11 @@ class StepPlan:
     pending: list[tuple[int, int]]
     """`(row, i)`: the row's token is the i-th that this instance's previous plan samples."""
     sampled: list[SampledRow]
+    scored: list[ScoredRows]
     slots_T: list[int]
     layout: Layout
-    samples_anywhere: bool
-    """Whether any member of the party samples in this step: else nobody needs what the last layer attends to."""
+    needs_logits: bool
+    """Whether any member of the party does in this step: else nobody needs what the last layer attends to."""
     is_decode: bool
     """Whether every row of every member is a span of its own that yields a token, and none has more than `MAX_DECODE_ROWS`."""
 
@@ -121,6 +138,7 @@ class Scheduler:
         """seq -> which token of the previous plan is its."""
         self._ended: list[_Ended] = []
         """Of each accepted step that is not committed."""
+        self._scored: list[Message] = []
         self._outputs: list[SequenceOutput] = []
         self._messages: list[Message] = []
 
@@ -132,7 +150,7 @@ class Scheduler:
             return
         mine = next((share.tokens for share in admit.shares if share.rank == self.rank), 0)
         prompt = unpack_tokens(admit.token_ids)
-        self._guests[admit.seq] = Guest(prompt, mine)
+        self._guests[admit.seq] = Guest(prompt, mine, admit.params.prompt_logprobs)
         if admit.shares[0].rank == self.rank:
             self._homes[admit.seq] = Home(
                 seq=admit.seq,
@@ -187,6 +205,7 @@ class Scheduler:
                         end=home.prompt_tokens,
                         shares=home.shares,
                         holdings=home.holdings,
+                        scored=home.params.prompt_logprobs is not None,
                     )
                 )
             elif home.move_to is not None:
@@ -238,8 +257,9 @@ class Scheduler:
         self._ended.append(ended)
         return self._plan(step)
 
-    def commit(self, tokens: Mapping[int, TokenLogprob]) -> None:
-        """The oldest accepted step has run: its tokens by sequence."""
+    def commit(self, tokens: Mapping[int, TokenLogprob], scored: Sequence[tuple[int, PromptLogprobs]] = ()) -> None:
+        """The oldest accepted step has run: its tokens, and log-probabilities of prompts, by sequence."""
+        self._scored += [Scored(epoch=self.epoch, seq=seq, logprobs=logprobs) for seq, logprobs in scored]
         for seq, token in tokens.items():
             if (home := self._homes.get(seq)) is not None:
                 self._take_token(home, token)
@@ -252,10 +272,10 @@ class Scheduler:
         self._messages += [Released(epoch=self.epoch, seq=home.seq, generated=home.committed) for home in ended.homes]
 
     def take_messages(self) -> list[Message]:
-        """What the gManager must hear since the last call, outputs first."""
+        """What the gManager must hear since the last call: log-probabilities of prompts, outputs, then the rest."""
         outputs: list[Message] = [Outputs(epoch=self.epoch, outputs=self._outputs)] if self._outputs else []
-        messages = outputs + self._messages
-        self._outputs, self._messages = [], []
+        messages = self._scored + outputs + self._messages
+        self._scored, self._outputs, self._messages = [], [], []
         return messages
 
     def validate(self) -> None:
@@ -342,6 +362,7 @@ class Scheduler:
         pending: list[tuple[int, int]] = []
         slots: list[int] = []
         sampled: list[SampledRow] = []
+        scored: list[ScoredRows] = []
         spans_of: dict[int, list[Span]] = {}
         for span in step.spans:
             spans_of.setdefault(span.seq, []).append(span)
@@ -349,8 +370,11 @@ class Scheduler:
         for span in step.spans:
             if span.rank != self.rank:
                 continue
-            if span.seq in self._guests:
-                token_ids += self._take_prompt(span)
+            guest = self._guests.get(span.seq)
+            if guest is not None:
+                if guest.num_top is not None and len(following := guest.prompt[span.start + 1 : span.stop + 1]):
+                    scored.append(ScoredRows(span.seq, len(token_ids), span.start + 1, following, guest.num_top))
+                token_ids += self._take_prompt(guest, span)
             else:
                 known = self._known_token(span)
                 if known is None:
@@ -370,14 +394,14 @@ class Scheduler:
             positions_T=positions,
             pending=pending,
             sampled=sampled,
+            scored=scored,
             slots_T=slots,
             layout=lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank),
-            samples_anywhere=bool(step.sampled),
+            needs_logits=bool(step.sampled or step.scored),
             is_decode=_is_decode(step),
         )
 
-    def _take_prompt(self, span: Span) -> list[int]:
-        guest = self._guests[span.seq]
+    def _take_prompt(self, guest: Guest, span: Span) -> list[int]:
         guest.remaining -= span.stop - span.start
         if not guest.remaining:
             del self._guests[span.seq]
@@ -430,6 +454,7 @@ def _is_decode(step: Step) -> bool:
     rows = Counter(span.rank for span in step.spans)
     return (
         len(step.sampled) == len(step.spans)
+        and not step.scored
         and all(span.stop - span.start == 1 for span in step.spans)
         and max(rows.values(), default=0) <= MAX_DECODE_ROWS
     )

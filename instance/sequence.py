@@ -14,6 +14,8 @@ class Guest:
     prompt: "array[int]"
     remaining: int
     """Tokens of its share that are not yet in an accepted step."""
+    num_top: int | None = None
+    """With the log-probability of each of its tokens: of so many likeliest ones. None: none is wanted."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from instance.config import InstanceConfig
 from instance.model import Model
 from instance.party import Party, PartyMessage
 from instance.rmanager import RManager
-from instance.runner import Launched, Runner
+from instance.runner import Launched, Runner, StepResult
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
 from instance.step import FAR, Grouping, derive
 from kvstore.storage import KVStorage
@@ -325,11 +325,12 @@ class Instance:
                 await party.woken.wait()
                 continue
             if running is not None:
-                scheduler.commit(await self._result_of(runner, running))
+                result = await self._result_of(runner, running)
+                scheduler.commit(result.tokens, result.scored)
             running = launched
             self._publish(scheduler)
 
-    async def _result_of(self, runner: Runner, running: asyncio.Future[Launched]) -> dict[int, wire.TokenLogprob]:
+    async def _result_of(self, runner: Runner, running: asyncio.Future[Launched]) -> StepResult:
         limit = self._config.step_timeout_s
         try:
             async with asyncio.timeout(limit):

@@ -43,6 +43,8 @@ class Prefill(Part):
     shares: list[Share]
     """What each participant still has to take."""
     holdings: list[Holding]
+    scored: bool = False
+    """Whether log-probabilities of its tokens are wanted."""
 
 
 class Handoff(Part):
@@ -112,6 +114,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """Of every sequence with a span: who holds what once the step has written its KV."""
     sampled: list[int]
     """Sequences whose last row of this step yields a token."""
+    scored: list[int]
+    """Sequences of whose prompt rows the log-probabilities are wanted."""
     released: list[int]
     cancels: list[int]
     handoffs: list[Handoff]
@@ -135,6 +139,7 @@ def derive(notices: Sequence[Notice]) -> Step:
     released = sorted({seq for notice in notices for seq in notice.released})
     spans: list[Span] = []
     sampled: list[int] = []
+    scored: list[int] = []
     holdings: dict[int, list[Holding]] = {}
     for notice in notices:
         for row in notice.decodes:
@@ -145,12 +150,15 @@ def derive(notices: Sequence[Notice]) -> Step:
     for prefill, chunk in _chunks(notices):
         spans += chunk
         holdings[prefill.seq] = _with_spans(prefill.holdings, chunk)
+        if prefill.scored:
+            scored.append(prefill.seq)
         if max(span.stop for span in chunk) == prefill.end:
             sampled.append(prefill.seq)
     return Step(
         spans=spans,
         holdings=holdings,
         sampled=sampled,
+        scored=scored,
         released=released,
         cancels=sorted({seq for notice in notices for seq in notice.cancels}),
         handoffs=[handoff for notice in notices for handoff in notice.handoffs],

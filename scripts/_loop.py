@@ -225,7 +225,7 @@ class Loop:
                 continue
             launched = self._launched
             if self._running is not None:
-                scheduler.commit(await self.runner.result_of(self._running))
+                scheduler.commit((await self.runner.result_of(self._running)).tokens)
                 self._collect(scheduler.take_messages())
                 ends.append(time.perf_counter() - begin)
             self._running = launched

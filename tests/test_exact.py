@@ -7,14 +7,15 @@ Real processes, real sockets, real Gloo; pools poisoned with NaN. Ids must equal
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from gmanager import AsyncClient, SamplingParams
-from tests.support.exactness import MIXED_LENGTHS, Differs, ask, ask_mixed, move_on, prompt
+from gmanager import AsyncClient, SamplingParams, TokenLogprob
+from tests.support.exactness import LOGPROB_TOLERANCE, MIXED_LENGTHS, Differs, ask, ask_mixed, move_on, prompt
 from tests.support.farm import Farm, Mutation, Setup
 from tests.support.service import Service, serve
-from tests.support.tiny import CONFIGS, make_model
+from tests.support.tiny import CONFIGS, make_model, prompt_reference, reference
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +112,62 @@ async def test_sampling_survives_preemption_and_moves(farm: Farm, llama: Path) -
     async with serve(farm, 2, Setup(model=llama, kv_tokens=128)) as service:
         assert await asyncio.gather(*(tokens(service.client, i) for i in range(4))) == alone
         assert (await service.client.stats()).counters.preemptions >= 1
+
+
+def check_prompt_logprobs(path: Path, ids: list[int], got: list[TokenLogprob] | None, num_top: int) -> None:
+    """Each prompt token but the first: its log-probability, its rank, and the likeliest ones, as transformers has them."""
+    assert got is not None
+    assert [p.token_id for p in got] == ids[1:]
+    for given, row in zip(got, prompt_reference(path, ids), strict=True):
+        assert abs(given.logprob - float(row[given.token_id])) < LOGPROB_TOLERANCE
+        assert abs(given.rank - int((row > row[given.token_id]).sum()) - 1) <= 1  # two may be closer than rounding
+        assert given.top_logprobs == pytest.approx(row.topk(num_top).values.tolist(), abs=LOGPROB_TOLERANCE)
+        assert given.top_logprobs == pytest.approx(row[given.top_ids].tolist(), abs=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("spread", [1, "all"])
+@pytest.mark.parametrize("size", [1, 2])
+async def test_prompt_logprobs(size: int, spread: Literal[1, "all"], farm: Farm, llama: Path) -> None:
+    """Chunk by chunk, on whatever instances the rows run, beside requests that ask for none."""
+    params = SamplingParams(max_tokens=4, temperature=0, logprobs=0, prompt_logprobs=3, ignore_eos=True)
+
+    async def scored(client: AsyncClient, ids: list[int]) -> None:
+        chunks = [chunk async for chunk in client.generate(ids, params, spread=spread)]
+        if len(ids) > 1:
+            check_prompt_logprobs(llama, ids, chunks[0].prompt_logprobs, 3)
+        assert all(chunk.prompt_logprobs is None for chunk in chunks[1:])
+        assert [t for chunk in chunks for t in chunk.token_ids] == reference(llama, tuple(ids), 4).token_ids
+
+    async with serve(farm, size, Setup(model=llama, chunk_tokens=24)) as service:
+        lengths = (1, 2, 90, 25, 24)
+        prompts = [prompt(llama, length, new=4, seed=i) for i, length in enumerate(lengths)]
+        others = [prompt(llama, 70, seed=9)]
+        asked = [scored(service.client, ids) for ids in prompts]
+        await asyncio.gather(*asked, *(ask(service.client, llama, ids, spread=spread) for ids in others))
+
+
+async def test_prompt_logprobs_survive_preemption(farm: Farm, llama: Path) -> None:
+    params = SamplingParams(max_tokens=60, temperature=0, prompt_logprobs=0, ignore_eos=True)
+
+    async def scored(client: AsyncClient, ids: list[int]) -> None:
+        chunks = [chunk async for chunk in client.generate(ids, params)]
+        check_prompt_logprobs(llama, ids, chunks[0].prompt_logprobs, 0)
+        assert all(chunk.prompt_logprobs is None for chunk in chunks[1:])
+
+    async with serve(farm, 2, Setup(model=llama, kv_tokens=160, chunk_tokens=16)) as service:
+        await asyncio.gather(*(scored(service.client, prompt(llama, 40, new=60, seed=i)) for i in range(4)))
+        assert (await service.client.stats()).counters.preemptions >= 1
+
+
+async def test_aborted_while_its_prompt_is_scored(farm: Farm, llama: Path) -> None:
+    """Nothing is left of it, wherever the abort meets it."""
+    params = SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=1, ignore_eos=True)
+    async with serve(farm, 2, Setup(model=llama, chunk_tokens=8)) as service:
+        for i in range(12):
+            request = asyncio.create_task(anext(service.client.generate(prompt(llama, 120, seed=1), params, spread="all")))
+            await asyncio.sleep(0.01 * i)
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
 
 
 @pytest.mark.parametrize("mutation", ["drop", "double", "shift"])

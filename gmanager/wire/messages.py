@@ -62,6 +62,14 @@ def unpack_tokens(data: bytes) -> "array[int]":
     return ids
 
 
+def _unpack_floats(data: bytes) -> "array[float]":
+    values = array("f")
+    values.frombytes(data)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class _Strict(msgspec.StructMeta):
     """Makes every struct frozen, keyword-only and closed to unknown fields; subclasses need not say so again."""
@@ -146,6 +154,48 @@ class TokenLogprob(Part):
     """1: no token was likelier."""
     top_ids: list[int] = []
     top_logprobs: list[float] = []
+
+
+class PromptLogprobs(Part):
+    """Log-probabilities of consecutive prompt tokens, each given all before it; packed, because a prompt may have millions.
+
+    Raises ValueError when built of parts of different lengths.
+    """
+
+    start: int
+    """Position of the first of them in the prompt, at least 1."""
+    token_ids: bytes
+    logprobs: bytes
+    """Little-endian float32, natural logarithms."""
+    ranks: bytes
+    """Little-endian uint32. 1: no token was likelier."""
+    num_top: int = 0
+    """How many of the likeliest tokens come with each."""
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+    def __post_init__(self) -> None:
+        lengths = [len(part) for part in (self.token_ids, self.logprobs, self.ranks)]
+        tops = [len(part) for part in (self.top_ids, self.top_logprobs)]
+        if self.start < 1 or not 0 <= self.num_top <= MAX_LOGPROBS:
+            raise ValueError(f"start must be at least 1 and num_top at most {MAX_LOGPROBS}, got {self.start}, {self.num_top}")
+        if lengths[0] % 4 or set(lengths) != {lengths[0]} or set(tops) != {lengths[0] * self.num_top}:
+            raise ValueError(f"parts of {lengths} and {tops} bytes don't belong together with {self.num_top} likeliest tokens")
+
+    def __len__(self) -> int:
+        return len(self.token_ids) // 4
+
+    def unpack(self) -> list[TokenLogprob]:
+        """One for each token."""
+        ids, ranks, top_ids = (unpack_tokens(data) for data in (self.token_ids, self.ranks, self.top_ids))
+        logprobs, top_logprobs = (_unpack_floats(data) for data in (self.logprobs, self.top_logprobs))
+        tops = [slice(i * self.num_top, (i + 1) * self.num_top) for i in range(len(ids))]
+        return [
+            TokenLogprob(
+                token_id=token, logprob=logprob, rank=rank, top_ids=list(top_ids[top]), top_logprobs=list(top_logprobs[top])
+            )
+            for token, logprob, rank, top in zip(ids, logprobs, ranks, tops, strict=True)
+        ]
 
 
 class ChatMessage(Part):
@@ -314,6 +364,16 @@ class Output(Message):
     """With `error`: the request never started."""
 
 
+class PromptOutput(Message):
+    """Log-probabilities of some of a request's prompt; all that were asked for come before its first Output, in any order.
+
+    After a preemption some may come again.
+    """
+
+    request_id: str
+    logprobs: PromptLogprobs
+
+
 class Done(Message):
     call: int
 
@@ -454,6 +514,14 @@ class Outputs(Message):
     outputs: list[SequenceOutput]
 
 
+class Scored(Message):
+    """Log-probabilities of prompt tokens whose rows ran on this instance, if they were asked for."""
+
+    epoch: int
+    seq: int
+    logprobs: PromptLogprobs
+
+
 class NeedBlock(Message):
     """The home can't grant a sequence's next block: it waits for a MoveSequence, a Cancel, or a block that frees here."""
 
@@ -538,6 +606,8 @@ class SequenceParams(Part):
     stop_token_ids: list[int]
     """EOS among them, unless ignored."""
     logprobs: int | None
+    prompt_logprobs: int | None = None
+    """In this admission."""
 
 
 class Admit(Message):
@@ -579,9 +649,21 @@ class Cancel(Message):
 
 
 FromClient = Hello | Submit | Abort | MoveHome | GetStats | GetText | Ping
-ToClient = Welcome | Refused | Output | Done | CallFailed | StatsReply | TextReply | Pong
+ToClient = Welcome | Refused | Output | PromptOutput | Done | CallFailed | StatsReply | TextReply | Pong
 FromInstance = (
-    Register | Text | StoreOpened | Joined | Leave | Beat | Granted | NotGranted | Outputs | NeedBlock | HomeMoved | Released
+    Register
+    | Text
+    | StoreOpened
+    | Joined
+    | Leave
+    | Beat
+    | Granted
+    | NotGranted
+    | Outputs
+    | Scored
+    | NeedBlock
+    | HomeMoved
+    | Released
 )
 ToInstance = (
     Registered | Refused | OpenStore | JoinEpoch | EndEpoch | Reserve | Drop | Admit | Regroup | MoveSequence | Cancel | Pong

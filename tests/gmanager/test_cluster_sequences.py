@@ -50,6 +50,40 @@ def test_abort_of_a_running_request() -> None:
     assert request_stats(driver, "r").generated_tokens == 1
 
 
+def scored(seq: int, start: int, count: int) -> m.Scored:
+    packed = bytes(4 * count)
+    return m.Scored(epoch=1, seq=seq, logprobs=m.PromptLogprobs(start=start, token_ids=packed, logprobs=packed, ranks=packed))
+
+
+def told(of: m.Scored) -> Send:
+    return Send(CLIENT, m.PromptOutput(request_id="r", logprobs=of.logprobs))
+
+
+def test_no_token_goes_before_the_log_probabilities_of_its_prompt() -> None:
+    """Instances speak on connections of their own: the home's tokens, and even its Released, may come first."""
+    driver = serving(8, 8)
+    running(driver, "r", 9, spread=2, prompt_logprobs=0)
+    home, other = scored(1, 1, 5), scored(1, 6, 3)
+    assert driver.say(peer(0), home) == [told(home)]
+    assert driver.say(peer(0), outputs(1, 0, [10]), outputs(1, 1, [11], finish_reason="length")) == []
+    assert driver.say(peer(0), m.Released(epoch=1, seq=1, generated=2)) == []
+    assert driver.say(peer(1), scored(1, 6, 4)) == [], "more than there are"
+    last = [deliver(1, "r", 0, [10, 11], finish_reason="length")]
+    assert driver.say(peer(1), other) == [told(other), *last, *regroup(2, [0], [1])]
+    assert driver.cluster.is_idle
+    assert dropped(driver) == 1
+
+
+def test_tokens_that_wait_for_log_probabilities_hold_nothing_up_after_an_abort() -> None:
+    driver = serving(8, 8)
+    running(driver, "r", 9, spread=2, prompt_logprobs=0)
+    driver.say(peer(0), outputs(1, 0, [10]))
+    answer = deliver(1, "r", 0, [], finish_reason="abort")
+    assert driver.say(CLIENT, m.Abort(call=7, request_id="r")) == [answer, cancel(0, 1), done(7)]
+    assert driver.say(peer(0), m.Released(epoch=1, seq=1, generated=1)) == regroup(2, [0], [1])
+    assert driver.cluster.is_idle
+
+
 def test_calls_for_requests_of_others_or_of_nobody() -> None:
     driver = serving(8, 8)
     driver.say(OTHER, HELLO)

@@ -38,6 +38,7 @@ params = st.builds(
     stop_token_ids=st.none() | st.lists(st.integers(0, 2**32 - 1), max_size=4),
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, m.MAX_LOGPROBS),
+    prompt_logprobs=st.none() | st.integers(0, m.MAX_LOGPROBS),
 )
 submits = st.one_of(
     *(
@@ -63,6 +64,21 @@ logprobs = st.builds(
     top_ids=st.lists(counts, max_size=3),
     top_logprobs=st.lists(st.floats(max_value=0, allow_nan=False), max_size=3),
 )
+prompt_logprobs = st.builds(
+    lambda start, count, num_top: m.PromptLogprobs(
+        start=start,
+        token_ids=bytes(4 * count),
+        logprobs=bytes(4 * count),
+        ranks=bytes(4 * count),
+        num_top=num_top,
+        top_ids=bytes(4 * count * num_top),
+        top_logprobs=bytes(4 * count * num_top),
+    ),
+    st.integers(1, 2**40),
+    st.integers(0, 5),
+    st.integers(0, m.MAX_LOGPROBS),
+)
+st.register_type_strategy(m.PromptLogprobs, prompt_logprobs)
 st.register_type_strategy(m.SamplingParams, params)
 st.register_type_strategy(m.TokenLogprob, logprobs)
 st.register_type_strategy(int, wire_ints)

@@ -131,7 +131,7 @@ def test_members_that_differ_stop() -> None:
     with pytest.raises(StepMismatch, match="rank 1 is in step 4, rank 0 in 3"):
         derive([notice(0), notice(1, step=4)])
     assert a.digest() == derive([notice(0, decodes=[Decode(seq=1, position=5, holdings=[Holding(0, 0, 5)])])]).digest()
-    assert Step.__struct_fields__[3] == "released"
+    assert Step.__struct_fields__[4] == "released"
 
 
 def test_prompts_are_paced_beside_decodes_and_more_so_further_on() -> None:

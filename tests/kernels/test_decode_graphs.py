@@ -94,9 +94,10 @@ def step(kv_lens: list[int], pending: list[tuple[int, int]]) -> StepPlan:
         positions_T=[kv_len - 1 for kv_len in kv_lens],
         pending=pending,
         sampled=[SampledRow(row, row, kv_lens[row], PARAMS) for row in range(rows)],
+        scored=[],
         slots_T=slots,
         layout=Layout(num_rows=rows, own=readings, dispatched_rows=[], dispatched={}, received={}, others=[]),
-        samples_anywhere=True,
+        needs_logits=True,
         is_decode=True,
     )
 
@@ -145,9 +146,9 @@ def test_a_step_that_others_have_a_part_in_needs_peers(model: Model) -> None:
         captured = Graphs(model.fused, model.shape, storage_of(model, 1), previous, None)
     alone = step([5], [])
     shared = StepPlan(
-        token_ids_T=[1], positions_T=[4], pending=[], sampled=alone.sampled, slots_T=alone.slots_T,
+        token_ids_T=[1], positions_T=[4], pending=[], sampled=alone.sampled, scored=[], slots_T=alone.slots_T,
         layout=Layout(num_rows=1, own=alone.layout.own, dispatched_rows=[0], dispatched={1: 1}, received={}, others=[]),
-        samples_anywhere=True, is_decode=True,
+        needs_logits=True, is_decode=True,
     )  # fmt: skip
     assert captured.can_run(alone)
     assert not captured.can_run(shared)

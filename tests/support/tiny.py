@@ -107,6 +107,13 @@ def reference(path: Path, prompt: tuple[int, ...], max_tokens: int) -> Expected:
     return Expected(ids, logprobs, margin)
 
 
+def prompt_reference(path: Path, prompt: list[int]) -> torch.Tensor:
+    """Log-probabilities `[T - 1, V]` of what may follow each token of the prompt but the last, as `reference` computes them."""
+    with torch.inference_mode():
+        logits: torch.Tensor = _load(path)(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, :-1]
+    return logits.log_softmax(-1)
+
+
 @functools.cache
 def _load(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
