@@ -1,6 +1,8 @@
 """Text to tokens and back, with the `tokenizers` package alone (transformers would bring torch with it)."""
 
 import asyncio
+import json
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,20 @@ of a byte or more each, is also context enough: how bytes decode depends on the 
 _SLICE_TOKENS = 32
 _HELD_CHARS = 3
 
+_METASPACE = "\u2581"
+"""How tokenizers of SentencePiece's kind write a space."""
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's alphabet: a printable character for each byte, its own where it has one."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
+
 
 class Tokenizer:
     """The tokenizer and chat template of a cell's model. Close it: it may have a worker process."""
@@ -26,12 +42,14 @@ class Tokenizer:
         """Raises TextError if tokenizer.json can't be read."""
         self._backend = load_backend(assets.tokenizer_json)
         self._worker = TextWorker(assets)
+        self._added = frozenset(self._backend.get_added_tokens_decoder())
+        self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(assets.tokenizer_json).get("decoder"))
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self._silent = frozenset(special | set(assets.eos_token_ids))
 
-    async def encode(self, text: str) -> "array[int]":
-        """Token ids of a prompt, special tokens added as the tokenizer does on its own. Raises TextError."""
-        return await self._encode(text, add_special_tokens=True)
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> "array[int]":
+        """Token ids of a text, by default with the special tokens that the tokenizer adds on its own. Raises TextError."""
+        return await self._encode(text, add_special_tokens=add_special_tokens)
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> "array[int]":
         """Token ids of a conversation in the model's chat template, up to where the answer begins.
@@ -61,6 +79,23 @@ class Tokenizer:
     def decode_visible(self, token_ids: list[int]) -> str:
         """The text of tokens that `visible` has let through."""
         return self._backend.decode(token_ids, skip_special_tokens=False)
+
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """The text of any tokens, special ones as they are written."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=False)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token stands for, which may be part of a character; nothing for an id that the tokenizer doesn't know."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return token.encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[char] for char in token if char in _BYTE_OF)
+        if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
+            return bytes.fromhex(byte[1])
+        return token.replace(_METASPACE, " ").encode()
 
     async def close(self) -> None:
         """End the worker process, if there is one; what it had to do fails."""

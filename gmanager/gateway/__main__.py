@@ -1,0 +1,102 @@
+"""`python -m gmanager.gateway`: the OpenAI-compatible HTTP server of one service."""
+
+import argparse
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from gmanager.gateway.app import make_app
+from gmanager.gateway.backend import Backend
+from gmanager.gateway.config import GatewayConfig, parse_address
+from gmanager.wire.channel import check_address
+from gmanager.wire.errors import AddressError
+
+BAD_USAGE = 2
+GRACE_S = 5
+"""For streams that still run when the gateway is asked to end."""
+
+
+def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, str]:
+    """The configuration and the log level. Exits with BAD_USAGE and a reason if the arguments are wrong."""
+    default = GatewayConfig()
+    parser = argparse.ArgumentParser(prog="python -m gmanager.gateway", description=__doc__)
+    parser.add_argument("--gmanager", default=default.gmanager, help="address of the gManager (%(default)s)")
+    parser.add_argument(
+        "--bind",
+        default=f"{default.host}:{default.port}",
+        metavar="HOST:PORT",
+        help="where to listen; port 0: any (%(default)s)",
+    )
+    parser.add_argument("--api-key", action="append", default=[], help="a key that opens the door; may be given again")
+    parser.add_argument("--api-key-file", type=Path, help="the same from a file, one a line")
+    parser.add_argument("--max-body-bytes", type=int, default=default.max_body_bytes, help="(%(default)d)")
+    parser.add_argument(
+        "--max-concurrency", type=int, default=default.max_concurrency, help="most requests under way at once (%(default)d)"
+    )
+    parser.add_argument("--max-prompts", type=int, default=default.max_prompts, help="most prompts in a request (%(default)d)")
+    parser.add_argument("--max-n", type=int, default=default.max_n, help="most answers to one prompt (%(default)d)")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    given = parser.parse_args(arguments)
+    try:
+        check_address(given.gmanager)
+        host, port = parse_address(given.bind)
+        config = GatewayConfig(
+            gmanager=given.gmanager,
+            host=host,
+            port=port,
+            api_keys=(*given.api_key, *_keys_of(given.api_key_file)),
+            max_body_bytes=given.max_body_bytes,
+            max_concurrency=given.max_concurrency,
+            max_prompts=given.max_prompts,
+            max_n=given.max_n,
+        )
+    except (ValueError, AddressError, OSError) as error:
+        parser.error(str(error))
+    return config, given.log_level
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 after SIGTERM or SIGINT, BAD_USAGE if the address can't be taken."""
+    config, log_level = parse(arguments)
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        listener = _listen(config.host, config.port)
+    except OSError as error:
+        print(f"gateway: can't listen at {config.host}:{config.port}: {error.strerror}", file=sys.stderr)
+        return BAD_USAGE
+    host, port = listener.getsockname()[:2]
+    print(f"gateway listens at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    settings = uvicorn.Config(
+        make_app(config, Backend(config.gmanager)),
+        log_config=None,
+        access_log=log_level == "debug",
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+    )
+    uvicorn.Server(settings).run(sockets=[listener])
+    return 0
+
+
+def _keys_of(file: Path | None) -> list[str]:
+    return [] if file is None else [line.strip() for line in file.read_text().splitlines() if line.strip()]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Taken before anything else starts, so that a port in use is said at once."""
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""The routes: a request becomes calls of `AsyncClient`, and their chunks become OpenAI's answers."""
+
+import asyncio
+import importlib.metadata
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Send
+
+from gmanager.gateway.answers import ChatShape, CompletionShape, Envelope, Prompt
+from gmanager.gateway.backend import Backend, Served
+from gmanager.gateway.config import GatewayConfig
+from gmanager.gateway.door import Door
+from gmanager.gateway.errors import ApiError, ErrorBody, translate
+from gmanager.gateway.generation import Generation
+from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from gmanager.wire.errors import TextError
+from gmanager.wire.messages import SamplingParams
+
+T = TypeVar("T")
+
+VERSION = importlib.metadata.version("distattn")
+
+HEADERS_AFTER_S = 1.0
+"""A stream's status is decided by its first token, or after so long without one: what is refused is refused within
+milliseconds, and a client should not wait minutes to hear that its long prompt was taken."""
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is wrong, or longer than the model takes."},
+    401: {"model": ErrorBody, "description": "No API key, or none that is known."},
+    404: {"model": ErrorBody, "description": "No such model."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    422: {"model": ErrorBody, "description": "It needs more KV than the instances hold together."},
+    429: {"model": ErrorBody, "description": "Too many requests are waiting or under way."},
+    503: {"model": ErrorBody, "description": "Nobody can serve it now."},
+}
+UNAVAILABLE: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 503)}
+
+
+def make_app(config: GatewayConfig, backend: Backend) -> Door:
+    """The whole application. Its lifespan runs the backend."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(backend.run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    app = FastAPI(title="distattn", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.exception_handler(ApiError)(_api_error)
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(HTTPException)(_http_error)
+    routes = Routes(config, backend)
+    app.get("/health", responses={503: ERRORS[503]})(routes.health)
+    app.get("/version", responses={401: ERRORS[401]})(routes.version)
+    app.get("/v1/models", responses=UNAVAILABLE)(routes.list_models)
+    app.get("/v1/models/{name:path}", responses=UNAVAILABLE | {404: ERRORS[404]})(routes.get_model)
+    for path, route in (
+        ("/v1/completions", routes.complete),
+        ("/v1/chat/completions", routes.chat),
+        ("/tokenize", routes.tokenize),
+        ("/detokenize", routes.detokenize),
+    ):
+        app.post(path, responses=ERRORS, response_model=None)(route)
+    return Door(app, config)
+
+
+class Routes:
+    """What the paths do."""
+
+    def __init__(self, config: GatewayConfig, backend: Backend) -> None:
+        self._config = config
+        self._backend = backend
+
+    # --- about the service --------------------------------------------------------------------------------------------
+
+    async def health(self) -> dict[str, str]:
+        """200 only when a cell can serve."""
+        if not any(cell.state == "ready" for cell in (await self._backend.stats()).cells):
+            raise ApiError(503, "no instances are ready to serve", code="not_ready")
+        return {"status": "ready"}
+
+    async def version(self) -> dict[str, str]:
+        """Of this gateway."""
+        return {"version": VERSION}
+
+    async def list_models(self) -> dict[str, Any]:
+        """Models that can be asked now."""
+        return {"object": "list", "data": [_model(served) for served in await self._backend.models()]}
+
+    async def get_model(self, name: str) -> dict[str, Any]:
+        """One of them."""
+        return _model(await self._backend.model(name))
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        """A text, or a conversation in the model's template, as token ids."""
+        served = await self._backend.model(body.model)
+        with _text_errors():
+            if body.messages is not None:
+                ids = await served.tokenizer.encode_chat([turn.plain() for turn in body.messages])
+            else:
+                ids = await served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        found: dict[str, Any] = {"count": len(ids), "max_model_len": served.max_context, "tokens": ids.tolist()}
+        if body.return_token_strs:
+            found["token_strs"] = [served.tokenizer.bytes_of(token).decode(errors="replace") for token in ids]
+        return found
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids."""
+        served = await self._backend.model(body.model)
+        return {"prompt": served.tokenizer.decode_all(body.tokens)}
+
+    # --- tokens -------------------------------------------------------------------------------------------------------
+
+    async def complete(self, body: CompletionRequest, http: Request) -> Response:
+        """Go on with one or more prompts."""
+        served = await self._backend.model(body.model)
+        given = body.prompts()
+        if len(given) > self._config.max_prompts:
+            raise ApiError(400, f"{len(given)} prompts; a request has at most {self._config.max_prompts}", param="prompt")
+        prompts = [await _prompt(served, prompt, echo=bool(body.echo)) for prompt in given]
+        drops_tokens = body.max_tokens == 0
+        prompt_logprobs = body.logprobs if body.echo else None
+        shape = CompletionShape(served.tokenizer, logprobs=body.logprobs, echo=bool(body.echo), drops_tokens=drops_tokens)
+        most_tokens = 1 if drops_tokens else body.max_tokens
+        generation = Generation(
+            client=self._backend.client(),
+            envelope=Envelope(shape, served.name),
+            prompts=prompts,
+            params=self._params(body, most_tokens, body.logprobs, prompt_logprobs),
+            spread=body.spread,
+            drops_tokens=drops_tokens,
+        )
+        return await _answer(http, generation, stream=bool(body.stream), with_usage=body.includes_usage)
+
+    async def chat(self, body: ChatRequest, http: Request) -> Response:
+        """Answer a conversation."""
+        served = await self._backend.model(body.model)
+        with _text_errors():
+            ids = await served.tokenizer.encode_chat([turn.plain() for turn in body.messages])
+        generation = Generation(
+            client=self._backend.client(),
+            envelope=Envelope(ChatShape(served.tokenizer, logprobs=body.num_logprobs), served.name),
+            prompts=[Prompt(ids.tolist(), "")],
+            params=self._params(body, body.most_tokens, body.num_logprobs, None),
+            spread=body.spread,
+            drops_tokens=False,
+        )
+        return await _answer(http, generation, stream=bool(body.stream), with_usage=body.includes_usage)
+
+    def _params(
+        self, body: CompletionRequest | ChatRequest, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> list[SamplingParams]:
+        n = body.n or 1
+        if n > self._config.max_n:
+            raise ApiError(400, f"n must be at most {self._config.max_n}, got {n}", param="n")
+        try:
+            return [body.sampling(choice, max_tokens, logprobs, prompt_logprobs) for choice in range(n)]
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+
+
+async def _prompt(served: Served, given: str | list[int], *, echo: bool) -> Prompt:
+    if isinstance(given, str):
+        with _text_errors():
+            return Prompt((await served.tokenizer.encode(given)).tolist(), given)
+    return Prompt(given, served.tokenizer.decode_all(given) if echo else "")
+
+
+async def _answer(http: Request, generation: Generation, *, stream: bool, with_usage: bool) -> Response:
+    """Run it: a whole answer, or a stream that has begun. Raises ApiError."""
+    if not stream:
+        async with generation.running():
+            content = await _unless_gone(http, generation.whole())
+        return Response(msgspec.json.encode(content), media_type="application/json")
+    events = _events(generation, with_usage=with_usage)
+    try:
+        await _unless_gone(http, anext(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+
+async def _events(generation: Generation, *, with_usage: bool) -> AsyncGenerator[bytes, None]:
+    """First nothing, when it has begun; then all events. Raises ApiError only in place of the first."""
+    async with generation.running():
+        await generation.begun(HEADERS_AFTER_S)
+        yield b""
+        async for event in generation.events(with_usage=with_usage):
+            yield event
+
+
+class EventStream(StreamingResponse):
+    """A stream that is closed, and so its requests aborted, as soon as its client is gone."""
+
+    body_iterator: AsyncGenerator[bytes, None]
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+async def _unless_gone(http: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client closes the connection. Raises what `work` raises."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_gone(http))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, "the client has closed the connection")  # nobody reads it; the access log does
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+@contextmanager
+def _text_errors() -> Iterator[None]:
+    try:
+        yield
+    except TextError as error:
+        raise translate(error) from error
+
+
+def _model(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.since,
+        "owned_by": "distattn",
+        "max_model_len": served.max_context,
+    }
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    # json, not msgspec: it escapes what a request may have held and no UTF-8 can hold
+    return Response(json.dumps(error.body()), error.status, error.headers, media_type="application/json")
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """A body that isn't what the route takes: the first thing that is wrong with it."""
+    assert isinstance(error, RequestValidationError)
+    first: dict[str, Any] = error.errors()[0]
+    place = [str(part) for part in first.get("loc", ()) if part != "body"]
+    param = ".".join(place) or None
+    text = first["msg"].removeprefix("Value error, ")
+    return await _api_error(request, ApiError(400, f"{param}: {text}" if param else text, param=param))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = await _api_error(request, ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
+    response.headers.update(error.headers or {})
+    return response

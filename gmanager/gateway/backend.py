@@ -1,0 +1,129 @@
+"""The gateway's connection to the service: one client, made anew when it is lost, and what is known of the served models."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gmanager.client import AsyncClient
+from gmanager.gateway.errors import ApiError
+from gmanager.text import Tokenizer
+from gmanager.wire.channel import Transport
+from gmanager.wire.errors import DistattnError, ServiceUnreachable, TextError
+from gmanager.wire.messages import Stats
+
+log = logging.getLogger("gateway")
+
+REFRESH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that a ready cell serves."""
+
+    name: str
+    cell: str
+    epoch: int
+    max_context: int
+    tokenizer: Tokenizer
+    since: int
+    """Unix time."""
+
+
+class Backend:
+    """`run` until cancelled; meanwhile `client` and `model` give what requests need, or raise ApiError."""
+
+    def __init__(self, address: str, *, transport: Transport | None = None) -> None:
+        self._address = address
+        self._transport = transport
+        self._client: AsyncClient | None = None
+        self._models: dict[str, Served] = {}
+        self._refreshing = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Keep a connection, and look every second who serves what."""
+        try:
+            while True:
+                try:
+                    async with AsyncClient(self._address, transport=self._transport) as client:
+                        self._client = client
+                        log.info("connected to %s", self._address)
+                        while True:
+                            await self._refresh(client)
+                            await asyncio.sleep(REFRESH_S)
+                except DistattnError as error:
+                    log.warning("%s", error)
+                finally:
+                    self._client = None
+                await self._forget(self._models)
+                await asyncio.sleep(REFRESH_S)
+        finally:
+            await self._forget(self._models)
+
+    def client(self) -> AsyncClient:
+        """Raises ApiError 503 if there is no connection."""
+        if self._client is None:
+            raise ApiError(503, f"the gManager at {self._address} does not answer", code="not_ready")
+        return self._client
+
+    async def stats(self) -> Stats:
+        """Raises ApiError 503."""
+        client = self.client()
+        try:
+            return await client.stats()
+        except ServiceUnreachable as error:
+            raise ApiError(503, str(error), code="not_ready") from error
+
+    async def models(self) -> list[Served]:
+        """By name. Raises ApiError 503 if there is no connection, or no cell is ready."""
+        if not self._models:
+            await self._refresh_now()
+        if not self._models:
+            raise ApiError(503, "no instances are ready to serve", code="not_ready")
+        return [self._models[name] for name in sorted(self._models)]
+
+    async def model(self, name: str | None) -> Served:
+        """The model of that name, or the only one. Raises ApiError 404 or 503."""
+        if name is not None and name not in self._models:
+            await self._refresh_now()
+        served = await self.models()
+        if name is None and len(served) == 1:
+            return served[0]
+        for model in served:
+            if model.name == name:
+                return model
+        there_is = ", ".join(model.name for model in served)
+        if name is None:
+            raise ApiError(400, f"say which model is meant; there is {there_is}", param="model")
+        raise ApiError(404, f"no model {name[:100]!r} is served; there is {there_is}", param="model", code="model_not_found")
+
+    async def _refresh_now(self) -> None:
+        try:
+            await self._refresh(self.client())
+        except DistattnError as error:
+            raise ApiError(503, str(error), code="not_ready") from error
+
+    async def _refresh(self, client: AsyncClient) -> None:
+        """Learn of cells that have become ready, or are gone."""
+        async with self._refreshing:
+            ready = {cell.model: cell for cell in (await client.stats()).cells if cell.state == "ready"}
+            await self._forget(name for name, model in self._models.items() if name not in ready)
+            for name, cell in ready.items():
+                known = self._models.get(name)
+                if known is not None and (known.cell, known.epoch) == (cell.name, cell.epoch):
+                    continue
+                assets = await client.text_assets(cell.name)
+                try:
+                    tokenizer = await asyncio.to_thread(Tokenizer, assets)
+                except TextError as error:
+                    log.error("the tokenizer of %s can't be used: %s", name, error)
+                    continue
+                await self._forget([name])
+                self._models[name] = Served(name, cell.name, cell.epoch, cell.max_context, tokenizer, int(time.time()))
+
+    async def _forget(self, names: Iterable[str]) -> None:
+        for name in list(names):
+            model = self._models.pop(name, None)
+            if model is not None:
+                await model.tokenizer.close()

@@ -1,0 +1,41 @@
+"""What the gateway is told when it starts."""
+
+from dataclasses import dataclass, field
+
+from gmanager.wire.codec import MAX_FRAME_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayConfig:
+    """All that a gateway is told. Raises ValueError for a value that makes no sense."""
+
+    gmanager: str = "tcp://127.0.0.1:5570"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Any of them opens every route but /health. None: all are open."""
+    max_body_bytes: int = MAX_FRAME_BYTES
+    max_concurrency: int = 1024
+    """Most requests for tokens that are under way at once."""
+    max_prompts: int = 256
+    """Most prompts in one request."""
+    max_n: int = 16
+    """Most answers to one prompt."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"the port must be in [0, 65536), got {self.port}")
+        for name in ("max_body_bytes", "max_concurrency", "max_prompts", "max_n"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ValueError("an API key is not empty, and of printable ASCII characters")
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, `[V6]:PORT` or `:PORT`. Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise ValueError(f"an address is HOST:PORT, got {text!r}")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)

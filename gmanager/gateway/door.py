@@ -1,0 +1,91 @@
+"""What stands before all routes: keys, body size, and how many requests are under way. Plain ASGI."""
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from gmanager.gateway.config import GatewayConfig
+from gmanager.gateway.errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/health"})
+
+
+class Door:
+    """Lets requests in, or answers them with an error."""
+
+    def __init__(self, app: App, config: GatewayConfig) -> None:
+        self._app = app
+        self._config = config
+        # of equal length, so that comparing tells nothing of a key's length either
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in config.api_keys]
+        self.in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                self._check_key(headers.get(b"authorization", b""))
+            self._check_length(headers.get(b"content-length", b"0"))
+            if self.in_flight >= self._config.max_concurrency and scope["method"] == "POST":
+                raise ApiError(429, f"{self.in_flight} requests are under way, as many as may (max-concurrency)")
+        except ApiError as error:
+            await answer(send, error)
+            return
+        is_counted = scope["method"] == "POST"
+        self.in_flight += is_counted
+        try:
+            await self._app(scope, self._bounded(receive), send)
+        finally:
+            self.in_flight -= is_counted
+
+    def _check_key(self, given: bytes) -> None:
+        if not self._keys:
+            return
+        scheme, _, key = given.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # every key is compared, so that time doesn't tell which one came close
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+    def _check_length(self, given: bytes) -> None:
+        if given.isdigit() and int(given) > self._config.max_body_bytes:
+            raise self._too_large(f"{int(given):,}")
+
+    def _too_large(self, size: str) -> ApiError:
+        return ApiError(413, f"the body has {size} bytes; at most {self._config.max_body_bytes:,} are taken")
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """A body that comes in pieces, without saying its length, is counted."""
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._config.max_body_bytes:
+                raise self._too_large(f"over {self._config.max_body_bytes:,}")
+            return message
+
+        return counted
+
+
+async def answer(send: Send, error: ApiError) -> None:
+    """Send an error as the whole answer."""
+    body = msgspec.json.encode(error.body())
+    headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

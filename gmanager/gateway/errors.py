@@ -1,0 +1,68 @@
+"""Errors in OpenAI's shape: what goes wrong anywhere, in one table."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from gmanager.wire.errors import DistattnError, FrameTooLarge, RequestRefused, TextError
+from gmanager.wire.messages import RefusalReason
+
+RETRY_AFTER_S = 1
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """What every answer but 2xx holds."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
+        return {"retry-after": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+
+_REFUSED: dict[RefusalReason, tuple[int, str | None]] = {
+    "invalid": (400, None),
+    "too_long": (400, "context_length_exceeded"),
+    "never": (422, "never_fits"),
+    "model": (404, "model_not_found"),
+    "full": (429, "queue_full"),
+    "not_ready": (503, "not_ready"),
+}
+
+
+def translate(error: DistattnError) -> ApiError:
+    """What a client of the service was told, as an answer."""
+    if isinstance(error, RequestRefused):
+        status, code = _REFUSED[error.reason]
+        return ApiError(status, str(error), code=code)
+    if isinstance(error, FrameTooLarge):
+        return ApiError(413, str(error))
+    if isinstance(error, TextError):
+        return ApiError(400, str(error))
+    return ApiError(503, str(error))  # it was fine, and the service was not
