@@ -257,7 +257,7 @@ def _model(served: Served) -> dict[str, Any]:
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     # json, not msgspec: it escapes what a request may have held and no UTF-8 can hold
-    return Response(json.dumps(error.body()), error.status, error.headers, media_type="application/json")
+    return Response(json.dumps(error.body()), error.status_code, error.headers, media_type="application/json")
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -273,5 +273,5 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     response = await _api_error(request, ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
-    response.headers.update(error.headers or {})
+    response.headers.update(error.headers or {})  # of a 405: what is allowed
     return response

@@ -61,6 +61,10 @@ class Backend:
         finally:
             await self._forget(self._models)
 
+    @property
+    def is_connected(self) -> bool:
+        return self._client is not None
+
     def client(self) -> AsyncClient:
         """Raises ApiError 503 if there is no connection."""
         if self._client is None:

@@ -85,7 +85,7 @@ class Door:
 async def answer(send: Send, error: ApiError) -> None:
     """Send an error as the whole answer."""
     body = msgspec.json.encode(error.body())
-    headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
+    headers = {"content-type": "application/json", "content-length": str(len(body))} | dict(error.headers or {})
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.start", "status": error.status_code, "headers": encoded})
     await send({"type": "http.response.body", "body": body})

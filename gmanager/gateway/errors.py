@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from gmanager.wire.errors import DistattnError, FrameTooLarge, RequestRefused, TextError
 from gmanager.wire.messages import RefusalReason
@@ -23,27 +24,24 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class ApiError(Exception):
-    """An answer that is an error."""
+class ApiError(HTTPException):
+    """An answer that is an error. Starlette's kind: FastAPI answers 400 to any other that is raised while it reads a body."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
+        super().__init__(status, message, _HEADERS.get(status))
         self.param = param
         self.code = code
 
-    @property
-    def headers(self) -> dict[str, str]:
-        if self.status == 401:
-            return {"www-authenticate": "Bearer"}
-        return {"retry-after": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
-
     def body(self) -> dict[str, Any]:
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        kind = _TYPES.get(self.status_code, "invalid_request_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
 
+_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    429: {"retry-after": str(RETRY_AFTER_S)},
+    503: {"retry-after": str(RETRY_AFTER_S)},
+}
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 _REFUSED: dict[RefusalReason, tuple[int, str | None]] = {

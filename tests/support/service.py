@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,11 @@ class Service:
 
 
 @asynccontextmanager
-async def serve(farm: Farm, size: int, setup: Setup, *, spread: str = "auto") -> AsyncIterator[Service]:
-    """Ready when entered; when left, every request must have ended and every pool be empty."""
+async def serve(farm: Farm, size: int, setup: Setup, **config: Any) -> AsyncIterator[Service]:
+    """Ready when entered; when left, every request must have ended and every pool be empty. `config`: of the gManager."""
     if setup.device == "cuda" and size > torch.cuda.device_count():
         pytest.skip(f"needs {size} GPUs")
-    server = Server(GManagerConfig(bind="tcp://127.0.0.1:*", spread=spread, max_queue_wait_s=60))
+    server = Server(GManagerConfig(**({"bind": "tcp://127.0.0.1:*", "max_queue_wait_s": 60} | config)))
     server.start()
     running = asyncio.create_task(server.run())
     try:
