@@ -236,17 +236,23 @@ class AsyncClient:
             if stream is not None and not stream.left:
                 stream.outputs.put_nowait(message)
         elif isinstance(message, m.Output):
-            stream = self._streams.get(message.request_id)
-            if stream is None:
-                return
-            if message.finish_reason is not None:
-                del self._streams[message.request_id]
-            if not stream.left:
-                stream.outputs.put_nowait(message)
+            self._route_output(message)
+        elif isinstance(message, m.OutputBatch):
+            for output in message.outputs:
+                self._route_output(output)
         elif isinstance(message, m.Done | m.CallFailed | m.StatsReply | m.TextReply):
             call = self._calls.pop(message.call, None)
             if call is not None and not call.done():
                 call.set_result(message)
+
+    def _route_output(self, output: m.Output) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        if output.finish_reason is not None:
+            del self._streams[output.request_id]
+        if not stream.left:
+            stream.outputs.put_nowait(output)
 
     async def _ping(self, dialer: Dialer[m.ToClient], lease_s: float) -> None:
         # Counts pings without an answer, not time: a program that was stopped for a while, or that blocked the event

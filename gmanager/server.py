@@ -37,11 +37,23 @@ from gmanager.text import Detokenizer, Tokenizer
 from gmanager.wire.channel import Listener, PeerId, PeerLost, Transport, ZmqTransport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.errors import BadMessage, FrameTooLarge, TextError
-from gmanager.wire.messages import FromClient, FromInstance, Message, Output, Submit, TextAssets, pack_tokens
+from gmanager.wire.messages import (
+    FromClient,
+    FromInstance,
+    Message,
+    Output,
+    OutputBatch,
+    Submit,
+    TextAssets,
+    pack_tokens,
+)
 
 log = logging.getLogger("gmanager")
 
 TICK_S = 1.0
+
+MAX_BATCH = 256
+"""Most outputs in one message: with all log-probabilities that can be asked for it is far below a frame's limit."""
 
 
 @dataclass(slots=True)
@@ -67,6 +79,8 @@ class Server:
         self._tokenizers: dict[int, Tokenizer] = {}
         self._loading: set[int] = set()
         self._texts: dict[int, _RequestText] = {}
+        self._outbox: dict[PeerId, list[Output]] = {}
+        """Of the events that are being handled."""
         self._work: set[asyncio.Task[None]] = set()
 
     @property
@@ -143,6 +157,9 @@ class Server:
             while self._events:
                 for action in self._cluster.handle(self._events.popleft()):
                     self._do(action)
+                if not self._events:
+                    for peer in list(self._outbox):
+                        self._flush(peer)
         finally:
             self._is_handling = False
 
@@ -159,12 +176,14 @@ class Server:
     def _do(self, action: Action) -> None:
         match action:
             case Send(peer=peer, message=message):
+                self._flush(peer)
                 self._send(peer, message)
             case Deliver():
                 self._deliver(action)
             case Log(level=level, text=text):
                 log.log(level, "%s", text)
             case Forget(peer=peer):
+                self._flush(peer)
                 self._bound().forget(peer)
             case Encode():
                 self._start(self._encode(action, self._tokenizers[action.epoch]))
@@ -184,6 +203,14 @@ class Server:
             # What it was to hear can't be said; nothing that is said after that would make sense to it.
             log.error("a peer is given up: %s", error)
             self._handle(PeerWasLost(peer, str(error), self._now()))
+
+    def _flush(self, peer: PeerId) -> None:
+        """Send what a client is to hear of its requests: that of one step in one message."""
+        outputs = self._outbox.pop(peer, [])
+        if len(outputs) == 1:
+            self._send(peer, outputs[0])
+        elif outputs:
+            self._send(peer, OutputBatch(outputs=outputs))
 
     def _deliver(self, new: Deliver) -> None:
         """Add the text, and find out whether it ends here."""
@@ -213,7 +240,10 @@ class Server:
             error=new.error,
             refusal=new.refusal,
         )
-        self._send(new.peer, output)
+        waiting = self._outbox.setdefault(new.peer, [])
+        waiting.append(output)
+        if len(waiting) == MAX_BATCH:
+            self._flush(new.peer)
 
     def _text_of(self, new: Deliver) -> _RequestText | None:
         """None: it has no text, no token of it was ever generated."""

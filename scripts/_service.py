@@ -93,6 +93,10 @@ class Process:
                 command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def check(self) -> None:
         """Raises ServiceError if it has ended."""
         code = self._child.poll()

@@ -364,6 +364,12 @@ class Output(Message):
     """With `error`: the request never started."""
 
 
+class OutputBatch(Message):
+    """Outputs of several requests of one client, in order: a message costs more than an output."""
+
+    outputs: list[Output]
+
+
 class PromptOutput(Message):
     """Log-probabilities of some of a request's prompt; all that were asked for come before its first Output, in any order.
 
@@ -649,7 +655,7 @@ class Cancel(Message):
 
 
 FromClient = Hello | Submit | Abort | MoveHome | GetStats | GetText | Ping
-ToClient = Welcome | Refused | Output | PromptOutput | Done | CallFailed | StatsReply | TextReply | Pong
+ToClient = Welcome | Refused | Output | OutputBatch | PromptOutput | Done | CallFailed | StatsReply | TextReply | Pong
 FromInstance = (
     Register
     | Text

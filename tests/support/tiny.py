@@ -1,4 +1,4 @@
-"""Tiny random models with a real tokenizer, written to disk, and what transformers alone says of them."""
+"""What transformers alone says of tiny random models."""
 
 import functools
 from dataclasses import dataclass
@@ -6,74 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from _tiny import CONFIGS, VOCAB, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
-VOCAB = 300
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
-
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(
-        **_SIZES,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ),
-    "qwen2": Qwen2Config(**_SIZES),
-    "qwen3": Qwen3Config(**_SIZES, head_dim=16),
-    "mistral": MistralConfig(**_SIZES, sliding_window=None),
-}
-
-
-def make_model(kind: str, path: Path, *, seed: int = 0) -> Path:
-    """Write a tiny random model of a kind in `CONFIGS` with a byte-level tokenizer to `path`."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)  # zeros would not show a lost bias
-    model.save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens 0..255, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
-    return fast
+__all__ = ["CONFIGS", "VOCAB", "Expected", "make_model", "make_tokenizer", "prompt_reference", "reference"]
 
 
 @dataclass(frozen=True)

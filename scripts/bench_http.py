@@ -1,0 +1,243 @@
+#!/usr/bin/env python3
+"""What HTTP adds to the ZeroMQ client: TTFT and TPOT of many streams at once, both ways in one run; and how the gateway holds.
+
+Starts a service of a tiny random model (or of --model), and a gateway. Rounds of N streams alternate between the two doors:
+a figure is the median over the streams of a round, a ratio that of two neighbouring rounds, and what is told is the median of
+the ratios. Then --crowd streams at once, of which none may starve, and --requests short requests, during which the gateway's
+memory should stand still.
+
+Exit code 0, 1 if a stream failed, 2 if something could not be started.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from _measure import facts, show
+from _service import Process, ServiceConfig, ServiceError, running
+
+from gmanager import AsyncClient, DistattnError, SamplingParams
+
+SETTLED = 200
+"""Short requests after which the gateway's memory is read first: it has imported and allocated what it will."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What a client saw of one. Seconds from when all were sent."""
+
+    first_s: float
+    last_s: float
+    tokens: int
+
+    @property
+    def tpot_s(self) -> float:
+        return (self.last_s - self.first_s) / (self.tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    streams: int
+    prompt_tokens: int
+    max_tokens: int
+
+
+Ask = Callable[[list[int], int], Awaitable[Stream]]
+"""One stream: prompt and max_tokens."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("bench_http.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a directory, a hub id or a GGUF file (default: a tiny random one)")
+    parser.add_argument("--instances", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of rounds; the first is for warming up and not counted")
+    parser.add_argument("--crowd", type=int, default=200, help="streams at once, of which none may starve")
+    parser.add_argument("--requests", type=int, default=2000, help="short requests, for the gateway's memory")
+    parser.add_argument("--out", type=Path, default=Path("results/bench_http.json"))
+    return parser.parse_args()
+
+
+async def over_zeromq(client: AsyncClient, prompt: list[int], max_tokens: int) -> Stream:
+    began, first, tokens = time.perf_counter(), 0.0, 0
+    async for chunk in client.generate(prompt, SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)):
+        if chunk.token_ids and not tokens:
+            first = time.perf_counter() - began
+        tokens += len(chunk.token_ids)
+    return Stream(first, time.perf_counter() - began, tokens)
+
+
+async def over_http(session: aiohttp.ClientSession, model: str, prompt: list[int], max_tokens: int) -> Stream:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    began, first, tokens = time.perf_counter(), 0.0, 0
+    async with session.post("/v1/completions", json=body) as response:
+        if response.status != 200:
+            raise ServiceError(f"the gateway answered {response.status}: {await response.text()}")
+        async for line in response.content:
+            if not first and line.startswith(b"data: "):
+                first = time.perf_counter() - began
+            if b'"usage":{' in line:
+                tokens = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
+    return Stream(first, time.perf_counter() - began, tokens)
+
+
+async def at_once(ask: Ask, load: Load, seed: int) -> list[Stream]:
+    """All streams, each with a prompt of its own. Raises ServiceError if one did not get all its tokens."""
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(256) for _ in range(load.prompt_tokens)] for _ in range(load.streams)]
+    streams = await asyncio.gather(*(ask(prompt, load.max_tokens) for prompt in prompts))
+    short = [stream.tokens for stream in streams if stream.tokens != load.max_tokens]
+    if short:
+        raise ServiceError(f"{len(short)} of {len(streams)} streams got {short[:5]} ... tokens instead of {load.max_tokens}")
+    return streams
+
+
+def medians(streams: Sequence[Stream]) -> tuple[float, float]:
+    """TTFT and TPOT."""
+    return statistics.median(s.first_s for s in streams), statistics.median(s.tpot_s for s in streams)
+
+
+async def compare(zeromq: Ask, http: Ask, load: Load, rounds: int) -> list[dict[str, float]]:
+    """One row for each pair of rounds but the first. The door that goes first takes turns."""
+    rows = []
+    for number in range(rounds + 1):
+        found: dict[str, tuple[float, float]] = {}
+        order = [("zeromq", zeromq), ("http", http)]
+        for name, ask in order if number % 2 else reversed(order):
+            found[name] = medians(await at_once(ask, load, seed=number))
+        if number:
+            rows.append(
+                {f"{name}_{what}_ms": found[name][i] * 1e3 for i, what in enumerate(("ttft", "tpot")) for name in found}
+                | {f"{what}_ratio": found["http"][i] / found["zeromq"][i] for i, what in enumerate(("ttft", "tpot"))}
+            )
+    return rows
+
+
+async def crowd(ask: Ask, load: Load) -> dict[str, float]:
+    """Whether somebody waits much longer than the others."""
+    streams = await at_once(ask, load, seed=99)
+    firsts, lasts = sorted(s.first_s for s in streams), sorted(s.last_s for s in streams)
+    return {
+        "streams": load.streams,
+        "ttft_median_s": statistics.median(firsts),
+        "ttft_worst_s": firsts[-1],
+        "total_median_s": statistics.median(lasts),
+        "total_worst_s": lasts[-1],
+    }
+
+
+async def memory(ask: Ask, pid: int, requests: int) -> dict[str, float]:
+    """The gateway's resident memory after SETTLED short requests, and at the end."""
+    sizes = []
+    load = Load(streams=50, prompt_tokens=32, max_tokens=4)
+    for done in range(load.streams, requests + 1, load.streams):
+        await at_once(ask, load, seed=done)
+        if done >= SETTLED:
+            sizes.append(resident_mib(pid))
+    return {"requests": requests, "settled_mib": sizes[0], "end_mib": sizes[-1], "most_mib": max(sizes)}
+
+
+def resident_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
+    load = Load(args.streams, args.prompt_tokens, args.max_tokens)
+    each = args.prompt_tokens + args.max_tokens + 32
+    config = ServiceConfig(
+        model=model,
+        instances=args.instances,
+        kv_tokens=max(args.streams, args.crowd) * each // args.instances + 4096,
+        device=args.device,
+        logs=logs,
+    )
+    async with running(config) as service:
+        bind = "127.0.0.1:0"
+        command = [sys.executable, "-m", "gmanager.gateway", "--gmanager", service.address, "--bind", bind]
+        gateway = Process("the gateway", command, logs / "gateway.log")
+        service.processes.append(gateway)
+        url = await said(gateway, "http://127.0.0.1:")
+        connector = aiohttp.TCPConnector(limit=0)
+        async with AsyncClient(service.address) as client, aiohttp.ClientSession(url, connector=connector) as session:
+            name = (await client.stats()).cells[0].model
+            await healthy(session)
+
+            def zeromq(prompt: list[int], max_tokens: int) -> Awaitable[Stream]:
+                return over_zeromq(client, prompt, max_tokens)
+
+            def http(prompt: list[int], max_tokens: int) -> Awaitable[Stream]:
+                return over_http(session, name, prompt, max_tokens)
+
+            rows = await compare(zeromq, http, load, args.rounds)
+            ratios = {what: statistics.median(row[f"{what}_ratio"] for row in rows) for what in ("ttft", "tpot")}
+            show(rows, f"{load.streams} streams of {load.prompt_tokens} + {load.max_tokens} tokens, medians over the streams")
+            print(f"HTTP / ZeroMQ, median of {len(rows)} pairs: TTFT {ratios['ttft']:.3f}, TPOT {ratios['tpot']:.3f}")
+            crowded = await crowd(http, Load(args.crowd, args.prompt_tokens, args.max_tokens))
+            show([crowded], "streams at once over HTTP")
+            held = await memory(http, gateway.pid, args.requests)
+            show([held], "the gateway's resident memory")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    report = facts() | {"load": vars(args) | {"out": None}, "rounds": rows, "ratios": ratios, "crowd": crowded, "memory": held}
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+async def said(process: Process, beginning: str) -> str:
+    """The first word that begins so in what a process prints. Raises ServiceError."""
+    async with asyncio.timeout(30):
+        while True:
+            process.check()
+            for word in process.log.read_text(errors="replace").split():
+                if word.startswith(beginning):
+                    return word
+            await asyncio.sleep(0.05)
+
+
+async def healthy(session: aiohttp.ClientSession) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            async with session.get("/health") as response:
+                if response.status == 200:
+                    return
+            await asyncio.sleep(0.1)
+
+
+def main() -> int:
+    args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model
+        if model is None:
+            from _tiny import make_model
+
+            model = str(make_model("llama", Path(folder) / "tiny"))
+        try:
+            return asyncio.run(bench(args, model, Path(folder)))
+        except (ServiceError, DistattnError, TimeoutError, aiohttp.ClientError) as error:
+            print(f"bench_http.py: {error}", file=sys.stderr)
+            return 1 if isinstance(error, aiohttp.ClientError) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
