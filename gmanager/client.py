@@ -238,7 +238,8 @@ class AsyncClient:
         elif isinstance(message, m.Output):
             self._route_output(message)
         elif isinstance(message, m.OutputBatch):
-            for output in message.outputs:
+            # first tokens first: somebody waits for the beginning of a text more than for its next word
+            for output in sorted(message.outputs, key=lambda output: output.index > 0):
                 self._route_output(output)
         elif isinstance(message, m.Done | m.CallFailed | m.StatsReply | m.TextReply):
             call = self._calls.pop(message.call, None)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What HTTP adds to the ZeroMQ client: TTFT and TPOT of many streams at once, both ways in one run; and how the gateway holds.
 
-Starts a service of a tiny random model (or of --model), and a gateway. Rounds of N streams alternate between the two doors:
-a figure is the median over the streams of a round, a ratio that of two neighbouring rounds, and what is told is the median of
-the ratios. Then --crowd streams at once, of which none may starve, and --requests short requests, during which the gateway's
-memory should stand still.
+Starts a service of a tiny random model (or of --model), and a gateway. In a round N clients ask --each requests, one after the
+other, so that N streams run all the time. Rounds alternate between the two doors: a figure is the median over the requests of a
+round, a ratio that of two neighbouring rounds, and what is told is the median of the ratios. Then --crowd streams at once, of
+which none may starve, and --requests short requests, during which the gateway's memory should stand still.
 
 Exit code 0, 1 if a stream failed, 2 if something could not be started.
 """
@@ -50,6 +50,8 @@ class Load:
     streams: int
     prompt_tokens: int
     max_tokens: int
+    each: int = 1
+    """Requests of one client, one after the other."""
 
 
 Ask = Callable[[list[int], int], Awaitable[Stream]]
@@ -62,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--instances", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--each", type=int, default=6, help="requests of each stream in a round, one after the other")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7, help="pairs of rounds; the first is for warming up and not counted")
@@ -94,19 +97,26 @@ async def over_http(session: aiohttp.ClientSession, model: str, prompt: list[int
     async with session.post("/v1/completions", json=body) as response:
         if response.status != 200:
             raise ServiceError(f"the gateway answered {response.status}: {await response.text()}")
-        async for line in response.content:
-            if not first and line.startswith(b"data: "):
-                first = time.perf_counter() - began
+        end = b""
+        async for data in response.content.iter_any():  # what is to be measured is the gateway, not a client's parser
+            first = first or time.perf_counter() - began
+            end = end[-1000:] + data
+        for line in end.splitlines():
             if b'"usage":{' in line:
                 tokens = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
     return Stream(first, time.perf_counter() - began, tokens)
 
 
 async def at_once(ask: Ask, load: Load, seed: int) -> list[Stream]:
-    """All streams, each with a prompt of its own. Raises ServiceError if one did not get all its tokens."""
-    draw = random.Random(seed)
-    prompts = [[draw.randrange(256) for _ in range(load.prompt_tokens)] for _ in range(load.streams)]
-    streams = await asyncio.gather(*(ask(prompt, load.max_tokens) for prompt in prompts))
+    """All streams, each request with a prompt of its own. Raises ServiceError if one did not get all its tokens."""
+
+    async def one(number: int) -> list[Stream]:
+        draw = random.Random(f"{seed} {number}")
+        if load.each > 1:
+            await asyncio.sleep(draw.random())  # so that they don't all begin and end at once
+        return [await ask([draw.randrange(256) for _ in range(load.prompt_tokens)], load.max_tokens) for _ in range(load.each)]
+
+    streams = [stream for streams in await asyncio.gather(*map(one, range(load.streams))) for stream in streams]
     short = [stream.tokens for stream in streams if stream.tokens != load.max_tokens]
     if short:
         raise ServiceError(f"{len(short)} of {len(streams)} streams got {short[:5]} ... tokens instead of {load.max_tokens}")
@@ -164,7 +174,7 @@ def resident_mib(pid: int) -> float:
 
 
 async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
-    load = Load(args.streams, args.prompt_tokens, args.max_tokens)
+    load = Load(args.streams, args.prompt_tokens, args.max_tokens, args.each)
     each = args.prompt_tokens + args.max_tokens + 32
     config = ServiceConfig(
         model=model,
@@ -192,7 +202,8 @@ async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
 
             rows = await compare(zeromq, http, load, args.rounds)
             ratios = {what: statistics.median(row[f"{what}_ratio"] for row in rows) for what in ("ttft", "tpot")}
-            show(rows, f"{load.streams} streams of {load.prompt_tokens} + {load.max_tokens} tokens, medians over the streams")
+            sizes = f"{load.each} x ({load.prompt_tokens} + {load.max_tokens} tokens)"
+            show(rows, f"{load.streams} streams of {sizes}, medians over the requests")
             print(f"HTTP / ZeroMQ, median of {len(rows)} pairs: TTFT {ratios['ttft']:.3f}, TPOT {ratios['tpot']:.3f}")
             crowded = await crowd(http, Load(args.crowd, args.prompt_tokens, args.max_tokens))
             show([crowded], "streams at once over HTTP")

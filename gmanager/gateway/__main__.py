@@ -1,12 +1,17 @@
 """`python -m gmanager.gateway`: the OpenAI-compatible HTTP server of one service."""
 
 import argparse
+import asyncio
 import logging
+import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
+import uvloop
 
 from gmanager.gateway.app import make_app
 from gmanager.gateway.backend import Backend
@@ -69,15 +74,36 @@ def main(arguments: list[str] | None = None) -> int:
         return BAD_USAGE
     host, port = listener.getsockname()[:2]
     print(f"gateway listens at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    uvloop.run(serve(config, listener, access_log=log_level == "debug"))
+    return 0
+
+
+async def serve(config: GatewayConfig, listener: socket.socket, *, access_log: bool) -> None:
+    """Serve until SIGTERM or SIGINT; streams that still run then have GRACE_S to end."""
     settings = uvicorn.Config(
         make_app(config, Backend(config.gmanager)),
         log_config=None,
-        access_log=log_level == "debug",
+        access_log=access_log,
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
     )
-    uvicorn.Server(settings).run(sockets=[listener])
-    return 0
+    server = _Server(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    await server.serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn raises a signal again when it has ended: a gateway that was asked to end would seem to have died of it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """End soon; the second time, at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def _keys_of(file: Path | None) -> list[str]:

@@ -3,16 +3,14 @@
 import asyncio
 import importlib.metadata
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Send
 
 from gmanager.gateway.answers import ChatShape, CompletionShape, Envelope, Prompt
 from gmanager.gateway.backend import Backend, Served
@@ -21,10 +19,9 @@ from gmanager.gateway.door import Door
 from gmanager.gateway.errors import ApiError, ErrorBody, translate
 from gmanager.gateway.generation import Generation
 from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from gmanager.gateway.streaming import ClientGone, EventStream, unless_gone
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import SamplingParams
-
-T = TypeVar("T")
 
 VERSION = importlib.metadata.version("distattn")
 
@@ -181,56 +178,16 @@ async def _prompt(served: Served, given: str | list[int], *, echo: bool) -> Prom
 
 async def _answer(http: Request, generation: Generation, *, stream: bool, with_usage: bool) -> Response:
     """Run it: a whole answer, or a stream that has begun. Raises ApiError."""
-    if not stream:
-        async with generation.running():
-            content = await _unless_gone(http, generation.whole())
-        return Response(msgspec.json.encode(content), media_type="application/json")
-    events = _events(generation, with_usage=with_usage)
-    try:
-        await _unless_gone(http, anext(events))
-    except BaseException:
-        await events.aclose()
-        raise
-    return EventStream(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-
-
-async def _events(generation: Generation, *, with_usage: bool) -> AsyncGenerator[bytes, None]:
-    """First nothing, when it has begun; then all events. Raises ApiError only in place of the first."""
-    async with generation.running():
-        await generation.begun(HEADERS_AFTER_S)
-        yield b""
-        async for event in generation.events(with_usage=with_usage):
-            yield event
-
-
-class EventStream(StreamingResponse):
-    """A stream that is closed, and so its requests aborted, as soon as its client is gone."""
-
-    body_iterator: AsyncGenerator[bytes, None]
-
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.body_iterator):
-            await super().stream_response(send)
-
-
-async def _unless_gone(http: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client closes the connection. Raises what `work` raises."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(_gone(http))
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ApiError(499, "the client has closed the connection")  # nobody reads it; the access log does
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _gone(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+    async with AsyncExitStack() as running:
+        await running.enter_async_context(generation.running())
+        try:
+            if not stream:
+                content = await unless_gone(http.receive, generation.whole())
+                return Response(msgspec.json.encode(content), media_type="application/json")
+            await unless_gone(http.receive, generation.begun(HEADERS_AFTER_S))
+            return EventStream(generation, running.pop_all(), with_usage=with_usage)
+        except ClientGone:
+            raise ApiError(499, "the client has closed the connection") from None  # nobody reads it; the access log does
 
 
 @contextmanager
