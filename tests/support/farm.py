@@ -40,6 +40,7 @@ class Setup:
     mutate: Mutation | None = None
     device: Literal["cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16"] = "float32"
+    served_model_name: str | None = None
 
 
 @dataclass
@@ -138,6 +139,7 @@ class _Serving:
         config = InstanceConfig(
             gmanager=gmanager,
             model=str(setup.model),
+            served_model_name=setup.served_model_name,
             kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[rank],
             launch=Launch(rank=rank, local_rank=rank, world_size=size, local_world_size=1, run_id="farm"),
             device=setup.device,
