@@ -10,10 +10,12 @@ import pytest
 from openai import AsyncOpenAI
 
 from gmanager import AsyncClient, SamplingParams
+from gmanager.config import GManagerConfig
+from gmanager.server import Server
 from tests.support.exactness import LOGPROB_TOLERANCE, prompt
 from tests.support.farm import Farm, Setup
 from tests.support.gateway import gateway
-from tests.support.service import Service, at_rest, serve
+from tests.support.service import Service, at_rest, ready, serve
 from tests.support.tiny import make_model, make_tokenizer, prompt_reference, reference
 
 KEY = "sk-a-key"
@@ -277,6 +279,48 @@ async def test_what_can_never_be_served(farm: Farm, llama: Path) -> None:
     ):
         with pytest.raises(openai.UnprocessableEntityError, match="needs 216 tokens of KV; cell 'main' holds 128"):
             await client.completions.create(model=str(llama), prompt="x" * 200)
+
+
+async def test_too_many_at_once(service: Service, llama: Path) -> None:
+    async with (
+        gateway(service.server.address, max_concurrency=1) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        asked: Any = {"model": str(llama), "prompt": "hello", "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+        stream = await client.completions.create(stream=True, **asked)
+        with pytest.raises(openai.RateLimitError, match="1 requests are under way"):
+            await client.completions.create(**asked)
+        await stream.close()
+        # the package waits as Retry-After says, and asks again
+        await at_rest(service.client)
+        assert await client.with_options(max_retries=3).completions.create(**asked | {"max_tokens": 2})
+
+
+async def test_a_service_that_fails_while_it_answers(farm: Farm, llama: Path) -> None:
+    """A stream ends with the error; what is asked then is refused; and nothing hangs."""
+    stopping = Server(GManagerConfig(bind="tcp://127.0.0.1:*"))
+    stopping.start()
+    running = asyncio.create_task(stopping.run())
+    try:
+        async with (
+            farm.serve(1, Setup(model=llama), stopping.address, rests=False),
+            gateway(stopping.address) as url,
+            AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            AsyncClient(stopping.address) as direct,
+        ):
+            await ready(direct)
+            asked: Any = {"model": str(llama), "prompt": "hello", "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+            texts = []
+            with pytest.raises(openai.APIError, match="gManager is shutting down"):
+                async for chunk in await client.completions.create(stream=True, **asked):
+                    texts.append(chunk.choices[0].text)
+                    stopping.stop()
+            assert texts
+            with pytest.raises(openai.InternalServerError):
+                await client.completions.create(**asked)
+    finally:
+        stopping.stop()
+        await running
 
 
 async def test_keys(client: AsyncOpenAI, llama: Path) -> None:

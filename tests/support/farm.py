@@ -79,14 +79,18 @@ class Farm:
             worker.process.join(10)
 
     @asynccontextmanager
-    async def serve(self, size: int, setup: Setup, gmanager: str) -> AsyncIterator[None]:
-        """A cell of `size` instances, registered at a gManager. At the end every pool must be empty and consistent."""
+    async def serve(self, size: int, setup: Setup, gmanager: str, *, rests: bool = True) -> AsyncIterator[None]:
+        """A cell of `size` instances, registered at a gManager. At the end every pool must be empty and consistent.
+
+        `rests`: False if the gManager will be gone by then.
+        """
         self.grow(size)
         await asyncio.gather(*(w.ask("serve", rank, size, setup, gmanager) for rank, w in enumerate(self.workers[:size])))
         workers = self.workers[:size]
         try:
             yield
-            await asyncio.gather(*(w.ask("rest") for w in workers))
+            if rests:
+                await asyncio.gather(*(w.ask("rest") for w in workers))
         finally:
             await asyncio.gather(*(w.ask("stop") for w in workers))
 
@@ -171,14 +175,14 @@ class _Serving:
         self._instance.validate()
 
     async def end(self) -> None:
-        """Stop the instance. Another one may have been first, and so have ended the cell."""
+        """Stop the instance. Another one, or the gManager, may have been first, and so have ended the cell."""
         from instance.server import EpochEnded
 
         self._instance.stop(OVER)
         try:
             await self._task
         except EpochEnded as ended:
-            if OVER not in str(ended):
+            if not any(reason in str(ended) for reason in (OVER, "gManager is shutting down")):
                 raise
         finally:
             if self._undo is not None:
