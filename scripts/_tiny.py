@@ -53,7 +53,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def make_model(kind: str, path: Path, *, seed: int = 0) -> Path:
     """Write a tiny random model of a kind in `CONFIGS` with a byte-level tokenizer to `path`."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32)
+    auto: Any = AutoModelForCausalLM  # its from_config has no types
+    model = auto.from_config(CONFIGS[kind], dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -69,6 +70,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast_of: Any = PreTrainedTokenizerFast  # it has no types
+    fast: PreTrainedTokenizerFast = fast_of(tokenizer_object=tokenizer)
     fast.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
     return fast
