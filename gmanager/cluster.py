@@ -248,7 +248,7 @@ class Cluster:
                 continue
             del self._unbound[request.number]
             cell = self._choose_cell(request, ready)
-            request.epoch = cell.epoch
+            request.epoch, request.cell = cell.epoch, cell.name
             if request.prompt:
                 self._queue(request)
             else:

@@ -70,6 +70,8 @@ class Request:
     """Most tokens to generate, once prompt and cell are known."""
     epoch: int = 0
     """Of the cell that serves it; 0 while there is none."""
+    cell: str | None = None
+    """The cell's name."""
     seq: int = 0
     """Its present admission, while its place is "sequence"."""
     place: Place = "nowhere"
@@ -118,6 +120,7 @@ class Request:
     def stats(self) -> RequestStats:
         return RequestStats(
             state=self.state,
+            cell=self.cell,
             home=self.home,
             kv_tokens={rank: tokens for rank, tokens in sorted(self.held.items()) if tokens},
             prompt_tokens=self.prompt_tokens,

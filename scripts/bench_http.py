@@ -24,9 +24,9 @@ from pathlib import Path
 
 import aiohttp
 from _measure import facts, show
-from _service import Process, ServiceConfig, ServiceError, running
 
 from gmanager import AsyncClient, DistattnError, SamplingParams
+from gmanager.cli.service import ServiceConfig, ServiceError, running
 
 SETTLED = 200
 """Short requests after which the gateway's memory is read first: it has imported and allocated what it will."""
@@ -182,15 +182,12 @@ async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
         kv_tokens=max(args.streams, args.crowd) * each // args.instances + 4096,
         device=args.device,
         logs=logs,
+        http="127.0.0.1:0",
     )
     async with running(config) as service:
-        bind = "127.0.0.1:0"
-        command = [sys.executable, "-m", "gmanager.gateway", "--gmanager", service.address, "--bind", bind]
-        gateway = Process("the gateway", command, logs / "gateway.log")
-        service.processes.append(gateway)
-        url = await said(gateway, "http://127.0.0.1:")
+        pid = service.processes[1].pid
         connector = aiohttp.TCPConnector(limit=0)
-        async with AsyncClient(service.address) as client, aiohttp.ClientSession(url, connector=connector) as session:
+        async with AsyncClient(service.address) as client, aiohttp.ClientSession(service.url, connector=connector) as session:
             name = (await client.stats()).cells[0].model
             await healthy(session)
 
@@ -207,23 +204,12 @@ async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
             print(f"HTTP / ZeroMQ, median of {len(rows)} pairs: TTFT {ratios['ttft']:.3f}, TPOT {ratios['tpot']:.3f}")
             crowded = await crowd(http, Load(args.crowd, args.prompt_tokens, args.max_tokens))
             show([crowded], "streams at once over HTTP")
-            held = await memory(http, gateway.pid, args.requests)
+            held = await memory(http, pid, args.requests)
             show([held], "the gateway's resident memory")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     report = facts() | {"load": vars(args) | {"out": None}, "rounds": rows, "ratios": ratios, "crowd": crowded, "memory": held}
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
-
-
-async def said(process: Process, beginning: str) -> str:
-    """The first word that begins so in what a process prints. Raises ServiceError."""
-    async with asyncio.timeout(30):
-        while True:
-            process.check()
-            for word in process.log.read_text(errors="replace").split():
-                if word.startswith(beginning):
-                    return word
-            await asyncio.sleep(0.05)
 
 
 async def healthy(session: aiohttp.ClientSession) -> None:

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from _measure import Row, show, write_json
 from _retrieval import Haystack, make_haystack
-from _service import ServiceConfig, running
 from make_retrieval_model import write
 
 from gmanager import AsyncClient, SamplingParams
+from gmanager.cli.service import ServiceConfig, running
 
 CHUNKS = 8
 """Of so many chunks the borders are asked about."""

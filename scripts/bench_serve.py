@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import needle
-from _assets import MODEL, FetchError, fetch
 from _replay import TRACES, Arrival, Timing, TraceError, read_trace, replay
-from _service import SLACK, ServiceConfig, ServiceError, running
 from _setup import CACHE, ROOT
 
 from gmanager import AsyncClient, CellStats, DistattnError
+from gmanager.cli.assets import MODEL, FetchError, fetch
+from gmanager.cli.needle import processor
+from gmanager.cli.service import SLACK, ServiceConfig, ServiceError, running
 
 REPORT = "bench_serve.json"
 
@@ -209,7 +209,7 @@ async def measure(address: str, trace: Sequence[Arrival], args: argparse.Namespa
     report = Report(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=versions(),
-        hardware={"processor": needle.processor(), "cores": str(os.cpu_count()), "gpus": gpus(), "device": device},
+        hardware={"processor": processor(), "cores": str(os.cpu_count()), "gpus": gpus(), "device": device},
         cell=cell,
         arguments={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         groups=summarise(timings),

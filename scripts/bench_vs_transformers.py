@@ -99,18 +99,18 @@ async def served(client: Any, prompt: list[int], new: int) -> Timing:
 
 async def compare(args: argparse.Namespace) -> int:
     """Measure and print. Returns 1 if the answers differ or the total is over the bound."""
-    import needle
-    from _assets import HAYSTACK, MODEL, fetch
-    from _service import ServiceConfig, running
-    from transformers import AutoTokenizer
 
     from gmanager import AsyncClient
+    from gmanager.cli.assets import HAYSTACK, MODEL, fetch
+    from gmanager.cli.needle import Prompts, read_haystack
+    from gmanager.cli.service import ServiceConfig, running
     from instance.checkpoint import resolve_checkpoint
+    from instance.model import load_text_assets
 
     cores = len(os.sched_getaffinity(0))
     model = resolve_checkpoint(str(fetch(MODEL, CACHE / "model")[0]), cache_dir=CACHE / "converted")
-    haystack = needle.read_haystack(fetch(HAYSTACK, CACHE / "haystack")[0].parent)
-    prompts = needle.Prompts(AutoTokenizer.from_pretrained(model), haystack)
+    haystack = read_haystack(fetch(HAYSTACK, CACHE / "haystack")[0].parent)
+    prompts = Prompts(load_text_assets(model), haystack)
     prompt = prompts.make(args.prompt_tokens, 50).token_ids
     config = ServiceConfig(
         model=str(model),

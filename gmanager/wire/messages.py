@@ -234,6 +234,8 @@ class InstanceStats(Part):
 
 class RequestStats(Part):
     state: RequestState
+    cell: str | None
+    """That serves it, once one does."""
     home: int | None
     kv_tokens: dict[int, int]
     """Tokens of KV per instance rank; of a finished request, when it ended."""

@@ -5,19 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import needle
 import pytest
-from _assets import Asset, FetchError, check_sha256, unpack
-from _service import SLACK, pool_tokens
 
+from gmanager.cli import needle
+from gmanager.cli.assets import Asset, FetchError, check_sha256, unpack
+from gmanager.cli.service import SLACK, pool_tokens
+from gmanager.wire.messages import TextAssets
 from tests.support.tiny import make_tokenizer
 
+_TOKENIZER = make_tokenizer()
+ASSETS = TextAssets(
+    tokenizer_json=_TOKENIZER.backend_tokenizer.to_str(),
+    chat_template=str(_TOKENIZER.chat_template),
+    special_tokens={},
+    eos_token_ids=[],
+)
 HAY = "The quick brown fox jumps over the lazy dog. It does so every day. " * 200
 
 
 @pytest.fixture(scope="module")
 def prompts() -> needle.Prompts:
-    return needle.Prompts(make_tokenizer(), HAY)
+    return needle.Prompts(ASSETS, HAY)
 
 
 @pytest.mark.parametrize("context", [300, 301, 1024])
@@ -40,7 +48,7 @@ def test_a_prompt_has_its_tokens_and_its_needle_at_the_depth(prompts: needle.Pro
 def test_secrets_differ_from_case_to_case_and_stay_the_same_from_run_to_run(prompts: needle.Prompts) -> None:
     secrets = {(c, d): prompts.make(c, d).secret for c in (300, 400) for d in (10, 50, 90)}
     assert len(set(secrets.values())) == len(secrets)
-    assert secrets == {(c, d): needle.Prompts(make_tokenizer(), HAY).make(c, d).secret for c, d in secrets}
+    assert secrets == {(c, d): needle.Prompts(ASSETS, HAY).make(c, d).secret for c, d in secrets}
 
 
 def test_what_does_not_fit_is_said_with_its_numbers(prompts: needle.Prompts) -> None:

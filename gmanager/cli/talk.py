@@ -1,0 +1,65 @@
+"""`distattn chat` and `distattn generate`: text to and from a terminal, or a pipe."""
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Callable
+
+from gmanager.client import AsyncClient, Chunk
+from gmanager.wire.errors import RequestRefused
+from gmanager.wire.messages import ChatMessage, SamplingParams
+
+CONNECT_S = 3.0
+Ask = Callable[[AsyncClient], AsyncGenerator[Chunk, None]]
+
+
+def continue_text(address: str, text: str, params: SamplingParams, model: str | None) -> None:
+    """Print how a text goes on. Raises DistattnError; Ctrl-C ends it."""
+    try:
+        asyncio.run(_print(address, lambda client: client.generate(text, params, model=model, wait_for_cell=False)))
+    except KeyboardInterrupt:
+        print()
+
+
+def converse(address: str, *, system: str | None, max_tokens: int, temperature: float, model: str | None) -> None:
+    """Turns from standard input, one a line, until it ends. Raises DistattnError.
+
+    Each turn has a connection of its own: while somebody thinks, nothing needs to be kept alive.
+    """
+    turns = [] if system is None else [ChatMessage(role="system", content=system)]
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    while (line := _read_line()) is not None:
+        if not line.strip():
+            continue
+        turns.append(ChatMessage(role="user", content=line))
+        try:
+            answer = asyncio.run(_print(address, lambda client: client.chat(turns, params, model=model, wait_for_cell=False)))
+        except KeyboardInterrupt:
+            print(" (stopped)")
+            turns.pop()  # as if it had not been asked
+            continue
+        except RequestRefused as error:
+            print(f"refused: {error}", file=sys.stderr)
+            turns.pop()
+            continue
+        turns.append(ChatMessage(role="assistant", content=answer))
+
+
+def _read_line() -> str | None:
+    """None: there is no more."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            print()
+        return None
+
+
+async def _print(address: str, ask: Ask) -> str:
+    """Print an answer as it comes, and return it. Raises DistattnError."""
+    texts: list[str] = []
+    async with AsyncClient(address, connect_timeout_s=CONNECT_S) as client:
+        async for chunk in ask(client):
+            texts.append(chunk.text)
+            print(chunk.text, end="", flush=True)
+    print()
+    return "".join(texts)

@@ -1,0 +1,226 @@
+"""`distattn up`: everything that a service needs, on this machine."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.status import Status
+
+from gmanager.cli.assets import MODEL, FetchError, cache_dir, fetch
+from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceError, running
+from gmanager.client import AsyncClient
+from gmanager.config import GManagerConfig
+from gmanager.gateway.config import GatewayConfig, parse_address
+from gmanager.wire.channel import check_address
+from gmanager.wire.errors import AddressError
+
+CPU_KV_TOKENS = 8192
+"""Of each instance, unless told otherwise: room for a few conversations, 0.7 GB with the default model."""
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_NEEDED = {"torch": "serve", "transformers": "serve", "tokenizers": "serve", "fastapi": "http", "uvicorn": "http"}
+
+
+class CannotStart(Exception):
+    """Something is wrong before anything was started; the message is one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What the user asked for."""
+
+    model: str
+    instances: int
+    device: str
+    http: str | None
+    bind: str
+    kv_tokens: int | None
+    kv_memory: float | None
+    dtype: str
+    name: str | None
+    api_key_file: Path | None
+    logs: Path | None
+
+
+def bring_up(wanted: Wanted) -> int:
+    """Start all, and serve until Ctrl-C. The exit code: 0 after Ctrl-C, 1 if a process ended, 2 if it can't be started."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        config = check(wanted)
+    except CannotStart as error:
+        console.print(f"distattn: {error}", markup=False, soft_wrap=True)
+        return 2
+    try:
+        return asyncio.run(_serve(config, wanted, console))
+    except ProcessEnded as error:
+        console.print(f"distattn: {error.line}; all is stopped", markup=False, soft_wrap=True)
+    except ServiceError as error:
+        console.print(f"distattn: {error}", markup=False, soft_wrap=True)
+    return 1
+
+
+def check(wanted: Wanted) -> ServiceConfig:
+    """What is to be started. Raises CannotStart while nothing is."""
+    for package, extra in _NEEDED.items():
+        if importlib.util.find_spec(package) is None and (extra == "serve" or wanted.http is not None):
+            raise CannotStart(f"{package} is not installed: pip install 'distattn[{extra}]'")
+    if wanted.device not in ("auto", "cpu", "cuda"):
+        raise CannotStart(f"--device must be auto, cpu or cuda, got {wanted.device}")
+    gpus = count_gpus()
+    device = wanted.device
+    if device == "auto":
+        device = "cuda" if gpus >= wanted.instances else "cpu"
+    if device == "cuda" and gpus < wanted.instances:
+        raise CannotStart(f"{wanted.instances} instances need as many GPUs; this machine has {gpus}")
+    try:
+        GManagerConfig(bind=wanted.bind)
+        check_address(wanted.bind)
+        host, _, port = wanted.bind.removeprefix("tcp://").rpartition(":")
+        check_port(host, port, "--bind")
+        if wanted.http is not None:
+            name, number = parse_address(wanted.http)
+            GatewayConfig(host=name, port=number)
+            check_port(name, str(number), "--http")
+    except (AddressError, ValueError) as error:
+        raise CannotStart(str(error)) from error
+    if wanted.api_key_file is not None and not wanted.api_key_file.is_file():
+        raise CannotStart(f"there is no file {wanted.api_key_file} (--api-key-file)")
+    model, name = find_model(wanted.model)
+    kv_tokens = wanted.kv_tokens
+    if device == "cpu" and kv_tokens is None:
+        kv_tokens = CPU_KV_TOKENS
+    return ServiceConfig(
+        model=model,
+        served_model_name=wanted.name or name,
+        instances=wanted.instances,
+        kv_tokens=kv_tokens,
+        kv_memory=wanted.kv_memory,
+        device=device,
+        dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
+        threads=max(1, len(os.sched_getaffinity(0)) // wanted.instances),
+        logs=wanted.logs or cache_dir() / "logs",
+        ready_timeout_s=3600,
+        bind=wanted.bind,
+        http=wanted.http,
+        api_key_file=wanted.api_key_file,
+    )
+
+
+def check_port(host: str, port: str, flag: str) -> None:
+    """Raises CannotStart if it is taken, or the host isn't this machine's."""
+    if port in ("*", "0"):
+        return
+    host = "0.0.0.0" if host == "*" else host.removeprefix("[").removesuffix("]")
+    try:
+        family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = "is in use" if error.errno == 98 else f"can't be taken ({error.strerror})"
+        raise CannotStart(f"port {port} of {host} {reason}: choose another with {flag}") from error
+
+
+def find_model(given: str) -> tuple[str, str]:
+    """What the instances are told, and what requests call it. Raises CannotStart if there is no such model."""
+    if given == "default":
+        try:
+            return str(fetch(MODEL, cache_dir() / "model")[0]), DEFAULT_NAME
+        except FetchError as error:
+            raise CannotStart(f"the default model can't be fetched: {error}") from error
+    path = Path(given).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CannotStart(f"{path} holds no config.json: it is no model")
+        return str(path.resolve()), path.resolve().name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CannotStart(f"there is no file {path}")
+        return str(path.resolve()), path.stem
+    if path.exists() or given.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(given):
+        raise CannotStart(f"{given} is no directory, no GGUF file, and no hub id like Qwen/Qwen3-0.6B")
+    return given, given
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs of this machine, as far as CUDA_VISIBLE_DEVICES lets them be seen; torch is not asked."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    folder = Path("/proc/driver/nvidia/gpus")
+    count = len(list(folder.iterdir())) if folder.is_dir() else 0
+    return count if visible is None else min(count, len([part for part in visible.split(",") if part.strip()]))
+
+
+async def _serve(config: ServiceConfig, wanted: Wanted, console: Console) -> int:
+    """Start, say where, and wait for Ctrl-C. Raises ServiceError."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    serving = asyncio.create_task(_run(config, wanted, console))
+    asked = asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait([serving, asked], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+        console.print("stopping")
+        return 0
+    finally:
+        asked.cancel()
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ServiceError):
+            await serving
+
+
+async def _run(config: ServiceConfig, wanted: Wanted, console: Console) -> None:
+    began = time.monotonic()
+    with _progress(console) as tell:
+        context = running(config, tell)
+        service = await context.__aenter__()
+    try:
+        async with AsyncClient(service.address) as client:
+            tokens = sum(cell.total_tokens for cell in (await client.stats()).cells)
+        _announce(console, config, service, tokens, time.monotonic() - began)
+        await service.during(asyncio.Event().wait())
+    finally:
+        await context.__aexit__(*sys.exc_info())
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """Says what is being waited for: in one live line on a terminal, else in a line for each new thing."""
+    began = time.monotonic()
+    last = ""
+    live = Status("", console=console) if console.is_terminal else None
+
+    def tell(stage: str) -> None:
+        nonlocal last
+        if live is not None:
+            live.update(f"{stage} [dim]{time.monotonic() - began:.0f} s[/dim]")
+        elif stage != last:
+            console.print(stage, markup=False, soft_wrap=True)
+        last = stage
+
+    with live or contextlib.nullcontext():
+        yield tell
+
+
+def _announce(console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float) -> None:
+    where = f"{config.instances} instance{'s' if config.instances > 1 else ''} ({config.device})"
+    lines = [
+        f"ready in {seconds:.0f} s: {config.served_model_name} on {where}, {tokens:,} tokens of KV",
+        *([f"  HTTP    {service.url}/v1"] if service.url else []),
+        f"  client  {service.address}",
+        f"  logs    {config.logs}",
+        "Ctrl-C stops it. Elsewhere: distattn chat, status, top",
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

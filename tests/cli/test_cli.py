@@ -1,0 +1,214 @@
+"""The `distattn` command in real processes: it says what is wrong before it starts anything, and leaves nothing behind."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny import make_model
+
+DISTATTN = [sys.executable, "-c", "from gmanager.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("models") / "tiny")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    """One command to its end."""
+    return subprocess.run([*DISTATTN, *arguments], input=given, capture_output=True, text=True, timeout=60, check=False)
+
+
+class Up:
+    """`distattn up`, and what it has printed so far."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.child = subprocess.Popen([*DISTATTN, "up", *arguments], stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.child.stderr is not None
+        with self.child.stderr:
+            for line in self.child.stderr:
+                self.lines.append(line)
+
+    def wait_for(self, text: str) -> str:
+        """The line that holds it."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for line in list(self.lines):
+                if text in line:
+                    return line
+            assert self.child.poll() is None, self.lines
+            time.sleep(0.05)
+        raise AssertionError(f"{text!r} was not said: {self.lines}")
+
+    def end(self) -> list[str]:
+        """Wait for its end; all that it has printed."""
+        self.child.wait(60)
+        self._reader.join(10)
+        return self.lines
+
+    def kill(self) -> None:
+        self.child.kill()
+        self.end()
+
+
+@contextmanager
+def up(model: Path, logs: Path, *more: str) -> Iterator[tuple[Up, str, str]]:
+    """A service that is coming up, its gManager's address and its URL. Nothing of it may be left at the end."""
+    address, url = f"tcp://127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    flags = ["--kv-tokens", "1024", "--bind", address, "--http", url, "--logs", str(logs)]
+    started = Up(str(model), *flags, *more)
+    try:
+        yield started, address, f"http://{url}"
+        started.end()
+    finally:
+        started.kill()
+        left = processes_of(address)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def processes_of(address: str) -> list[int]:
+    """Whoever was told that address and still lives."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace")
+        except (OSError, NotADirectoryError):
+            continue
+        if folder.name.isdigit() and address in words and " (" not in folder.name and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def instances_of(address: str) -> list[int]:
+    """The instances themselves, without the torchrun that has the same words in its command."""
+    return [
+        pid
+        for pid in processes_of(address)
+        if b"\0-m\0instance\0" in (words := Path(f"/proc/{pid}/cmdline").read_bytes()) and b"torch.distributed" not in words
+    ]
+
+
+def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
+    with up(model, tmp_path, "--instances", "2", "--served-model-name", "tiny") as (started, address, url):
+        started.wait_for("ready in ")
+        assert any(f"HTTP    {url}/v1" in line for line in started.lines)
+        asked = ["--gmanager", address, "--max-tokens", "5", "--temperature", "0"]
+        answer = run("generate", "hello", *asked)
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert len(answer.stdout) > 1
+        assert run("generate", "-", *asked, given="hello").stdout == answer.stdout
+        talk = run("chat", *asked, "--system", "Be brief.", given="hello\n\nand now?\n")
+        assert talk.returncode == 0, talk.stderr
+        assert len(talk.stdout.splitlines()) >= 2
+        refused = run("generate", "x" * 2000, *asked)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("distattn: prompt of 2,000 + max_tokens of 5")
+        other = run("generate", "x", *asked, "--model", "large")
+        assert other.stderr == "distattn: no model 'large' is served; there is tiny\n"
+
+        shown = run("status", "--gmanager", address)
+        assert re.search(r"main +tiny +ready +2 ", shown.stdout), shown.stdout
+        assert all(len(line.rstrip()) <= 80 for line in shown.stdout.splitlines())
+        stats = json.loads(run("status", "--json", "--gmanager", address).stdout)
+        assert stats["cells"][0]["total_tokens"] == 2048
+        started.child.send_signal(signal.SIGINT)
+        assert started.end()[-1] == "stopping\n"
+        assert started.child.returncode == 0
+
+
+@pytest.mark.parametrize("who", ["the gateway", "an instance"])
+def test_what_is_killed_is_told_in_one_line_and_all_is_stopped(who: str, model: Path, tmp_path: Path) -> None:
+    with up(model, tmp_path) as (started, address, _):
+        started.wait_for("Ctrl-C stops it")
+        before = len(started.lines)
+        if who == "the gateway":
+            (victim,) = [p for p in processes_of(address) if b"gmanager.gateway" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        else:
+            (victim,) = instances_of(address)
+        os.kill(victim, signal.SIGKILL)
+        (line,) = started.end()[before:]
+        assert started.child.returncode == 1
+        if who == "the gateway":
+            assert line.startswith("distattn: the gateway was killed by SIGKILL (log: ")
+        else:
+            assert line.startswith("distattn: the torchrun of the instances ended with exit code 1: ")
+        assert line.endswith("; all is stopped\n")
+
+
+def test_ctrl_c_while_it_loads(model: Path, tmp_path: Path) -> None:
+    with up(model, tmp_path) as (started, _, _):
+        started.wait_for("1 instance (cpu) load")
+        started.child.send_signal(signal.SIGINT)
+        assert started.end()[-1] == "stopping\n"
+        assert started.child.returncode == 0
+
+
+def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (tmp_path / "empty").mkdir()
+        cases = [
+            ([str(model), "--http", f"127.0.0.1:{port}"], f"port {port} of 127.0.0.1 is in use: choose another with --http"),
+            (
+                [str(model), "--bind", f"tcp://127.0.0.1:{port}"],
+                f"port {port} of 127.0.0.1 is in use: choose another with --bind",
+            ),
+            ([str(model), "--bind", "here"], "an address looks like tcp://127.0.0.1:5570, got 'here'"),
+            ([str(model), "--http", "127.0.0.1:70000"], "the port must be in [0, 65536), got 70000"),
+            ([str(model), "--http", "8000"], "an address is HOST:PORT, got '8000'"),
+            ([str(tmp_path / "empty")], f"{tmp_path / 'empty'} holds no config.json: it is no model"),
+            ([str(tmp_path / "none.gguf")], f"there is no file {tmp_path / 'none.gguf'}"),
+            (["/nowhere"], "/nowhere is no directory, no GGUF file, and no hub id like Qwen/Qwen3-0.6B"),
+            ([str(model), "--device", "tpu"], "--device must be auto, cpu or cuda, got tpu"),
+            ([str(model), "--device", "cuda", "--instances", "99"], "99 instances need as many GPUs; this machine has "),
+            ([str(model), "--api-key-file", "/none"], "there is no file /none (--api-key-file)"),
+        ]
+        free = ["--bind", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
+        for arguments, message in cases:
+            logs = tmp_path / "logs"
+            result = run("up", *free, *arguments, "--logs", str(logs))
+            assert (result.returncode, result.stdout) == (2, ""), result.stderr
+            assert result.stderr.startswith(f"distattn: {message}")
+            assert len(result.stderr.splitlines()) == 1
+            assert not logs.exists()
+
+
+def test_nobody_is_there() -> None:
+    for command in (["status"], ["top"], ["generate", "x"], ["chat"]):
+        result = run(*command, "--gmanager", "tcp://127.0.0.1:9", given="hello\n")
+        assert result.returncode == 1
+        assert result.stderr == "distattn: nobody answers at tcp://127.0.0.1:9 within 3 s\n"
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    for command in ("up", "chat", "generate", "status", "top", "needle", "size"):
+        assert re.search(rf"\b{command}\b", text)
+        assert run(command, "--help").returncode == 0
