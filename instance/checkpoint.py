@@ -9,9 +9,14 @@ import hashlib
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _VERSION = 1
 """Of the conversion: another one gets other directories."""
@@ -22,6 +27,9 @@ _HUB_DUPLICATES = ["consolidated*", "*/*"]
 
 _CONVERSION_S = 1800
 """Longest wait for another process that converts the same file."""
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, Timeout)
+"""What transformers, tokenizers, safetensors and torch raise for files that they can't take."""
 
 
 class CheckpointError(ValueError):
@@ -36,21 +44,75 @@ def default_cache_dir() -> Path:
 def resolve_checkpoint(model: str, *, cache_dir: Path | None = None) -> Path:
     """A local directory with config.json, safetensors and a tokenizer for `model`.
 
+    Raises CheckpointError.
+    """
+    path = locate(model)
+    if path is None:
+        return _check_directory(_download(model))
+    return _check_directory(path) if path.is_dir() else convert_gguf(path, cache_dir or default_cache_dir())
+
+
+def locate(model: str) -> Path | None:
+    """The directory or GGUF file that `model` names, or None for a hub id.
+
     What exists on disk is that; anything else of the form `org/name` is a hub id and is downloaded into the hub's own cache.
     Raises CheckpointError.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return _check_directory(path)
+        return path
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}")
-        return convert_gguf(path, cache_dir or default_cache_dir())
+        return path
     if path.is_file():
         raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no directory or file {model}, and it is no hub id (org/name) either")
-    return _check_directory(_download(model))
+    return None
+
+
+def read_config(model: str, *, cache_dir: Path | None = None) -> "PretrainedConfig":
+    """The config of `model`, as `resolve_checkpoint` would have it, without its weights: of a hub id only the config is
+    downloaded, and a GGUF file isn't converted.
+
+    Its `dtype` is that of the weights, or None if only they can tell. Raises CheckpointError.
+    """
+    from transformers import AutoConfig
+
+    path = locate(model)
+    if path is not None and path.is_file():
+        converted = _conversion(path, cache_dir or default_cache_dir())
+        if converted.is_dir():  # the file's own header takes 7 s to read, for 49K tokens of vocabulary
+            path = converted
+    config: PretrainedConfig
+    try:
+        if path is None:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        elif path.is_file():
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            config.dtype = torch.float32  # as `convert_gguf` has it
+        elif (path / "config.json").is_file():
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            config.dtype = config.dtype or _stored_dtype(path)
+        else:
+            raise CheckpointError(f"{path} has no config.json")
+    except CheckpointError:
+        raise
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"the config of {model} can't be had: {first_line(error)}") from error
+    return config
+
+
+def _stored_dtype(path: Path) -> torch.dtype | None:
+    """Of the first floating-point weight in a directory's safetensors; None if there is none."""
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for file in sorted(path.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if (found := names.get(weights.get_slice(name).get_dtype())) is not None:
+                    return found
+    return None
 
 
 def convert_gguf(file: Path, cache_dir: Path) -> Path:
@@ -58,9 +120,7 @@ def convert_gguf(file: Path, cache_dir: Path) -> Path:
 
     Made once for each content; two processes at once make it once.
     """
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    target = cache_dir / f"{file.stem}-{digest[:16]}-v{_VERSION}"
+    target = _conversion(file, cache_dir)
     if target.is_dir():
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -72,6 +132,13 @@ def convert_gguf(file: Path, cache_dir: Path) -> Path:
             _convert(file, partial)
             partial.rename(target)  # complete or not there
     return target
+
+
+def _conversion(file: Path, cache_dir: Path) -> Path:
+    """Where the conversion of a GGUF file lies, or will."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return cache_dir / f"{file.stem}-{digest[:16]}-v{_VERSION}"
 
 
 def _convert(file: Path, target: Path) -> None:
@@ -113,8 +180,12 @@ def _download(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        summary = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"'{model}' is no local path, and could not be had from the hub: {summary}") from error
+        raise CheckpointError(f"'{model}' is no local path, and could not be had from the hub: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in one line, or its name if it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def main() -> int:

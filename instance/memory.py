@@ -12,11 +12,20 @@ from safetensors import safe_open
 
 from distattn.shape import AttentionShape, PackedRows
 from instance.model import Model
+from instance.needs import Needs
 
 RESERVE_BYTES = 2 * 2**30
 """For what comes after the pool and can't be asked for before: CUDA graphs (one memory pool and some MiB of nodes a graph),
 NCCL's channel buffers (hundreds of MiB a communicator, and that of the epoch before may not be gone), matrix products' work
 space, kernels' code, and the allocator's waste. An allowance, not a measurement: 1.4 % of an H200."""
+
+OTHER_BYTES = 2**30
+"""In use beside the weights when nobody else uses the GPU, predicted: CUDA's context, libraries, the weights' rounding. An
+instance of the 8B shape on an H200 measured 1.0 GiB (docs/performance.md)."""
+
+ALLOCATOR_WASTE = 1.2
+"""Reserved by torch for each byte of activations that lives: what it rounds up, and can't join. The 8B shape on an H200 with
+8,448 rows: 1.3 GiB, of it 1.03 by `activation_bytes`."""
 
 
 class TooLittleMemory(ValueError):
@@ -50,7 +59,7 @@ class MemoryBudget:
     @property
     def taken(self) -> int:
         """Bytes that are not the pool's."""
-        return sum(self._parts().values())
+        return sum(self.parts().values())
 
     @property
     def pool(self) -> int:
@@ -72,11 +81,12 @@ class MemoryBudget:
     def describe(self) -> list[str]:
         """Lines for the log."""
         return [
-            f"memory of {self.device}: {self._limit_text()}, of it {size(max(0, self.pool))} for KV",
-            f"the rest: {_list_of(self._parts())}",
+            f"memory of {self.device}: {self.limit_text()}, of it {size(max(0, self.pool))} for KV",
+            f"the rest: {_list_of(self.parts())}",
         ]
 
-    def _parts(self) -> dict[str, int]:
+    def parts(self) -> dict[str, int]:
+        """All that is not the pool's, by the names that messages use."""
         return {
             "weights": self.weights,
             "other use of the device": self.other,
@@ -86,7 +96,8 @@ class MemoryBudget:
             "CUDA graphs and NCCL": self.reserve,
         }
 
-    def _limit_text(self) -> str:
+    def limit_text(self) -> str:
+        """`limit`, and what of."""
         if self.fraction == 1:
             return size(self.total)
         return f"{self.fraction:g} x {size(self.total)} = {size(self.limit)}"
@@ -94,8 +105,8 @@ class MemoryBudget:
     def _short(self, more: dict[str, int], flag: str, hint: str = "") -> TooLittleMemory:
         needed = self.taken + sum(more.values())
         return TooLittleMemory(
-            f"{flag}: {self.device} needs {size(needed)} ({_list_of(self._parts() | more)}), "
-            f"short by {size(needed - self.limit)} of {self._limit_text()}{hint}"
+            f"{flag}: {self.device} needs {size(needed)} ({_list_of(self.parts() | more)}), "
+            f"short by {size(needed - self.limit)} of {self.limit_text()}{hint}"
         )
 
 
@@ -120,11 +131,10 @@ def checkpoint_bytes(folder: Path, dtype: torch.dtype | None) -> int:
     return count * dtype.itemsize
 
 
-def measure(model: Model, *, fraction: float, rows: int, sampled: int, attention: int, sampling: int) -> MemoryBudget:
+def measure(model: Model, needs: Needs, *, fraction: float) -> MemoryBudget:
     """The budget of a CUDA device with the model loaded and no pool yet. Runs the model's largest step once.
 
-    `rows`, `sampled`: of that step; `attention`, `sampling`: bytes of scratch that others have computed. Raises
-    TooLittleMemory if not even that step fits.
+    Raises TooLittleMemory if not even that step fits.
     """
     device = model.device
     torch.cuda.empty_cache()  # what is only cached would count as in use
@@ -132,27 +142,59 @@ def measure(model: Model, *, fraction: float, rows: int, sampled: int, attention
     reserved = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        run_largest_step(model, rows, sampled)
+        run_largest_step(model, needs.rows, needs.sampled)
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError as error:
         raise TooLittleMemory(
-            f"{device} has {size(free)} of its {size(total)} free beside the model, too little for a step of {rows:,} rows: "
-            f"{error}"
+            f"{device} has {size(free)} of its {size(total)} free beside the model, too little for a step of "
+            f"{needs.rows:,} rows: {error}"
         ) from error
     # reserved, not allocated: what torch rounds up and splits is the device's loss too
     activations = torch.cuda.max_memory_reserved(device) - reserved
     torch.cuda.empty_cache()
-    weights = model.weight_bytes()
     return MemoryBudget(
         device=str(device),
         total=total,
         fraction=fraction,
-        weights=weights,
-        other=max(0, total - free - weights),
+        weights=needs.weights,
+        other=max(0, total - free - needs.weights),
         activations=activations,
-        attention=attention,
-        sampling=sampling,
+        attention=needs.attention,
+        sampling=needs.sampling,
     )
+
+
+def predict(model: Model, needs: Needs, *, device: str, total: int, fraction: float) -> MemoryBudget:
+    """What `measure` would say on an empty GPU of that many bytes: for a model on `meta`, without a GPU."""
+    return MemoryBudget(
+        device=device,
+        total=total,
+        fraction=fraction,
+        weights=needs.weights,
+        other=OTHER_BYTES,
+        activations=int(activation_bytes(model, needs) * ALLOCATOR_WASTE),
+        attention=needs.attention,
+        sampling=needs.sampling,
+    )
+
+
+def activation_bytes(model: Model, needs: Needs) -> int:
+    """Most bytes that live at once in the model's largest step, its attention left out: by formula.
+
+        in a layer      rows x (3 hidden + heads + (heads + 2 KV heads) + 3 intermediate)
+        at the logits   rows x 2 hidden + sampled x (3 hidden + vocabulary)
+
+    The first is when `FusedDecoder` computes silu(gate) * up: what the layer before adds, the residual and its norm; what
+    attention returned and the projections it was given (heads times head dim); gate, up and their product. transformers'
+    own layers hold up to a quarter less. The larger of both counts, times the bytes of an element.
+    """
+    shape, config = model.shape, model.module.config.get_text_config()
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2 and its like don't say
+    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    layer = needs.rows * (3 * hidden + heads + 3 * intermediate)
+    logits = needs.rows * 2 * hidden + needs.sampled * (3 * hidden + model.vocab_size)
+    return int(max(layer, logits) * shape.dtype.itemsize)
 
 
 def run_largest_step(model: Model, rows: int, sampled: int) -> None:

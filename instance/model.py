@@ -192,11 +192,16 @@ class Model:
             raise UnsupportedModel(
                 f"{self.module.config.model_type}: expected {self.num_layers} equal attention layers, saw {seen}"
             )
+        if self.device.type != "meta":  # there nothing has a value
+            self._refuse_mixing(together, alone, halves)
+        return seen[0]
+
+    def _refuse_mixing(self, together: torch.Tensor, alone: torch.Tensor, halves: torch.Tensor) -> None:
+        """Raises UnsupportedModel if a row's logits depend on another row beside it, or on how the model is cut in two."""
         if float((together - alone).abs().max()) > 0.02 * float(alone.abs().max()):  # bf16 rounds to 0.004
             raise UnsupportedModel(f"{self.module.config.model_type}: something beside attention mixes the rows of a step")
         if not torch.equal(halves, together):
             raise UnsupportedModel(f"{self.module.config.model_type}: its logits come from more than its last hidden states")
-        return seen[0]
 
     def _as_transformers(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` of the model run in one piece."""

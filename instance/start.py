@@ -5,27 +5,19 @@ import logging
 from dataclasses import dataclass, replace
 
 import torch
-from filelock import Timeout
-from safetensors import SafetensorError
 
-from distattn.attention import DistAttention
 from gmanager.wire.channel import Transport
 from gmanager.wire.messages import InstanceSpec, TextAssets
-from instance.checkpoint import CheckpointError, resolve_checkpoint
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig
 from instance.memory import TooLittleMemory, check_weights, checkpoint_bytes, measure
 from instance.model import Model, UnsupportedModel, load_model, load_text_assets
-from instance.sampler import scratch_bytes as sampler_scratch_bytes
-from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
+from instance.needs import Needs, refuse_shape
 from instance.server import Instance
 from instance.warmup import warm_up
-from kernels.paged_attention import PagedAttention
 from kvstore.storage import KVStorage
 
 log = logging.getLogger("instance")
-
-# What transformers, tokenizers, safetensors and torch raise for files that they can't take.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, Timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +47,9 @@ def load(config: InstanceConfig) -> Loaded:
         assets = load_text_assets(path)
     except (CheckpointError, UnsupportedModel, TooLittleMemory):
         raise
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(f"{config.model} can't be loaded: {type(error).__name__}: {error}") from error
-    _refuse_shape(model, config)
+    refuse_shape(model, config.model, block_size=config.block_size, backend=config.backend)
     if config.backend == "triton":
         model.fuse(config.backend)
         log.info("layers run %s", "fused" if model.fused else "as transformers has them: they are not made like Llama's")
@@ -69,8 +61,9 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
     model = loaded.model
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
-    config = size_pool(config, model)
-    storage = _make_storage(config, model)
+    needs = _needs(config, model)
+    config = size_pool(config, model, needs)
+    storage = _make_storage(config, model, needs)
     tokens = storage.num_blocks * config.block_size
     log.info(
         "%s on %s (%s kernels): weights %s; KV %d blocks x %d bytes = %s; scratch of attention at most %s, "
@@ -78,12 +71,12 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
         config.model,
         model.device,
         config.backend,
-        _mib(model.weight_bytes()),
+        _mib(needs.weights),
         storage.num_blocks,
         storage.block_bytes,
         _mib(storage.nbytes),
-        _mib(_attention_bytes(config, model)),
-        _mib(sampler_scratch_bytes(MAX_SAMPLES, model.vocab_size)),
+        _mib(needs.attention),
+        _mib(needs.sampling),
     )
     log.info(
         "KV of this instance: %s tokens; about %s in a cell of %d such instances",
@@ -95,27 +88,20 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
     return Instance(config, model, loaded.assets, _make_spec(config, loaded), storage, transport)
 
 
-def size_pool(config: InstanceConfig, model: Model) -> InstanceConfig:
+def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceConfig:
     """The config with the pool's tokens: `kv_memory` becomes what the GPU has left; given tokens are checked against that.
 
     The CPU's memory is not measured. Raises TooLittleMemory.
     """
     if model.device.type == "cpu":
         return config
-    budget = measure(
-        model,
-        fraction=1 if config.kv_memory is None else config.kv_memory,
-        rows=config.chunk_tokens + MAX_DECODE_ROWS,
-        sampled=MAX_SAMPLES,
-        attention=_attention_bytes(config, model),
-        sampling=sampler_scratch_bytes(MAX_SAMPLES, model.vocab_size),
-    )
+    budget = measure(model, needs, fraction=1 if config.kv_memory is None else config.kv_memory)
     for line in budget.describe():
         log.info("%s", line)
     if config.kv_tokens is not None:
-        budget.check(config.num_blocks * config.block_size, _token_bytes(model))
+        budget.check(config.num_blocks * config.block_size, needs.token)
         return config
-    blocks = budget.num_blocks(config.block_size * _token_bytes(model))
+    blocks = budget.num_blocks(config.block_size * needs.token)
     return replace(config, kv_memory=None, kv_tokens=blocks * config.block_size)
 
 
@@ -124,26 +110,11 @@ def device_of(config: InstanceConfig) -> torch.device:
     return torch.device("cpu") if config.device == "cpu" else torch.device("cuda", config.launch.local_rank)
 
 
-def _refuse_shape(model: Model, config: InstanceConfig) -> None:
-    """Raises UnsupportedModel for an attention shape that the kernels don't support: before anybody waits for this one."""
-    shape = model.shape
-    try:
-        PagedAttention.plan(
-            [],
-            0,
-            block_size=config.block_size,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            device=model.device,
-            backend=config.backend,
-        )
-    except ValueError as error:
-        raise UnsupportedModel(f"{config.model}: {error}") from error
+def _needs(config: InstanceConfig, model: Model) -> Needs:
+    return Needs.of(model, chunk_tokens=config.chunk_tokens, cell_size=config.cell_size, backend=config.backend)
 
 
-def _make_storage(config: InstanceConfig, model: Model) -> KVStorage:
+def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStorage:
     shape = model.shape
     try:
         return KVStorage(
@@ -156,22 +127,10 @@ def _make_storage(config: InstanceConfig, model: Model) -> KVStorage:
             device=model.device,
         )
     except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError, on a GPU and on the CPU
-        tokens, token = config.num_blocks * config.block_size, _token_bytes(model)
+        tokens, token = config.num_blocks * config.block_size, needs.token
         raise TooLittleMemory(
             f"--kv-tokens {tokens:,} needs {_mib(tokens * token)} on {model.device} ({token:,} bytes a token): {error}"
         ) from error
-
-
-def _token_bytes(model: Model) -> int:
-    """Bytes of one token's KV in all layers."""
-    shape = model.shape
-    return 2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
-
-
-def _attention_bytes(config: InstanceConfig, model: Model) -> int:
-    """Scratch of the largest step's attention."""
-    rows = config.chunk_tokens + MAX_DECODE_ROWS
-    return DistAttention.scratch_bytes(model.shape, rows, config.cell_size - 1, model.device, config.backend)
 
 
 def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:

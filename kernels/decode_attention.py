@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
 from kernels.paged_attention import AttentionSizes
 from kernels.upload import upload
 
@@ -363,6 +363,6 @@ _MOST_PROGRAMS = DecodeConfig(block_n=64, num_warps=4, num_stages=2, programs_pe
 
 
 def _programs(device: torch.device, config: DecodeConfig) -> int:
-    if device.type != "cuda":
+    if device.type == "cpu":
         return _INTERPRETER_PROGRAMS
-    return config.programs_per_processor * torch.cuda.get_device_properties(device).multi_processor_count
+    return config.programs_per_processor * num_processors(device)

@@ -11,6 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+_ASSUMED_PROCESSORS = 132
+"""Of a GPU that isn't here: an H100's, and an H200's."""
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; of `meta`, where only sizes are asked for, those of a common one."""
+    if device.type == "meta":
+        return _ASSUMED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
 
 @functools.cache
 def has_dependent_launch(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from kernels import decode_attention
 from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading
+from kernels.launch import num_processors
 from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, uncovered_ranges
 from kernels.paged_attention_tiles import TiledAttention, TilePlan, is_tileable, uses_tiles
 from kernels.upload import upload
@@ -366,7 +367,7 @@ def _refuse_unsupported(sizes: AttentionSizes) -> None:
             f"the triton backend takes float32, float16 and bfloat16, head_dim a power of two from 16 to 256, and at most "
             f"{_MAX_GROUP} query heads per KV head; got {sizes.dtype}, head_dim {dim}, {sizes.group} query heads per KV head"
         )
-    if sizes.device.type != "cuda" and isinstance(_attention_kernel, triton.JITFunction):
+    if sizes.device.type == "cpu" and isinstance(_attention_kernel, triton.JITFunction):
         raise ValueError(f"the triton backend needs a CUDA device, got {sizes.device}")
 
 
@@ -424,9 +425,9 @@ def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: Attentio
 
 def _programs(device: torch.device) -> int:
     """How many programs fill the device."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return _INTERPRETER_PROGRAMS
-    return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROGRAMS_PER_PROCESSOR * num_processors(device)
 
 
 def _upload_segments(segments: Sequence[Segment], sizes: AttentionSizes) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

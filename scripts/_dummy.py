@@ -5,12 +5,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from distattn.attention import DistAttention
 from instance.config import GPU_KV_MEMORY
 from instance.memory import measure
 from instance.model import Model, random_model
-from instance.sampler import scratch_bytes
-from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
+from instance.needs import Needs
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage
 
@@ -43,20 +41,11 @@ def make_model(config: str | None, device: torch.device) -> Model:
 
 def pool_tokens(model: Model, chunk_tokens: int, cell_size: int) -> int:
     """Tokens of KV that an instance with `--kv-memory 0.92` holds (`instance.start.size_pool`)."""
-    rows = chunk_tokens + MAX_DECODE_ROWS
-    budget = measure(
-        model,
-        fraction=GPU_KV_MEMORY,
-        rows=rows,
-        sampled=MAX_SAMPLES,
-        attention=DistAttention.scratch_bytes(model.shape, rows, cell_size - 1, model.device, "triton"),
-        sampling=scratch_bytes(MAX_SAMPLES, model.vocab_size),
-    )
+    needs = Needs.of(model, chunk_tokens=chunk_tokens, cell_size=cell_size, backend="triton")
+    budget = measure(model, needs, fraction=GPU_KV_MEMORY)
     for line in budget.describe():
         print(line)
-    shape = model.shape
-    token = 2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
-    return budget.num_blocks(BLOCK * token) * BLOCK
+    return budget.num_blocks(BLOCK * needs.token) * BLOCK
 
 
 def make_storage(model: Model, kv_tokens: int) -> KVStorage:

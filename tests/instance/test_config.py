@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from distattn.attention import DistAttention
+from instance import needs as needs_module
 from instance import start
 from instance.__main__ import parse
 from instance.checkpoint import CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig, Launch
 from instance.memory import MemoryBudget, TooLittleMemory
 from instance.model import load_model
+from instance.needs import Needs
 from instance.start import load, size_pool
 from tests.support.tiny import make_model
 
@@ -79,27 +81,30 @@ def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.Monk
     model.device = torch.device("cuda", 1)
     asked: dict[str, Any] = {}
 
-    def measure(model: Any, **what: Any) -> MemoryBudget:
-        asked.update(what)
+    def measure(model: Any, needs: Needs, *, fraction: float) -> MemoryBudget:
+        asked.update(fraction=fraction, rows=needs.rows, sampled=needs.sampled)
         sizes = {"weights": 300_000, "other": 50_000, "activations": 40_000, "reserve": 10_000}
-        scratch = {name: what[name] for name in ("fraction", "attention", "sampling")}
-        return MemoryBudget(device="cuda:1", total=5_000_000, **sizes, **scratch)
+        return MemoryBudget(
+            device="cuda:1", total=5_000_000, fraction=fraction, attention=needs.attention, sampling=needs.sampling, **sizes
+        )
 
     monkeypatch.setattr(start, "measure", measure)
-    monkeypatch.setattr(start, "sampler_scratch_bytes", lambda rows, vocab: rows * 10)
+    monkeypatch.setattr(needs_module, "sampler_scratch_bytes", lambda rows, vocab: rows * 10)
     monkeypatch.setattr(
         DistAttention, "scratch_bytes", staticmethod(lambda shape, rows, peers, device, backend: rows * 100 * peers)
     )
     settings: dict[str, Any] = {"device": "cuda", "chunk_tokens": 44, "kv_tokens": None}
-    sized = size_pool(config(**settings, kv_memory=0.5), model)
-    assert asked == {"fraction": 0.5, "rows": 300, "sampled": 320, "attention": 30_000, "sampling": 3_200}
+    needs = Needs.of(model, chunk_tokens=44, cell_size=2, backend="triton")
+    assert (needs.attention, needs.sampling) == (30_000, 3_200)
+    sized = size_pool(config(**settings, kv_memory=0.5), model, needs)
+    assert asked == {"fraction": 0.5, "rows": 300, "sampled": 320}
     # 2,500,000 - 433,200 = 2,066,800; a block is 16 tokens of 2 x 2 layers x 2 heads x 16 x 4 bytes
     assert (sized.kv_memory, sized.num_blocks, sized.kv_tokens) == (None, 252, 252 * 16)
     given = config(**settings | {"kv_tokens": 8000})
-    assert size_pool(given, model) is given
+    assert size_pool(given, model, needs) is given
     assert asked["fraction"] == 1
     with pytest.raises(TooLittleMemory, match="--kv-tokens 9,008: .* at most 8,919 tokens fit"):
-        size_pool(config(**settings | {"kv_tokens": 9010}), model)
+        size_pool(config(**settings | {"kv_tokens": 9010}), model, needs)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,355 @@
+"""How much memory a model takes, and how many instances hold a context: `python -m instance.size MODEL --context 1M --gpus 2`.
+
+Nothing is loaded and no GPU is needed: the model is built on torch's meta device, which has shapes and no values, and what it
+needs is counted as an instance counts it when it starts. Only activations and other use of the GPU, which an instance
+measures, are predicted (`instance.memory.predict`).
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+
+from instance import config as settings
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
+from instance.memory import TooLittleMemory, activation_bytes, predict
+from instance.model import Model, UnsupportedModel, random_model
+from instance.needs import Needs, refuse_shape
+
+GIB = 2**30
+_UNITS = {"": 1, "K": 2**10, "M": 2**20}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked; numbers are checked when it is built."""
+
+    model: str
+    """A directory, a hub id or a GGUF file."""
+    context: int | None = None
+    """Tokens of one sequence; None: the model's most."""
+    instances: int | None = None
+    """Of the cell, each on a GPU of its own; None: as many as are needed."""
+    device: Literal["cpu", "cuda"]
+    gpu_bytes: int = 0
+    """Of one GPU, in all."""
+    kv_memory: float = settings.GPU_KV_MEMORY
+    """Part of it that may be used."""
+    kv_tokens: int | None = None
+    """Of one instance; None: what the GPU has room for, or on the CPU what the context needs."""
+    dtype: settings.DType = "auto"
+    block_size: int
+    chunk_tokens: int
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--context", self.context),
+            ("--gpus", self.instances),
+            ("--block-size", self.block_size),
+            ("--chunk-tokens", self.chunk_tokens),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.kv_tokens is not None and self.kv_tokens < self.block_size:
+            raise ValueError(f"--kv-tokens {self.kv_tokens} is less than one block of {self.block_size} tokens")
+        if not 0 < self.kv_memory < 1:
+            raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
+
+    @property
+    def backend(self) -> Literal["triton", "torch"]:
+        """Which kernels an instance would run."""
+        return "triton" if self.device == "cuda" else "torch"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceSize:
+    """One instance of a cell, in bytes unless said otherwise."""
+
+    parts: dict[str, int]
+    """What is not KV, by name."""
+    blocks: int
+    """Of KV."""
+    tokens: int
+    """Of KV."""
+    kv: int
+    limit: int | None
+    """What it may take of its GPU; None on the CPU, which isn't measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """All that is printed; bytes where nothing else is said."""
+
+    model: str
+    device: str
+    dtype: str
+    parameters: int
+    weights: int
+    kv_per_token: int
+    max_context: int
+    """Tokens that the model takes."""
+    context: int
+    """Tokens of the sequence that is asked about."""
+    instances: int
+    instance: InstanceSize
+    cell_tokens: int
+    """Of KV, in all instances."""
+    longest: int
+    """Tokens that one sequence can have when it is alone in the cell: less one spare block on each instance."""
+    fits: bool
+    """Whether that is the context."""
+    fewest: int | None
+    """Instances that hold the context; None if no number does."""
+    notes: list[str]
+    """What was assumed."""
+
+
+def answer(question: Question) -> Answer:
+    """The arithmetic. Raises CheckpointError, UnsupportedModel, or TooLittleMemory for a GPU too small for an instance."""
+    model = _shape_of(question)
+    context = model.max_context if question.context is None else question.context
+    blocks = -(-context // question.block_size)
+    if question.device == "cpu" and question.kv_tokens is None:
+        each = -(-blocks // (question.instances or 1)) + 1
+        question = replace(question, kv_tokens=each * question.block_size)
+    fewest = fewest_instances(question, model, blocks)
+    count = question.instances or fewest
+    if count is None:
+        one = instance_size(question, model, 1)
+        raise TooLittleMemory(
+            f"no number of such instances holds a context of {context:,} tokens: one alone has room for {one.tokens:,}, and "
+            "each beside it takes some for the rows that they exchange"
+        )
+    one = instance_size(question, model, count)
+    longest = _longest(one, count, question.block_size)
+    return Answer(
+        model=question.model,
+        device=question.device,
+        dtype=str(model.shape.dtype).removeprefix("torch."),
+        parameters=sum(p.numel() for p in model.module.parameters()),
+        weights=model.weight_bytes(),
+        kv_per_token=one.kv // one.tokens,
+        max_context=model.max_context,
+        context=context,
+        instances=count,
+        instance=one,
+        cell_tokens=count * one.tokens,
+        longest=longest,
+        fits=longest >= context,
+        fewest=fewest,
+        notes=_notes(question, model, context),
+    )
+
+
+def instance_size(question: Question, model: Model, cell_size: int) -> InstanceSize:
+    """One of `cell_size` instances. Raises TooLittleMemory if its GPU has no room for a block, or for the tokens asked for."""
+    needs = Needs.of(model, chunk_tokens=question.chunk_tokens, cell_size=cell_size, backend=question.backend)
+    block_bytes = question.block_size * needs.token
+    asked = None if question.kv_tokens is None else question.kv_tokens // question.block_size
+    if question.device == "cuda":
+        fraction = question.kv_memory if asked is None else 1  # as `instance.start.size_pool`
+        budget = predict(model, needs, device="a GPU", total=question.gpu_bytes, fraction=fraction)
+        if asked is not None:
+            budget.check(asked * question.block_size, needs.token)
+        blocks = budget.num_blocks(block_bytes) if asked is None else asked
+        parts, limit = budget.parts(), budget.limit
+    else:
+        if asked is None:
+            raise ValueError("an instance on the CPU needs --kv-tokens")
+        blocks, limit = asked, None
+        parts = {
+            "weights": needs.weights,
+            "activations": activation_bytes(model, needs),
+            "attention": needs.attention,
+            "sampling": needs.sampling,
+        }
+    return InstanceSize(parts=parts, blocks=blocks, tokens=blocks * question.block_size, kv=blocks * block_bytes, limit=limit)
+
+
+def fewest_instances(question: Question, model: Model, blocks: int) -> int | None:
+    """How many instances hold a sequence of that many blocks, each with a spare one; None if no number does.
+
+    An instance's room shrinks as the cell grows, so that fewer than `blocks / room` are never enough, for any room seen on
+    the way up. Raises TooLittleMemory if not even one alone has any.
+    """
+    count = 1
+    while True:
+        try:
+            room = instance_size(question, model, count).blocks - 1
+        except TooLittleMemory:
+            if count == 1:
+                raise
+            return None
+        if room < 1:
+            return None
+        least = -(-blocks // room)
+        if least <= count:
+            return count
+        count = least
+
+
+def show(found: Answer) -> str:
+    """The answer as a table."""
+    one = found.instance
+    limit = "" if one.limit is None else f"   of {_gib(one.limit).strip()}"
+    rows = [
+        ("model", found.model),
+        ("parameters", f"{found.parameters:,} in {found.dtype}, {_gib(found.weights).strip()}"),
+        ("KV of a token", f"{found.kv_per_token:,} bytes"),
+        ("", ""),
+        ("one instance", f"on {'a GPU' if found.device == 'cuda' else 'the CPU'}, {found.instances:,} in the cell"),
+        *((f"  {name}", _gib(part)) for name, part in one.parts.items()),
+        ("  KV", f"{_gib(one.kv)}   {one.tokens:,} tokens, {one.blocks:,} blocks"),
+        ("  in all", _gib(sum(one.parts.values()) + one.kv) + limit),
+        ("", ""),
+        ("KV of the cell", f"{found.cell_tokens:,} tokens"),
+        ("longest sequence", f"{found.longest:,} tokens, alone in the cell"),
+        (f"{found.context:,} tokens", f"{'fit' if found.fits else 'do not fit'} in {_instances(found.instances)}"),
+        ("fewest instances", "no number holds them" if found.fewest is None else f"{found.fewest:,}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name:{width}}  {value}".rstrip() for name, value in rows), "", *found.notes])
+
+
+def parse_count(text: str) -> int:
+    """`128K`, `1M`, `1_000_000` or `1,000,000`; K and M are 2^10 and 2^20. Raises ArgumentTypeError."""
+    match = re.fullmatch(r"(\d[\d_,]*)(\.\d+)?([KkMm]?)", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, like 128K, 1M or 1_000_000")
+    whole, part, unit = match.groups()
+    count = Fraction(f"{re.sub('[_,]', '', whole)}{part or ''}") * _UNITS[unit.upper()]
+    if count.denominator != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of tokens but {float(count):,}")
+    return int(count)
+
+
+def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
+    """The question, and whether JSON is wanted. What isn't said is resolved here, once.
+
+    Raises ValueError for what makes no sense, SystemExit for what is no flag or no number.
+    """
+    parser = _Parser(
+        "instance.size", description="The memory that a model and its KV take, and how many instances hold a context."
+    )
+    parser.add_argument("model", metavar="MODEL", help="a directory with config.json, a hub id or a GGUF file")
+    parser.add_argument("--context", type=parse_count, help="tokens of one sequence, as 128K, 1M, 1_000_000 (the model's most)")
+    parser.add_argument("--gpus", type=int, help="instances of the cell, one GPU each (as many as are needed)")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is or is said one"
+    )
+    parser.add_argument("--gpu-memory", type=float, help="GiB of one GPU (of the one that is here; 139.8: an H200)")
+    parser.add_argument(
+        "--kv-memory", type=float, default=settings.GPU_KV_MEMORY, help="part of a GPU's memory that is used (%(default)s)"
+    )
+    parser.add_argument("--kv-tokens", type=parse_count, help="tokens of KV of one instance (what its GPU has room for)")
+    parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
+    parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
+    parser.add_argument("--chunk-tokens", type=parse_count, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
+    parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(arguments)
+    given = args.gpu_memory is not None
+    if given and not 0 < args.gpu_memory < 2**20:
+        raise ValueError(f"--gpu-memory must be the GiB of one GPU, got {args.gpu_memory:g}")
+    if given and args.device == "cpu":
+        raise ValueError(f"--gpu-memory {args.gpu_memory:g} says nothing of an instance on the CPU")
+    on_gpu = given or torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if on_gpu and not given and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here: say --gpu-memory, the GiB of one (an H200 has 139.8)")
+    question = Question(
+        model=args.model,
+        context=args.context,
+        instances=args.gpus,
+        device="cuda" if on_gpu else "cpu",
+        gpu_bytes=int(args.gpu_memory * GIB) if given else torch.cuda.mem_get_info()[1] if on_gpu else 0,
+        kv_memory=args.kv_memory,
+        kv_tokens=args.kv_tokens,
+        dtype=args.dtype,
+        block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if on_gpu else settings.CPU_BLOCK_SIZE),
+        chunk_tokens=_given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if on_gpu else settings.CPU_CHUNK_TOKENS),
+        cache_dir=args.cache_dir,
+    )
+    return question, args.json
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        question, as_json = parse(sys.argv[1:] if arguments is None else arguments)
+        found = answer(question)
+    except ValueError as error:  # with CheckpointError, UnsupportedModel and TooLittleMemory
+        print(f"instance.size: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(asdict(found), indent=2) if as_json else show(found))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one sentence, without the usage."""
+        self.exit(2, f"instance.size: {message}\n")
+
+
+def _shape_of(question: Question) -> Model:
+    """The model without values. Raises CheckpointError, or UnsupportedModel as an instance would."""
+    config = read_config(question.model, cache_dir=question.cache_dir)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(f"{question.model} has quantised weights, which are not counted")
+    dtype: Any = config.dtype if question.dtype == "auto" else getattr(torch, question.dtype)
+    if dtype is None:
+        raise CheckpointError(f"the config of {question.model} doesn't say of which type its weights are: give --dtype")
+    config.dtype = dtype
+    try:
+        model = random_model(config, dtype, torch.device("meta"), seed=0)
+        refuse_shape(model, question.model, block_size=question.block_size, backend=question.backend)
+    except UnsupportedModel:
+        raise
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"{question.model} can't be built: {type(error).__name__}: {first_line(error)}") from error
+    return model
+
+
+def _longest(one: InstanceSize, count: int, block_size: int) -> int:
+    """Of a sequence alone in the cell (`gmanager.policy.why_never`)."""
+    return count * (one.blocks - 1) * block_size
+
+
+def _notes(question: Question, model: Model, context: int) -> list[str]:
+    notes: list[str] = []
+    if context > model.max_context:
+        notes.append(f"The model takes at most {model.max_context:,} tokens: a longer request is refused.")
+    if question.device == "cpu":
+        notes.append(f"With --kv-tokens {question.kv_tokens} on each instance; what Python and torch take comes on top.")
+        if question.instances is not None and not torch.cuda.is_available():
+            notes.append("No GPU is seen here: for instances on GPUs, say --gpu-memory.")
+        return notes
+    used = f"--kv-memory {question.kv_memory:g} of " if question.kv_tokens is None else ""
+    notes.append(
+        f"Assumed: {used}a GPU of {question.gpu_bytes / GIB:.1f} GiB that nobody else uses, --chunk-tokens "
+        f"{question.chunk_tokens}."
+    )
+    notes.append("Activations and other use of the device are predicted; an instance measures them when it starts.")
+    return notes
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:9,.3f} GiB"
+
+
+def _instances(count: int) -> str:
+    return f"{count:,} instance{'s' if count != 1 else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""What `python -m instance.size` says is what an instance says when it starts."""
+
+import json
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
+
+from instance.checkpoint import resolve_checkpoint
+from instance.memory import activation_bytes, run_largest_step
+from instance.model import load_model, random_model
+from instance.needs import Needs
+from instance.size import Question, answer, fewest_instances, instance_size, main, parse_count
+from tests.support.processes import processes
+from tests.support.tiny import make_model
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
+META = torch.device("meta")
+
+SHAPE_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 2_097_152,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+# docs/performance.md, "Memory of a GPU": one of two H200s, the 8B shape, --kv-memory 0.92, --chunk-tokens 8192
+H200_GIB = 139.8
+H200_TOKENS = 875_648
+H200_PARTS_GIB = {
+    "weights": 15.0,
+    "other use of the device": 1.0,
+    "activations": 1.3,
+    "attention": 1.0,
+    "sampling": 1.5,
+    "CUDA graphs and NCCL": 2.0,
+}
+
+
+@pytest.fixture
+def shape_8b(tmp_path: Path) -> str:
+    """A directory that has nothing but a config."""
+    LlamaConfig(**SHAPE_8B).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def ask(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_8b_shape_on_two_h200s_has_the_room_that_was_measured(shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = ask(shape_8b, "--context", "1M", "--gpus", "2", "--gpu-memory", str(H200_GIB), capsys=capsys)
+    assert (found["parameters"], found["weights"], found["kv_per_token"]) == (8_030_261_248, 16_060_522_496, 131_072)
+    one = found["instance"]
+    assert one["tokens"] == pytest.approx(H200_TOKENS, rel=0.03)
+    assert found["cell_tokens"] == 2 * one["tokens"] == 2 * 64 * one["blocks"]
+    assert {name: part / 2**30 for name, part in one["parts"].items()} == pytest.approx(H200_PARTS_GIB, abs=0.1)
+    assert sum(one["parts"].values()) + one["kv"] <= one["limit"] == int(int(H200_GIB * 2**30) * 0.92)
+    assert (found["fits"], found["fewest"], found["context"]) == (True, 2, 2**20)
+
+
+def test_tokens_that_are_given_need_not_leave_anything_free(shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    on_gpu = [shape_8b, "--gpus", "2", "--gpu-memory", str(H200_GIB)]
+    assert ask(*on_gpu, "--kv-tokens", "900_001", capsys=capsys)["instance"]["tokens"] == 900_032 - 64
+    assert main([*on_gpu, "--kv-tokens", "1M"]) == 2
+    assert "--kv-tokens 1,048,576: a GPU needs " in capsys.readouterr().err
+
+
+def test_the_table_reads_at_a_glance(shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([shape_8b, "--context", "1M", "--gpus", "1", "--gpu-memory", "79.1"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        r"parameters +8,030,261,248 in bfloat16, 14.958 GiB",
+        r"KV of a token +131,072 bytes",
+        r"one instance +on a GPU, 1 in the cell",
+        r"  KV +\d\d\.\d{3} GiB   420,\d{3} tokens, 6,5\d\d blocks",
+        r"KV of the cell +420,\d{3} tokens",
+        r"1,048,576 tokens +do not fit in 1 instance",
+        r"fewest instances +3",
+        r"Assumed: --kv-memory 0.92 of a GPU of 79.1 GiB that nobody else uses, --chunk-tokens 8192.",
+    ):
+        assert re.search(f"^{line}$", said, re.MULTILINE), f"{line}\n{said}"
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", "auto"), ("qwen2", "bfloat16"), ("qwen3", "float16")])
+async def test_a_tiny_instance_prints_the_same(
+    kind: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_model(kind, tmp_path / kind)
+    await _compare(path, tmp_path, capsys, "--kv-tokens", "1000", "--dtype", dtype, "--chunk-tokens", "64")
+
+
+async def test_the_default_model_prints_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = list((CACHE / "model").glob("*.gguf"))
+    if not files:
+        pytest.skip("the default model is missing: run scripts/quickstart --fetch-only")
+    cache = CACHE / "converted"
+    resolve_checkpoint(str(files[0]), cache_dir=cache)
+    await _compare(files[0], tmp_path, capsys, "--kv-tokens", "3072", "--cache-dir", str(cache))
+
+
+async def _compare(model: Path, folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> None:
+    """An instance of a cell of two logs what it takes before it looks for a gManager; here it never finds one."""
+    found = ask(str(model), "--gpus", "2", "--device", "cpu", *flags, capsys=capsys)
+    one, parts = found["instance"], found["instance"]["parts"]
+    async with processes(folder) as started:
+        nowhere = ["--gmanager", "tcp://127.0.0.1:9", "--cell-size", "2", "--device", "cpu"]
+        instance = started.instance(*nowhere, "--model", str(model), *flags)
+        tokens = await instance.says(r"KV of this instance: (\S+) tokens; about (\S+) in a cell of 2")
+        taken = await instance.says(
+            r"weights (\S+) MiB; KV (\d+) blocks x (\d+) bytes = (\S+) MiB; scratch of attention at most (\S+) MiB, of "
+            r"sampling at most (\S+) MiB"
+        )
+    assert tokens.groups() == (f"{one['tokens']:,}", f"{found['cell_tokens']:,}")
+    block = found["kv_per_token"] * 16
+    assert taken.groups() == (
+        _mib(parts["weights"]),
+        str(one["blocks"]),
+        str(block),
+        _mib(one["kv"]),
+        _mib(parts["attention"]),
+        _mib(parts["sampling"]),
+    )
+    assert found["weights"] == parts["weights"] and one["kv"] == one["blocks"] * block
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"
+
+
+def test_a_model_on_meta_is_shaped_as_the_loaded_one(tmp_path: Path) -> None:
+    for kind in ("llama", "qwen2", "qwen3", "mistral"):
+        loaded = load_model(make_model(kind, tmp_path / kind), None, torch.device("cpu"))
+        shaped = random_model(loaded.module.config, torch.float32, META, seed=0)
+        assert (shaped.shape, shaped.num_layers, shaped.max_context) == (loaded.shape, loaded.num_layers, loaded.max_context)
+        settings: dict[str, Any] = {"chunk_tokens": 512, "cell_size": 3, "backend": "torch"}
+        assert Needs.of(shaped, **settings) == Needs.of(loaded, **settings)
+
+
+def test_on_the_cpu_it_says_what_each_instance_is_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(make_model("llama", tmp_path))
+    found = ask(path, "--device", "cpu", "--context", "1K", "--gpus", "3", capsys=capsys)
+    assert found["instance"]["tokens"] == 16 * (22 + 1)  # 64 blocks over three, and one spare on each
+    assert (found["fits"], found["longest"], found["fewest"]) == (True, 3 * 22 * 16, 3)
+    notes = " ".join(found["notes"])
+    assert "The model takes at most 512 tokens: a longer request is refused." in notes
+    assert "--kv-tokens 368 on each instance" in notes
+    assert ask(path, "--device", "cpu", capsys=capsys)["context"] == 512
+
+
+def test_the_fewest_instances_hold_the_context_and_one_less_does_not(shape_8b: str) -> None:
+    question = Question(
+        model=shape_8b, device="cuda", gpu_bytes=int(79.1 * 2**30), block_size=64, chunk_tokens=8192, context=2**20, instances=2
+    )
+    found = answer(question)
+    assert (found.fewest, found.fits) == (3, False)
+    model = random_model(LlamaConfig(**SHAPE_8B), torch.bfloat16, META, seed=0)
+
+    def blocks(count: int) -> int:
+        return count * (instance_size(question, model, count).blocks - 1)
+
+    for count in (1, 2, 5, 30):
+        assert fewest_instances(question, model, blocks(count)) == count
+        assert fewest_instances(question, model, blocks(count) + 1) == count + 1
+    assert fewest_instances(question, model, 10**9) is None
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make and that still live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._now = 0
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._count(storage._cdata, storage.nbytes(), 1)
+                weakref.finalize(tensor, self._count, storage._cdata, storage.nbytes(), -1)
+        return out
+
+    def _count(self, storage: int, num_bytes: int, tensors: int) -> None:
+        before = self._held.get(storage, 0)
+        self._held[storage] = after = before + tensors
+        self._now += num_bytes * ((after > 0) - (before > 0))
+        self.most = max(self.most, self._now)
+
+
+@pytest.mark.parametrize("chunk_tokens", [64, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_predicted_never_too_few(chunk_tokens: int, dtype: torch.dtype) -> None:
+    """With transformers' own layers, which hold a little less; fused ones need a GPU."""
+    for changed in ({}, {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}):
+        config = LlamaConfig(**SHAPE_8B | {"num_hidden_layers": 2, "dtype": dtype} | changed)
+        model = random_model(config, dtype, META, seed=0)
+        needs = Needs.of(model, chunk_tokens=chunk_tokens, cell_size=1, backend="torch")
+        with _Live() as live:
+            run_largest_step(model, needs.rows, needs.sampled)
+        assert live.most <= activation_bytes(model, needs) <= 1.25 * live.most
+
+
+def test_numbers_of_tokens_are_read_as_they_are_written() -> None:
+    written = ("1", "128K", "128k", "1M", "1.5M", "0.5K", "1_000_000", "1,000,000")
+    assert [parse_count(text) for text in written] == [1, 131_072, 131_072, 2**20, 3 * 2**19, 512, 10**6, 10**6]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--context", "1T"], "argument --context: '1T' is no number of tokens, like 128K, 1M or 1_000_000"),
+        (["--context", "1.5"], "argument --context: '1.5' is no whole number of tokens but 1.5"),
+        (["--context", "0"], "--context must be at least 1, got 0"),
+        (["--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--gpus", "two"], "argument --gpus: invalid int value: 'two'"),
+        (["--block-size", "0"], "--block-size must be at least 1, got 0"),
+        (["--chunk-tokens", "0"], "--chunk-tokens must be at least 1, got 0"),
+        (["--gpu-memory", "nan"], "--gpu-memory must be the GiB of one GPU, got nan"),
+        (["--gpu-memory", "80", "--device", "cpu"], "--gpu-memory 80 says nothing of an instance on the CPU"),
+        (["--gpu-memory", "80", "--kv-memory", "1"], "--kv-memory must be in (0, 1), got 1.0"),
+        (["--kv-tokens", "8", "--device", "cpu"], "--kv-tokens 8 is less than one block of 16 tokens"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--gpu-memory", "20"], "--kv-memory: a GPU needs 21.4 GiB (weights 15.0 GiB, "),
+        (["--gpu-memory", "80", "--context", "1000000M"], "no number of such instances holds a context of 1,048,576,000,000"),
+    ],
+)
+def test_what_makes_no_sense_is_said_in_one_sentence(
+    flags: list[str], message: str, shape_8b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _refused([shape_8b, *flags], message, capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here_must_be_described(shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _refused([shape_8b, "--device", "cuda"], "there is no GPU here: say --gpu-memory, the GiB of one", capsys)
+    found = ask(shape_8b, "--gpus", "2", capsys=capsys)
+    assert found["device"] == "cpu"
+    assert "No GPU is seen here: for instances on GPUs, say --gpu-memory." in found["notes"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "no-such-model"}, "the config of "),
+        (SHAPE_8B | {"model_type": "mistral", "sliding_window": 4096}, "the model's attention needs sliding_window=4096"),
+        (
+            SHAPE_8B | {"model_type": "llama", "head_dim": 80},
+            "the triton backend takes float32, float16 and bfloat16, head_dim a power of two from 16 to 256",
+        ),
+        (SHAPE_8B | {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "has quantised weights"),
+        (
+            {name: value for name, value in SHAPE_8B.items() if name != "dtype"} | {"model_type": "llama"},
+            "doesn't say of which type its weights are: give --dtype",
+        ),
+    ],
+)
+def test_what_an_instance_would_refuse_is_refused(
+    config: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _refused([str(tmp_path), "--gpu-memory", "80"], message, capsys)
+
+
+def test_a_model_that_is_not_there_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _refused([str(tmp_path)], "has no config.json", capsys)
+    _refused([str(tmp_path / "none.gguf")], "there is no file ", capsys)
+    _refused([str(tmp_path / "none")], "it is no hub id (org/name) either", capsys)
+
+
+def _refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    assert code == 2 and not said.out
+    assert said.err.startswith("instance.size: ") and message in said.err and said.err.count("\n") == 1
