@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
@@ -58,7 +57,9 @@ class Model:
         """Raises UnsupportedModel by the name of what can't be served exactly."""
         config = module.config.get_text_config()
         self.module = module
-        self._base: Any = module.base_model
+        self._base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+        self._output: Any = None
+        """What `_base` returns: a class with fields of the model's own, all but the hidden states empty in `logits`."""
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.max_context = _max_context(config)
@@ -92,6 +93,7 @@ class Model:
         if self._fused is not None:
             return self._fused.run(token_ids_T, positions_T, self.context.needed())
         out = self._base(input_ids=token_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False)
+        self._output = type(out)
         return Hidden(out.last_hidden_state[0])
 
     def store(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> None:
@@ -107,8 +109,8 @@ class Model:
             return self._fused.logits(hidden, rows_S)
         # What a model does to its logits beside the head (scales, caps) stands in its forward: it runs with its layers' result
         # given.
-        given = BaseModelOutputWithPast(last_hidden_state=hidden.x_TE[rows_S].unsqueeze(0))
-        self._base.forward = lambda **_: given
+        given = self._output(last_hidden_state=hidden.x_TE[rows_S].unsqueeze(0))
+        self._base.forward = lambda *_, **__: given
         try:
             out = self.module(input_ids=rows_S.unsqueeze(0), use_cache=False)
         finally:
@@ -198,9 +200,10 @@ class Model:
 
     def _refuse_mixing(self, together: torch.Tensor, alone: torch.Tensor, halves: torch.Tensor) -> None:
         """Raises UnsupportedModel if a row's logits depend on another row beside it, or on how the model is cut in two."""
-        if float((together - alone).abs().max()) > 0.02 * float(alone.abs().max()):  # bf16 rounds to 0.004
+        most = 0.02 * float(alone.abs().max())  # bf16 rounds to 0.004
+        if float((together - alone).abs().max()) > most:
             raise UnsupportedModel(f"{self.module.config.model_type}: something beside attention mixes the rows of a step")
-        if not torch.equal(halves, together):
+        if float((together - halves).abs().max()) > most:
             raise UnsupportedModel(f"{self.module.config.model_type}: its logits come from more than its last hidden states")
 
     def _as_transformers(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:

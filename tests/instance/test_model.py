@@ -5,9 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconH1Config, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
-from instance.model import Model, UnsupportedModel, load_model, load_text_assets
+from instance.memory import NoAttention
+from instance.model import Model, UnsupportedModel, load_model, load_text_assets, random_model
 from tests.support.tiny import CONFIGS, make_model
 
 SMALL: dict[str, Any] = {
@@ -85,6 +98,21 @@ def test_rows_that_mix_outside_attention_are_refused(tmp_path: Path) -> None:
     module.model.layers[0].mlp = Convolution()
     with pytest.raises(UnsupportedModel, match="something beside attention mixes"):
         Model(module)
+
+
+@pytest.mark.parametrize(
+    "config", [GPT2Config, GPTNeoXConfig, OPTConfig, CohereConfig, GraniteConfig], ids=lambda c: c.__name__
+)
+def test_logits_of_chosen_rows_are_those_that_transformers_gives_them(config: Any) -> None:
+    """Whatever stands between the last hidden states and the logits; GPT-2 takes its tokens by place, OPT skips its base."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
+    more = {"logits_scaling": 8.0} if config is GraniteConfig else {}
+    model = random_model(config(max_position_embeddings=64, **sizes, **more), torch.float32, torch.device("cpu"), seed=1)
+    ids, places, rows = torch.tensor([5, 6, 7, 8]), torch.arange(4), torch.tensor([2, 0])
+    model.context.attention = NoAttention(model.shape)
+    with torch.inference_mode():
+        want = model.module(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0, rows]
+        torch.testing.assert_close(model.logits(model.run(ids, places), rows), want)
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
