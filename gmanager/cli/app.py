@@ -153,4 +153,10 @@ def needle(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def size(context: typer.Context) -> None:
     """The memory arithmetic: weights, KV per token, how many instances a context needs. Options: distattn size --help."""
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "instance.size", *context.args], check=False).returncode)
+    from gmanager.cli.up import DEFAULT, CannotStart, find_model
+
+    try:
+        arguments = [find_model(word)[0] if word == DEFAULT else word for word in context.args]
+    except CannotStart as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "instance.size", *arguments], check=False).returncode)

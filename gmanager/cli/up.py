@@ -26,6 +26,8 @@ from gmanager.wire.errors import AddressError
 
 CPU_KV_TOKENS = 8192
 """Of each instance, unless told otherwise: room for a few conversations, 0.7 GB with the default model."""
+DEFAULT = "default"
+"""What the small model is called that needs no hub."""
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NEEDED = {"torch": "serve", "transformers": "serve", "tokenizers": "serve", "fastapi": "http", "uvicorn": "http"}
@@ -133,7 +135,7 @@ def check_port(host: str, port: str, flag: str) -> None:
 
 def find_model(given: str) -> tuple[str, str]:
     """What the instances are told, and what requests call it. Raises CannotStart if there is no such model."""
-    if given == "default":
+    if given == DEFAULT:
         try:
             return str(fetch(MODEL, cache_dir() / "model")[0]), DEFAULT_NAME
         except FetchError as error:
