@@ -68,7 +68,7 @@ def test_sampling_params_are_vllms_with_its_defaults() -> None:
 
 
 def test_chunk_and_stats() -> None:
-    assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", "finish_reason", "error"]
+    assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", "prompt_logprobs", "finish_reason", "error"]
     assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters"]
     kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
     assert fields(InstanceStats) == ["cell", "rank", *kv, "counters"]

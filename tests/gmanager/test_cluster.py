@@ -219,7 +219,14 @@ def test_a_request_from_its_submit_to_its_release() -> None:
     assert driver.say(peer(0), outputs(1, 1, [12, 13])) == [deliver(1, "r", 1, [12, 13])]
     stats = driver.cluster.stats()
     assert stats.requests["r"] == m.RequestStats(
-        state="decode", home=0, kv_tokens={0: 6, 1: 4}, prompt_tokens=10, generated_tokens=3, home_moves=0, preemptions=0
+        state="decode",
+        cell="c",
+        home=0,
+        kv_tokens={0: 6, 1: 4},
+        prompt_tokens=10,
+        generated_tokens=3,
+        home_moves=0,
+        preemptions=0,
     )
     assert [(i.used_tokens, i.free_tokens, i.lent_tokens, i.borrowed_tokens) for i in stats.instances] == [
         (12, 20, 0, 4),
