@@ -35,7 +35,7 @@ class Traffic:
 
 @dataclass(slots=True)
 class Times:
-    """Nanoseconds in which the device ran steps. Its parts are measured on the CPU only: a graph can't be divided by the host."""
+    """Nanoseconds in which the device ran steps. The parts are known on the CPU only: a graph can't be divided by the host."""
 
     step_ns: int = 0
     attention_ns: int = 0
