@@ -9,11 +9,14 @@
 Source: DistAttention (Infinite-LLM, section 4); the merge of partial softmaxes is FlashAttention's (section 3.1).
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from distattn.exchange import Exchange
+from distattn.exchange import Exchange, Transfer
 from distattn.layout import Layout, Reading
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels.kv_blocks import store_kv
@@ -23,6 +26,16 @@ from kernels.paged_attention_tiles import ROW_TILES, TOKEN_TILES, TiledAttention
 from kernels.paged_attention_tiles import scratch_bytes as tiles_scratch_bytes
 from kernels.upload import upload
 from kvstore.storage import KVStorage
+
+
+@dataclass(slots=True)
+class LayerTimes:
+    """Nanoseconds that layers have taken on the CPU. 0 on a GPU, where the host only queues them."""
+
+    attention_ns: int = 0
+    """Attention, less waiting."""
+    exchange_ns: int = 0
+    """Waiting for rows of other instances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +71,8 @@ class DistAttention:
         self._exchange = exchange
         self._backend = backend
         self._device = storage.data_L2BPKD.device
+        self._clock_ns = time.perf_counter_ns if self._device.type == "cpu" else _no_clock
+        self._times = LayerTimes()
         self._plan: _Plan | None = None
         self._tiles: TiledAttention | None = None
         self._attend([], 0)
@@ -125,19 +140,22 @@ class DistAttention:
         those of the plan.
         """
         plan, kv_2BPKD = self._planned(q_THD.shape[0]), self._storage.layer(layer)
-        store_kv(k_TKD, v_TKD, kv_2BPKD, plan.slots_T, backend=self._backend)
-        return self._attend_rows(plan, q_THD, kv_2BPKD)
+        with self._attending():
+            store_kv(k_TKD, v_TKD, kv_2BPKD, plan.slots_T, backend=self._backend)
+            return self._attend_rows(plan, q_THD, kv_2BPKD)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `run`, of rows that come packed."""
         plan, kv_2BPKD = self._planned(rows.qkv_TE.shape[0]), self._storage.layer(layer)
-        q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, plan.slots_T, self._backend)
-        return self._attend_rows(plan, q_THD, kv_2BPKD)
+        with self._attending():
+            q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, plan.slots_T, self._backend)
+            return self._attend_rows(plan, q_THD, kv_2BPKD)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """Keep the rows' keys and values, and attend to nothing: no member of the party may expect more of this layer."""
         plan = self._planned(rows.qkv_TE.shape[0])
-        rows.rotate_and_store(self.shape.num_heads, self._storage.layer(layer), plan.slots_T, self._backend)
+        with self._attending():
+            rows.rotate_and_store(self.shape.num_heads, self._storage.layer(layer), plan.slots_T, self._backend)
 
     def _planned(self, num_rows: int) -> _Plan:
         plan = self._plan
@@ -155,15 +173,31 @@ class DistAttention:
         plan.own.run(q_THD, kv_2BPKD, scale, out_THD=plan.out_THD, lse_TH=plan.lse_TH)
         if alone:
             return plan.out_THD
-        dispatch.wait()
+        self._wait(dispatch)
         plan.others.run(plan.recv_q_MHD, kv_2BPKD, scale, out_THD=plan.recv_out_MHD, lse_TH=plan.recv_lse_MH)
         combine = self._exchange.start(
             [(plan.recv_out_MHD, layout.received), (plan.recv_lse_MH, layout.received)],
             [(plan.part_out_SHD, layout.dispatched), (plan.part_lse_SH, layout.dispatched)],
         )
-        combine.wait()
+        self._wait(combine)
         merge_states(plan.out_THD, plan.lse_TH, plan.part_out_SHD, plan.part_lse_SH, plan.merge, backend=self._backend)
         return plan.out_THD
+
+    def take_times(self) -> LayerTimes:
+        """What layers have taken since the last call."""
+        times, self._times = self._times, LayerTimes()
+        return times
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        began_ns, waited_ns = self._clock_ns(), self._times.exchange_ns
+        yield
+        self._times.attention_ns += self._clock_ns() - began_ns - (self._times.exchange_ns - waited_ns)
+
+    def _wait(self, transfer: Transfer) -> None:
+        began_ns = self._clock_ns()
+        transfer.wait()
+        self._times.exchange_ns += self._clock_ns() - began_ns
 
     def bytes_sent(self, layout: Layout, num_layers: int) -> tuple[int, int]:
         """Bytes of queries and of partial states that this instance sends in a step of that layout."""
@@ -184,3 +218,7 @@ class DistAttention:
             backend=self._backend,
             tiles=self._tiles,
         )
+
+
+def _no_clock() -> int:
+    return 0

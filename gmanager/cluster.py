@@ -55,7 +55,7 @@ class Cluster:
         self._members: dict[PeerId, tuple[Cell, Member]] = {}
         self._parting: dict[PeerId, float] = {}
         """Peers that are done for, and since when."""
-        self._requests = Requests(self._out.append)
+        self._requests = Requests(self._out.append, clock=lambda: self._now)
         self._unbound: dict[int, Request] = {}
         """Requests that wait for a ready cell."""
         self._num_dropped = 0
@@ -195,7 +195,7 @@ class Cluster:
             return
         spread = self._config.spread if submit.spread is None else submit.spread
         seed = seed if submit.params.seed is None else submit.params.seed
-        request = self._requests.new(submit, peer, seed, spread, self._now)
+        request = self._requests.new(submit, peer, seed, spread)
         request.prompt = submit.token_ids or b""
         request.place = "waiting room"
         self._unbound[request.number] = request
@@ -299,7 +299,7 @@ class Cluster:
         if request is None:
             self._requests.correct(number, generated)
         else:
-            del request.tokens[generated:]
+            self._requests.cut(request, generated)
             self._end(request, "stop")
 
     def _end(self, request: Request, reason: m.FinishReason, error: str | None = None) -> None:
@@ -479,7 +479,8 @@ class Cluster:
             preemptions=self._num_preemptions + sum(s.num_preemptions for s in self._sequences.values()),
             dropped_messages=self._num_dropped + sum(s.num_dropped for s in self._sequences.values()),
         )
-        return assemble(self._cells.values(), self._sequences, self._requests.stats(), own)
+        requests = self._requests.stats()
+        return assemble(self._cells.values(), self._sequences, requests, own, self._requests.observed.observations())
 
     @property
     def is_idle(self) -> bool:

@@ -18,6 +18,7 @@ import msgspec
 
 from gmanager.config import Spread
 from gmanager.events import Action, Deliver, Log, Send
+from gmanager.observed import Observed
 from gmanager.wire.channel import PeerId
 from gmanager.wire.messages import (
     CallFailed,
@@ -63,6 +64,7 @@ class Request:
     client: PeerId
     seed: int
     spread: Spread
+    arrived_at: float
     waiting_since: float
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
@@ -85,6 +87,10 @@ class Request:
     home_moves: int = 0
     preemptions: int = 0
     move_call: MoveCall | None = None
+    admitted_at: float | None = None
+    """For the first time."""
+    first_token_at: float | None = None
+    last_token_at: float | None = None
     finish_reason: FinishReason | None = None
 
     @property
@@ -132,10 +138,12 @@ class Request:
 
 
 class Requests:
-    """All live requests, and what is kept of the last finished ones."""
+    """All live requests, what is kept of the last finished ones, and what is counted of all."""
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, clock: Callable[[], float]) -> None:
+        self.observed = Observed()
         self._emit = emit
+        self._clock = clock
         self._numbers = 0
         self._live: dict[int, Request] = {}
         self._ids: dict[str, Request] = {}
@@ -144,12 +152,13 @@ class Requests:
     def __len__(self) -> int:
         return len(self._live)
 
-    def new(self, submit: Submit, client: PeerId, seed: int, spread: Spread, now: float) -> Request:
+    def new(self, submit: Submit, client: PeerId, seed: int, spread: Spread) -> Request:
         """Take a request in. Its id must not be that of a live one."""
         if submit.request_id in self._ids:
             raise ValueError(f"request id {submit.request_id!r} is in use")
         self._numbers += 1
-        request = Request(self._numbers, submit, client, seed, spread, now)
+        now = self._clock()
+        request = Request(self._numbers, submit, client, seed, spread, arrived_at=now, waiting_since=now)
         self._live[request.number] = self._ids[request.id] = request
         return request
 
@@ -169,11 +178,20 @@ class Requests:
     def refuse(self, submit: Submit, client: PeerId, refusal: Refusal) -> None:
         """Answer a Submit that is not taken in."""
         self._emit(Log(logging.INFO, f"request {submit.request_id!r} refused: {refusal.text}"))
-        self._answer(Request(0, submit, client, 0, 1, 0.0), [], None, "error", refusal.text, refusal.reason)
+        self.observed.refused[refusal.reason] += 1
+        nobody = Request(0, submit, client, 0, 1, arrived_at=0.0, waiting_since=0.0)
+        self._answer(nobody, [], None, "error", refusal.text, refusal.reason)
+
+    def admit(self, request: Request) -> None:
+        """It begins to run, or does so again."""
+        if request.admitted_at is None:
+            request.admitted_at = self._clock()
+            self.observed.queue_s.add(request.admitted_at - request.arrived_at)
+            self.observed.prompt_tokens += request.prompt_tokens
 
     def deliver(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """New tokens, in order; more will come."""
-        request.tokens.extend(token_ids)
+        self._take(request, token_ids)
         self._answer(request, token_ids, logprobs, None, None, None)
 
     def deliver_scores(self, request: Request, logprobs: PromptLogprobs) -> None:
@@ -192,7 +210,8 @@ class Requests:
     ) -> None:
         """Its one final answer. What it holds on instances is for the caller to release."""
         token_ids = token_ids or []
-        request.tokens.extend(token_ids)
+        self._take(request, token_ids)
+        self._observe_end(request, reason, refusal)
         request.finish_reason = reason
         request.state = "finished"
         self._answer(request, token_ids, logprobs, reason, error, refusal)
@@ -211,10 +230,19 @@ class Requests:
         if len(self._finished) > KEEP_FINISHED:
             del self._finished[next(iter(self._finished))]
 
+    def cut(self, request: Request, generated: int) -> None:
+        """A stop string was found in its text: what comes after so many tokens never reaches its client."""
+        self.observed.generated_tokens -= len(request.tokens[generated:])
+        del request.tokens[generated:]
+
     def correct(self, number: int, generated: int) -> None:
         """A stop string was found in the text of a request that has just ended: that is why it ended."""
         for request_id, (kept, stats) in reversed(self._finished.items()):
-            if kept == number:
+            if kept == number and stats.finish_reason is not None:
+                # nobody has seen these counts: the shell asks for this before it does anything else
+                self.observed.finished[stats.finish_reason] -= 1
+                self.observed.finished["stop"] += 1
+                self.observed.generated_tokens -= stats.generated_tokens - generated
                 stats = msgspec.structs.replace(stats, finish_reason="stop", generated_tokens=generated)
                 self._finished[request_id] = (number, stats)
                 return
@@ -239,6 +267,27 @@ class Requests:
                 raise RuntimeError(f"request {request.number} is kept as live and has finished")
             if request.place == "nowhere":
                 raise RuntimeError(f"request {request.number} is nowhere")
+
+    def _take(self, request: Request, token_ids: list[int]) -> None:
+        if not token_ids:
+            return
+        now = self._clock()
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self.observed.ttft_s.add(now - request.arrived_at)
+        request.last_token_at = now
+        request.tokens.extend(token_ids)
+        self.observed.generated_tokens += len(token_ids)
+
+    def _observe_end(self, request: Request, reason: FinishReason, refusal: RefusalReason | None) -> None:
+        if refusal is not None:
+            self.observed.refused[refusal] += 1
+            return
+        self.observed.finished[reason] += 1
+        self.observed.e2e_s.add(self._clock() - request.arrived_at)
+        first, last = request.first_token_at, request.last_token_at
+        if first is not None and last is not None and len(request.tokens) > 1:
+            self.observed.tpot_s.add((last - first) / (len(request.tokens) - 1))
 
     def _answer(
         self,

@@ -327,6 +327,7 @@ class Sequences:
         request.seq = sequence.number
         request.home = home
         request.held = {}
+        self._requests.admit(request)
         self._set_running_state(sequence)
         self._regroup()
         admit = Admit(

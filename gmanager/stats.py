@@ -4,11 +4,15 @@ from collections.abc import Iterable, Mapping
 
 from gmanager.cell import Cell, Member
 from gmanager.sequences import Sequences
-from gmanager.wire.messages import CellStats, Counters, InstanceStats, RequestStats, Stats
+from gmanager.wire.messages import CellStats, Counters, InstanceStats, Observations, RequestStats, Stats
 
 
 def assemble(
-    cells: Iterable[Cell], sequences: Mapping[str, Sequences], requests: dict[str, RequestStats], own: Counters
+    cells: Iterable[Cell],
+    sequences: Mapping[str, Sequences],
+    requests: dict[str, RequestStats],
+    own: Counters,
+    observed: Observations,
 ) -> Stats:
     """`sequences`: of the ready cells, by name. `own`: the gManager's counters."""
     cells = sorted(cells, key=lambda cell: cell.name)
@@ -19,6 +23,7 @@ def assemble(
         instances=instances,
         requests=requests,
         counters=_sum([own, *(stats.counters for stats in instances)]),
+        observed=observed,
     )
 
 

@@ -1,6 +1,7 @@
 """Runs step plans on the device, in order, one ahead of the host."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,10 +25,28 @@ if TYPE_CHECKING:  # they need Triton, which an instance on the CPU does without
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes this instance has sent to others."""
+    """What this instance has sent to others."""
 
+    rows_dispatched: int = 0
+    """Query rows, counted once a step and receiver."""
     query_bytes: int = 0
     partial_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Times:
+    """Nanoseconds in which the device ran steps. The parts are known on the CPU only: a graph can't be divided by the host."""
+
+    step_ns: int = 0
+    attention_ns: int = 0
+    """Of it: attention, less waiting."""
+    exchange_ns: int = 0
+    """Of it: waiting for rows of other instances."""
+
+    def add(self, step: "Times") -> None:
+        self.step_ns += step.step_ns
+        self.attention_ns += step.attention_ns
+        self.exchange_ns += step.exchange_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +90,10 @@ class Launched:
     """A step that is queued on the device."""
 
     results: _Results
-    done: torch.cuda.Event | None
-    """On a GPU: when the step has run and its samples are here."""
+    times: Times
+    """On a GPU the events tell them."""
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    """On a GPU: when the step begins, and when it has run and its samples are here."""
 
 
 class Runner:
@@ -85,6 +106,8 @@ class Runner:
     def __init__(self, model: Model, attention: DistAttention, *, threads: int, max_samples: int) -> None:
         """`max_samples`: most tokens that one step samples."""
         self.traffic = Traffic()
+        self.times = Times()
+        """Of the steps whose result was waited for."""
         self._model = model
         self._attention = attention
         self._device = model.device
@@ -120,8 +143,11 @@ class Runner:
     async def result_of(self, launched: asyncio.Future[Launched]) -> StepResult:
         """What a launched plan brings, once the device has run it."""
         step = await launched
-        if step.done is not None:
-            await asyncio.get_running_loop().run_in_executor(self._waiter, step.done.synchronize)
+        if step.events is not None:
+            began, done = step.events
+            await asyncio.get_running_loop().run_in_executor(self._waiter, done.synchronize)
+            self.times.add(Times(step_ns=round(began.elapsed_time(done) * 1e6)))
+        self.times.add(step.times)
         samples, scored = step.results.samples, step.results.scored
         return StepResult({} if samples is None else _read(samples), [(rows.seq, _pack(rows, found)) for rows, found in scored])
 
@@ -133,14 +159,25 @@ class Runner:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, plan: StepPlan) -> Launched:
-        results = _Results() if plan.is_idle else self._compute(plan)
-        done = None
         if self._device.type == "cuda":
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(torch.cuda.current_stream(self._device))
-        return Launched(results, done)
+            began = self._record()
+            results = self._compute(plan)
+            return Launched(results, Times(), (began, self._record()))
+        began_ns = time.perf_counter_ns()
+        results = self._compute(plan)
+        layers = self._attention.take_times()
+        times = Times(time.perf_counter_ns() - began_ns, layers.attention_ns, layers.exchange_ns)
+        return Launched(results, times, None)
+
+    def _record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def _compute(self, plan: StepPlan) -> _Results:
+        if plan.is_idle:
+            return _Results()
+        self.traffic.rows_dispatched += len(plan.layout.dispatched_rows)
         queries, partials = self._attention.bytes_sent(plan.layout, self._model.num_layers)
         self.traffic.query_bytes += queries
         self.traffic.partial_bytes += partials

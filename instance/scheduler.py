@@ -104,6 +104,7 @@ class Tally:
     steps: int = 0
     rows: int = 0
     tokens_prefilled: int = 0
+    tokens_generated: int = 0
     home_moves: int = 0
 
 
@@ -315,6 +316,7 @@ class Scheduler:
         if home.finished:
             return  # the one row too many
         home.committed += 1
+        self.tally.tokens_generated += 1
         home.last_token = token.token_id
         reason: Literal["stop", "length"] | None = None
         if token.token_id in home.params.stop_token_ids:

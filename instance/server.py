@@ -48,6 +48,27 @@ class _Epoch:
     party: Party
     scheduler: Scheduler
     runner: Runner
+    notice_ns: int = 0
+    """How long it has waited for the notices of its party's others."""
+
+    def counters(self, dropped: int) -> wire.Counters:
+        """What has been done in it. `dropped`: messages of the gManager that were not for it."""
+        tally, traffic, times = self.scheduler.tally, self.runner.traffic, self.runner.times
+        return wire.Counters(
+            steps=tally.steps,
+            rows=tally.rows,
+            rows_dispatched=traffic.rows_dispatched,
+            tokens_prefilled=tally.tokens_prefilled,
+            tokens_generated=tally.tokens_generated,
+            home_moves=tally.home_moves,
+            query_bytes=traffic.query_bytes,
+            partial_bytes=traffic.partial_bytes,
+            step_us=times.step_ns // 1000,
+            exchange_us=times.exchange_ns // 1000,
+            attention_us=times.attention_ns // 1000,
+            notice_us=self.notice_ns // 1000,
+            dropped_messages=dropped + self.party.dropped,
+        )
 
 
 class Instance:
@@ -171,21 +192,12 @@ class Instance:
         if epoch is None:
             self._gmanager.send(wire.Ping())
             return
-        tally, traffic = epoch.scheduler.tally, epoch.runner.traffic
         self._gmanager.send(
             wire.Beat(
                 epoch=epoch.number,
                 free_blocks=self._rmanager.free_blocks,
                 held_tokens=self._rmanager.take_changes(),
-                counters=wire.Counters(
-                    steps=tally.steps,
-                    rows=tally.rows,
-                    tokens_prefilled=tally.tokens_prefilled,
-                    home_moves=tally.home_moves,
-                    query_bytes=traffic.query_bytes,
-                    partial_bytes=traffic.partial_bytes,
-                    dropped_messages=self._dropped + epoch.party.dropped,
-                ),
+                counters=epoch.counters(self._dropped),
             )
         )
 
@@ -313,7 +325,9 @@ class Instance:
                     digest=party.digest,
                     groupings=party.news(),
                 )
+                asked_ns = time.perf_counter_ns()
                 notices = await party.exchange(notice)
+                epoch.notice_ns += time.perf_counter_ns() - asked_ns
                 if notices is None:
                     continue
                 step = derive(notices)

@@ -7,7 +7,7 @@ import sys
 import msgspec
 
 import gmanager
-from gmanager import AsyncClient, Chunk, Counters, InstanceStats, RequestStats, SamplingParams, Stats
+from gmanager import AsyncClient, Chunk, Counters, Histogram, InstanceStats, Observations, RequestStats, SamplingParams, Stats
 
 
 def fields(struct: type[msgspec.Struct]) -> list[str]:
@@ -26,7 +26,9 @@ def test_gmanager() -> None:
         "Counters",
         "DistattnError",
         "FrameTooLarge",
+        "Histogram",
         "InstanceStats",
+        "Observations",
         "PeerGone",
         "ProtocolRefused",
         "RefusalReason",
@@ -68,13 +70,19 @@ def test_sampling_params_are_vllms_with_its_defaults() -> None:
 
 
 def test_chunk_and_stats() -> None:
-    assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", "prompt_logprobs", "finish_reason", "error"]
-    assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters"]
+    of_prompt = ["prompt_logprobs"]
+    assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", *of_prompt, "finish_reason", "error"]
+    assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters", "observed"]
     kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
     assert fields(InstanceStats) == ["cell", "rank", *kv, "counters"]
     assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))
-    tokens = ["steps", "rows", "tokens_prefilled", "home_moves", "preemptions", "blocks_copied"]
-    assert fields(Counters) == [*tokens, "query_bytes", "partial_bytes", "kv_bytes", "dropped_messages"]
+    tokens = ["steps", "rows", "rows_dispatched", "tokens_prefilled", "tokens_generated"]
+    moves = ["home_moves", "preemptions", "blocks_copied", "query_bytes", "partial_bytes", "kv_bytes"]
+    times = ["step_us", "exchange_us", "attention_us", "notice_us"]
+    assert fields(Counters) == [*tokens, *moves, *times, "dropped_messages"]
+    assert fields(Histogram) == ["bounds", "counts", "total"]
+    counts = ["prompt_tokens", "generated_tokens", "finished", "refused"]
+    assert fields(Observations) == ["queue_s", "ttft_s", "tpot_s", "e2e_s", *counts]
 
 
 def test_the_client_imports_neither_torch_nor_transformers() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.metadata
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
@@ -11,13 +12,16 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from gmanager.gateway.answers import ChatShape, CompletionShape, Envelope, Prompt
 from gmanager.gateway.backend import Backend, Served
 from gmanager.gateway.config import GatewayConfig
-from gmanager.gateway.door import Door
+from gmanager.gateway.door import Answers, Door
 from gmanager.gateway.errors import ApiError, ErrorBody, translate
 from gmanager.gateway.generation import Generation
+from gmanager.gateway.metrics import CONTENT_TYPE, render
 from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gmanager.gateway.streaming import ClientGone, EventStream, unless_gone
 from gmanager.wire.errors import TextError
@@ -57,9 +61,11 @@ def make_app(config: GatewayConfig, backend: Backend) -> Door:
     app.exception_handler(ApiError)(_api_error)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http_error)
-    routes = Routes(config, backend)
+    answers: Answers = Counter()
+    routes = Routes(config, backend, answers)
     app.get("/health", responses={503: ERRORS[503]})(routes.health)
     app.get("/version", responses={401: ERRORS[401]})(routes.version)
+    app.get("/metrics", responses=UNAVAILABLE, response_class=PlainTextResponse)(routes.metrics)
     app.get("/v1/models", responses=UNAVAILABLE)(routes.list_models)
     app.get("/v1/models/{name:path}", responses=UNAVAILABLE | {404: ERRORS[404]})(routes.get_model)
     for path, route in (
@@ -69,15 +75,17 @@ def make_app(config: GatewayConfig, backend: Backend) -> Door:
         ("/detokenize", routes.detokenize),
     ):
         app.post(path, responses=ERRORS, response_model=None)(route)
-    return Door(app, config)
+    paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
+    return Door(app, config, paths, answers)
 
 
 class Routes:
     """What the paths do."""
 
-    def __init__(self, config: GatewayConfig, backend: Backend) -> None:
+    def __init__(self, config: GatewayConfig, backend: Backend, answers: Answers) -> None:
         self._config = config
         self._backend = backend
+        self._answers = answers
 
     # --- about the service --------------------------------------------------------------------------------------------
 
@@ -90,6 +98,10 @@ class Routes:
     async def version(self) -> dict[str, str]:
         """Of this gateway."""
         return {"version": VERSION}
+
+    async def metrics(self) -> Response:
+        """The service's and this gateway's, for Prometheus."""
+        return Response(render(await self._backend.stats(), self._answers), media_type=CONTENT_TYPE)
 
     async def list_models(self) -> dict[str, Any]:
         """Models that can be asked now."""

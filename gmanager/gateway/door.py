@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -16,15 +17,21 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+Answers = Counter[tuple[str, int]]
+"""How many there were, by path and status."""
+
 OPEN_PATHS = frozenset({"/health"})
 
 
 class Door:
     """Lets requests in, or answers them with an error."""
 
-    def __init__(self, app: App, config: GatewayConfig) -> None:
+    def __init__(self, app: App, config: GatewayConfig, paths: frozenset[str], answers: Answers) -> None:
+        """`paths`: those that `answers` counts by their names; whatever else is asked for is counted together, as "other"."""
         self._app = app
         self._config = config
+        self._paths = paths
+        self._answers = answers
         # of equal length, so that comparing tells nothing of a key's length either
         self._keys = [hashlib.sha256(key.encode()).digest() for key in config.api_keys]
         self.in_flight = 0
@@ -33,6 +40,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = self._counted(scope["path"], send)
         headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
             if scope["path"] not in OPEN_PATHS:
@@ -49,6 +57,14 @@ class Door:
             await self._app(scope, self._bounded(receive), send)
         finally:
             self.in_flight -= is_counted
+
+    def _counted(self, path: str, send: Send) -> Send:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._answers[path if path in self._paths else "other", message["status"]] += 1
+            await send(message)
+
+        return counted
 
     def _check_key(self, given: bytes) -> None:
         if not self._keys:

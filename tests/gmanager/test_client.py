@@ -22,6 +22,7 @@ from gmanager import (
     ServiceUnreachable,
     Stats,
 )
+from gmanager.observed import Observed
 from gmanager.wire import messages as m
 from gmanager.wire.channel import Listener, Transport, ZmqTransport
 from gmanager.wire.codec import Decoder
@@ -30,7 +31,9 @@ from gmanager.wire.memory import MemoryTransport
 
 pytestmark = pytest.mark.asyncio
 
-EMPTY_STATS = Stats(epoch=3, cells=[], instances=[], requests={}, counters=m.Counters(steps=7))
+EMPTY_STATS = Stats(
+    epoch=3, cells=[], instances=[], requests={}, counters=m.Counters(steps=7), observed=Observed().observations()
+)
 Answer = Callable[["Server", bytes, Any], None]
 
 

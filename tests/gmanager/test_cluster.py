@@ -220,7 +220,7 @@ def test_a_request_from_its_submit_to_its_release() -> None:
     stats = driver.cluster.stats()
     assert stats.requests["r"] == m.RequestStats(
         state="decode",
-        cell="c",
+        cell="main",
         home=0,
         kv_tokens={0: 6, 1: 4},
         prompt_tokens=10,

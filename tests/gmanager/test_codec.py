@@ -78,6 +78,15 @@ prompt_logprobs = st.builds(
     st.integers(0, 5),
     st.integers(0, m.MAX_LOGPROBS),
 )
+histograms = st.lists(st.floats(allow_nan=False), unique=True, max_size=4).flatmap(
+    lambda bounds: st.builds(
+        m.Histogram,
+        bounds=st.just(sorted(bounds)),
+        counts=st.lists(counts, min_size=len(bounds) + 1, max_size=len(bounds) + 1),
+        total=st.floats(allow_nan=False),
+    )
+)
+st.register_type_strategy(m.Histogram, histograms)
 st.register_type_strategy(m.PromptLogprobs, prompt_logprobs)
 st.register_type_strategy(m.SamplingParams, params)
 st.register_type_strategy(m.TokenLogprob, logprobs)

@@ -99,6 +99,27 @@ async def test_bodies_that_are_none(http: httpx.AsyncClient) -> None:
         error_of(response)
 
 
+async def test_a_scrape_shows_the_cluster_and_the_gateway(http: httpx.AsyncClient, llama: Path) -> None:
+    body = {"model": str(llama), "prompt": "hello", "max_tokens": 5, "ignore_eos": True}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert (await http.post("/v1/completions", json=body | {"prompt": [1] * 600})).status_code == 400
+    await http.get("/nowhere")
+    scrape = await http.get("/metrics")
+    assert scrape.headers["content-type"].startswith("text/plain; version=")
+    lines = set(scrape.text.splitlines())
+    assert {
+        'distattn:http_requests_total{path="/v1/completions",status="200"} 1.0',
+        'distattn:http_requests_total{path="/v1/completions",status="400"} 1.0',
+        'distattn:http_requests_total{path="other",status="404"} 1.0',
+        "distattn:prompt_tokens_total 5.0",
+        "distattn:generation_tokens_total 5.0",
+        "distattn:time_to_first_token_seconds_count 1.0",
+        'distattn:request_success_total{finished_reason="length"} 1.0',
+        'distattn:requests_refused_total{reason="too_long"} 1.0',
+        'distattn:kv_tokens{cell="main",kind="used",rank="0"} 0.0',
+    } <= lines, scrape.text
+
+
 async def test_as_many_at_once_as_may(service: Service, llama: Path) -> None:
     async with gateway(service.server.address, max_concurrency=2) as url, httpx.AsyncClient(base_url=url) as client:
         body = {"model": str(llama), "prompt": "hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
