@@ -11,25 +11,44 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 CACHE = ROOT / ".cache"
-EXTRAS = "serve,measure,dev"
+EXTRAS = "serve,measure"
 
 
-def ensure_venv() -> None:
-    """Have the calling script run inside `.venv`, made or brought up to date; returns only there."""
+def ensure_venv(*, for_tests: bool = False) -> None:
+    """Have the calling script run inside `.venv`, made or brought up to date; returns only there.
+
+    What only the tests need (whole evaluation harnesses) is installed only for them.
+    """
     if sys.version_info < (3, 11):
         sys.exit(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}")
     if Path(sys.prefix) == VENV:
         return
-    stamp = VENV / "installed"
     wanted = hashlib.sha256(
         b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")) + str(ROOT).encode()
     ).hexdigest()
-    if not (stamp.exists() and stamp.read_text() == wanted):
+    if not _is_installed(EXTRAS, wanted):
         print(f"installing into {VENV} (once; a few minutes)", flush=True)
         venv.create(VENV, with_pip=True, clear=True)
-        pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
         # torch first and by its exact version: another package's looser range could bring another build
-        subprocess.run([*pip, "torch==2.13.0"], cwd=ROOT, check=True)
-        subprocess.run([*pip, "-e", f".[{EXTRAS}]"], cwd=ROOT, check=True)
-        stamp.write_text(wanted)
+        _pip_install("torch==2.13.0")
+        _pip_install("-e", f".[{EXTRAS}]")
+        _stamp(EXTRAS).write_text(wanted)
+    if for_tests and not _is_installed("dev", wanted):
+        print(f"installing what the tests need into {VENV}", flush=True)
+        _pip_install("-e", f".[{EXTRAS},dev]")
+        _stamp("dev").write_text(wanted)
     os.execv(PYTHON, [str(PYTHON), *sys.argv])
+
+
+def _stamp(extras: str) -> Path:
+    """Tells what these extras were installed from."""
+    return VENV / f"installed-{extras}"
+
+
+def _is_installed(extras: str, wanted: str) -> bool:
+    return _stamp(extras).exists() and _stamp(extras).read_text() == wanted
+
+
+def _pip_install(*what: str) -> None:
+    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+    subprocess.run([*pip, *what], cwd=ROOT, check=True)
