@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import logging
 import signal
 import sys
 
@@ -10,13 +9,14 @@ import uvloop
 
 from gmanager.config import GManagerConfig, parse_spread
 from gmanager.server import Server
+from gmanager.wire import logs
 from gmanager.wire.errors import AddressError
 
 BAD_USAGE = 2
 
 
-def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, str]:
-    """The configuration and the log level. Exits with BAD_USAGE and a reason if the arguments are wrong."""
+def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str, logs.Style]]:
+    """The configuration, and the level and format of the log. Exits with BAD_USAGE and a reason if the arguments are wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m gmanager",
         description="Global manager: membership, admission and placement of a distattn service, and its clients' door.",
@@ -42,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, str]:
         metavar="REQUESTS",
         help="most requests that wait for a cell or for memory; more are refused (%(default)d)",
     )
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    logs.add_flags(parser)
     given = parser.parse_args(arguments)
     try:
         config = GManagerConfig(
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, str]:
         )
     except ValueError as error:
         parser.error(str(error))
-    return config, given.log_level
+    return config, (given.log_level, given.log_format)
 
 
 async def serve(config: GManagerConfig) -> None:
@@ -69,8 +69,8 @@ async def serve(config: GManagerConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 after SIGTERM or SIGINT, BAD_USAGE if the address can't be taken."""
-    config, log_level = parse(arguments)
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config, (log_level, log_format) = parse(arguments)
+    logs.configure(log_level, log_format, program="gmanager")
     try:
         uvloop.run(serve(config))
     except AddressError as error:

@@ -163,7 +163,8 @@ class Cell:
         if send_text:
             self.text_source = member
         self._emit(Send(peer, Registered(lease_s=lease_s, send_text=send_text)))
-        self._emit(Log(logging.INFO, f"{member.name} registered ({len(self.members)} of {self.size})"))
+        fields = {"cell": self.name, "rank": register.rank, "registered": len(self.members), "of": self.size}
+        self._emit(Log(logging.INFO, "instance registered", fields))
         if len(self.members) == self.size:
             self._begin(now)
         return member
@@ -229,13 +230,8 @@ class Cell:
     def _check_ready(self) -> None:
         if self.phase == "joining" and self.text_loaded and all(m.joined for m in self.members):
             self.phase = "ready"
-            self._emit(
-                Log(
-                    logging.INFO,
-                    f"cell '{self.name}' is ready: epoch {self.epoch}, {self.size} instances, "
-                    f"{self.total_tokens:,} tokens of KV",
-                )
-            )
+            fields = {"cell": self.name, "epoch": self.epoch, "instances": self.size, "kv_tokens": self.total_tokens}
+            self._emit(Log(logging.INFO, "cell ready", fields))
 
 
 def malformed(register: Register) -> str | None:

@@ -116,7 +116,7 @@ class Cluster:
         self._num_dropped += 1
         if peer in self._parting:
             return
-        self._log(logging.WARNING, f"a peer sent what can't be read: {reason}")
+        self._log(logging.WARNING, "unreadable message", reason=reason)
         if peer in self._members:
             _, member = self._members[peer]
             self._lose_member(peer, f"{member.name} sent what can't be read: {reason}")
@@ -130,7 +130,7 @@ class Cluster:
             _, member = self._members[peer]
             self._lose_member(peer, f"{member.name} is lost: {reason}")
         elif peer in self._clients:
-            self._log(logging.INFO, f"a client is lost: {reason}")
+            self._log(logging.INFO, "client lost", reason=reason)
             self._lose_client(peer)
 
     def _part(self, peer: PeerId, last_words: m.Message) -> None:
@@ -324,7 +324,7 @@ class Cluster:
         cell = self._cells.get(register.cell)
         reason = malformed(register) or (cell.refusal(register) if cell is not None else None)
         if reason is not None:
-            self._log(logging.WARNING, f"an instance was refused: {reason}")
+            self._log(logging.WARNING, "instance refused", reason=reason)
             self._part(peer, m.Refused(reason=reason))
             return
         if cell is None:
@@ -402,7 +402,7 @@ class Cluster:
         if not cell.can_lose(member):
             self._fail(cell, reason, lost=member)
             return
-        self._log(logging.WARNING, reason)
+        self._log(logging.WARNING, "instance left", cell=cell.name, reason=reason)
         cell.members.remove(member)
         if not cell.members:
             del self._cells[cell.name]
@@ -410,7 +410,7 @@ class Cluster:
 
     def _fail(self, cell: Cell, reason: str, lost: Member | None = None) -> None:
         """The cell is over, and with it every request bound to it."""
-        self._log(logging.ERROR, f"cell '{cell.name}' is over (epoch {cell.epoch}): {reason}")
+        self._log(logging.ERROR, "cell over", cell=cell.name, epoch=cell.epoch, reason=reason)
         for member in cell.members:
             if member is not lost:
                 del self._members[member.peer]
@@ -431,7 +431,7 @@ class Cluster:
     def _on_tick(self) -> None:
         now = self._now
         if self._ticked_at is not None and now - self._ticked_at > STALL_S:
-            self._log(logging.WARNING, f"this gManager stood still for {now - self._ticked_at:.1f} s")
+            self._log(logging.WARNING, "gManager stood still", seconds=round(now - self._ticked_at, 1))
             self._clients = dict.fromkeys(self._clients, now)
             for _, member in self._members.values():
                 member.heard_at = now
@@ -452,7 +452,7 @@ class Cluster:
     def _end_leases(self, now: float) -> None:
         for peer, heard_at in list(self._clients.items()):
             if now - heard_at > self._config.client_lease_s:
-                self._log(logging.INFO, f"a client was not heard for {self._config.client_lease_s:g} s")
+                self._log(logging.INFO, "client not heard", seconds=self._config.client_lease_s)
                 self._lose_client(peer)
                 self._out.append(Forget(peer))
         for peer, (cell, member) in list(self._members.items()):
@@ -514,8 +514,8 @@ class Cluster:
         if any(self._ready_cells(request.submit) for request in self._unbound.values()):
             raise RuntimeError("a cell is ready and requests wait for one")
 
-    def _log(self, level: int, text: str) -> None:
-        self._out.append(Log(level, text))
+    def _log(self, level: int, event: str, **fields: object) -> None:
+        self._out.append(Log(level, event, fields))
 
 
 def _kind(message: m.Message) -> str:

@@ -3,6 +3,7 @@
 A request is named by its `number` between cluster and shell: a client may use an id again once its request has ended.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gmanager.wire.channel import PeerId
@@ -144,10 +145,11 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """One line of the log. Never holds what a client wrote, but its request id, quoted."""
+    """One line of the log. No field holds what a client wrote, but its request's id."""
 
     level: int
-    text: str
+    event: str
+    fields: Mapping[str, object]
 
 
 Action = Send | Forget | LoadText | DropText | Encode | Deliver | Log

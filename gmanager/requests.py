@@ -177,7 +177,7 @@ class Requests:
 
     def refuse(self, submit: Submit, client: PeerId, refusal: Refusal) -> None:
         """Answer a Submit that is not taken in."""
-        self._emit(Log(logging.INFO, f"request {submit.request_id!r} refused: {refusal.text}"))
+        self._log_refused(submit.request_id, refusal.reason, refusal.text)
         self.observed.refused[refusal.reason] += 1
         nobody = Request(0, submit, client, 0, 1, arrived_at=0.0, waiting_since=0.0)
         self._answer(nobody, [], None, "error", refusal.text, refusal.reason)
@@ -216,13 +216,7 @@ class Requests:
         request.state = "finished"
         self._answer(request, token_ids, logprobs, reason, error, refusal)
         self.fail_move(request, f"request {request.id!r} has ended ({reason})")
-        self._emit(
-            Log(
-                logging.INFO,
-                f"request {request.number} {request.id!r}: {'refused' if refusal else reason}"
-                f"{': ' + error if error else ''} ({request.prompt_tokens} + {len(request.tokens)} tokens)",
-            )
-        )
+        self._log_end(request, reason, error, refusal)
         del self._live[request.number]
         del self._ids[request.id]
         self._finished.pop(request.id, None)
@@ -288,6 +282,22 @@ class Requests:
         first, last = request.first_token_at, request.last_token_at
         if first is not None and last is not None and len(request.tokens) > 1:
             self.observed.tpot_s.add((last - first) / (len(request.tokens) - 1))
+
+    def _log_end(self, request: Request, reason: FinishReason, error: str | None, refusal: RefusalReason | None) -> None:
+        if refusal is not None:
+            self._log_refused(request.id, refusal, error)
+            return
+        fields = {
+            "request": request.id,
+            "number": request.number,
+            "finish_reason": reason,
+            "prompt_tokens": request.prompt_tokens,
+            "generated_tokens": len(request.tokens),
+        }
+        self._emit(Log(logging.INFO, "request finished", fields if error is None else fields | {"error": error}))
+
+    def _log_refused(self, request_id: str, reason: RefusalReason, text: str | None) -> None:
+        self._emit(Log(logging.INFO, "request refused", {"request": request_id, "reason": reason, "error": text}))
 
     def _answer(
         self,

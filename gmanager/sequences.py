@@ -34,7 +34,6 @@ from gmanager.wire.messages import (
     Scored,
     SequenceOutput,
     SequenceParams,
-    Share,
     TokenLogprob,
 )
 
@@ -207,7 +206,7 @@ class Sequences:
         if sequence.is_current:
             sequence.request.home = home
             sequence.request.home_moves += 1
-            self._log(sequence, f"home is now {home}")
+            self._log(sequence, "home moved", home=home)
         if not sequence.ending:
             self._set_running_state(sequence)
             # A call for another instance came while this move was under way: it is tried next.
@@ -340,7 +339,7 @@ class Sequences:
         )
         for rank in sequence.participants:
             self._emit(Send(self._cell.members[rank].peer, admit))
-        self._log(sequence, f"admitted, {_described(placement.shares)}")
+        self._log(sequence, "request admitted", home=home, kv_tokens={share.rank: share.tokens for share in placement.shares})
 
     def _params(self, request: Request) -> SequenceParams:
         params = request.params
@@ -427,7 +426,7 @@ class Sequences:
         request.preemptions += 1
         request.state = "preempted"
         self._requests.fail_move(request, f"request {request.id!r} was preempted: the cell is full")
-        self._log(sequence, "preempted")
+        self._log(sequence, "request preempted")
 
     def _give_up_move(self, sequence: Sequence) -> None:
         reservation = self._reservation
@@ -510,10 +509,7 @@ class Sequences:
         elif self._changed:
             raise RuntimeError("something has changed and was not looked at")
 
-    def _log(self, sequence: Sequence, text: str) -> None:
+    def _log(self, sequence: Sequence, event: str, **fields: object) -> None:
         request = sequence.request
-        self._emit(Log(logging.INFO, f"request {request.number} {request.id!r} (sequence {sequence.number}): {text}"))
-
-
-def _described(shares: list[Share]) -> str:
-    return ", ".join(f"{share.tokens} tokens on {share.rank}" for share in shares)
+        about = {"request": request.id, "number": request.number, "sequence": sequence.number}
+        self._emit(Log(logging.INFO, event, about | fields))

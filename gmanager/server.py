@@ -4,7 +4,6 @@ recv ──> event ──> Cluster.handle ──> actions ──> send, tokenise
 """
 
 import asyncio
-import logging
 import secrets
 from array import array
 from collections import deque
@@ -37,6 +36,7 @@ from gmanager.text import Detokenizer, Tokenizer
 from gmanager.wire.channel import Listener, PeerId, PeerLost, Transport, ZmqTransport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.errors import BadMessage, FrameTooLarge, TextError
+from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import (
     FromClient,
     FromInstance,
@@ -48,7 +48,7 @@ from gmanager.wire.messages import (
     pack_tokens,
 )
 
-log = logging.getLogger("gmanager")
+log = get_logger("gmanager")
 
 TICK_S = 1.0
 
@@ -180,8 +180,8 @@ class Server:
                 self._send(peer, message)
             case Deliver():
                 self._deliver(action)
-            case Log(level=level, text=text):
-                log.log(level, "%s", text)
+            case Log(level=level, event=event, fields=fields):
+                log.log(level, event, **fields)
             case Forget(peer=peer):
                 self._flush(peer)
                 self._bound().forget(peer)
@@ -201,7 +201,7 @@ class Server:
             self._bound().send(peer, message)
         except (FrameTooLarge, ValueError) as error:
             # What it was to hear can't be said; nothing that is said after that would make sense to it.
-            log.error("a peer is given up: %s", error)
+            log.error("peer given up", reason=str(error))
             self._handle(PeerWasLost(peer, str(error), self._now()))
 
     def _flush(self, peer: PeerId) -> None:
@@ -267,7 +267,7 @@ class Server:
     def _on_work_done(self, task: asyncio.Task[None]) -> None:
         self._work.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a background task failed", exc_info=error)
+            log.error("background task failed", exc_info=error)
 
     async def _load_text(self, epoch: int, assets: TextAssets) -> None:
         try:

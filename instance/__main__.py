@@ -17,6 +17,7 @@ import torch
 import uvloop
 
 from distattn.exchange import ExchangeError
+from gmanager.wire import logs
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.errors import AddressError
 from instance import config as settings
@@ -29,7 +30,7 @@ from instance.start import load, make_instance
 
 T = TypeVar("T")
 
-log = logging.getLogger("instance")
+log = logs.get_logger("instance")
 
 
 def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
@@ -51,6 +52,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser.add_argument("--cell", default="main", help="name of the cell to join")
     parser.add_argument("--cell-size", type=int, help="instances of the cell (WORLD_SIZE)")
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
+    logs.add_flags(parser)
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     if gpu and torch.cuda.device_count() <= launch.local_rank:
@@ -73,6 +75,8 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         cell=args.cell,
         cell_size=_given(args.cell_size, launch.world_size),
         cache_dir=args.cache_dir,
+        log_level=args.log_level,
+        log_format=args.log_format,
     )
 
 
@@ -87,13 +91,13 @@ async def serve(config: InstanceConfig) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    log.info("loading %s", config.model)
+    log.info("loading", model=config.model)
     # a pool of its own: a signal ends the process without waiting for what is being loaded
     loading = loop.run_in_executor(ThreadPoolExecutor(1, thread_name_prefix="load"), load, config)
     first: list[asyncio.Future[Any]] = [loading, asked]
     await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
     if asked.done():
-        log.info("%s while the model was being loaded", asked.result())
+        log.info("asked to end while the model was being loaded", signal=asked.result())
         return
     instance = make_instance(config, loading.result(), ZmqTransport())
     asked.add_done_callback(lambda done: instance.stop(done.result()))
@@ -102,7 +106,7 @@ async def serve(config: InstanceConfig) -> None:
     except (InstanceError, ExchangeError) as error:
         if not asked.done():
             raise
-        log.info("%s, and meanwhile: %s", asked.result(), error)  # others that were asked too may have left first
+        log.info("asked to end", signal=asked.result(), meanwhile=str(error))  # others that were asked too may have left first
 
 
 def main() -> int:
@@ -111,24 +115,20 @@ def main() -> int:
     except ValueError as error:
         print(f"instance: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s instance {config.launch.rank} %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    logs.configure(config.log_level, config.log_format, program="instance", rank=config.launch.rank)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         uvloop.run(serve(config))
     except (CheckpointError, UnsupportedModel, TooLittleMemory, AddressError) as error:
-        log.error("%s", error)
+        log.error("instance ends", reason=str(error))
         return 2
     except KeyboardInterrupt:  # before there was a handler
         return 0
     except InstanceError as error:
-        log.error("%s", error)
+        log.error("instance ends", reason=str(error))
         return 1
     except Exception as error:
-        log.exception("instance failed: %s", error)
+        log.exception("instance failed", reason=f"{type(error).__name__}: {error}")
         return 1
     return 0
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
+from gmanager.wire.logs import Style
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
@@ -95,6 +96,8 @@ class InstanceConfig:
     """Instances of the cell."""
     cache_dir: Path | None = None
     """Where converted checkpoints lie; None: the user's cache directory."""
+    log_level: str = "info"
+    log_format: Style = "console"
     connect_timeout_s: float = 120
     """How long to wait for a gManager that isn't there."""
     step_timeout_s: float = 600

@@ -78,12 +78,14 @@ class MemoryBudget:
             fits = f"; at most {max(0, self.pool) // token_bytes:,} tokens fit ({token_bytes:,} bytes each)"
             raise self._short({"KV": kv_tokens * token_bytes}, f"--kv-tokens {kv_tokens:,}", fits)
 
-    def describe(self) -> list[str]:
-        """Lines for the log."""
-        return [
-            f"memory of {self.device}: {self.limit_text()}, of it {size(max(0, self.pool))} for KV",
-            f"the rest: {_list_of(self.parts())}",
-        ]
+    def describe(self) -> dict[str, str]:
+        """Where all of it goes, for the log."""
+        return {
+            "device": self.device,
+            "limit": self.limit_text(),
+            "kv": size(max(0, self.pool)),
+            "rest": _list_of(self.parts()),
+        }
 
     def parts(self) -> dict[str, int]:
         """All that is not the pool's, by the names that messages use."""

@@ -4,7 +4,6 @@ The loop is two deep: while the device runs step n, the CPU proposes, exchanges,
 """
 
 import asyncio
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -17,6 +16,7 @@ from gmanager.wire import messages as wire
 from gmanager.wire.channel import Transport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.errors import BadMessage, PeerGone
+from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup, open_store
 from instance.config import InstanceConfig
 from instance.model import Model
@@ -27,7 +27,7 @@ from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
 from instance.step import FAR, Grouping, derive
 from kvstore.storage import KVStorage
 
-log = logging.getLogger("instance")
+log = get_logger("instance")
 
 BEAT_S = 1.0
 
@@ -176,7 +176,7 @@ class Instance:
         self._lease_s = answer.lease_s
         if answer.send_text:
             self._gmanager.send(wire.Text(assets=self._assets))
-        log.info("registered with %s for cell '%s'", config.gmanager, config.cell)
+        log.info("registered", gmanager=config.gmanager, cell=config.cell)
 
     async def _beat(self) -> None:
         """Say that we live, and notice when the gManager doesn't."""
@@ -217,7 +217,7 @@ class Instance:
             raise InstanceError(f"the gManager refused this instance: {message.reason}")
         elif self._epoch is None or getattr(message, "epoch", None) != self._epoch.number:
             self._dropped += 1
-            log.warning("dropped %s", type(message).__name__)
+            log.warning("message dropped", message_type=type(message).__name__)
         else:
             self._command(self._epoch, message)
             self._epoch.party.woken.set()
@@ -286,7 +286,7 @@ class Instance:
         tasks.create_task(party.run())
         tasks.create_task(self._step(self._epoch, tasks))
         self._gmanager.send(wire.Joined(epoch=join.epoch))
-        log.info("epoch %d: rank %d of %d", join.epoch, join.rank, len(join.members))
+        log.info("epoch joined", epoch=join.epoch, cell_rank=join.rank, instances=len(join.members))
 
     def _prepare(self, join: wire.JoinEpoch, group: EpochGroup, runner: Runner) -> None:
         """Build what the epoch's steps need on a GPU."""
@@ -307,7 +307,7 @@ class Instance:
             self._cleanup.callback(peers.abort)
             group.barrier()  # nobody pushes into memory that its owner has yet to clear
         runner.prepare(self._storage, self._config.chunk_tokens, peers)
-        log.info("decode steps exchange rows by %s", "NVLink or PCIe, one-sided" if peers else "NCCL")
+        log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
 
     # --- steps --------------------------------------------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
 """From settings to an instance that is ready to register: model, tokenizer, pool."""
 
 import hashlib
-import logging
 from dataclasses import dataclass, replace
 
 import torch
 
 from gmanager.wire.channel import Transport
+from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import InstanceSpec, TextAssets
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig
@@ -17,7 +17,7 @@ from instance.server import Instance
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage
 
-log = logging.getLogger("instance")
+log = get_logger("instance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def load(config: InstanceConfig) -> Loaded:
     refuse_shape(model, config.model, block_size=config.block_size, backend=config.backend)
     if config.backend == "triton":
         model.fuse(config.backend)
-        log.info("layers run %s", "fused" if model.fused else "as transformers has them: they are not made like Llama's")
+        log.info("layers", run="fused" if model.fused else "as transformers has them: they are not made like Llama's")
     return Loaded(model, assets)
 
 
@@ -66,23 +66,22 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
     storage = _make_storage(config, model, needs)
     tokens = storage.num_blocks * config.block_size
     log.info(
-        "%s on %s (%s kernels): weights %s; KV %d blocks x %d bytes = %s; scratch of attention at most %s, "
-        "of sampling at most %s",
-        config.model,
-        model.device,
-        config.backend,
-        _mib(needs.weights),
-        storage.num_blocks,
-        storage.block_bytes,
-        _mib(storage.nbytes),
-        _mib(needs.attention),
-        _mib(needs.sampling),
+        "model loaded",
+        model=config.model,
+        device=str(model.device),
+        kernels=config.backend,
+        weights=_mib(needs.weights),
+        attention_scratch=_mib(needs.attention),
+        sampling_scratch=_mib(needs.sampling),
     )
     log.info(
-        "KV of this instance: %s tokens; about %s in a cell of %d such instances",
-        f"{tokens:,}",
-        f"{tokens * config.cell_size:,}",
-        config.cell_size,
+        "KV pool",
+        tokens=tokens,
+        cell_tokens=tokens * config.cell_size,
+        cell_size=config.cell_size,
+        blocks=storage.num_blocks,
+        block_bytes=storage.block_bytes,
+        memory=_mib(storage.nbytes),
     )
     warm_up(model, storage, config.backend)
     return Instance(config, model, loaded.assets, _make_spec(config, loaded), storage, transport)
@@ -96,8 +95,7 @@ def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceCon
     if model.device.type == "cpu":
         return config
     budget = measure(model, needs, fraction=1 if config.kv_memory is None else config.kv_memory)
-    for line in budget.describe():
-        log.info("%s", line)
+    log.info("GPU memory", **budget.describe())
     if config.kv_tokens is not None:
         budget.check(config.num_blocks * config.block_size, needs.token)
         return config

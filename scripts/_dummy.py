@@ -43,8 +43,8 @@ def pool_tokens(model: Model, chunk_tokens: int, cell_size: int) -> int:
     """Tokens of KV that an instance with `--kv-memory 0.92` holds (`instance.start.size_pool`)."""
     needs = Needs.of(model, chunk_tokens=chunk_tokens, cell_size=cell_size, backend="triton")
     budget = measure(model, needs, fraction=GPU_KV_MEMORY)
-    for line in budget.describe():
-        print(line)
+    for name, value in budget.describe().items():
+        print(f"{name}: {value}")
     return budget.num_blocks(BLOCK * needs.token) * BLOCK
 
 

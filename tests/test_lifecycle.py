@@ -51,7 +51,7 @@ ENDLESS = SamplingParams(max_tokens=15_000, temperature=0, ignore_eos=True)
 LONG_PROMPT = 2000
 IDLE_CORE_SHARE = 0.02
 FIRST_STEP_S = 0.020
-LOADED = "scratch of attention"
+LOADED = "attention_scratch"
 """An instance says this when its model and pool are there; then it dials the gManager."""
 
 
@@ -304,10 +304,10 @@ async def test_a_signal_ends_an_instance_that_loads(started: Processes, tmp_path
         address = f"tcp://127.0.0.1:{free_port()}"
         loads = [started.instance(*flags(address, file, "--cache-dir", str(cache))) for _ in range(2)]
         for process, number in zip(loads, (signal.SIGTERM, signal.SIGINT), strict=True):
-            await process.says("loading ")
+            await process.says("event=loading ")
             process.signal(number)
             assert await process.exit_code() == 0
-            assert f"{number.name} while the model was being loaded" in process.text
+            assert f'event="asked to end while the model was being loaded" signal={number.name}' in process.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -323,7 +323,7 @@ async def test_a_signal_ends_an_instance_that_waits_for_a_gmanager(
 async def test_a_signal_ends_an_instance_that_waits_for_its_cell(started: Processes, model: Path) -> None:
     gmanager = started.gmanager()
     waits = started.instance(*flags(await address_of(gmanager), model), rank=0, world_size=2)
-    await gmanager.says(r"registered \(1 of 2\)")
+    await gmanager.says("registered=1 of=2")
     waits.signal(signal.SIGTERM)
     assert await waits.exit_code() == 0
     await gmanager.says("left: SIGTERM")
@@ -419,7 +419,7 @@ async def test_instances_that_differ_are_refused_and_disturb_nobody(started: Pro
     gmanager = started.gmanager()
     address = await address_of(gmanager)
     started.instance(*flags(address, model), rank=0, world_size=2)
-    await gmanager.says(r"registered \(1 of 2\)")
+    await gmanager.says("registered=1 of=2")
     cases = [
         (["--model", str(other)], r"its model is \S+ \(\w+\), that of cell 'main' is \S+ \(\w+\)"),
         (["--model", str(text)], r"its tokenizer is \w+, that of cell 'main' is \w+"),

@@ -131,7 +131,7 @@ class Process:
         """`: ` and the last error in its log, or else its last line; nothing if it said nothing."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
         lines = [line for line in lines if any(char.isalnum() for char in line)]
-        errors = [line for line in lines if " ERROR " in line or "level=error" in line]
+        errors = [line.partition("event=")[2] for line in lines if " level=error " in line]
         return f": {(errors or lines)[-1][:300]}" if lines else ""
 
     def stop(self) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import logging
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ import uvloop
 from gmanager.gateway.app import make_app
 from gmanager.gateway.backend import Backend
 from gmanager.gateway.config import GatewayConfig, parse_address
+from gmanager.wire import logs
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
 
@@ -24,8 +24,8 @@ GRACE_S = 5
 """For streams that still run when the gateway is asked to end."""
 
 
-def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, str]:
-    """The configuration and the log level. Exits with BAD_USAGE and a reason if the arguments are wrong."""
+def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, tuple[str, logs.Style]]:
+    """The configuration, and the level and format of the log. Exits with BAD_USAGE and a reason if the arguments are wrong."""
     default = GatewayConfig()
     parser = argparse.ArgumentParser(prog="python -m gmanager.gateway", description=__doc__)
     parser.add_argument("--gmanager", default=default.gmanager, help="address of the gManager (%(default)s)")
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, str]:
     )
     parser.add_argument("--max-prompts", type=int, default=default.max_prompts, help="most prompts in a request (%(default)d)")
     parser.add_argument("--max-n", type=int, default=default.max_n, help="most answers to one prompt (%(default)d)")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    logs.add_flags(parser)
     given = parser.parse_args(arguments)
     try:
         check_address(given.gmanager)
@@ -60,13 +60,13 @@ def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, str]:
         )
     except (ValueError, AddressError, OSError) as error:
         parser.error(str(error))
-    return config, given.log_level
+    return config, (given.log_level, given.log_format)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 after SIGTERM or SIGINT, BAD_USAGE if the address can't be taken."""
-    config, log_level = parse(arguments)
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config, (log_level, log_format) = parse(arguments)
+    logs.configure(log_level, log_format, program="gateway")
     try:
         listener = _listen(config.host, config.port)
     except OSError as error:

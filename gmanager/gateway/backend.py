@@ -1,7 +1,6 @@
 """The gateway's connection to the service: one client, made anew when it is lost, and what is known of the served models."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from gmanager.gateway.errors import ApiError
 from gmanager.text import Tokenizer
 from gmanager.wire.channel import Transport
 from gmanager.wire.errors import DistattnError, ServiceUnreachable, TextError
+from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import Stats
 
-log = logging.getLogger("gateway")
+log = get_logger("gateway")
 
 REFRESH_S = 1.0
 
@@ -48,12 +48,12 @@ class Backend:
                 try:
                     async with AsyncClient(self._address, transport=self._transport) as client:
                         self._client = client
-                        log.info("connected to %s", self._address)
+                        log.info("connected", gmanager=self._address)
                         while True:
                             await self._refresh(client)
                             await asyncio.sleep(REFRESH_S)
                 except DistattnError as error:
-                    log.warning("%s", error)
+                    log.warning("gManager lost", reason=str(error))
                 finally:
                     self._client = None
                 await self._forget(self._models)
@@ -121,7 +121,7 @@ class Backend:
                 try:
                     tokenizer = await asyncio.to_thread(Tokenizer, assets)
                 except TextError as error:
-                    log.error("the tokenizer of %s can't be used: %s", name, error)
+                    log.error("tokenizer unusable", model=name, reason=str(error))
                     continue
                 await self._forget([name])
                 self._models[name] = Served(name, cell.name, cell.epoch, cell.max_context, tokenizer, int(time.time()))

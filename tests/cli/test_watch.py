@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gmanager.cli.watch import Segment, bar, colour, screen, segments
+from gmanager.observed import Observed
 from gmanager.wire.messages import CellStats, Counters, InstanceStats, RequestStats, Stats
+
+NOTHING = Observed().observations()
 
 
 def instance(rank: int, used: int, total: int = 1000, cell: str = "main") -> InstanceStats:
@@ -64,7 +67,9 @@ def test_screens_fit_their_terminal() -> None:
     )
     requests = {f"request-{i}" * 9: request({0: 123_456, 1: 654_321}, prompt_tokens=777_777) for i in range(60)}
     ranks = [instance(rank, 800_000, 875_648) for rank in (0, 1)]
-    stats = Stats(epoch=1, cells=[cell], instances=ranks, requests=requests, counters=Counters())
+    stats = Stats(
+        epoch=1, cells=[cell], instances=ranks, requests=requests, counters=Counters(), observed=Observed().observations()
+    )
     for width, height in ((80, 24), (160, 40)):
         console = Console(file=StringIO(), width=width, height=height, force_terminal=False)
         console.print(screen(stats, width, height=height))
@@ -77,7 +82,7 @@ def test_screens_fit_their_terminal() -> None:
 
 def test_a_service_without_instances() -> None:
     console = Console(file=StringIO(), width=80)
-    console.print(screen(Stats(epoch=0, cells=[], instances=[], requests={}, counters=Counters()), 80))
+    console.print(screen(Stats(epoch=0, cells=[], instances=[], requests={}, counters=Counters(), observed=NOTHING), 80))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "no instance has registered yet" in text
     assert "no requests" in text

@@ -120,8 +120,8 @@ class World:
                 self.late.append(TextLoaded(epoch, self.now))
             case Forget(peer=peer):
                 self.forgotten.add(peer)
-            case Log(level=level, text=text):
-                assert "secret" not in text
+            case Log(level=level, event=event, fields=fields):
+                assert "secret" not in f"{event} {fields}"
                 assert level in (logging.INFO, logging.WARNING, logging.ERROR)
 
     def take(self, new: Deliver) -> None:

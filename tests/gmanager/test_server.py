@@ -277,7 +277,7 @@ def transport(request: pytest.FixtureRequest) -> Transport:
 @pytest.fixture(autouse=True)
 def nothing_failed_unnoticed(caplog: pytest.LogCaptureFixture) -> Any:
     yield
-    assert not [record for record in caplog.records if record.exc_info or "background task" in record.message]
+    assert not [record for record in caplog.records if record.exc_info or "background task failed" in record.message]
 
 
 async def started(instance: Instance, client: AsyncClient, prompt: Any, **params: Any) -> tuple[m.Admit, "Stream"]:

@@ -1,6 +1,8 @@
 """A scrape, read by prometheus_client's own parser, beside the `Stats` that it was made of."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,8 @@ from gmanager.gateway.metrics import CONTENT_TYPE, PREFIX, render
 from gmanager.observed import REQUEST_BOUNDS_S, TPOT_BOUNDS_S, TTFT_BOUNDS_S, Buckets
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import outputs, peer, running, serving
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "operate.md"
 
 BUSY = m.Counters(
     steps=10,
@@ -218,3 +222,10 @@ def test_content_type() -> None:
 def test_answers_of_the_gateway(samples: Samples) -> None:
     for (path, status), count in ANSWERS.items():
         assert value(samples, "http_requests_total", path=path, status=str(status)) == count
+
+
+def test_docs_name_all_of_them_and_no_others(samples: Samples) -> None:
+    section = DOCS.read_text().partition("## Metrics")[2].partition("## Logs")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert named == {re.sub(r"_(bucket|sum|count)$", "", name) for name, _ in samples}

@@ -83,15 +83,17 @@ def test_a_port_in_use() -> None:
 
 
 async def test_the_examples_of_the_docs(farm: Farm, tmp_path: Path) -> None:
-    """Each block of docs/http.md, as it stands there but for the port."""
+    """Each block of docs/http.md, and each of Python in the README, as it stands there but for the ports."""
     model = make_model("llama", tmp_path / "model")
     blocks = re.findall(r"```(python|sh)\n(.*?)```", (DOCS / "http.md").read_text(), re.DOTALL)
     assert {kind for kind, _ in blocks} == {"python", "sh"}
+    blocks += re.findall(r"```(python)\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
     async with serve(farm, 1, Setup(model=model, served_model_name=NAME)) as service, gateway(service.server.address) as url:
         for kind, code in blocks:
             if kind == "sh" and shutil.which("curl") is None:
                 continue
-            code = code.replace("http://127.0.0.1:8000", url)
+            code = code.replace("http://127.0.0.1:8000", url).replace("tcp://127.0.0.1:5570", service.server.address)
             command = [sys.executable, "-c", code] if kind == "python" else ["sh", "-euc", code]
             run = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
             out, errors = await asyncio.wait_for(run.communicate(), 60)

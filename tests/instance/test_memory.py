@@ -57,12 +57,15 @@ def test_a_part_of_a_block_is_none() -> None:
 
 
 def test_the_log_says_where_all_of_it_went() -> None:
-    assert budget(sampling=3 * 2**20).describe() == [
-        "memory of cuda:1: 0.9 x 140.0 GiB = 126.0 GiB, of it 107.2 GiB for KV",
-        "the rest: weights 15.0 GiB, other use of the device 1.0 GiB, activations 512.0 MiB, attention 256.0 MiB, "
+    assert budget(sampling=3 * 2**20).describe() == {
+        "device": "cuda:1",
+        "limit": "0.9 x 140.0 GiB = 126.0 GiB",
+        "kv": "107.2 GiB",
+        "rest": "weights 15.0 GiB, other use of the device 1.0 GiB, activations 512.0 MiB, attention 256.0 MiB, "
         "sampling 3.0 MiB, CUDA graphs and NCCL 2.0 GiB",
-    ]
-    assert budget(fraction=1, weights=200 * GIB).describe()[0] == "memory of cuda:1: 140.0 GiB, of it 0.0 MiB for KV"
+    }
+    over = budget(fraction=1, weights=200 * GIB).describe()
+    assert (over["limit"], over["kv"]) == ("140.0 GiB", "0.0 MiB")
 
 
 def test_too_little_says_how_much_is_missing_and_for_what() -> None:

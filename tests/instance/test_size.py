@@ -118,21 +118,14 @@ async def _compare(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
     async with processes(folder) as started:
         nowhere = ["--gmanager", "tcp://127.0.0.1:9", "--cell-size", "2", "--device", "cpu"]
         instance = started.instance(*nowhere, "--model", str(model), *flags)
-        tokens = await instance.says(r"KV of this instance: (\S+) tokens; about (\S+) in a cell of 2")
-        taken = await instance.says(
-            r"weights (\S+) MiB; KV (\d+) blocks x (\d+) bytes = (\S+) MiB; scratch of attention at most (\S+) MiB, of "
-            r"sampling at most (\S+) MiB"
+        pool = await instance.says(
+            r"tokens=(\d+) cell_tokens=(\d+) cell_size=2 blocks=(\d+) block_bytes=(\d+) memory=\"(\S+) MiB\""
         )
-    assert tokens.groups() == (f"{one['tokens']:,}", f"{found['cell_tokens']:,}")
+        taken = await instance.says(r"weights=\"(\S+) MiB\" attention_scratch=\"(\S+) MiB\" sampling_scratch=\"(\S+) MiB\"")
     block = found["kv_per_token"] * 16
-    assert taken.groups() == (
-        _mib(parts["weights"]),
-        str(one["blocks"]),
-        str(block),
-        _mib(one["kv"]),
-        _mib(parts["attention"]),
-        _mib(parts["sampling"]),
-    )
+    counts = (one["tokens"], found["cell_tokens"], one["blocks"], block)
+    assert pool.groups() == (*map(str, counts), _mib(one["kv"]))
+    assert taken.groups() == (_mib(parts["weights"]), _mib(parts["attention"]), _mib(parts["sampling"]))
     assert found["weights"] == parts["weights"] and one["kv"] == one["blocks"] * block
 
 
