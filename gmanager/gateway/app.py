@@ -42,6 +42,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorBody, "description": "Too many requests are waiting or under way."},
     503: {"model": ErrorBody, "description": "Nobody can serve it now."},
 }
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What may come instead of JSON."""
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 503)}
 
 
@@ -68,13 +70,13 @@ def make_app(config: GatewayConfig, backend: Backend) -> Door:
     app.get("/metrics", responses=UNAVAILABLE, response_class=PlainTextResponse)(routes.metrics)
     app.get("/v1/models", responses=UNAVAILABLE)(routes.list_models)
     app.get("/v1/models/{name:path}", responses=UNAVAILABLE | {404: ERRORS[404]})(routes.get_model)
-    for path, route in (
-        ("/v1/completions", routes.complete),
-        ("/v1/chat/completions", routes.chat),
-        ("/tokenize", routes.tokenize),
-        ("/detokenize", routes.detokenize),
+    for path, route, responses in (
+        ("/v1/completions", routes.complete, ERRORS | STREAMED),
+        ("/v1/chat/completions", routes.chat, ERRORS | STREAMED),
+        ("/tokenize", routes.tokenize, ERRORS),
+        ("/detokenize", routes.detokenize, ERRORS),
     ):
-        app.post(path, responses=ERRORS, response_model=None)(route)
+        app.post(path, responses=responses, response_model=None)(route)
     paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
     return Door(app, config, paths, answers)
 
