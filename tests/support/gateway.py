@@ -18,7 +18,7 @@ async def gateway(service_address: str, **config: Any) -> AsyncIterator[str]:
     """Serves the gManager at that address; yields the base URL, `http://127.0.0.1:PORT`, once it knows what is served."""
     settings = GatewayConfig(gmanager=service_address, **config)
     backend = Backend(service_address)
-    with socket.socket() as listener:
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
             uvicorn.Config(make_app(settings, backend), log_config=None, access_log=False, timeout_graceful_shutdown=1)
