@@ -34,7 +34,7 @@ from gmanager.wire.messages import (
 )
 from instance.rmanager import RManager
 from instance.sequence import Guest, Home
-from instance.step import MAX_PROMPTS, Decode, Grouping, Handoff, LastToken, Notice, Prefill, Step, StepMismatch
+from instance.step import FAR, MAX_PROMPTS, Decode, Grouping, Handoff, LastToken, Notice, Prefill, Step, StepMismatch
 
 MAX_DECODE_ROWS = 256
 """Most decode rows an instance brings to one step; the oldest sequences go first. With `chunk_tokens` it bounds a step."""
@@ -116,8 +116,10 @@ class Pace:
     """Where no decode waits for the step."""
     mixed_chunk_tokens: int
     """Where one does, at the beginning of a prompt."""
-    reach: int
+    reach: int = FAR
     """Tokens at which attending to what came before costs a row as much as the rest of the model."""
+    grain: int = 1
+    """Rows that cost about as much as fewer."""
 
 
 class Scheduler:
@@ -222,6 +224,7 @@ class Scheduler:
             budget=self._pace.chunk_tokens,
             paced_budget=self._pace.mixed_chunk_tokens,
             reach=self._pace.reach,
+            grain=self._pace.grain,
             ready=[seq for seq, guest in self._guests.items() if guest.remaining],
             decodes=decodes,
             prefills=prefills,

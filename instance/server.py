@@ -7,7 +7,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distattn.attention import DistAttention
@@ -18,13 +18,13 @@ from gmanager.wire.codec import Decoder
 from gmanager.wire.errors import BadMessage, PeerGone
 from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup, open_store
-from instance.config import InstanceConfig
+from instance.config import GPU_GRAIN, InstanceConfig
 from instance.model import Model
 from instance.party import Party, PartyMessage
 from instance.rmanager import RManager
 from instance.runner import Launched, Runner, StepResult
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
-from instance.step import FAR, Grouping, derive
+from instance.step import Grouping, derive
 from kvstore.storage import KVStorage
 
 log = get_logger("instance")
@@ -280,7 +280,9 @@ class Instance:
             timeout_s=config.step_timeout_s,
         )
         is_paced = config.mixed_chunk_tokens < config.chunk_tokens
-        pace = Pace(config.chunk_tokens, config.mixed_chunk_tokens, self._model.reach() if is_paced else FAR)
+        pace = Pace(config.chunk_tokens, config.mixed_chunk_tokens)
+        if is_paced:
+            pace = replace(pace, reach=self._model.reach(), grain=GPU_GRAIN)
         scheduler = Scheduler(epoch=join.epoch, rank=join.rank, pace=pace, rmanager=self._rmanager)
         self._epoch = _Epoch(join.epoch, party, scheduler, runner)
         tasks.create_task(party.run())

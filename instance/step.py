@@ -91,6 +91,8 @@ class Notice(Message):
     """The same beside decode rows of any member, counted at the beginning of a prompt: rows cost more further on."""
     reach: int
     """Tokens before a row at which it costs twice as much as the first row."""
+    grain: int
+    """Rows that cost it about as much as fewer: beside decode rows the oldest prompt gets multiples of it."""
     ready: list[int]
     """Sequences it takes part in prefilling."""
     decodes: list[Decode]
@@ -225,13 +227,19 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     reach = {notice.rank: notice.reach if is_paced else FAR for notice in notices}
     oldest = min(waiting, key=lambda p: (p.arrival, p.seq))
     kept = {share.rank: (budget[share.rank] + 1) // 2 for share in oldest.shares}
+    most = {notice.rank: notice.budget for notice in notices}  # which a grain must not exceed
     others = sorted((p for p in waiting if p is not oldest), key=lambda p: (p.end - p.start, p.arrival, p.seq))
     del others[MAX_PROMPTS - 1 :]
+    grain: dict[int, int] = {}  # the last in line may have more than is left
     for prefill in [*others, oldest]:
         if prefill is oldest:
             kept = {}
+            grain = {notice.rank: notice.grain if is_paced else 1 for notice in notices}
         left = {s.rank: budget[s.rank] - kept.get(s.rank, 0) for s in prefill.shares}
-        room = [min(s.tokens, _affordable(left[s.rank], prefill.start, reach[s.rank])) for s in prefill.shares]
+        room = [
+            min(s.tokens, most[s.rank], _affordable(left[s.rank], prefill.start, reach[s.rank], grain.get(s.rank)))
+            for s in prefill.shares
+        ]
         home = prefill.shares[0]
         caps = [min(room[0], home.tokens - 1), *room[1:]] if len(room) > 1 else room
         chunk = [
@@ -240,13 +248,18 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
         ]
         for span in chunk:
             budget[span.rank] -= _cost(span.stop - span.start, prefill.start, reach[span.rank])
+            most[span.rank] -= span.stop - span.start
         if chunk:
             yield prefill, chunk
 
 
-def _affordable(budget: int, start: int, reach: int) -> int:
-    """Rows from position `start` on that a budget pays for: at least one, so that a prompt never stands still."""
-    return max(1, ((budget + 1) * reach - 1) // (reach + start)) if budget > 0 else 0
+def _affordable(budget: int, start: int, reach: int, grain: int | None) -> int:
+    """Rows from position `start` on that a budget pays for; if `grain` is given, to the nearest grain, and one at least, so
+    that the prompt never stands still."""
+    if budget <= 0:
+        return 0
+    rows = ((budget + 1) * reach - 1) // (reach + start)
+    return rows if grain is None else max(1, (rows + grain // 2) // grain) * grain
 
 
 def _cost(rows: int, start: int, reach: int) -> int:

@@ -8,17 +8,20 @@ cuDNN builds a plan for every shape it meets (46-400 ms), so only a short list o
          n  | tile | tile | tile | rest | square \\ |              square: one call, causal; it begins with the token of the
             |  left over: fewer rows than the smallest tile |             tile's first row, wherever that lies
 
-Rest and left over go back to the caller as segments of whole blocks, for the page kernel; their states are the start that
-the tiles merge into:
+Rest and left over go back to the caller as segments of whole blocks, for the page kernel, and so do tiles and squares that are
+not worth a call (`LEAST_PAIRS`); their states are the start that the tiles merge into:
 
-    lse = log(exp(lse_a) + exp(lse_b))        out = (exp(lse_a) out_a + exp(lse_b) out_b) / exp(lse)
+    lse = log sum_i exp(lse_i)        out = sum_i exp(lse_i - lse) out_i
+
+cuDNN gives 128 rows of a head to one processor, so few rows would leave most of a GPU idle: their tokens are cut into parts of
+equal length, which go to cuDNN as a batch.
 
 Where the blocks of a tile are consecutive, the pool itself is read through a strided view; else its blocks are gathered into
 a buffer of the same strides, once for all rows.
 
 Sources: partial states are Flash-Decoding's and DistAttention's, the split by visibility cascade inference's (FlashInfer).
 
-Shape suffixes: T rows, H query heads, K KV heads, D head dim, B blocks, P block size, S tokens, N blocks of a table.
+Shape suffixes: T rows, H query heads, K KV heads, D head dim, B blocks, P block size, S tokens, N blocks of a table, X parts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +36,16 @@ from kernels.upload import upload
 State = tuple[torch.Tensor, torch.Tensor]
 """`out_THD`, `lse_TH` (natural log)"""
 
-ROW_TILES = (8192, 4096, 2048, 1024, 512, 256)
-TOKEN_TILES = (65536, 16384, 4096, 1024)
+ROW_TILES = (8192, 4096, 2048, 1024, 512, 256, 128)
+TOKEN_TILES = (65536, 32768, 16384, 8192, 4096, 2048, 1024)
+LEAST_PAIRS = 1 << 21
+"""Of rows and tokens in a call. On an H200 128 rows reach 579 TFLOP/s with 64K tokens, 412 with 16K and 183 with 4K, the page
+kernel 250 to 300 with any; and what few rows cost the GPU, more calls would cost the host."""
 
+_FULL_HEADS = 128
+"""Heads of 128 rows that keep all processors of an H100 or H200 (132) busy. 128 rows of 32 heads against 64K tokens: 174
+TFLOP/s in one part, 325 in two, 579 in four, 570 in eight; 256 rows: 348, 630, 622."""
+_ROWS_PER_PROCESSOR = 128
 _MAX_HEAD_DIM = 128
 _DTYPES = (torch.float16, torch.bfloat16)
 """cuDNN attention takes no fp32."""
@@ -75,7 +85,11 @@ class TileJob:
 
 
 def split_segment(
-    segment: Segment, block_size: int, row_tiles: Sequence[int] = ROW_TILES, token_tiles: Sequence[int] = TOKEN_TILES
+    segment: Segment,
+    block_size: int,
+    row_tiles: Sequence[int] = ROW_TILES,
+    token_tiles: Sequence[int] = TOKEN_TILES,
+    least_pairs: int = LEAST_PAIRS,
 ) -> tuple[list[TileJob], list[Segment]]:
     """The jobs, those of the same tokens side by side, and what is left: segments that begin with a block.
 
@@ -99,14 +113,16 @@ def split_segment(
         first_row = segment.first_row + row
         full = segment.kv_lens[row] - is_causal  # the square begins with the row's own token
         token = 0
-        for num_tokens in _fill(full, token_tiles):
+        for num_tokens in _fill(full, [tokens for tokens in token_tiles if num_rows * tokens >= least_pairs]):
             jobs.append(TileJob(first_row, num_rows, token, num_tokens, is_causal=False))
             token += num_tokens
-        if token < full:
-            ids = segment.block_ids[token // block_size : -(-full // block_size)]
-            left_over.append(Segment(first_row, num_rows, ids, (full - token,) * num_rows))
-        if is_causal:
+        has_square = is_causal and num_rows * num_rows >= least_pairs
+        if has_square:
             jobs.append(TileJob(first_row, num_rows, full, num_rows, is_causal=True))
+        lens = (full,) * num_rows if has_square else segment.kv_lens[row : row + num_rows]
+        if token < lens[-1]:
+            ids = segment.block_ids[token // block_size : -(-lens[-1] // block_size)]
+            left_over.append(Segment(first_row, num_rows, ids, tuple(count - token for count in lens)))
         row += num_rows
     if row < segment.num_rows:
         left_over.append(Segment(segment.first_row + row, segment.num_rows - row, segment.block_ids, segment.kv_lens[row:]))
@@ -155,6 +171,7 @@ class TiledAttention:
         backend: str,
         row_tiles: Sequence[int] = ROW_TILES,
         token_tiles: Sequence[int] = TOKEN_TILES,
+        least_pairs: int = LEAST_PAIRS,
     ) -> None:
         """`sizes.num_rows` is not looked at. `backend` ("torch" or "triton") is that of gathering and merging: the attention is
         cuDNN's on CUDA, and PyTorch's CPU kernel, its twin, elsewhere.
@@ -177,6 +194,7 @@ class TiledAttention:
         self._backend = backend
         self._row_tiles = tuple(row_tiles)
         self._token_tiles = tuple(token_tiles)
+        self._least_pairs = least_pairs
         tokens = max(row_tiles[0], token_tiles[0])
         shape = (2, tokens, sizes.num_kv_heads, sizes.head_dim)
         self._gathered_2SKD = torch.empty(shape, dtype=sizes.dtype, device=sizes.device)
@@ -184,7 +202,8 @@ class TiledAttention:
     def shapes(self) -> list[tuple[int, int, bool]]:
         """Rows, tokens, and whether causal: all that the library's kernel is ever called with."""
         full = [(rows, tokens, False) for rows in self._row_tiles for tokens in self._token_tiles]
-        return full + [(rows, rows, True) for rows in self._row_tiles]
+        squares = [(rows, rows, True) for rows in self._row_tiles]
+        return [(rows, tokens, causal) for rows, tokens, causal in full + squares if rows * tokens >= self._least_pairs]
 
     def scratch_bytes(self, num_rows: int) -> int:
         """Most bytes that this object and a `run` for so many rows hold beside the arguments, the library's own left out."""
@@ -202,16 +221,24 @@ class TiledAttention:
         ids_N = upload([0] * (self._token_tiles[0] // sizes.block_size), sizes.device, torch.int32)
         self._gathered_2SKD.zero_()
         gather_kv_into(self._gathered_2SKD[:, : self._token_tiles[0]], kv_2BPKD, ids_N, 0, backend=self._backend)
+        by_parts: dict[int, tuple[int, int]] = {}
         for num_rows, num_tokens, is_causal in self.shapes():
             k_SKD, v_SKD = self._gathered_2SKD[:, :num_tokens]
-            attend(q_THD[:num_rows], k_SKD, v_SKD, 1.0, is_causal)
-        rows, tokens = self._row_tiles[-1], self._token_tiles[-1]
-        ids = (0,) * (3 * tokens // sizes.block_size)
-        for num_jobs in (1, 2, 3):  # a state may be left over, the library's or the running one; a result running or the last
-            jobs = [TileJob(0, rows, i * tokens, tokens, is_causal=False) for i in range(num_jobs)]
-            for left_over in ([], [Segment(0, rows, ids, (1,) * rows)]):
-                plan = self._plan(ids, jobs, left_over)
-                self.run(plan, q_THD, kv_2BPKD, 1.0, out_THD=out_THD, lse_TH=lse_TH)
+            num_parts = self._num_parts(num_rows, num_tokens, is_causal)
+            attend(q_THD[:num_rows], k_SKD, v_SKD, 1.0, is_causal, num_parts)
+            if not is_causal:
+                by_parts[num_parts] = num_rows, num_tokens
+        for rows, tokens in by_parts.values():
+            ids = (0,) * (3 * tokens // sizes.block_size)
+            for num_jobs in (
+                1,
+                2,
+                3,
+            ):  # a state may be left over, the library's or the running one; a result running or the last
+                jobs = [TileJob(0, rows, i * tokens, tokens, is_causal=False) for i in range(num_jobs)]
+                for left_over in ([], [Segment(0, rows, ids, (1,) * rows)]):
+                    plan = self._plan(ids, jobs, left_over)
+                    self.run(plan, q_THD, kv_2BPKD, 1.0, out_THD=out_THD, lse_TH=lse_TH)
 
     def plan(self, segment: Segment) -> TilePlan:
         """Cut a segment and upload its block table.
@@ -225,7 +252,7 @@ class TiledAttention:
                 f"rows see {max(segment.kv_lens)} tokens, {len(segment.block_ids)} blocks from id "
                 f"{min(segment.block_ids, default=0)} on hold {capacity}"
             )
-        jobs, left_over = split_segment(segment, self.sizes.block_size, self._row_tiles, self._token_tiles)
+        jobs, left_over = split_segment(segment, self.sizes.block_size, self._row_tiles, self._token_tiles, self._least_pairs)
         return self._plan(segment.block_ids, jobs, left_over)
 
     def _plan(self, block_ids: tuple[int, ...], jobs: list[TileJob], left_over: list[Segment]) -> TilePlan:
@@ -279,19 +306,29 @@ class TiledAttention:
                 k_SKD, v_SKD = self._read(plan, call, kv_2BPKD)
                 read = job
             first, num_rows = job.first_row, job.num_rows
-            part = attend(q_rows_THD[first - begin :][:num_rows], k_SKD, v_SKD, scale, job.is_causal)
+            num_parts = self._num_parts(num_rows, job.num_tokens, job.is_causal)
+            parts = attend(q_rows_THD[first - begin :][:num_rows], k_SKD, v_SKD, scale, job.is_causal, num_parts)
             result = out_THD[first : first + num_rows], lse_TH[first : first + num_rows]
             state = states.get(first)
+            if state is None and num_parts == 1:
+                states[first] = parts[0][0], parts[1][0]
+                if call.is_last:
+                    result[0].copy_(parts[0][0])
+                    result[1].copy_(parts[1][0])
+                continue
             if state is not None:
                 state = state[0][:num_rows], state[1][:num_rows]
-                to = result if call.is_last else _running(state)
-                merge_pair(state, part, to, backend=self._backend)
-                states[first] = to
-            elif call.is_last:
-                result[0].copy_(part[0])
-                result[1].copy_(part[1])
-            else:
-                states[first] = part
+            to = result if call.is_last else _running(state or result)
+            merge_parts(state, parts, to, backend=self._backend)
+            states[first] = to
+
+    def _num_parts(self, num_rows: int, num_tokens: int, is_causal: bool) -> int:
+        """Of a tile's tokens: as many as it takes to keep a GPU busy, but none shorter than the shortest tile."""
+        heads = self.sizes.num_heads * -(-num_rows // _ROWS_PER_PROCESSOR)
+        parts = 1
+        while not is_causal and heads * parts < _FULL_HEADS and num_tokens % (2 * parts * self._token_tiles[-1]) == 0:
+            parts *= 2
+        return parts
 
     def _read(self, plan: TilePlan, call: _Call, kv_2BPKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`k_SKD`, `v_SKD` of a job, with the same strides whether gathered or not."""
@@ -334,57 +371,64 @@ class TiledAttention:
 def scratch_bytes(sizes: AttentionSizes, num_rows: int, row_tile: int = ROW_TILES[0], token_tile: int = TOKEN_TILES[0]) -> int:
     """See `TiledAttention.scratch_bytes`, for the largest tiles of rows and tokens.
 
-    The buffer; a copy of q; the running state in fp32; and of one tile, two states as the library returns them.
+    The buffer; a copy of q; the running state in fp32; and of one tile, two states as the library returns them. Few rows have
+    one of each part, less than twice as many as keep the device busy.
     """
     states, itemsize = num_rows * sizes.num_heads, sizes.dtype.itemsize
     buffer = 2 * max(row_tile, token_tile) * sizes.num_kv_heads * sizes.head_dim * itemsize
-    tile = min(num_rows, row_tile) * sizes.num_heads
+    tile = max(min(num_rows, row_tile) * sizes.num_heads, 2 * _FULL_HEADS * _ROWS_PER_PROCESSOR if num_rows else 0)
     running = states * (sizes.head_dim * (itemsize + 4) + 4)
     return buffer + running + 2 * tile * (sizes.head_dim * itemsize + 4)
 
 
-def attend(q_THD: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, scale: float, is_causal: bool) -> State:
-    """The partial state of rows that see all S tokens, or, if causal and S = T, row i the first i + 1.
+def attend(
+    q_THD: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, scale: float, is_causal: bool, num_parts: int = 1
+) -> State:
+    """The partial states `[X, T, H, D]` and `[X, T, H]` of rows over each of X equal parts of the S tokens, side by side.
 
-    cuDNN on CUDA: `out` in q's dtype and, like q, of contiguous rows; heads stay grouped. PyTorch's CPU kernel elsewhere.
+    Rows see all tokens of a part; or, if causal, which takes S = T and one part, row i the first i + 1. cuDNN on CUDA: `out` in
+    q's dtype and of contiguous rows; heads stay grouped. PyTorch's CPU kernel elsewhere.
     """
     num_rows, num_heads, _ = q_THD.shape
-    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q_THD, k_SKD, v_SKD))
+    q = q_THD.transpose(0, 1).expand(num_parts, -1, -1, -1)
+    k, v = (tensor.view(num_parts, -1, *tensor.shape[1:]).transpose(1, 2) for tensor in (k_SKD, v_SKD))
     if q.device.type == "cuda":
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, is_causal=is_causal, scale=scale)
     else:
         group = num_heads // k_SKD.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    return out.squeeze(0).transpose(0, 1), lse.reshape(num_heads, num_rows).transpose(0, 1)
+    return out.transpose(1, 2), lse.reshape(num_parts, num_heads, num_rows).transpose(1, 2)
 
 
-def merge_pair(a: State, b: State, result: State, *, backend: str) -> None:
-    """Write the union of two states over disjoint tokens to `result`, which may be one of them; computed in fp32.
+def merge_parts(state: State | None, parts: State, result: State, *, backend: str) -> None:
+    """Write the union of a state, if there is one, and of X >= 1 parts `[X, T, H, D]`, `[X, T, H]`, all over disjoint tokens.
 
-    Each `out` has a dtype of its own, its last dimension contiguous. Backend "torch" or "triton".
+    `result` may be the state; all is computed in fp32. Each `out` has a dtype of its own, its last dimension contiguous.
+    Backend "torch" or "triton".
 
     Raises:
         ValueError: for an unknown backend, or shapes that differ.
     """
-    if not a[0].shape == b[0].shape == result[0].shape or not a[1].shape == b[1].shape == result[1].shape:
-        raise ValueError(f"states of {tuple(a[0].shape)} and {tuple(b[0].shape)} into {tuple(result[0].shape)}")
+    for other in (parts[0][0], parts[1][0]), state or result:
+        if other[0].shape != result[0].shape or not other[1].shape == result[1].shape == result[0].shape[:2]:
+            raise ValueError(f"states of {tuple(other[0].shape)}, {tuple(other[1].shape)} into {tuple(result[0].shape)}")
     match backend:
         case "torch":
-            _merge_pair_torch(a, b, result)
+            _merge_parts_torch(state, parts, result)
         case "triton":
             from kernels import triton_ops
 
-            triton_ops.merge_pair(a, b, result)
+            triton_ops.merge_parts(state, parts, result)
         case _:
             raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
-def _merge_pair_torch(a: State, b: State, result: State) -> None:
-    lse_TH = torch.logaddexp(a[1], b[1])
+def _merge_parts_torch(state: State | None, parts: State, result: State) -> None:
+    states = [(parts[0][x], parts[1][x]) for x in range(parts[0].shape[0])] + ([] if state is None else [state])
+    lse_TH = torch.stack([lse for _, lse in states]).logsumexp(0)
     shift_TH1 = lse_TH.masked_fill(lse_TH == -torch.inf, 0.0).unsqueeze(-1)  # exp(-inf - -inf) is NaN
-    out_THD = a[0].float() * (a[1].unsqueeze(-1) - shift_TH1).exp()
-    out_THD += b[0].float() * (b[1].unsqueeze(-1) - shift_TH1).exp()
+    out_THD = sum((out.float() * (lse.unsqueeze(-1) - shift_TH1).exp() for out, lse in states), torch.zeros(()))
     result[0].copy_(out_THD)
     result[1].copy_(lse_TH)
 

@@ -100,7 +100,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     return acc_MD, top_M, sum_M
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# tables are slices of one buffer, and begin where they begin: each alignment would be compiled anew
+@triton.jit(do_not_specialize_on_alignment=["work_ptr", "kv_lens_ptr", "tables_ptr"])  # type: ignore[untyped-decorator]
 def _attention_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     kv_ptr,
@@ -179,7 +180,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         tl.store(part_lse_ptr + part_M, lse_M, mask=is_row_M)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["split_ptr"])  # type: ignore[untyped-decorator]
 def _merge_parts_kernel(  # type: ignore[no-untyped-def]
     part_out_ptr,
     part_lse_ptr,

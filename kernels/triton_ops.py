@@ -224,79 +224,113 @@ def gather_kv(out_2SKD: torch.Tensor, kv_2BPKD: torch.Tensor, block_ids_N: torch
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["stride_alt", "stride_alh", "stride_blt", "stride_blh", "stride_lt", "stride_lh", "num_states"],
-    do_not_specialize_on_alignment=["a_lse_ptr", "b_lse_ptr", "lse_ptr"],
+    do_not_specialize=[
+        "stride_slt",
+        "stride_slh",
+        "stride_plx",
+        "stride_plt",
+        "stride_plh",
+        "stride_lt",
+        "stride_lh",
+        "num_states",
+    ],
+    do_not_specialize_on_alignment=["state_lse_ptr", "part_lse_ptr", "lse_ptr"],
 )
-def _merge_pair_kernel(  # type: ignore[no-untyped-def]
-    a_out_ptr,
-    a_lse_ptr,
-    b_out_ptr,
-    b_lse_ptr,
+def _merge_tile_kernel(  # type: ignore[no-untyped-def]
+    state_out_ptr,
+    state_lse_ptr,
+    part_out_ptr,
+    part_lse_ptr,
     out_ptr,
     lse_ptr,
     num_states,
-    stride_at,
-    stride_ah,
-    stride_alt,
-    stride_alh,
-    stride_bt,
-    stride_bh,
-    stride_blt,
-    stride_blh,
+    stride_st,
+    stride_sh,
+    stride_slt,
+    stride_slh,
+    stride_px,
+    stride_pt,
+    stride_ph,
+    stride_plx,
+    stride_plt,
+    stride_plh,
     stride_ot,
     stride_oh,
     stride_lt,
     stride_lh,
+    X: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """lse = log(exp(lse_a) + exp(lse_b)); out = (exp(lse_a) out_a + exp(lse_b) out_b) / exp(lse).
+    """lse = log sum_i exp(lse_i); out = sum_i exp(lse_i - lse) out_i, over the state, if there is one, and the parts.
 
-    One program per BLOCK_R pairs of row and head. A pair is read and written by one program, so the result may be a or b.
+    One program per BLOCK_R pairs of row and head. A pair is read and written by one program, so the result may be the state.
     """
-    state_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_R = state_R // H
-    head_R = state_R % H
+    pair_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_R = pair_R // H
+    head_R = pair_R % H
     dim_D = tl.arange(0, BLOCK_D)
-    is_R = state_R < num_states
+    is_R = pair_R < num_states
     is_RD = is_R[:, None] & (dim_D < D)[None, :]
 
-    a_R = tl.load(a_lse_ptr + row_R * stride_alt + head_R * stride_alh, mask=is_R, other=-float("inf"))
-    b_R = tl.load(b_lse_ptr + row_R * stride_blt + head_R * stride_blh, mask=is_R, other=-float("inf"))
-    a_RD_ptr = a_out_ptr + (row_R * stride_at + head_R * stride_ah)[:, None] + dim_D[None, :]
-    b_RD_ptr = b_out_ptr + (row_R * stride_bt + head_R * stride_bh)[:, None] + dim_D[None, :]
-    a_RD = tl.load(a_RD_ptr, mask=is_RD, other=0.0).to(tl.float32)
-    b_RD = tl.load(b_RD_ptr, mask=is_RD, other=0.0).to(tl.float32)
+    if HAS_STATE:
+        top_R = tl.load(state_lse_ptr + row_R * stride_slt + head_R * stride_slh, mask=is_R, other=-float("inf"))
+        state_RD_ptr = state_out_ptr + (row_R * stride_st + head_R * stride_sh)[:, None] + dim_D[None, :]
+        acc_RD = tl.load(state_RD_ptr, mask=is_RD, other=0.0).to(tl.float32)
+        sum_R = tl.where(top_R == -float("inf"), 0.0, 1.0)
+    else:
+        top_R = tl.full((BLOCK_R,), -float("inf"), dtype=tl.float32)
+        acc_RD = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+        sum_R = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    part_lse_R_ptr = part_lse_ptr + row_R * stride_plt + head_R * stride_plh
+    part_RD_ptr = part_out_ptr + (row_R * stride_pt + head_R * stride_ph)[:, None] + dim_D[None, :]
+    for _ in tl.static_range(X):
+        lse_R = tl.load(part_lse_R_ptr, mask=is_R, other=-float("inf"))
+        part_RD = tl.load(part_RD_ptr, mask=is_RD, other=0.0).to(tl.float32)
+        new_R = tl.maximum(top_R, lse_R)
+        shift_R = tl.where(new_R == -float("inf"), 0.0, new_R)  # exp(-inf - -inf) is NaN
+        decay_R = tl.exp(top_R - shift_R)
+        weight_R = tl.exp(lse_R - shift_R)
+        acc_RD = acc_RD * decay_R[:, None] + part_RD * weight_R[:, None]
+        sum_R = sum_R * decay_R + weight_R
+        top_R = new_R
+        part_lse_R_ptr += stride_plx
+        part_RD_ptr += stride_px
 
-    top_R = tl.maximum(a_R, b_R)
-    shift_R = tl.where(top_R == -float("inf"), 0.0, top_R)  # exp(-inf - -inf) is NaN
-    a_R = tl.exp(a_R - shift_R)
-    b_R = tl.exp(b_R - shift_R)
-    sum_R = tl.where(top_R == -float("inf"), 1.0, a_R + b_R)  # both empty: 0 / 1, and -inf + log 1
-    out_RD = (a_RD * a_R[:, None] + b_RD * b_R[:, None]) / sum_R[:, None]
+    divisor_R = tl.where(sum_R == 0.0, 1.0, sum_R)  # all empty: 0 / 1, and -inf + log 1
     out_RD_ptr = out_ptr + (row_R * stride_ot + head_R * stride_oh)[:, None] + dim_D[None, :]
-    tl.store(out_RD_ptr, out_RD.to(out_ptr.dtype.element_ty), mask=is_RD)
-    tl.store(lse_ptr + row_R * stride_lt + head_R * stride_lh, top_R + tl.log(sum_R), mask=is_R)
+    tl.store(out_RD_ptr, (acc_RD / divisor_R[:, None]).to(out_ptr.dtype.element_ty), mask=is_RD)
+    tl.store(lse_ptr + row_R * stride_lt + head_R * stride_lh, top_R + tl.log(divisor_R), mask=is_R)
 
 
-def merge_pair(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], result: tuple[torch.Tensor, torch.Tensor]
+def merge_parts(
+    state: tuple[torch.Tensor, torch.Tensor] | None,
+    parts: tuple[torch.Tensor, torch.Tensor],
+    result: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """See `kernels.paged_attention_tiles.merge_pair`."""
-    num_rows, num_heads, head_dim = a[0].shape
+    """See `kernels.paged_attention_tiles.merge_parts`."""
+    num_parts, num_rows, num_heads, head_dim = parts[0].shape
     block_d: int = triton.next_power_of_2(head_dim)
     block_r = max(1, _PAIR_ELEMENTS // block_d)
-    strides = [stride for out_THD, lse_TH in (a, b, result) for stride in (*out_THD.stride()[:2], *lse_TH.stride())]
-    _merge_pair_kernel[(triton.cdiv(num_rows * num_heads, block_r),)](
-        *a,
-        *b,
+    before = result if state is None else state
+    _merge_tile_kernel[(triton.cdiv(num_rows * num_heads, block_r),)](
+        *before,
+        *parts,
         *result,
         num_rows * num_heads,
-        *strides,
+        *before[0].stride()[:2],
+        *before[1].stride(),
+        *parts[0].stride()[:3],
+        *parts[1].stride(),
+        *result[0].stride()[:2],
+        *result[1].stride(),
+        X=num_parts,
         H=num_heads,
         D=head_dim,
+        HAS_STATE=state is not None,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
     )

@@ -19,7 +19,7 @@ from distattn.peers import PeerMemory
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.messages import Admit, Message, Outputs, SequenceParams, Share, pack_tokens
-from instance.config import GPU_MIXED_CHUNK_TOKENS
+from instance.config import GPU_GRAIN, GPU_MIXED_CHUNK_TOKENS
 from instance.model import Model
 from instance.party import Party, PartyMessage
 from instance.rmanager import RManager
@@ -77,7 +77,7 @@ class Loop:
                 )
             self.runner.prepare(storage, chunk_tokens, peers)
         self._rmanager = RManager(storage.num_blocks, storage.block_size)
-        pace = Pace(chunk_tokens, min(chunk_tokens, mixed_chunk_tokens), model.reach())
+        pace = Pace(chunk_tokens, min(chunk_tokens, mixed_chunk_tokens), model.reach(), GPU_GRAIN if on_gpu else 1)
         self._scheduler = Scheduler(epoch=1, rank=self.rank, pace=pace, rmanager=self._rmanager)
         self._running: asyncio.Future[Launched] | None = None
         self._seqs: dict[int, None] = {}

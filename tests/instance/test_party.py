@@ -51,6 +51,7 @@ def notice(party: Party, rank: int, **fields: object) -> Notice:
         budget=1,
         paced_budget=1,
         reach=1,
+        grain=1,
         groupings=party.news(),
         **({name: [] for name in lists} | fields),  # type: ignore[arg-type]
     )

@@ -15,7 +15,8 @@ def notice(rank: int, **fields: object) -> Notice:
     empty: dict[str, object] = {
         name: [] for name in ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "groupings")
     }
-    same: dict[str, object] = {"epoch": 1, "party": 2, "step": 3, "digest": [], "budget": 64, "paced_budget": 64, "reach": FAR}
+    pace = {"budget": 64, "paced_budget": 64, "reach": FAR, "grain": 1}
+    same: dict[str, object] = {"epoch": 1, "party": 2, "step": 3, "digest": [], **pace}
     return Notice(rank=rank, **(same | empty | fields))  # type: ignore[arg-type]
 
 
@@ -50,7 +51,8 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
     """Play whole prefills of several prompts over several instances; every token is computed once, by whose share it is."""
     size = data.draw(st.integers(1, 4))
     budgets = [data.draw(st.integers(1, 40)) for _ in range(size)]
-    reach = data.draw(st.sampled_from([1, 30, FAR]))
+    reach, grain = data.draw(st.sampled_from([1, 30, FAR])), data.draw(st.sampled_from([1, 16]))
+    is_paced = data.draw(st.booleans())
     prompts = {}
     for seq in range(data.draw(st.integers(1, 4))):
         ranks = data.draw(st.permutations(range(size)))[: data.draw(st.integers(1, size))]
@@ -67,8 +69,10 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
             notice(
                 rank,
                 budget=budgets[rank],
-                paced_budget=budgets[rank],
+                paced_budget=(budgets[rank] + 1) // 2,
                 reach=reach,
+                grain=grain,
+                decodes=[Decode(seq=99, position=5, holdings=[])] if is_paced else [],
                 ready=[seq for seq in waiting if left[seq].get(rank)],
                 prefills=[
                     Prefill(
@@ -87,16 +91,17 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
         ]
         step = derive(data.draw(st.permutations(notices)))
         assert step == derive(notices)
-        oldest = [s for s in step.spans if s.seq == waiting[0]]
+        spans = [span for span in step.spans if span.seq in prompts]
+        oldest = [s for s in spans if s.seq == waiting[0]]
         assert oldest, "the oldest prompt always goes on"
         for rank in range(size):
-            assert sum(s.stop - s.start for s in step.spans if s.rank == rank) <= budgets[rank]
-        for span in step.spans:
+            assert sum(s.stop - s.start for s in spans if s.rank == rank) <= budgets[rank]
+        for span in spans:
             assert span.start == at[span.seq]
             at[span.seq] = span.stop
             left[span.seq][span.rank] -= span.stop - span.start
             assert left[span.seq][span.rank] >= 0
-        for seq in {s.seq for s in step.spans}:
+        for seq in {s.seq for s in spans}:
             holdings[seq] = step.holdings[seq]
             assert (seq in step.sampled) == (at[seq] == prompts[seq][1])
     for seq, (shares, length) in prompts.items():
@@ -149,6 +154,21 @@ def test_prompts_are_paced_beside_decodes_and_more_so_further_on() -> None:
     late = Prefill(seq=1, arrival=1, start=900_000, end=999_999, shares=[Share(rank=0, tokens=99_999)], holdings=[])
     step = derive([notice(0, budget=500, paced_budget=60, reach=1000, ready=[1], prefills=[late], decodes=beside)])
     assert sum(span.stop - span.start for span in step.spans if span.seq == 1) == 1
+
+
+def test_rows_beside_decodes_come_in_grains() -> None:
+    """To the nearest, and one at least; but never more than a step may have, or than the prompt has."""
+
+    def rows(start: int, end: int = 10_000, budget: int = 500) -> int:
+        waiting = Prefill(seq=1, arrival=1, start=start, end=end, shares=[Share(rank=0, tokens=end - start)], holdings=[])
+        pace = {"budget": budget, "paced_budget": 300, "reach": 1000, "grain": 128}
+        beside = [Decode(seq=2, position=5, holdings=[])]
+        step = derive([notice(0, ready=[1], prefills=[waiting], decodes=beside, **pace)])
+        return sum(span.stop - span.start for span in step.spans if span.seq == 1)
+
+    assert [rows(start) for start in (0, 400, 600, 1000, 9000)] == [256, 256, 128, 128, 128]
+    assert rows(0, end=200) == 200
+    assert rows(0, budget=250) == 250
 
 
 def test_a_step_has_rows_of_so_many_prompts_at_most() -> None:

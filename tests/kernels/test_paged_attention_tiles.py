@@ -4,7 +4,7 @@ Without a GPU PyTorch's CPU kernel stands for cuDNN, and the Triton kernels run 
 """
 
 import math
-from itertools import groupby
+from itertools import groupby, pairwise
 from random import Random
 from unittest import mock
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kernels import PagedAttention, Segment, paged_attention_tiles
 from kernels.paged_attention import AttentionSizes
-from kernels.paged_attention_tiles import TiledAttention, is_tileable, merge_pair, split_segment, uses_tiles
+from kernels.paged_attention_tiles import TiledAttention, is_tileable, merge_parts, split_segment, uses_tiles
 from kernels.reference import attention_state, compare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,6 +57,7 @@ def kv_lens(num_rows: int, first: int, is_causal: bool) -> tuple[int, ...]:
     block_size=st.sampled_from([1, 4, 8]),
     row_tiles=st.sampled_from([(32, 16, 8), (16, 4), (5,), (100,)]),
     token_tiles=st.sampled_from([(64, 16, 8), (40, 8), (8,), (400,)]),
+    least_pairs=st.sampled_from([1, 100, 400]),
     first_row=st.integers(0, 7),
 )
 def test_each_visible_token_is_in_one_job(
@@ -66,11 +67,13 @@ def test_each_visible_token_is_in_one_job(
     block_size: int,
     row_tiles: tuple[int, ...],
     token_tiles: tuple[int, ...],
+    least_pairs: int,
     first_row: int,
 ) -> None:
     lens = kv_lens(num_rows, first_len, is_causal)
     ids = tuple(range(-(-lens[-1] // block_size)))
-    jobs, left_over = split_segment(Segment(first_row, num_rows, ids, lens), block_size, row_tiles, token_tiles)
+    segment = Segment(first_row, num_rows, ids, lens)
+    jobs, left_over = split_segment(segment, block_size, row_tiles, token_tiles, least_pairs)
 
     times_TS = torch.zeros(num_rows, lens[-1], dtype=torch.int64)
     for job in jobs:
@@ -90,9 +93,9 @@ def test_each_visible_token_is_in_one_job(
     assert torch.equal(times_TS, (torch.arange(lens[-1]) < torch.tensor(lens)[:, None]).long())
     assert int(times_T.max()) <= 1
     shapes = {(job.num_rows, job.num_tokens, job.is_causal) for job in jobs}
-    assert shapes <= set(
-        TiledAttention(make_sizes(block_size), backend="torch", row_tiles=row_tiles, token_tiles=token_tiles).shapes()
-    )
+    sizes = make_sizes(block_size)
+    tiles = TiledAttention(sizes, backend="torch", row_tiles=row_tiles, token_tiles=token_tiles, least_pairs=least_pairs)
+    assert shapes <= set(tiles.shapes())
     runs = [tokens for tokens, _ in groupby((job.first_token, job.num_tokens) for job in jobs)]
     assert len(runs) == len(set(runs)), "tokens of several row tiles would be gathered more than once"
 
@@ -106,7 +109,21 @@ def test_default_tiles() -> None:
         (2048, 131172, 2048, True),
     ]
     assert left_over == [Segment(0, 2048, ids[2048:2050], (100,) * 2048)]
-    assert len(TiledAttention(make_sizes(64, (2, 1)), backend="torch").shapes()) == 30
+    assert len(TiledAttention(make_sizes(64, (2, 1)), backend="torch").shapes()) == 42
+
+
+def test_default_tiles_of_few_rows() -> None:
+    """Only long tiles are worth a call; the page kernel takes the rest, and the rows' own tokens with it."""
+    ids, lens = tuple(range(2000)), kv_lens(200, 100_000, True)
+    jobs, left_over = split_segment(Segment(0, 200, ids, lens), 64)
+    assert [(job.num_rows, job.first_token, job.num_tokens, job.is_causal) for job in jobs] == [
+        (128, 0, 65536, False),
+        (128, 65536, 32768, False),
+    ]
+    assert left_over == [
+        Segment(0, 128, ids[1536:1565], tuple(count - 98304 for count in lens[:128])),
+        Segment(128, 72, ids, lens[128:]),
+    ]
 
 
 def layout(kind: str, num_blocks: int, rng: Random) -> list[int]:
@@ -192,7 +209,7 @@ def test_tiles_and_rest_are_dense_attention(
     lens = kv_lens(num_rows, first_len, is_causal)
     ids = tuple(layout(kind, -(-lens[-1] // block_size), rng))
     sizes = make_sizes(block_size, heads, 16, dtype)
-    tiles = TiledAttention(sizes, backend="torch", row_tiles=(16, 8, 4), token_tiles=token_tiles)
+    tiles = TiledAttention(sizes, backend="torch", row_tiles=(16, 8, 4), token_tiles=token_tiles, least_pairs=1)
     check(tiles, Segment(3, num_rows, ids, lens), num_rows + 5, seed=rng.randrange(2**31))
 
 
@@ -203,7 +220,7 @@ def test_with_triton(dtype: torch.dtype, kind: str, is_causal: bool) -> None:
     lens = kv_lens(13, 107, is_causal)
     ids = tuple(layout(kind, -(-lens[-1] // 6), Random(5)))
     sizes = make_sizes(6, (9, 3), 16, dtype)
-    tiles = TiledAttention(sizes, backend="triton", row_tiles=(8, 4), token_tiles=(48, 24, 12))
+    tiles = TiledAttention(sizes, backend="triton", row_tiles=(8, 4), token_tiles=(48, 24, 12), least_pairs=1)
     tiles.warm_up(torch.zeros(2, 1, 6, 3, 16, dtype=dtype, device=DEVICE))
     # the interpreter multiplies bfloat16 as its bits
     check(tiles, Segment(2, 13, ids, lens), 17, page_kernel="triton" if ON_GPU or dtype != torch.bfloat16 else "torch")
@@ -211,7 +228,7 @@ def test_with_triton(dtype: torch.dtype, kind: str, is_causal: bool) -> None:
 
 def test_gathers_only_what_is_scattered_and_that_once() -> None:
     sizes = make_sizes()
-    tiles = TiledAttention(sizes, backend="torch", row_tiles=(8, 4), token_tiles=(16, 8))
+    tiles = TiledAttention(sizes, backend="torch", row_tiles=(8, 4), token_tiles=(16, 8), least_pairs=1)
     gathered: list[tuple[int, int]] = []
     gather = paged_attention_tiles.gather_kv_into
 
@@ -231,13 +248,13 @@ def test_gathers_only_what_is_scattered_and_that_once() -> None:
 def test_warm_up_meets_every_shape_and_layout() -> None:
     """Whatever a run may hand to the library has been handed to it before: plans are kept by sizes and strides."""
     sizes = make_sizes()
-    tiles = TiledAttention(sizes, backend="torch", row_tiles=(16, 4), token_tiles=(32, 8))
+    tiles = TiledAttention(sizes, backend="torch", row_tiles=(16, 4), token_tiles=(32, 8), least_pairs=1)
     seen: set[object] = set()
     attend = paged_attention_tiles.attend
 
-    def note(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool) -> tuple[torch.Tensor, ...]:
-        seen.add((q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), is_causal))
-        return attend(q, k, v, scale, is_causal)
+    def note(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *how: int) -> tuple[torch.Tensor, ...]:
+        seen.add((q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), how))
+        return attend(q, k, v, scale, *how)
 
     with mock.patch.object(paged_attention_tiles, "attend", note):
         tiles.warm_up(torch.full((2, 2, 4, 2, 16), NAN, dtype=sizes.dtype, device=DEVICE))
@@ -250,27 +267,39 @@ def test_warm_up_meets_every_shape_and_layout() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_dim", [16, 20, 128])
-def test_merging_two_states(backend: str, head_dim: int) -> None:
-    """Rows of other layouts and dtypes; an empty state on either side, and on both; lse far apart."""
+@pytest.mark.parametrize("num_parts", [1, 2, 5])
+@pytest.mark.parametrize("has_state", [True, False])
+def test_merging_states(backend: str, head_dim: int, num_parts: int, has_state: bool) -> None:
+    """Rows of other layouts and dtypes, into the state itself, too."""
     q, k, v = torch.randn(5, 3, head_dim), torch.randn(30, 3, head_dim), torch.randn(30, 3, head_dim)
     want = attention_state(q.double(), k.double(), v.double(), 0.4)
-    halves = [attention_state(q, k[at], v[at], 0.4) for at in (slice(0, 11), slice(11, 30))]
-    a, b = [(out.to(DEVICE), lse.T.contiguous().T.to(DEVICE)) for out, lse in halves]
+    ends = [0, *range(3, 3 + num_parts - 1 + has_state), 30]
+    found = [attention_state(q, k[a:b], v[a:b], 0.4) for a, b in pairwise(ends)]
+    first = (found[0][0].to(DEVICE), found[0][1].T.contiguous().T.to(DEVICE)) if has_state else None
+    outs, lses = zip(*found[has_state:], strict=True)
+    parts = torch.stack(outs).to(DEVICE), torch.stack([lse.T for lse in lses]).transpose(1, 2).to(DEVICE)
     result = torch.full((5, 7, head_dim), NAN, device=DEVICE)[:, 2:5], torch.full((5, 3), NAN, device=DEVICE)
-    merge_pair(a, b, result, backend=backend)
+    merge_parts(first, parts, result, backend=backend)
     compare(result[0], want[0], rms=3e-6, max=3e-5)
     compare(result[1], want[1], rms=3e-6, max=3e-5)
-    merge_pair(a, b, b, backend=backend)
-    assert torch.equal(b[0], result[0]) and torch.equal(b[1], result[1])
+    if first is not None:
+        merge_parts(first, parts, first, backend=backend)
+        assert torch.equal(first[0], result[0]) and torch.equal(first[1], result[1])
 
-    values = torch.tensor([0.0, 0.0, 2.0, 3.0, 3.0], device=DEVICE)[:, None, None].expand(5, 2, head_dim)
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merging_states_far_apart(backend: str) -> None:
+    """An empty state on either side, and on both; lse far apart."""
+    values = torch.tensor([0.0, 0.0, 2.0, 3.0, 3.0], device=DEVICE)[:, None, None].expand(5, 2, 16)
     lses = torch.tensor([-torch.inf, -torch.inf, 1.5, -2e4, 2e4], device=DEVICE)[:, None].expand(5, 2)
-    others = torch.tensor([0.0, 4.0, 0.0, 5.0, 5.0], device=DEVICE)[:, None, None].expand(5, 2, head_dim)
+    others = torch.tensor([0.0, 4.0, 0.0, 5.0, 5.0], device=DEVICE)[:, None, None].expand(5, 2, 16)
     other_lses = torch.tensor([-torch.inf, 0.5, -torch.inf, 2e4, -2e4], device=DEVICE)[:, None].expand(5, 2)
-    out, lse = torch.full((5, 2, head_dim), NAN, dtype=torch.bfloat16, device=DEVICE), torch.full((5, 2), NAN, device=DEVICE)
-    merge_pair((values.bfloat16(), lses), (others.contiguous(), other_lses), (out, lse), backend=backend)
-    assert out[:, 1, -1].tolist() == [0, 4, 2, 5, 3]
-    assert lse[:, 1].tolist() == [-math.inf, 0.5, 1.5, 2e4, 2e4]
+    out, lse = torch.full((5, 2, 16), NAN, dtype=torch.bfloat16, device=DEVICE), torch.full((5, 2), NAN, device=DEVICE)
+    parts = torch.stack([others, values]), torch.stack([other_lses, lses])
+    for state, those in (((values.bfloat16(), lses), (parts[0][:1], parts[1][:1])), (None, parts)):
+        merge_parts(state, those, (out, lse), backend=backend)
+        assert out[:, 1, -1].tolist() == [0, 4, 2, 5, 3]
+        assert lse[:, 1].tolist() == [-math.inf, 0.5, 1.5, 2e4, 2e4]
 
 
 def test_which_segments() -> None:
@@ -280,10 +309,10 @@ def test_which_segments() -> None:
         assert not is_tileable(Segment(0, 3, (0, 1), lens))
         with pytest.raises(ValueError, match="3 rows that see"):
             split_segment(Segment(0, 3, (0, 1), lens), 4)
-    assert uses_tiles(256, 1024, torch.bfloat16, 128)
+    assert uses_tiles(128, 16384, torch.bfloat16, 128)
     assert uses_tiles(8192, 131072, torch.float16, 64)
     for rows, tokens, dtype, head_dim in [
-        (255, 4096, torch.bfloat16, 128),
+        (127, 65536, torch.bfloat16, 128),
         (512, 1023, torch.bfloat16, 128),
         (512, 4096, torch.float32, 128),
         (512, 4096, torch.bfloat16, 256),
@@ -296,7 +325,8 @@ def test_scratch_grows_with_rows() -> None:
     tiles = TiledAttention(make_sizes(4, (4, 2), 16, torch.bfloat16), backend="torch", row_tiles=(8,), token_tiles=(32,))
     buffer = 2 * 32 * 2 * 16 * 2
     assert tiles.scratch_bytes(0) == buffer
-    assert tiles.scratch_bytes(100) == buffer + 100 * 4 * (16 * 6 + 4) + 2 * 8 * 4 * (16 * 2 + 4)
+    assert tiles.scratch_bytes(100) == buffer + 100 * 4 * (16 * 6 + 4) + 2 * (2 * 128 * 128) * (16 * 2 + 4)
+    assert tiles.scratch_bytes(10_000) - tiles.scratch_bytes(9_999) == 4 * (16 * 6 + 4)
 
 
 def test_misuse_is_refused() -> None:
@@ -309,7 +339,7 @@ def test_misuse_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             TiledAttention(sizes, backend="torch", row_tiles=row_tiles, token_tiles=token_tiles)
-    tiles = TiledAttention(sizes, backend="torch", row_tiles=(8,), token_tiles=(16,))
+    tiles = TiledAttention(sizes, backend="torch", row_tiles=(8,), token_tiles=(16,), least_pairs=1)
     with pytest.raises(ValueError, match="rows see 17 tokens, 4 blocks from id 0 on hold 16"):
         tiles.plan(Segment(0, 8, (0, 1, 2, 3), (17,) * 8))
     plan = tiles.plan(Segment(0, 8, (0, 1, 2, 3), (16,) * 8))
@@ -326,6 +356,6 @@ def test_misuse_is_refused() -> None:
             tiles.run(plan, q, kv, 1.0, out_THD=torch.empty_like(q), lse_TH=lse)
     state = q_THD, lse_TH
     with pytest.raises(ValueError, match="states of"):
-        merge_pair(state, (q_THD[:7], lse_TH[:7]), state, backend="torch")
+        merge_parts(state, (q_THD[None, :7], lse_TH[None, :7]), state, backend="torch")
     with pytest.raises(ValueError, match="got 'auto'"):
-        merge_pair(state, state, state, backend="auto")
+        merge_parts(state, (q_THD[None], lse_TH[None]), state, backend="auto")
