@@ -234,7 +234,8 @@ class Runner:
         if len(asked) < len(plan.sampled):
             rows_A = self._upload(asked)
             logits_SV, tokens_S = logits_SV[rows_A], tokens_S[rows_A]
-        return self._logprobs_of(logits_SV, tokens_S, max(plan.sampled[i].params.logprobs or 0 for i in asked))
+        num_top = max(plan.sampled[i].params.logprobs or 0 for i in asked)
+        return self._all_to_host([self._logprobs_of(logits_SV, tokens_S, num_top)])
 
     def _score(self, scored: list[ScoredRows], hidden: Hidden) -> list[tuple[ScoredRows, _Logprobs]]:
         """Log-probabilities of prompt tokens, for as many rows at a time as a step may sample: all logits would take GBs."""
@@ -246,8 +247,7 @@ class Runner:
                 first = rows.first_row + start
                 logits_SV = self._model.logits(hidden, self._upload(range(first, first + len(token_ids))))
                 parts.append(self._logprobs_of(logits_SV, self._upload(token_ids), rows.num_top))
-            joined = (torch.cat([getattr(part, name) for part in parts]) for name in _Logprobs.__slots__)
-            found.append((rows, _Logprobs(*joined)))
+            found.append((rows, self._all_to_host(parts)))
         return found
 
     def _logprobs_of(self, logits_AV: torch.Tensor, tokens_A: torch.Tensor, num_top: int) -> _Logprobs:
@@ -255,7 +255,11 @@ class Runner:
         logprobs_A = logprobs_AV.gather(1, tokens_A.unsqueeze(1).long()).squeeze(1)
         ranks_A = (logprobs_AV > logprobs_A.unsqueeze(1)).sum(-1) + 1
         top = logprobs_AV.topk(min(num_top, logprobs_AV.shape[-1]), -1)
-        return _Logprobs(*[self._to_host(result) for result in (logprobs_A, ranks_A, top.values, top.indices)])
+        return _Logprobs(logprobs_A, ranks_A, top.values, top.indices)
+
+    def _all_to_host(self, parts: list[_Logprobs]) -> _Logprobs:
+        """Joined on the device: on the host their bytes are not there yet."""
+        return _Logprobs(*(self._to_host(torch.cat([getattr(part, name) for part in parts])) for name in _Logprobs.__slots__))
 
     def _to_host(self, result: torch.Tensor) -> torch.Tensor:
         """Queued, not waited for."""
