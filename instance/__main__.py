@@ -46,7 +46,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=int, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
-    parser.add_argument("--mixed-chunk-tokens", type=int, help="the same beside decodes (512 on GPU, --chunk-tokens on CPU)")
+    parser.add_argument("--mixed-chunk-tokens", type=int, help="the same beside decodes (1152 on GPU, --chunk-tokens on CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads (this machine's cores, shared by its instances)")
     parser.add_argument("--host", default="127.0.0.1", help="where this instance's own sockets listen")
     parser.add_argument("--cell", default="main", help="name of the cell to join")

@@ -2,9 +2,10 @@
 """What HTTP adds to the ZeroMQ client: TTFT and TPOT of many streams at once, both ways in one run; and how the gateway holds.
 
 Starts a service of a tiny random model (or of --model), and a gateway. In a round N clients ask --each requests, one after the
-other, so that N streams run all the time. Rounds alternate between the two doors: a figure is the median over the requests of a
-round, a ratio that of two neighbouring rounds, and what is told is the median of the ratios. Then --crowd streams at once, of
-which none may starve, and --requests short requests, during which the gateway's memory should stand still.
+other with a short pause before each, so that N streams run nearly all the time. Rounds alternate between the two doors: a
+figure is the median over the requests of a round, a ratio that of two neighbouring rounds, and what is told is the median of
+the ratios. Then --crowd streams at once, of which none may starve, and --requests short requests, during which the gateway's
+memory should stand still.
 
 Exit code 0, 1 if a stream failed, 2 if something could not be started.
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+import uvloop
 from _measure import facts, show
 
 from gmanager import AsyncClient, DistattnError, SamplingParams
@@ -52,6 +54,8 @@ class Load:
     max_tokens: int
     each: int = 1
     """Requests of one client, one after the other."""
+    think_s: float = 0
+    """Longest pause of a client before a request; how long is drawn."""
 
 
 Ask = Callable[[list[int], int], Awaitable[Stream]]
@@ -67,11 +71,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--each", type=int, default=6, help="requests of each stream in a round, one after the other")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument(
+        "--think", type=float, default=50, help="longest pause before a request, ms; 0: asks in step with the cell"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="pairs of rounds; the first is for warming up and not counted")
     parser.add_argument("--crowd", type=int, default=200, help="streams at once, of which none may starve")
     parser.add_argument("--requests", type=int, default=2000, help="short requests, for the gateway's memory")
     parser.add_argument("--out", type=Path, default=Path("results/bench_http.json"))
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.requests < SETTLED:
+        parser.error(f"--requests must be at least {SETTLED}, after which memory has settled, got {given.requests}")
+    return given
 
 
 async def over_zeromq(client: AsyncClient, prompt: list[int], max_tokens: int) -> Stream:
@@ -114,7 +124,12 @@ async def at_once(ask: Ask, load: Load, seed: int) -> list[Stream]:
         draw = random.Random(f"{seed} {number}")
         if load.each > 1:
             await asyncio.sleep(draw.random())  # so that they don't all begin and end at once
-        return [await ask([draw.randrange(256) for _ in range(load.prompt_tokens)], load.max_tokens) for _ in range(load.each)]
+        found = []
+        for _ in range(load.each):
+            # who asks the moment an answer ends is in step with the cell: a millisecond then costs a whole step, or nothing
+            await asyncio.sleep(draw.random() * load.think_s)
+            found.append(await ask([draw.randrange(256) for _ in range(load.prompt_tokens)], load.max_tokens))
+        return found
 
     streams = [stream for streams in await asyncio.gather(*map(one, range(load.streams))) for stream in streams]
     short = [stream.tokens for stream in streams if stream.tokens != load.max_tokens]
@@ -174,7 +189,7 @@ def resident_mib(pid: int) -> float:
 
 
 async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
-    load = Load(args.streams, args.prompt_tokens, args.max_tokens, args.each)
+    load = Load(args.streams, args.prompt_tokens, args.max_tokens, args.each, args.think / 1e3)
     each = args.prompt_tokens + args.max_tokens + 32
     config = ServiceConfig(
         model=model,
@@ -230,7 +245,7 @@ def main() -> int:
 
             model = str(make_model("llama", Path(folder) / "tiny"))
         try:
-            return asyncio.run(bench(args, model, Path(folder)))
+            return uvloop.run(bench(args, model, Path(folder)))
         except (ServiceError, DistattnError, TimeoutError, aiohttp.ClientError) as error:
             print(f"bench_http.py: {error}", file=sys.stderr)
             return 1 if isinstance(error, aiohttp.ClientError) else 2
