@@ -115,8 +115,8 @@ def instances_of(address: str) -> list[int]:
 
 def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path, "--instances", "2", "--served-model-name", "tiny") as (started, address, url):
-        started.wait_for("ready in ")
-        assert any(f"HTTP    {url}/v1" in line for line in started.lines)
+        started.wait_for(f"HTTP    {url}/v1")
+        assert any(line.startswith("ready in ") for line in started.lines)
         asked = ["--gmanager", address, "--max-tokens", "5", "--temperature", "0"]
         answer = run("generate", "hello", *asked)
         assert (answer.returncode, answer.stderr) == (0, "")
