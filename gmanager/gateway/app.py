@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import msgspec
@@ -23,15 +23,11 @@ from gmanager.gateway.errors import ApiError, ErrorBody, translate
 from gmanager.gateway.generation import Generation
 from gmanager.gateway.metrics import CONTENT_TYPE, render
 from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from gmanager.gateway.streaming import ClientGone, EventStream, unless_gone
+from gmanager.gateway.streaming import ClientGone, EventStream, client_gone, unless_gone
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import SamplingParams
 
 VERSION = importlib.metadata.version("distattn")
-
-HEADERS_AFTER_S = 1.0
-"""A stream's status is decided by its first token, or after so long without one: what is refused is refused within
-milliseconds, and a client should not wait minutes to hear that its long prompt was taken."""
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong, or longer than the model takes."},
@@ -191,17 +187,14 @@ async def _prompt(served: Served, given: str | list[int], *, echo: bool) -> Prom
 
 
 async def _answer(http: Request, generation: Generation, *, stream: bool, with_usage: bool) -> Response:
-    """Run it: a whole answer, or a stream that has begun. Raises ApiError."""
-    async with AsyncExitStack() as running:
-        await running.enter_async_context(generation.running())
-        try:
-            if not stream:
-                content = await unless_gone(http.receive, generation.whole())
-                return Response(msgspec.json.encode(content), media_type="application/json")
-            await unless_gone(http.receive, generation.begun(HEADERS_AFTER_S))
-            return EventStream(generation, running.pop_all(), with_usage=with_usage)
-        except ClientGone:
-            raise ApiError(499, "the client has closed the connection") from None  # nobody reads it; the access log does
+    """A whole answer, or a stream that will run it. Raises ApiError."""
+    if stream:
+        return EventStream(generation, with_usage=with_usage)
+    try:
+        content = await unless_gone(http.receive, generation.whole())
+    except ClientGone:
+        raise client_gone() from None
+    return Response(msgspec.json.encode(content), media_type="application/json")
 
 
 @contextmanager

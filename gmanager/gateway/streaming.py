@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable
-from contextlib import AsyncExitStack
 from typing import TypeVar
 
 import msgspec
@@ -21,39 +20,50 @@ KEEP_ALIVE_S = 15.0
 closes connections that are silent."""
 
 
+HEADERS_AFTER_S = 1.0
+"""A stream's status is decided by its first token, or after so long without one: what is refused is refused within
+milliseconds, and a client should not wait minutes to hear that its long prompt was taken."""
+
+
 class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-class EventStream(Response):
-    """A generation that runs: its chunks as they come, then `[DONE]`. An error after the beginning is the last event.
+def client_gone() -> ApiError:
+    """What is answered then: nobody reads it, but the access log tells it."""
+    return ApiError(499, "the client has closed the connection")
 
-    Each choice writes its own events: a queue between would cost each token another turn of the loop.
+
+class EventStream(Response):
+    """A generation: its chunks as they come, then `[DONE]`. An error before the beginning is the whole answer (`ApiError` is
+    raised), one after it the last event.
+
+    Each choice writes its own events, and the first of them the headers: another task between would cost tokens, and the first
+    one several times, a turn of a loop that writes those of all other streams meanwhile.
     """
 
-    def __init__(self, generation: Generation, running: AsyncExitStack, *, with_usage: bool) -> None:
-        """`running`: closed at the end, and with it the generation."""
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+    def __init__(self, generation: Generation, *, with_usage: bool) -> None:
         self.status_code = 200
         self.background = None
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
         self.raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
         self._generation = generation
-        self._running = running
         self._with_usage = with_usage
         self._opened: set[int] = set()
+        self._has_begun = False
+        self._beginning = asyncio.Lock()
         self._is_silent = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._running:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            keeping_alive = asyncio.create_task(self._keep_alive(send))
-            try:
-                await unless_gone(receive, self._stream(send))
-            except ClientGone:
-                return
-            finally:
-                keeping_alive.cancel()
-                await asyncio.gather(keeping_alive, return_exceptions=True)
+        keeping_alive = asyncio.create_task(self._keep_alive(send))
+        try:
+            await unless_gone(receive, self._stream(send))
+        except ClientGone:
+            if not self._has_begun:
+                raise client_gone() from None
+        finally:
+            keeping_alive.cancel()
+            await asyncio.gather(keeping_alive, return_exceptions=True)
 
     async def _stream(self, send: Send) -> None:
         envelope, shape = self._generation.envelope, self._generation.envelope.shape
@@ -64,23 +74,39 @@ class EventStream(Response):
                 self._opened.add(choice.index)
                 if (opening := shape.opening(choice)) is not None:
                     events.insert(0, _event(envelope.chunk([opening])))
-            self._is_silent = False
-            await _write(send, b"".join(events))
+            await self._write(send, b"".join(events))
 
         try:
             await self._generation.deliver(emit)
         except ApiError as error:
-            await _write(send, _event(error.body()), more=False)
+            if not self._has_begun:
+                raise
+            await self._write(send, _event(error.body()), more=False)
             return
         usage = _event(envelope.chunk([], self._generation.usage)) if self._with_usage else b""
-        await _write(send, usage + b"data: [DONE]\n\n", more=False)
+        await self._write(send, usage + b"data: [DONE]\n\n", more=False)
+
+    async def _begin(self, send: Send) -> None:
+        if self._has_begun:
+            return
+        async with self._beginning:
+            if not self._has_begun:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                self._has_begun = True
+
+    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        self._is_silent = False
+        await self._begin(send)
+        await send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _keep_alive(self, send: Send) -> None:
+        await asyncio.sleep(HEADERS_AFTER_S)
+        await self._begin(send)
         while True:
             self._is_silent = True
             await asyncio.sleep(KEEP_ALIVE_S)
             if self._is_silent:
-                await _write(send, b": waiting\n\n")
+                await self._write(send, b": waiting\n\n")
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -101,10 +127,6 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _write(send: Send, data: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _event(content: Json) -> bytes:
