@@ -28,9 +28,11 @@ CONFORMS = [status_code_conformance, content_type_conformance, response_schema_c
 
 
 def narrowed(document: dict[str, Any]) -> dict[str, Any]:
-    """The document, less what would only be refused or only take long: another model, many tokens, many answers."""
+    """The document, less what would only be refused or only take long: what isn't implemented, another model, many tokens."""
     for schema in document["components"]["schemas"].values():
         fields = schema.get("properties", {})
+        for name in [name for name, field in fields.items() if field.keys() <= {"title", "default"}]:
+            del fields[name]  # known, and refused unless it asks for nothing
         if "model" in fields:
             fields["model"] = {"const": NAME}
         for name, most in (("max_tokens", 6), ("max_completion_tokens", 6), ("n", 2)):
