@@ -22,8 +22,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-import aiohttp
 import uvloop
 from _measure import facts, show
 
@@ -93,7 +93,87 @@ async def over_zeromq(client: AsyncClient, prompt: list[int], max_tokens: int) -
     return Stream(first, time.perf_counter() - began, tokens)
 
 
-async def over_http(session: aiohttp.ClientSession, model: str, prompt: list[int], max_tokens: int) -> Stream:
+Answer = tuple[float, bytes]
+"""When the first event came, and the end of the stream."""
+
+
+class StreamFailed(Exception):
+    """An answer that isn't what was asked for."""
+
+
+class Connection(asyncio.Protocol):
+    """A connection to the gateway that asks one thing at a time.
+
+    What is to be measured is the gateway, not a client's parser: it only notes when bytes come, and keeps the last of them.
+    """
+
+    def __init__(self) -> None:
+        self._transport: asyncio.WriteTransport | None = None
+        self._answer: asyncio.Future[Answer] | None = None
+        self._first_at, self._head, self._end = 0.0, b"", b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's are no subclasses
+
+    def data_received(self, data: bytes) -> None:
+        if not self._first_at and b"data: " in data:
+            self._first_at = time.perf_counter()
+        self._head = self._head or data[:200]
+        self._end = (self._end + data)[-1000:]
+        if self._end.endswith(b"0\r\n\r\n") and self._answer is not None:  # of a chunked body
+            self._answer.set_result((self._first_at, self._end))
+            self._answer = None
+        elif not self._head.startswith(b"HTTP/1.1 200"):
+            self._fail(StreamFailed(f"the gateway answered {data.decode(errors='replace')}"))
+
+    def connection_lost(self, reason: Exception | None) -> None:
+        self._transport = None
+        self._fail(reason or StreamFailed("the gateway has closed a connection"))
+
+    def _fail(self, reason: Exception) -> None:
+        if self._answer is not None:
+            self._answer.set_exception(reason)
+            self._answer = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None
+
+    async def post(self, path: str, body: object) -> Answer:
+        """Raises StreamFailed, OSError."""
+        if self._transport is None:
+            raise StreamFailed("the gateway has closed a connection")
+        self._first_at, self._head, self._end = 0.0, b"", b""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._answer = answer
+        content = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        )
+        self._transport.write(head.encode() + content)
+        return await answer
+
+
+class Connections:
+    """As many as are used at once; each may be used again."""
+
+    def __init__(self, url: str) -> None:
+        self._host, _, self._port = url.removeprefix("http://").partition(":")
+        self._idle: list[Connection] = []
+
+    async def post(self, path: str, body: object) -> Answer:
+        loop = asyncio.get_running_loop()
+        self._idle = [connection for connection in self._idle if connection.is_open]  # it closes those idle for long
+        if self._idle:
+            connection = self._idle.pop()
+        else:
+            _, connection = await loop.create_connection(Connection, self._host, int(self._port))
+        answer = await connection.post(path, body)
+        self._idle.append(connection)
+        return answer
+
+
+async def over_http(connections: Connections, model: str, prompt: list[int], max_tokens: int) -> Stream:
     body = {
         "model": model,
         "prompt": prompt,
@@ -103,22 +183,16 @@ async def over_http(session: aiohttp.ClientSession, model: str, prompt: list[int
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    began, first, tokens = time.perf_counter(), 0.0, 0
-    async with session.post("/v1/completions", json=body) as response:
-        if response.status != 200:
-            raise ServiceError(f"the gateway answered {response.status}: {await response.text()}")
-        end = b""
-        async for data in response.content.iter_any():  # what is to be measured is the gateway, not a client's parser
-            first = first or time.perf_counter() - began
-            end = end[-1000:] + data
-        for line in end.splitlines():
-            if b'"usage":{' in line:
-                tokens = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
-    return Stream(first, time.perf_counter() - began, tokens)
+    began = time.perf_counter()
+    first_at, end = await connections.post("/v1/completions", body)
+    last_at = time.perf_counter()
+    usage = next(line for line in end.splitlines() if b'"usage":{' in line)
+    tokens = json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"]
+    return Stream(first_at - began, last_at - began, tokens)
 
 
 async def at_once(ask: Ask, load: Load, seed: int) -> list[Stream]:
-    """All streams, each request with a prompt of its own. Raises ServiceError if one did not get all its tokens."""
+    """All streams, each request with a prompt of its own. Raises StreamFailed if one did not get all its tokens."""
 
     async def one(number: int) -> list[Stream]:
         draw = random.Random(f"{seed} {number}")
@@ -134,7 +208,7 @@ async def at_once(ask: Ask, load: Load, seed: int) -> list[Stream]:
     streams = [stream for streams in await asyncio.gather(*map(one, range(load.streams))) for stream in streams]
     short = [stream.tokens for stream in streams if stream.tokens != load.max_tokens]
     if short:
-        raise ServiceError(f"{len(short)} of {len(streams)} streams got {short[:5]} ... tokens instead of {load.max_tokens}")
+        raise StreamFailed(f"{len(short)} of {len(streams)} streams got {short[:5]} ... tokens instead of {load.max_tokens}")
     return streams
 
 
@@ -201,16 +275,16 @@ async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
     )
     async with running(config) as service:
         pid = service.processes[1].pid
-        connector = aiohttp.TCPConnector(limit=0)
-        async with AsyncClient(service.address) as client, aiohttp.ClientSession(service.url, connector=connector) as session:
+        assert service.url is not None
+        connections = Connections(service.url)
+        async with AsyncClient(service.address) as client:
             name = (await client.stats()).cells[0].model
-            await healthy(session)
 
             def zeromq(prompt: list[int], max_tokens: int) -> Awaitable[Stream]:
                 return over_zeromq(client, prompt, max_tokens)
 
             def http(prompt: list[int], max_tokens: int) -> Awaitable[Stream]:
-                return over_http(session, name, prompt, max_tokens)
+                return over_http(connections, name, prompt, max_tokens)
 
             rows = await compare(zeromq, http, load, args.rounds)
             ratios = {what: statistics.median(row[f"{what}_ratio"] for row in rows) for what in ("ttft", "tpot")}
@@ -227,15 +301,6 @@ async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
     return 0
 
 
-async def healthy(session: aiohttp.ClientSession) -> None:
-    async with asyncio.timeout(30):
-        while True:
-            async with session.get("/health") as response:
-                if response.status == 200:
-                    return
-            await asyncio.sleep(0.1)
-
-
 def main() -> int:
     args = parse()
     with tempfile.TemporaryDirectory() as folder:
@@ -246,9 +311,9 @@ def main() -> int:
             model = str(make_model("llama", Path(folder) / "tiny"))
         try:
             return uvloop.run(bench(args, model, Path(folder)))
-        except (ServiceError, DistattnError, TimeoutError, aiohttp.ClientError) as error:
+        except (ServiceError, StreamFailed, DistattnError, TimeoutError, OSError) as error:
             print(f"bench_http.py: {error}", file=sys.stderr)
-            return 1 if isinstance(error, aiohttp.ClientError) else 2
+            return 1 if isinstance(error, StreamFailed) else 2
 
 
 if __name__ == "__main__":
