@@ -5,6 +5,7 @@ Exit codes: 0 when asked to end (SIGTERM, SIGINT), 1 when something broke or the
 
 import argparse
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -29,6 +30,9 @@ from instance.server import InstanceError
 from instance.start import load, make_instance
 
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2)."""
 
 log = logs.get_logger("instance")
 
@@ -116,6 +120,8 @@ def main() -> int:
         print(f"instance: {error}", file=sys.stderr)
         return 2
     logs.configure(config.log_level, config.log_format, program="instance", rank=config.launch.rank)
+    # torchrun gives each worker a session of its own: who kills torchrun's would leave them, and their GPUs' memory taken
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         uvloop.run(serve(config))

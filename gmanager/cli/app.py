@@ -4,11 +4,12 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gmanager.config import GManagerConfig
+from gmanager.wire.messages import SamplingParams
 
 app = typer.Typer(
     add_completion=False,
@@ -74,7 +75,7 @@ def chat(
     """Talk with the model; the conversation is kept. Ctrl-C ends an answer, or at the prompt the command."""
     from gmanager.cli.talk import converse
 
-    converse(gmanager, system=system, max_tokens=max_tokens, temperature=temperature, model=model)
+    converse(gmanager, _params(max_tokens=max_tokens, temperature=temperature), system=system, model=model)
 
 
 @app.command()
@@ -89,13 +90,9 @@ def generate(
 ) -> None:
     """Go on with a text."""
     from gmanager.cli.talk import continue_text
-    from gmanager.wire.messages import SamplingParams
 
+    params = _params(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or None)
     text = sys.stdin.read() if prompt == "-" else prompt
-    try:
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or None)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     continue_text(gmanager, text, params, model)
 
 
@@ -160,3 +157,11 @@ def size(context: typer.Context) -> None:
     except CannotStart as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(subprocess.run([sys.executable, "-m", "instance.size", *arguments], check=False).returncode)
+
+
+def _params(**given: Any) -> SamplingParams:
+    """Raises typer.BadParameter."""
+    try:
+        return SamplingParams(**given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

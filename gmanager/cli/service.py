@@ -20,6 +20,14 @@ T = TypeVar("T")
 STOP_S = 15.0
 """Between asking a process to end and killing it."""
 
+_LEASH = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes a program that is asked to end when the process that started it is gone, however that came."""
 
 SLACK = 64
 """KV tokens beside the longest prompt: its answer, and a block or two."""
@@ -104,14 +112,15 @@ class Service:
 
 
 class Process:
-    """A child in a process group of its own, its output in a file."""
+    """A child in a process group of its own, its output in a file. It does not outlive this process."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
         self.name = name
         self.log = log
+        leash = [sys.executable, "-ISc", _LEASH, str(os.getpid())]
         with log.open("wb") as out:
             self._child = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                [*leash, *command], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
     @property

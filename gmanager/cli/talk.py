@@ -20,13 +20,12 @@ def continue_text(address: str, text: str, params: SamplingParams, model: str | 
         print()
 
 
-def converse(address: str, *, system: str | None, max_tokens: int, temperature: float, model: str | None) -> None:
+def converse(address: str, params: SamplingParams, *, system: str | None, model: str | None) -> None:
     """Turns from standard input, one a line, until it ends. Raises DistattnError.
 
     Each turn has a connection of its own: while somebody thinks, nothing needs to be kept alive.
     """
     turns = [] if system is None else [ChatMessage(role="system", content=system)]
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     while (line := _read_line()) is not None:
         if not line.strip():
             continue

@@ -20,7 +20,7 @@ from gmanager.cli.assets import MODEL, FetchError, cache_dir, fetch
 from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceError, running
 from gmanager.client import AsyncClient
 from gmanager.config import GManagerConfig
-from gmanager.gateway.config import GatewayConfig, parse_address
+from gmanager.gateway.config import GatewayConfig, parse_address, read_keys
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
 
@@ -29,6 +29,8 @@ CPU_KV_TOKENS = 8192
 DEFAULT = "default"
 """What the small model is called that needs no hub."""
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
+HUB_S = 10.0
+"""For the hub to say whether it has a model."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NEEDED = {"torch": "serve", "transformers": "serve", "tokenizers": "serve", "fastapi": "http", "uvicorn": "http"}
 
@@ -93,10 +95,12 @@ def check(wanted: Wanted) -> ServiceConfig:
             name, number = parse_address(wanted.http)
             GatewayConfig(host=name, port=number)
             check_port(name, str(number), "--http")
+        if wanted.api_key_file is not None:
+            GatewayConfig(api_keys=tuple(read_keys(wanted.api_key_file)))
     except (AddressError, ValueError) as error:
         raise CannotStart(str(error)) from error
-    if wanted.api_key_file is not None and not wanted.api_key_file.is_file():
-        raise CannotStart(f"there is no file {wanted.api_key_file} (--api-key-file)")
+    except OSError as error:
+        raise CannotStart(f"{wanted.api_key_file} can't be read (--api-key-file): {error.strerror}") from error
     model, name = find_model(wanted.model)
     kv_tokens = wanted.kv_tokens
     if device == "cpu" and kv_tokens is None:
@@ -151,7 +155,24 @@ def find_model(given: str) -> tuple[str, str]:
         return str(path.resolve()), path.stem
     if path.exists() or given.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(given):
         raise CannotStart(f"{given} is no directory, no GGUF file, and no hub id like Qwen/Qwen3-0.6B")
+    _check_hub(given)
     return given, given
+
+
+def _check_hub(name: str) -> None:
+    """Raises CannotStart if no model of that name is in the hub's cache, nor at the hub."""
+    from huggingface_hub import HfApi, try_to_load_from_cache  # half a second, for those who need it
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=HUB_S)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CannotStart(f"{name} is no directory, and the hub has no model of that name") from error
+    except Exception as error:  # among others those of the HTTP library, of which the hub's versions use different ones
+        reason = str(error).strip().splitlines()[0]
+        raise CannotStart(f"{name} is no directory, not in the hub's cache, and the hub can't be asked: {reason}") from error
 
 
 def count_gpus() -> int:
@@ -165,7 +186,9 @@ def count_gpus() -> int:
 async def _serve(config: ServiceConfig, wanted: Wanted, console: Console) -> int:
     """Start, say where, and wait for Ctrl-C. Raises ServiceError."""
     stopping = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup: a terminal that is closed is not to end it
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     serving = asyncio.create_task(_run(config, wanted, console))
     asked = asyncio.create_task(stopping.wait())

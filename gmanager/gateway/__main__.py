@@ -14,7 +14,7 @@ import uvloop
 
 from gmanager.gateway.app import make_app
 from gmanager.gateway.backend import Backend
-from gmanager.gateway.config import GatewayConfig, parse_address
+from gmanager.gateway.config import GatewayConfig, parse_address, read_keys
 from gmanager.wire import logs
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, tuple[str,
             gmanager=given.gmanager,
             host=host,
             port=port,
-            api_keys=(*given.api_key, *_keys_of(given.api_key_file)),
+            api_keys=(*given.api_key, *([] if given.api_key_file is None else read_keys(given.api_key_file))),
             max_body_bytes=given.max_body_bytes,
             max_concurrency=given.max_concurrency,
             max_prompts=given.max_prompts,
@@ -104,10 +104,6 @@ class _Server(uvicorn.Server):
         """End soon; the second time, at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
-
-
-def _keys_of(file: Path | None) -> list[str]:
-    return [] if file is None else [line.strip() for line in file.read_text().splitlines() if line.strip()]
 
 
 def _listen(host: str, port: int) -> socket.socket:

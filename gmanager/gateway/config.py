@@ -1,6 +1,7 @@
 """What the gateway is told when it starts."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gmanager.wire.codec import MAX_FRAME_BYTES
 
@@ -31,6 +32,14 @@ class GatewayConfig:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ValueError("an API key is not empty, and of printable ASCII characters")
+
+
+def read_keys(file: Path) -> list[str]:
+    """API keys, one a line. Raises OSError, and ValueError if there is none: what was to be locked must not stand open."""
+    keys = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not keys:
+        raise ValueError(f"{file} holds no API key")
+    return keys
 
 
 def parse_address(text: str) -> tuple[str, int]:

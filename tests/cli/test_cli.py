@@ -32,9 +32,12 @@ def free_port() -> int:
         return port
 
 
-def run(*arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """One command to its end."""
-    return subprocess.run([*DISTATTN, *arguments], input=given, capture_output=True, text=True, timeout=60, check=False)
+    more = os.environ | environment
+    return subprocess.run(
+        [*DISTATTN, *arguments], input=given, capture_output=True, text=True, timeout=60, check=False, env=more
+    )
 
 
 class Up:
@@ -104,6 +107,10 @@ def processes_of(address: str) -> list[int]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def instances_of(address: str) -> list[int]:
     """The instances themselves, without the torchrun that has the same words in its command."""
     return [
@@ -125,6 +132,11 @@ def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
         talk = run("chat", *asked, "--system", "Be brief.", given="hello\n\nand now?\n")
         assert talk.returncode == 0, talk.stderr
         assert len(talk.stdout.splitlines()) >= 2
+        for command in (["chat"], ["generate", "x"]):
+            refused = run(*command, "--temperature", "inf", "--gmanager", address)
+            assert refused.returncode == 2
+            assert "temperature must be a finite number" in refused.stderr
+            assert "Traceback" not in refused.stderr
         refused = run("generate", "x" * 2000, *asked)
         assert refused.returncode == 1
         assert refused.stderr.startswith("distattn: prompt of 2,000 + max_tokens of 5")
@@ -141,7 +153,7 @@ def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
         assert started.child.returncode == 0
 
 
-@pytest.mark.parametrize("who", ["the gateway", "an instance"])
+@pytest.mark.parametrize("who", ["the gateway", "an instance", "torchrun"])
 def test_what_is_killed_is_told_in_one_line_and_all_is_stopped(who: str, model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path) as (started, address, _):
         started.wait_for("Ctrl-C stops it")
@@ -150,14 +162,36 @@ def test_what_is_killed_is_told_in_one_line_and_all_is_stopped(who: str, model: 
             (victim,) = [p for p in processes_of(address) if b"gmanager.gateway" in Path(f"/proc/{p}/cmdline").read_bytes()]
         else:
             (victim,) = instances_of(address)
+            if who == "torchrun":
+                victim = parent_of(victim)
         os.kill(victim, signal.SIGKILL)
         (line,) = started.end()[before:]
         assert started.child.returncode == 1
         if who == "the gateway":
             assert line.startswith("distattn: the gateway was killed by SIGKILL (log: ")
+        elif who == "torchrun":
+            assert line.startswith("distattn: the torchrun of the instances was killed by SIGKILL (log: ")
         else:
             assert line.startswith("distattn: the torchrun of the instances ended with exit code 1: ")
         assert line.endswith("; all is stopped\n")
+
+
+def test_a_terminal_that_is_closed_ends_all(model: Path, tmp_path: Path) -> None:
+    with up(model, tmp_path) as (started, _, _):
+        started.wait_for("Ctrl-C stops it")
+        started.child.send_signal(signal.SIGHUP)
+        assert started.end()[-1] == "stopping\n"
+        assert started.child.returncode == 0
+
+
+def test_nothing_outlives_it(model: Path, tmp_path: Path) -> None:
+    with up(model, tmp_path) as (started, address, _):
+        started.wait_for("Ctrl-C stops it")
+        assert len(processes_of(address)) >= 5  # with itself and torchrun
+        started.kill()
+        deadline = time.monotonic() + 40  # torchrun gives its instances 30 s
+        while processes_of(address) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def test_ctrl_c_while_it_loads(model: Path, tmp_path: Path) -> None:
@@ -188,12 +222,14 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             (["/nowhere"], "/nowhere is no directory, no GGUF file, and no hub id like Qwen/Qwen3-0.6B"),
             ([str(model), "--device", "tpu"], "--device must be auto, cpu or cuda, got tpu"),
             ([str(model), "--device", "cuda", "--instances", "99"], "99 instances need as many GPUs; this machine has "),
-            ([str(model), "--api-key-file", "/none"], "there is no file /none (--api-key-file)"),
+            ([str(model), "--api-key-file", "/none"], "/none can't be read (--api-key-file): No such file or directory"),
+            ([str(model), "--api-key-file", "/dev/null"], "/dev/null holds no API key"),
+            (["models/nosuch"], "models/nosuch is no directory, not in the hub's cache, and the hub can't be asked: "),
         ]
         free = ["--bind", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
         for arguments, message in cases:
             logs = tmp_path / "logs"
-            result = run("up", *free, *arguments, "--logs", str(logs))
+            result = run("up", *free, *arguments, "--logs", str(logs), HF_HUB_OFFLINE="1")
             assert (result.returncode, result.stdout) == (2, ""), result.stderr
             assert result.stderr.startswith(f"distattn: {message}")
             assert len(result.stderr.splitlines()) == 1

@@ -61,6 +61,7 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
         (["--bind", "127.0.0.1:70000"], "the port must be in [0, 65536), got 70000"),
         (["--gmanager", "nowhere"], "nowhere"),
         (["--api-key-file", "/none"], "No such file"),
+        (["--api-key-file", "/dev/null"], "/dev/null holds no API key"),
         (["--max-n", "0"], "max-n must be at least 1, got 0"),
     ],
 )
