@@ -289,7 +289,7 @@ class Cluster:
         if event.error is not None or not event.token_ids:
             request.place = "nowhere"
             error = event.error or "the prompt is empty: it has no tokens"
-            self._requests.finish(request, "error", error=error, refusal="invalid")
+            self._requests.finish(request, "error", error=error, refusal=event.refusal)
             return
         request.prompt = event.token_ids
         self._queue(request)

@@ -57,6 +57,8 @@ class Encoded:
     now: float
     token_ids: bytes = b""
     error: str | None = None
+    refusal: RefusalReason = "invalid"
+    """What kind of error."""
 
 
 @dataclass(frozen=True, slots=True)

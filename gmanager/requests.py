@@ -177,7 +177,7 @@ class Requests:
 
     def refuse(self, submit: Submit, client: PeerId, refusal: Refusal) -> None:
         """Answer a Submit that is not taken in."""
-        self._log_refused(submit.request_id, refusal.reason, refusal.text)
+        self._log_refused(submit.request_id, refusal.reason)
         self.observed.refused[refusal.reason] += 1
         nobody = Request(0, submit, client, 0, 1, arrived_at=0.0, waiting_since=0.0)
         self._answer(nobody, [], None, "error", refusal.text, refusal.reason)
@@ -285,7 +285,7 @@ class Requests:
 
     def _log_end(self, request: Request, reason: FinishReason, error: str | None, refusal: RefusalReason | None) -> None:
         if refusal is not None:
-            self._log_refused(request.id, refusal, error)
+            self._log_refused(request.id, refusal)
             return
         fields = {
             "request": request.id,
@@ -296,8 +296,9 @@ class Requests:
         }
         self._emit(Log(logging.INFO, "request finished", fields if error is None else fields | {"error": error}))
 
-    def _log_refused(self, request_id: str, reason: RefusalReason, text: str | None) -> None:
-        self._emit(Log(logging.INFO, "request refused", {"request": request_id, "reason": reason, "error": text}))
+    def _log_refused(self, request_id: str, reason: RefusalReason) -> None:
+        # not the text of it, which may quote what the client wrote: it has it
+        self._emit(Log(logging.INFO, "request refused", {"request": request_id, "reason": reason}))
 
     def _answer(
         self,

@@ -35,7 +35,7 @@ from gmanager.events import (
 from gmanager.text import Detokenizer, Tokenizer
 from gmanager.wire.channel import Listener, PeerId, PeerLost, Transport, ZmqTransport
 from gmanager.wire.codec import Decoder
-from gmanager.wire.errors import BadMessage, FrameTooLarge, TextError
+from gmanager.wire.errors import BadMessage, FrameTooLarge, TextError, TextUnavailable
 from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import (
     FromClient,
@@ -43,6 +43,7 @@ from gmanager.wire.messages import (
     Message,
     Output,
     OutputBatch,
+    RefusalReason,
     Submit,
     TextAssets,
     pack_tokens,
@@ -285,6 +286,7 @@ class Server:
     async def _encode(self, job: Encode, tokenizer: Tokenizer) -> None:
         submit = job.submit
         error: str | None = None
+        refusal: RefusalReason = "invalid"
         ids = array("I")
         try:
             if submit.messages is not None:
@@ -293,4 +295,5 @@ class Server:
                 ids = await tokenizer.encode(submit.text or "")
         except TextError as failure:
             error = str(failure)
-        self._handle(Encoded(job.request, self._now(), token_ids=pack_tokens(ids), error=error))
+            refusal = "not_ready" if isinstance(failure, TextUnavailable) else "invalid"
+        self._handle(Encoded(job.request, self._now(), token_ids=pack_tokens(ids), error=error, refusal=refusal))

@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 
 from gmanager.wire.codec import MAX_FRAME_BYTES
-from gmanager.wire.errors import TextError
+from gmanager.wire.errors import TextError, TextUnavailable
 from gmanager.wire.messages import TextAssets, pack_tokens
 
 MAX_TEMPLATE_CHARS = 2**20
@@ -171,12 +171,12 @@ class TextWorker:
 
     def _submit(self, job: Mapping[str, Any], timeout_s: float) -> Future[bytes]:
         if self._closed:
-            raise TextError("the service is ending")
+            raise TextUnavailable("the service is ending")
         return self._thread.submit(self._call, job, timeout_s)
 
     def _call(self, job: Mapping[str, Any], timeout_s: float) -> bytes:
         if self._closed:
-            raise TextError("the service is ending")
+            raise TextUnavailable("the service is ending")
         pipe = self._pipe
         if pipe is None:
             timeout_s += START_S
@@ -189,7 +189,7 @@ class TextWorker:
             answer = msgpack.unpackb(pipe.recv_bytes())
         except (EOFError, OSError) as error:
             self._discard()
-            raise TextError("the process that turns text into tokens died (out of memory?)") from error
+            raise TextUnavailable("the process that turns text into tokens died (out of memory?)") from error
         if "error" in answer:
             raise TextError(answer["error"])
         result: bytes = answer["result"]

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from gmanager.wire.errors import DistattnError, FrameTooLarge, RequestRefused, TextError
+from gmanager.wire.errors import DistattnError, FrameTooLarge, RequestRefused, TextError, TextUnavailable
 from gmanager.wire.messages import RefusalReason
 
 RETRY_AFTER_S = 1
@@ -61,6 +61,6 @@ def translate(error: DistattnError) -> ApiError:
         return ApiError(status, str(error), code=code)
     if isinstance(error, FrameTooLarge):
         return ApiError(413, str(error))
-    if isinstance(error, TextError):
+    if isinstance(error, TextError) and not isinstance(error, TextUnavailable):
         return ApiError(400, str(error))
-    return ApiError(503, str(error))  # it was fine, and the service was not
+    return ApiError(503, str(error), code="service_failed")  # it was fine, and the service was not

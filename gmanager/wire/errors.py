@@ -12,6 +12,7 @@ DistattnError
 ├── ServiceUnreachable        nobody answers at the address, or no longer
 ├── ProtocolRefused           the gManager doesn't serve this client
 └── TextError                 text can't be turned into tokens
+    └── TextUnavailable       not now, and it isn't the text's fault
 """
 
 from gmanager.wire.messages import RefusalReason
@@ -79,3 +80,7 @@ class ProtocolRefused(DistattnError):
 
 class TextError(DistattnError):
     """Text can't be turned into tokens: no chat template, one that refuses the messages, or one over its limits."""
+
+
+class TextUnavailable(TextError):
+    """What turns text into tokens has died or is ending: the same text may be taken later."""

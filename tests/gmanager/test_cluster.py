@@ -466,13 +466,19 @@ def test_prompts_that_are_none(is_ready: bool, given: dict[str, Any], error: str
 
 @pytest.mark.parametrize(
     ("encoded", "error"),
-    [({}, "the prompt is empty: it has no tokens"), ({"error": "no template"}, "no template")],
+    [
+        ({}, "the prompt is empty: it has no tokens"),
+        ({"error": "no template"}, "no template"),
+        ({"error": "it died", "refusal": "not_ready"}, "it died"),
+    ],
     ids=str,
 )
 def test_texts_that_give_no_tokens(encoded: dict[str, Any], error: str) -> None:
     driver = serving(8)
     driver.say(CLIENT, m.Submit(request_id="r", params=m.SamplingParams(), text="\u200b"))
-    assert driver.handle(Encoded(1, 0.0, **encoded)) == refused("r", error, number=1, epoch=1)
+    reason = encoded.get("refusal", "invalid")
+    assert driver.handle(Encoded(1, 0.0, **encoded)) == refused("r", error, refusal=reason, number=1, epoch=1)
+    assert driver.logs[-1].fields == {"request": "r", "reason": reason}, "the error may quote the text"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from gmanager import text_worker
 from gmanager.text import WORKER_CHARS, Detokenizer, Tokenizer
 from gmanager.text_worker import ChatTemplate
-from gmanager.wire.errors import TextError
+from gmanager.wire.errors import TextError, TextUnavailable
 from gmanager.wire.messages import ChatMessage, TextAssets
 
 LINES = [
@@ -323,7 +323,7 @@ async def test_a_worker_that_dies_is_replaced_and_close_ends_it() -> None:
     process = tokenizer._worker._process
     assert process is not None and process.pid is not None
     process.kill()
-    with pytest.raises(TextError, match="died"):
+    with pytest.raises(TextUnavailable, match="died"):
         await tokenizer.encode(long)
     assert len(await tokenizer.encode(long)) > 1
     process = tokenizer._worker._process
@@ -334,11 +334,11 @@ async def test_a_worker_that_dies_is_replaced_and_close_ends_it() -> None:
     start = time.perf_counter()
     await tokenizer.close()
     assert time.perf_counter() - start < 2
-    with pytest.raises(TextError):
+    with pytest.raises(TextUnavailable):
         await running
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    with pytest.raises(TextError, match="ending"):
+    with pytest.raises(TextUnavailable, match="ending"):
         await tokenizer.encode(long)
 
 
