@@ -3,6 +3,7 @@
 The two kinds of answers differ in their choices alone; what is between is one shape (`Shape`) with two implementations.
 """
 
+import codecs
 import time
 import uuid
 from collections.abc import Sequence
@@ -23,11 +24,15 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
     def to_json(self) -> Json:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "total_tokens": self.total_tokens,
         }
 
 
@@ -38,7 +43,9 @@ class Choice:
     index: int
     prompt: "Prompt"
     offset: int = 0
-    """Characters that tokens with log-probabilities have stood for so far."""
+    """Characters that tokens with log-probabilities have completed so far."""
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+    """Of the bytes of these tokens: a character may be spread over several."""
     has_begun: bool = False
 
 
@@ -104,6 +111,7 @@ class CompletionShape:
         self._logprobs = logprobs
         self._echo = echo
         self._drops_tokens = drops_tokens
+        self._names: dict[int, str] = {}
 
     def opening(self, choice: Choice) -> Json | None:
         return None
@@ -147,7 +155,7 @@ class CompletionShape:
         offsets = []
         for token in token_ids:
             offsets.append(choice.offset)
-            choice.offset += len(self._tokenizer.bytes_of(token).decode(errors="replace"))
+            choice.offset += len(choice.decoder.decode(self._tokenizer.bytes_of(token)))
         return {
             "tokens": names,
             "token_logprobs": [None if s is None else s.logprob for s in scored],
@@ -162,13 +170,15 @@ class CompletionShape:
 
     def _name(self, token_id: int) -> str:
         """A token's text; one that is no whole character by its bytes, so that two never have one name."""
-        data = self._tokenizer.bytes_of(token_id)
-        if not data:
-            return f"token_id:{token_id}"
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        name = self._names.get(token_id)
+        if name is None:
+            data = self._tokenizer.bytes_of(token_id)
+            try:
+                name = data.decode() or f"token_id:{token_id}"
+            except UnicodeDecodeError:
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            self._names[token_id] = name
+        return name
 
 
 class ChatShape:

@@ -3,9 +3,10 @@
 import asyncio
 import importlib.metadata
 import json
+from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from gmanager.gateway.answers import ChatShape, CompletionShape, Envelope, Prompt
+from gmanager.gateway.aside import aside
 from gmanager.gateway.backend import Backend, Served
 from gmanager.gateway.config import GatewayConfig
 from gmanager.gateway.door import Answers, Door
@@ -33,6 +35,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong, or longer than the model takes."},
     401: {"model": ErrorBody, "description": "No API key, or none that is known."},
     404: {"model": ErrorBody, "description": "No such model."},
+    408: {"model": ErrorBody, "description": "The body did not come."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     422: {"model": ErrorBody, "description": "It needs more KV than the instances hold together."},
     429: {"model": ErrorBody, "description": "Too many requests are waiting or under way."},
@@ -111,23 +114,27 @@ class Routes:
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
-    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeRequest, http: Request) -> Response:
         """A text, or a conversation in the model's template, as token ids."""
         served = await self._backend.model(body.model)
-        with _text_errors():
-            if body.messages is not None:
-                ids = await served.tokenizer.encode_chat([turn.plain() for turn in body.messages])
-            else:
-                ids = await served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        found: dict[str, Any] = {"count": len(ids), "max_model_len": served.max_context, "tokens": ids.tolist()}
-        if body.return_token_strs:
-            found["token_strs"] = [served.tokenizer.bytes_of(token).decode(errors="replace") for token in ids]
-        return found
+        tokenizer = served.tokenizer
+        if body.messages is not None:
+            ids = await _ids(http, tokenizer.encode_chat([turn.plain() for turn in body.messages]))
+        else:
+            ids = await _ids(http, tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens))
+
+        def answer() -> bytes:
+            found: dict[str, Any] = {"count": len(ids), "max_model_len": served.max_context, "tokens": ids}
+            if body.return_token_strs:
+                found["token_strs"] = [tokenizer.bytes_of(token).decode(errors="replace") for token in ids]
+            return msgspec.json.encode(found)
+
+        return _json(await aside(len(ids), answer))
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids."""
         served = await self._backend.model(body.model)
-        return {"prompt": served.tokenizer.decode_all(body.tokens)}
+        return {"prompt": await aside(len(body.tokens), lambda: served.tokenizer.decode_all(body.tokens))}
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -137,7 +144,7 @@ class Routes:
         given = body.prompts()
         if len(given) > self._config.max_prompts:
             raise ApiError(400, f"{len(given)} prompts; a request has at most {self._config.max_prompts}", param="prompt")
-        prompts = [await _prompt(served, prompt, echo=bool(body.echo)) for prompt in given]
+        prompts = [await _prompt(http, served, prompt, echo=bool(body.echo)) for prompt in given]
         drops_tokens = body.max_tokens == 0
         prompt_logprobs = body.logprobs if body.echo else None
         shape = CompletionShape(served.tokenizer, logprobs=body.logprobs, echo=bool(body.echo), drops_tokens=drops_tokens)
@@ -155,12 +162,11 @@ class Routes:
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
         served = await self._backend.model(body.model)
-        with _text_errors():
-            ids = await served.tokenizer.encode_chat([turn.plain() for turn in body.messages])
+        ids = await _ids(http, served.tokenizer.encode_chat([turn.plain() for turn in body.messages]))
         generation = Generation(
             client=self._backend.client(),
             envelope=Envelope(ChatShape(served.tokenizer, logprobs=body.num_logprobs), served.name),
-            prompts=[Prompt(ids.tolist(), "")],
+            prompts=[Prompt(ids, "")],
             params=self._params(body, body.most_tokens, body.num_logprobs, None),
             spread=body.spread,
             drops_tokens=False,
@@ -179,11 +185,21 @@ class Routes:
             raise ApiError(400, str(error)) from error
 
 
-async def _prompt(served: Served, given: str | list[int], *, echo: bool) -> Prompt:
+async def _prompt(http: Request, served: Served, given: str | list[int], *, echo: bool) -> Prompt:
     if isinstance(given, str):
-        with _text_errors():
-            return Prompt((await served.tokenizer.encode(given)).tolist(), given)
-    return Prompt(given, served.tokenizer.decode_all(given) if echo else "")
+        return Prompt(await _ids(http, served.tokenizer.encode(given)), given)
+    text = await aside(len(given), lambda: served.tokenizer.decode_all(given)) if echo else ""
+    return Prompt(given, text)
+
+
+async def _ids(http: Request, encoding: Awaitable["array[int]"]) -> list[int]:
+    """Token ids, unless the client leaves before they are there: others wait for the same process. Raises ApiError."""
+    try:
+        return (await unless_gone(http.receive, encoding)).tolist()
+    except ClientGone:
+        raise client_gone() from None
+    except TextError as error:
+        raise translate(error) from error
 
 
 async def _answer(http: Request, generation: Generation, *, stream: bool, with_usage: bool) -> Response:
@@ -194,15 +210,11 @@ async def _answer(http: Request, generation: Generation, *, stream: bool, with_u
         content = await unless_gone(http.receive, generation.whole())
     except ClientGone:
         raise client_gone() from None
-    return Response(msgspec.json.encode(content), media_type="application/json")
+    return _json(content)
 
 
-@contextmanager
-def _text_errors() -> Iterator[None]:
-    try:
-        yield
-    except TextError as error:
-        raise translate(error) from error
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
 
 
 def _model(served: Served) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from gmanager.client import AsyncClient
 from gmanager.gateway.errors import ApiError
 from gmanager.text import Tokenizer
 from gmanager.wire.channel import Transport
-from gmanager.wire.errors import DistattnError, ServiceUnreachable, TextError
+from gmanager.wire.errors import CallFailed, DistattnError, TextError
 from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import Stats
 
@@ -39,6 +39,8 @@ class Backend:
         self._transport = transport
         self._client: AsyncClient | None = None
         self._models: dict[str, Served] = {}
+        self._unusable: set[tuple[str, int]] = set()
+        """Cells, by name and epoch, whose tokenizer can't be read."""
         self._refreshing = asyncio.Lock()
 
     async def run(self) -> None:
@@ -54,6 +56,8 @@ class Backend:
                             await asyncio.sleep(REFRESH_S)
                 except DistattnError as error:
                     log.warning("gManager lost", reason=str(error))
+                except Exception:  # a gateway that looks no more would answer 503 for ever
+                    log.exception("connection given up")
                 finally:
                     self._client = None
                 await self._forget(self._models)
@@ -76,7 +80,7 @@ class Backend:
         client = self.client()
         try:
             return await client.stats()
-        except ServiceUnreachable as error:
+        except DistattnError as error:
             raise ApiError(503, str(error), code="not_ready") from error
 
     async def models(self) -> list[Served]:
@@ -113,15 +117,22 @@ class Backend:
         async with self._refreshing:
             ready = {cell.model: cell for cell in (await client.stats()).cells if cell.state == "ready"}
             await self._forget(name for name, model in self._models.items() if name not in ready)
+            self._unusable &= {(cell.name, cell.epoch) for cell in ready.values()}
             for name, cell in ready.items():
                 known = self._models.get(name)
-                if known is not None and (known.cell, known.epoch) == (cell.name, cell.epoch):
+                if (cell.name, cell.epoch) in self._unusable or (
+                    known is not None and (known.cell, known.epoch) == (cell.name, cell.epoch)
+                ):
                     continue
-                assets = await client.text_assets(cell.name)
                 try:
+                    assets = await client.text_assets(cell.name)
                     tokenizer = await asyncio.to_thread(Tokenizer, assets)
+                except CallFailed as error:  # it has gone since: the other cells' requests are none the worse
+                    log.warning("cell not ready any more", model=name, reason=str(error))
+                    continue
                 except TextError as error:
                     log.error("tokenizer unusable", model=name, reason=str(error))
+                    self._unusable.add((cell.name, cell.epoch))
                     continue
                 await self._forget([name])
                 self._models[name] = Served(name, cell.name, cell.epoch, cell.max_context, tokenizer, int(time.time()))

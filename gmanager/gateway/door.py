@@ -1,5 +1,6 @@
 """What stands before all routes: keys, body size, and how many requests are under way. Plain ASGI."""
 
+import asyncio
 import hashlib
 import hmac
 from collections import Counter
@@ -19,6 +20,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 Answers = Counter[tuple[str, int]]
 """How many there were, by path and status."""
+
+BODY_SILENCE_S = 30.0
+"""A body that is announced and doesn't come, or not on, is given up after so long: it holds a place among those under way."""
 
 OPEN_PATHS = frozenset({"/health"})
 
@@ -40,14 +44,15 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        send = self._counted(scope["path"], send)
+        send = self._counted(scope, send)
         headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers.get(b"authorization", b""))
             self._check_length(headers.get(b"content-length", b"0"))
             if self.in_flight >= self._config.max_concurrency and scope["method"] == "POST":
-                raise ApiError(429, f"{self.in_flight} requests are under way, as many as may (max-concurrency)")
+                text = f"{self.in_flight} requests are under way, as many as may (max-concurrency)"
+                raise ApiError(429, text, code="max_concurrency")
         except ApiError as error:
             await answer(send, error)
             return
@@ -58,9 +63,11 @@ class Door:
         finally:
             self.in_flight -= is_counted
 
-    def _counted(self, path: str, send: Send) -> Send:
+    def _counted(self, scope: Scope, send: Send) -> Send:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
+                # a path with a name in it is counted as its route, which is known once the request has got that far
+                path = getattr(scope.get("route"), "path", scope["path"])
                 self._answers[path if path in self._paths else "other", message["status"]] += 1
             await send(message)
 
@@ -77,19 +84,32 @@ class Door:
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
 
     def _check_length(self, given: bytes) -> None:
-        if given.isdigit() and int(given) > self._config.max_body_bytes:
-            raise self._too_large(f"{int(given):,}")
+        digits = given.lstrip(b"0")
+        if not digits.isdigit():
+            return
+        if len(digits) > 20:  # int() takes no more than some thousands
+            raise self._too_large(f"10^{len(digits) - 1} or more")
+        if int(digits) > self._config.max_body_bytes:
+            raise self._too_large(f"{int(digits):,}")
 
     def _too_large(self, size: str) -> ApiError:
         return ApiError(413, f"the body has {size} bytes; at most {self._config.max_body_bytes:,} are taken")
 
     def _bounded(self, receive: Receive) -> Receive:
-        """A body that comes in pieces, without saying its length, is counted."""
-        size = 0
+        """A body that comes in pieces, without saying its length, is counted; one that stays away is not waited for."""
+        size, is_whole = 0, False
 
         async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, is_whole
+            if is_whole:
+                return await receive()  # that the client has gone
+            try:
+                async with asyncio.timeout(BODY_SILENCE_S):
+                    message = await receive()
+            except TimeoutError:
+                text = f"nothing of the body has come for {BODY_SILENCE_S:.0f} s, after {size:,} bytes"
+                raise ApiError(408, text) from None
+            is_whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > self._config.max_body_bytes:
                 raise self._too_large(f"over {self._config.max_body_bytes:,}")

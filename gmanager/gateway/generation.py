@@ -5,8 +5,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import msgspec
+
 from gmanager.client import AsyncClient, Chunk, Spread
-from gmanager.gateway.answers import Choice, Envelope, Json, Prompt, Usage
+from gmanager.gateway.answers import Choice, Envelope, Prompt, Usage
+from gmanager.gateway.aside import aside
 from gmanager.gateway.errors import ApiError, translate
 from gmanager.wire.errors import DistattnError
 from gmanager.wire.messages import SamplingParams
@@ -45,8 +48,8 @@ class Generation:
                 task.cancel()
             await asyncio.gather(*choices, return_exceptions=True)
 
-    async def whole(self) -> Json:
-        """The answer, once all choices have ended. Raises ApiError if one fails."""
+    async def whole(self) -> bytes:
+        """The answer as JSON, once all choices have ended. Raises ApiError if one fails."""
         choices: dict[int, Choice] = {}
         chunks: dict[int, list[Chunk]] = {}
 
@@ -56,7 +59,13 @@ class Generation:
 
         await self.deliver(collect)
         shape = self.envelope.shape
-        return self.envelope.whole([shape.whole(choices[i], chunks[i]) for i in sorted(chunks)], self.usage)
+
+        def answer() -> bytes:
+            return msgspec.json.encode(
+                self.envelope.whole([shape.whole(choices[i], chunks[i]) for i in sorted(chunks)], self.usage)
+            )
+
+        return await aside(self.usage.total_tokens, answer)
 
     async def _run(self, choice: Choice, params: SamplingParams, emit: Emit) -> None:
         """One choice, until it ends. Raises ApiError."""

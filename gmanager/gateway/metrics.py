@@ -85,7 +85,9 @@ def _requests(stats: Stats) -> Iterator[Metric]:
     yield _counter("request_success", "Requests that have ended, by why.", finished, ["finished_reason"])
     refused = [((reason,), count) for reason, count in observed.refused.items()]
     yield _counter("requests_refused", "Requests that never started, by why.", refused, ["reason"])
-    yield _counter("preemptions", "Times that a request gave its memory back to others.", [((), stats.counters.preemptions)])
+    yield _counter(
+        "num_preemptions", "Times that a request gave its memory back to others.", [((), stats.counters.preemptions)]
+    )
 
 
 def _cells(stats: Stats) -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from gmanager.client import Chunk
 from gmanager.gateway.answers import Choice, Json
+from gmanager.gateway.aside import aside
 from gmanager.gateway.errors import ApiError
 from gmanager.gateway.generation import Generation
 
@@ -69,7 +70,8 @@ class EventStream(Response):
         envelope, shape = self._generation.envelope, self._generation.envelope.shape
 
         async def emit(choice: Choice, chunk: Chunk) -> None:
-            events = [_event(envelope.chunk([shape.delta(choice, chunk)]))]
+            num_tokens = len(chunk.token_ids) + len(chunk.prompt_logprobs or ())
+            events = [await aside(num_tokens, lambda: _event(envelope.chunk([shape.delta(choice, chunk)])))]
             if choice.index not in self._opened:
                 self._opened.add(choice.index)
                 if (opening := shape.opening(choice)) is not None:

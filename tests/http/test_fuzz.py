@@ -143,7 +143,7 @@ async def test_bytes_that_are_no_http(door: Door) -> None:
     """What the HTTP parser itself refuses gets its 400, or the connection is closed; what never ends holds nothing."""
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\n"
     chunked = head + b"transfer-encoding: chunked\r\n\r\n"
-    lengths = (b"-5", b"x", b"5\r\ncontent-length: 6", b"99999999999999999999", b"60000")
+    lengths = (b"-5", b"x", b"5\r\ncontent-length: 6", b"99999999999999999999", b"60000", b"9" * 5000)
     sends = [
         *(head + b"content-length: " + length + b"\r\n\r\n" for length in lengths),
         *(
@@ -164,6 +164,10 @@ async def test_bytes_that_are_no_http(door: Door) -> None:
         answer = await asyncio.wait_for(reader.read(12), 10)
         assert answer in (b"", b"HTTP/1.1 400", b"HTTP/1.1 413"), (sent[:80], answer)
         writer.close()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: " + b"0" * 5000 + b"\r\n\r\n")
+    assert await asyncio.wait_for(reader.read(12), 10) == b"HTTP/1.1 200"
+    writer.close()
     for sent in (b"", b"POST /v1", head, head + b"content-length: 500\r\n\r\n{", chunked + b'5\r\n{"pro'):
         _, writer = await asyncio.open_connection(host, int(port))
         writer.write(sent)

@@ -146,7 +146,7 @@ def test_requests(samples: Samples) -> None:
     assert values(samples, "requests_refused_total", "reason") == OBSERVED.refused
     assert value(samples, "prompt_tokens_total") == 1_000_000
     assert value(samples, "generation_tokens_total") == 77
-    assert value(samples, "preemptions_total") == 7
+    assert value(samples, "num_preemptions_total") == 7
 
 
 def test_buckets_are_cumulative(samples: Samples) -> None:

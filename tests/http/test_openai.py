@@ -11,6 +11,7 @@ from openai import AsyncOpenAI
 
 from gmanager import AsyncClient, SamplingParams
 from gmanager.config import GManagerConfig
+from gmanager.gateway import aside
 from gmanager.server import Server
 from tests.support.exactness import LOGPROB_TOLERANCE, prompt
 from tests.support.farm import Farm, Setup
@@ -153,10 +154,15 @@ async def test_logprobs(client: AsyncOpenAI, llama: Path) -> None:
     assert text == chat.choices[0].message.content
 
 
+@pytest.mark.parametrize("is_long", [False, True])
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_echo_scores_the_prompt(stream: bool, max_tokens: int, client: AsyncOpenAI, llama: Path) -> None:
-    text = "The quick brown fox jumps over the lazy dog. " * 4
+async def test_echo_scores_the_prompt(
+    stream: bool, max_tokens: int, is_long: bool, client: AsyncOpenAI, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_long:
+        monkeypatch.setattr(aside, "LONG_TOKENS", 1)
+    text = "The quick brown f\u00f6x jumps over the \U0001f634 dog. " * 4
     ids = text_ids(text)
     rows = prompt_reference(llama, ids)
     asked: Any = {"model": str(llama), "prompt": text, "max_tokens": max_tokens, "temperature": 0, "logprobs": 2, "echo": True}
@@ -172,8 +178,9 @@ async def test_echo_scores_the_prompt(stream: bool, max_tokens: int, client: Asy
     offsets = [value for choice in choices if choice.logprobs for value in choice.logprobs.text_offset or []]
     tops = [value for choice in choices if choice.logprobs for value in choice.logprobs.top_logprobs or []]
     assert len(tokens) == len(logprobs) == len(offsets) == len(tops) == len(ids) + max_tokens
-    assert "".join(tokens[: len(ids)]) == text
-    assert offsets[: len(ids)] == list(range(len(ids))), "a token is a byte here"
+    data = text.encode()  # a token is a byte here
+    assert tokens[: len(ids)] == [chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}" for byte in data]
+    assert offsets[: len(ids)] == [len(data[:i].decode(errors="ignore")) for i in range(len(ids))]
     want = [float(row[token]) for row, token in zip(rows, ids[1:], strict=True)]
     assert logprobs[0] is None
     assert logprobs[1 : len(ids)] == pytest.approx(want, abs=LOGPROB_TOLERANCE)

@@ -10,7 +10,9 @@ import httpx2 as httpx
 import pytest
 
 from gmanager.config import GManagerConfig
+from gmanager.gateway import door
 from gmanager.server import Server
+from gmanager.text import Tokenizer
 from tests.support.farm import Farm, Setup
 from tests.support.gateway import gateway
 from tests.support.service import Service, at_rest, serve
@@ -104,6 +106,7 @@ async def test_a_scrape_shows_the_cluster_and_the_gateway(http: httpx.AsyncClien
     assert (await http.post("/v1/completions", json=body)).status_code == 200
     assert (await http.post("/v1/completions", json=body | {"prompt": [1] * 600})).status_code == 400
     await http.get("/nowhere")
+    assert (await http.get(f"/v1/models/{llama}")).status_code == 200
     scrape = await http.get("/metrics")
     assert scrape.headers["content-type"].startswith("text/plain; version=")
     lines = set(scrape.text.splitlines())
@@ -111,6 +114,7 @@ async def test_a_scrape_shows_the_cluster_and_the_gateway(http: httpx.AsyncClien
         'distattn:http_requests_total{path="/v1/completions",status="200"} 1.0',
         'distattn:http_requests_total{path="/v1/completions",status="400"} 1.0',
         'distattn:http_requests_total{path="other",status="404"} 1.0',
+        'distattn:http_requests_total{path="/v1/models/{name:path}",status="200"} 1.0',
         "distattn:prompt_tokens_total 5.0",
         "distattn:generation_tokens_total 5.0",
         "distattn:time_to_first_token_seconds_count 1.0",
@@ -127,9 +131,43 @@ async def test_as_many_at_once_as_may(service: Service, llama: Path) -> None:
             refused = await client.post("/v1/completions", json=body)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert error_of(refused)["message"] == "2 requests are under way, as many as may (max-concurrency)"
+            assert error_of(refused)["code"] == "max_concurrency"
             assert (await client.get("/health")).status_code == 200
         await at_rest(service.client)
         assert (await client.post("/v1/completions", json=body | {"max_tokens": 2})).status_code == 200
+
+
+async def test_a_body_that_stays_away_holds_no_place(service: Service, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "BODY_SILENCE_S", 0.3)
+    async with gateway(service.server.address, max_concurrency=1) as url, httpx.AsyncClient(base_url=url) as client:
+        host, _, port = url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{")
+        answer = await asyncio.wait_for(reader.readuntil(b"}}"), 10)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"nothing of the body has come for 0 s, after 1 bytes" in answer
+        body = {"model": str(llama), "prompt": "hello", "max_tokens": 2}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        writer.close()
+
+
+async def test_a_client_that_leaves_is_not_encoded_for(
+    http: httpx.AsyncClient, service: Service, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def encode(_: Tokenizer, text: str, **_more: Any) -> None:
+        try:
+            await asyncio.sleep(20)
+            ended.set_result("encoded")
+        except asyncio.CancelledError:
+            ended.set_result("cancelled")
+            raise
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    with pytest.raises(httpx.ReadTimeout):
+        await http.post("/v1/completions", json={"model": str(llama), "prompt": "hello"}, timeout=0.5)
+    assert await asyncio.wait_for(ended, 10) == "cancelled"
 
 
 async def test_a_full_queue(farm: Farm, llama: Path) -> None:
