@@ -230,11 +230,8 @@ class TiledAttention:
                 by_parts[num_parts] = num_rows, num_tokens
         for rows, tokens in by_parts.values():
             ids = (0,) * (3 * tokens // sizes.block_size)
-            for num_jobs in (
-                1,
-                2,
-                3,
-            ):  # a state may be left over, the library's or the running one; a result running or the last
+            # a state may be left over, the library's or the running one; a result the running state or the last
+            for num_jobs in (1, 2, 3):
                 jobs = [TileJob(0, rows, i * tokens, tokens, is_causal=False) for i in range(num_jobs)]
                 for left_over in ([], [Segment(0, rows, ids, (1,) * rows)]):
                     plan = self._plan(ids, jobs, left_over)
