@@ -17,7 +17,8 @@ import pytest
 
 from tests.support.tiny import make_model
 
-DISTATTN = [sys.executable, "-c", "from gmanager.cli import main; main()"]
+DISTATTN = [str(Path(sys.executable).with_name("distattn"))]
+"""As the package has installed it."""
 
 
 @pytest.fixture(scope="module")
