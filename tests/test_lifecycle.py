@@ -87,11 +87,10 @@ def two(started: Processes, address: str, model: Path, *more: str, notes_steps: 
 async def answers(client: AsyncClient, model: Path) -> None:
     """A prompt spread over all instances, and a short one, are answered as transformers does."""
     ids = prompt(model, 40)
-    known = set((await client.stats()).requests)
-    await asyncio.gather(ask(client, model, ids, spread="all"), ask(client, model, prompt(model, 5)))
+    name, _ = await asyncio.gather(ask(client, model, ids, spread="all"), ask(client, model, prompt(model, 5)))
     stats = await client.stats()
-    (spread,) = (r for name, r in stats.requests.items() if name not in known and r.prompt_tokens == len(ids))
-    assert sorted(spread.kv_tokens) == [i.rank for i in stats.instances] and all(spread.kv_tokens.values())
+    spread = stats.requests[name].kv_tokens
+    assert sorted(spread) == [i.rank for i in stats.instances] and all(spread.values())
 
 
 async def run(client: AsyncClient, name: str, tokens: int = 3, *, spread: Literal["all", 1] = 1) -> int:

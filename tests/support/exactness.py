@@ -1,6 +1,7 @@
 """A greedy request of the service beside transformers' own run: ids equal, every logprob within the tolerance."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ NEW = 12
 LOGPROB_TOLERANCE = 5e-4
 # Two greedy runs whose logprobs differ by at most the tolerance can only part where the best two are closer than twice that.
 LEAST_MARGIN = 2 * LOGPROB_TOLERANCE
+
+_numbers = itertools.count()
 
 MIXED_LENGTHS = (3, 150, 40, 1, 97, 64, 17, 120)
 
@@ -43,11 +46,11 @@ async def ask(
     new: int = NEW,
     spread: int | str | None = None,
     move: bool = False,
-) -> None:
-    """One greedy request, compared with the reference; with `move`, its home moves after five tokens."""
+) -> str:
+    """One greedy request, compared with the reference; with `move`, its home moves after five tokens. Returns its id."""
     expected = reference(path, tuple(ids), new)
     assert expected.margin > LEAST_MARGIN, "a closer call than rounding allows"
-    request_id = f"r-{id(ids)}"
+    request_id = f"r-{next(_numbers)}"
     tokens: list[int] = []
     logprobs: list[float] = []
     moving: asyncio.Task[None] | None = None
@@ -62,6 +65,7 @@ async def ask(
     if moving is not None:
         await moving
         assert (await client.stats()).requests[request_id].home_moves >= 1
+    return request_id
 
 
 async def move_on(client: AsyncClient, request_id: str) -> None:
