@@ -3,7 +3,7 @@
 Offsets are 64 bit: a pool of a million tokens with 32 KV heads x 128 has more than 2^31 elements.
 
 Shape suffixes: T rows, S tokens, N blocks of a table, H query heads, K KV heads, D head dim, M parts, B blocks, P block
-size; in kernels C is a tile of elements of one token (K * D), R of pairs of row and head.
+size; in kernels C is a tile of elements of one token (K * D), R of pairs of row and head, X of heads or of such pairs.
 """
 
 import torch
@@ -15,6 +15,17 @@ _TILE_ELEMENTS = 1024
 _GATHER_ELEMENTS = 4096
 """Of keys, and as many of values, per program: four 16-byte vectors of each a thread at 16 bits."""
 _PAIR_ELEMENTS = 2048
+
+
+@triton.jit
+def _add_state(acc_XD, top_X, sum_X, out_XD, lse_X):  # type: ignore[no-untyped-def]
+    """`acc`, `top` and `sum` of a union of states with one more in it, kept relative to the largest lse so far, `top`."""
+    new_X = tl.maximum(top_X, lse_X)
+    shift_X = tl.where(new_X == -float("inf"), 0.0, new_X)  # exp(-inf - -inf) is NaN
+    decay_X = tl.exp(top_X - shift_X)
+    weight_X = tl.exp(lse_X - shift_X)
+    acc_XD = acc_XD * decay_X[:, None] + out_XD * weight_X[:, None]
+    return acc_XD, new_X, sum_X * decay_X + weight_X
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -40,7 +51,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 ):
     """lse = log sum_i exp(lse_i); out = sum_i exp(lse_i - lse) out_i, over the row itself and its parts.
 
-    One program per row and tile of heads. The running sum is kept relative to the largest lse so far, `top`.
+    One program per row and tile of heads.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.load(row_offsets_ptr + row)
@@ -63,13 +74,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
         lse_H = tl.load(part_lse_ptr + part * stride_qm + head_H * stride_qh, mask=is_head_H, other=-float("inf"))
         part_HD_ptr = parts_ptr + part * stride_pm + head_H[:, None] * stride_ph + dim_D[None, :]
         part_HD = tl.load(part_HD_ptr, mask=is_HD, other=0.0).to(tl.float32)
-        new_H = tl.maximum(top_H, lse_H)
-        shift_H = tl.where(new_H == -float("inf"), 0.0, new_H)  # exp(-inf - -inf) is NaN
-        old_weight_H = tl.exp(top_H - shift_H)
-        weight_H = tl.exp(lse_H - shift_H)
-        acc_HD = acc_HD * old_weight_H[:, None] + part_HD * weight_H[:, None]
-        sum_H = sum_H * old_weight_H + weight_H
-        top_H = new_H
+        acc_HD, top_H, sum_H = _add_state(acc_HD, top_H, sum_H, part_HD, lse_H)
 
     divisor_H = tl.where(sum_H == 0.0, 1.0, sum_H)  # an empty state: 0 / 1, and -inf + log 1
     acc_HD = acc_HD / divisor_H[:, None]
@@ -290,13 +295,7 @@ def _merge_tile_kernel(  # type: ignore[no-untyped-def]
     for _ in tl.static_range(X):
         lse_R = tl.load(part_lse_R_ptr, mask=is_R, other=-float("inf"))
         part_RD = tl.load(part_RD_ptr, mask=is_RD, other=0.0).to(tl.float32)
-        new_R = tl.maximum(top_R, lse_R)
-        shift_R = tl.where(new_R == -float("inf"), 0.0, new_R)  # exp(-inf - -inf) is NaN
-        decay_R = tl.exp(top_R - shift_R)
-        weight_R = tl.exp(lse_R - shift_R)
-        acc_RD = acc_RD * decay_R[:, None] + part_RD * weight_R[:, None]
-        sum_R = sum_R * decay_R + weight_R
-        top_R = new_R
+        acc_RD, top_R, sum_R = _add_state(acc_RD, top_R, sum_R, part_RD, lse_R)
         part_lse_R_ptr += stride_plx
         part_RD_ptr += stride_px
 
