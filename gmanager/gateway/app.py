@@ -25,7 +25,7 @@ from gmanager.gateway.errors import ApiError, ErrorBody, translate
 from gmanager.gateway.generation import Generation
 from gmanager.gateway.metrics import CONTENT_TYPE, render
 from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from gmanager.gateway.streaming import ClientGone, EventStream, client_gone, unless_gone
+from gmanager.gateway.streaming import EventStream, unless_gone
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import SamplingParams
 
@@ -196,8 +196,6 @@ async def _ids(http: Request, encoding: Awaitable["array[int]"]) -> list[int]:
     """Token ids, unless the client leaves before they are there: others wait for the same process. Raises ApiError."""
     try:
         return (await unless_gone(http.receive, encoding)).tolist()
-    except ClientGone:
-        raise client_gone() from None
     except TextError as error:
         raise translate(error) from error
 
@@ -206,11 +204,7 @@ async def _answer(http: Request, generation: Generation, *, stream: bool, with_u
     """A whole answer, or a stream that will run it. Raises ApiError."""
     if stream:
         return EventStream(generation, with_usage=with_usage)
-    try:
-        content = await unless_gone(http.receive, generation.whole())
-    except ClientGone:
-        raise client_gone() from None
-    return _json(content)
+    return _json(await unless_gone(http.receive, generation.whole()))
 
 
 def _json(content: bytes) -> Response:

@@ -20,19 +20,16 @@ KEEP_ALIVE_S = 15.0
 """A stream that has nothing to tell says so: before the first token of a long prompt minutes may pass, and what stands between
 closes connections that are silent."""
 
-
 HEADERS_AFTER_S = 1.0
 """A stream's status is decided by its first token, or after so long without one: what is refused is refused within
 milliseconds, and a client should not wait minutes to hear that its long prompt was taken."""
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+class ClientGone(ApiError):
+    """Nobody waits for the answer any more, nor reads this one; but the access log tells it."""
 
-
-def client_gone() -> ApiError:
-    """What is answered then: nobody reads it, but the access log tells it."""
-    return ApiError(499, "the client has closed the connection")
+    def __init__(self) -> None:
+        super().__init__(499, "the client has closed the connection")
 
 
 class EventStream(Response):
@@ -61,7 +58,7 @@ class EventStream(Response):
             await unless_gone(receive, self._stream(send))
         except ClientGone:
             if not self._has_begun:
-                raise client_gone() from None
+                raise
         finally:
             keeping_alive.cancel()
             await asyncio.gather(keeping_alive, return_exceptions=True)
