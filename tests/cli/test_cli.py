@@ -177,10 +177,15 @@ def test_what_is_killed_is_told_in_one_line_and_all_is_stopped(who: str, model: 
         assert line.endswith("; all is stopped\n")
 
 
-def test_a_terminal_that_is_closed_ends_all(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("1 instance (cpu) load", signal.SIGINT), ("Ctrl-C stops it", signal.SIGHUP)],
+    ids=["Ctrl-C while it loads", "its terminal is closed"],
+)
+def test_all_is_stopped_when_it_is_asked_to(when: str, number: signal.Signals, model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path) as (started, _, _):
-        started.wait_for("Ctrl-C stops it")
-        started.child.send_signal(signal.SIGHUP)
+        started.wait_for(when)
+        started.child.send_signal(number)
         assert started.end()[-1] == "stopping\n"
         assert started.child.returncode == 0
 
@@ -193,14 +198,6 @@ def test_nothing_outlives_it(model: Path, tmp_path: Path) -> None:
         deadline = time.monotonic() + 40  # torchrun gives its instances 30 s
         while processes_of(address) and time.monotonic() < deadline:
             time.sleep(0.1)
-
-
-def test_ctrl_c_while_it_loads(model: Path, tmp_path: Path) -> None:
-    with up(model, tmp_path) as (started, _, _):
-        started.wait_for("1 instance (cpu) load")
-        started.child.send_signal(signal.SIGINT)
-        assert started.end()[-1] == "stopping\n"
-        assert started.child.returncode == 0
 
 
 def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Path) -> None:
