@@ -593,7 +593,8 @@ async def test_the_running_process_has_neither_torch_nor_triton_nor_transformers
             pids = [manager.pid, *children(manager.pid)]
             mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
             assert sum("tokenizers" in text for text in mapped) == 2, "the gManager and its worker"
-            assert not [line for text in mapped for line in text.splitlines() if "torch" in line or "triton" in line]
+            files = {line.rpartition("/")[2] for text in mapped for line in text.splitlines()}  # folders may be named anything
+            assert not {name for name in files if "torch" in name or "triton" in name}
             manager.signal(signal.SIGTERM)
             assert await manager.exit_code() == 0
             await instance.close()
