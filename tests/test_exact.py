@@ -23,6 +23,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="session")
+def mixed(llama: Path) -> list[list[int]]:
+    return [prompt(llama, length, seed=i) for i, length in enumerate(MIXED_LENGTHS)]
+
+
 @pytest.fixture
 async def cell(request: pytest.FixtureRequest, farm: Farm, llama: Path) -> AsyncIterator[Service]:
     size, chunk, block = request.param
@@ -40,7 +45,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize("cell", MATRIX, indirect=True)
-async def test_matrix(cell: Service, llama: Path) -> None:
+async def test_matrix(cell: Service, llama: Path, mixed: list[list[int]]) -> None:
     client = cell.client
     await ask(client, llama, prompt(llama, 200), spread="all")
     if cell.size > 1:
@@ -50,7 +55,7 @@ async def test_matrix(cell: Service, llama: Path) -> None:
         # tokens 64 to 105 share a block of 64: there it was moved in the middle of a block, however late the move came
         assert left
         assert cell.block_size != 64 or 64 < left[0] < 105
-    await ask_mixed(client, llama, [prompt(llama, length, seed=i) for i, length in enumerate(MIXED_LENGTHS)])
+    await ask_mixed(client, llama, mixed)
     stats = await client.stats()
     assert stats.counters.kv_bytes == stats.counters.blocks_copied == 0
 
@@ -89,8 +94,9 @@ async def test_a_prompt_larger_than_every_pool_and_a_generation_that_outgrows_it
 
 async def test_preempted_requests_go_on_as_if_nothing_had_happened(farm: Farm, llama: Path) -> None:
     """More generation than the cell holds at once: the younger ones are computed again, and nobody can tell."""
+    prompts = [prompt(llama, 40, new=60, seed=i) for i in range(4)]
     async with serve(farm, 2, Setup(model=llama, kv_tokens=160, chunk_tokens=64)) as service:
-        await asyncio.gather(*(ask(service.client, llama, prompt(llama, 40, new=60, seed=i), new=60) for i in range(4)))
+        await asyncio.gather(*(ask(service.client, llama, ids, new=60) for ids in prompts))
         assert (await service.client.stats()).counters.preemptions >= 1
 
 
@@ -138,10 +144,10 @@ async def test_prompt_logprobs(size: int, spread: Literal[1, "all"], farm: Farm,
         assert all(chunk.prompt_logprobs is None for chunk in chunks[1:])
         assert [t for chunk in chunks for t in chunk.token_ids] == reference(llama, tuple(ids), 4).token_ids
 
+    lengths = (1, 2, 90, 25, 24)
+    prompts = [prompt(llama, length, new=4, seed=i) for i, length in enumerate(lengths)]
+    others = [prompt(llama, 70, seed=9)]
     async with serve(farm, size, Setup(model=llama, chunk_tokens=24)) as service:
-        lengths = (1, 2, 90, 25, 24)
-        prompts = [prompt(llama, length, new=4, seed=i) for i, length in enumerate(lengths)]
-        others = [prompt(llama, 70, seed=9)]
         asked = [scored(service.client, ids) for ids in prompts]
         await asyncio.gather(*asked, *(ask(service.client, llama, ids, spread=spread) for ids in others))
 
@@ -154,17 +160,19 @@ async def test_prompt_logprobs_survive_preemption(farm: Farm, llama: Path) -> No
         check_prompt_logprobs(llama, ids, chunks[0].prompt_logprobs, 0)
         assert all(chunk.prompt_logprobs is None for chunk in chunks[1:])
 
+    prompts = [prompt(llama, 40, new=60, seed=i) for i in range(4)]
     async with serve(farm, 2, Setup(model=llama, kv_tokens=160, chunk_tokens=16)) as service:
-        await asyncio.gather(*(scored(service.client, prompt(llama, 40, new=60, seed=i)) for i in range(4)))
+        await asyncio.gather(*(scored(service.client, ids) for ids in prompts))
         assert (await service.client.stats()).counters.preemptions >= 1
 
 
 async def test_aborted_while_its_prompt_is_scored(farm: Farm, llama: Path) -> None:
     """Nothing is left of it, wherever the abort meets it."""
     params = SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=1, ignore_eos=True)
+    ids = prompt(llama, 120, seed=1)
     async with serve(farm, 2, Setup(model=llama, chunk_tokens=8)) as service:
         for i in range(12):
-            request = asyncio.create_task(anext(service.client.generate(prompt(llama, 120, seed=1), params, spread="all")))
+            request = asyncio.create_task(anext(service.client.generate(ids, params, spread="all")))
             await asyncio.sleep(0.01 * i)
             request.cancel()
             await asyncio.gather(request, return_exceptions=True)

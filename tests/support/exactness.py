@@ -32,7 +32,11 @@ def clear_prompt(path: Path, make: Callable[[int], list[int]], new: int) -> list
 
 
 def prompt(path: Path, length: int, *, new: int = NEW, seed: int = 0) -> list[int]:
-    """A prompt for the tiny models."""
+    """A prompt for the tiny models.
+
+    Its reference is computed here, in the caller's loop. Where several are needed make them before the service begins: its
+    gManager lives in the same loop, and instances give up one that is silent for 5 s.
+    """
     return clear_prompt(
         path, lambda attempt: [(i * i * 31 + i * 17 + seed * 7919 + attempt * 101 + length) % 256 for i in range(length)], new
     )
