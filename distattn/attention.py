@@ -69,7 +69,7 @@ class DistAttention:
         self.shape = shape
         self._storage = storage
         self._exchange = exchange
-        self._backend = backend
+        self.backend = backend
         self._device = storage.data_L2BPKD.device
         self._clock_ns = time.perf_counter_ns if self._device.type == "cpu" else _no_clock
         self._times = LayerTimes()
@@ -102,7 +102,7 @@ class DistAttention:
         if TOKEN_TILES[-1] % self._storage.block_size:
             return  # a tile must begin where a block does
         sizes = attention_sizes(shape, self._storage.block_size, self._device)
-        self._tiles = TiledAttention(sizes, backend=self._backend, row_tiles=row_tiles)
+        self._tiles = TiledAttention(sizes, backend=self.backend, row_tiles=row_tiles)
         self._tiles.warm_up(self._storage.layer(0))
 
     def plan(self, layout: Layout, slots: list[int]) -> None:
@@ -141,21 +141,21 @@ class DistAttention:
         """
         plan, kv_2BPKD = self._planned(q_THD.shape[0]), self._storage.layer(layer)
         with self._attending():
-            store_kv(k_TKD, v_TKD, kv_2BPKD, plan.slots_T, backend=self._backend)
+            store_kv(k_TKD, v_TKD, kv_2BPKD, plan.slots_T, backend=self.backend)
             return self._attend_rows(plan, q_THD, kv_2BPKD)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `run`, of rows that come packed."""
         plan, kv_2BPKD = self._planned(rows.qkv_TE.shape[0]), self._storage.layer(layer)
         with self._attending():
-            q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, plan.slots_T, self._backend)
+            q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, plan.slots_T, self.backend)
             return self._attend_rows(plan, q_THD, kv_2BPKD)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """Keep the rows' keys and values, and attend to nothing: no member of the party may expect more of this layer."""
         plan = self._planned(rows.qkv_TE.shape[0])
         with self._attending():
-            rows.rotate_and_store(self.shape.num_heads, self._storage.layer(layer), plan.slots_T, self._backend)
+            rows.rotate_and_store(self.shape.num_heads, self._storage.layer(layer), plan.slots_T, self.backend)
 
     def _planned(self, num_rows: int) -> _Plan:
         plan = self._plan
@@ -180,7 +180,7 @@ class DistAttention:
             [(plan.part_out_SHD, layout.dispatched), (plan.part_lse_SH, layout.dispatched)],
         )
         self._wait(combine)
-        merge_states(plan.out_THD, plan.lse_TH, plan.part_out_SHD, plan.part_lse_SH, plan.merge, backend=self._backend)
+        merge_states(plan.out_THD, plan.lse_TH, plan.part_out_SHD, plan.part_lse_SH, plan.merge, backend=self.backend)
         return plan.out_THD
 
     def take_times(self) -> LayerTimes:
@@ -215,7 +215,7 @@ class DistAttention:
             head_dim=self.shape.head_dim,
             dtype=self.shape.dtype,
             device=self._device,
-            backend=self._backend,
+            backend=self.backend,
             tiles=self._tiles,
         )
 

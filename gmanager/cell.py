@@ -24,6 +24,7 @@ from gmanager.wire.messages import (
     Refusal,
     Register,
     Registered,
+    SamplingParams,
     TextAssets,
     unpack_tokens,
 )
@@ -138,15 +139,20 @@ class Cell:
         blocks = [member.spec.num_blocks for member in self.members]
         return max(1, min(self.max_tokens, most_tokens(blocks, self.spec.block_size)) - prompt_tokens)
 
-    def why_never(self, prompt: bytes, max_tokens: int | None) -> Refusal | None:
+    def why_never(self, prompt: bytes, params: SamplingParams) -> Refusal | None:
         """Why a request with this packed prompt can't be served here, even alone; None if it can."""
         ids = unpack_tokens(prompt)
         if (most := max(ids, default=0)) >= self.spec.vocab_size:
             where = f"token id {most} at position {ids.index(most)}"
             return Refusal("invalid", f"{where} is out of range: the model has {self.spec.vocab_size:,} tokens")
+        named = {"stop_token_ids": params.stop_token_ids or [], "logit_bias": list(params.logit_bias or ())}
+        for name, tokens in named.items():
+            if (most := max(tokens, default=0)) >= self.spec.vocab_size:
+                text = f"token id {most} of {name} is out of range: the model has {self.spec.vocab_size:,} tokens"
+                return Refusal("invalid", text)
         return why_never(
             prompt=len(ids),
-            max_tokens=self.room(len(ids)) if max_tokens is None else max_tokens,
+            max_tokens=self.room(len(ids)) if params.max_tokens is None else params.max_tokens,
             max_context=self.max_tokens,
             cell=self.name,
             total_blocks=[member.spec.num_blocks for member in self.members],

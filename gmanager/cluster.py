@@ -249,7 +249,7 @@ class Cluster:
             del self._unbound[request.number]
             cell = self._choose_cell(request, ready)
             request.epoch, request.cell = cell.epoch, cell.name
-            if request.prompt:
+            if request.prompt and not request.params.bad_words:
                 self._queue(request)
             else:
                 request.place = "encoding"
@@ -261,7 +261,7 @@ class Cluster:
             return ready[0]
 
         def rank(cell: Cell) -> tuple[bool, int, int, str]:
-            never = bool(request.prompt) and cell.why_never(request.prompt, request.params.max_tokens) is not None
+            never = bool(request.prompt) and cell.why_never(request.prompt, request.params) is not None
             free = sum(member.free for member in cell.members) * cell.spec.block_size
             return never, self._sequences[cell.name].num_waiting, -free, cell.name
 
@@ -273,7 +273,7 @@ class Cluster:
         sequences = self._sequences_of(request)
         if cell is None or sequences is None:
             raise RuntimeError(f"request {request.number} is bound to epoch {request.epoch}, which is over")
-        refusal = cell.why_never(request.prompt, request.params.max_tokens)
+        refusal = cell.why_never(request.prompt, request.params)
         if refusal is not None:
             request.place = "nowhere"
             self._requests.finish(request, "error", error=refusal.text, refusal=refusal.reason)
@@ -291,7 +291,7 @@ class Cluster:
             error = event.error or "the prompt is empty: it has no tokens"
             self._requests.finish(request, "error", error=error, refusal=event.refusal)
             return
-        request.prompt = event.token_ids
+        request.prompt, request.bad_words = event.token_ids, list(event.bad_words)
         self._queue(request)
 
     def _on_stop_found(self, number: int, generated: int) -> None:

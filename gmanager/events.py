@@ -3,7 +3,7 @@
 A request is named by its `number` between cluster and shell: a client may use an id again once its request has ended.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gmanager.wire.channel import PeerId
@@ -56,6 +56,7 @@ class Encoded:
     request: int
     now: float
     token_ids: bytes = b""
+    bad_words: Sequence[list[int]] = ()
     error: str | None = None
     refusal: RefusalReason = "invalid"
     """What kind of error."""
@@ -120,7 +121,7 @@ class DropText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a request's text or messages. Answered by Encoded."""
+    """Tokenise a request's text or messages, and its `bad_words`. Answered by Encoded."""
 
     epoch: int
     request: int

@@ -68,6 +68,8 @@ class Request:
     waiting_since: float
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
+    bad_words: list[list[int]] = field(default_factory=list)
+    """Their tokens."""
     max_tokens: int = 0
     """Most tokens to generate, once prompt and cell are known."""
     epoch: int = 0

@@ -353,6 +353,14 @@ class Sequences:
             stop_token_ids=sorted({*(params.stop_token_ids or ()), *eos}),
             logprobs=params.logprobs,
             prompt_logprobs=None if request.is_scored else params.prompt_logprobs,
+            min_p=params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias or {},
+            bad_words=request.bad_words,
+            min_tokens=max(0, params.min_tokens - len(request.tokens)),
+            num_generated=len(request.tokens),
         )
 
     # --- homes --------------------------------------------------------------------------------------------------------

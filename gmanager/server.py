@@ -47,6 +47,7 @@ from gmanager.wire.messages import (
     Submit,
     TextAssets,
     pack_tokens,
+    unpack_tokens,
 )
 
 log = get_logger("gmanager")
@@ -288,12 +289,17 @@ class Server:
         error: str | None = None
         refusal: RefusalReason = "invalid"
         ids = array("I")
+        bad_words: list[list[int]] = []
         try:
-            if submit.messages is not None:
+            bad_words = await tokenizer.encode_bad_words(submit.params.bad_words or ())
+            if submit.token_ids is not None:
+                ids = unpack_tokens(submit.token_ids)
+            elif submit.messages is not None:
                 ids = await tokenizer.encode_chat(submit.messages)
             else:
                 ids = await tokenizer.encode(submit.text or "")
         except TextError as failure:
             error = str(failure)
             refusal = "not_ready" if isinstance(failure, TextUnavailable) else "invalid"
-        self._handle(Encoded(job.request, self._now(), token_ids=pack_tokens(ids), error=error, refusal=refusal))
+        token_ids = pack_tokens(ids)
+        self._handle(Encoded(job.request, self._now(), token_ids, bad_words=bad_words, error=error, refusal=refusal))

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gmanager.text_worker import TextWorker, encode_ids, load_backend
-from gmanager.wire.messages import ChatMessage, TextAssets, unpack_tokens
+from gmanager.wire.errors import TextError
+from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, ChatMessage, TextAssets, unpack_tokens
 
 WORKER_CHARS = 2**16
 """Longer texts may be over 64K tokens: they go to the worker process."""
@@ -67,6 +68,19 @@ class Tokenizer:
             return unpack_tokens(await asyncio.wrap_future(packed))
         ids = await asyncio.to_thread(encode_ids, self._backend, text, add_special_tokens=add_special_tokens)
         return array("I", ids)
+
+    async def encode_bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word as it begins a text and, if these are as many, as it follows a space (as vLLM has it).
+
+        Raises TextError for one that has no tokens, or more than `MAX_BAD_WORD_TOKENS`.
+        """
+        return await asyncio.to_thread(lambda: [ids for word in words for ids in self._bad_word(word)])
+
+    def _bad_word(self, word: str) -> list[list[int]]:
+        bare, spaced = (encode_ids(self._backend, space + word.lstrip(), add_special_tokens=False) for space in ("", " "))
+        if not 1 <= len(bare) <= MAX_BAD_WORD_TOKENS:
+            raise TextError(f"each of bad_words has 1 to {MAX_BAD_WORD_TOKENS} tokens, {word!r} has {len(bare)}")
+        return [bare, spaced] if len(spaced) == len(bare) and spaced[0] != bare[0] else [bare]
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of generated tokens, without special ones and EOS."""

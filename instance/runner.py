@@ -13,7 +13,7 @@ from distattn.attention import DistAttention
 from gmanager.wire.messages import PromptLogprobs, TokenLogprob, pack_tokens
 from instance.fused import Hidden
 from instance.model import Model
-from instance.sampler import sample
+from instance.sampler import Sampler
 from instance.scheduler import SampledRow, ScoredRows, StepPlan
 from kernels.upload import upload
 from kvstore.storage import KVStorage
@@ -117,6 +117,7 @@ class Runner:
         self.shared_graph_steps = 0
         """Steps that ran as a graph in which rows travelled."""
         self._max_samples = max_samples
+        self._sampler = Sampler(model.vocab_size, self._device, backend=attention.backend, max_rows=max_samples)
         self._previous_tokens = torch.zeros(max_samples, dtype=torch.int64, device=self._device)
         # the number of threads and the current GPU are settings of the thread that calls
         self._driver.submit(torch.set_num_threads, threads).result()
@@ -223,7 +224,7 @@ class Runner:
         return token_ids_T
 
     def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> _Samples:
-        tokens_S = sample(logits_SV, [s.params for s in plan.sampled], [s.position for s in plan.sampled])
+        tokens_S = self._sampler.sample(logits_SV, plan.sampled)
         self._previous_tokens[: len(plan.sampled)] = tokens_S
         return _Samples(plan.sampled, self._to_host(tokens_S), self._logprobs(plan, logits_SV, tokens_S))
 

@@ -30,11 +30,12 @@ from gmanager.wire.messages import (
     SequenceParams,
     Share,
     TokenLogprob,
+    pack_tokens,
     unpack_tokens,
 )
 from instance.rmanager import RManager
-from instance.sequence import Guest, Home
-from instance.step import FAR, MAX_PROMPTS, Decode, Grouping, Handoff, LastToken, Notice, Prefill, Step, StepMismatch
+from instance.sequence import Guest, History, Home
+from instance.step import FAR, MAX_PROMPTS, Decode, Grouping, Handoff, LastToken, Notice, Past, Prefill, Step, StepMismatch
 
 MAX_DECODE_ROWS = 256
 """Most decode rows an instance brings to one step; the oldest sequences go first. With `chunk_tokens` it bounds a step."""
@@ -51,6 +52,10 @@ class SampledRow:
     seq: int
     position: int
     params: SequenceParams
+    num_generated: int
+    """Tokens generated before this one in this admission, the one under way included."""
+    history: History | None = None
+    """All of these but the one under way; None where the choice doesn't depend on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,7 @@ class Scheduler:
                 params=admit.params,
                 prompt_tokens=len(prompt),
                 shares=list(admit.shares),
+                history=History.of(prompt, admit.params),
             )
 
     def cancel(self, seq: int) -> None:
@@ -321,6 +327,8 @@ class Scheduler:
         home.committed += 1
         self.tally.tokens_generated += 1
         home.last_token = token.token_id
+        if home.history is not None:
+            home.history.generated.append(token.token_id)
         reason: Literal["stop", "length"] | None = None
         if token.token_id in home.params.stop_token_ids:
             reason = "stop"
@@ -357,6 +365,7 @@ class Scheduler:
             generated=handoff.generated,
             committed=handoff.generated - (handoff.last_token is None),
             last_token=handoff.last_token,
+            history=None if handoff.past is None else _unpacked(handoff.past),
         )
         self.tally.home_moves += 1
         self._messages.append(HomeMoved(epoch=self.epoch, seq=handoff.seq, home=self.rank))
@@ -388,7 +397,9 @@ class Scheduler:
             positions += range(span.start, span.stop)
             slots += self._rmanager.append(span.seq, span.start, span.stop)
             if ends.get(span.seq) == span.stop:
-                sampled.append(SampledRow(len(token_ids) - 1, span.seq, span.stop, self._homes[span.seq].params))
+                home = self._homes[span.seq]
+                row = len(token_ids) - 1
+                sampled.append(SampledRow(row, span.seq, span.stop, home.params, home.generated, home.history))
         self._previous_samples = {row.seq: i for i, row in enumerate(sampled)}
         self._move_on(step, spans_of)
         self._check_holdings(step)
@@ -476,4 +487,14 @@ def _handoff(home: Home, to: int) -> Handoff:
         last_token=home.last_token if home.committed == home.generated else None,
         params=home.params,
         holdings=home.holdings,
+        past=None if home.history is None else _packed(home.history),
     )
+
+
+def _packed(history: History) -> Past:
+    prompt, generated = pack_tokens(history.prompt), pack_tokens(history.generated)
+    return Past(prompt=prompt, generated=generated, num_before=history.num_before)
+
+
+def _unpacked(past: Past) -> History:
+    return History(unpack_tokens(past.prompt), unpack_tokens(past.generated), past.num_before)

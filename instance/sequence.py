@@ -18,6 +18,27 @@ class Guest:
     """With the log-probability of each of its tokens: of so many likeliest ones. None: none is wanted."""
 
 
+@dataclass(slots=True)
+class History:
+    """A sequence's tokens, where sampling depends on them (`SequenceParams.needs_history`). They are only ever added to."""
+
+    prompt: "array[int]"
+    """Each token of the prompt once; none unless repetitions are penalised."""
+    generated: "array[int]"
+    """In order, those of earlier admissions first; the one under way is not among them."""
+    num_before: int
+    """How many of `generated` are of earlier admissions."""
+
+    @staticmethod
+    def of(tokens: "array[int]", params: SequenceParams) -> "History | None":
+        """Of a sequence that was admitted with these tokens; None where nothing depends on it."""
+        if not params.needs_history:
+            return None
+        end = len(tokens) - params.num_generated
+        prompt = sorted(set(tokens[:end])) if params.repetition_penalty != 1 else ()
+        return History(array("I", prompt), tokens[end:], params.num_generated)
+
+
 @dataclass(slots=True, kw_only=True)
 class Home:
     """A sequence whose next rows are computed here.
@@ -42,6 +63,7 @@ class Home:
     notice is made, two between `accept` and `commit`."""
     last_token: int | None = None
     """The newest committed one."""
+    history: History | None = None
     finished: bool = False
     cancelled: bool = False
     move_to: int | None = None

@@ -47,6 +47,14 @@ class Prefill(Part):
     """Whether log-probabilities of its tokens are wanted."""
 
 
+class Past(Part):
+    """`instance.sequence.History` on its way: token ids, packed."""
+
+    prompt: bytes
+    generated: bytes
+    num_before: int
+
+
 class Handoff(Part):
     """The home gives a sequence to another instance: all that is needed to go on."""
 
@@ -62,6 +70,7 @@ class Handoff(Part):
     """None: it is still being computed when the notice goes out, and follows in the old home's next one (`LastToken`)."""
     params: SequenceParams
     holdings: list[Holding]
+    past: Past | None = None
 
 
 class LastToken(Part):

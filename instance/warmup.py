@@ -7,6 +7,7 @@ from instance.model import Model
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, merge_states
 from kernels.paged_attention import PagedAttention, Segment
+from kernels.penalties import penalize
 from kvstore.storage import KVStorage
 
 _CHUNK_ROWS = 64
@@ -25,7 +26,9 @@ def warm_up(model: Model, storage: KVStorage, backend: str) -> None:
             for num_decodes, num_chunk_rows in ((1, 0), (1, _CHUNK_ROWS)):
                 model.context.attention = _MadeUpStep(model, storage, num_decodes, num_chunk_rows, backend)
                 rows_T = torch.zeros(num_decodes + num_chunk_rows, dtype=torch.int64, device=device)
-                model.forward(rows_T, rows_T, rows_T[:1])
+                logits_SV = model.forward(rows_T, rows_T, rows_T[:1]).float()
+                states_NV = torch.zeros_like(logits_SV, dtype=torch.int32)
+                penalize(logits_SV, states_NV, rows_T[:1], torch.ones((1, 3), device=device), backend=backend)
     finally:
         model.context.attention = None
     if device.type == "cuda":

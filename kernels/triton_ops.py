@@ -1,4 +1,5 @@
-"""Triton versions of `kernels.merge_state`, `kernels.kv_blocks` and of one merge, called by them after validation.
+"""Triton versions of `kernels.merge_state`, `kernels.kv_blocks`, `kernels.penalties` and of one merge, called by them after
+validation.
 
 Offsets are 64 bit: a pool of a million tokens with 32 KV heads x 128 has more than 2^31 elements.
 
@@ -15,6 +16,7 @@ _TILE_ELEMENTS = 1024
 _GATHER_ELEMENTS = 4096
 """Of keys, and as many of values, per program: four 16-byte vectors of each a thread at 16 bits."""
 _PAIR_ELEMENTS = 2048
+_PENALTY_TOKENS = 4096
 
 
 @triton.jit
@@ -333,3 +335,32 @@ def merge_parts(
         BLOCK_R=block_r,
         BLOCK_D=block_d,
     )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _penalize_kernel(x_ptr, states_ptr, slots_ptr, factors_ptr, num_tokens, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x = (x > 0 ? x / r : x * r where n != 0) - f * (n >> 1) - p * (n >> 1 > 0). One program per row and tile of tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
+    repetition = tl.load(factors_ptr + row * 3)
+    presence = tl.load(factors_ptr + row * 3 + 1)
+    frequency = tl.load(factors_ptr + row * 3 + 2)
+    token_V = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside_V = token_V < num_tokens
+    state_V = tl.load(states_ptr + slot * num_tokens + token_V, mask=inside_V, other=0)
+    x_ptrs = x_ptr + row * num_tokens + token_V
+    x_V = tl.load(x_ptrs, mask=inside_V & (state_V != 0), other=0.0)
+    x_V = tl.where(x_V > 0, x_V / repetition, x_V * repetition)
+    generated_V = state_V >> 1
+    x_V -= frequency * generated_V
+    x_V -= tl.where(generated_V > 0, presence, 0.0)
+    tl.store(x_ptrs, x_V, mask=inside_V & (state_V != 0))
+
+
+def penalize(x_SV: torch.Tensor, states_NV: torch.Tensor, slots_S: torch.Tensor, factors_S3: torch.Tensor) -> None:
+    """See `kernels.penalties.penalize`. Only logits of tokens that a sequence has are read and written."""
+    rows, vocab = x_SV.shape
+    grid = (rows, triton.cdiv(vocab, _PENALTY_TOKENS))
+    _penalize_kernel[grid](x_SV, states_NV, slots_S, factors_S3, vocab, BLOCK_V=_PENALTY_TOKENS)

@@ -1,23 +1,24 @@
-"""Tables of integers from the host to the device, without making the host wait."""
+"""Tables of numbers from the host to the device, without making the host wait."""
 
 from array import array
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-_CODES = {torch.int32: "i", torch.int64: "q"}
+_CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f"}
 _HOST_BUFFERS = 3
 """One that the device reads, one that waits behind a running step, one to write into."""
 
 
-def upload(values: Iterable[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """`values` as a tensor `[n]` of int32 or int64 on `device`.
+def upload(values: Iterable[float], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """`values` as a tensor `[n]` of int32, int64 (both from integers) or float32 on `device`.
 
     To a GPU from pinned memory: the copy is ordered by the stream, and the caller goes on. Raises OverflowError for a value
     that the dtype can't hold.
     """
-    copy = array(_CODES[dtype], values)
+    copy: array[Any] = array(_CODES[dtype], values)
     if not copy:
         return torch.empty(0, dtype=dtype, device=device)
     host = torch.frombuffer(copy, dtype=dtype)

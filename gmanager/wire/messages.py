@@ -23,6 +23,11 @@ PROTOCOL = 1
 """Spoken version. A peer that speaks another is refused in its first message."""
 
 MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_BAD_WORD_TOKENS = 64
+"""Of each of `bad_words`, however it is written."""
 MAX_LOGPROBS = 20
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -105,10 +110,27 @@ class SamplingParams(Part):
     """Sample from the k likeliest tokens; 0 or -1: from all."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probabilities sum to this, in (0, 1]."""
+    min_p: float = 0.0
+    """Keep only tokens at least this many times as likely as the likeliest, in [0, 1]."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that was generated, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit each time that it was generated, in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """By which a positive logit is divided, and a negative one multiplied, if its token is in the prompt or was generated."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these tokens."""
+    bad_words: list[str] | None = None
+    """Texts that are never completed."""
+    min_tokens: int = 0
+    """Before so many are generated nothing ends the request: neither EOS, nor `stop_token_ids`, nor `stop`."""
     seed: int | None = None
     """Same seed, prompt and model: same tokens. None: one is drawn."""
     stop: str | list[str] | None = None
-    """Strings that end the text; they are not part of it."""
+    """Strings that end the text; they are not part of it, unless asked for."""
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
     stop_token_ids: list[int] | None = None
     """Tokens that end the request, as EOS does."""
     ignore_eos: bool = False
@@ -126,6 +148,16 @@ class SamplingParams(Part):
             raise ValueError(f"top_k must be -1, 0 (all) or positive, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty must be a finite number > 0, got {self.repetition_penalty}")
+        self._check_bias()
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            raise ValueError(f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
         for name in ("logprobs", "prompt_logprobs"):
@@ -139,6 +171,18 @@ class SamplingParams(Part):
             raise ValueError("a stop string must not be empty")
         if any(t < 0 for t in self.stop_token_ids or ()):
             raise ValueError(f"stop_token_ids must not be negative, got {min(self.stop_token_ids or ())}")
+
+    def _check_bias(self) -> None:
+        if len(self.logit_bias or ()) > MAX_LOGIT_BIASES:
+            raise ValueError(f"logit_bias has at most {MAX_LOGIT_BIASES} tokens, got {len(self.logit_bias or ())}")
+        for token, bias in (self.logit_bias or {}).items():
+            if token < 0 or not math.isfinite(bias):
+                raise ValueError(f"logit_bias adds finite numbers to token ids >= 0, got {token}: {bias}")
+        if len(self.bad_words or ()) > MAX_BAD_WORDS:
+            raise ValueError(f"at most {MAX_BAD_WORDS} bad_words are taken, got {len(self.bad_words or ())}")
+        for word in self.bad_words or ():
+            if not 1 <= len(word) <= MAX_BAD_WORD_CHARS:
+                raise ValueError(f"each of bad_words has 1 to {MAX_BAD_WORD_CHARS} characters, got one of {len(word)}")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -673,6 +717,23 @@ class SequenceParams(Part):
     logprobs: int | None
     prompt_logprobs: int | None = None
     """In this admission."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    bad_words: list[list[int]] = []
+    """Their tokens: the last of one is never chosen after the others of it were generated."""
+    min_tokens: int = 0
+    """Of this admission: before so many none of `stop_token_ids` is chosen."""
+    num_generated: int = 0
+    """How many of the last admitted tokens earlier admissions generated."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether what is chosen depends on which tokens came before."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0, 0, 1) or bool(self.bad_words)
 
 
 class Admit(Message):

@@ -172,10 +172,19 @@ def regroup(number: int, *parties: list[int]) -> list[Action]:
     return [Send(peer(rank), message) for rank in sorted(rank for party in parties for rank in party)]
 
 
-def admit(seq: int, arrival: int, ids: list[int], shares: dict[int, int], max_tokens: int = 16) -> list[Action]:
+def admit(
+    seq: int, arrival: int, ids: list[int], shares: dict[int, int], max_tokens: int = 16, generated: int = 0
+) -> list[Action]:
     """To all participants; the home's share comes first."""
     params = m.SequenceParams(
-        max_tokens=max_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=SEED, stop_token_ids=[2], logprobs=None
+        max_tokens=max_tokens,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        seed=SEED,
+        stop_token_ids=[2],
+        logprobs=None,
+        num_generated=generated,
     )
     listed = [m.Share(rank=rank, tokens=tokens) for rank, tokens in shares.items()]
     packed = m.pack_tokens(ids)

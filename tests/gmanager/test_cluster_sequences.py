@@ -221,7 +221,7 @@ def test_preemption_when_no_instance_has_room() -> None:
     assert driver.say(peer(1), beat(4, {1: 0})) == [pong(1)]
     released = m.Released(epoch=1, seq=1, generated=16)
     assert driver.say(peer(1), released) == [drop(1, 1), *regroup(2, [0], [1]), reserve(1, 3, 4)]
-    assert driver.say(peer(1), granted(3, 4, 0)) == admit(3, 2, [5] * 8 + [9] * 3, {1: 11}, max_tokens=13)
+    assert driver.say(peer(1), granted(3, 4, 0)) == admit(3, 2, [5] * 8 + [9] * 3, {1: 11}, max_tokens=13, generated=3)
     assert driver.say(peer(1), outputs(3, 0, [10])) == [deliver(2, "young", 3, [10])]
     stats = driver.cluster.stats()
     assert (stats.requests["young"].preemptions, stats.counters.preemptions) == (1, 1)

@@ -39,6 +39,15 @@ params = st.builds(
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, m.MAX_LOGPROBS),
     prompt_logprobs=st.none() | st.integers(0, m.MAX_LOGPROBS),
+    min_p=st.floats(0, 1),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0, 10, exclude_min=True),
+    logit_bias=st.none() | st.dictionaries(st.integers(0, 2**32 - 1), st.floats(-100, 100), max_size=3),
+    bad_words=st.none() | st.lists(st.text(min_size=1, max_size=5), max_size=3),
+    min_tokens=st.integers(0, 1),
+    include_stop_str_in_output=st.booleans(),
+    skip_special_tokens=st.booleans(),
 )
 submits = st.one_of(
     *(
@@ -93,6 +102,14 @@ st.register_type_strategy(m.TokenLogprob, logprobs)
 st.register_type_strategy(int, wire_ints)
 st.register_type_strategy(float, st.floats(allow_nan=False))
 st.register_type_strategy(str, texts)
+st.register_type_strategy(
+    m.SequenceParams,
+    st.builds(
+        m.SequenceParams,
+        logit_bias=st.dictionaries(counts, st.floats(allow_nan=False), max_size=3),
+        bad_words=st.lists(st.lists(counts, min_size=1, max_size=3), max_size=3),
+    ),
+)
 
 
 def instances(kind: Any) -> st.SearchStrategy[Any]:
