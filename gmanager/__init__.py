@@ -33,6 +33,7 @@ from gmanager.wire.messages import (
     RequestStats,
     SamplingParams,
     Stats,
+    StructuredOutputsParams,
     TextAssets,
     TokenLogprob,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "SamplingParams",
     "ServiceUnreachable",
     "Stats",
+    "StructuredOutputsParams",
     "TextAssets",
     "TextError",
     "TokenLogprob",

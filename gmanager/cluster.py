@@ -249,7 +249,7 @@ class Cluster:
             del self._unbound[request.number]
             cell = self._choose_cell(request, ready)
             request.epoch, request.cell = cell.epoch, cell.name
-            if request.prompt and not request.params.bad_words:
+            if request.prompt and not request.params.needs_text:
                 self._queue(request)
             else:
                 request.place = "encoding"
@@ -291,7 +291,7 @@ class Cluster:
             error = event.error or "the prompt is empty: it has no tokens"
             self._requests.finish(request, "error", error=error, refusal=event.refusal)
             return
-        request.prompt, request.bad_words = event.token_ids, list(event.bad_words)
+        request.prompt, request.bad_words, request.grammar = event.token_ids, list(event.bad_words), event.grammar
         self._queue(request)
 
     def _on_stop_found(self, number: int, generated: int) -> None:

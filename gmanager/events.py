@@ -57,6 +57,7 @@ class Encoded:
     now: float
     token_ids: bytes = b""
     bad_words: Sequence[list[int]] = ()
+    grammar: str | None = None
     error: str | None = None
     refusal: RefusalReason = "invalid"
     """What kind of error."""
@@ -121,7 +122,7 @@ class DropText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a request's text or messages, and its `bad_words`. Answered by Encoded."""
+    """Tokenise a request's text or messages and its `bad_words`, compile its grammar. Answered by Encoded."""
 
     epoch: int
     request: int

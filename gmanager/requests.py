@@ -70,6 +70,8 @@ class Request:
     """Packed token ids; empty until they are known."""
     bad_words: list[list[int]] = field(default_factory=list)
     """Their tokens."""
+    grammar: str | None = None
+    """Compiled."""
     max_tokens: int = 0
     """Most tokens to generate, once prompt and cell are known."""
     epoch: int = 0

@@ -359,6 +359,7 @@ class Sequences:
             repetition_penalty=params.repetition_penalty,
             logit_bias=params.logit_bias or {},
             bad_words=request.bad_words,
+            grammar=request.grammar,
             min_tokens=max(0, params.min_tokens - len(request.tokens)),
             num_generated=len(request.tokens),
         )

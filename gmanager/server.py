@@ -32,6 +32,7 @@ from gmanager.events import (
     TextLoaded,
     Ticked,
 )
+from gmanager.grammars import compile_grammar
 from gmanager.text import Detokenizer, Tokenizer
 from gmanager.wire.channel import Listener, PeerId, PeerLost, Transport, ZmqTransport
 from gmanager.wire.codec import Decoder
@@ -290,8 +291,11 @@ class Server:
         refusal: RefusalReason = "invalid"
         ids = array("I")
         bad_words: list[list[int]] = []
+        grammar: str | None = None
         try:
             bad_words = await tokenizer.encode_bad_words(submit.params.bad_words or ())
+            if submit.params.structured_outputs is not None:
+                grammar = await asyncio.to_thread(compile_grammar, submit.params.structured_outputs, tokenizer.assets)
             if submit.token_ids is not None:
                 ids = unpack_tokens(submit.token_ids)
             elif submit.messages is not None:
@@ -302,4 +306,4 @@ class Server:
             error = str(failure)
             refusal = "not_ready" if isinstance(failure, TextUnavailable) else "invalid"
         token_ids = pack_tokens(ids)
-        self._handle(Encoded(job.request, self._now(), token_ids, bad_words=bad_words, error=error, refusal=refusal))
+        self._handle(Encoded(job.request, self._now(), token_ids, bad_words, grammar, error=error, refusal=refusal))

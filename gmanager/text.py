@@ -41,6 +41,7 @@ class Tokenizer:
 
     def __init__(self, assets: TextAssets) -> None:
         """Raises TextError if tokenizer.json can't be read."""
+        self.assets = assets
         self._backend = load_backend(assets.tokenizer_json)
         self._worker = TextWorker(assets)
         self._added = frozenset(self._backend.get_added_tokens_decoder())

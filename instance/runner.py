@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distattn.attention import DistAttention
-from gmanager.wire.messages import PromptLogprobs, TokenLogprob, pack_tokens
+from gmanager.wire.messages import PromptLogprobs, TextAssets, TokenLogprob, pack_tokens
 from instance.fused import Hidden
 from instance.model import Model
 from instance.sampler import Sampler
@@ -103,8 +103,10 @@ class Runner:
     thread waits for the event behind it.
     """
 
-    def __init__(self, model: Model, attention: DistAttention, *, threads: int, max_samples: int) -> None:
-        """`max_samples`: most tokens that one step samples."""
+    def __init__(
+        self, model: Model, attention: DistAttention, *, threads: int, max_samples: int, assets: TextAssets | None = None
+    ) -> None:
+        """`max_samples`: most tokens that one step samples. `assets`: without them no sequence may have a grammar."""
         self.traffic = Traffic()
         self.times = Times()
         """Of the steps whose result was waited for."""
@@ -123,6 +125,8 @@ class Runner:
         self._driver.submit(torch.set_num_threads, threads).result()
         if self._device.type == "cuda":
             self._driver.submit(torch.cuda.set_device, self._device).result()
+        if assets is not None:
+            self._driver.submit(self._sampler.use_text, assets)  # before the first step, which the loop needn't wait for
 
     def prepare(self, storage: KVStorage, max_rows: int, peers: "PeerMemory | None") -> None:
         """Build and capture what steps with up to `max_rows` prompt rows need on a GPU: seconds, before the first launch."""
@@ -226,7 +230,9 @@ class Runner:
     def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> _Samples:
         tokens_S = self._sampler.sample(logits_SV, plan.sampled)
         self._previous_tokens[: len(plan.sampled)] = tokens_S
-        return _Samples(plan.sampled, self._to_host(tokens_S), self._logprobs(plan, logits_SV, tokens_S))
+        samples = _Samples(plan.sampled, self._to_host(tokens_S), self._logprobs(plan, logits_SV, tokens_S))
+        self._sampler.remember(plan.sampled, samples.tokens_S)
+        return samples
 
     def _logprobs(self, plan: StepPlan, logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> _Logprobs | None:
         asked = [i for i, s in enumerate(plan.sampled) if s.params.logprobs is not None]

@@ -4,7 +4,8 @@ So a request that is preempted, resumed or re-homed goes on as if nothing had ha
 the Gumbel-max trick (argmax of logits / T + Gumbel noise samples from softmax(logits / T)) with noise from a counter-based
 hash of (seed, position, token), as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
-What is asked for is done in vLLM's order: biases, tokens that may not come (yet), penalties; then, where a row is not greedy,
+What is asked for is done in vLLM's order: biases, tokens that may not come (yet), penalties, grammars
+(`instance.grammars`); then, where a row is not greedy,
 temperature, min_p, top_k and top_p. How often a sequence has each token is counted on the device as tokens are sampled there
 (`_States`), so that a step never waits for the tokens of the one before.
 
@@ -17,11 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
-from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, SequenceParams
+from gmanager.wire.logs import get_logger
+from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, SequenceParams, TextAssets
+from instance.grammars import Grammars, Masks, mask
 from instance.scheduler import SampledRow
 from instance.sequence import History
 from kernels.penalties import penalize
 from kernels.upload import upload
+
+log = get_logger("instance")
 
 _MASK = 0xFFFFFFFF
 
@@ -29,6 +34,8 @@ _LEAST_TEMPERATURE = 1e-5
 """Below it a row is greedy, as in vLLM: logits divided by less may overflow."""
 
 _FIRST_SLOTS = 8
+_NEVER = -1e38
+"""Added to the logit of a token that may not come. Not infinity: where a grammar leaves nothing else, it comes all the same."""
 _NO_TOKEN = -2
 _ANY_TOKEN = -1
 
@@ -47,7 +54,21 @@ class Sampler:
         self._device = device
         self._backend = backend
         self._states = _States(vocab_size, device, max_rows)
+        self._grammars: Grammars | None = None
         self._batch: _Batch | None = None
+
+    def use_text(self, assets: TextAssets) -> None:
+        """What grammars need of the model: half a second, before the first sequence that has one. Of some models they can't be
+        had: the gManager, which tries the same, takes no request that has one."""
+        try:
+            self._grammars = Grammars(assets, self._states.counts_NV.shape[1], self._device)
+        except ValueError as error:
+            log.info("no structured output", reason=str(error))
+
+    def remember(self, rows: Sequence[SampledRow], tokens_S: torch.Tensor) -> None:
+        """What `sample` has just given, on its way to the host: the next masks depend on it."""
+        if self._grammars is not None:
+            self._grammars.remember(rows, tokens_S)
 
     def sample(self, logits_SV: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
         """One token id for each row `[S]`, int64. `logits_SV` stays as it is."""
@@ -56,7 +77,10 @@ class Sampler:
         batch = self._batch
         if batch is None or batch.key != key:  # mostly the sequences are those of the step before
             batch = self._batch = _Batch.of(key, rows, slots, logits_SV.shape[1], self._device)
-        logits_SV = self._adjust(logits_SV, batch)
+        masks = None if self._grammars is None else self._grammars.masks(rows)
+        if self._grammars is None and any(row.params.grammar is not None for row in rows):
+            raise RuntimeError("a sequence has a grammar, and nothing is known of the model's tokens")
+        logits_SV = self._adjust(logits_SV, batch, masks)
         tokens_S = logits_SV.argmax(-1)
         if batch.random is not None:
             self._choose(tokens_S, logits_SV, batch.random, rows)
@@ -64,9 +88,9 @@ class Sampler:
             self._states.add(batch.counted, tokens_S)
         return tokens_S
 
-    def _adjust(self, logits_SV: torch.Tensor, batch: "_Batch") -> torch.Tensor:
-        """Biases and penalties of those rows that ask for some; a copy, in float32, if any does."""
-        if not (batch.biases or batch.words or batch.counted):
+    def _adjust(self, logits_SV: torch.Tensor, batch: "_Batch", masks: Masks | None) -> torch.Tensor:
+        """Biases, penalties and grammars of those rows that ask for some; a copy, in float32, if any does."""
+        if masks is None and not (batch.biases or batch.words or batch.counted):
             return logits_SV
         x_SV = logits_SV.to(torch.float32, copy=True)
         if batch.biases is not None:
@@ -75,11 +99,13 @@ class Sampler:
             words = batch.words
             recent_WK = self._states.recent_NK[words.slots_W, -words.before_WK.shape[1] :]
             comes_W = ((recent_WK == words.before_WK) | (words.before_WK == _ANY_TOKEN)).all(1)
-            bans_W = torch.where(comes_W, -math.inf, 0.0)
+            bans_W = torch.where(comes_W, _NEVER, 0.0)
             x_SV.index_put_((words.rows_W, words.last_W), bans_W, accumulate=True)
         if batch.counted is not None:
             counted = batch.counted
             penalize(x_SV, self._states.counts_NV, counted.slots_S, counted.factors_S3, backend=self._backend)
+        if masks is not None:
+            mask(x_SV, masks)
         return x_SV
 
     def _choose(self, tokens_S: torch.Tensor, logits_SV: torch.Tensor, random: "_Random", rows: Sequence[SampledRow]) -> None:
@@ -173,7 +199,7 @@ def _biases(rows: Sequence[SampledRow], device: torch.device) -> _Biases | None:
     for i, row in enumerate(rows):
         found += [(i, token, bias) for token, bias in row.params.logit_bias.items()]
         if row.num_generated < row.params.min_tokens:
-            found += [(i, token, -math.inf) for token in row.params.stop_token_ids]
+            found += [(i, token, _NEVER) for token in row.params.stop_token_ids]
     if not found:
         return None
     at, tokens, values = zip(*found, strict=True)

@@ -267,7 +267,7 @@ class Instance:
             Exchange(group.group, device),
             backend=config.backend,
         )
-        runner = Runner(self._model, attention, threads=config.threads, max_samples=MAX_SAMPLES)
+        runner = Runner(self._model, attention, threads=config.threads, max_samples=MAX_SAMPLES, assets=self._assets)
         self._cleanup.callback(runner.close)
         if device.type == "cuda":
             await loop.run_in_executor(self._joiner, self._prepare, join, group, runner)

@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -18,14 +19,14 @@ from distattn.layout import Holding
 from distattn.peers import PeerMemory
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.codec import Decoder
-from gmanager.wire.messages import Admit, Message, Outputs, SequenceParams, Share, pack_tokens
+from gmanager.wire.messages import Admit, Message, Outputs, SequenceParams, Share, TextAssets, pack_tokens
 from instance.config import GPU_GRAIN, GPU_MIXED_CHUNK_TOKENS
 from instance.model import Model
 from instance.party import Party, PartyMessage
 from instance.rmanager import RManager
 from instance.runner import Launched, Runner
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
-from instance.step import Grouping, Handoff, derive
+from instance.step import Grouping, Handoff, Past, derive
 from kvstore.storage import KVStorage
 
 TIMEOUT_S = 300
@@ -52,7 +53,9 @@ class Loop:
         chunk_tokens: int,
         mixed_chunk_tokens: int = GPU_MIXED_CHUNK_TOKENS,
         cell: Cell | None = None,
+        assets: TextAssets | None = None,
     ) -> None:
+        """`assets`: of a tokenizer, for sequences that follow a grammar."""
         on_gpu = model.device.type == "cuda"
         self.rank, size = (0, 1) if cell is None else (cell.rank, cell.size)
         self.storage = storage
@@ -63,7 +66,7 @@ class Loop:
             Exchange(group, model.device),  # type: ignore[arg-type]  # nobody to exchange with
             backend="triton" if on_gpu else "torch",
         )
-        self.runner = Runner(model, attention, threads=torch.get_num_threads(), max_samples=MAX_SAMPLES)
+        self.runner = Runner(model, attention, threads=torch.get_num_threads(), max_samples=MAX_SAMPLES, assets=assets)
         if on_gpu:
             peers = None
             if cell is not None:
@@ -98,10 +101,10 @@ class Loop:
         self._party.learn([Grouping(number=self._groupings, members=list(members))])
         self._events.run(self._settle())
 
-    def place(self, seq: int, tokens: Sequence[int], max_tokens: int) -> None:
+    def place(self, seq: int, tokens: Sequence[int], max_tokens: int, **sampling: Any) -> None:
         """A sequence that has just been prefilled, whatever its KV holds: `tokens[r]` of it on rank r, in that order.
 
-        The last rank that holds any is its home.
+        The last rank that holds any is its home. `sampling`: what of its `SequenceParams` is not greedy and neutral.
         """
         ends = [sum(tokens[: rank + 1]) for rank in range(len(tokens))]
         holdings = [
@@ -112,9 +115,11 @@ class Loop:
             if holding.rank == self.rank:
                 self._reserve(seq, holding.tokens + (max_tokens if self.rank == home else 0))
                 self._rmanager.append(seq, holding.first, holding.first + holding.tokens)
+        params = msgspec.structs.replace(_params(max_tokens), **sampling)
+        past = Past(prompt=b"", generated=pack_tokens([1 + seq]), num_before=0) if params.needs_history else None
         handoff = Handoff(
             seq=seq, to=home, arrival=seq, position=ends[-1], prompt_tokens=ends[-1], generated=1, last_token=1 + seq,
-            params=_params(max_tokens), holdings=holdings,
+            params=params, holdings=holdings, past=past,
         )  # fmt: skip
         notice = self._scheduler.propose([], party=0, step=0, digest=[], groupings=[])
         self._scheduler.accept(derive([msgspec.structs.replace(notice, handoffs=[handoff])]))

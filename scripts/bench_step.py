@@ -5,15 +5,18 @@ Decode: sequences whose KV is random (std 0.5) instead of prefilled. `step` is w
 derive, launch, commit, two deep), by the host's clock over many steps; `graph` the same step's captured graph replayed alone,
 by device events; their difference is what the host's work costs. `products` is the step's matrix products alone in a graph, and
 `no attention` the captured step without its attention kernels. `floor` is (weights + KV) over the copy bandwidth of this run.
+Sampling: the step of 64 rows with what requests may ask of it, over the same step without, in turns.
 Prefill: whole prompts of random tokens through the same loop.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from array import array
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
@@ -22,8 +25,10 @@ import torch
 from _dummy import bytes_read, make_model, make_storage, token_bytes
 from _loop import Loop
 from _measure import Row, copy_bandwidth, event_ms, graph_ms, matmul_tflops, show, write_json
+from llguidance import LLMatcher
 
 from distattn.shape import PackedRows
+from gmanager.wire.messages import TextAssets
 from instance.model import Model
 from kernels.layer_ops import linear
 from kvstore.storage import KVStorage
@@ -32,6 +37,17 @@ DECODES = ((1, 1024), (1, 32768), (1, 131072), (1, 524288), (64, 1024), (64, 819
 ROWS = (1, 8, 64)
 PREFILLS = (32768, 131072)
 STEPS = 60
+
+SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "penalties": ({}, {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}),
+    "biases": ({}, {"logit_bias": dict.fromkeys(range(100), 1.0), "min_tokens": 1 << 20, "stop_token_ids": [2]}),
+    "bad words": ({}, {"bad_words": [[5], [7, 8], [9, 10, 11]]}),
+    "random": ({}, {"temperature": 1.0}),
+    "min_p": ({"temperature": 1.0}, {"temperature": 1.0, "min_p": 0.05}),
+}
+"""What is asked for: without, and with."""
+TURNS = 5
+SCHEMA = {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}}
 
 
 class NoAttention:
@@ -92,6 +108,28 @@ def decode(loop: Loop, rows: int, tokens: int, model: Model, copy: float) -> Row
     }  # fmt: skip
 
 
+def sampling(loop: Loop, rows: int, tokens: int, *, has_grammars: bool) -> list[Row]:
+    """Medians over turns, each of which runs both sides."""
+    found: list[Row] = []
+    grammar = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_flexible": False})
+    structured = {"JSON schema": ({}, {"grammar": grammar})} if has_grammars else {}
+    numbers = itertools.count()  # a sequence keeps its number and what it asks for
+    for name, sides in (SAMPLING | structured).items():
+        times: tuple[list[float], list[float]] = [], []
+        for _ in range(TURNS):
+            for side, asked in enumerate(sides):
+                for _ in range(rows):
+                    loop.place(next(numbers), [tokens], STEPS + 40, **asked)
+                ends = loop.steps(STEPS)
+                loop.drain()
+                times[side].append(1e3 * statistics.median(b - a for a, b in pairwise(ends[10:])))
+        without, given = (statistics.median(side) for side in times)
+        found.append(
+            {"asked": name, "rows": rows, "tokens": tokens, "ms": given, "without ms": without, "ratio": given / without}
+        )
+    return found
+
+
 def prefill(loop: Loop, tokens: int, vocab: int) -> Row:
     prompt = array("I", torch.randint(vocab, (tokens,)).tolist())
     loop.admit(1 << 20, prompt, [tokens], 1)
@@ -106,7 +144,8 @@ def main() -> int:
     parser.add_argument("--config", help="a directory with another model's config.json")
     parser.add_argument("--kv-tokens", type=int, default=64 * 8192 + 64 * 256)
     parser.add_argument("--chunk-tokens", type=int, default=8192)
-    parser.add_argument("--only", choices=("products", "decode", "prefill"))
+    parser.add_argument("--only", choices=("products", "decode", "sampling", "prefill"))
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json, to measure structured output with")
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILLS), help="prompt lengths")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -118,7 +157,7 @@ def main() -> int:
     report: Row = {
         "copy_GB/s": copy,
         "matmul_TFLOP/s": matmul,
-        "arguments": vars(args) | {"out": str(args.out)},
+        "arguments": vars(args) | {"out": str(args.out), "tokenizer": str(args.tokenizer)},
     }
     print(f"copy {copy:.0f} GB/s, 8192^3 product {matmul:.0f} TFLOP/s, {model.weight_bytes():,} bytes")
     if args.only in (None, "products"):
@@ -129,7 +168,10 @@ def main() -> int:
             report["without attention"].append(row)
         show(report["without attention"], "A decode step without attention")
         write_json(args.out, report)
-    loop = Loop(model, storage, chunk_tokens=args.chunk_tokens)
+    assets = None
+    if args.tokenizer is not None:
+        assets = TextAssets(tokenizer_json=args.tokenizer.read_text(), chat_template=None, special_tokens={}, eos_token_ids=[2])
+    loop = Loop(model, storage, chunk_tokens=args.chunk_tokens, assets=assets)
     if args.only in (None, "decode"):
         report["decode"] = []
         for rows, tokens in DECODES:
@@ -137,6 +179,10 @@ def main() -> int:
                 report["decode"].append(decode(loop, rows, tokens, model, copy))
                 write_json(args.out, report)
         show(report["decode"], "Decode steps")
+    if args.only in (None, "sampling"):
+        report["sampling"] = sampling(loop, 64, 1024, has_grammars=assets is not None)
+        write_json(args.out, report)
+        show(report["sampling"], "Sampling")
     if args.only in (None, "prefill"):
         report["prefill"] = []
         for tokens in args.prefill:

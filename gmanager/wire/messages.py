@@ -25,6 +25,7 @@ PROTOCOL = 1
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORDS = 256
+MAX_STRUCTURE_CHARS = 2**20
 MAX_BAD_WORD_CHARS = 256
 MAX_BAD_WORD_TOKENS = 64
 """Of each of `bad_words`, however it is written."""
@@ -96,6 +97,30 @@ class Message(Part, tag_field="type"):
 # --- what users see ---------------------------------------------------------------------------------------------------
 
 
+class StructuredOutputsParams(Part):
+    """What a text must be, in one of four forms. Raises ValueError unless exactly one is given."""
+
+    json: str | None = None
+    """A JSON Schema, as JSON: the text is a value of it."""
+    regex: str | None = None
+    """Of Rust's regex crate, matched to the whole text."""
+    choice: list[str] | None = None
+    """The text is one of these."""
+    grammar: str | None = None
+    """Lark's or GBNF's."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"one of {', '.join(self.__struct_fields__)} must be given, got {', '.join(given) or 'none'}")
+        value = getattr(self, given[0])
+        if not value:
+            raise ValueError(f"{given[0]} is empty")
+        size = sum(map(len, value))
+        if size > MAX_STRUCTURE_CHARS:
+            raise ValueError(f"{given[0]} has at most {MAX_STRUCTURE_CHARS:,} characters, got {size:,}")
+
+
 class SamplingParams(Part):
     """How to choose tokens; names, meanings and defaults are vLLM's.
 
@@ -122,6 +147,8 @@ class SamplingParams(Part):
     """Added to the logits of these tokens."""
     bad_words: list[str] | None = None
     """Texts that are never completed."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the text must be. Goes before `bad_words` and `min_tokens`, where nothing is left by them."""
     min_tokens: int = 0
     """Before so many are generated nothing ends the request: neither EOS, nor `stop_token_ids`, nor `stop`."""
     seed: int | None = None
@@ -183,6 +210,11 @@ class SamplingParams(Part):
         for word in self.bad_words or ():
             if not 1 <= len(word) <= MAX_BAD_WORD_CHARS:
                 raise ValueError(f"each of bad_words has 1 to {MAX_BAD_WORD_CHARS} characters, got one of {len(word)}")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether there is more than the prompt to be read before the request can run."""
+        return bool(self.bad_words or self.structured_outputs)
 
     @property
     def stop_strings(self) -> list[str]:
@@ -724,6 +756,8 @@ class SequenceParams(Part):
     logit_bias: dict[int, float] = {}
     bad_words: list[list[int]] = []
     """Their tokens: the last of one is never chosen after the others of it were generated."""
+    grammar: str | None = None
+    """That the text must follow, in llguidance's form."""
     min_tokens: int = 0
     """Of this admission: before so many none of `stop_token_ids` is chosen."""
     num_generated: int = 0
@@ -733,7 +767,7 @@ class SequenceParams(Part):
     def needs_history(self) -> bool:
         """Whether what is chosen depends on which tokens came before."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
-        return penalties != (0, 0, 1) or bool(self.bad_words)
+        return penalties != (0, 0, 1) or bool(self.bad_words) or self.grammar is not None
 
 
 class Admit(Message):

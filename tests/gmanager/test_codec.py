@@ -45,6 +45,8 @@ params = st.builds(
     repetition_penalty=st.floats(0, 10, exclude_min=True),
     logit_bias=st.none() | st.dictionaries(st.integers(0, 2**32 - 1), st.floats(-100, 100), max_size=3),
     bad_words=st.none() | st.lists(st.text(min_size=1, max_size=5), max_size=3),
+    structured_outputs=st.none()
+    | st.builds(m.StructuredOutputsParams, choice=st.lists(st.text(min_size=1), min_size=1, max_size=3)),
     min_tokens=st.integers(0, 1),
     include_stop_str_in_output=st.booleans(),
     skip_special_tokens=st.booleans(),
