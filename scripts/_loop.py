@@ -101,10 +101,11 @@ class Loop:
         self._party.learn([Grouping(number=self._groupings, members=list(members))])
         self._events.run(self._settle())
 
-    def place(self, seq: int, tokens: Sequence[int], max_tokens: int, **sampling: Any) -> None:
+    def place(self, seq: int, tokens: Sequence[int], max_tokens: int, *, token: int | None = None, **sampling: Any) -> None:
         """A sequence that has just been prefilled, whatever its KV holds: `tokens[r]` of it on rank r, in that order.
 
-        The last rank that holds any is its home. `sampling`: what of its `SequenceParams` is not greedy and neutral.
+        The last rank that holds any is its home. `token`: its first generated one. `sampling`: what of its
+        `SequenceParams` is not greedy and neutral.
         """
         ends = [sum(tokens[: rank + 1]) for rank in range(len(tokens))]
         holdings = [
@@ -116,9 +117,10 @@ class Loop:
                 self._reserve(seq, holding.tokens + (max_tokens if self.rank == home else 0))
                 self._rmanager.append(seq, holding.first, holding.first + holding.tokens)
         params = msgspec.structs.replace(_params(max_tokens), **sampling)
-        past = Past(prompt=b"", generated=pack_tokens([1 + seq]), num_before=0) if params.needs_history else None
+        token = 1 + seq if token is None else token
+        past = Past(prompt=b"", generated=pack_tokens([token]), num_before=0) if params.needs_history else None
         handoff = Handoff(
-            seq=seq, to=home, arrival=seq, position=ends[-1], prompt_tokens=ends[-1], generated=1, last_token=1 + seq,
+            seq=seq, to=home, arrival=seq, position=ends[-1], prompt_tokens=ends[-1], generated=1, last_token=token,
             params=params, holdings=holdings, past=past,
         )  # fmt: skip
         notice = self._scheduler.propose([], party=0, step=0, digest=[], groupings=[])

@@ -25,7 +25,7 @@ import torch
 from _dummy import bytes_read, make_model, make_storage, token_bytes
 from _loop import Loop
 from _measure import Row, copy_bandwidth, event_ms, graph_ms, matmul_tflops, show, write_json
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from distattn.shape import PackedRows
 from gmanager.wire.messages import TextAssets
@@ -47,7 +47,15 @@ SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """What is asked for: without, and with."""
 TURNS = 5
-SCHEMA = {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}}
+SCHEMA = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+    },
+}
 
 
 class NoAttention:
@@ -108,13 +116,16 @@ def decode(loop: Loop, rows: int, tokens: int, model: Model, copy: float) -> Row
     }  # fmt: skip
 
 
-def sampling(loop: Loop, rows: int, tokens: int, *, has_grammars: bool) -> list[Row]:
+def sampling(loop: Loop, rows: int, tokens: int, tokenizer: Path | None) -> list[Row]:
     """Medians over turns, each of which runs both sides."""
     found: list[Row] = []
-    grammar = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_flexible": False})
-    structured = {"JSON schema": ({}, {"grammar": grammar})} if has_grammars else {}
+    cases = dict(SAMPLING)
+    if tokenizer is not None:
+        (bracket,) = LLTokenizer(tokenizer.read_text()).tokenize_str("[")
+        grammar = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_flexible": False})
+        cases["JSON schema"] = {}, {"token": bracket, "grammar": grammar}
     numbers = itertools.count()  # a sequence keeps its number and what it asks for
-    for name, sides in (SAMPLING | structured).items():
+    for name, sides in cases.items():
         times: tuple[list[float], list[float]] = [], []
         for _ in range(TURNS):
             for side, asked in enumerate(sides):
@@ -180,7 +191,7 @@ def main() -> int:
                 write_json(args.out, report)
         show(report["decode"], "Decode steps")
     if args.only in (None, "sampling"):
-        report["sampling"] = sampling(loop, 64, 1024, has_grammars=assets is not None)
+        report["sampling"] = sampling(loop, 64, 1024, args.tokenizer)
         write_json(args.out, report)
         show(report["sampling"], "Sampling")
     if args.only in (None, "prefill"):
