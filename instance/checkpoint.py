@@ -25,6 +25,9 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 _HUB_DUPLICATES = ["consolidated*", "*/*"]
 """The same weights in another layout, or for other programs."""
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""One of these makes a tokenizer."""
+
 _CONVERSION_S = 1800
 """Longest wait for another process that converts the same file."""
 
@@ -170,6 +173,8 @@ def _check_directory(path: Path) -> Path:
         others = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f"; {', '.join(others[:3])} can't be loaded as a directory's weights" if others else ""
         raise CheckpointError(f"{path} has no weights in safetensors{found}")
+    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        raise CheckpointError(f"{path} has no tokenizer (tokenizer.json)")
     return path
 
 

@@ -257,18 +257,21 @@ async def serve_and_measure(trace: Sequence[Arrival], args: argparse.Namespace) 
     kv_tokens = args.kv_tokens
     if device == "cpu" and kv_tokens is None:  # all of it at once
         kv_tokens = -(-sum(a.prompt_tokens + a.max_tokens + SLACK for a in trace) // args.instances)
-    config = ServiceConfig(
-        model=str(path),
-        instances=args.instances,
-        kv_tokens=kv_tokens,
-        kv_memory=args.kv_memory,
-        device=device,
-        dtype=args.dtype or ("float32" if device == "cpu" else "auto"),
-        threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
-        spread=args.spread,
-        chunk_tokens=args.chunk_tokens,
-        logs=args.out,
-    )
+    try:
+        config = ServiceConfig(
+            model=str(path),
+            instances=args.instances,
+            kv_tokens=kv_tokens,
+            kv_memory=args.kv_memory,
+            device=device,
+            dtype=args.dtype or ("float32" if device == "cpu" else "auto"),
+            threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
+            spread=args.spread,
+            chunk_tokens=args.chunk_tokens,
+            logs=args.out,
+        )
+    except ValueError as error:
+        raise BenchError(str(error)) from error
     print(f"starting a gManager and {config.instances} instances ({device})", flush=True)
     async with running(config) as service:
         return await service.during(measure(service.address, trace, args, device))

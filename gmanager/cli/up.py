@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import importlib.util
 import os
 import re
@@ -10,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +32,8 @@ DEFAULT = "default"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 HUB_S = 10.0
 """For the hub to say whether it has a model."""
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""One of these makes a tokenizer; most models have tokenizer.json."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NEEDED = {"torch": "serve", "transformers": "serve", "tokenizers": "serve", "fastapi": "http", "uvicorn": "http"}
 
@@ -67,7 +70,7 @@ def bring_up(wanted: Wanted) -> int:
     try:
         return asyncio.run(_serve(config, wanted, console))
     except ProcessEnded as error:
-        console.print(f"distattn: {error.line}; all is stopped", markup=False, soft_wrap=True)
+        console.print(f"distattn: {error}; all is stopped", markup=False, soft_wrap=True)
     except ServiceError as error:
         console.print(f"distattn: {error}", markup=False, soft_wrap=True)
     return 1
@@ -101,25 +104,34 @@ def check(wanted: Wanted) -> ServiceConfig:
         raise CannotStart(str(error)) from error
     except OSError as error:
         raise CannotStart(f"{wanted.api_key_file} can't be read (--api-key-file): {error.strerror}") from error
-    model, name = find_model(wanted.model)
     kv_tokens = wanted.kv_tokens
-    if device == "cpu" and kv_tokens is None:
+    if device == "cpu" and kv_tokens is None and wanted.kv_memory is None:
         kv_tokens = CPU_KV_TOKENS
-    return ServiceConfig(
-        model=model,
-        served_model_name=wanted.name or name,
-        instances=wanted.instances,
-        kv_tokens=kv_tokens,
-        kv_memory=wanted.kv_memory,
-        device=device,
-        dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
-        threads=max(1, len(os.sched_getaffinity(0)) // wanted.instances),
-        logs=wanted.logs or cache_dir() / "logs",
-        ready_timeout_s=3600,
-        bind=wanted.bind,
-        http=wanted.http,
-        api_key_file=wanted.api_key_file,
-    )
+    try:
+        config = ServiceConfig(
+            model=wanted.model,
+            served_model_name=wanted.name,
+            instances=wanted.instances,
+            kv_tokens=kv_tokens,
+            kv_memory=wanted.kv_memory,
+            device=device,
+            dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
+            threads=max(1, len(os.sched_getaffinity(0)) // wanted.instances),
+            logs=logs_of_this_start(wanted.logs or cache_dir() / "logs"),
+            ready_timeout_s=3600,
+            bind=wanted.bind,
+            http=wanted.http,
+            api_key_file=wanted.api_key_file,
+        )
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
+    model, name = find_model(wanted.model)  # last: it may take long
+    return replace(config, model=model, served_model_name=name if wanted.name is None else wanted.name)
+
+
+def logs_of_this_start(folder: Path) -> Path:
+    """A folder of its own in `folder`: no start writes over the logs of another. It is not made yet."""
+    return folder / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{os.getpid()}"
 
 
 def check_port(host: str, port: str, flag: str) -> None:
@@ -148,6 +160,10 @@ def find_model(given: str) -> tuple[str, str]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CannotStart(f"{path} holds no config.json: it is no model")
+        if not any(path.glob("*.safetensors")):
+            raise CannotStart(f"{path} holds no weights in safetensors")
+        if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+            raise CannotStart(f"{path} holds no tokenizer (tokenizer.json)")
         return str(path.resolve()), path.resolve().name
     if path.suffix == ".gguf":
         if not path.is_file():
