@@ -15,8 +15,12 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from gmanager.wire.logs import get_logger
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+log = get_logger("instance")
 
 _VERSION = 1
 """Of the conversion: another one gets other directories."""
@@ -129,6 +133,7 @@ def convert_gguf(file: Path, cache_dir: Path) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f"{target.name}.lock", timeout=_CONVERSION_S):
         if not target.is_dir():
+            log.info("converting", file=str(file))
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()

@@ -10,6 +10,16 @@ _WRONG_SETTINGS = re.compile(r"instance: (?:error: )?(.+)")
 _FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 """What torchrun says of the first instance that failed."""
 
+_STAGES = {
+    "loading": (1, "load"),
+    "converting": (2, "convert"),
+    "KV pool": (3, "warm up"),
+    "registered": (4, "form a cell"),
+    "capturing CUDA graphs": (5, "capture CUDA graphs"),
+    "epoch joined": (6, "form a cell"),
+}
+"""By the event that an instance begins it with."""
+
 
 def fields(line: str) -> dict[str, str]:
     """Of an event as `gmanager.wire.logs` writes it; of another line nothing that matters."""
@@ -45,6 +55,17 @@ def why_instances_ended(text: str) -> str | None:
     if first_code is not None:
         return f"instance {rank} ended with exit code {first_code}: {before[:300]}"
     return None
+
+
+def stage_of_instances(text: str) -> str:
+    """What the instances do that come up: the one that is furthest behind. One that converts a file has the others wait."""
+    reached: dict[str, tuple[int, str]] = {}
+    for line in text.splitlines():
+        event = fields(line)
+        if event.get("program") == "instance" and event.get("event") in _STAGES:
+            reached[event.get("rank", "")] = _STAGES[event["event"]]
+    converts = _STAGES["converting"]
+    return (converts if converts in reached.values() else min(reached.values(), default=(0, "start")))[1]
 
 
 def last_words(text: str) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never, TypeVar
 
-from gmanager.cli.said import last_words, why_instances_ended
+from gmanager.cli.said import last_words, stage_of_instances, why_instances_ended
 from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
 
@@ -29,6 +29,9 @@ if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
 """Becomes a program that is asked to end when the process that started it is gone, however that came."""
+
+NO_BARS = {"TQDM_DISABLE": "1"}
+"""Environment in which libraries draw no progress bars of their own."""
 
 BLOCK_SIZE = {"cpu": 16, "cuda": 64}
 """Tokens in a block of an instance, by its device; the instances' own default."""
@@ -144,7 +147,12 @@ class Process:
         leash = [sys.executable, "-ISc", _LEASH, str(os.getpid())]
         with log.open("wb") as out:
             self._child = subprocess.Popen(
-                [*leash, *command], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                [*leash, *command],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | NO_BARS,
             )
 
     @property
@@ -251,6 +259,7 @@ async def _said(process: Process, beginning: str) -> str:
 async def _ready(service: Service, config: ServiceConfig, tell: Callable[[str], None]) -> None:
     deadline = time.monotonic() + config.ready_timeout_s
     what = f"{config.instances} instance{'s' if config.instances > 1 else ''} ({config.device})"
+    instances = service.processes[-1]
     async with AsyncClient(service.address) as client:
         while True:
             for process in service.processes:
@@ -261,7 +270,8 @@ async def _ready(service: Service, config: ServiceConfig, tell: Callable[[str], 
                 raise ServiceError(f"the gManager does not answer: {error}") from error
             if any(cell.state == "ready" for cell in cells):
                 return
-            tell(f"{what} load {config.model}" if not cells else f"{what} form a cell")
+            stage = stage_of_instances(instances.text())
+            tell(f"{what} {stage}{f' {config.model}' if stage in ('load', 'convert') else ''}")
             if time.monotonic() > deadline:
-                raise ServiceError(f"not ready after {config.ready_timeout_s:.0f} s:\n{service.processes[-1].tail()}")
+                raise ServiceError(f"not ready after {config.ready_timeout_s:.0f} s:\n{instances.tail()}")
             await asyncio.sleep(0.1)

@@ -8,17 +8,15 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.status import Status
 
 from gmanager.cli.assets import MODEL, FetchError, cache_dir, fetch
-from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceError, running
+from gmanager.cli.progress import shown_running
+from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceError
 from gmanager.client import AsyncClient
 from gmanager.config import GManagerConfig
 from gmanager.gateway.config import GatewayConfig, parse_address, read_keys
@@ -68,7 +66,7 @@ def bring_up(wanted: Wanted) -> int:
         console.print(f"distattn: {error}", markup=False, soft_wrap=True)
         return 2
     try:
-        return asyncio.run(_serve(config, wanted, console))
+        return asyncio.run(_serve(config, console))
     except ProcessEnded as error:
         console.print(f"distattn: {error}; all is stopped", markup=False, soft_wrap=True)
     except ServiceError as error:
@@ -199,14 +197,14 @@ def count_gpus() -> int:
     return count if visible is None else min(count, len([part for part in visible.split(",") if part.strip()]))
 
 
-async def _serve(config: ServiceConfig, wanted: Wanted, console: Console) -> int:
+async def _serve(config: ServiceConfig, console: Console) -> int:
     """Start, say where, and wait for Ctrl-C. Raises ServiceError."""
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
             continue  # nohup: a terminal that is closed is not to end it
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    serving = asyncio.create_task(_run(config, wanted, console))
+    serving = asyncio.create_task(_run(config, console))
     asked = asyncio.create_task(stopping.wait())
     try:
         await asyncio.wait([serving, asked], return_when=asyncio.FIRST_COMPLETED)
@@ -221,37 +219,13 @@ async def _serve(config: ServiceConfig, wanted: Wanted, console: Console) -> int
             await serving
 
 
-async def _run(config: ServiceConfig, wanted: Wanted, console: Console) -> None:
+async def _run(config: ServiceConfig, console: Console) -> None:
     began = time.monotonic()
-    with _progress(console) as tell:
-        context = running(config, tell)
-        service = await context.__aenter__()
-    try:
+    async with shown_running(config, console) as service:
         async with AsyncClient(service.address) as client:
             tokens = sum(cell.total_tokens for cell in (await client.stats()).cells)
         _announce(console, config, service, tokens, time.monotonic() - began)
         await service.during(asyncio.Event().wait())
-    finally:
-        await context.__aexit__(*sys.exc_info())
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """Says what is being waited for: in one live line on a terminal, else in a line for each new thing."""
-    began = time.monotonic()
-    last = ""
-    live = Status("", console=console) if console.is_terminal else None
-
-    def tell(stage: str) -> None:
-        nonlocal last
-        if live is not None:
-            live.update(f"{stage} [dim]{time.monotonic() - began:.0f} s[/dim]")
-        elif stage != last:
-            console.print(stage, markup=False, soft_wrap=True)
-        last = stage
-
-    with live or contextlib.nullcontext():
-        yield tell
 
 
 def _announce(console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float) -> None:

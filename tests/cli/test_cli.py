@@ -132,6 +132,11 @@ def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path, "--instances", "2", "--served-model-name", "tiny") as (started, address, url):
         started.wait_for(f"HTTP    {url}/v1")
         assert any(line.startswith("ready in ") for line in started.lines)
+        before = [line for line in started.lines if re.match(" +[0-9]+ s  ", line)]
+        assert before[0].endswith("s  starting the gManager\n")
+        assert before[1].endswith("s  2 instances (cpu) start\n")
+        assert len(before) == len(set(before))
+        assert "it/s" not in logs_in(tmp_path, "instances.log"), "a bar of a library"
         asked = ["--gmanager", address, "--max-tokens", "5", "--temperature", "0"]
         answer = run("generate", "hello", *asked)
         assert (answer.returncode, answer.stderr) == (0, "")
@@ -192,8 +197,8 @@ def test_what_is_killed_is_told_in_one_line_and_all_is_stopped(who: str, model: 
 
 @pytest.mark.parametrize(
     ("when", "number"),
-    [("1 instance (cpu) load", signal.SIGINT), ("Ctrl-C stops it", signal.SIGHUP)],
-    ids=["Ctrl-C while it loads", "its terminal is closed"],
+    [("1 instance (cpu) start", signal.SIGINT), ("Ctrl-C stops it", signal.SIGHUP)],
+    ids=["Ctrl-C while it starts", "its terminal is closed"],
 )
 def test_all_is_stopped_when_it_is_asked_to(when: str, number: signal.Signals, model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path) as (started, _, _):

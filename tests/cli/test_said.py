@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from gmanager.cli.said import fields, last_words, why_instances_ended
+from gmanager.cli.said import fields, last_words, stage_of_instances, why_instances_ended
 from gmanager.cli.service import BLOCK_SIZE, DTYPES
 from gmanager.wire import logs
 from instance import config
@@ -65,3 +65,21 @@ def test_last_words() -> None:
 def test_what_is_checked_before_is_what_instances_check() -> None:
     assert BLOCK_SIZE == {"cpu": config.CPU_BLOCK_SIZE, "cuda": config.GPU_BLOCK_SIZE}
     assert DTYPES == config.DTYPES
+
+
+def test_the_stage_is_that_of_the_instance_that_is_furthest_behind() -> None:
+    def log(*events: tuple[int, str]) -> str:
+        return "\n".join(f'level=info program=instance rank={rank} event="{event}"' for rank, event in events)
+
+    assert stage_of_instances("") == stage_of_instances("*****\nevent=loading") == "start"
+    both: list[tuple[int, str]] = [(0, "loading"), (1, "loading")]
+    assert stage_of_instances(log(*both)) == "load"
+    assert stage_of_instances(log(*both, (1, "converting"))) == "convert", "the other waits for it"
+    assert stage_of_instances(log(*both, (0, "KV pool"))) == "load"
+    both += [(0, "KV pool"), (1, "KV pool")]
+    assert stage_of_instances(log(*both)) == "warm up"
+    both += [(0, "registered"), (1, "registered")]
+    assert stage_of_instances(log(*both)) == "form a cell"
+    both += [(0, "capturing CUDA graphs"), (1, "capturing CUDA graphs")]
+    assert stage_of_instances(log(*both)) == "capture CUDA graphs"
+    assert stage_of_instances(log(*both, (0, "epoch joined"), (1, "epoch joined"))) == "form a cell"
