@@ -337,8 +337,8 @@ class Cluster:
         if isinstance(message, m.Ping):
             self._out.append(Send(member.peer, m.Pong()))
         elif isinstance(message, m.Leave):
-            how = "failed" if message.failed else "left"
-            self._lose_member(member.peer, f"{member.name} {how}: {message.reason}")
+            how, level = ("failed", logging.ERROR) if message.failed else ("left", logging.INFO)
+            self._lose_member(member.peer, f"{member.name} {how}: {message.reason}", level)
             self._parting[member.peer] = self._now
         elif isinstance(message, m.Text):
             cell.set_text(member, message.assets)
@@ -397,10 +397,11 @@ class Cluster:
             self._sequences[cell.name] = Sequences(cell, self._requests, self._out.append)
             self._bind_waiting()
 
-    def _lose_member(self, peer: PeerId, reason: str) -> None:
+    def _lose_member(self, peer: PeerId, reason: str, level: int = logging.ERROR) -> None:
+        """`level`: of the log, if the cell is over with it: no error if it was asked to end."""
         cell, member = self._members.pop(peer)
         if not cell.can_lose(member):
-            self._fail(cell, reason, lost=member)
+            self._fail(cell, reason, lost=member, level=level)
             return
         self._log(logging.WARNING, "instance left", cell=cell.name, reason=reason)
         cell.members.remove(member)
@@ -408,9 +409,9 @@ class Cluster:
             del self._cells[cell.name]
             self._out.append(DropText(cell.epoch))
 
-    def _fail(self, cell: Cell, reason: str, lost: Member | None = None) -> None:
+    def _fail(self, cell: Cell, reason: str, lost: Member | None = None, level: int = logging.ERROR) -> None:
         """The cell is over, and with it every request bound to it."""
-        self._log(logging.ERROR, "cell over", cell=cell.name, epoch=cell.epoch, reason=reason)
+        self._log(level, "cell over", cell=cell.name, epoch=cell.epoch, reason=reason)
         for member in cell.members:
             if member is not lost:
                 del self._members[member.peer]

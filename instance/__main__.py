@@ -26,7 +26,7 @@ from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
 from instance.memory import TooLittleMemory
 from instance.model import UnsupportedModel
-from instance.server import InstanceError
+from instance.server import EpochEnded, InstanceError
 from instance.start import load, make_instance
 
 T = TypeVar("T")
@@ -130,6 +130,9 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:  # before there was a handler
         return 0
+    except EpochEnded as error:  # the gManager's log has what it was, and whether it was an error
+        log.warning("instance ends", reason=str(error))
+        return 1
     except InstanceError as error:
         log.error("instance ends", reason=str(error))
         return 1

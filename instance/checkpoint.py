@@ -15,8 +15,12 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from gmanager.wire.logs import get_logger
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+log = get_logger("instance")
 
 _VERSION = 1
 """Of the conversion: another one gets other directories."""
@@ -24,6 +28,9 @@ _VERSION = 1
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 _HUB_DUPLICATES = ["consolidated*", "*/*"]
 """The same weights in another layout, or for other programs."""
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""One of these makes a tokenizer."""
 
 _CONVERSION_S = 1800
 """Longest wait for another process that converts the same file."""
@@ -126,6 +133,7 @@ def convert_gguf(file: Path, cache_dir: Path) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f"{target.name}.lock", timeout=_CONVERSION_S):
         if not target.is_dir():
+            log.info("converting", file=str(file))
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -170,6 +178,8 @@ def _check_directory(path: Path) -> Path:
         others = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f"; {', '.join(others[:3])} can't be loaded as a directory's weights" if others else ""
         raise CheckpointError(f"{path} has no weights in safetensors{found}")
+    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        raise CheckpointError(f"{path} has no tokenizer (tokenizer.json)")
     return path
 
 

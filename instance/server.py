@@ -308,6 +308,7 @@ class Instance:
             )
             self._cleanup.callback(peers.abort)
             group.barrier()  # nobody pushes into memory that its owner has yet to clear
+        log.info("capturing CUDA graphs")
         runner.prepare(self._storage, self._config.chunk_tokens, peers)
         log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
 

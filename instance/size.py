@@ -105,9 +105,9 @@ class Answer:
     longest: int
     """Tokens that one sequence can have when it is alone in the cell: less one spare block on each instance."""
     fits: bool
-    """Whether that is the context."""
+    """Whether the context does: in the cell, and in what the model takes."""
     fewest: int | None
-    """Instances that hold the context; None if no number does."""
+    """Instances whose memory holds the context; None if no number does."""
     notes: list[str]
     """What was assumed."""
 
@@ -143,9 +143,9 @@ def answer(question: Question) -> Answer:
         instance=one,
         cell_tokens=count * one.tokens,
         longest=longest,
-        fits=longest >= context,
+        fits=context <= min(longest, model.max_context),
         fewest=fewest,
-        notes=_notes(question, model, context),
+        notes=_notes(question),
     )
 
 
@@ -200,6 +200,7 @@ def show(found: Answer) -> str:
     """The answer as a table."""
     one = found.instance
     limit = "" if one.limit is None else f"   of {_gib(one.limit).strip()}"
+    why = "alone in the cell" if found.longest < found.max_context else "the model's most"
     rows = [
         ("model", found.model),
         ("parameters", f"{found.parameters:,} in {found.dtype}, {_gib(found.weights).strip()}"),
@@ -211,12 +212,22 @@ def show(found: Answer) -> str:
         ("  in all", _gib(sum(one.parts.values()) + one.kv) + limit),
         ("", ""),
         ("KV of the cell", f"{found.cell_tokens:,} tokens"),
-        ("longest sequence", f"{found.longest:,} tokens, alone in the cell"),
-        (f"{found.context:,} tokens", f"{'fit' if found.fits else 'do not fit'} in {_instances(found.instances)}"),
-        ("fewest instances", "no number holds them" if found.fewest is None else f"{found.fewest:,}"),
+        ("longest sequence", f"{min(found.longest, found.max_context):,} tokens, {why}"),
+        (f"{found.context:,} tokens", _verdict(found)),
     ]
+    if found.context <= found.max_context:
+        rows.append(("fewest instances", "no number holds them" if found.fewest is None else f"{found.fewest:,}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join([*(f"{name:{width}}  {value}".rstrip() for name, value in rows), "", *found.notes])
+
+
+def _verdict(found: Answer) -> str:
+    """Whether the context fits, and if not, what is to be done about it where more instances are no help."""
+    if found.context > found.max_context:
+        return (
+            f"do not fit: the model takes at most {found.max_context:,}, on any number of instances; ask for a shorter context"
+        )
+    return f"{'fit' if found.fits else 'do not fit'} in {_instances(found.instances)}"
 
 
 def parse_count(text: str) -> int:
@@ -321,10 +332,8 @@ def _longest(one: InstanceSize, count: int, block_size: int) -> int:
     return count * (one.blocks - 1) * block_size
 
 
-def _notes(question: Question, model: Model, context: int) -> list[str]:
+def _notes(question: Question) -> list[str]:
     notes: list[str] = []
-    if context > model.max_context:
-        notes.append(f"The model takes at most {model.max_context:,} tokens: a longer request is refused.")
     if question.device == "cpu":
         notes.append(f"With --kv-tokens {question.kv_tokens} on each instance; what Python and torch take comes on top.")
         if question.instances is not None and not torch.cuda.is_available():

@@ -4,6 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
+import time
 import venv
 from pathlib import Path
 
@@ -50,5 +52,28 @@ def _is_installed(extras: str, wanted: str) -> bool:
 
 
 def _pip_install(*what: str) -> None:
+    """Of what pip says only errors are shown, and only if it fails. Exits with its code then."""
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
-    subprocess.run([*pip, *what], cwd=ROOT, check=True)
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen([*pip, *what], cwd=ROOT, stdout=said, stderr=said)
+        try:
+            while (code := _wait(child, 1.0)) is None:
+                if sys.stdout.isatty():
+                    print(f"\r  pip install {what[-1]} {time.monotonic() - began:.0f} s", end="", flush=True)
+        finally:
+            child.kill()
+        print(f"\r  pip install {what[-1]} {time.monotonic() - began:.0f} s", flush=True)
+        if code:
+            said.seek(0)
+            lines = said.read().splitlines()
+            print("\n".join([line for line in lines if line.startswith("ERROR")] or lines), file=sys.stderr)
+            sys.exit(code)
+
+
+def _wait(child: "subprocess.Popen[bytes]", seconds: float) -> int | None:
+    """Its exit code, or None if it still runs after that time."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None

@@ -34,7 +34,7 @@ from _setup import CACHE, ROOT
 from gmanager import AsyncClient, CellStats, DistattnError
 from gmanager.cli.assets import MODEL, FetchError, fetch
 from gmanager.cli.needle import processor
-from gmanager.cli.service import SLACK, ServiceConfig, ServiceError, running
+from gmanager.cli.service import NO_BARS, SLACK, ServiceConfig, ServiceError
 
 REPORT = "bench_serve.json"
 
@@ -243,34 +243,42 @@ def vocabulary(model: str) -> int:
 async def serve_and_measure(trace: Sequence[Arrival], args: argparse.Namespace) -> int:
     """With a service of its own. Raises FetchError, ServiceError and what `measure` raises."""
     import torch
+    from rich.console import Console
 
+    from gmanager.cli.progress import progress, shown_running
     from instance.checkpoint import CheckpointError, resolve_checkpoint
 
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.device_count() >= args.instances else "cpu"
     model = args.model or str((await asyncio.to_thread(fetch, MODEL, CACHE / "model"))[0])
+    console = Console(stderr=True, highlight=False)
     try:
-        path = await asyncio.to_thread(resolve_checkpoint, model, cache_dir=CACHE / "converted")
+        with progress(console) as tell:
+            tell(f"looking for {model}, and if it is a GGUF file converting it once")
+            path = await asyncio.to_thread(resolve_checkpoint, model, cache_dir=CACHE / "converted")
     except CheckpointError as error:
         raise BenchError(str(error)) from error
     kv_tokens = args.kv_tokens
     if device == "cpu" and kv_tokens is None:  # all of it at once
         kv_tokens = -(-sum(a.prompt_tokens + a.max_tokens + SLACK for a in trace) // args.instances)
-    config = ServiceConfig(
-        model=str(path),
-        instances=args.instances,
-        kv_tokens=kv_tokens,
-        kv_memory=args.kv_memory,
-        device=device,
-        dtype=args.dtype or ("float32" if device == "cpu" else "auto"),
-        threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
-        spread=args.spread,
-        chunk_tokens=args.chunk_tokens,
-        logs=args.out,
-    )
+    try:
+        config = ServiceConfig(
+            model=str(path),
+            instances=args.instances,
+            kv_tokens=kv_tokens,
+            kv_memory=args.kv_memory,
+            device=device,
+            dtype=args.dtype or ("float32" if device == "cpu" else "auto"),
+            threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
+            spread=args.spread,
+            chunk_tokens=args.chunk_tokens,
+            logs=args.out,
+        )
+    except ValueError as error:
+        raise BenchError(str(error)) from error
     print(f"starting a gManager and {config.instances} instances ({device})", flush=True)
-    async with running(config) as service:
+    async with shown_running(config, console) as service:
         return await service.during(measure(service.address, trace, args, device))
 
 
@@ -318,6 +326,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    os.environ.update(NO_BARS)  # before whoever draws them is imported
     try:
         trace = read_trace(args.trace, args.scale)
         work = measure(args.gmanager, trace, args, "as the service runs") if args.gmanager else serve_and_measure(trace, args)

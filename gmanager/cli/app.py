@@ -43,7 +43,9 @@ def up(
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; CPU: float32), float32, float16, bfloat16")] = "auto",
     name: Annotated[str | None, typer.Option("--served-model-name", help="what requests call the model")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
-    logs: Annotated[Path | None, typer.Option(help="folder of the logs (~/.cache/distattn/logs)")] = None,
+    logs: Annotated[
+        Path | None, typer.Option(help="where each start makes a folder of its logs (~/.cache/distattn/logs)")
+    ] = None,
 ) -> None:
     """Start a service on this machine, and stop all of it on Ctrl-C."""
     from gmanager.cli.up import Wanted, bring_up

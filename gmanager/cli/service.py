@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Never, TypeVar
 
+from gmanager.cli.said import last_words, stage_of_instances, why_instances_ended
 from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
 
@@ -29,6 +30,14 @@ if os.getppid() == int(sys.argv[1]):
 """
 """Becomes a program that is asked to end when the process that started it is gone, however that came."""
 
+NO_BARS = {"TQDM_DISABLE": "1"}
+"""Environment in which libraries draw no progress bars of their own."""
+
+BLOCK_SIZE = {"cpu": 16, "cuda": 64}
+"""Tokens in a block of an instance, by its device; the instances' own default."""
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
 SLACK = 64
 """KV tokens beside the longest prompt: its answer, and a block or two."""
 
@@ -42,18 +51,14 @@ def pool_tokens(contexts: Sequence[int], instances: int) -> int:
 
 
 class ServiceError(Exception):
-    """The service did not come up, or went down; the message holds the end of the log."""
+    """The service did not come up, or went down; the message says why."""
 
 
 class ProcessEnded(ServiceError):
-    """One of the processes is gone."""
+    """One of the processes is gone; the message is one line: what it said itself of the reason, and where its log is."""
 
     def __init__(self, process: "Process", code: int) -> None:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        super().__init__(f"{process.name} {how}:\n{process.tail()}")
-        words = process.last_words() if code >= 0 else ""  # who is killed doesn't say why
-        self.line = f"{process.name} {how}{words} (log: {process.log})"
-        """The same in one line."""
+        super().__init__(f"{process.why(code)} (log: {process.log})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,24 @@ class ServiceConfig:
     """HOST:PORT of a gateway; None: none is started."""
     api_key_file: Path | None = None
     served_model_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what an instance would refuse, before one is started."""
+        if self.kv_tokens is not None:
+            if self.kv_memory is not None:
+                raise ValueError(f"give --kv-tokens or --kv-memory, not both (got {self.kv_tokens} and {self.kv_memory})")
+            block = BLOCK_SIZE[self.device]
+            if self.kv_tokens < block:
+                raise ValueError(f"--kv-tokens {self.kv_tokens} is less than one block of {block} tokens")
+        elif self.device == "cpu":
+            got = "" if self.kv_memory is None else f" and takes no --kv-memory (got {self.kv_memory})"
+            raise ValueError(f"an instance on the CPU needs --kv-tokens{got}")
+        elif self.kv_memory is not None and not 0 < self.kv_memory < 1:
+            raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.served_model_name == "":
+            raise ValueError("--served-model-name must not be empty")
 
 
 @dataclass
@@ -114,13 +137,22 @@ class Service:
 class Process:
     """A child in a process group of its own, its output in a file. It does not outlive this process."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, explain: Callable[[str], str | None] = lambda text: None
+    ) -> None:
+        """`explain`: the reason of its end in a sentence, from its log, if that has it."""
         self.name = name
         self.log = log
+        self._explain = explain
         leash = [sys.executable, "-ISc", _LEASH, str(os.getpid())]
         with log.open("wb") as out:
             self._child = subprocess.Popen(
-                [*leash, *command], stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                [*leash, *command],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | NO_BARS,
             )
 
     @property
@@ -133,15 +165,19 @@ class Process:
         if code is not None:
             raise ProcessEnded(self, code)
 
-    def tail(self, lines: int = 15) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(errors="replace")
 
-    def last_words(self) -> str:
-        """`: ` and the last error in its log, or else its last line; nothing if it said nothing."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
-        lines = [line for line in lines if any(char.isalnum() for char in line)]
-        errors = [line.partition("event=")[2] for line in lines if " level=error " in line]
-        return f": {(errors or lines)[-1][:300]}" if lines else ""
+    def tail(self, lines: int = 15) -> str:
+        return "\n".join(self.text().splitlines()[-lines:])
+
+    def why(self, code: int) -> str:
+        """How it ended, with that exit code."""
+        if code < 0:  # who is killed doesn't say why
+            return f"{self.name} was killed by {signal.Signals(-code).name}"
+        words = last_words(self.text())
+        return self._explain(self.text()) or f"{self.name} ended with exit code {code}{f': {words}' if words else ''}"
 
     def stop(self) -> None:
         """Ask it to end, wait, and kill what is left of its group."""
@@ -176,7 +212,12 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
             gateway = Process("the gateway", [*command, *keys], config.logs / "gateway.log")
             service.processes.append(gateway)
             service.url = await _said(gateway, "http://")
-        instances = Process("the torchrun of the instances", _instances(config, service.address), config.logs / "instances.log")
+        instances = Process(
+            "the torchrun of the instances",
+            _instances(config, service.address),
+            config.logs / "instances.log",
+            why_instances_ended,
+        )
         service.processes.append(instances)
         await _ready(service, config, tell)
         yield service
@@ -186,7 +227,7 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
 
 
 def _instances(config: ServiceConfig, address: str) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.instances}"]
+    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", f"--nproc-per-node={config.instances}"]
     flags = {
         "--gmanager": address,
         "--model": config.model,
@@ -207,7 +248,7 @@ async def _said(process: Process, beginning: str) -> str:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         process.check()
-        for line in process.log.read_text(errors="replace").splitlines(keepends=True):
+        for line in process.text().splitlines(keepends=True):
             words = [word for word in line.split() if word.startswith(beginning)]
             if words and line.endswith("\n"):
                 return words[0].rstrip(".,")
@@ -218,6 +259,7 @@ async def _said(process: Process, beginning: str) -> str:
 async def _ready(service: Service, config: ServiceConfig, tell: Callable[[str], None]) -> None:
     deadline = time.monotonic() + config.ready_timeout_s
     what = f"{config.instances} instance{'s' if config.instances > 1 else ''} ({config.device})"
+    instances = service.processes[-1]
     async with AsyncClient(service.address) as client:
         while True:
             for process in service.processes:
@@ -228,7 +270,8 @@ async def _ready(service: Service, config: ServiceConfig, tell: Callable[[str], 
                 raise ServiceError(f"the gManager does not answer: {error}") from error
             if any(cell.state == "ready" for cell in cells):
                 return
-            tell(f"{what} load {config.model}" if not cells else f"{what} form a cell")
+            stage = stage_of_instances(instances.text())
+            tell(f"{what} {stage}{f' {config.model}' if stage in ('load', 'convert') else ''}")
             if time.monotonic() > deadline:
-                raise ServiceError(f"not ready after {config.ready_timeout_s:.0f} s:\n{service.processes[-1].tail()}")
+                raise ServiceError(f"not ready after {config.ready_timeout_s:.0f} s:\n{instances.tail()}")
             await asyncio.sleep(0.1)

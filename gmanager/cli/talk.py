@@ -9,13 +9,17 @@ from gmanager.wire.errors import RequestRefused
 from gmanager.wire.messages import ChatMessage, SamplingParams
 
 CONNECT_S = 3.0
+SHOWN_CHARS = 1000
+"""Of the text that is gone on from: a book would only scroll by."""
 Ask = Callable[[AsyncClient], AsyncGenerator[Chunk, None]]
 
 
 def continue_text(address: str, text: str, params: SamplingParams, model: str | None) -> None:
-    """Print how a text goes on. Raises DistattnError; Ctrl-C ends it."""
+    """Print a text and how it goes on. Raises DistattnError; Ctrl-C ends it."""
     try:
-        asyncio.run(_print(address, lambda client: client.generate(text, params, model=model, wait_for_cell=False)))
+        asyncio.run(
+            _print(address, lambda client: client.generate(text, params, model=model, wait_for_cell=False), before=shown(text))
+        )
     except KeyboardInterrupt:
         print()
 
@@ -23,8 +27,13 @@ def continue_text(address: str, text: str, params: SamplingParams, model: str | 
 def converse(address: str, params: SamplingParams, *, system: str | None, model: str | None) -> None:
     """Turns from standard input, one a line, until it ends. Raises DistattnError.
 
-    Each turn has a connection of its own: while somebody thinks, nothing needs to be kept alive.
+    Each turn has a connection of its own: while somebody thinks, nothing needs to be kept alive. One before all of them tells
+    whether anybody is there to talk to.
     """
+    try:
+        asyncio.run(_greet(address))
+    except KeyboardInterrupt:
+        return
     turns = [] if system is None else [ChatMessage(role="system", content=system)]
     while (line := _read_line()) is not None:
         if not line.strip():
@@ -53,11 +62,22 @@ def _read_line() -> str | None:
         return None
 
 
-async def _print(address: str, ask: Ask) -> str:
-    """Print an answer as it comes, and return it. Raises DistattnError."""
+def shown(text: str) -> str:
+    """What is shown of a text that is gone on from: all of it, or the end of a long one."""
+    return text if len(text) <= SHOWN_CHARS else f"\u2026{text[-SHOWN_CHARS:]}"
+
+
+async def _greet(address: str) -> None:
+    async with AsyncClient(address, connect_timeout_s=CONNECT_S):
+        pass
+
+
+async def _print(address: str, ask: Ask, before: str = "") -> str:
+    """Print an answer as it comes, and return it; `before` it, once it comes. Raises DistattnError."""
     texts: list[str] = []
     async with AsyncClient(address, connect_timeout_s=CONNECT_S) as client:
         async for chunk in ask(client):
+            print(end="" if texts else before)
             texts.append(chunk.text)
             print(chunk.text, end="", flush=True)
     print()

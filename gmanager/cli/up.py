@@ -2,22 +2,21 @@
 
 import asyncio
 import contextlib
+import datetime
 import importlib.util
 import os
 import re
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.status import Status
 
 from gmanager.cli.assets import MODEL, FetchError, cache_dir, fetch
-from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceError, running
+from gmanager.cli.progress import shown_running
+from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceError
 from gmanager.client import AsyncClient
 from gmanager.config import GManagerConfig
 from gmanager.gateway.config import GatewayConfig, parse_address, read_keys
@@ -31,6 +30,8 @@ DEFAULT = "default"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 HUB_S = 10.0
 """For the hub to say whether it has a model."""
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""One of these makes a tokenizer; most models have tokenizer.json."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NEEDED = {"torch": "serve", "transformers": "serve", "tokenizers": "serve", "fastapi": "http", "uvicorn": "http"}
 
@@ -65,9 +66,9 @@ def bring_up(wanted: Wanted) -> int:
         console.print(f"distattn: {error}", markup=False, soft_wrap=True)
         return 2
     try:
-        return asyncio.run(_serve(config, wanted, console))
+        return asyncio.run(_serve(config, console))
     except ProcessEnded as error:
-        console.print(f"distattn: {error.line}; all is stopped", markup=False, soft_wrap=True)
+        console.print(f"distattn: {error}; all is stopped", markup=False, soft_wrap=True)
     except ServiceError as error:
         console.print(f"distattn: {error}", markup=False, soft_wrap=True)
     return 1
@@ -101,25 +102,34 @@ def check(wanted: Wanted) -> ServiceConfig:
         raise CannotStart(str(error)) from error
     except OSError as error:
         raise CannotStart(f"{wanted.api_key_file} can't be read (--api-key-file): {error.strerror}") from error
-    model, name = find_model(wanted.model)
     kv_tokens = wanted.kv_tokens
-    if device == "cpu" and kv_tokens is None:
+    if device == "cpu" and kv_tokens is None and wanted.kv_memory is None:
         kv_tokens = CPU_KV_TOKENS
-    return ServiceConfig(
-        model=model,
-        served_model_name=wanted.name or name,
-        instances=wanted.instances,
-        kv_tokens=kv_tokens,
-        kv_memory=wanted.kv_memory,
-        device=device,
-        dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
-        threads=max(1, len(os.sched_getaffinity(0)) // wanted.instances),
-        logs=wanted.logs or cache_dir() / "logs",
-        ready_timeout_s=3600,
-        bind=wanted.bind,
-        http=wanted.http,
-        api_key_file=wanted.api_key_file,
-    )
+    try:
+        config = ServiceConfig(
+            model=wanted.model,
+            served_model_name=wanted.name,
+            instances=wanted.instances,
+            kv_tokens=kv_tokens,
+            kv_memory=wanted.kv_memory,
+            device=device,
+            dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
+            threads=max(1, len(os.sched_getaffinity(0)) // wanted.instances),
+            logs=logs_of_this_start(wanted.logs or cache_dir() / "logs"),
+            ready_timeout_s=3600,
+            bind=wanted.bind,
+            http=wanted.http,
+            api_key_file=wanted.api_key_file,
+        )
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
+    model, name = find_model(wanted.model)  # last: it may take long
+    return replace(config, model=model, served_model_name=name if wanted.name is None else wanted.name)
+
+
+def logs_of_this_start(folder: Path) -> Path:
+    """A folder of its own in `folder`: no start writes over the logs of another. It is not made yet."""
+    return folder / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{os.getpid()}"
 
 
 def check_port(host: str, port: str, flag: str) -> None:
@@ -148,6 +158,10 @@ def find_model(given: str) -> tuple[str, str]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CannotStart(f"{path} holds no config.json: it is no model")
+        if not any(path.glob("*.safetensors")):
+            raise CannotStart(f"{path} holds no weights in safetensors")
+        if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+            raise CannotStart(f"{path} holds no tokenizer (tokenizer.json)")
         return str(path.resolve()), path.resolve().name
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -183,14 +197,14 @@ def count_gpus() -> int:
     return count if visible is None else min(count, len([part for part in visible.split(",") if part.strip()]))
 
 
-async def _serve(config: ServiceConfig, wanted: Wanted, console: Console) -> int:
+async def _serve(config: ServiceConfig, console: Console) -> int:
     """Start, say where, and wait for Ctrl-C. Raises ServiceError."""
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
             continue  # nohup: a terminal that is closed is not to end it
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    serving = asyncio.create_task(_run(config, wanted, console))
+    serving = asyncio.create_task(_run(config, console))
     asked = asyncio.create_task(stopping.wait())
     try:
         await asyncio.wait([serving, asked], return_when=asyncio.FIRST_COMPLETED)
@@ -205,37 +219,13 @@ async def _serve(config: ServiceConfig, wanted: Wanted, console: Console) -> int
             await serving
 
 
-async def _run(config: ServiceConfig, wanted: Wanted, console: Console) -> None:
+async def _run(config: ServiceConfig, console: Console) -> None:
     began = time.monotonic()
-    with _progress(console) as tell:
-        context = running(config, tell)
-        service = await context.__aenter__()
-    try:
+    async with shown_running(config, console) as service:
         async with AsyncClient(service.address) as client:
             tokens = sum(cell.total_tokens for cell in (await client.stats()).cells)
         _announce(console, config, service, tokens, time.monotonic() - began)
         await service.during(asyncio.Event().wait())
-    finally:
-        await context.__aexit__(*sys.exc_info())
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """Says what is being waited for: in one live line on a terminal, else in a line for each new thing."""
-    began = time.monotonic()
-    last = ""
-    live = Status("", console=console) if console.is_terminal else None
-
-    def tell(stage: str) -> None:
-        nonlocal last
-        if live is not None:
-            live.update(f"{stage} [dim]{time.monotonic() - began:.0f} s[/dim]")
-        elif stage != last:
-            console.print(stage, markup=False, soft_wrap=True)
-        last = stage
-
-    with live or contextlib.nullcontext():
-        yield tell
 
 
 def _announce(console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,12 @@ def up(model: Path, logs: Path, *more: str) -> Iterator[tuple[Up, str, str]]:
     assert not left
 
 
+def logs_in(folder: Path, name: str) -> str:
+    """The log of that name, of the one start that has logged there."""
+    (start,) = folder.iterdir()
+    return (start / name).read_text()
+
+
 def processes_of(address: str) -> list[int]:
     """Whoever was told that address and still lives."""
     found = []
@@ -117,7 +124,7 @@ def instances_of(address: str) -> list[int]:
     return [
         pid
         for pid in processes_of(address)
-        if b"\0-m\0instance\0" in (words := Path(f"/proc/{pid}/cmdline").read_bytes()) and b"torch.distributed" not in words
+        if b"\0-m\0instance\0" in (words := Path(f"/proc/{pid}/cmdline").read_bytes()) and b"instance.torchrun" not in words
     ]
 
 
@@ -125,10 +132,16 @@ def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path, "--instances", "2", "--served-model-name", "tiny") as (started, address, url):
         started.wait_for(f"HTTP    {url}/v1")
         assert any(line.startswith("ready in ") for line in started.lines)
+        before = [line for line in started.lines if re.match(" +[0-9]+ s  ", line)]
+        assert before[0].endswith("s  starting the gManager\n")
+        assert before[1].endswith("s  2 instances (cpu) start\n")
+        assert len(before) == len(set(before))
+        assert "it/s" not in logs_in(tmp_path, "instances.log"), "a bar of a library"
         asked = ["--gmanager", address, "--max-tokens", "5", "--temperature", "0"]
         answer = run("generate", "hello", *asked)
         assert (answer.returncode, answer.stderr) == (0, "")
-        assert len(answer.stdout) > 1
+        assert answer.stdout.startswith("hello")
+        assert len(answer.stdout) > len("hello\n"), "and how it goes on"
         assert run("generate", "-", *asked, given="hello").stdout == answer.stdout
         talk = run("chat", *asked, "--system", "Be brief.", given="hello\n\nand now?\n")
         assert talk.returncode == 0, talk.stderr
@@ -152,6 +165,11 @@ def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
         started.child.send_signal(signal.SIGINT)
         assert started.end()[-1] == "stopping\n"
         assert started.child.returncode == 0
+    for name in ("gmanager.log", "gateway.log", "instances.log"):
+        log = logs_in(tmp_path, name)
+        assert "Traceback" not in log
+        assert "level=error" not in log
+    assert 'event="cell over"' in logs_in(tmp_path, "gmanager.log")
 
 
 @pytest.mark.parametrize("who", ["the gateway", "an instance", "torchrun"])
@@ -173,14 +191,14 @@ def test_what_is_killed_is_told_in_one_line_and_all_is_stopped(who: str, model: 
         elif who == "torchrun":
             assert line.startswith("distattn: the torchrun of the instances was killed by SIGKILL (log: ")
         else:
-            assert line.startswith("distattn: the torchrun of the instances ended with exit code 1: ")
+            assert line.startswith("distattn: instance 0 was killed by SIGKILL (log: ")
         assert line.endswith("; all is stopped\n")
 
 
 @pytest.mark.parametrize(
     ("when", "number"),
-    [("1 instance (cpu) load", signal.SIGINT), ("Ctrl-C stops it", signal.SIGHUP)],
-    ids=["Ctrl-C while it loads", "its terminal is closed"],
+    [("1 instance (cpu) start", signal.SIGINT), ("Ctrl-C stops it", signal.SIGHUP)],
+    ids=["Ctrl-C while it starts", "its terminal is closed"],
 )
 def test_all_is_stopped_when_it_is_asked_to(when: str, number: signal.Signals, model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path) as (started, _, _):
@@ -188,6 +206,29 @@ def test_all_is_stopped_when_it_is_asked_to(when: str, number: signal.Signals, m
         started.child.send_signal(number)
         assert started.end()[-1] == "stopping\n"
         assert started.child.returncode == 0
+
+
+def test_an_instance_says_itself_why_it_can_not_start(model: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{}")
+    with up(broken, tmp_path / "logs", "--instances", "2") as (started, _, _):
+        line = started.end()[-1]
+        assert started.child.returncode == 1
+    assert line.startswith(f"distattn: an instance ended: {broken} can't be loaded: ")
+    assert line.endswith("/instances.log); all is stopped\n")
+    assert "Traceback" not in logs_in(tmp_path / "logs", "instances.log")
+
+
+def test_a_second_start_leaves_the_logs_of_the_first(model: Path, tmp_path: Path) -> None:
+    with up(model, tmp_path) as (first, address, _):
+        first.wait_for("starting the gManager")
+        with up(model, tmp_path) as (second, other, _):
+            for started in (second, first):
+                started.wait_for("1 instance (cpu)")
+            logs = [file.read_text() for file in tmp_path.glob("*/gmanager.log")]
+            assert sorted(logs) == sorted(f"gManager listens at {each}\n" for each in (address, other))
+            second.child.send_signal(signal.SIGINT)
+        first.child.send_signal(signal.SIGINT)
 
 
 def test_nothing_outlives_it(model: Path, tmp_path: Path) -> None:
@@ -206,6 +247,10 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
         taken.listen()
         port = taken.getsockname()[1]
         (tmp_path / "empty").mkdir()
+        mute, weightless = (shutil.copytree(model, tmp_path / name) for name in ("mute", "weightless"))
+        for file in mute.glob("tokenizer*"):
+            file.unlink()
+        (weightless / "model.safetensors").unlink()
         cases = [
             ([str(model), "--http", f"127.0.0.1:{port}"], f"port {port} of 127.0.0.1 is in use: choose another with --http"),
             (
@@ -218,6 +263,16 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(tmp_path / "empty")], f"{tmp_path / 'empty'} holds no config.json: it is no model"),
             ([str(tmp_path / "none.gguf")], f"there is no file {tmp_path / 'none.gguf'}"),
             (["/nowhere"], "/nowhere is no directory, no GGUF file, and no hub id like Qwen/Qwen3-0.6B"),
+            ([str(mute)], f"{mute} holds no tokenizer (tokenizer.json)"),
+            ([str(weightless)], f"{weightless} holds no weights in safetensors"),
+            (["default", "--device", "cpu", "--kv-tokens", "8"], "--kv-tokens 8 is less than one block of 16 tokens"),
+            (
+                ["default", "--device", "cpu", "--kv-memory", "0.9"],
+                "an instance on the CPU needs --kv-tokens and takes no --kv-m",
+            ),
+            ([str(model), "--kv-tokens", "64", "--kv-memory", "0.9"], "give --kv-tokens or --kv-memory, not both (got 64 and "),
+            ([str(model), "--dtype", "int3"], "--dtype must be one of auto, float32, float16, bfloat16, got int3"),
+            ([str(model), "--served-model-name", ""], "--served-model-name must not be empty"),
             ([str(model), "--device", "tpu"], "--device must be auto, cpu or cuda, got tpu"),
             ([str(model), "--device", "cuda", "--instances", "99"], "99 instances need as many GPUs; this machine has "),
             ([str(model), "--api-key-file", "/none"], "/none can't be read (--api-key-file): No such file or directory"),
@@ -234,9 +289,10 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             assert not logs.exists()
 
 
-def test_nobody_is_there() -> None:
+@pytest.mark.parametrize("given", ["hello\n", ""])
+def test_nobody_is_there(given: str) -> None:
     for command in (["status"], ["top"], ["generate", "x"], ["chat"]):
-        result = run(*command, "--gmanager", "tcp://127.0.0.1:9", given="hello\n")
+        result = run(*command, "--gmanager", "tcp://127.0.0.1:9", given=given)
         assert result.returncode == 1
         assert result.stderr == "distattn: nobody answers at tcp://127.0.0.1:9 within 3 s\n"
 

@@ -1,5 +1,7 @@
 """The gManager's mind, once a cell is ready: sequences, homes, memory, and how all of it ends. As test_cluster.py."""
 
+import logging
+
 import msgspec
 import pytest
 
@@ -325,6 +327,8 @@ def test_a_lost_instance_ends_its_cell(how: str) -> None:
     else:
         answer = Send(peer(1), m.Refused(reason="can't read this: not msgpack"))
         assert driver.handle(PeerGarbled(peer(1), "not msgpack", 0.0)) == [*told, answer]
+    (over,) = [line for line in driver.logs if line.event == "cell over"]
+    assert over.level == (logging.INFO if how == "leaves" else logging.ERROR)
     assert driver.cluster.is_idle and driver.cluster.stats().cells == []
     assert driver.say(peer(0), outputs(1, 2, [10])) == []
     assert driver.say(CLIENT, submit("later")) == []

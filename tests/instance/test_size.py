@@ -94,6 +94,19 @@ def test_the_table_reads_at_a_glance(shape_8b: str, capsys: pytest.CaptureFixtur
         assert re.search(f"^{line}$", said, re.MULTILINE), f"{line}\n{said}"
 
 
+def test_more_than_the_model_takes_has_one_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(**SHAPE_8B | {"max_position_embeddings": 131_072}).save_pretrained(tmp_path)
+    assert main([str(tmp_path), "--context", "1M", "--gpus", "2", "--gpu-memory", str(H200_GIB)]) == 0
+    said = capsys.readouterr().out
+    (verdict,) = [line for line in said.splitlines() if "1,048,576" in line]
+    assert re.fullmatch(
+        "1,048,576 tokens +do not fit: the model takes at most 131,072, on any number of instances; ask for a shorter context",
+        verdict,
+    )
+    assert re.search(r"^longest sequence +131,072 tokens, the model's most$", said, re.MULTILINE)
+    assert "fewest instances" not in said
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("llama", "auto"), ("qwen2", "bfloat16"), ("qwen3", "float16")])
 async def test_a_tiny_instance_prints_the_same(
     kind: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -146,9 +159,8 @@ def test_on_the_cpu_it_says_what_each_instance_is_to_be_given(tmp_path: Path, ca
     path = str(make_model("llama", tmp_path))
     found = ask(path, "--device", "cpu", "--context", "1K", "--gpus", "3", capsys=capsys)
     assert found["instance"]["tokens"] == 16 * (22 + 1)  # 64 blocks over three, and one spare on each
-    assert (found["fits"], found["longest"], found["fewest"]) == (True, 3 * 22 * 16, 3)
+    assert (found["fits"], found["longest"], found["fewest"]) == (False, 3 * 22 * 16, 3), "the model takes 512"
     notes = " ".join(found["notes"])
-    assert "The model takes at most 512 tokens: a longer request is refused." in notes
     assert "--kv-tokens 368 on each instance" in notes
     assert ask(path, "--device", "cpu", capsys=capsys)["context"] == 512
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import children, is_alive
+from tests.support.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +62,31 @@ def test_needles_are_asked_for_and_a_request_that_fails_is_told_and_counts(tmp_p
     assert sorted(result["kv_tokens_by_instance"]) == ["0", "1"]
     assert result["token_ids"] == result["reference"]["token_ids"]
     assert (tmp_path / "needle.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("script", ["quickstart", "bench_serve.py"])
+def test_an_instance_says_itself_why_it_can_not_start(script: str, tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    flags = ["--model", str(model), "--device", "cpu", "--out", str(tmp_path / "out")]
+    flags += ["--no-install", "--haystack", str(tmp_path)] if script == "quickstart" else []
+    command = [sys.executable, str(ROOT / "scripts" / script), *flags]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2
+    said = run.stderr.splitlines()[-1]
+    assert said.startswith(f"{script}: an instance ended: {model} can't be loaded: "), run.stderr
+    assert said.endswith(f" (log: {tmp_path / 'out' / 'instances.log'})")
+    assert "Traceback" not in run.stderr
+
+
+def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model")
+    command = [sys.executable, str(ROOT / "scripts" / "bench_serve.py"), "--device", "cpu", "--model", str(model)]
+    command += ["--kv-tokens", "8", "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == "bench_serve.py: --kv-tokens 8 is less than one block of 16 tokens"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
