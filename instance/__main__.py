@@ -47,6 +47,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     pool.add_argument("--kv-tokens", type=int, help="tokens of KV this instance holds, its own and lent (needed on CPU)")
     pool.add_argument("--kv-memory", type=float, help=f"or, on GPU: fill this part of its memory ({settings.GPU_KV_MEMORY})")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
+    parser.add_argument("--max-context", type=int, help="tokens of the longest sequence served (as the model's config says)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=int, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
@@ -71,6 +72,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         launch=launch,
         device="cuda" if gpu else "cpu",
         dtype=args.dtype,
+        max_context=args.max_context,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),

@@ -85,6 +85,8 @@ class InstanceConfig:
     device: Literal["cpu", "cuda"]
     dtype: DType = "auto"
     """auto: what the checkpoint says."""
+    max_context: int | None = None
+    """Tokens of the longest sequence served; None: as many as the model's config says."""
     block_size: int = CPU_BLOCK_SIZE
     """Tokens in a block."""
     chunk_tokens: int = CPU_CHUNK_TOKENS
@@ -120,6 +122,8 @@ class InstanceConfig:
         ):
             if value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.max_context is not None and self.max_context < 1:
+            raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
         self._check_pool()
         if self.served_model_name == "":
             raise ValueError("--served-model-name must not be empty")

@@ -22,7 +22,7 @@ _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_CHECK_POSITIONS = (0, 1, 5, 77)
+_CHECK_IDS = (0, 1, 5, 77)
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of what a layer adds to its input, relative RMS. Another rounding gives a tenth of it; another formula, ten times as much."""
 
@@ -70,7 +70,7 @@ class Hidden:
 class FusedDecoder:
     """The layers of one model, from token ids to logits of chosen rows."""
 
-    def __init__(self, module: PreTrainedModel, backend: str) -> None:
+    def __init__(self, module: PreTrainedModel, backend: str, max_context: int) -> None:
         """Merges the weights in place, layer by layer. Only for a model that `is_like_llama`."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         self._module: Any = module
@@ -80,6 +80,8 @@ class FusedDecoder:
         self._head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._eps: float = base.norm.variance_epsilon
         self._backend = backend
+        # the last place, too: some models scale what stands far back
+        self._check_positions = sorted({min(place, max_context - 1) for place in (0, 1, 5, max_context - 1)})
         self._layers = [_merge(layer) for layer in base.layers]
 
     @property
@@ -116,12 +118,15 @@ class FusedDecoder:
         transformers' layers must be bound to `attention`: `OwnRow` shows a mistake in queries, keys and values alike.
         """
         weight = self._layers[0].qkv
-        positions_T = torch.tensor(_CHECK_POSITIONS, device=weight.device)
+        positions_T = torch.tensor(self._check_positions, device=weight.device)
         x_TE = torch.randn(len(positions_T), weight.shape[1], device=weight.device).to(weight.dtype)
         cos_TD, sin_TD = self._rotary_of(x_TE, positions_T)
         for index, layer in enumerate(self._layers):
             theirs: Any = layer.module(
-                x_TE.unsqueeze(0), position_embeddings=(cos_TD.unsqueeze(0), sin_TD.unsqueeze(0)), attention_mask=None
+                x_TE.unsqueeze(0),
+                position_embeddings=(cos_TD.unsqueeze(0), sin_TD.unsqueeze(0)),
+                position_ids=positions_T.unsqueeze(0),
+                attention_mask=None,
             )
             want_TE = theirs[0].float() - x_TE.float()
             ours_TE = x_TE.clone()
@@ -133,7 +138,7 @@ class FusedDecoder:
     def ends_agree(self) -> bool:
         """Whether transformers too does nothing to embeddings, and nothing to logits after the last norm and the head."""
         base = self._module.get_decoder()
-        ids_T = torch.tensor(_CHECK_POSITIONS, device=self._head.weight.device)
+        ids_T = torch.tensor(_CHECK_IDS, device=self._head.weight.device) % len(self._head.weight)
         x_TE: torch.Tensor = self._embed(ids_T)
         layers, norm = base.layers, base.norm
         base.layers = nn.ModuleList()

@@ -6,7 +6,8 @@ The model runs a whole ragged step as one row `[1, T]`; its attention layers cal
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
 
-_IMPLEMENTATION = "distattn"
+ATTENTION = "distattn"
+"""Our attention's name in transformers."""
 
 # What transformers passes to an attention function that changes nothing for us, with the values that don't.
 _HARMLESS: dict[str, tuple[object, ...]] = {
@@ -25,12 +27,17 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "is_causal": (True, None),
     "use_cache": (False,),
     "output_attentions": (False, None),
+    "output_router_logits": (False,),
 }
 # ... and that is free to have any value: how rows are placed is the step's business.
 _IGNORED = frozenset({"position_ids", "cache_position"})
 
 # Rotary types whose frequencies depend on the longest position in the batch: KV written in one step would not fit another's.
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+# What a model's code raises when it is run in a way it wasn't written for.
+_FOREIGN_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 
 class UnsupportedModel(ValueError):
@@ -53,8 +60,12 @@ class AttentionContext:
 class Model:
     """A loaded causal language model: rows in, logits of chosen rows out."""
 
-    def __init__(self, module: PreTrainedModel) -> None:
-        """Raises UnsupportedModel by the name of what can't be served exactly."""
+    def __init__(self, module: PreTrainedModel, max_context: int | None = None) -> None:
+        """`max_context`: tokens of the longest sequence served; None: as many as the config says.
+
+        Raises UnsupportedModel by the name of what can't be served exactly, as far as layers show it; `instance.exact` compares
+        the whole.
+        """
         config = module.config.get_text_config()
         self.module = module
         self._base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
@@ -62,31 +73,49 @@ class Model:
         """What `_base` returns: a class with fields of the model's own, all but the hidden states empty in `logits`."""
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
-        self.max_context = _max_context(config)
+        declared = _declared_context(config, max_context)
         self.context = AttentionContext()
         self.device = module.device
         _refuse_rope(config)
-        _refuse_layer_types(config)
+        _refuse_state(module)
+        _refuse_layer_types(config, declared)
         self._fused: FusedDecoder | None = None
-        self.shape = self._probe()
+        self.shape = self._probe(declared)
+        if declared is None:
+            raise UnsupportedModel(
+                f"{config.model_type}: its config has no max_position_embeddings, so its longest context is unknown: give "
+                "--max-context"
+            )
+        self.max_context = declared
 
     @property
     def fused(self) -> FusedDecoder | None:
         """The layers, if they run fused."""
         return self._fused
 
-    def fuse(self, backend: str) -> None:
-        """Run the layers with merged projections and fused kernels from now on, if they are made like Llama's."""
+    def fuse(self, backend: str) -> str | None:
+        """Run the layers with merged projections and fused kernels from now on, if they are made like Llama's.
+
+        Returns why not, or None if they do.
+        """
         if not is_like_llama(self.module):
-            return
-        fused = FusedDecoder(self.module, backend)
+            return "they are not made like Llama's"
+        fused = FusedDecoder(self.module, backend, self.max_context)
         self.context.attention = OwnRow(self.shape, backend)
         try:
             with torch.inference_mode():
-                if fused.ends_agree() and fused.agrees(self.context.attention):
-                    self._fused = fused
+                if not (fused.ends_agree() and fused.agrees(self.context.attention)):
+                    return "they compute something else than Llama's"
+        except (AttributeError, KeyError, TypeError) as error:  # of transformers' layers, which ask for more than Llama's
+            return f"they can't be run alone to compare ({type(error).__name__}: {error})"
         finally:
             self.context.attention = None
+        self._fused = fused
+        return None
+
+    def unfuse(self) -> None:
+        """Run the layers as transformers has them; their weights stay merged."""
+        self._fused = None
 
     def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> Hidden:
         """All layers, of rows `[T]` (int64, or int32 where fused). Attention: `context.attention`."""
@@ -147,56 +176,63 @@ class Model:
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {values}".encode())
         return digest.hexdigest()
 
-    def _probe(self) -> AttentionShape:
+    def _probe(self, max_context: int | None) -> AttentionShape:
         """Run two rows and look at what each attention layer is called with; bind the layers to `context`.
 
         Attention is 0 here, so a row must come out as it does alone: else something beside attention mixes rows (a state,
         a convolution), which a step that holds rows of many sequences would mix up.
         """
-        seen: dict[int, AttentionShape] = {}
+        seen: dict[int, list[AttentionShape]] = {}
 
         def probe(
             module: torch.nn.Module,
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,
-            mask: torch.Tensor | None,
+            mask: torch.Tensor | None = None,
             scaling: float | None = None,
             **extra: object,
         ) -> tuple[torch.Tensor, None]:
-            _refuse_arguments(extra, mask)
+            _refuse_arguments(extra, mask, max_context)
             if getattr(module, "is_causal", True) is False:
                 raise UnsupportedModel("the model's attention is not causal")
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             module.distattn_context = self.context  # type: ignore[assignment]
-            seen[layer] = AttentionShape(
+            shape = AttentionShape(
                 num_heads=query.shape[1],
                 num_kv_heads=key.shape[1],
                 head_dim=query.shape[3],
                 scale=query.shape[3] ** -0.5 if scaling is None else scaling,
                 dtype=query.dtype,
             )
+            seen.setdefault(layer, []).append(shape)
             if value.shape != key.shape:
                 raise UnsupportedModel(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
             return torch.zeros_like(query).transpose(1, 2), None
 
-        AttentionInterface.register(_IMPLEMENTATION, probe)
+        AttentionInterface.register(ATTENTION, probe)
         try:
             with torch.inference_mode():
                 ids = torch.tensor([1, 2], device=self.device) % self.vocab_size
                 places = torch.tensor([0, 1], device=self.device)
                 together = self._as_transformers(ids, places)[1]
+                _refuse_calls(self.module, seen, self.num_layers)
                 alone = self._as_transformers(ids[1:], places[1:])[0]
                 halves = self.forward(ids, places, places)[1]
-        finally:
-            AttentionInterface.register(_IMPLEMENTATION, _attention)
-        if sorted(seen) != list(range(self.num_layers)) or len(set(seen.values())) != 1:
+        except (UnsupportedModel, torch.OutOfMemoryError):
+            raise
+        except _FOREIGN_ERRORS as error:
+            if not seen:
+                raise UnsupportedModel(_not_through_the_interface(self.module)) from error
             raise UnsupportedModel(
-                f"{self.module.config.model_type}: expected {self.num_layers} equal attention layers, saw {seen}"
-            )
+                f"{self.module.config.model_type}: its layers can't run rows without a mask and a cache "
+                f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from error
+        finally:
+            AttentionInterface.register(ATTENTION, _attention)
         if self.device.type != "meta":  # there nothing has a value
             self._refuse_mixing(together, alone, halves)
-        return seen[0]
+        return seen[0][0]
 
     def _refuse_mixing(self, together: torch.Tensor, alone: torch.Tensor, halves: torch.Tensor) -> None:
         """Raises UnsupportedModel if a row's logits depend on another row beside it, or on how the model is cut in two."""
@@ -212,25 +248,28 @@ class Model:
         return out.logits[0]  # type: ignore[no-any-return]
 
 
-def load_model(path: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
+def load_model(path: Path, dtype: torch.dtype | None, device: torch.device, max_context: int | None = None) -> Model:
     """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own.
 
     Raises UnsupportedModel, or OSError if the directory lacks a file.
     """
-    module = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype or "auto",
-        use_safetensors=True,
-        attn_implementation=_register(),
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    with _refusing_old_style(str(path)):
+        module = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            attn_implementation=_register(),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     module.to(device)  # type: ignore[arg-type]
     module.train(False)
-    return Model(module)
+    return Model(module, max_context)
 
 
-def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Model:
+def random_model(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int, max_context: int | None = None
+) -> Model:
     """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
 
     Raises UnsupportedModel.
@@ -239,13 +278,13 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
     try:
-        with device:
+        with device, _refusing_old_style(config.model_type):
             auto: Any = AutoModelForCausalLM  # its from_config has no types
             module = auto.from_config(config, attn_implementation=_register(), trust_remote_code=False)
     finally:
         torch.set_default_dtype(default)
     module.train(False)
-    return Model(module)
+    return Model(module, max_context)
 
 
 def load_text_assets(path: Path) -> TextAssets:
@@ -291,34 +330,96 @@ def _attention(
 
 
 def _register() -> str:
-    AttentionInterface.register(_IMPLEMENTATION, _attention)
-    return _IMPLEMENTATION
+    AttentionInterface.register(ATTENTION, _attention)
+    return ATTENTION
 
 
-def _refuse_arguments(extra: Mapping[str, Any], mask: torch.Tensor | None) -> None:
+@contextmanager
+def _refusing_old_style(name: str) -> Iterator[None]:
+    """Around the building of a model: those with a table of attention classes look for ours in it."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args != (ATTENTION,):
+            raise
+        raise UnsupportedModel(f"{name}: its attention does not go through transformers' attention interface") from error
+
+
+def _not_through_the_interface(module: PreTrainedModel) -> str:
+    alibi = any("alibi" in part for part in dir(type(module.base_model)))
+    return (
+        f"{module.config.model_type}: its attention does not go through transformers' attention interface"
+        f"{' (it adds ALiBi biases)' if alibi else ''}, so that it can't read a KV pool"
+    )
+
+
+def _refuse_calls(module: PreTrainedModel, seen: Mapping[int, list[AttentionShape]], num_layers: int) -> None:
+    """Raises UnsupportedModel unless each layer has called attention once, and all alike."""
+    name = module.config.model_type
+    if not seen:
+        raise UnsupportedModel(_not_through_the_interface(module))
+    if sorted(seen) != list(range(num_layers)):
+        raise UnsupportedModel(
+            f"{name}: {len(seen)} of its {num_layers} layers have attention that goes through transformers' attention interface"
+        )
+    for layer, calls in sorted(seen.items()):
+        if len(calls) != 1:
+            raise UnsupportedModel(f"{name}: layer {layer} calls attention {len(calls)} times, and a pool has KV for one call")
+        if calls[0] != seen[0][0]:
+            raise UnsupportedModel(f"{name}: its layers differ: {_shown(seen[0][0])} in layer 0, {_shown(calls[0])} in {layer}")
+
+
+def _shown(shape: AttentionShape) -> str:
+    return f"{shape.num_heads} heads on {shape.num_kv_heads} of {shape.head_dim}, scale {shape.scale:g}"
+
+
+def _refuse_arguments(extra: Mapping[str, Any], mask: torch.Tensor | None, max_context: int | None) -> None:
     """Raises UnsupportedModel for whatever a layer passes that would be silently lost."""
     if mask is not None:
         raise UnsupportedModel("the model passes its own attention mask, which is not implemented")
     for name, value in extra.items():
         if value is None or name in _IGNORED or any(value is ok or value == ok for ok in _HARMLESS.get(name, ())):
             continue
+        if name == "sliding_window" and _hides_nothing(value, max_context):
+            continue
         shown = tuple(value.shape) if isinstance(value, torch.Tensor) else value
-        raise UnsupportedModel(f"the model's attention needs {name}={shown}, which is not implemented")
+        hint = "; --max-context up to it would do without" if name == "sliding_window" else ""
+        raise UnsupportedModel(f"the model's attention needs {name}={shown}, which is not implemented{hint}")
 
 
-def _max_context(config: Any) -> int:
-    """Raises UnsupportedModel for a model that doesn't say."""
+def _hides_nothing(window: object, max_context: int | None) -> bool:
+    """Whether a row sees as many tokens as the longest sequence has."""
+    return isinstance(window, int) and max_context is not None and window >= max_context
+
+
+def _declared_context(config: Any, asked: int | None) -> int | None:
+    """Tokens served at most, None if nobody says. Raises UnsupportedModel if more are asked for than the model takes."""
     length = getattr(config, "max_position_embeddings", None)
     if not isinstance(length, int) or length < 1:
-        raise UnsupportedModel(f"{config.model_type}: max_position_embeddings is {length}, so its longest context is unknown")
-    return length
+        return asked
+    if asked is not None and asked > length:
+        raise UnsupportedModel(f"--max-context {asked:,} is more than the {length:,} tokens that {config.model_type} takes")
+    return length if asked is None else asked
 
 
-def _refuse_layer_types(config: Any) -> None:
+def _refuse_state(module: PreTrainedModel) -> None:
+    """Raises UnsupportedModel for layers that remember rows by something else than KV."""
+    kinds = set(getattr(module.config.get_text_config(), "layer_types", None) or ())
+    if getattr(module, "_is_stateful", False) or "linear_attention" in kinds:
+        raise UnsupportedModel(
+            f"{module.config.model_type}: its layers keep a state from token to token (state space, linear attention), "
+            "which is not implemented"
+        )
+
+
+def _refuse_layer_types(config: Any, max_context: int | None) -> None:
     """Raises UnsupportedModel for layers whose window or chunk would stand only in a mask, which is never built."""
-    others = sorted({kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"})
+    window = getattr(config, "sliding_window", None)
+    harmless = {"full_attention"} | ({"sliding_attention"} if _hides_nothing(window, max_context) else set())
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - harmless)
     if others:
-        raise UnsupportedModel(f"{config.model_type} has layers of type {', '.join(others)}, which is not implemented")
+        hint = f" (sliding_window={window}: --max-context up to it would do without)" if others == ["sliding_attention"] else ""
+        raise UnsupportedModel(f"{config.model_type} has layers of type {', '.join(others)}, which is not implemented{hint}")
 
 
 def _refuse_rope(config: Any) -> None:

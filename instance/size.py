@@ -45,6 +45,8 @@ class Question:
     kv_tokens: int | None = None
     """Of one instance; None: what the GPU has room for, or on the CPU what the context needs."""
     dtype: settings.DType = "auto"
+    max_context: int | None = None
+    """Tokens of the longest sequence served; None: as the model's config says."""
     block_size: int
     chunk_tokens: int
     cache_dir: Path | None = None
@@ -53,6 +55,7 @@ class Question:
         for flag, value in (
             ("--context", self.context),
             ("--gpus", self.instances),
+            ("--max-context", self.max_context),
             ("--block-size", self.block_size),
             ("--chunk-tokens", self.chunk_tokens),
         ):
@@ -262,6 +265,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     )
     parser.add_argument("--kv-tokens", type=parse_count, help="tokens of KV of one instance (what its GPU has room for)")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
+    parser.add_argument("--max-context", type=parse_count, help="tokens of the longest sequence served (as the config says)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=parse_count, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
@@ -284,6 +288,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
         kv_memory=args.kv_memory,
         kv_tokens=args.kv_tokens,
         dtype=args.dtype,
+        max_context=args.max_context,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if on_gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=_given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if on_gpu else settings.CPU_CHUNK_TOKENS),
         cache_dir=args.cache_dir,
@@ -318,7 +323,7 @@ def _shape_of(question: Question) -> Model:
         raise CheckpointError(f"the config of {question.model} doesn't say of which type its weights are: give --dtype")
     config.dtype = dtype
     try:
-        model = random_model(config, dtype, torch.device("meta"), seed=0)
+        model = random_model(config, dtype, torch.device("meta"), seed=0, max_context=question.max_context)
         refuse_shape(model, question.model, block_size=question.block_size, backend=question.backend)
     except UnsupportedModel:
         raise

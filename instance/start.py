@@ -10,6 +10,7 @@ from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import InstanceSpec, TextAssets
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig
+from instance.exact import refuse_inexact
 from instance.memory import TooLittleMemory, check_weights, checkpoint_bytes, measure
 from instance.model import Model, UnsupportedModel, load_model, load_text_assets
 from instance.needs import Needs, refuse_shape
@@ -38,22 +39,40 @@ def load(config: InstanceConfig) -> Loaded:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means IEEE
         torch.backends.cudnn.allow_tf32 = False
+        torch.cuda.set_device(device)  # kernels run here already, in this thread
     try:
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             check_weights(str(device), needed=checkpoint_bytes(path, dtype), free=free, total=total)
-        model = load_model(path, dtype, device)
+        model = load_model(path, dtype, device, config.max_context)
         assets = load_text_assets(path)
     except (CheckpointError, UnsupportedModel, TooLittleMemory):
         raise
     except LOAD_ERRORS as error:
         raise CheckpointError(f"{config.model} can't be loaded: {type(error).__name__}: {error}") from error
     refuse_shape(model, config.model, block_size=config.block_size, backend=config.backend)
-    if config.backend == "triton":
-        model.fuse(config.backend)
-        log.info("layers", run="fused" if model.fused else "as transformers has them: they are not made like Llama's")
+    _verify(model, config)
     return Loaded(model, assets)
+
+
+def _verify(model: Model, config: InstanceConfig) -> None:
+    """Compare the model with transformers' own attention, and fuse its layers on a GPU if that agrees too.
+
+    Raises UnsupportedModel.
+    """
+    found = refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
+    log.info("agrees with transformers' own attention", difference=f"{found:.2g}")
+    if config.backend != "triton":
+        return
+    reason = model.fuse(config.backend)
+    if reason is None:
+        try:
+            refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
+        except UnsupportedModel as error:
+            model.unfuse()
+            reason = f"fused, {error}"
+    log.info("layers", run="fused" if reason is None else f"as transformers has them: {reason}")
 
 
 def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) -> Instance:

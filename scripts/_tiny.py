@@ -64,10 +64,15 @@ def make_model(kind: str, path: Path, *, seed: int = 0) -> Path:
     return path
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens 0..255, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+def make_tokenizer(vocabulary: int = 256) -> PreTrainedTokenizerFast:
+    """Bytes as tokens 0..255, and a chat template; tokens beyond are read as `<|300|>` and never written.
+
+    Raises ValueError for a vocabulary that is too small.
+    """
+    if vocabulary < 256:
+        raise ValueError(f"a vocabulary of {vocabulary} tokens is too small for 256 bytes")
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<|{i}|>" for i in range(256, vocabulary))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast_of: Any = PreTrainedTokenizerFast  # it has no types

@@ -57,7 +57,7 @@ def load(config: Any) -> Model:
         (LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "'dynamic'"),
         (LlamaConfig(**SMALL, rope_parameters=LONGROPE), "'longrope'"),
         (Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1), "sliding_attention"),
-        (FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16), "hybrid"),
+        (FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16), "keep a state"),
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(config: Any, name: str, tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Whether a model, through our attention and a pool, computes what transformers' own attention computes.
+
+What a probe of single layers can't see (a scale that depends on the place, places that are counted otherwise) shows in the
+logits. Two short random texts run in steps of many rows and of one row each, one of them at the last places that the
+model takes; their blocks lie in turn, and the pool holds NaN wherever nothing was written.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from distattn.attention import DistAttention
+from distattn.exchange import Exchange
+from distattn.layout import Layout, Reading
+from instance.model import ATTENTION, Model, UnsupportedModel
+from kvstore.storage import KVStorage
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
+_AGREEING_ROWS = 0.75
+"""For so many rows, their logits' relative RMS about the mean; others may lie where rounding chooses between two experts."""
+
+
+def refuse_inexact(model: Model, name: str, *, block_size: int, backend: str) -> float:
+    """The relative difference from transformers' own attention. Raises UnsupportedModel if it is more than rounding."""
+    found, limit = difference(model, block_size=block_size, backend=backend), TOLERANCE[model.shape.dtype]
+    if not found <= limit:  # NaN is refused too
+        raise UnsupportedModel(
+            f"{name}: its logits through the KV pool differ from those of transformers' own attention by {found:.2g} of their "
+            f"size, and rounding of {str(model.shape.dtype).removeprefix('torch.')} explains {limit:g}: it would answer wrongly"
+        )
+    return found
+
+
+def difference(model: Model, *, block_size: int, backend: str) -> float:
+    """Of logits, as `TOLERANCE` counts it."""
+    length = min(block_size + 9, model.max_context)
+    ids_2T = torch.randint(model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    first = [0, model.max_context - length]
+    chunks = [block_size - 5, 9, *[1] * 5]  # the second crosses the end of a block
+    got = paged_logits(model, ids_2T.tolist(), first, chunks, block_size=block_size, backend=backend).float()
+    want = eager_logits(model.module, ids_2T.tolist(), first).float()
+    got, want = got - got.mean(-1, keepdim=True), want - want.mean(-1, keepdim=True)
+    relative_2T = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
+    return float(relative_2T.flatten().quantile(_AGREEING_ROWS))
+
+
+def paged_logits(
+    model: Model, texts: Sequence[Sequence[int]], first: Sequence[int], chunks: Sequence[int], *, block_size: int, backend: str
+) -> torch.Tensor:
+    """Logits `[texts, T, V]` of texts of one length, text i at places from `first[i]`; a step is a chunk of each of them."""
+    count, length = len(texts), len(texts[0])
+    table_blocks = -(-length // block_size)
+    tables = [tuple(range(text, count * table_blocks, count))[::-1] for text in range(count)]
+    shape = model.shape
+    storage = KVStorage(
+        num_layers=model.num_layers,
+        num_blocks=count * table_blocks,
+        block_size=block_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        device=model.device,
+    )
+    storage.data_L2BPKD.fill_(torch.nan)
+    attention = DistAttention(storage, shape, Exchange(None, model.device), backend=backend)  # type: ignore[arg-type]  # alone
+    steps: list[torch.Tensor] = []
+    model.context.attention = attention
+    try:
+        with torch.inference_mode():
+            for start, stop in _spans(chunks, length):
+                rows = stop - start
+                own = [
+                    Reading(text * rows, rows, table[: -(-stop // block_size)], tuple(range(start + 1, stop + 1)))
+                    for text, table in enumerate(tables)
+                ]
+                slots = [table[i // block_size] * block_size + i % block_size for table in tables for i in range(start, stop)]
+                attention.plan(Layout(count * rows, own, [], {}, {}, []), slots)
+                ids_T = torch.tensor([token for text in texts for token in text[start:stop]], device=model.device)
+                places_T = torch.tensor([place + i for place in first for i in range(start, stop)], device=model.device)
+                rows_S = torch.arange(count * rows, device=model.device)
+                steps.append(model.forward(ids_T, places_T, rows_S).view(count, rows, -1))
+    finally:
+        model.context.attention = None
+    return torch.cat(steps, dim=1)
+
+
+def eager_logits(module: PreTrainedModel, texts: Sequence[Sequence[int]], first: Sequence[int]) -> torch.Tensor:
+    """The same of transformers alone, with its plainest attention and the mask that it makes for that."""
+    ids = torch.tensor(texts, device=module.device)
+    places = torch.tensor(first, device=module.device)[:, None] + torch.arange(ids.shape[1], device=module.device)
+    with _eager(module), torch.inference_mode():
+        out: torch.Tensor = module(input_ids=ids, position_ids=places, use_cache=False).logits
+    return out
+
+
+@contextmanager
+def _eager(module: PreTrainedModel) -> Iterator[None]:
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(ATTENTION)
+
+
+def _spans(chunks: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
+    """`[start, stop)` of each chunk, up to `length`; the last chunk is whatever is left."""
+    start = 0
+    for chunk in (*chunks, length):
+        stop = min(start + chunk, length)
+        if stop > start:
+            yield start, stop
+        start = stop

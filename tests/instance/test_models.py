@@ -1,0 +1,249 @@
+"""Which architectures of transformers are served exactly, and why others aren't: docs/models.md is this table."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from instance.config import InstanceConfig, Launch
+from instance.exact import difference, eager_logits, paged_logits, refuse_inexact
+from instance.model import Model, UnsupportedModel, random_model
+from instance.start import load
+from tests.support.tiny import VOCAB, make_model
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK, CHUNK, TOKENS, LAST = 16, 7, 40, 128
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LAST,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEAD: dict[str, Any] = {"head_dim": 16}
+MOE: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+EXACT: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "biogpt": {},
+    "bitnet": {},
+    "cohere": {},
+    "cohere2": {"sliding_window": LAST},
+    "dots1": MOE | {"sliding_window": LAST},
+    "ernie4_5": HEAD,
+    "ernie4_5_moe": MOE | {"moe_k": 2},
+    "exaone4": {"sliding_window": LAST},
+    "flex_olmo": MOE,
+    "gemma": HEAD,
+    "glm": HEAD,
+    "glm4": HEAD,
+    "glm4_moe": HEAD | MOE,
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neox": {},
+    "granite": {"residual_multiplier": 0.5, "logits_scaling": 8.0, "embedding_multiplier": 12.0},
+    "granitemoe": MOE,
+    "granitemoeshared": MOE | {"shared_intermediate_size": 32},
+    "helium": HEAD,
+    "hunyuan_v1_dense": HEAD,
+    "internlm3": HEAD,
+    "llama": {},
+    "minimax_m2": HEAD | MOE,
+    "ministral3": HEAD
+    | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "llama_4_scaling_beta": 0.5,
+        }
+    },
+    "ministral": HEAD | {"sliding_window": LAST, "layer_types": ["sliding_attention", "full_attention"]},
+    "mistral": {"sliding_window": LAST},
+    "mixtral": MOE,
+    "nanochat": {},
+    "nemotron": HEAD,
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": LAST},
+    "olmoe": MOE,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "persimmon": {},
+    "phi": {},
+    "phi3": {},
+    "phimoe": MOE,
+    "qwen2": {},
+    "qwen2_moe": MOE,
+    "qwen3": HEAD,
+    "qwen3_moe": HEAD | MOE,
+    "seed_oss": HEAD,
+    "smollm3": {},
+    "solar_open": HEAD | MOE,
+    "stablelm": {},
+    "starcoder2": {"sliding_window": LAST},
+}
+
+FUSED = {"internlm3", "llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3"}
+"""On a GPU; the check is the same here."""
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "bloom": ({}, "bloom: its attention does not go through transformers' attention interface (it adds ALiBi biases)"),
+    "codegen": (
+        {"n_ctx": LAST, "rotary_dim": 8},
+        "codegen: its attention does not go through transformers' attention interface",
+    ),
+    "deepseek_v3": (MOE, "differ in shape"),
+    "diffllama": ({}, "diffllama: layer 0 calls attention 2 times"),
+    "doge": ({}, "mask"),
+    "falcon": ({}, "falcon: its attention does not go through transformers' attention interface"),
+    "gemma2": (HEAD | {"layer_types": ["full_attention"] * 2}, "softcap=50.0"),
+    "gemma3_text": (HEAD | {"sliding_window": 32, "sliding_window_pattern": 2}, "layers of type sliding_attention"),
+    "gpt_neo": (
+        {"num_layers": 2, "attention_types": [[["global"], 2]]},
+        "gpt_neo: its attention does not go through transformers' attention interface",
+    ),
+    "gpt_oss": (HEAD | MOE | {"layer_types": ["full_attention"] * 2, "sliding_window": None}, "s_aux"),
+    "gptj": ({"rotary_dim": 8}, "gptj: its attention does not go through transformers' attention interface"),
+    "llama4_text": (HEAD | MOE, "layers of type chunked_attention"),
+    "mamba": ({}, "mamba: its layers keep a state"),
+    "mpt": ({}, "mpt: its attention does not go through transformers' attention interface (it adds ALiBi biases)"),
+    "qwen3_next": (HEAD | MOE, "qwen3_next: its layers keep a state"),
+    "rwkv": ({}, "rwkv: "),
+    "xglm": ({}, "xglm: its attention does not go through transformers' attention interface"),
+}
+
+
+def make(kind: str, more: dict[str, Any], max_context: int | None = None, dtype: torch.dtype = torch.float32) -> Model:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    model = random_model(AutoConfig.for_model(kind, **(SIZES | more)), dtype, CPU, seed=1, max_context=max_context)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.module.named_parameters():  # as made, attention hardly shows, and a lost bias not at all
+            weight.normal_(1.0 if "norm" in name and "bias" not in name else 0.0, 0.15, generator=generator)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of an older transformers
+@pytest.mark.parametrize("kind", EXACT)
+def test_log_probabilities_over_a_paged_pool_are_transformers_own(kind: str) -> None:
+    model = make(kind, EXACT[kind])
+    texts = torch.randint(3, 97, (2, TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
+    first = [0, LAST - TOKENS]
+    got = paged_logits(model, texts, first, [CHUNK] * TOKENS, block_size=BLOCK, backend="torch").log_softmax(-1)
+    want = eager_logits(model.module, texts, first).log_softmax(-1)
+    assert float((got - want).abs().max()) < 5e-4
+    assert float((want[:, 1:] - want[:, :-1]).abs().max()) > 0.1  # a constant would agree with anything
+    assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") < 1e-4
+    assert (model.fuse("torch") is None) == (kind in FUSED)
+    assert difference(model, block_size=BLOCK, backend="torch") < 1e-4
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_served_says_in_a_sentence_why(kind: str) -> None:
+    more, sentence = REFUSED[kind]
+    with pytest.raises(UnsupportedModel, match=re.escape(sentence)) as refusal:
+        make(kind, more)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_longest_context_is_the_configs_or_a_shorter_one_or_must_be_said() -> None:
+    assert make("llama", {}).max_context == LAST
+    assert make("llama", {}, max_context=100).max_context == 100
+    with pytest.raises(UnsupportedModel, match="--max-context 129 is more than the 128 tokens"):
+        make("llama", {}, max_context=129)
+    config = AutoConfig.for_model("llama", **SIZES)
+    vars(config)["max_position_embeddings"] = None
+    with pytest.raises(UnsupportedModel, match="give --max-context"):
+        random_model(config, torch.float32, CPU, seed=1)
+    assert random_model(config, torch.float32, CPU, seed=1, max_context=1000).max_context == 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("mistral", {"sliding_window": 64}), ("olmo3", {"sliding_window": 64})],
+)
+def test_a_window_is_served_up_to_itself(kind: str, more: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="sliding_window=64.*--max-context"):
+        make(kind, more)
+    with pytest.raises(UnsupportedModel, match="sliding_window=64"):
+        make(kind, more, max_context=65)
+    model = make(kind, more, max_context=64)
+    assert refuse_inexact(model, kind, block_size=60, backend="torch") < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "olmoe", "gpt2"])
+def test_rounding_is_no_reason_to_refuse(kind: str, dtype: torch.dtype) -> None:
+    model = make(kind, EXACT[kind], dtype=dtype)
+    assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_answer_is_refused_with_the_figures(dtype: torch.dtype) -> None:
+    """A scale that only transformers' own attention is told of stands for whatever is lost on the way to ours."""
+    model = make("llama", {}, dtype=dtype)
+    module: Any = model.module
+    module.model.layers[1].self_attn.scaling *= 3
+    with pytest.raises(UnsupportedModel, match=r"differ from those of transformers' own attention by \d.* explains"):
+        refuse_inexact(model, "llama", block_size=BLOCK, backend="torch")
+
+
+def test_an_instance_compares_what_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = InstanceConfig(
+        gmanager="tcp://127.0.0.1:5570",
+        model=str(make_model("llama", tmp_path)),
+        kv_tokens=64,
+        launch=Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, run_id="test"),
+        device="cpu",
+        cell_size=1,
+        max_context=100,
+    )
+    assert load(config).model.max_context == 100
+    monkeypatch.setattr("instance.exact.eager_logits", lambda *_: torch.rand(2, 25, VOCAB))
+    with pytest.raises(UnsupportedModel, match="would answer wrongly"):
+        load(config)
+
+
+def test_the_comparison_alone_finds_a_second_attention_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DiffLlama's second call overwrites the values of its first: nothing else shows it."""
+    monkeypatch.setattr("instance.model._refuse_calls", lambda *_: None)
+    assert difference(make("diffllama", {}), block_size=BLOCK, backend="torch") > 0.2
+
+
+def test_layers_that_ask_for_more_than_llamas_run_unfused() -> None:
+    """Ministral 3 scales queries by their place, which positions near the first don't show."""
+    model = make("ministral3", EXACT["ministral3"])
+    assert model.fuse("torch") is not None
+    assert model.fused is None
+
+
+def test_the_docs_list_exactly_these() -> None:
+    text = (ROOT / "docs" / "models.md").read_text()
+    served, refused = (re.findall(r"^\| `([a-z0-9_]+)`", part, re.MULTILINE) for part in text.split("## Refused"))
+    assert served == sorted(EXACT)
+    assert set(re.findall(r"^\| `([a-z0-9_]+)` \|[^|]*\| fused \|", text, re.MULTILINE)) == FUSED
+    assert refused == sorted(REFUSED)

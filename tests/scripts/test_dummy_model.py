@@ -1,0 +1,57 @@
+"""`scripts/make_dummy_model.py`: a checkpoint in one command."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import make_dummy_model
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import Qwen3Config
+
+from instance.exact import refuse_inexact
+from instance.model import load_model, load_text_assets
+
+SCRIPT = Path(make_dummy_model.__file__)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shape_becomes_a_checkpoint_that_is_served(dtype: str, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(SCRIPT), "tiny", str(tmp_path), "--dtype", dtype], check=True, capture_output=True)
+    model = load_model(tmp_path, None, torch.device("cpu"))
+    assert model.shape.dtype == getattr(torch, dtype)
+    assert (model.num_layers, model.vocab_size, model.max_context) == (2, 300, 8192)
+    refuse_inexact(model, "tiny", block_size=16, backend="torch")
+    assets = load_text_assets(tmp_path)
+    tokenizer = Tokenizer.from_str(assets.tokenizer_json)
+    assert tokenizer.get_vocab_size() == 300
+    assert assets.chat_template is not None
+    assert assets.eos_token_ids == []
+    assert tokenizer.decode([72, 299]).endswith("<|299|>")
+    assert tokenizer.encode("<|299|>").ids != [299]
+    assert tokenizer.decode(tokenizer.encode("Zwölf Nadeln").ids) == "Zwölf Nadeln"
+
+
+def test_a_config_becomes_one_too(tmp_path: Path) -> None:
+    config = Qwen3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=400,
+    )
+    config.save_pretrained(tmp_path / "shape")
+    make_dummy_model.write(str(tmp_path / "shape" / "config.json"), tmp_path / "made", "float32")
+    model = load_model(tmp_path / "made", None, torch.device("cpu"))
+    assert (model.module.config.model_type, model.vocab_size) == ("qwen3", 400)
+
+
+def test_what_is_no_shape_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither a file nor one of tiny, "):
+        make_dummy_model.config_of("llama-9")
+    Qwen3Config(vocab_size=200).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="200 tokens is too small"):
+        make_dummy_model.write(str(tmp_path), tmp_path / "made", "float32")
