@@ -152,7 +152,7 @@ class Cell:
                 return Refusal("invalid", text)
         return why_never(
             prompt=len(ids),
-            max_tokens=self.room(len(ids)) if params.max_tokens is None else params.max_tokens,
+            max_tokens=params.max_tokens,
             max_context=self.max_tokens,
             cell=self.name,
             total_blocks=[member.spec.num_blocks for member in self.members],

@@ -139,6 +139,11 @@ class Deliver:
     epoch: int
     """Of the cell that generates; 0: none does."""
     stop_strings: tuple[str, ...]
+    include_stop: bool = False
+    """Whether a stop string is part of the text."""
+    min_tokens: int = 0
+    """In so many first tokens none is looked for."""
+    skip_special_tokens: bool = True
     index: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None

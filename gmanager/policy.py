@@ -120,7 +120,7 @@ def _even_shares(caps: Sequence[int], num_blocks: int) -> list[int]:
 
 
 def why_never(
-    *, prompt: int, max_tokens: int, max_context: int, cell: str, total_blocks: Sequence[int], block_size: int
+    *, prompt: int, max_tokens: int | None, max_context: int, cell: str, total_blocks: Sequence[int], block_size: int
 ) -> Refusal | None:
     """Why a request can't be served even when it is alone in the cell, with the arithmetic; None if it can.
 
@@ -130,8 +130,9 @@ def why_never(
     write. (A client that moves the home to and fro can leave more blocks part empty; then the request is placed anew,
     see `Sequences`.)
     """
-    tokens = prompt + max_tokens
-    arithmetic = f"prompt of {prompt:,} + max_tokens of {max_tokens:,} = {tokens:,} tokens"
+    tokens = prompt + (1 if max_tokens is None else max_tokens)
+    made = "at least one to generate" if max_tokens is None else f"max_tokens of {max_tokens:,}"
+    arithmetic = f"prompt of {prompt:,} + {made} = {tokens:,} tokens"
     if tokens > max_context:
         return Refusal("too_long", f"{arithmetic}; the model takes at most {max_context:,}")
     if tokens <= most_tokens(total_blocks, block_size):

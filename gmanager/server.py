@@ -255,7 +255,14 @@ class Server:
         else:
             state = self._texts.get(new.request)
         if state is None and new.token_ids:
-            state = _RequestText(Detokenizer(self._tokenizers[new.epoch], new.stop_strings))
+            detokenizer = Detokenizer(
+                self._tokenizers[new.epoch],
+                new.stop_strings,
+                include_stop=new.include_stop,
+                min_tokens=new.min_tokens,
+                skip_special_tokens=new.skip_special_tokens,
+            )
+            state = _RequestText(detokenizer)
             if new.finish_reason is None:
                 self._texts[new.request] = state
         return state

@@ -47,7 +47,8 @@ class Tokenizer:
         self._added = frozenset(self._backend.get_added_tokens_decoder())
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(assets.tokenizer_json).get("decoder"))
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        self._silent = frozenset(special | set(assets.eos_token_ids))
+        self._eos = frozenset(assets.eos_token_ids)
+        self._silent = frozenset(special | self._eos)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> "array[int]":
         """Token ids of a text, by default with the special tokens that the tokenizer adds on its own. Raises TextError."""
@@ -87,9 +88,10 @@ class Tokenizer:
         """The text of generated tokens, without special ones and EOS."""
         return self.decode_visible(self.visible(token_ids))
 
-    def visible(self, token_ids: Iterable[int]) -> list[int]:
-        """Those that have a text: not special, not EOS, and known (vocabularies are padded)."""
-        return [t for t in token_ids if t not in self._silent and self._backend.id_to_token(t) is not None]
+    def visible(self, token_ids: Iterable[int], *, special: bool = False) -> list[int]:
+        """Those that have a text: known (vocabularies are padded), not EOS, and not special unless `special` asks for these."""
+        silent = self._eos if special else self._silent
+        return [t for t in token_ids if t not in silent and self._backend.id_to_token(t) is not None]
 
     def decode_visible(self, token_ids: list[int]) -> str:
         """The text of tokens that `visible` has let through."""
@@ -137,8 +139,20 @@ class Detokenizer:
     backwards; what was given out before that byte came stays as it was.)
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """`include_stop`: the stop string is part of the text. `min_tokens`: it is not looked for in so many first tokens."""
         self._tokenizer = tokenizer
+        self._include_stop = include_stop
+        self._unwatched = min_tokens
+        self._skips_special = skip_special_tokens
         self._stops = [_StopString(stop) for stop in stop_strings]
         # self._window: tokens of the text before (context, for decoders that treat a first token differently), then
         # those whose text is not all given out. text of window: [0, _num_shown) is given out.
@@ -156,6 +170,7 @@ class Detokenizer:
         size = 1 if self._stops else _SLICE_TOKENS
         texts: list[str] = []
         for start in range(0, len(token_ids), size):
+            self._unwatched -= len(token_ids[start : start + size])
             texts.append(self._release(self._decode(token_ids[start : start + size])))
             if self._stopped:
                 return TextDelta("".join(texts), stopped=True, num_tokens=start + size)
@@ -168,7 +183,7 @@ class Detokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         """The text that is certain now."""
-        new_tokens = self._tokenizer.visible(token_ids)
+        new_tokens = self._tokenizer.visible(token_ids, special=not self._skips_special)
         if not new_tokens:
             return ""
         text = self._tokenizer.decode_visible(self._window + new_tokens)
@@ -204,7 +219,7 @@ class Detokenizer:
 
     def _release(self, text: str) -> str:
         """What of the held text and `text` can't be part of a stop string any more."""
-        if not self._stops or not text:
+        if not self._stops or not text or self._unwatched >= 0:
             return text
         start = len(self._held)
         self._held += text
@@ -212,7 +227,7 @@ class Detokenizer:
             found = [len(stop.text) for stop in self._stops if stop.feed(char)]
             if found:
                 self._stopped = True
-                return self._held[: end - max(found)]
+                return self._held[: end if self._include_stop else end - max(found)]
         may_begin = max(stop.num_matched for stop in self._stops)
         cut = len(self._held) - may_begin
         out, self._held = self._held[:cut], self._held[cut:]

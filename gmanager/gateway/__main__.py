@@ -14,7 +14,7 @@ import uvloop
 
 from gmanager.gateway.app import make_app
 from gmanager.gateway.backend import Backend
-from gmanager.gateway.config import GatewayConfig, parse_address, read_keys
+from gmanager.gateway.config import GatewayConfig, parse_address, parse_aliases, read_keys
 from gmanager.wire import logs
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
@@ -43,6 +43,21 @@ def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, tuple[str,
     )
     parser.add_argument("--max-prompts", type=int, default=default.max_prompts, help="most prompts in a request (%(default)d)")
     parser.add_argument("--max-n", type=int, default=default.max_n, help="most answers to one prompt (%(default)d)")
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages may ask from a browser; *: all; may be given again",
+    )
+    parser.add_argument(
+        "--model-alias",
+        action="append",
+        default=[],
+        metavar="ALIAS=NAME",
+        help="another name of a served model; may be given again",
+    )
+    parser.add_argument("--strict", action="store_true", help="refuse fields that aren't known, instead of ignoring them")
     logs.add_flags(parser)
     given = parser.parse_args(arguments)
     try:
@@ -57,6 +72,9 @@ def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, tuple[str,
             max_concurrency=given.max_concurrency,
             max_prompts=given.max_prompts,
             max_n=given.max_n,
+            allow_origins=tuple(given.allow_origin),
+            aliases=parse_aliases(given.model_alias),
+            strict=given.strict,
         )
     except (ValueError, AddressError, OSError) as error:
         parser.error(str(error))
@@ -81,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 async def serve(config: GatewayConfig, listener: socket.socket, *, access_log: bool) -> None:
     """Serve until SIGTERM or SIGINT; streams that still run then have GRACE_S to end."""
     settings = uvicorn.Config(
-        make_app(config, Backend(config.gmanager)),
+        make_app(config, Backend(config.gmanager, aliases=config.aliases)),
         log_config=None,
         access_log=access_log,
         timeout_graceful_shutdown=GRACE_S,

@@ -3,7 +3,6 @@
 The two kinds of answers differ in their choices alone; what is between is one shape (`Shape`) with two implementations.
 """
 
-import codecs
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gmanager.client import Chunk
+from gmanager.gateway.places import Places
 from gmanager.text import Tokenizer
 from gmanager.wire.messages import TokenLogprob
 
@@ -36,19 +36,6 @@ class Usage:
         }
 
 
-@dataclass(slots=True)
-class Choice:
-    """One answer as far as it has come."""
-
-    index: int
-    prompt: "Prompt"
-    offset: int = 0
-    """Characters that tokens with log-probabilities have completed so far."""
-    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
-    """Of the bytes of these tokens: a character may be spread over several."""
-    has_begun: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt of a request."""
@@ -56,6 +43,32 @@ class Prompt:
     token_ids: list[int]
     text: str
     """What `echo` repeats."""
+    field: str = "prompt"
+    """What the client calls it."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer as far as it has come."""
+
+    index: int
+    prompt: Prompt
+    places: Places = field(default_factory=Places)
+    has_begun: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What answers hold besides text."""
+
+    logprobs: int | None = None
+    """With so many of the likeliest tokens."""
+    prompt_logprobs: int | None = None
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+    """Tokens are named `token_id:7`, not by their texts."""
+    skip_special: bool = True
+    """Special tokens have no text in the answer."""
 
 
 class Shape(Protocol):
@@ -64,6 +77,9 @@ class Shape(Protocol):
     kind: str
     stream_kind: str
     prefix: str
+
+    def around(self, choice: Choice, chunk: Chunk) -> Json:
+        """What a whole answer, and the first chunk of a stream, holds beside its choices; of a first choice and chunk."""
 
     def opening(self, choice: Choice) -> Json | None:
         """The chunk of a stream that comes before any token."""
@@ -81,15 +97,23 @@ class Envelope:
 
     shape: Shape
     model: str
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """As the client calls it."""
+    given_id: str | None = None
+    """By the client."""
+    drawn_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def name(self) -> str:
-        return f"{self.shape.prefix}-{self.id}"
+        return f"{self.shape.prefix}-{self.given_id or self.drawn_id}"
 
-    def whole(self, choices: list[Json], usage: Usage) -> Json:
-        return self._head(self.shape.kind) | {"choices": choices, "usage": usage.to_json()}
+    def request_id(self, choice: int) -> str:
+        """Of one choice, for the service. No two are the same, even if clients give the same ids."""
+        drawn = "" if self.given_id is None else f"-{self.drawn_id[:8]}"
+        return f"{self.name}{drawn}-{choice}"
+
+    def whole(self, choices: list[Json], usage: Usage, around: Json) -> Json:
+        return self._head(self.shape.kind) | {"choices": choices, "usage": usage.to_json()} | around
 
     def chunk(self, choices: list[Json], usage: Usage | None = None) -> Json:
         told = {"usage": None if usage is None else usage.to_json()}
@@ -99,86 +123,137 @@ class Envelope:
         return {"id": self.name, "object": kind, "created": self.created, "model": self.model}
 
 
+class _Tokens:
+    """Tokens as answers name them."""
+
+    def __init__(self, tokenizer: Tokenizer, wanted: Wanted) -> None:
+        self._tokenizer = tokenizer
+        self._wanted = wanted
+        self._names: dict[int, str] = {}
+
+    def name(self, token_id: int) -> str:
+        """A token's text; one that is no whole character by its bytes, so that two never have one name."""
+        name = self._names.get(token_id)
+        if name is None:
+            data = self._tokenizer.bytes_of(token_id)
+            try:
+                name = (not self._wanted.tokens_as_ids and data.decode()) or f"token_id:{token_id}"
+            except UnicodeDecodeError:
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            self._names[token_id] = name
+        return name
+
+    def text(self, token_id: int) -> str:
+        return self._tokenizer.bytes_of(token_id).decode(errors="replace")
+
+    def of_prompt(self, chunk: Chunk) -> list[Json | None]:
+        """vLLM's form: for each position what could have stood there, by token id; nothing for the first."""
+        most = self._wanted.prompt_logprobs or 0
+        return [None, *(self._position(scored, most) for scored in chunk.prompt_logprobs or ())]
+
+    def _position(self, scored: TokenLogprob, most: int) -> Json:
+        entries = {scored.token_id: (scored.logprob, scored.rank)}
+        for rank, (token, logprob) in enumerate(zip(scored.top_ids[:most], scored.top_logprobs[:most], strict=True), 1):
+            entries.setdefault(token, (logprob, rank))
+        return {
+            str(token): {"logprob": logprob, "rank": rank, "decoded_token": self.text(token)}
+            for token, (logprob, rank) in entries.items()
+        }
+
+
 class CompletionShape:
     """`/v1/completions`."""
 
     kind = stream_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: int | None, echo: bool, drops_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, wanted: Wanted, *, echo: bool, drops_tokens: bool) -> None:
         """`drops_tokens`: only the prompt was asked for, and the one token that was generated is none of the answer."""
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
+        self._tokens = _Tokens(tokenizer, wanted)
+        self._wanted = wanted
         self._echo = echo
         self._drops_tokens = drops_tokens
-        self._names: dict[int, str] = {}
+
+    def around(self, choice: Choice, chunk: Chunk) -> Json:
+        return {}
 
     def opening(self, choice: Choice) -> Json | None:
         return None
 
     def delta(self, choice: Choice, chunk: Chunk) -> Json:
-        is_first, choice.has_begun = not choice.has_begun, True
-        text = "" if self._drops_tokens else chunk.text
-        scored: list[TokenLogprob | None] = [] if self._drops_tokens else list(chunk.logprobs or ())
-        token_ids = [] if self._drops_tokens else list(chunk.token_ids)
-        if self._echo and is_first:
-            text = choice.prompt.text + text
-            scored = [None, *(chunk.prompt_logprobs or ()), *scored]
-            token_ids = choice.prompt.token_ids + token_ids
-        return self._choice(choice, text, token_ids, scored, self._reason(chunk))
+        return self._choice(choice, [chunk])
 
     def whole(self, choice: Choice, chunks: Sequence[Chunk]) -> Json:
-        text = "" if self._drops_tokens else "".join(chunk.text for chunk in chunks)
-        scored: list[TokenLogprob | None] = []
-        token_ids: list[int] = []
-        if not self._drops_tokens:
-            token_ids = [token for chunk in chunks for token in chunk.token_ids]
-            scored = [token for chunk in chunks for token in chunk.logprobs or ()]
-        if self._echo:
-            text = choice.prompt.text + text
+        return self._choice(choice, chunks)
+
+    def _choice(self, choice: Choice, chunks: Sequence[Chunk]) -> Json:
+        is_first, choice.has_begun = not choice.has_begun, True
+        kept = [] if self._drops_tokens else chunks
+        text = "".join(chunk.text for chunk in kept)
+        token_ids = [token for chunk in kept for token in chunk.token_ids]
+        ends = chunks[-1].finish_reason is not None
+        reason = "length" if self._drops_tokens and ends else chunks[-1].finish_reason
+        found: Json = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": reason}
+        scored: list[TokenLogprob | None] = [token for chunk in kept for token in chunk.logprobs or ()]
+        repeated = choice.prompt if self._echo and is_first else None
+        if repeated is not None:
+            found["text"] = repeated.text + text
             scored = [None, *(chunks[0].prompt_logprobs or ()), *scored]
-            token_ids = choice.prompt.token_ids + token_ids
-        return self._choice(choice, text, token_ids, scored, self._reason(chunks[-1]))
+        if self._wanted.logprobs is not None:
+            found["logprobs"] = self._table(choice, repeated, token_ids, text, scored, ends=ends)
+        if self._wanted.token_ids:
+            found["token_ids"] = token_ids
+            if is_first:
+                found["prompt_token_ids"] = choice.prompt.token_ids
+        if self._wanted.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self._tokens.of_prompt(chunks[0])
+        return found
 
-    def _reason(self, chunk: Chunk) -> str | None:
-        return "length" if self._drops_tokens and chunk.finish_reason else chunk.finish_reason
-
-    def _choice(
-        self, choice: Choice, text: str, token_ids: list[int], scored: Sequence[TokenLogprob | None], reason: str | None
+    def _table(
+        self,
+        choice: Choice,
+        repeated: Prompt | None,
+        token_ids: list[int],
+        text: str,
+        scored: Sequence[TokenLogprob | None],
+        *,
+        ends: bool,
     ) -> Json:
-        logprobs = None if self._logprobs is None else self._table(choice, token_ids, scored)
-        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    def _table(self, choice: Choice, token_ids: list[int], scored: Sequence[TokenLogprob | None]) -> Json:
-        """`scored[i]` is of `token_ids[i]`; None of a prompt's first token, before which there is nothing."""
-        names = [self._name(token) for token in token_ids]
-        offsets = []
+        """`scored[i]` is of the i-th token, of the prompt if it is repeated and then of `token_ids`; None of a prompt's first,
+        before which there is nothing."""
+        offsets: list[int] = []
+        if repeated is not None:
+            at = Places()
+            special = self._tokenizer.visible
+            for token in repeated.token_ids:
+                data = self._tokenizer.bytes_of(token)
+                if not special([token]) and not repeated.text.startswith(data.decode(errors="replace"), at.offset):
+                    data = b""  # the tokenizer's own, which the client didn't write
+                offsets.append(at.add(data, repeated.text))
+            offsets = [min(offset, len(repeated.text)) for offset in offsets]
+            choice.places.start(len(repeated.text))
+            token_ids_of_all = repeated.token_ids + token_ids
+        else:
+            token_ids_of_all = token_ids
+        choice.places.end += len(text)
         for token in token_ids:
-            offsets.append(choice.offset)
-            choice.offset += len(choice.decoder.decode(self._tokenizer.bytes_of(token)))
+            is_silent = self._wanted.skip_special and not self._tokenizer.visible([token])
+            offsets.append(choice.places.add(b"" if is_silent else self._tokenizer.bytes_of(token), text))
+        if ends:  # tokens of a stop string are no part of the text
+            offsets = [min(offset, choice.places.end) for offset in offsets]
         return {
-            "tokens": names,
+            "tokens": [self._tokens.name(token) for token in token_ids_of_all],
             "token_logprobs": [None if s is None else s.logprob for s in scored],
-            "top_logprobs": [None if s is None else self._tops(s) for s in scored] if self._logprobs else None,
+            "top_logprobs": [None if s is None else self._tops(s) for s in scored] if self._wanted.logprobs else None,
             "text_offset": offsets,
         }
 
     def _tops(self, scored: TokenLogprob) -> dict[str, float]:
         """The likeliest tokens, and the one that stands there."""
-        tops = {self._name(i): p for i, p in zip(scored.top_ids, scored.top_logprobs, strict=True)}
-        return tops | {self._name(scored.token_id): scored.logprob}
-
-    def _name(self, token_id: int) -> str:
-        """A token's text; one that is no whole character by its bytes, so that two never have one name."""
-        name = self._names.get(token_id)
-        if name is None:
-            data = self._tokenizer.bytes_of(token_id)
-            try:
-                name = data.decode() or f"token_id:{token_id}"
-            except UnicodeDecodeError:
-                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-            self._names[token_id] = name
-        return name
+        most = self._wanted.logprobs
+        tops = zip(scored.top_ids[:most], scored.top_logprobs[:most], strict=True)
+        return {self._tokens.name(i): p for i, p in tops} | {self._tokens.name(scored.token_id): scored.logprob}
 
 
 class ChatShape:
@@ -188,9 +263,18 @@ class ChatShape:
     stream_kind = "chat.completion.chunk"
     prefix = "chatcmpl"
 
-    def __init__(self, tokenizer: Tokenizer, *, logprobs: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, wanted: Wanted) -> None:
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
+        self._tokens = _Tokens(tokenizer, wanted)
+        self._wanted = wanted
+
+    def around(self, choice: Choice, chunk: Chunk) -> Json:
+        found: Json = {}
+        if self._wanted.token_ids:
+            found["prompt_token_ids"] = choice.prompt.token_ids
+        if self._wanted.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self._tokens.of_prompt(chunk)
+        return found
 
     def opening(self, choice: Choice) -> Json | None:
         delta = {"role": "assistant", "content": ""}
@@ -202,7 +286,7 @@ class ChatShape:
             "delta": {"content": chunk.text} if chunk.text else {},
             "logprobs": self._table([chunk]),
             "finish_reason": chunk.finish_reason,
-        }
+        } | self._ids([chunk])
 
     def whole(self, choice: Choice, chunks: Sequence[Chunk]) -> Json:
         message = {"role": "assistant", "content": "".join(chunk.text for chunk in chunks), "refusal": None}
@@ -211,10 +295,13 @@ class ChatShape:
             "message": message,
             "logprobs": self._table(chunks),
             "finish_reason": chunks[-1].finish_reason,
-        }
+        } | self._ids(chunks)
+
+    def _ids(self, chunks: Sequence[Chunk]) -> Json:
+        return {"token_ids": [token for chunk in chunks for token in chunk.token_ids]} if self._wanted.token_ids else {}
 
     def _table(self, chunks: Sequence[Chunk]) -> Json | None:
-        if self._logprobs is None:
+        if self._wanted.logprobs is None:
             return None
         content = []
         for scored in (token for chunk in chunks for token in chunk.logprobs or ()):
@@ -225,4 +312,5 @@ class ChatShape:
 
     def _entry(self, token_id: int, logprob: float) -> Json:
         data = self._tokenizer.bytes_of(token_id)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+        name = f"token_id:{token_id}" if self._wanted.tokens_as_ids else data.decode(errors="replace")
+        return {"token": name, "logprob": logprob, "bytes": list(data)}

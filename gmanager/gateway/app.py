@@ -3,6 +3,7 @@
 import asyncio
 import importlib.metadata
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
@@ -13,21 +14,30 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
-from gmanager.gateway.answers import ChatShape, CompletionShape, Envelope, Prompt
+from gmanager.gateway.answers import ChatShape, CompletionShape, Envelope, Prompt, Wanted
 from gmanager.gateway.aside import aside
 from gmanager.gateway.backend import Backend, Served
 from gmanager.gateway.config import GatewayConfig
-from gmanager.gateway.door import Answers, Door
-from gmanager.gateway.errors import ApiError, ErrorBody, translate
+from gmanager.gateway.conversation import Conversation, encode
+from gmanager.gateway.door import Answers, App, Door, Load
+from gmanager.gateway.errors import ApiError, ErrorBody, sampling_field, translate
+from gmanager.gateway.fields import Body, Wrong
 from gmanager.gateway.generation import Generation
+from gmanager.gateway.index import list_routes, page
 from gmanager.gateway.metrics import CONTENT_TYPE, render
-from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from gmanager.gateway.reading import JsonRoute, shown
+from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, unknown_fields
 from gmanager.gateway.streaming import EventStream, unless_gone
+from gmanager.grammars import compile_grammar
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import SamplingParams
+
+IGNORED_HEADER = "x-ignored-fields"
+MAX_IGNORED_NAMES = 16
 
 VERSION = importlib.metadata.version("distattn")
 
@@ -46,7 +56,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-strea
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 503)}
 
 
-def make_app(config: GatewayConfig, backend: Backend) -> Door:
+def make_app(config: GatewayConfig, backend: Backend) -> App:
     """The whole application. Its lifespan runs the backend."""
 
     @asynccontextmanager
@@ -58,14 +68,18 @@ def make_app(config: GatewayConfig, backend: Backend) -> Door:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    app = FastAPI(title="distattn", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="distattn", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.router.route_class = JsonRoute
     app.exception_handler(ApiError)(_api_error)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http_error)
     answers: Answers = Counter()
-    routes = Routes(config, backend, answers)
+    load = Load()
+    routes = Routes(config, backend, answers, load)
     app.get("/health", responses={503: ERRORS[503]})(routes.health)
+    app.get("/ping", responses={503: ERRORS[503]})(routes.ping)
     app.get("/version", responses={401: ERRORS[401]})(routes.version)
+    app.get("/load", responses={401: ERRORS[401]})(routes.load)
     app.get("/metrics", responses=UNAVAILABLE, response_class=PlainTextResponse)(routes.metrics)
     app.get("/v1/models", responses=UNAVAILABLE)(routes.list_models)
     app.get("/v1/models/{name:path}", responses=UNAVAILABLE | {404: ERRORS[404]})(routes.get_model)
@@ -76,17 +90,33 @@ def make_app(config: GatewayConfig, backend: Backend) -> Door:
         ("/detokenize", routes.detokenize, ERRORS),
     ):
         app.post(path, responses=responses, response_model=None)(route)
+    index = list_routes(app)
+    app.router.routes += [
+        Route("/", lambda _: JSONResponse({"service": "distattn", "routes": index})),
+        Route("/docs", lambda _: HTMLResponse(page(index))),
+    ]
     paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
-    return Door(app, config, paths, answers)
+    door = Door(app, config, paths, answers, load)
+    if not config.allow_origins:
+        return door
+    # around the door, so that a page may read its errors too
+    return CORSMiddleware(
+        door,
+        allow_origins=config.allow_origins,
+        allow_methods=("*",),
+        allow_headers=("*",),
+        expose_headers=(IGNORED_HEADER, "retry-after"),
+    )
 
 
 class Routes:
     """What the paths do."""
 
-    def __init__(self, config: GatewayConfig, backend: Backend, answers: Answers) -> None:
+    def __init__(self, config: GatewayConfig, backend: Backend, answers: Answers, load: Load) -> None:
         self._config = config
         self._backend = backend
         self._answers = answers
+        self._load = load
 
     # --- about the service --------------------------------------------------------------------------------------------
 
@@ -95,6 +125,14 @@ class Routes:
         if not any(cell.state == "ready" for cell in (await self._backend.stats()).cells):
             raise ApiError(503, "no instances are ready to serve", code="not_ready")
         return {"status": "ready"}
+
+    async def ping(self) -> dict[str, str]:
+        """As /health."""
+        return await self.health()
+
+    async def load(self) -> dict[str, int]:
+        """POST requests under way here, and most that may be."""
+        return {"server_load": self._load.in_flight, "max_concurrency": self._config.max_concurrency}
 
     async def version(self) -> dict[str, str]:
         """Of this gateway."""
@@ -116,12 +154,16 @@ class Routes:
 
     async def tokenize(self, body: TokenizeRequest, http: Request) -> Response:
         """A text, or a conversation in the model's template, as token ids."""
+        ignored = self._unknown(body)
         served = await self._backend.model(body.model)
         tokenizer = served.tokenizer
-        if body.messages is not None:
-            ids = await _ids(http, tokenizer.encode_chat([turn.plain() for turn in body.messages]))
+        conversation = body.conversation()
+        if conversation is not None:
+            ids = await _chat_ids(http, served, conversation)
         else:
-            ids = await _ids(http, tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens))
+            ids = await _ids(
+                http, tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False), "prompt"
+            )
 
         def answer() -> bytes:
             found: dict[str, Any] = {"count": len(ids), "max_model_len": served.max_context, "tokens": ids}
@@ -129,49 +171,66 @@ class Routes:
                 found["token_strs"] = [tokenizer.bytes_of(token).decode(errors="replace") for token in ids]
             return msgspec.json.encode(found)
 
-        return _json(await aside(len(ids), answer))
+        return _naming(ignored, _json(await aside(len(ids), answer)))
 
-    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
         """The text of token ids."""
+        ignored = self._unknown(body)
         served = await self._backend.model(body.model)
-        return {"prompt": await aside(len(body.tokens), lambda: served.tokenizer.decode_all(body.tokens))}
+        text = await aside(len(body.tokens), lambda: served.tokenizer.decode_all(body.tokens))
+        return _naming(ignored, _json(msgspec.json.encode({"prompt": text})))
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
         """Go on with one or more prompts."""
+        ignored = self._unknown(body)
         served = await self._backend.model(body.model)
         given = body.prompts()
         if len(given) > self._config.max_prompts:
             raise ApiError(400, f"{len(given)} prompts; a request has at most {self._config.max_prompts}", param="prompt")
-        prompts = [await _prompt(http, served, prompt, echo=bool(body.echo)) for prompt in given]
+        prompts = [await _prompt(http, served, body, name, prompt) for name, prompt in given]
+        wanted = _wanted(body, body.logprobs)
         drops_tokens = body.max_tokens == 0
-        prompt_logprobs = body.logprobs if body.echo else None
-        shape = CompletionShape(served.tokenizer, logprobs=body.logprobs, echo=bool(body.echo), drops_tokens=drops_tokens)
-        most_tokens = 1 if drops_tokens else body.max_tokens
+        scores = [body.prompt_logprobs, body.logprobs if body.echo else None]
         generation = Generation(
             client=self._backend.client(),
-            envelope=Envelope(shape, served.name),
+            model=served.root,
+            envelope=Envelope(
+                CompletionShape(served.tokenizer, wanted, echo=bool(body.echo), drops_tokens=drops_tokens),
+                served.name,
+                body.request_id,
+            ),
             prompts=prompts,
-            params=self._params(body, most_tokens, body.logprobs, prompt_logprobs),
+            params=self._params(body, 1 if drops_tokens else body.max_tokens, body.logprobs, _most(scores)),
             spread=body.spread,
             drops_tokens=drops_tokens,
         )
-        return await _answer(http, generation, stream=bool(body.stream), with_usage=body.includes_usage)
+        return _naming(ignored, await _answer(http, generation, body))
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
+        ignored = self._unknown(body)
         served = await self._backend.model(body.model)
-        ids = await _ids(http, served.tokenizer.encode_chat([turn.plain() for turn in body.messages]))
+        await _check_structure(body, served)
+        ids = _truncated(await _chat_ids(http, served, body), body, body.most_tokens, served)
         generation = Generation(
             client=self._backend.client(),
-            envelope=Envelope(ChatShape(served.tokenizer, logprobs=body.num_logprobs), served.name),
-            prompts=[Prompt(ids, "")],
-            params=self._params(body, body.most_tokens, body.num_logprobs, None),
+            model=served.root,
+            envelope=Envelope(ChatShape(served.tokenizer, _wanted(body, body.num_logprobs)), served.name, body.request_id),
+            prompts=[Prompt(ids, "", "messages")],
+            params=self._params(body, body.most_tokens, body.num_logprobs, body.prompt_logprobs),
             spread=body.spread,
             drops_tokens=False,
         )
-        return await _answer(http, generation, stream=bool(body.stream), with_usage=body.includes_usage)
+        return _naming(ignored, await _answer(http, generation, body))
+
+    def _unknown(self, body: Body) -> list[str]:
+        """Names of fields that are ignored. Raises ApiError if none is to be."""
+        names = list(unknown_fields(body))
+        if names and self._config.strict:
+            raise ApiError(400, f"{names[0][:100]}: no such field is known, and this gateway is strict", param=names[0][:100])
+        return names
 
     def _params(
         self, body: CompletionRequest | ChatRequest, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
@@ -182,29 +241,84 @@ class Routes:
         try:
             return [body.sampling(choice, max_tokens, logprobs, prompt_logprobs) for choice in range(n)]
         except ValueError as error:
-            raise ApiError(400, str(error)) from error
+            raise ApiError(400, str(error), param=sampling_field(str(error))) from error
 
 
-async def _prompt(http: Request, served: Served, given: str | list[int], *, echo: bool) -> Prompt:
+async def _prompt(http: Request, served: Served, body: CompletionRequest, name: str, given: str | list[int]) -> Prompt:
     if isinstance(given, str):
-        return Prompt(await _ids(http, served.tokenizer.encode(given)), given)
-    text = await aside(len(given), lambda: served.tokenizer.decode_all(given)) if echo else ""
-    return Prompt(given, text)
+        encoding = served.tokenizer.encode(given, add_special_tokens=body.add_special_tokens is not False)
+        whole = await _ids(http, encoding, name)
+    else:
+        whole = given
+    ids = _truncated(whole, body, body.max_tokens, served)
+    if isinstance(given, str) and len(ids) == len(whole):
+        return Prompt(ids, given, name)
+    text = await aside(len(ids), lambda: served.tokenizer.decode_all(ids)) if body.echo else ""
+    return Prompt(ids, text, name)
 
 
-async def _ids(http: Request, encoding: Awaitable["array[int]"]) -> list[int]:
+async def _check_structure(body: CompletionRequest | ChatRequest, served: Served) -> None:
+    """Raises ApiError with the field and the place in it, if what the text must be makes no sense."""
+    asked = body.structure()
+    if asked is None:
+        return
+    try:
+        await asyncio.to_thread(compile_grammar, asked.params, served.tokenizer.assets)
+    except TextError as error:
+        raise translate(error, asked.field) from error
+
+
+def _truncated(ids: list[int], body: CompletionRequest | ChatRequest, max_tokens: int | None, served: Served) -> list[int]:
+    """The last tokens of a prompt, if no more are wanted."""
+    kept = body.truncate_prompt_tokens
+    if kept is None:
+        return ids
+    if kept == -1:
+        kept = max(1, served.max_context - max(1, max_tokens or 1))
+    return ids[-kept:]
+
+
+def _wanted(body: CompletionRequest | ChatRequest, logprobs: int | None) -> Wanted:
+    return Wanted(
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        token_ids=bool(body.return_token_ids),
+        tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        skip_special=body.skip_special_tokens is not False,
+    )
+
+
+def _most(counts: list[int | None]) -> int | None:
+    """The largest of those that are given."""
+    return max((count for count in counts if count is not None), default=None)
+
+
+async def _chat_ids(http: Request, served: Served, given: Conversation) -> list[int]:
+    return await _ids(http, encode(served.tokenizer, given, knows_developer=served.knows_developer), "messages")
+
+
+async def _ids(http: Request, encoding: Awaitable["array[int]"], field: str) -> list[int]:
     """Token ids, unless the client leaves before they are there: others wait for the same process. Raises ApiError."""
     try:
         return (await unless_gone(http.receive, encoding)).tolist()
     except TextError as error:
-        raise translate(error) from error
+        raise translate(error, field) from error
 
 
-async def _answer(http: Request, generation: Generation, *, stream: bool, with_usage: bool) -> Response:
+async def _answer(http: Request, generation: Generation, body: CompletionRequest | ChatRequest) -> Response:
     """A whole answer, or a stream that will run it. Raises ApiError."""
-    if stream:
-        return EventStream(generation, with_usage=with_usage)
+    if body.stream:
+        return EventStream(generation, with_usage=body.includes_usage, continuous_usage=body.continues_usage)
     return _json(await unless_gone(http.receive, generation.whole()))
+
+
+def _naming(ignored: list[str], response: Response) -> Response:
+    """The answer, with the names of ignored fields in a header: of those that fit into one."""
+    if ignored:
+        names = [re.sub(r"[^A-Za-z0-9_.-]", "?", name)[:64] for name in ignored[:MAX_IGNORED_NAMES]]
+        more = [f"and {len(ignored) - len(names)} more"] if len(ignored) > len(names) else []
+        response.headers[IGNORED_HEADER] = ", ".join(names + more)
+    return response
 
 
 def _json(content: bytes) -> Response:
@@ -217,6 +331,7 @@ def _model(served: Served) -> dict[str, Any]:
         "object": "model",
         "created": served.since,
         "owned_by": "distattn",
+        "root": served.root,
         "max_model_len": served.max_context,
     }
 
@@ -234,9 +349,14 @@ async def _invalid(request: Request, error: Exception) -> Response:
     """A body that isn't what the route takes: the first thing that is wrong with it."""
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
-    place = [str(part) for part in first.get("loc", ()) if part != "body"]
-    param = ".".join(place) or None
+    cause = first.get("ctx", {}).get("error")
+    place = [*(part for part in first.get("loc", ()) if part != "body"), *(cause.place if isinstance(cause, Wrong) else ())]
+    if not place and first["type"] == "missing":
+        return await _api_error(request, ApiError(400, "the body is empty: a JSON object is needed"))
+    param = ".".join(map(str, place))[:200] or None
     text = first["msg"].removeprefix("Value error, ")
+    if cause is None and first["type"] != "missing":
+        text += f", got {shown(first.get('input'))}"
     return await _api_error(request, ApiError(400, f"{param}: {text}" if param else text, param=param))
 
 

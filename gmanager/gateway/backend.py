@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from gmanager.client import AsyncClient
 from gmanager.gateway.errors import ApiError
@@ -29,13 +29,19 @@ class Served:
     tokenizer: Tokenizer
     since: int
     """Unix time."""
+    knows_developer: bool
+    """Its chat template has a role of that name."""
+    root: str
+    """What the service calls it, if `name` is an alias."""
 
 
 class Backend:
     """`run` until cancelled; meanwhile `client` and `model` give what requests need, or raise ApiError."""
 
-    def __init__(self, address: str, *, transport: Transport | None = None) -> None:
+    def __init__(self, address: str, *, transport: Transport | None = None, aliases: Mapping[str, str] | None = None) -> None:
+        """`aliases`: other names of models, and what the service calls them. A model that has such a name goes first."""
         self._address = address
+        self._aliases = dict(aliases or {})
         self._transport = transport
         self._client: AsyncClient | None = None
         self._models: dict[str, Served] = {}
@@ -84,20 +90,26 @@ class Backend:
             raise ApiError(503, str(error), code="not_ready") from error
 
     async def models(self) -> list[Served]:
-        """By name. Raises ApiError 503 if there is no connection, or no cell is ready."""
+        """By name, and by other names. Raises ApiError 503 if there is no connection, or no cell is ready."""
         if not self._models:
             await self._refresh_now()
         if not self._models:
             raise ApiError(503, "no instances are ready to serve", code="not_ready")
-        return [self._models[name] for name in sorted(self._models)]
+        others = {
+            alias: replace(self._models[name], name=alias)
+            for alias, name in self._aliases.items()
+            if name in self._models and alias not in self._models
+        }
+        known = self._models | others
+        return [known[name] for name in sorted(known)]
 
     async def model(self, name: str | None) -> Served:
         """The model of that name, or the only one. Raises ApiError 404 or 503."""
-        if name is not None and name not in self._models:
+        if name is not None and self._aliases.get(name, name) not in self._models and name not in self._models:
             await self._refresh_now()
         served = await self.models()
-        if name is None and len(served) == 1:
-            return served[0]
+        if name is None and len(self._models) == 1:
+            return next(iter(self._models.values()))
         for model in served:
             if model.name == name:
                 return model
@@ -135,7 +147,16 @@ class Backend:
                     self._unusable.add((cell.name, cell.epoch))
                     continue
                 await self._forget([name])
-                self._models[name] = Served(name, cell.name, cell.epoch, cell.max_context, tokenizer, int(time.time()))
+                self._models[name] = Served(
+                    name=name,
+                    cell=cell.name,
+                    epoch=cell.epoch,
+                    max_context=cell.max_context,
+                    tokenizer=tokenizer,
+                    since=int(time.time()),
+                    knows_developer="developer" in (assets.chat_template or ""),
+                    root=name,
+                )
 
     async def _forget(self, names: Iterable[str]) -> None:
         for name in list(names):

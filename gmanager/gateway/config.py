@@ -1,5 +1,6 @@
 """What the gateway is told when it starts."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,12 @@ class GatewayConfig:
     """Most prompts in one request."""
     max_n: int = 16
     """Most answers to one prompt."""
+    allow_origins: tuple[str, ...] = ()
+    """Whose pages may ask from a browser (CORS); "*": all."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Other names of models, and which one is meant."""
+    strict: bool = False
+    """Unknown fields are refused, not ignored."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -30,6 +37,9 @@ class GatewayConfig:
         for name in ("max_body_bytes", "max_concurrency", "max_prompts", "max_n"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"an origin is * or SCHEME://HOST[:PORT], got {origin!r}")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise ValueError("an API key is not empty, and of printable ASCII characters")
 
@@ -40,6 +50,18 @@ def read_keys(file: Path) -> list[str]:
     if not keys:
         raise ValueError(f"{file} holds no API key")
     return keys
+
+
+def parse_aliases(texts: list[str]) -> dict[str, str]:
+    """`ALIAS=NAME` each. Raises ValueError."""
+    aliases: dict[str, str] = {}
+    for text in texts:
+        alias, _, name = text.partition("=")
+        if not alias or not name:
+            raise ValueError(f"an alias is ALIAS=NAME, got {text!r}")
+        if aliases.setdefault(alias, name) != name:
+            raise ValueError(f"alias {alias!r} stands for {aliases[alias]!r} and for {name!r}")
+    return aliases
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -5,6 +5,7 @@ import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -24,13 +25,20 @@ Answers = Counter[tuple[str, int]]
 BODY_SILENCE_S = 30.0
 """A body that is announced and doesn't come, or not on, is given up after so long: it holds a place among those under way."""
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/", "/docs", "/health", "/ping"})
+
+
+@dataclass(slots=True)
+class Load:
+    """What is under way."""
+
+    in_flight: int = 0
 
 
 class Door:
     """Lets requests in, or answers them with an error."""
 
-    def __init__(self, app: App, config: GatewayConfig, paths: frozenset[str], answers: Answers) -> None:
+    def __init__(self, app: App, config: GatewayConfig, paths: frozenset[str], answers: Answers, load: Load) -> None:
         """`paths`: those that `answers` counts by their names; whatever else is asked for is counted together, as "other"."""
         self._app = app
         self._config = config
@@ -38,30 +46,33 @@ class Door:
         self._answers = answers
         # of equal length, so that comparing tells nothing of a key's length either
         self._keys = [hashlib.sha256(key.encode()).digest() for key in config.api_keys]
-        self.in_flight = 0
+        self._load = load
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        if scope["method"] == "HEAD":
+            scope["method"], send = "GET", _without_body(send)
         send = self._counted(scope, send)
         headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
                 self._check_key(headers.get(b"authorization", b""))
             self._check_length(headers.get(b"content-length", b"0"))
-            if self.in_flight >= self._config.max_concurrency and scope["method"] == "POST":
-                text = f"{self.in_flight} requests are under way, as many as may (max-concurrency)"
+            if self._load.in_flight >= self._config.max_concurrency and scope["method"] == "POST":
+                text = f"{self._load.in_flight} requests are under way, as many as may (max-concurrency)"
                 raise ApiError(429, text, code="max_concurrency")
         except ApiError as error:
             await answer(send, error)
             return
         is_counted = scope["method"] == "POST"
-        self.in_flight += is_counted
+        self._load.in_flight += is_counted
         try:
             await self._app(scope, self._bounded(receive), send)
         finally:
-            self.in_flight -= is_counted
+            self._load.in_flight -= is_counted
 
     def _counted(self, scope: Scope, send: Send) -> Send:
         async def counted(message: Message) -> None:
@@ -116,6 +127,15 @@ class Door:
             return message
 
         return counted
+
+
+def _without_body(send: Send) -> Send:
+    """HEAD is answered as GET is, less the body."""
+
+    async def bare(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return bare
 
 
 async def answer(send: Send, error: ApiError) -> None:

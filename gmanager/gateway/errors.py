@@ -1,12 +1,13 @@
 """Errors in OpenAI's shape: what goes wrong anywhere, in one table."""
 
+import re
 from typing import Any
 
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from gmanager.wire.errors import DistattnError, FrameTooLarge, RequestRefused, TextError, TextUnavailable
-from gmanager.wire.messages import RefusalReason
+from gmanager.wire.messages import RefusalReason, SamplingParams
 
 RETRY_AFTER_S = 1
 
@@ -54,13 +55,24 @@ _REFUSED: dict[RefusalReason, tuple[int, str | None]] = {
 }
 
 
-def translate(error: DistattnError) -> ApiError:
-    """What a client of the service was told, as an answer."""
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
+
+
+def sampling_field(text: str) -> str | None:
+    """The field that an error of SamplingParams, or of what became of them, is about."""
+    return next((word for word in re.findall(r"[a-z_]+", text) if word in _SAMPLING_FIELDS), None)
+
+
+def translate(error: DistattnError, prompt_field: str | None = None) -> ApiError:
+    """What a client of the service was told, as an answer. `prompt_field`: what the HTTP request calls the prompt."""
     if isinstance(error, RequestRefused):
         status, code = _REFUSED[error.reason]
-        return ApiError(status, str(error), code=code)
+        param = prompt_field if error.reason in ("invalid", "too_long", "never") else None
+        if error.reason == "invalid":
+            param = sampling_field(str(error)) or param
+        return ApiError(status, str(error), param=param, code=code)
     if isinstance(error, FrameTooLarge):
         return ApiError(413, str(error))
     if isinstance(error, TextError) and not isinstance(error, TextUnavailable):
-        return ApiError(400, str(error))
+        return ApiError(400, str(error), param=prompt_field)
     return ApiError(503, str(error), code="service_failed")  # it was fine, and the service was not

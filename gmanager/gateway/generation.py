@@ -22,6 +22,8 @@ class Generation:
     """`len(params)` choices for each prompt."""
 
     client: AsyncClient
+    model: str
+    """As the service calls it."""
     envelope: Envelope
     prompts: Sequence[Prompt]
     params: Sequence[SamplingParams]
@@ -62,7 +64,11 @@ class Generation:
 
         def answer() -> bytes:
             return msgspec.json.encode(
-                self.envelope.whole([shape.whole(choices[i], chunks[i]) for i in sorted(chunks)], self.usage)
+                self.envelope.whole(
+                    [shape.whole(choices[i], chunks[i]) for i in sorted(chunks)],
+                    self.usage,
+                    shape.around(choices[0], chunks[0][0]),
+                )
             )
 
         return await aside(self.usage.total_tokens, answer)
@@ -73,9 +79,9 @@ class Generation:
             chunks = self.client.generate(
                 choice.prompt.token_ids,
                 params,
-                request_id=f"{self.envelope.name}-{choice.index}",
+                request_id=self.envelope.request_id(choice.index),
                 spread=self.spread,
-                model=self.envelope.model,
+                model=self.model,
                 wait_for_cell=False,
             )
             async with aclosing(chunks):
@@ -86,6 +92,6 @@ class Generation:
                         self.usage.completion_tokens += len(chunk.token_ids)
                     await emit(choice, chunk)
         except DistattnError as error:
-            raise translate(error) from error
+            raise translate(error, choice.prompt.field) from error
         except ValueError as error:  # text that no message can hold
             raise ApiError(400, str(error)) from error

@@ -40,13 +40,13 @@ class EventStream(Response):
     one several times, a turn of a loop that writes those of all other streams meanwhile.
     """
 
-    def __init__(self, generation: Generation, *, with_usage: bool) -> None:
+    def __init__(self, generation: Generation, *, with_usage: bool, continuous_usage: bool = False) -> None:
         self.status_code = 200
         self.background = None
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-        self.raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         self._generation = generation
         self._with_usage = with_usage
+        self._continuous_usage = continuous_usage
         self._opened: set[int] = set()
         self._has_begun = False
         self._beginning = asyncio.Lock()
@@ -65,14 +65,16 @@ class EventStream(Response):
 
     async def _stream(self, send: Send) -> None:
         envelope, shape = self._generation.envelope, self._generation.envelope.shape
+        so_far = self._generation.usage if self._continuous_usage else None
 
         async def emit(choice: Choice, chunk: Chunk) -> None:
             num_tokens = len(chunk.token_ids) + len(chunk.prompt_logprobs or ())
-            events = [await aside(num_tokens, lambda: _event(envelope.chunk([shape.delta(choice, chunk)])))]
+            events = [await aside(num_tokens, lambda: _event(envelope.chunk([shape.delta(choice, chunk)], so_far)))]
             if choice.index not in self._opened:
                 self._opened.add(choice.index)
                 if (opening := shape.opening(choice)) is not None:
-                    events.insert(0, _event(envelope.chunk([opening])))
+                    around = {} if len(self._opened) > 1 else shape.around(choice, chunk)
+                    events.insert(0, _event(envelope.chunk([opening], so_far) | around))
             await self._write(send, b"".join(events))
 
         try:

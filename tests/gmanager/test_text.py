@@ -177,6 +177,29 @@ def test_stop_strings(text: str, stops: list[str], where: list[int]) -> None:
     assert len(TOKENIZER.decode(ids[: tokens - 1]).rstrip("\ufffd")) < ends[0]
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.text("abc😀", max_size=40), st.text("abc😀", min_size=1, max_size=3), st.integers(0, 30), st.booleans(), cuts)
+def test_stop_strings_that_stay_and_those_that_come_too_early(
+    text: str, stop: str, least: int, stays: bool, where: list[int]
+) -> None:
+    """What the first `min_tokens` tokens complete is no part of one; `include_stop` leaves it in the text."""
+    ids = _uncut(text)
+    detokenizer = Detokenizer(TOKENIZER, [stop], include_stop=stays, min_tokens=least)
+    parts = pieces(ids, where)
+    got = [detokenizer.push(part, final=part is parts[-1]) for part in parts]
+    early = Detokenizer(TOKENIZER)
+    free = "".join(early.push([token], final=False).text for token in ids[:least])
+    at = text.find(stop, len(free))
+    shown = text if at < 0 else text[: at + len(stop) * stays]
+    assert ("".join(delta.text for delta in got), any(delta.stopped for delta in got)) == (shown, at >= 0)
+
+
+def test_special_tokens_are_written_where_asked_for_but_no_end() -> None:
+    ids = [2, *_uncut("hello"), 1, *_uncut("you"), 0]
+    shown = Detokenizer(TOKENIZER, skip_special_tokens=False).push(ids, final=True).text
+    assert shown == "<s>helloyou<|start|>"
+
+
 def test_beginning_of_a_stop_string_is_held_back_and_given_out_at_the_end() -> None:
     detokenizer = Detokenizer(TOKENIZER, ["stop!", "END"])
     assert detokenizer.push(_uncut("please sto"), final=False).text == "please "

@@ -261,8 +261,8 @@ WRONG: list[tuple[dict[str, Any], type[openai.APIStatusError], str]] = [
     ({"temperature": -1}, openai.BadRequestError, "temperature: Input should be greater than or equal to 0"),
     ({"logprobs": 21}, openai.BadRequestError, "logprobs: Input should be less than or equal to 20"),
     ({"stop": ["a", ""]}, openai.BadRequestError, "a stop string must not be empty"),
-    ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty is not implemented"),
-    ({"extra_body": {"topk": 5}}, openai.BadRequestError, "topk: Extra inputs are not permitted"),
+    ({"presence_penalty": 2.5}, openai.BadRequestError, "presence_penalty: Input should be less than or equal to 2, got 2.5"),
+    ({"suffix": "end"}, openai.BadRequestError, 'suffix: not implemented, leave it out; got "end"'),
     ({"model": "gpt-5"}, openai.NotFoundError, "no model 'gpt-5' is served; there is "),
 ]
 

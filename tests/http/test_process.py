@@ -63,6 +63,9 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
         (["--api-key-file", "/none"], "No such file"),
         (["--api-key-file", "/dev/null"], "/dev/null holds no API key"),
         (["--max-n", "0"], "max-n must be at least 1, got 0"),
+        (["--allow-origin", "page"], "an origin is * or SCHEME://HOST[:PORT], got 'page'"),
+        (["--model-alias", "x"], "an alias is ALIAS=NAME, got 'x'"),
+        (["--model-alias", "x=a", "--model-alias", "x=b"], "alias 'x' stands for 'a' and for 'b'"),
     ],
 )
 def test_wrong_settings(arguments: list[str], message: str) -> None:

@@ -17,7 +17,7 @@ from gmanager.gateway.config import GatewayConfig
 async def gateway(service_address: str, **config: Any) -> AsyncIterator[str]:
     """Serves the gManager at that address; yields the base URL, `http://127.0.0.1:PORT`, once it knows what is served."""
     settings = GatewayConfig(gmanager=service_address, **config)
-    backend = Backend(service_address)
+    backend = Backend(service_address, aliases=settings.aliases)
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(

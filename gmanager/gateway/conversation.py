@@ -1,0 +1,147 @@
+"""Conversations as clients write them, and send the model's own answers back."""
+
+import json
+from array import array
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator
+
+from gmanager.gateway.errors import ApiError
+from gmanager.gateway.fields import Body, Wrong
+from gmanager.gateway.reading import shown
+from gmanager.text import Tokenizer
+from gmanager.wire.messages import ChatMessage
+
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of parts that are text, and where each has it."""
+
+_MEDIA = {"image": "images aren't", "audio": "audio isn't", "video": "videos aren't", "file": "files aren't"}
+
+
+def _content(value: Any) -> str | list[Any] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise Wrong(f"a string, a list of parts or null is needed, got {shown(value)}")
+    for at, part in enumerate(value):
+        if not isinstance(part, str):
+            _check_part(part, at)
+    return value
+
+
+def _check_part(part: Any, at: int) -> None:
+    if not isinstance(part, dict):
+        raise Wrong(f"a part is an object with a type, or a string, got {shown(part)}", at)
+    if "type" not in part:
+        raise Wrong("a part says its type, and this one has none", at)
+    kind = part["type"]
+    if isinstance(kind, str) and kind in TEXT_PARTS:
+        if not isinstance(part.get(TEXT_PARTS[kind]), str):
+            raise Wrong(f"a string is needed, got {shown(part.get(TEXT_PARTS[kind]))}", at, TEXT_PARTS[kind])
+        return
+    media = next((name for word, name in _MEDIA.items() if isinstance(kind, str) and word in kind), None)
+    if media is not None:
+        raise Wrong(f"{media} served, only text; this part is of type {shown(kind)}", at)
+    raise Wrong(f"the types are {', '.join(TEXT_PARTS)}; got {shown(kind)}", at, "type")
+
+
+def _audio(value: Any) -> None:
+    if value is not None:
+        raise Wrong("audio isn't served, only text")
+
+
+def _calls(value: Any) -> list[dict[str, Any]] | None:
+    """`tool_calls` of an answer that comes back: what the template is to find in each must be there."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise Wrong(f"a list of calls or null is needed, got {shown(value)}")
+    for at, call in enumerate(value):
+        if not isinstance(call, dict):
+            raise Wrong(f"a call is an object, got {shown(call)}", at)
+        function = call.get("function")
+        if not isinstance(function, dict):
+            raise Wrong(f"an object with a name is needed, got {shown(function)}", at, "function")
+        if not isinstance(function.get("name"), str):
+            raise Wrong(f"a string is needed, got {shown(function.get('name'))}", at, "function", "name")
+        if not isinstance(function.get("arguments"), str | dict | None):
+            raise Wrong(f"a JSON string is needed, got {shown(function['arguments'])}", at, "function", "arguments")
+    return value
+
+
+_Part = dict[str, Any]
+_Content = Annotated[str | list[Any] | None, PlainValidator(_content, json_schema_input_type=str | list[_Part] | None)]
+_Audio = Annotated[None, PlainValidator(_audio, json_schema_input_type=None)]
+_ToolCalls = Annotated[list[_Part] | None, PlainValidator(_calls, json_schema_input_type=list[_Part] | None)]
+
+
+class Turn(Body):
+    """One message. What isn't named here is the template's to know, and goes to it as it came."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: _Content = None
+    name: str | None = None
+    tool_calls: _ToolCalls = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    audio: _Audio = None
+
+    def to_template(self, *, knows_developer: bool = True) -> dict[str, Any]:
+        """As templates read messages: the content a text, a call's arguments an object. `developer` is `system` to a template
+        that doesn't know it."""
+        found: dict[str, Any] = {"role": self.role, "content": self.text()}
+        if self.role == "developer" and not knows_developer:
+            found["role"] = "system"
+        if self.tool_calls:
+            found["tool_calls"] = [_read_arguments(call) for call in self.tool_calls]
+        for name in ("name", "tool_call_id", "reasoning_content", "reasoning"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None} | found
+
+    def text(self) -> str:
+        """All text of it: its own content, or if there is none, why the model refused."""
+        if self.content is None:
+            return self.refusal or ""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part if isinstance(part, str) else part[TEXT_PARTS[part["type"]]] for part in self.content)
+
+
+class Conversation(Body):
+    """What goes into the chat template."""
+
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = True
+    continue_final_message: bool | None = False
+
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the template is told besides."""
+        return dict(self.chat_template_kwargs or {})
+
+
+async def encode(tokenizer: Tokenizer, given: Conversation, *, knows_developer: bool) -> "array[int]":
+    """Token ids of a conversation: the one place where conversations meet the tokenizer. Raises TextError, and ApiError."""
+    turns = [turn.to_template(knows_developer=knows_developer) for turn in given.messages]
+    for name, is_asked in (
+        ("continue_final_message", given.continue_final_message is True),
+        ("add_generation_prompt", given.add_generation_prompt is False),
+    ):
+        if is_asked:
+            raise ApiError(400, f"{name}: only {str(not getattr(given, name)).lower()} is served", param=name)
+    # the tokenizer takes no more of a turn, and no template_kwargs() yet
+    return await tokenizer.encode_chat([ChatMessage(role=turn["role"], content=turn["content"]) for turn in turns])
+
+
+def _read_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (json.JSONDecodeError, RecursionError):
+            return call  # the model's own words; the template may still write them
+    return call | {"function": function | {"arguments": arguments}}
