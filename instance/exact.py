@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
 from distattn.layout import Layout, Reading
-from instance.model import ATTENTION, Model, UnsupportedModel
+from instance.model import ATTENTION, TOLERANCE, Model, UnsupportedModel, relative
 from kvstore.storage import KVStorage
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 _AGREEING_ROWS = 0.75
 """For so many rows, their logits' relative RMS about the mean; others may lie where rounding chooses between two experts."""
 
@@ -39,11 +38,9 @@ def difference(model: Model, *, block_size: int, backend: str) -> float:
     ids_2T = torch.randint(model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     first = [0, model.max_context - length]
     chunks = [block_size - 5, 9, *[1] * 5]  # the second crosses the end of a block
-    got = paged_logits(model, ids_2T.tolist(), first, chunks, block_size=block_size, backend=backend).float()
-    want = eager_logits(model.module, ids_2T.tolist(), first).float()
-    got, want = got - got.mean(-1, keepdim=True), want - want.mean(-1, keepdim=True)
-    relative_2T = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
-    return float(relative_2T.flatten().quantile(_AGREEING_ROWS))
+    got = paged_logits(model, ids_2T.tolist(), first, chunks, block_size=block_size, backend=backend)
+    want = eager_logits(model.module, ids_2T.tolist(), first)
+    return float(relative(got, want).flatten().quantile(_AGREEING_ROWS))
 
 
 def paged_logits(
