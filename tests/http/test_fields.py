@@ -99,7 +99,8 @@ async def test_fields_of_the_sampler(http: httpx.AsyncClient) -> None:
         least = await ask(http, path, stop_token_ids=[70], logit_bias={"70": 100}, min_tokens=3)
         assert least["usage"]["completion_tokens"] == 4
     plain = await ask(http, COMPLETIONS, logit_bias={"70": 100}, stop="gg")
-    assert plain["choices"][0]["text"] == ""
+    kept = await ask(http, COMPLETIONS, logit_bias={"70": 100}, stop="gg", include_stop_str_in_output=True)
+    assert (plain["choices"][0]["text"], kept["choices"][0]["text"]) == ("", "gg")
     never = await ask(http, COMPLETIONS, logit_bias={"70": 100}, bad_words=["gg"])
     assert "gg" not in never["choices"][0]["text"]
 
