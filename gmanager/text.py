@@ -4,10 +4,13 @@ import asyncio
 import json
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from gmanager.text_worker import TextWorker, encode_ids, load_backend
+from tokenizers import Tokenizer as Backend
+
+from gmanager.text_worker import TextWorker, encode_ids, load_backend, plain_backend
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, ChatMessage, TextAssets, unpack_tokens
 
@@ -43,6 +46,9 @@ class Tokenizer:
         """Raises TextError if tokenizer.json can't be read."""
         self.assets = assets
         self._backend = load_backend(assets.tokenizer_json)
+        self._special = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        self._plain: Backend | None = None
+        """Made for the first text in which special tokens are text."""
         self._worker = TextWorker(assets)
         self._added = frozenset(self._backend.get_added_tokens_decoder())
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(assets.tokenizer_json).get("decoder"))
@@ -54,21 +60,48 @@ class Tokenizer:
         """Token ids of a text, by default with the special tokens that the tokenizer adds on its own. Raises TextError."""
         return await self._encode(text, add_special_tokens=add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> "array[int]":
+    async def encode_chat(
+        self,
+        messages: Sequence[ChatMessage | dict[str, Any]],
+        *,
+        names: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        trust_special: bool = False,
+    ) -> "array[int]":
         """Token ids of a conversation in the model's chat template, up to where the answer begins.
+
+        `messages`: as the template reads them. `names`: what it is told besides. `continue_final`: the answer goes on with the
+        last message. Special tokens in what is given stay text, unless `trust_special`.
 
         Raises TextError: no template, one that refuses the messages, or one over its limits.
         """
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        text = await asyncio.wrap_future(self._worker.render(turns))
+        turns = [m if isinstance(m, dict) else {"role": m.role, "content": m.content} for m in messages]
+        options = {
+            "names": dict(names or {}),
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final": continue_final,
+        }
+        rendering = self._worker.render(turns, trust_special=trust_special, **options)
+        pieces = await asyncio.wrap_future(rendering)
         # The template writes the special tokens itself.
-        return await self._encode(text.decode(), add_special_tokens=False)
+        ids = array("I")
+        for piece in pieces:
+            if piece.kind == "special":
+                ids.append(self._special[piece.text])
+            else:
+                ids += await self._encode(piece.text, add_special_tokens=False, is_plain=piece.kind == "text")
+        return ids
 
-    async def _encode(self, text: str, *, add_special_tokens: bool) -> "array[int]":
+    async def _encode(self, text: str, *, add_special_tokens: bool, is_plain: bool = False) -> "array[int]":
+        """`is_plain`: special tokens in it are text."""
         if len(text) > WORKER_CHARS:
-            packed = self._worker.encode(text, add_special_tokens=add_special_tokens)
+            packed = self._worker.encode(text, add_special_tokens=add_special_tokens, is_plain=is_plain)
             return unpack_tokens(await asyncio.wrap_future(packed))
-        ids = await asyncio.to_thread(encode_ids, self._backend, text, add_special_tokens=add_special_tokens)
+        if is_plain and self._plain is None:
+            self._plain = await asyncio.to_thread(plain_backend, self.assets.tokenizer_json)
+        backend = self._plain if is_plain and self._plain is not None else self._backend
+        ids = await asyncio.to_thread(encode_ids, backend, text, add_special_tokens=add_special_tokens)
         return array("I", ids)
 
     async def encode_bad_words(self, words: Sequence[str]) -> list[list[int]]:

@@ -10,12 +10,12 @@ import multiprocessing
 import resource
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -23,9 +23,12 @@ import msgpack
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 
+from gmanager.special import Piece, hide
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import TextError, TextUnavailable
 from gmanager.wire.messages import TextAssets, pack_tokens
+
+T = TypeVar("T")
 
 MAX_TEMPLATE_CHARS = 2**20
 """The longest chat templates in use have some 20,000 characters."""
@@ -52,6 +55,18 @@ def load_backend(tokenizer_json: str) -> Backend:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def plain_backend(tokenizer_json: str) -> Backend:
+    """The tokenizer, to which special tokens are text like any other. Raises TextError."""
+    backend = load_backend(tokenizer_json)
+    backend.encode_special_tokens = True
+    return backend
+
+
+def special_tokens_of(backend: Backend) -> list[str]:
+    """How they are written."""
+    return [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
 
 
 def encode_ids(backend: Backend, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -84,23 +99,30 @@ class ChatTemplate:
             raise TextError(f"the chat template can't be read: {_short(error)}") from error
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: list[dict[str, str]], *, max_chars: int = MAX_RENDERED_CHARS) -> bytes:
-        """The conversation as UTF-8, ending where the assistant's answer begins."""
-        names: dict[str, Any] = self._special_tokens | {
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": True,
-        }
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        names: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+        max_chars: int = MAX_RENDERED_CHARS,
+    ) -> bytes:
+        """The conversation as UTF-8, ending where the assistant's answer begins, or, with `continue_final`, where the text of
+        the last message ends (as transformers has it). `names`: what the template is told besides."""
+        given: dict[str, Any] = {"tools": None, "documents": None} | dict(names or {})
+        given |= self._special_tokens
+        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt and not continue_final}
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(**names):
+            for part in self._template.generate(**given):
                 size += len(part)
                 if size > max_chars:
                     raise TextError(f"the chat template made more than {max_chars:,} characters")
                 parts.append(part)
-            return "".join(parts).encode()
+            text = "".join(parts)
+            return (_up_to_final(text, messages[-1].get("content")) if continue_final else text).encode()
         except TextError:
             raise
         except Exception as error:  # a template is a program: it can raise anything
@@ -152,13 +174,16 @@ class TextWorker:
         # One thread: calls take turns, and a caller that is cancelled leaves no half-read answer in the pipe.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text-worker")
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> Future[bytes]:
-        """Packed token ids, when its turn has come. The future raises TextError."""
-        return self._submit({"encode": text, "special": add_special_tokens}, ENCODE_S)
+    def encode(self, text: str, *, add_special_tokens: bool, is_plain: bool = False) -> Future[bytes]:
+        """Packed token ids, when its turn has come; `is_plain`: special tokens in it are text. The future raises TextError."""
+        job = {"encode": text, "special": add_special_tokens, "plain": is_plain}
+        return self._submit(job, ENCODE_S, lambda found: found)
 
-    def render(self, messages: list[dict[str, str]]) -> Future[bytes]:
-        """A conversation in the chat template, as UTF-8, when its turn has come. The future raises TextError."""
-        return self._submit({"render": messages}, RENDER_S)
+    def render(self, messages: list[dict[str, Any]], *, trust_special: bool, **options: Any) -> Future[list[Piece]]:
+        """A conversation in the chat template, when its turn has come: one piece, unless special tokens in the messages are to
+        stay text. `options`: of `ChatTemplate.render`. The future raises TextError."""
+        job = {"render": messages, "trust": trust_special, "options": options}
+        return self._submit(job, RENDER_S, lambda found: [Piece(*piece) for piece in found])
 
     def close(self) -> None:
         """End the process; jobs that wait fail."""
@@ -169,12 +194,12 @@ class TextWorker:
         self._thread.shutdown()
         self._discard()
 
-    def _submit(self, job: Mapping[str, Any], timeout_s: float) -> Future[bytes]:
+    def _submit(self, job: Mapping[str, Any], timeout_s: float, read: Callable[[Any], T]) -> Future[T]:
         if self._closed:
             raise TextUnavailable("the service is ending")
-        return self._thread.submit(self._call, job, timeout_s)
+        return self._thread.submit(lambda: read(self._call(job, timeout_s)))
 
-    def _call(self, job: Mapping[str, Any], timeout_s: float) -> bytes:
+    def _call(self, job: Mapping[str, Any], timeout_s: float) -> Any:
         if self._closed:
             raise TextUnavailable("the service is ending")
         pipe = self._pipe
@@ -192,8 +217,7 @@ class TextWorker:
             raise TextUnavailable("the process that turns text into tokens died (out of memory?)") from error
         if "error" in answer:
             raise TextError(answer["error"])
-        result: bytes = answer["result"]
-        return result
+        return answer["result"]
 
     def _start(self) -> Connection:
         # spawn: the gManager has threads (ZeroMQ's, the tokenizer's), and forking those is not safe.
@@ -227,6 +251,23 @@ class TextWorker:
             process.close()
 
 
+def _render(template: ChatTemplate, job: Mapping[str, Any], special: list[str]) -> list[Piece]:
+    options = job["options"]
+    hidden = hide([job["render"], options.get("names")], [] if job["trust"] else special)
+    messages, names = hidden.value
+    text = template.render(messages, **(options | {"names": names})).decode()
+    return hidden.pieces(text, special)
+
+
+def _up_to_final(text: str, content: object) -> str:
+    """Raises TextError if the last message's text doesn't stand in what was rendered."""
+    final = content.strip() if isinstance(content, str) else ""
+    at = text.rfind(final)
+    if at < 0:
+        raise TextError("the last message can't be continued: the chat template changes its text")
+    return text[: at + len(final)]
+
+
 def _serve(pipe: Connection, tokenizer_json: str, chat_template: str | None, special_tokens: dict[str, str]) -> None:
     """The child's main loop; ends when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
@@ -234,6 +275,8 @@ def _serve(pipe: Connection, tokenizer_json: str, chat_template: str | None, spe
     limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     backend = load_backend(tokenizer_json)
+    plain: Backend | None = None
+    special = special_tokens_of(backend)
     template: ChatTemplate | None = None
     while True:
         try:
@@ -242,13 +285,16 @@ def _serve(pipe: Connection, tokenizer_json: str, chat_template: str | None, spe
             return
         try:
             if "encode" in job:
-                result = pack_tokens(encode_ids(backend, job["encode"], add_special_tokens=job["special"]))
+                if job["plain"] and plain is None:
+                    plain = plain_backend(tokenizer_json)
+                chosen = plain if job["plain"] and plain is not None else backend
+                result: Any = pack_tokens(encode_ids(chosen, job["encode"], add_special_tokens=job["special"]))
             else:
                 if template is None:
                     if chat_template is None:
                         raise TextError("this model has no chat template")
                     template = ChatTemplate(chat_template, special_tokens)
-                result = template.render(job["render"])
+                result = _render(template, job, special)
             answer: dict[str, Any] = {"result": result}
         except TextError as error:
             answer = {"error": str(error)}

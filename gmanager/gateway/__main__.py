@@ -57,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, tuple[str,
         metavar="ALIAS=NAME",
         help="another name of a served model; may be given again",
     )
+    parser.add_argument("--trust-special-tokens", action="store_true", help="special tokens in messages are special, not text")
     parser.add_argument("--strict", action="store_true", help="refuse fields that aren't known, instead of ignoring them")
     logs.add_flags(parser)
     given = parser.parse_args(arguments)
@@ -75,6 +76,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GatewayConfig, tuple[str,
             allow_origins=tuple(given.allow_origin),
             aliases=parse_aliases(given.model_alias),
             strict=given.strict,
+            trust_special_tokens=given.trust_special_tokens,
         )
     except (ValueError, AddressError, OSError) as error:
         parser.error(str(error))

@@ -159,7 +159,7 @@ class Routes:
         tokenizer = served.tokenizer
         conversation = body.conversation()
         if conversation is not None:
-            ids = await _chat_ids(http, served, conversation)
+            ids = await self._chat_ids(http, served, conversation)
         else:
             ids = await _ids(
                 http, tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False), "prompt"
@@ -213,7 +213,7 @@ class Routes:
         ignored = self._unknown(body)
         served = await self._backend.model(body.model)
         await _check_structure(body, served)
-        ids = _truncated(await _chat_ids(http, served, body), body, body.most_tokens, served)
+        ids = _truncated(await self._chat_ids(http, served, body), body, body.most_tokens, served)
         generation = Generation(
             client=self._backend.client(),
             model=served.root,
@@ -224,6 +224,11 @@ class Routes:
             drops_tokens=False,
         )
         return _naming(ignored, await _answer(http, generation, body))
+
+    async def _chat_ids(self, http: Request, served: Served, given: Conversation) -> list[int]:
+        trusts = self._config.trust_special_tokens
+        encoding = encode(served.tokenizer, given, knows_developer=served.knows_developer, trust_special=trusts)
+        return await _ids(http, encoding, "messages")
 
     def _unknown(self, body: Body) -> list[str]:
         """Names of fields that are ignored. Raises ApiError if none is to be."""
@@ -291,10 +296,6 @@ def _wanted(body: CompletionRequest | ChatRequest, logprobs: int | None) -> Want
 def _most(counts: list[int | None]) -> int | None:
     """The largest of those that are given."""
     return max((count for count in counts if count is not None), default=None)
-
-
-async def _chat_ids(http: Request, served: Served, given: Conversation) -> list[int]:
-    return await _ids(http, encode(served.tokenizer, given, knows_developer=served.knows_developer), "messages")
 
 
 async def _ids(http: Request, encoding: Awaitable["array[int]"], field: str) -> list[int]:

@@ -30,6 +30,8 @@ class GatewayConfig:
     """Other names of models, and which one is meant."""
     strict: bool = False
     """Unknown fields are refused, not ignored."""
+    trust_special_tokens: bool = False
+    """Special tokens in messages are special, not text: who may write may end his turn and speak as anybody."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:

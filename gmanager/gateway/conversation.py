@@ -6,11 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
-from gmanager.gateway.errors import ApiError
 from gmanager.gateway.fields import Body, Wrong
 from gmanager.gateway.reading import shown
 from gmanager.text import Tokenizer
-from gmanager.wire.messages import ChatMessage
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of parts that are text, and where each has it."""
@@ -123,17 +121,15 @@ class Conversation(Body):
         return dict(self.chat_template_kwargs or {})
 
 
-async def encode(tokenizer: Tokenizer, given: Conversation, *, knows_developer: bool) -> "array[int]":
-    """Token ids of a conversation: the one place where conversations meet the tokenizer. Raises TextError, and ApiError."""
-    turns = [turn.to_template(knows_developer=knows_developer) for turn in given.messages]
-    for name, is_asked in (
-        ("continue_final_message", given.continue_final_message is True),
-        ("add_generation_prompt", given.add_generation_prompt is False),
-    ):
-        if is_asked:
-            raise ApiError(400, f"{name}: only {str(not getattr(given, name)).lower()} is served", param=name)
-    # the tokenizer takes no more of a turn, and no template_kwargs() yet
-    return await tokenizer.encode_chat([ChatMessage(role=turn["role"], content=turn["content"]) for turn in turns])
+async def encode(tokenizer: Tokenizer, given: Conversation, *, knows_developer: bool, trust_special: bool) -> "array[int]":
+    """Token ids of a conversation: the one place where conversations meet the tokenizer. Raises TextError."""
+    return await tokenizer.encode_chat(
+        [turn.to_template(knows_developer=knows_developer) for turn in given.messages],
+        names=given.template_kwargs(),
+        add_generation_prompt=given.add_generation_prompt is not False,
+        continue_final=given.continue_final_message is True,
+        trust_special=trust_special,
+    )
 
 
 def _read_arguments(call: dict[str, Any]) -> dict[str, Any]:

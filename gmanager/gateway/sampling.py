@@ -38,7 +38,6 @@ IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
         *("priority", "cache_salt", "parallel_tool_calls", "spaces_between_special_tokens", "include_reasoning"),
-        *("chat_template_kwargs", "reasoning_effort", "verbosity"),  # until the tokenizer hands them to the template
     }
 )
 """Fields that are taken, and change nothing."""
