@@ -57,15 +57,18 @@ def why_instances_ended(text: str) -> str | None:
     return None
 
 
-def stage_of_instances(text: str) -> str:
-    """What the instances do that come up: the one that is furthest behind. One that converts a file has the others wait."""
+def stage_of_instances(text: str, count: int) -> str:
+    """What so many instances do that come up: the one that is furthest behind, which may have said nothing yet. One that
+    converts a file has the others wait."""
     reached: dict[str, tuple[int, str]] = {}
     for line in text.splitlines():
         event = fields(line)
         if event.get("program") == "instance" and event.get("event") in _STAGES:
             reached[event.get("rank", "")] = _STAGES[event["event"]]
     converts = _STAGES["converting"]
-    return (converts if converts in reached.values() else min(reached.values(), default=(0, "start")))[1]
+    if converts in reached.values():
+        return converts[1]
+    return min(reached.values())[1] if len(reached) >= count else "start"
 
 
 def last_words(text: str) -> str | None:

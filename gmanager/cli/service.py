@@ -270,7 +270,7 @@ async def _ready(service: Service, config: ServiceConfig, tell: Callable[[str], 
                 raise ServiceError(f"the gManager does not answer: {error}") from error
             if any(cell.state == "ready" for cell in cells):
                 return
-            stage = stage_of_instances(instances.text())
+            stage = stage_of_instances(instances.text(), config.instances)
             tell(f"{what} {stage}{f' {config.model}' if stage in ('load', 'convert') else ''}")
             if time.monotonic() > deadline:
                 raise ServiceError(f"not ready after {config.ready_timeout_s:.0f} s:\n{instances.tail()}")

@@ -71,15 +71,16 @@ def test_the_stage_is_that_of_the_instance_that_is_furthest_behind() -> None:
     def log(*events: tuple[int, str]) -> str:
         return "\n".join(f'level=info program=instance rank={rank} event="{event}"' for rank, event in events)
 
-    assert stage_of_instances("") == stage_of_instances("*****\nevent=loading") == "start"
+    assert stage_of_instances("", 2) == stage_of_instances("*****\nevent=loading", 2) == "start"
     both: list[tuple[int, str]] = [(0, "loading"), (1, "loading")]
-    assert stage_of_instances(log(*both)) == "load"
-    assert stage_of_instances(log(*both, (1, "converting"))) == "convert", "the other waits for it"
-    assert stage_of_instances(log(*both, (0, "KV pool"))) == "load"
+    assert stage_of_instances(log(both[0], (0, "KV pool")), 2) == "start", "the other has yet to begin: no stage comes twice"
+    assert stage_of_instances(log(*both), 2) == "load"
+    assert stage_of_instances(log(*both, (1, "converting")), 2) == "convert", "the other waits for it"
+    assert stage_of_instances(log(*both, (0, "KV pool")), 2) == "load"
     both += [(0, "KV pool"), (1, "KV pool")]
-    assert stage_of_instances(log(*both)) == "warm up"
+    assert stage_of_instances(log(*both), 2) == "warm up"
     both += [(0, "registered"), (1, "registered")]
-    assert stage_of_instances(log(*both)) == "form a cell"
+    assert stage_of_instances(log(*both), 2) == "form a cell"
     both += [(0, "capturing CUDA graphs"), (1, "capturing CUDA graphs")]
-    assert stage_of_instances(log(*both)) == "capture CUDA graphs"
-    assert stage_of_instances(log(*both, (0, "epoch joined"), (1, "epoch joined"))) == "form a cell"
+    assert stage_of_instances(log(*both), 2) == "capture CUDA graphs"
+    assert stage_of_instances(log(*both, (0, "epoch joined"), (1, "epoch joined")), 2) == "form a cell"

@@ -93,7 +93,7 @@ def step(kv_lens: list[int], pending: list[tuple[int, int]]) -> StepPlan:
         token_ids_T=[0 if row in dict(pending) else 5 + row for row in range(rows)],
         positions_T=[kv_len - 1 for kv_len in kv_lens],
         pending=pending,
-        sampled=[SampledRow(row, row, kv_lens[row], PARAMS) for row in range(rows)],
+        sampled=[SampledRow(row, row, kv_lens[row], PARAMS, num_generated=0) for row in range(rows)],
         scored=[],
         slots_T=slots,
         layout=Layout(num_rows=rows, own=readings, dispatched_rows=[], dispatched={}, received={}, others=[]),
