@@ -182,7 +182,8 @@ class TextWorker:
     def render(self, messages: list[dict[str, Any]], *, trust_special: bool, **options: Any) -> Future[list[Piece]]:
         """A conversation in the chat template, when its turn has come: one piece, unless special tokens in the messages are to
         stay text. `options`: of `ChatTemplate.render`. The future raises TextError."""
-        job = {"render": messages, "trust": trust_special, "options": options}
+        # as JSON, which is what clients wrote: msgpack has no integers of more than 64 bits
+        job = {"render": json.dumps([messages, options]), "trust": trust_special}
         return self._submit(job, RENDER_S, lambda found: [Piece(*piece) for piece in found])
 
     def close(self) -> None:
@@ -252,8 +253,8 @@ class TextWorker:
 
 
 def _render(template: ChatTemplate, job: Mapping[str, Any], special: list[str]) -> list[Piece]:
-    options = job["options"]
-    hidden = hide([job["render"], options.get("names")], [] if job["trust"] else special)
+    given, options = json.loads(job["render"])
+    hidden = hide([given, options.get("names")], [] if job["trust"] else special)
     messages, names = hidden.value
     text = template.render(messages, **(options | {"names": names})).decode()
     return hidden.pieces(text, special)

@@ -303,6 +303,7 @@ async def test_what_a_template_is_told_besides() -> None:
             ({}, "[a1:b][c: d ]>"),
             ({"names": {"think": "<|end|>", "messages": []}}, "[a1:b][c: d ]<think><|end|>>"),
             ({"add_generation_prompt": False}, "[a1:b][c: d ]"),
+            ({"names": {"think": 2**70}}, f"[a1:b][c: d ]<think>{2**70}>"),
             ({"continue_final": True}, "[a1:b][c: d"),
         ):
             ids = await tokenizer.encode_chat(turns, **options)
