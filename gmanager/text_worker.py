@@ -116,7 +116,7 @@ class ChatTemplate:
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(**given):
+            for part in self._template.generate(given):
                 size += len(part)
                 if size > max_chars:
                     raise TextError(f"the chat template made more than {max_chars:,} characters")
@@ -159,7 +159,8 @@ def _strftime_now(form: str) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]
+    # a template may raise half a surrogate pair, which no message can hold
+    return f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS].encode(errors="replace").decode()
 
 
 class TextWorker:

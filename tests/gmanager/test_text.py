@@ -303,11 +303,15 @@ async def test_what_a_template_is_told_besides() -> None:
             ({}, "[a1:b][c: d ]>"),
             ({"names": {"think": "<|end|>", "messages": []}}, "[a1:b][c: d ]<think><|end|>>"),
             ({"add_generation_prompt": False}, "[a1:b][c: d ]"),
+            ({"names": {"think": 1, "self": 2}}, "[a1:b][c: d ]<think>1>"),
             ({"names": {"think": 2**70}}, f"[a1:b][c: d ]<think>{2**70}>"),
             ({"continue_final": True}, "[a1:b][c: d"),
         ):
             ids = await tokenizer.encode_chat(turns, **options)
             assert (tokenizer.decode_all(ids), 1 in ids) == (expected, False)
+    async with tokenizer_of(assets(BACKEND, template="{{ raise_exception('\\ud800') }}")) as tokenizer:
+        with pytest.raises(TextError, match="refused the messages"):
+            await tokenizer.encode_chat(turns)
     async with tokenizer_of(assets(BACKEND, template="x")) as tokenizer:
         with pytest.raises(TextError, match="the last message can't be continued"):
             await tokenizer.encode_chat(turns, continue_final=True)
