@@ -46,15 +46,15 @@ class Tokenizer:
         """Raises TextError if tokenizer.json can't be read."""
         self.assets = assets
         self._backend = load_backend(assets.tokenizer_json)
-        self._special = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        added = self._backend.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
         self._plain: Backend | None = None
         """Made for the first text in which special tokens are text."""
         self._worker = TextWorker(assets)
-        self._added = frozenset(self._backend.get_added_tokens_decoder())
+        self._added = frozenset(added)
         self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(assets.tokenizer_json).get("decoder"))
-        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self._eos = frozenset(assets.eos_token_ids)
-        self._silent = frozenset(special | self._eos)
+        self._silent = self._eos.union(self._special.values())
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> "array[int]":
         """Token ids of a text, by default with the special tokens that the tokenizer adds on its own. Raises TextError."""
