@@ -144,6 +144,8 @@ class Deliver:
     min_tokens: int = 0
     """In so many first tokens none is looked for."""
     skip_special_tokens: bool = True
+    shown_special: frozenset[int] = frozenset()
+    """These are not left out."""
     index: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None

@@ -323,6 +323,7 @@ class Requests:
                 include_stop=request.params.include_stop_str_in_output,
                 min_tokens=request.params.min_tokens,
                 skip_special_tokens=request.params.skip_special_tokens,
+                shown_special=frozenset(request.params.shown_special_tokens or ()),
                 index=len(request.tokens) - len(token_ids),
                 token_ids=token_ids,
                 logprobs=logprobs,

@@ -261,6 +261,7 @@ class Server:
                 include_stop=new.include_stop,
                 min_tokens=new.min_tokens,
                 skip_special_tokens=new.skip_special_tokens,
+                shown_special=new.shown_special,
             )
             state = _RequestText(detokenizer)
             if new.finish_reason is None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,15 @@ class Tokenizer:
         """The text of generated tokens, without special ones and EOS."""
         return self.decode_visible(self.visible(token_ids))
 
-    def visible(self, token_ids: Iterable[int], *, special: bool = False) -> list[int]:
-        """Those that have a text: known (vocabularies are padded), not EOS, and not special unless `special` asks for these."""
+    def visible(self, token_ids: Iterable[int], *, special: bool = False, shown: Collection[int] = frozenset()) -> list[int]:
+        """Those that have a text: known (vocabularies are padded), not EOS, and not special unless it is among `shown`, or
+        `special` asks for all."""
         silent = self._eos if special else self._silent
-        return [t for t in token_ids if t not in silent and self._backend.id_to_token(t) is not None]
+        return [t for t in token_ids if (t not in silent or t in shown) and self._backend.id_to_token(t) is not None]
+
+    def special_ids(self, texts: Iterable[str]) -> list[int]:
+        """Of those that are special tokens."""
+        return [self._special[text] for text in texts if text in self._special]
 
     def decode_visible(self, token_ids: list[int]) -> str:
         """The text of tokens that `visible` has let through."""
@@ -180,12 +185,15 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        shown_special: Collection[int] = frozenset(),
     ) -> None:
-        """`include_stop`: the stop string is part of the text. `min_tokens`: it is not looked for in so many first tokens."""
+        """`include_stop`: the stop string is part of the text. `min_tokens`: it is not looked for in so many first tokens.
+        `shown_special`: special tokens that are not skipped."""
         self._tokenizer = tokenizer
         self._include_stop = include_stop
         self._unwatched = min_tokens
         self._skips_special = skip_special_tokens
+        self._shown_special = shown_special
         self._stops = [_StopString(stop) for stop in stop_strings]
         # self._window: tokens of the text before (context, for decoders that treat a first token differently), then
         # those whose text is not all given out. text of window: [0, _num_shown) is given out.
@@ -216,7 +224,7 @@ class Detokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         """The text that is certain now."""
-        new_tokens = self._tokenizer.visible(token_ids, special=not self._skips_special)
+        new_tokens = self._tokenizer.visible(token_ids, special=not self._skips_special, shown=self._shown_special)
         if not new_tokens:
             return ""
         text = self._tokenizer.decode_visible(self._window + new_tokens)

@@ -1,6 +1,6 @@
-"""Tokens of the service as OpenAI's answers: whole ones, and chunks of streams.
+"""Tokens of the service as answers: whole ones, and events of streams.
 
-The two kinds of answers differ in their choices alone; what is between is one shape (`Shape`) with two implementations.
+Each route has its form (`Form`). OpenAI's two older ones differ in their choices alone: `Envelope`, with a `Shape` each.
 """
 
 import time
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from gmanager.client import Chunk
+from gmanager.gateway.errors import ApiError
 from gmanager.gateway.places import Places
 from gmanager.text import Tokenizer
 from gmanager.wire.messages import TokenLogprob
@@ -71,8 +74,27 @@ class Wanted:
     """Special tokens have no text in the answer."""
 
 
+class Form(Protocol):
+    """How a route answers."""
+
+    def request_id(self, choice: int) -> str:
+        """Of one choice, for the service. No two are the same, even if clients give the same ids."""
+
+    def whole(self, choices: Sequence[tuple[Choice, Sequence[Chunk]]], usage: Usage) -> Json:
+        """The whole answer: each choice with all its chunks."""
+
+    def events(self, choice: Choice, chunk: Chunk, usage: Usage) -> bytes:
+        """A stream's events for a chunk, with those that come before a choice's first. `usage`: so far."""
+
+    def end(self, usage: Usage) -> bytes:
+        """A stream's last events, when all choices have ended."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """A stream's last events, if it can't go on."""
+
+
 class Shape(Protocol):
-    """How one of the two routes answers."""
+    """How one of OpenAI's two older routes answers."""
 
     kind: str
     stream_kind: str
@@ -91,7 +113,7 @@ class Shape(Protocol):
         """A choice of a whole answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Envelope:
     """What stands around the choices of one answer."""
 
@@ -100,22 +122,45 @@ class Envelope:
     """As the client calls it."""
     given_id: str | None = None
     """By the client."""
+    ends_with_usage: bool = False
+    """A stream's last event tells it."""
+    continues_usage: bool = False
+    """All of them do."""
     drawn_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+    _opened: set[int] = field(default_factory=set)
 
     @property
     def name(self) -> str:
         return f"{self.shape.prefix}-{self.given_id or self.drawn_id}"
 
     def request_id(self, choice: int) -> str:
-        """Of one choice, for the service. No two are the same, even if clients give the same ids."""
         drawn = "" if self.given_id is None else f"-{self.drawn_id[:8]}"
         return f"{self.name}{drawn}-{choice}"
 
-    def whole(self, choices: list[Json], usage: Usage, around: Json) -> Json:
-        return self._head(self.shape.kind) | {"choices": choices, "usage": usage.to_json()} | around
+    def whole(self, choices: Sequence[tuple[Choice, Sequence[Chunk]]], usage: Usage) -> Json:
+        first, first_chunks = choices[0]
+        shapes = [self.shape.whole(choice, chunks) for choice, chunks in choices]
+        found = self._head(self.shape.kind) | {"choices": shapes, "usage": usage.to_json()}
+        return found | self.shape.around(first, first_chunks[0])
 
-    def chunk(self, choices: list[Json], usage: Usage | None = None) -> Json:
+    def events(self, choice: Choice, chunk: Chunk, usage: Usage) -> bytes:
+        so_far = usage if self.continues_usage else None
+        opening = b""
+        if choice.index not in self._opened:
+            self._opened.add(choice.index)
+            if (opens := self.shape.opening(choice)) is not None:
+                around = {} if len(self._opened) > 1 else self.shape.around(choice, chunk)
+                opening = event(self._chunk([opens], so_far) | around)
+        return opening + event(self._chunk([self.shape.delta(choice, chunk)], so_far))
+
+    def end(self, usage: Usage) -> bytes:
+        return (event(self._chunk([], usage)) if self.ends_with_usage else b"") + b"data: [DONE]\n\n"
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(error.body())
+
+    def _chunk(self, choices: list[Json], usage: Usage | None) -> Json:
         told = {"usage": None if usage is None else usage.to_json()}
         return self._head(self.shape.stream_kind) | {"choices": choices} | told
 
@@ -123,7 +168,13 @@ class Envelope:
         return {"id": self.name, "object": kind, "created": self.created, "model": self.model}
 
 
-class _Tokens:
+def event(content: Json, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    named = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return named + b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+class TokenNames:
     """Tokens as answers name them."""
 
     def __init__(self, tokenizer: Tokenizer, wanted: Wanted) -> None:
@@ -170,7 +221,7 @@ class CompletionShape:
     def __init__(self, tokenizer: Tokenizer, wanted: Wanted, *, echo: bool, drops_tokens: bool) -> None:
         """`drops_tokens`: only the prompt was asked for, and the one token that was generated is none of the answer."""
         self._tokenizer = tokenizer
-        self._tokens = _Tokens(tokenizer, wanted)
+        self._tokens = TokenNames(tokenizer, wanted)
         self._wanted = wanted
         self._echo = echo
         self._drops_tokens = drops_tokens
@@ -254,63 +305,3 @@ class CompletionShape:
         most = self._wanted.logprobs
         tops = zip(scored.top_ids[:most], scored.top_logprobs[:most], strict=True)
         return {self._tokens.name(i): p for i, p in tops} | {self._tokens.name(scored.token_id): scored.logprob}
-
-
-class ChatShape:
-    """`/v1/chat/completions`."""
-
-    kind = "chat.completion"
-    stream_kind = "chat.completion.chunk"
-    prefix = "chatcmpl"
-
-    def __init__(self, tokenizer: Tokenizer, wanted: Wanted) -> None:
-        self._tokenizer = tokenizer
-        self._tokens = _Tokens(tokenizer, wanted)
-        self._wanted = wanted
-
-    def around(self, choice: Choice, chunk: Chunk) -> Json:
-        found: Json = {}
-        if self._wanted.token_ids:
-            found["prompt_token_ids"] = choice.prompt.token_ids
-        if self._wanted.prompt_logprobs is not None:
-            found["prompt_logprobs"] = self._tokens.of_prompt(chunk)
-        return found
-
-    def opening(self, choice: Choice) -> Json | None:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def delta(self, choice: Choice, chunk: Chunk) -> Json:
-        return {
-            "index": choice.index,
-            "delta": {"content": chunk.text} if chunk.text else {},
-            "logprobs": self._table([chunk]),
-            "finish_reason": chunk.finish_reason,
-        } | self._ids([chunk])
-
-    def whole(self, choice: Choice, chunks: Sequence[Chunk]) -> Json:
-        message = {"role": "assistant", "content": "".join(chunk.text for chunk in chunks), "refusal": None}
-        return {
-            "index": choice.index,
-            "message": message,
-            "logprobs": self._table(chunks),
-            "finish_reason": chunks[-1].finish_reason,
-        } | self._ids(chunks)
-
-    def _ids(self, chunks: Sequence[Chunk]) -> Json:
-        return {"token_ids": [token for chunk in chunks for token in chunk.token_ids]} if self._wanted.token_ids else {}
-
-    def _table(self, chunks: Sequence[Chunk]) -> Json | None:
-        if self._wanted.logprobs is None:
-            return None
-        content = []
-        for scored in (token for chunk in chunks for token in chunk.logprobs or ()):
-            tops = zip(scored.top_ids, scored.top_logprobs, strict=True)
-            entry = self._entry(scored.token_id, scored.logprob)
-            content.append(entry | {"top_logprobs": [self._entry(token, logprob) for token, logprob in tops]})
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token_id: int, logprob: float) -> Json:
-        data = self._tokenizer.bytes_of(token_id)
-        name = f"token_id:{token_id}" if self._wanted.tokens_as_ids else data.decode(errors="replace")
-        return {"token": name, "logprob": logprob, "bytes": list(data)}

@@ -6,7 +6,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,11 +18,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
-from gmanager.gateway.answers import ChatShape, CompletionShape, Envelope, Prompt, Wanted
+from gmanager.gateway.answers import CompletionShape, Envelope, Form, Prompt, Shape, Wanted
 from gmanager.gateway.aside import aside
 from gmanager.gateway.backend import Backend, Served
+from gmanager.gateway.chat_answers import ChatShape
 from gmanager.gateway.config import GatewayConfig
-from gmanager.gateway.conversation import Conversation, encode
+from gmanager.gateway.conversation import Dialogue, encode
 from gmanager.gateway.door import Answers, App, Door, Load
 from gmanager.gateway.errors import ApiError, ErrorBody, sampling_field, translate
 from gmanager.gateway.fields import Body, Wrong
@@ -30,14 +31,21 @@ from gmanager.gateway.generation import Generation
 from gmanager.gateway.index import list_routes, page
 from gmanager.gateway.metrics import CONTENT_TYPE, render
 from gmanager.gateway.reading import JsonRoute, shown
+from gmanager.gateway.reasoning import is_opened
+from gmanager.gateway.reply import ReplyForm, reply_form
+from gmanager.gateway.sampling import Sampled, Talk
 from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, unknown_fields
 from gmanager.gateway.streaming import EventStream, unless_gone
+from gmanager.gateway.structure import Structure
+from gmanager.gateway.toolbox import Toolbox
 from gmanager.grammars import compile_grammar
 from gmanager.wire.errors import TextError
-from gmanager.wire.messages import SamplingParams
+from gmanager.wire.messages import SamplingParams, StructuredOutputsParams
 
 IGNORED_HEADER = "x-ignored-fields"
 MAX_IGNORED_NAMES = 16
+_TAIL_TOKENS = 16
+"""Of a prompt: enough to see whether it ends within thoughts."""
 
 VERSION = importlib.metadata.version("distattn")
 
@@ -157,9 +165,9 @@ class Routes:
         ignored = self._unknown(body)
         served = await self._backend.model(body.model)
         tokenizer = served.tokenizer
-        conversation = body.conversation()
-        if conversation is not None:
-            ids = await self._chat_ids(http, served, conversation)
+        dialogue = body.dialogue()
+        if dialogue is not None:
+            ids = await self._chat_ids(http, served, dialogue)
         else:
             ids = await _ids(
                 http, tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False), "prompt"
@@ -192,43 +200,83 @@ class Routes:
         prompts = [await _prompt(http, served, body, name, prompt) for name, prompt in given]
         wanted = _wanted(body, body.logprobs)
         drops_tokens = body.max_tokens == 0
+        structure = body.structure()
+        await _check_structure(structure, Toolbox(), served)
         scores = [body.prompt_logprobs, body.logprobs if body.echo else None]
         generation = Generation(
             client=self._backend.client(),
             model=served.root,
-            envelope=Envelope(
-                CompletionShape(served.tokenizer, wanted, echo=bool(body.echo), drops_tokens=drops_tokens),
-                served.name,
-                body.request_id,
+            form=_envelope(
+                CompletionShape(served.tokenizer, wanted, echo=bool(body.echo), drops_tokens=drops_tokens), served, body
             ),
             prompts=prompts,
-            params=self._params(body, 1 if drops_tokens else body.max_tokens, body.logprobs, _most(scores)),
+            params=self._params(
+                body,
+                body.n or 1,
+                max_tokens=1 if drops_tokens else body.max_tokens,
+                logprobs=body.logprobs,
+                prompt_logprobs=_most(scores),
+                structured_outputs=None if structure is None else structure.params,
+            ),
             spread=body.spread,
             drops_tokens=drops_tokens,
         )
-        return _naming(ignored, await _answer(http, generation, body))
+        return _naming(ignored, await _answer(http, generation, streams=body.stream))
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """Answer a conversation."""
+        wanted = _wanted(body, body.num_logprobs)
+        return await self._converse(
+            http,
+            body,
+            lambda served, prompt, reply: _envelope(ChatShape(served.tokenizer, wanted, reply), served, body),
+            num_choices=body.n or 1,
+            logprobs=body.num_logprobs,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+
+    async def _converse(
+        self,
+        http: Request,
+        body: Talk,
+        form: Callable[[Served, Prompt, ReplyForm], Form],
+        *,
+        num_choices: int = 1,
+        **params: Any,
+    ) -> Response:
+        """Answer a conversation, in the form of its route. `params`: of sampling, that the route says in its own way."""
         ignored = self._unknown(body)
         served = await self._backend.model(body.model)
-        await _check_structure(body, served)
-        ids = _truncated(await self._chat_ids(http, served, body), body, body.most_tokens, served)
+        dialogue, asked = body.dialogue(), body.structure()
+        structure = dialogue.toolbox.structure(asked)
+        await _check_structure(structure, dialogue.toolbox, served)
+        ids = _truncated(await self._chat_ids(http, served, dialogue), body, body.most_tokens, served)
+        tail = served.tokenizer.decode_all(ids[-_TAIL_TOKENS:])
+        reply = reply_form(
+            served.habits, dialogue.toolbox, asked, is_opened=is_opened(tail), tells_thoughts=body.tells_thoughts
+        )
+        prompt = Prompt(ids, "", dialogue.field)
         generation = Generation(
             client=self._backend.client(),
             model=served.root,
-            envelope=Envelope(ChatShape(served.tokenizer, _wanted(body, body.num_logprobs)), served.name, body.request_id),
-            prompts=[Prompt(ids, "", "messages")],
-            params=self._params(body, body.most_tokens, body.num_logprobs, body.prompt_logprobs),
+            form=form(served, prompt, reply),
+            prompts=[prompt],
+            params=self._params(
+                body,
+                num_choices,
+                max_tokens=body.most_tokens,
+                structured_outputs=None if structure is None else structure.params,
+                shown_special_tokens=None if reply.is_plain else served.shown_special,
+                **params,
+            ),
             spread=body.spread,
             drops_tokens=False,
         )
-        return _naming(ignored, await _answer(http, generation, body))
+        return _naming(ignored, await _answer(http, generation, streams=body.stream))
 
-    async def _chat_ids(self, http: Request, served: Served, given: Conversation) -> list[int]:
-        trusts = self._config.trust_special_tokens
-        encoding = encode(served.tokenizer, given, knows_developer=served.knows_developer, trust_special=trusts)
-        return await _ids(http, encoding, "messages")
+    async def _chat_ids(self, http: Request, served: Served, given: Dialogue) -> list[int]:
+        encoding = encode(served.tokenizer, given, served.habits, trust_special=self._config.trust_special_tokens)
+        return await _ids(http, encoding, given.field)
 
     def _unknown(self, body: Body) -> list[str]:
         """Names of fields that are ignored. Raises ApiError if none is to be."""
@@ -237,14 +285,11 @@ class Routes:
             raise ApiError(400, f"{names[0][:100]}: no such field is known, and this gateway is strict", param=names[0][:100])
         return names
 
-    def _params(
-        self, body: CompletionRequest | ChatRequest, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
-    ) -> list[SamplingParams]:
-        n = body.n or 1
+    def _params(self, body: Sampled, n: int, **others: Any) -> list[SamplingParams]:
         if n > self._config.max_n:
             raise ApiError(400, f"n must be at most {self._config.max_n}, got {n}", param="n")
         try:
-            return [body.sampling(choice, max_tokens, logprobs, prompt_logprobs) for choice in range(n)]
+            return [body.sampling(choice, **others) for choice in range(n)]
         except ValueError as error:
             raise ApiError(400, str(error), param=sampling_field(str(error))) from error
 
@@ -262,18 +307,28 @@ async def _prompt(http: Request, served: Served, body: CompletionRequest, name: 
     return Prompt(ids, text, name)
 
 
-async def _check_structure(body: CompletionRequest | ChatRequest, served: Served) -> None:
+async def _check_structure(structure: Structure | None, toolbox: Toolbox, served: Served) -> None:
     """Raises ApiError with the field and the place in it, if what the text must be makes no sense."""
-    asked = body.structure()
-    if asked is None:
+    if structure is None:
         return
     try:
-        await asyncio.to_thread(compile_grammar, asked.params, served.tokenizer.assets)
+        await asyncio.to_thread(compile_grammar, structure.params, served.tokenizer.assets)
     except TextError as error:
-        raise translate(error, asked.field) from error
+        wrong = await asyncio.to_thread(_wrong_tool, toolbox, served)
+        raise wrong or translate(error, structure.field) from error
 
 
-def _truncated(ids: list[int], body: CompletionRequest | ChatRequest, max_tokens: int | None, served: Served) -> list[int]:
+def _wrong_tool(toolbox: Toolbox, served: Served) -> ApiError | None:
+    """What is wrong with the first tool whose arguments can't be described so."""
+    for tool in toolbox.usable:
+        try:
+            compile_grammar(StructuredOutputsParams(json=json.dumps(tool.schema)), served.tokenizer.assets)
+        except TextError as error:
+            return translate(error, tool.field)
+    return None
+
+
+def _truncated(ids: list[int], body: Sampled, max_tokens: int | None, served: Served) -> list[int]:
     """The last tokens of a prompt, if no more are wanted."""
     kept = body.truncate_prompt_tokens
     if kept is None:
@@ -281,6 +336,16 @@ def _truncated(ids: list[int], body: CompletionRequest | ChatRequest, max_tokens
     if kept == -1:
         kept = max(1, served.max_context - max(1, max_tokens or 1))
     return ids[-kept:]
+
+
+def _envelope(shape: Shape, served: Served, body: CompletionRequest | ChatRequest) -> Envelope:
+    return Envelope(
+        shape,
+        served.name,
+        body.request_id,
+        ends_with_usage=body.includes_usage,
+        continues_usage=body.continues_usage,
+    )
 
 
 def _wanted(body: CompletionRequest | ChatRequest, logprobs: int | None) -> Wanted:
@@ -306,10 +371,10 @@ async def _ids(http: Request, encoding: Awaitable["array[int]"], field: str) -> 
         raise translate(error, field) from error
 
 
-async def _answer(http: Request, generation: Generation, body: CompletionRequest | ChatRequest) -> Response:
+async def _answer(http: Request, generation: Generation, *, streams: bool | None) -> Response:
     """A whole answer, or a stream that will run it. Raises ApiError."""
-    if body.stream:
-        return EventStream(generation, with_usage=body.includes_usage, continuous_usage=body.continues_usage)
+    if streams:
+        return EventStream(generation)
     return _json(await unless_gone(http.receive, generation.whole()))
 
 

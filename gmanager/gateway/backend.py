@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from gmanager.client import AsyncClient
 from gmanager.gateway.errors import ApiError
+from gmanager.gateway.habits import Habits, habits_of
+from gmanager.gateway.reply import TAGS
 from gmanager.text import Tokenizer
 from gmanager.wire.channel import Transport
 from gmanager.wire.errors import CallFailed, DistattnError, TextError
@@ -29,8 +31,9 @@ class Served:
     tokenizer: Tokenizer
     since: int
     """Unix time."""
-    knows_developer: bool
-    """Its chat template has a role of that name."""
+    habits: Habits
+    shown_special: list[int]
+    """Special tokens that must be seen in the text, to read calls and thoughts."""
     root: str
     """What the service calls it, if `name` is an alias."""
 
@@ -154,7 +157,8 @@ class Backend:
                     max_context=cell.max_context,
                     tokenizer=tokenizer,
                     since=int(time.time()),
-                    knows_developer="developer" in (assets.chat_template or ""),
+                    habits=habits_of(assets.chat_template),
+                    shown_special=tokenizer.special_ids(TAGS),
                     root=name,
                 )
 

@@ -2,12 +2,16 @@
 
 import json
 from array import array
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 
 from gmanager.gateway.fields import Body, Wrong
+from gmanager.gateway.habits import Habits
 from gmanager.gateway.reading import shown
+from gmanager.gateway.toolbox import Tool, Toolbox, choose, read_tool, without_roles
 from gmanager.text import Tokenizer
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -108,26 +112,106 @@ class Turn(Body):
         return "".join(part if isinstance(part, str) else part[TEXT_PARTS[part["type"]]] for part in self.content)
 
 
+def _tools(value: Any) -> list[Tool]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise Wrong(f"a list of tools is needed, got {shown(value)}")
+    for at, tool in enumerate(value):
+        if not isinstance(tool, dict):
+            raise Wrong(f"a tool is an object, got {shown(tool)}", at)
+        if tool.get("type", "function") != "function":
+            raise Wrong(f'only tools of type "function" are served, got {shown(tool["type"])}', at, "type")
+    return [read_tool(tool.get("function"), "tools", (at, "function")) for at, tool in enumerate(value)]
+
+
+def _tool_choice(value: Any) -> Any:
+    if isinstance(value, dict):
+        function = value.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if value.get("type") != "function" or not isinstance(name, str):
+            raise Wrong('an object of type "function" with function.name is needed')
+        return value
+    if value not in (None, "auto", "none", "required"):
+        raise Wrong(f'"auto", "none", "required" or an object that names a function is needed, got {shown(value)}')
+    return value
+
+
+Tools = Annotated[list[Tool], PlainValidator(_tools, json_schema_input_type=list[_Part] | None)]
+ToolChoice = Annotated[
+    Any, PlainValidator(_tool_choice, json_schema_input_type=Literal["auto", "none", "required"] | _Part | None)
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialogue:
+    """What goes into the chat template, whichever route it came by."""
+
+    turns: Sequence[Turn]
+    toolbox: Toolbox = field(default_factory=Toolbox)
+    names: Mapping[str, Any] = field(default_factory=dict)
+    """What the template is told besides."""
+    add_generation_prompt: bool = True
+    continue_final: bool = False
+    """The answer goes on with the last message."""
+    field: str = "messages"
+    """What the request calls it."""
+
+
 class Conversation(Body):
-    """What goes into the chat template."""
+    """A conversation as OpenAI's chat has it."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = True
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
 
-    def template_kwargs(self) -> dict[str, Any]:
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        self.toolbox()
+        return self
+
+    def toolbox(self) -> Toolbox:
+        """Raises Wrong."""
+        is_named = isinstance(self.tool_choice, dict)
+        return choose(
+            self.tools,
+            "auto" if is_named else self.tool_choice or "auto",
+            self.tool_choice["function"]["name"] if is_named else None,
+            is_parallel=self.parallel_tool_calls is not False,
+            field="tool_choice",
+        )
+
+    def names(self) -> dict[str, Any]:
         """What the template is told besides."""
         return dict(self.chat_template_kwargs or {})
 
+    def dialogue(self) -> Dialogue:
+        return Dialogue(
+            turns=self.messages,
+            toolbox=self.toolbox(),
+            names=self.names(),
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final=self.continue_final_message is True,
+        )
 
-async def encode(tokenizer: Tokenizer, given: Conversation, *, knows_developer: bool, trust_special: bool) -> "array[int]":
+
+async def encode(tokenizer: Tokenizer, given: Dialogue, habits: Habits, *, trust_special: bool) -> "array[int]":
     """Token ids of a conversation: the one place where conversations meet the tokenizer. Raises TextError."""
+    messages = [turn.to_template(knows_developer=habits.knows_developer) for turn in given.turns]
+    names = dict(given.names)
+    if habits.calls is None:
+        messages = without_roles(messages, given.toolbox.usable)
+    elif given.toolbox.usable:
+        names["tools"] = [tool.to_template() for tool in given.toolbox.usable]
     return await tokenizer.encode_chat(
-        [turn.to_template(knows_developer=knows_developer) for turn in given.messages],
-        names=given.template_kwargs(),
-        add_generation_prompt=given.add_generation_prompt is not False,
-        continue_final=given.continue_final_message is True,
+        messages,
+        names=names,
+        add_generation_prompt=given.add_generation_prompt,
+        continue_final=given.continue_final,
         trust_special=trust_special,
     )
 

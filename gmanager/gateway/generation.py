@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from gmanager.client import AsyncClient, Chunk, Spread
-from gmanager.gateway.answers import Choice, Envelope, Prompt, Usage
+from gmanager.gateway.answers import Choice, Form, Prompt, Usage
 from gmanager.gateway.aside import aside
 from gmanager.gateway.errors import ApiError, translate
 from gmanager.wire.errors import DistattnError
@@ -24,7 +24,7 @@ class Generation:
     client: AsyncClient
     model: str
     """As the service calls it."""
-    envelope: Envelope
+    form: Form
     prompts: Sequence[Prompt]
     params: Sequence[SamplingParams]
     spread: Spread
@@ -60,16 +60,9 @@ class Generation:
             chunks.setdefault(choice.index, []).append(chunk)
 
         await self.deliver(collect)
-        shape = self.envelope.shape
 
         def answer() -> bytes:
-            return msgspec.json.encode(
-                self.envelope.whole(
-                    [shape.whole(choices[i], chunks[i]) for i in sorted(chunks)],
-                    self.usage,
-                    shape.around(choices[0], chunks[0][0]),
-                )
-            )
+            return msgspec.json.encode(self.form.whole([(choices[i], chunks[i]) for i in sorted(chunks)], self.usage))
 
         return await aside(self.usage.total_tokens, answer)
 
@@ -79,7 +72,7 @@ class Generation:
             chunks = self.client.generate(
                 choice.prompt.token_ids,
                 params,
-                request_id=self.envelope.request_id(choice.index),
+                request_id=self.form.request_id(choice.index),
                 spread=self.spread,
                 model=self.model,
                 wait_for_cell=False,

@@ -29,6 +29,8 @@ class ReasoningSplitter:
         self._opened = opened
         self._state = "start"
         self._held = ""
+        self.has_begun = False
+        """Thoughts have, be they empty."""
 
     def push(self, text: str, *, final: bool = False) -> Split:
         """Add text; `final`: no more will come. What may be the beginning of a tag is held back until that is sure."""
@@ -46,6 +48,7 @@ class ReasoningSplitter:
                 self._state = "reasoning" if self._opened else "content"
         if self._state == "content":
             return Split(content=text)
+        self.has_begun = True
         thought, tag, answer = text.partition(CLOSE)
         if tag:
             self._state = "content"

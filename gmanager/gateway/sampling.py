@@ -1,18 +1,18 @@
-"""The fields that both kinds of requests for tokens have in common, with what they mean to the sampler."""
+"""The fields that requests for tokens have in common, with what they mean to the sampler."""
 
+import abc
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from gmanager.gateway.conversation import Dialogue
 from gmanager.gateway.fields import WHOLE, BadWords, Body, LogitBias, Spread, Stop, StopTokens, Wrong
 from gmanager.gateway.reading import shown
 from gmanager.gateway.structure import FIELDS, Structure, structure
 from gmanager.wire.messages import MAX_LOGPROBS, SamplingParams
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    # tools
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
+    # tools under their first names
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     # other ways to choose tokens
@@ -37,7 +37,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("priority", "cache_salt", "parallel_tool_calls", "spaces_between_special_tokens", "include_reasoning"),
+        *("priority", "cache_salt", "spaces_between_special_tokens"),
     }
 )
 """Fields that are taken, and change nothing."""
@@ -54,8 +54,8 @@ class StreamOptions(Body):
     """Taken, and nothing is ever added to a stream."""
 
 
-class Generation(Body):
-    """What both kinds of requests have in common."""
+class Sampled(Body):
+    """What every request for tokens may say of how they are chosen."""
 
     model: Annotated[str, Field(max_length=1024)]
     temperature: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = 1.0
@@ -68,25 +68,108 @@ class Generation(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = 1.0
     logit_bias: LogitBias = None
     bad_words: BadWords = None
-    n: Annotated[int, Field(ge=1), WHOLE] | None = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
-    stop: Stop = None
     stop_token_ids: StopTokens = None
-    include_stop_str_in_output: bool | None = False
     skip_special_tokens: bool | None = True
     min_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = 0
     ignore_eos: bool | None = False
-    prompt_logprobs: _Logprobs = None
-    return_token_ids: bool | None = False
-    return_tokens_as_token_ids: bool | None = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
     """Keep the last so many tokens of a prompt; -1: as many as the model takes beside those that are to be generated."""
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Part of the answer's id."""
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
     spread: Spread = None
     """distattn: least number of instances that the prompt's KV is spread over."""
+
+    priority: Annotated[int, WHOLE] | None = None
+    cache_salt: str | None = None
+    spaces_between_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_implemented(self) -> Self:
+        for name in type(self).model_fields:
+            neutral = NEUTRAL.get(name)
+            given = getattr(self, name)
+            if neutral is not None and not any(given == value for value in neutral):
+                raise Wrong(f"not implemented, leave it out; got {shown(given)}", name)
+        if self.truncate_prompt_tokens == 0:
+            raise Wrong("must be -1 or at least 1, got 0", "truncate_prompt_tokens")
+        return self
+
+    @property
+    def stop_strings(self) -> list[str] | None:
+        return None
+
+    @property
+    def shows_stop(self) -> bool:
+        """A stop string is part of the text."""
+        return False
+
+    def sampling(self, choice: int = 0, **others: Any) -> SamplingParams:
+        """For one of `n` answers: with a seed of its own, so that answers differ, and the first is that of n = 1. `others`:
+        fields of SamplingParams that the request says in its own way.
+
+        Raises ValueError.
+        """
+        return SamplingParams(
+            temperature=_or(self.temperature, 1.0),
+            top_k=_or(self.top_k, 0),
+            top_p=_or(self.top_p, 1.0),
+            min_p=_or(self.min_p, 0.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            logit_bias=self.logit_bias,
+            bad_words=self.bad_words,
+            min_tokens=_or(self.min_tokens, 0),
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            stop=self.stop_strings or None,
+            include_stop_str_in_output=self.shows_stop,
+            skip_special_tokens=_or(self.skip_special_tokens, True),
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=bool(self.ignore_eos),
+            **others,
+        )
+
+    def check_min_tokens(self, limit_name: str, limit: int | None) -> None:
+        """Raises Wrong if the answer could not end."""
+        least = self.min_tokens or 0
+        if limit is not None and least > max(1, limit):
+            raise Wrong(f"must be at most {limit_name} ({limit:,}), got {least:,}", "min_tokens")
+
+
+class Talk(Sampled, abc.ABC):
+    """What every request that is a conversation says, each route's in its own way."""
+
+    @abc.abstractmethod
+    def dialogue(self) -> Dialogue:
+        """What goes into the chat template. Raises Wrong."""
+
+    @abc.abstractmethod
+    def structure(self) -> Structure | None:
+        """What an answer that calls no tool must be. Raises Wrong."""
+
+    @property
+    @abc.abstractmethod
+    def most_tokens(self) -> int | None:
+        """Of the answer; None: as many as there is room for."""
+
+    @property
+    def tells_thoughts(self) -> bool:
+        """What the model thinks is part of the answer."""
+        return True
+
+
+class Generation(Sampled):
+    """What OpenAI's two older routes have in common."""
+
+    n: Annotated[int, Field(ge=1), WHOLE] | None = 1
+    stop: Stop = None
+    include_stop_str_in_output: bool | None = False
+    prompt_logprobs: _Logprobs = None
+    return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
+    stream_options: StreamOptions | None = None
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -95,9 +178,6 @@ class Generation(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    priority: Annotated[int, WHOLE] | None = None
-    cache_salt: str | None = None
-    spaces_between_special_tokens: bool | None = None
 
     structured_outputs: Any = None
     guided_json: Any = None
@@ -112,15 +192,8 @@ class Generation(Body):
     logits_processors: Any = None
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_implemented(self) -> Self:
-        for name in type(self).model_fields:
-            neutral = NEUTRAL.get(name)
-            given = getattr(self, name)
-            if neutral is not None and not any(given == value for value in neutral):
-                raise Wrong(f"not implemented, leave it out; got {shown(given)}", name)
+    def _check_generation(self) -> Self:
         self.structure()
-        if self.truncate_prompt_tokens == 0:
-            raise Wrong("must be -1 or at least 1, got 0", "truncate_prompt_tokens")
         if self.stream and self.prompt_logprobs is not None:
             raise Wrong(f"comes with whole answers only, got {self.prompt_logprobs} with stream", "prompt_logprobs")
         return self
@@ -130,42 +203,20 @@ class Generation(Body):
         return structure({name: getattr(self, name) for name in FIELDS})
 
     @property
+    def stop_strings(self) -> list[str] | None:
+        return self.stop
+
+    @property
+    def shows_stop(self) -> bool:
+        return bool(self.include_stop_str_in_output)
+
+    @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def continues_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
-
-    def sampling(
-        self, choice: int, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
-    ) -> SamplingParams:
-        """For one of `n` answers: with a seed of its own, so that answers differ, and the first is that of n = 1.
-
-        Raises ValueError.
-        """
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=_or(self.temperature, 1.0),
-            top_k=_or(self.top_k, 0),
-            top_p=_or(self.top_p, 1.0),
-            min_p=_or(self.min_p, 0.0),
-            presence_penalty=_or(self.presence_penalty, 0.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            logit_bias=self.logit_bias,
-            bad_words=self.bad_words,
-            structured_outputs=None if (asked := self.structure()) is None else asked.params,
-            min_tokens=_or(self.min_tokens, 0),
-            seed=None if self.seed is None else (self.seed + choice) % 2**63,
-            stop=self.stop or None,
-            include_stop_str_in_output=bool(self.include_stop_str_in_output),
-            skip_special_tokens=_or(self.skip_special_tokens, True),
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=bool(self.ignore_eos),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from gmanager.gateway.conversation import Conversation, Turn
+from gmanager.gateway.conversation import Conversation, Dialogue, Tools, Turn
 from gmanager.gateway.fields import WHOLE, Body, Prompts, Tokens, Wrong
-from gmanager.gateway.sampling import Generation
+from gmanager.gateway.sampling import Generation, Talk
+from gmanager.gateway.toolbox import Toolbox
 from gmanager.wire.messages import MAX_LOGPROBS
 
 _AtLeastOne = Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None
@@ -33,7 +34,7 @@ class CompletionRequest(Generation):
     def _check_tokens(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise Wrong("max_tokens must be at least 1, got 0 (0 is for echo)", "max_tokens")
-        _check_min_tokens(self, "max_tokens", self.max_tokens)
+        self.check_min_tokens("max_tokens", self.max_tokens)
         return self
 
     def prompts(self) -> list[tuple[str, str | list[int]]]:
@@ -44,7 +45,7 @@ class CompletionRequest(Generation):
         return [(f"prompt.{at}", prompt) for at, prompt in enumerate(given)]
 
 
-class ChatRequest(Generation, Conversation):
+class ChatRequest(Generation, Conversation, Talk):
     """`POST /v1/chat/completions`."""
 
     max_tokens: _AtLeastOne = None
@@ -56,11 +57,8 @@ class ChatRequest(Generation, Conversation):
     verbosity: str | None = None
     echo: bool | None = False
     add_special_tokens: bool | None = False
-    parallel_tool_calls: bool | None = None
-    include_reasoning: bool | None = None
+    include_reasoning: bool | None = True
 
-    tools: Any = None
-    tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -79,12 +77,16 @@ class ChatRequest(Generation, Conversation):
             if getattr(self, name):
                 raise Wrong("only false is served for conversations, got true", name)
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        _check_min_tokens(self, limit, self.most_tokens)
+        self.check_min_tokens(limit, self.most_tokens)
         return self
 
-    def template_kwargs(self) -> dict[str, Any]:
+    def names(self) -> dict[str, Any]:
         own = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
-        return {name: value for name, value in own.items() if value is not None} | super().template_kwargs()
+        return {name: value for name, value in own.items() if value is not None} | super().names()
+
+    @property
+    def tells_thoughts(self) -> bool:
+        return self.include_reasoning is not False
 
     @property
     def most_tokens(self) -> int | None:
@@ -104,6 +106,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool | None = True
     """Of a text; a conversation has those of the chat template."""
     return_token_strs: bool | None = False
+    tools: Tools = Field(default_factory=list)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
@@ -114,14 +117,16 @@ class TokenizeRequest(Body):
             raise Wrong("give prompt or messages, one of them")
         return self
 
-    def conversation(self) -> Conversation | None:
+    def dialogue(self) -> Dialogue | None:
+        """None: it is a text."""
         if self.messages is None:
             return None
-        return Conversation(
-            messages=self.messages,
-            chat_template_kwargs=self.chat_template_kwargs,
-            add_generation_prompt=self.add_generation_prompt,
-            continue_final_message=self.continue_final_message,
+        return Dialogue(
+            turns=self.messages,
+            toolbox=Toolbox(self.tools),
+            names=self.chat_template_kwargs or {},
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final=self.continue_final_message is True,
         )
 
 
@@ -140,9 +145,3 @@ def unknown_fields(body: BaseModel, within: str = "") -> Iterator[str]:
         value = getattr(body, name)
         if isinstance(value, BaseModel):
             yield from unknown_fields(value, f"{within}{name}.")
-
-
-def _check_min_tokens(body: Generation, limit_name: str, limit: int | None) -> None:
-    least = body.min_tokens or 0
-    if limit is not None and least > max(1, limit):
-        raise Wrong(f"must be at most {limit_name} ({limit:,}), got {least:,}", "min_tokens")

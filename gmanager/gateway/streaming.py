@@ -4,12 +4,11 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gmanager.client import Chunk
-from gmanager.gateway.answers import Choice, Json
+from gmanager.gateway.answers import Choice
 from gmanager.gateway.aside import aside
 from gmanager.gateway.errors import ApiError
 from gmanager.gateway.generation import Generation
@@ -33,21 +32,18 @@ class ClientGone(ApiError):
 
 
 class EventStream(Response):
-    """A generation: its chunks as they come, then `[DONE]`. An error before the beginning is the whole answer (`ApiError` is
-    raised), one after it the last event.
+    """A generation: its chunks as they come, in the form of its route. An error before the beginning is the whole answer
+    (`ApiError` is raised), one after it the last event.
 
     Each choice writes its own events, and the first of them the headers: another task between would cost tokens, and the first
     one several times, a turn of a loop that writes those of all other streams meanwhile.
     """
 
-    def __init__(self, generation: Generation, *, with_usage: bool, continuous_usage: bool = False) -> None:
+    def __init__(self, generation: Generation) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
         self._generation = generation
-        self._with_usage = with_usage
-        self._continuous_usage = continuous_usage
-        self._opened: set[int] = set()
         self._has_begun = False
         self._beginning = asyncio.Lock()
         self._is_silent = True
@@ -64,28 +60,21 @@ class EventStream(Response):
             await asyncio.gather(keeping_alive, return_exceptions=True)
 
     async def _stream(self, send: Send) -> None:
-        envelope, shape = self._generation.envelope, self._generation.envelope.shape
-        so_far = self._generation.usage if self._continuous_usage else None
+        form, usage = self._generation.form, self._generation.usage
 
         async def emit(choice: Choice, chunk: Chunk) -> None:
             num_tokens = len(chunk.token_ids) + len(chunk.prompt_logprobs or ())
-            events = [await aside(num_tokens, lambda: _event(envelope.chunk([shape.delta(choice, chunk)], so_far)))]
-            if choice.index not in self._opened:
-                self._opened.add(choice.index)
-                if (opening := shape.opening(choice)) is not None:
-                    around = {} if len(self._opened) > 1 else shape.around(choice, chunk)
-                    events.insert(0, _event(envelope.chunk([opening], so_far) | around))
-            await self._write(send, b"".join(events))
+            if events := await aside(num_tokens, lambda: form.events(choice, chunk, usage)):
+                await self._write(send, events)
 
         try:
             await self._generation.deliver(emit)
         except ApiError as error:
             if not self._has_begun:
                 raise
-            await self._write(send, _event(error.body()), more=False)
+            await self._write(send, form.failure(error), more=False)
             return
-        usage = _event(envelope.chunk([], self._generation.usage)) if self._with_usage else b""
-        await self._write(send, usage + b"data: [DONE]\n\n", more=False)
+        await self._write(send, form.end(usage), more=False)
 
     async def _begin(self, send: Send) -> None:
         if self._has_begun:
@@ -128,7 +117,3 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _event(content: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"

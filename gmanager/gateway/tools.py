@@ -14,7 +14,7 @@ A parser is a generator that takes one character at a time, so what it finds can
 
 import json
 import secrets
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,23 +75,6 @@ def detect_format(chat_template: str | None) -> Format | None:
     if "<|python_tag|>" in template or '"parameters": dictionary' in template:
         return "llama3"
     return None
-
-
-def collect(events: Iterable[Event]) -> tuple[str, list[ToolCall]]:
-    """Content and calls of all events of a text."""
-    content: list[str] = []
-    calls: list[ToolCall] = []
-    for event in events:
-        match event:
-            case ContentDelta(text):
-                content.append(text)
-            case CallBegins(_, call_id, name):
-                calls.append(ToolCall(call_id, name))
-            case ArgumentsDelta(index, text):
-                calls[index].arguments += text
-            case CallEnds(index, is_complete):
-                calls[index].is_complete = is_complete
-    return "".join(content), calls
 
 
 _Parser = Generator[None, str, None]

@@ -158,6 +158,8 @@ class SamplingParams(Part):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    shown_special_tokens: list[int] | None = None
+    """Special tokens that are part of the text even so: tags around what a model calls or thinks."""
     stop_token_ids: list[int] | None = None
     """Tokens that end the request, as EOS does."""
     ignore_eos: bool = False

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count, pairwise
 from typing import Any, get_args
 
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmanager.gateway.reasoning import CLOSE, OPEN, ReasoningSplitter, Split, is_opened
+from gmanager.gateway.reply import Reply
 from gmanager.gateway.tools import (
     ArgumentsDelta,
     CallBegins,
@@ -21,7 +22,6 @@ from gmanager.gateway.tools import (
     Format,
     ToolCall,
     ToolParser,
-    collect,
     detect_format,
     new_call_id,
 )
@@ -43,6 +43,13 @@ def events_of(form: Format, parts: Sequence[str], function: str | None = None) -
     parser = ToolParser(form, ids(), function=function)
     *before, last = parts or [""]
     return [event for part in before for event in parser.push(part)] + parser.push(last, final=True)
+
+
+def collect(events: Iterable[Event]) -> tuple[str, list[ToolCall]]:
+    reply = Reply()
+    for event in events:
+        reply.add(event)
+    return reply.content, reply.calls
 
 
 def parsed(form: Format, text: str, function: str | None = None) -> tuple[str, list[tuple[str, str]]]:
