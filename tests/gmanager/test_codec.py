@@ -50,6 +50,7 @@ params = st.builds(
     min_tokens=st.integers(0, 1),
     include_stop_str_in_output=st.booleans(),
     skip_special_tokens=st.booleans(),
+    shown_special_tokens=st.none() | st.lists(st.integers(0, 2**32 - 1), max_size=3),
 )
 submits = st.one_of(
     *(
