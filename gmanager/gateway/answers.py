@@ -197,6 +197,17 @@ class TokenNames:
     def text(self, token_id: int) -> str:
         return self._tokenizer.bytes_of(token_id).decode(errors="replace")
 
+    def entry(self, scored: TokenLogprob) -> Json:
+        """OpenAI's newer form, with the likeliest tokens."""
+        tops = zip(scored.top_ids, scored.top_logprobs, strict=True)
+        named = self._entry(scored.token_id, scored.logprob)
+        return named | {"top_logprobs": [self._entry(token, logprob) for token, logprob in tops]}
+
+    def _entry(self, token_id: int, logprob: float) -> Json:
+        data = self._tokenizer.bytes_of(token_id)
+        name = f"token_id:{token_id}" if self._wanted.tokens_as_ids else data.decode(errors="replace")
+        return {"token": name, "logprob": logprob, "bytes": list(data)}
+
     def of_prompt(self, chunk: Chunk) -> list[Json | None]:
         """vLLM's form: for each position what could have stood there, by token id; nothing for the first."""
         most = self._wanted.prompt_logprobs or 0

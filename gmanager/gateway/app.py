@@ -33,6 +33,8 @@ from gmanager.gateway.metrics import CONTENT_TYPE, render
 from gmanager.gateway.reading import JsonRoute, shown
 from gmanager.gateway.reasoning import is_opened
 from gmanager.gateway.reply import ReplyForm, reply_form
+from gmanager.gateway.responses import ResponsesRequest
+from gmanager.gateway.responses_answers import ResponsesForm
 from gmanager.gateway.sampling import Sampled, Talk
 from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, unknown_fields
 from gmanager.gateway.streaming import EventStream, unless_gone
@@ -94,6 +96,7 @@ def make_app(config: GatewayConfig, backend: Backend) -> App:
     for path, route, responses in (
         ("/v1/completions", routes.complete, ERRORS | STREAMED),
         ("/v1/chat/completions", routes.chat, ERRORS | STREAMED),
+        ("/v1/responses", routes.respond, ERRORS | STREAMED),
         ("/tokenize", routes.tokenize, ERRORS),
         ("/detokenize", routes.detokenize, ERRORS),
     ):
@@ -233,6 +236,15 @@ class Routes:
             num_choices=body.n or 1,
             logprobs=body.num_logprobs,
             prompt_logprobs=body.prompt_logprobs,
+        )
+
+    async def respond(self, body: ResponsesRequest, http: Request) -> Response:
+        """Answer a conversation, in OpenAI's newer form."""
+        return await self._converse(
+            http,
+            body,
+            lambda served, prompt, reply: ResponsesForm(body, served.tokenizer, served.name, reply),
+            logprobs=body.num_logprobs,
         )
 
     async def _converse(

@@ -17,7 +17,6 @@ class ChatShape:
     prefix = "chatcmpl"
 
     def __init__(self, tokenizer: Tokenizer, wanted: Wanted, reply: ReplyForm) -> None:
-        self._tokenizer = tokenizer
         self._reply = reply
         self._readers: dict[int, ReplyReader] = {}
         """Of choices that are streamed."""
@@ -61,17 +60,8 @@ class ChatShape:
     def _table(self, chunks: Sequence[Chunk]) -> Json | None:
         if self._wanted.logprobs is None:
             return None
-        content = []
-        for scored in (token for chunk in chunks for token in chunk.logprobs or ()):
-            tops = zip(scored.top_ids, scored.top_logprobs, strict=True)
-            entry = self._entry(scored.token_id, scored.logprob)
-            content.append(entry | {"top_logprobs": [self._entry(token, logprob) for token, logprob in tops]})
+        content = [self._tokens.entry(scored) for chunk in chunks for scored in chunk.logprobs or ()]
         return {"content": content, "refusal": None}
-
-    def _entry(self, token_id: int, logprob: float) -> Json:
-        data = self._tokenizer.bytes_of(token_id)
-        name = f"token_id:{token_id}" if self._wanted.tokens_as_ids else data.decode(errors="replace")
-        return {"token": name, "logprob": logprob, "bytes": list(data)}
 
 
 def _message(reply: Reply) -> Json:

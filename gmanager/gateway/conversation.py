@@ -20,7 +20,8 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 _MEDIA = {"image": "images aren't", "audio": "audio isn't", "video": "videos aren't", "file": "files aren't"}
 
 
-def _content(value: Any) -> str | list[Any] | None:
+def read_content(value: Any) -> str | list[Any] | None:
+    """A message's content, as it is. Raises Wrong with the place in it."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -72,7 +73,7 @@ def _calls(value: Any) -> list[dict[str, Any]] | None:
 
 
 _Part = dict[str, Any]
-_Content = Annotated[str | list[Any] | None, PlainValidator(_content, json_schema_input_type=str | list[_Part] | None)]
+_Content = Annotated[str | list[Any] | None, PlainValidator(read_content, json_schema_input_type=str | list[_Part] | None)]
 _Audio = Annotated[None, PlainValidator(_audio, json_schema_input_type=None)]
 _ToolCalls = Annotated[list[_Part] | None, PlainValidator(_calls, json_schema_input_type=list[_Part] | None)]
 

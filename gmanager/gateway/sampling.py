@@ -1,7 +1,8 @@
 """The fields that requests for tokens have in common, with what they mean to the sampler."""
 
 import abc
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -37,7 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("priority", "cache_salt", "spaces_between_special_tokens"),
+        *("priority", "cache_salt", "spaces_between_special_tokens", "max_tool_calls"),
     }
 )
 """Fields that are taken, and change nothing."""
@@ -56,6 +57,9 @@ class StreamOptions(Body):
 
 class Sampled(Body):
     """What every request for tokens may say of how they are chosen."""
+
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
+    """Fields that aren't implemented, as `NEUTRAL`."""
 
     model: Annotated[str, Field(max_length=1024)]
     temperature: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = 1.0
@@ -88,7 +92,7 @@ class Sampled(Body):
     @model_validator(mode="after")
     def _refuse_what_is_not_implemented(self) -> Self:
         for name in type(self).model_fields:
-            neutral = NEUTRAL.get(name)
+            neutral = self.refused.get(name)
             given = getattr(self, name)
             if neutral is not None and not any(given == value for value in neutral):
                 raise Wrong(f"not implemented, leave it out; got {shown(given)}", name)

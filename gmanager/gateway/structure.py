@@ -11,7 +11,7 @@ from gmanager.gateway.reading import shown
 from gmanager.wire.messages import StructuredOutputsParams
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-_ANY_OBJECT = '{"type": "object"}'
+ANY_OBJECT = '{"type": "object"}'
 _FORMATS = ("text", "json_object", "json_schema")
 _FORMS = ("json", "json_object", "regex", "choice", "grammar")
 _WITHOUT_EFFECT = ("disable_any_whitespace", "disable_fallback", "disable_additional_properties")
@@ -49,6 +49,16 @@ def structure(given: dict[str, Any]) -> Structure | None:
         raise Wrong(str(error), place) from error
 
 
+def of_schema(value: Any, place: str) -> Structure:
+    """A JSON Schema, as an object or as text. Raises Wrong at `place`."""
+    try:
+        return Structure(place, StructuredOutputsParams(json=_schema(value, place)))
+    except Wrong:
+        raise
+    except ValueError as error:
+        raise Wrong(str(error), place) from error
+
+
 def _of_format(value: Any) -> Iterator[tuple[str, str, Any]]:
     """Where it stands, which form it has, and what it is."""
     if value is None:
@@ -58,7 +68,7 @@ def _of_format(value: Any) -> Iterator[tuple[str, str, Any]]:
         of = f"type {shown(kind)}" if isinstance(value, dict) else shown(value)
         raise Wrong(f"an object of type {', '.join(_FORMATS)} is needed, got {of}", "response_format")
     if kind == "json_object":
-        yield "response_format", "json", _ANY_OBJECT
+        yield "response_format", "json", ANY_OBJECT
     elif kind == "json_schema":
         named = value.get("json_schema")
         schema = named.get("schema") if isinstance(named, dict) else None
@@ -78,7 +88,7 @@ def _of_structured(value: Any) -> Iterator[tuple[str, str, Any]]:
         if name not in _FORMS:
             raise Wrong(f"not implemented; there are {', '.join(_FORMS)}", f"structured_outputs.{name[:40]}")
         if name == "json_object":
-            yield "structured_outputs.json_object", "json", _ANY_OBJECT
+            yield "structured_outputs.json_object", "json", ANY_OBJECT
         else:
             yield f"structured_outputs.{name}", name, item
 

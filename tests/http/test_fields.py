@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionMessage
 
-from gmanager.gateway.sampling import IGNORED, NEUTRAL, Generation
+from gmanager.gateway.responses import ResponsesRequest
+from gmanager.gateway.sampling import IGNORED, NEUTRAL, Generation, Sampled
 from gmanager.gateway.schemas import ChatRequest, CompletionRequest
 from tests.support.farm import Farm, Setup
 from tests.support.gateway import gateway
@@ -344,15 +345,25 @@ async def test_aliases(http: httpx.AsyncClient) -> None:
     assert (await http.post(CHAT, json=ASKED[CHAT] | {"model": "gone"})).status_code == 404
 
 
-def test_the_table_of_the_docs() -> None:
-    """It names every field of the two routes, and says of each what becomes of it."""
+def kinds_in_docs(begin: str, end: str) -> dict[str, str]:
+    """What the tables between say of each field."""
     text = DOCS.read_text()
-    text = text[text.index("### Fields") : text.index("A message has a `role`")]
+    text = text[text.index(begin) : text.index(end)]
     table: dict[str, str] = {}
     for names, kind in re.findall(r"^\| (`.*?`) \| (served|ignored|refused) \|", text, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
             assert name not in table or kind == table[name]
             table[name] = kind
-    fields = CompletionRequest.model_fields.keys() | ChatRequest.model_fields.keys()
-    want = {name: "refused" if name in NEUTRAL else "ignored" if name in IGNORED else "served" for name in fields}
-    assert table == want
+    return table
+
+
+def kinds(fields: Iterable[str], refused: Iterable[str]) -> dict[str, str]:
+    return {name: "refused" if name in refused else "ignored" if name in IGNORED else "served" for name in fields}
+
+
+def test_the_tables_of_the_docs() -> None:
+    """They name every field of the routes, and say of each what becomes of it."""
+    older = CompletionRequest.model_fields.keys() | ChatRequest.model_fields.keys()
+    assert kinds_in_docs("### Fields", "A message has a `role`") == kinds(older, NEUTRAL)
+    own = ResponsesRequest.model_fields.keys() - Sampled.model_fields.keys()
+    assert kinds_in_docs("### Responses", "Those of both routes above") == kinds(own, ResponsesRequest.refused)
