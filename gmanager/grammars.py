@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
+from gmanager.json_schema import closed
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import StructuredOutputsParams, TextAssets
 
@@ -34,7 +35,9 @@ def compile_grammar(structured: StructuredOutputsParams, assets: TextAssets) -> 
         raise TextError(f"structured output needs a tokenizer that llguidance can read: {reason}")
     try:
         if structured.json is not None:
-            what, grammar = "json", LLMatcher.grammar_from_json_schema(structured.json, overrides=_COMPACT)
+            what = "json"
+            schema = json.dumps(closed(json.loads(structured.json)))
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
         elif structured.regex is not None:
             what, grammar = "regex", LLMatcher.grammar_from_regex(structured.regex)
         elif structured.choice is not None:
