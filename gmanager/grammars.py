@@ -13,8 +13,9 @@ from gmanager.wire.messages import StructuredOutputsParams, TextAssets
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-_COMPACT: "JsonCompileOptions" = {"whitespace_flexible": False}
+_AS_DUMPED: "JsonCompileOptions" = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 """One form of white space, that of `json.dumps`: where any is allowed a small model may write nothing else for ever."""
+_OPEN, _CLOSE = "<think>", "</think>"
 
 
 @functools.lru_cache(maxsize=8)
@@ -37,16 +38,39 @@ def compile_grammar(structured: StructuredOutputsParams, assets: TextAssets) -> 
         if structured.json is not None:
             what = "json"
             schema = json.dumps(closed(json.loads(structured.json)))
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_AS_DUMPED)
         elif structured.regex is not None:
             what, grammar = "regex", LLMatcher.grammar_from_regex(structured.regex)
         elif structured.choice is not None:
             what, grammar = "choice", grammar_from("choice", json.dumps(structured.choice))
         else:
             what, grammar = "grammar", grammar_from("grammar", structured.grammar or "")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TextError(f"the structure asked for can't be read: {error}") from error
+    if structured.thoughts is not None:
+        grammar = _after_thoughts(grammar, assets.tokenizer_json, are_begun=structured.thoughts == "begun")
     wrong = LLMatcher.validate_grammar(grammar)
     if wrong and not wrong.startswith("WARNING"):
         raise TextError(f"{what}: {wrong.strip()}")
     return grammar
+
+
+def _after_thoughts(grammar: str, tokenizer_json: str, *, are_begun: bool) -> str:
+    """The grammar of a text that begins with thoughts (`are_begun`: within them), or may."""
+    opening, closing = (_tags(tokenizer_json).get(tag) for tag in (_OPEN, _CLOSE))
+    if closing is None:
+        thoughts, lines = "thoughts", [r"thoughts[lazy]: /(.|\n)*<\/think>/"]
+    else:
+        thoughts, lines = rf"/(.|\n)*/ <[{closing}]>", []
+    begin = json.dumps(_OPEN) if opening is None else f"<[{opening}]>"
+    before = rf"{thoughts} /[ \n]*/" if are_begun else rf"({begin} {thoughts} /[ \n]*/)?"
+    parts = json.loads(grammar)["grammars"] if grammar.lstrip().startswith("{") else [{"lark_grammar": grammar}]
+    whole = {"lark_grammar": "\n".join([f"start: {before} @answer", *lines])}
+    return json.dumps({"grammars": [whole, parts[0] | {"name": "answer"}, *parts[1:]]})
+
+
+@functools.lru_cache(maxsize=8)
+def _tags(tokenizer_json: str) -> dict[str, int]:
+    """Those of the thoughts' tags that are tokens of their own."""
+    added = json.loads(tokenizer_json).get("added_tokens") or ()
+    return {token["content"]: token["id"] for token in added if token["content"] in (_OPEN, _CLOSE)}

@@ -277,7 +277,7 @@ class Routes:
                 body,
                 num_choices,
                 max_tokens=body.most_tokens,
-                structured_outputs=None if structure is None else structure.params,
+                structured_outputs=None if structure is None else reply.structured(structure.params),
                 shown_special_tokens=None if reply.is_plain else served.shown_special,
                 **params,
             ),

@@ -1,6 +1,9 @@
 """What a model writes, told apart: thoughts, calls of tools, and what it says."""
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
 
 from gmanager.gateway.habits import Habits
 from gmanager.gateway.reasoning import CLOSE, OPEN, ReasoningSplitter
@@ -16,6 +19,7 @@ from gmanager.gateway.tools import (
     ToolCall,
     ToolParser,
 )
+from gmanager.wire.messages import StructuredOutputsParams
 
 TAGS = (OPEN, CLOSE, "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 """What thoughts and calls are told by. They may be special tokens."""
@@ -49,6 +53,11 @@ class ReplyForm:
     def is_plain(self) -> bool:
         return not self.thinks and self.calls is None
 
+    def structured(self, params: StructuredOutputsParams) -> StructuredOutputsParams:
+        """What the whole text must be, where this is what its answer must be."""
+        thoughts: Literal["begun", "possible"] = "begun" if self.is_opened else "possible"
+        return msgspec.structs.replace(params, thoughts=thoughts) if self.thinks else params
+
 
 def reply_form(
     habits: Habits, toolbox: Toolbox, asked: Structure | None, *, is_opened: bool, tells_thoughts: bool = True
@@ -60,7 +69,7 @@ def reply_form(
     elif toolbox.usable and asked is None:
         calls = habits.calls or TEXT_FORMAT
     return ReplyForm(
-        thinks=habits.thinks and asked is None and not toolbox.must_call,
+        thinks=habits.thinks,
         is_opened=is_opened,
         tells_thoughts=tells_thoughts,
         calls=calls,

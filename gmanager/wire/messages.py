@@ -108,11 +108,14 @@ class StructuredOutputsParams(Part):
     """The text is one of these."""
     grammar: str | None = None
     """Lark's or GBNF's."""
+    thoughts: Literal["possible", "begun"] | None = None
+    """What may come before: `<think>...</think>`, which the prompt may have begun."""
 
     def __post_init__(self) -> None:
-        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        forms = [name for name in self.__struct_fields__ if name != "thoughts"]
+        given = [name for name in forms if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"one of {', '.join(self.__struct_fields__)} must be given, got {', '.join(given) or 'none'}")
+            raise ValueError(f"one of {', '.join(forms)} must be given, got {', '.join(given) or 'none'}")
         value = getattr(self, given[0])
         if not value:
             raise ValueError(f"{given[0]} is empty")

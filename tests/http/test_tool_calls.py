@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gmanager.gateway.tools import ContentDelta
 from tests.support.farm import Farm, Setup
 from tests.support.gateway import gateway
 from tests.support.service import serve
-from tests.support.tiny import make_model
+from tests.support.tiny import make_model, make_tokenizer
 
 TURNS: Any = [{"role": "user", "content": "hello"}]
 WEATHER: Any = {
@@ -118,6 +119,38 @@ async def test_either_calls_or_the_json_that_was_asked_for(client: AsyncOpenAI) 
     assert kinds == {True, False}
 
 
+async def test_thoughts_come_before_calls_and_structures(farm: Farm, llama: Path, tmp_path: Path) -> None:
+    """The model is pushed to end its thoughts at once; nothing but the answer is held to the grammar."""
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template += "<think>\n{# </think> #}"
+    tokenizer.save_pretrained(model)
+    asked: Any = {"model": "tiny", "messages": TURNS, "max_tokens": 200, "logit_bias": {"257": 4}}
+    thoughts = []
+    async with (
+        serve(farm, 1, Setup(model=model, served_model_name="tiny", kv_tokens=8192)) as service,
+        gateway(service.server.address) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        for seed in range(3):
+            called = await client.chat.completions.create(tools=[WEATHER], tool_choice="required", seed=seed, **asked)
+            message: Any = called.choices[0].message
+            thoughts.append(getattr(message, "reasoning_content", None))
+            assert all(ARGUMENTS.fullmatch(call.function.arguments) for call in message.tool_calls)
+            chosen = await client.chat.completions.create(seed=seed, extra_body={"guided_choice": ["left", "right"]}, **asked)
+            assert chosen.choices[0].message.content in ("left", "right")
+            assert chosen.choices[0].finish_reason == "stop"
+        assert any(thoughts)
+        hidden = await client.chat.completions.create(
+            extra_body={"guided_choice": ["left"], "include_reasoning": False}, **asked
+        )
+        assert hidden.choices[0].message.model_dump(exclude_unset=True) == {
+            "role": "assistant", "content": "left", "refusal": None,
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("asked", "param", "sentence"),
     [
@@ -195,7 +228,7 @@ def test_how_answers_are_read() -> None:
     assert reply_form(plain, Toolbox(tools), None, is_opened=False).calls == "hermes"
     assert reply_form(plain, Toolbox(tools, "none"), None, is_opened=False).is_plain
     forced = reply_form(qwen, Toolbox(tools, "auto", "now"), None, is_opened=True)
-    assert (forced.calls, forced.function, forced.thinks) == ("json", "now", False)
+    assert (forced.calls, forced.function, forced.thinks) == ("json", "now", True)
 
 
 def test_what_a_template_that_knows_no_tools_is_told() -> None:
