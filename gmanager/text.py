@@ -8,9 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer as Backend
-
-from gmanager.text_worker import TextWorker, encode_ids, load_backend, plain_backend
+from gmanager.special import Piece
+from gmanager.text_worker import PieceEncoder, TextWorker, encode_ids, load_backend
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, ChatMessage, TextAssets, unpack_tokens
 
@@ -48,7 +47,7 @@ class Tokenizer:
         self._backend = load_backend(assets.tokenizer_json)
         added = self._backend.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
-        self._plain: Backend | None = None
+        self._piece_encoder: PieceEncoder | None = None
         """Made for the first text in which special tokens are text."""
         self._worker = TextWorker(assets)
         self._added = frozenset(added)
@@ -58,7 +57,9 @@ class Tokenizer:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> "array[int]":
         """Token ids of a text, by default with the special tokens that the tokenizer adds on its own. Raises TextError."""
-        return await self._encode(text, add_special_tokens=add_special_tokens)
+        if len(text) > WORKER_CHARS:
+            return unpack_tokens(await asyncio.wrap_future(self._worker.encode(text, add_special_tokens=add_special_tokens)))
+        return array("I", await asyncio.to_thread(encode_ids, self._backend, text, add_special_tokens=add_special_tokens))
 
     async def encode_chat(
         self,
@@ -72,7 +73,7 @@ class Tokenizer:
         """Token ids of a conversation in the model's chat template, up to where the answer begins.
 
         `messages`: as the template reads them. `names`: what it is told besides. `continue_final`: the answer goes on with the
-        last message. Special tokens in what is given stay text, unless `trust_special`.
+        last message, whose content is a text. Special tokens in what is given stay text, unless `trust_special`.
 
         Raises TextError: no template, one that refuses the messages, or one over its limits.
         """
@@ -84,25 +85,17 @@ class Tokenizer:
         }
         rendering = self._worker.render(turns, trust_special=trust_special, **options)
         pieces = await asyncio.wrap_future(rendering)
-        # The template writes the special tokens itself.
-        ids = array("I")
-        for piece in pieces:
-            if piece.kind == "special":
-                ids.append(self._special[piece.text])
-            else:
-                ids += await self._encode(piece.text, add_special_tokens=False, is_plain=piece.kind == "text")
-        return ids
+        if len(pieces) == 1 and pieces[0].kind == "any":
+            # The template writes the special tokens itself.
+            return await self.encode(pieces[0].text, add_special_tokens=False)
+        return await self._encode_pieces(pieces)
 
-    async def _encode(self, text: str, *, add_special_tokens: bool, is_plain: bool = False) -> "array[int]":
-        """`is_plain`: special tokens in it are text."""
-        if len(text) > WORKER_CHARS:
-            packed = self._worker.encode(text, add_special_tokens=add_special_tokens, is_plain=is_plain)
-            return unpack_tokens(await asyncio.wrap_future(packed))
-        if is_plain and self._plain is None:
-            self._plain = await asyncio.to_thread(plain_backend, self.assets.tokenizer_json)
-        backend = self._plain if is_plain and self._plain is not None else self._backend
-        ids = await asyncio.to_thread(encode_ids, backend, text, add_special_tokens=add_special_tokens)
-        return array("I", ids)
+    async def _encode_pieces(self, pieces: Sequence[Piece]) -> "array[int]":
+        if sum(len(piece.text) for piece in pieces) > WORKER_CHARS:
+            return unpack_tokens(await asyncio.wrap_future(self._worker.encode_pieces(pieces)))
+        if self._piece_encoder is None:
+            self._piece_encoder = await asyncio.to_thread(PieceEncoder, self.assets.tokenizer_json)
+        return array("I", await asyncio.to_thread(self._piece_encoder.encode, pieces))
 
     async def encode_bad_words(self, words: Sequence[str]) -> list[list[int]]:
         """The tokens of each word as it begins a text and, if these are as many, as it follows a space (as vLLM has it).

@@ -8,9 +8,10 @@ killed with this process if it doesn't stop. Both ends talk msgpack over a pipe;
 import json
 import multiprocessing
 import resource
+import secrets
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from multiprocessing.connection import Connection
@@ -21,9 +22,10 @@ import jinja2
 import jinja2.ext
 import msgpack
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from gmanager.special import Piece, hide
+from gmanager.special import Piece, Specials, keep_apart
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import TextError, TextUnavailable
 from gmanager.wire.messages import TextAssets, pack_tokens
@@ -57,16 +59,44 @@ def load_backend(tokenizer_json: str) -> Backend:
     return backend
 
 
-def plain_backend(tokenizer_json: str) -> Backend:
-    """The tokenizer, to which special tokens are text like any other. Raises TextError."""
-    backend = load_backend(tokenizer_json)
-    backend.encode_special_tokens = True
-    return backend
+class PieceEncoder:
+    """Encodes pieces as one text, in which only those that are special tokens are. Raises TextError.
+
+    To this tokenizer special tokens are text, and others stand in for those that are meant and swallow white space as they do:
+    so the text between is cut, and its beginning known, as if the tokenizer had read the whole as it does.
+    """
+
+    def __init__(self, tokenizer_json: str) -> None:
+        self._backend = load_backend(tokenizer_json)
+        special = {i: token for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        self._backend.encode_special_tokens = True
+        # nobody can write them who doesn't know them
+        names = {flags: f"\ue7c0{secrets.token_hex(16)}\ue7c0" for flags in {(t.lstrip, t.rstrip) for t in special.values()}}
+        stand_ins = [AddedToken(name, lstrip=left, rstrip=right, normalized=False) for (left, right), name in names.items()]
+        self._backend.add_tokens(stand_ins)
+        self._stand_ins = {self._backend.token_to_id(name) for name in names.values()}
+        self._special = {token.content: (i, names[token.lstrip, token.rstrip]) for i, token in special.items()}
+
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        """Token ids; none that the tokenizer adds on its own."""
+        own = iter([self._special[text][0] for text, kind in pieces if kind == "special"])
+        text = "".join(self._special[text][1] if kind == "special" else text for text, kind in pieces)
+        ids = encode_ids(self._backend, text, add_special_tokens=False)
+        return [next(own) if i in self._stand_ins else i for i in ids]
 
 
-def special_tokens_of(backend: Backend) -> list[str]:
+def special_tokens_of(backend: Backend) -> Specials:
     """How they are written."""
-    return [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    return Specials(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
+
+
+def utf8(text: str, where: str = "") -> bytes:
+    """Raises TextError if `text` has half of a surrogate pair, which no encoding holds. `where`: what the text is."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        what = f"U+{ord(text[error.start]):04X} at character {error.start:,}{where} is half of a surrogate pair"
+        raise TextError(f"the text can't be turned into tokens: {what}") from error
 
 
 def encode_ids(backend: Backend, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -76,6 +106,7 @@ def encode_ids(backend: Backend, text: str, *, add_special_tokens: bool) -> list
     except MemoryError:
         raise
     except Exception as error:  # the package raises bare Exception, for an unknown token among others
+        utf8(text)
         raise TextError(f"the text can't be turned into tokens: {_short(error)}") from error
     ids: list[int] = encoding.ids
     return ids
@@ -110,6 +141,9 @@ class ChatTemplate:
     ) -> bytes:
         """The conversation as UTF-8, ending where the assistant's answer begins, or, with `continue_final`, where the text of
         the last message ends (as transformers has it). `names`: what the template is told besides."""
+        mark = secrets.token_hex(16)
+        if continue_final:
+            messages = [*messages[:-1], _with_end_marked(messages[-1:], mark)]
         given: dict[str, Any] = {"tools": None, "documents": None} | dict(names or {})
         given |= self._special_tokens
         given |= {"messages": messages, "add_generation_prompt": add_generation_prompt and not continue_final}
@@ -122,7 +156,7 @@ class ChatTemplate:
                     raise TextError(f"the chat template made more than {max_chars:,} characters")
                 parts.append(part)
             text = "".join(parts)
-            return (_up_to_final(text, messages[-1].get("content")) if continue_final else text).encode()
+            return utf8(_up_to(mark, text) if continue_final else text, " of what the chat template made")
         except TextError:
             raise
         except Exception as error:  # a template is a program: it can raise anything
@@ -175,14 +209,17 @@ class TextWorker:
         # One thread: calls take turns, and a caller that is cancelled leaves no half-read answer in the pipe.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text-worker")
 
-    def encode(self, text: str, *, add_special_tokens: bool, is_plain: bool = False) -> Future[bytes]:
-        """Packed token ids, when its turn has come; `is_plain`: special tokens in it are text. The future raises TextError."""
-        job = {"encode": text, "special": add_special_tokens, "plain": is_plain}
-        return self._submit(job, ENCODE_S, lambda found: found)
+    def encode(self, text: str, *, add_special_tokens: bool) -> Future[bytes]:
+        """Packed token ids, when its turn has come. The future raises TextError."""
+        return self._submit({"encode": text, "special": add_special_tokens}, ENCODE_S, lambda found: found)
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> Future[bytes]:
+        """Packed token ids as of `PieceEncoder`, when its turn has come. The future raises TextError."""
+        return self._submit({"pieces": pieces}, ENCODE_S, lambda found: found)
 
     def render(self, messages: list[dict[str, Any]], *, trust_special: bool, **options: Any) -> Future[list[Piece]]:
-        """A conversation in the chat template, when its turn has come: one piece, unless special tokens in the messages are to
-        stay text. `options`: of `ChatTemplate.render`. The future raises TextError."""
+        """A conversation in the chat template, when its turn has come: one piece, unless special tokens in it are to stay text.
+        `options`: of `ChatTemplate.render`. The future raises TextError."""
         # as JSON, which is what clients wrote: msgpack has no integers of more than 64 bits
         job = {"render": json.dumps([messages, options]), "trust": trust_special}
         return self._submit(job, RENDER_S, lambda found: [Piece(*piece) for piece in found])
@@ -204,12 +241,17 @@ class TextWorker:
     def _call(self, job: Mapping[str, Any], timeout_s: float) -> Any:
         if self._closed:
             raise TextUnavailable("the service is ending")
+        try:
+            packed = msgpack.packb(job)
+        except UnicodeEncodeError:
+            utf8(job.get("encode", ""))
+            raise
         pipe = self._pipe
         if pipe is None:
             timeout_s += START_S
             pipe = self._start()
         try:
-            pipe.send_bytes(msgpack.packb(job))
+            pipe.send_bytes(packed)
             if not pipe.poll(timeout_s):
                 self._discard()
                 raise TextError(f"turning the text into tokens took longer than {timeout_s:g} s")
@@ -253,21 +295,48 @@ class TextWorker:
             process.close()
 
 
-def _render(template: ChatTemplate, job: Mapping[str, Any], special: list[str]) -> list[Piece]:
-    given, options = json.loads(job["render"])
-    hidden = hide([given, options.get("names")], [] if job["trust"] else special)
-    messages, names = hidden.value
-    text = template.render(messages, **(options | {"names": names})).decode()
-    return hidden.pieces(text, special)
+def _render(template: ChatTemplate, job: Mapping[str, Any], backend: Backend, specials: Specials) -> list[Piece]:
+    messages, options = json.loads(job["render"])
+    names = options.pop("names", None)
+
+    def render(messages: Any, names: Any) -> str:
+        return template.render(messages, names=names, **options).decode()
+
+    if job["trust"]:
+        return [Piece(render(messages, names), "any")]
+    pieces = keep_apart(render, messages, names, specials)
+    (text, kind) = pieces[0] if pieces else ("", "any")
+    return specials.cut(text) if kind == "any" and _has_others(backend, text) else pieces
 
 
-def _up_to_final(text: str, content: object) -> str:
-    """Raises TextError if the last message's text doesn't stand in what was rendered."""
-    final = content.strip() if isinstance(content, str) else ""
-    at = text.rfind(final)
-    if at < 0:
+def _has_others(backend: Backend, text: str) -> bool:
+    """Whether the tokenizer would read special tokens that aren't written as such (in full-width characters, say)."""
+    normalizer = backend.normalizer
+    if normalizer is None:
+        return False
+    loose = [token.content for token in backend.get_added_tokens_decoder().values() if token.special and token.normalized]
+    if not loose:
+        return False
+    normalized = normalizer.normalize_str(text)
+    return any(normalized.count(normalizer.normalize_str(token)) > text.count(token) for token in loose)
+
+
+def _with_end_marked(last: Sequence[dict[str, Any]], mark: str) -> dict[str, Any]:
+    """The message with a mark at its text's end, as transformers does it: a space after it tells whether the template trims.
+    Raises TextError if it has no text."""
+    content = last[0].get("content") if last else None
+    if not isinstance(content, str):
+        what = "there is none" if not last else f"its content is no text but {type(content).__name__}"
+        raise TextError(f"the last message can't be continued: {what}")
+    return last[0] | {"content": f"{content}{mark} "}
+
+
+def _up_to(mark: str, text: str) -> str:
+    """Raises TextError if the mark doesn't stand in what was rendered."""
+    kept, found, after = text.rpartition(mark)
+    if not found:
         raise TextError("the last message can't be continued: the chat template changes its text")
-    return text[: at + len(final)]
+    return kept if after.startswith(" ") else kept.rstrip()
 
 
 def _serve(pipe: Connection, tokenizer_json: str, chat_template: str | None, special_tokens: dict[str, str]) -> None:
@@ -277,8 +346,8 @@ def _serve(pipe: Connection, tokenizer_json: str, chat_template: str | None, spe
     limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     backend = load_backend(tokenizer_json)
-    plain: Backend | None = None
-    special = special_tokens_of(backend)
+    encoder: PieceEncoder | None = None
+    specials = special_tokens_of(backend)
     template: ChatTemplate | None = None
     while True:
         try:
@@ -287,16 +356,16 @@ def _serve(pipe: Connection, tokenizer_json: str, chat_template: str | None, spe
             return
         try:
             if "encode" in job:
-                if job["plain"] and plain is None:
-                    plain = plain_backend(tokenizer_json)
-                chosen = plain if job["plain"] and plain is not None else backend
-                result: Any = pack_tokens(encode_ids(chosen, job["encode"], add_special_tokens=job["special"]))
+                result: Any = pack_tokens(encode_ids(backend, job["encode"], add_special_tokens=job["special"]))
+            elif "pieces" in job:
+                encoder = encoder or PieceEncoder(tokenizer_json)
+                result = pack_tokens(encoder.encode([Piece(*piece) for piece in job["pieces"]]))
             else:
                 if template is None:
                     if chat_template is None:
                         raise TextError("this model has no chat template")
                     template = ChatTemplate(chat_template, special_tokens)
-                result = _render(template, job, special)
+                result = _render(template, job, backend, specials)
             answer: dict[str, Any] = {"result": result}
         except TextError as error:
             answer = {"error": str(error)}

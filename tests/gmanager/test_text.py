@@ -305,7 +305,7 @@ async def test_what_a_template_is_told_besides() -> None:
             ({"add_generation_prompt": False}, "[a1:b][c: d ]"),
             ({"names": {"think": 1, "self": 2}}, "[a1:b][c: d ]<think>1>"),
             ({"names": {"think": 2**70}}, f"[a1:b][c: d ]<think>{2**70}>"),
-            ({"continue_final": True}, "[a1:b][c: d"),
+            ({"continue_final": True}, "[a1:b][c: d "),
         ):
             ids = await tokenizer.encode_chat(turns, **options)
             assert (tokenizer.decode_all(ids), 1 in ids) == (expected, False)
@@ -349,7 +349,7 @@ def test_template_features(source: str, expected: str) -> None:
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ 'x' + 1 }}", "TypeError"),
         ("{% for i in range(1000000) %}x{% endfor %}", "OverflowError"),
-        ("{{ '\\ud800' }}", "surrogates"),
+        ("{{ '\\ud800' }}", "U\\+D800 at character 0 of what the chat template made"),
         ("x" * (text_worker.MAX_TEMPLATE_CHARS + 1), "1,048,577 characters"),
     ],
 )
