@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from gmanager.wire.errors import TextError
 
 _BREAK_DIGITS = 16
-_PRIVATE_USE = range(0xE000, 0xF900)
+_PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 _HEAD_CHARS = 8
 """Tokens that begin alike (`<|reserved_special_token_7|>`) are looked for together."""
 _WORD = re.compile(r"[\w.-]+")
@@ -109,8 +109,10 @@ def _digits() -> tuple[str, str]:
 def _chars(messages: Any, names: Any) -> tuple[str, str]:
     """Two breaks that can't be cut, for templates that count characters; escapes change them."""
     taken = {char for text in _texts([messages, names]) for char in text}
-    first, second, *_ = (char for code in _PRIVATE_USE if (char := chr(code)) not in taken)
-    return first, second
+    free = [char for code in _PRIVATE_USE if (char := chr(code)) not in taken]
+    if len(free) < 2:
+        raise TextError("the messages have all characters of Unicode's private use, and one was needed")
+    return free[0], free[1]
 
 
 def _text(pieces: Sequence[Piece]) -> str:
@@ -133,7 +135,8 @@ class _Breaker:
         self._firsts = {token[0] for token in tokens}
         self._lasts = {token[-1] for token in tokens}
         # A part inside of a text has the token's first two characters, its last two, or, whatever a template takes out from
-        # between, its pivot. The break comes after the first of each.
+        # between, its pivot. The break comes after the first of each. (Not seen: `<s>`, which has no pivot, where a template takes
+        # something out after its `<` and also after its `s`.)
         self._singles = {token for token in tokens if len(token) == 1}
         grams = {gram for token in tokens if len(token) > 1 for gram in (token[:2], token[-2:])}
         pivots = {pivot for token in tokens if (pivot := _pivot(token))}

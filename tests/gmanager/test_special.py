@@ -204,6 +204,12 @@ def test_breaks_that_are_cut_or_counted_leave_nothing(cut: str) -> None:
     assert sum(char.isdigit() for char in decoded(ids)) <= 3
 
 
+def test_all_characters_that_breaks_may_be_are_taken() -> None:
+    taken = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]))
+    with pytest.raises(TextError, match="private use"):
+        ids_of("<s><|end|>{{ messages[0].content[:9] }}", said("<|end|>" + taken))
+
+
 def test_one_character_may_be_a_special_token() -> None:
     def render(messages: Any, names: Any) -> str:
         return "§" + "§".join(messages) + "§"
