@@ -135,8 +135,8 @@ class _Breaker:
         self._firsts = {token[0] for token in tokens}
         self._lasts = {token[-1] for token in tokens}
         # A part inside of a text has the token's first two characters, its last two, or, whatever a template takes out from
-        # between, its pivot. The break comes after the first of each. (Not seen: `<s>`, which has no pivot, where a template takes
-        # something out after its `<` and also after its `s`.)
+        # between, its pivot. The break comes after the first of each.
+        # (Not seen: `<s>`, which has no pivot, where a template takes something out after its `<` and also after its `s`.)
         self._singles = {token for token in tokens if len(token) == 1}
         grams = {gram for token in tokens if len(token) > 1 for gram in (token[:2], token[-2:])}
         pivots = {pivot for token in tokens if (pivot := _pivot(token))}
