@@ -29,7 +29,9 @@ M = TypeVar("M")
 M_co = TypeVar("M_co", covariant=True)
 
 FLUSH_S = 1.0
-"""Longest time that closing waits for what is still queued."""
+"""Longest time that closing waits while nothing of what is still queued leaves."""
+FLUSH_MOST_S = 10.0
+"""Longest time that it waits at all."""
 
 PIPE_MESSAGES = 64
 """ZeroMQ's own queue per peer and direction. It counts messages whatever their size, so it is kept short: a full one
@@ -296,15 +298,22 @@ class _ZmqEnd(Generic[M]):
             return
         self._closing = True
         deadline = self._loop.time() + FLUSH_S
+        most = self._loop.time() + FLUSH_MOST_S
         try:
             while self._queues and not self._shut and self._loop.time() < deadline:
+                waiting = self._num_waiting()
                 self._drain()
+                if self._num_waiting() < waiting:
+                    deadline = min(most, self._loop.time() + FLUSH_S)
                 await asyncio.sleep(_RETRY_FIRST_S)
         finally:
             self._shut_down(linger_s=max(0.0, deadline - self._loop.time()))
             context = self._transport._release()
             if context is not None:
                 await asyncio.to_thread(context.term)
+
+    def _num_waiting(self) -> int:
+        return sum(len(queue.frames) for queue in self._queues.values())
 
     def _shut_down(self, linger_s: float) -> None:
         if self._shut:
