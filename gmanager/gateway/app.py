@@ -1,4 +1,4 @@
-"""The routes: a request becomes calls of `AsyncClient`, and their chunks become OpenAI's answers."""
+"""The routes: a request becomes calls of `AsyncClient`, and their chunks become OpenAI's answers, or Anthropic's."""
 
 import asyncio
 import importlib.metadata
@@ -25,10 +25,12 @@ from gmanager.gateway.chat_answers import ChatShape
 from gmanager.gateway.config import GatewayConfig
 from gmanager.gateway.conversation import Dialogue, encode
 from gmanager.gateway.door import Answers, App, Door, Load
-from gmanager.gateway.errors import ApiError, ErrorBody, sampling_field, translate
+from gmanager.gateway.errors import MESSAGES_PATH, ApiError, ErrorBody, MessagesErrorBody, error_body, sampling_field, translate
 from gmanager.gateway.fields import Body, Wrong
 from gmanager.gateway.generation import Generation
 from gmanager.gateway.index import list_routes, page
+from gmanager.gateway.messages import CountTokensRequest, MessagesRequest
+from gmanager.gateway.messages_answers import MessagesForm
 from gmanager.gateway.metrics import CONTENT_TYPE, render
 from gmanager.gateway.reading import JsonRoute, shown
 from gmanager.gateway.reasoning import is_opened
@@ -61,6 +63,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorBody, "description": "Too many requests are waiting or under way."},
     503: {"model": ErrorBody, "description": "Nobody can serve it now."},
 }
+MESSAGES_ERRORS = {status: told | {"model": MessagesErrorBody} for status, told in ERRORS.items()}
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """What may come instead of JSON."""
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 503)}
@@ -97,6 +100,8 @@ def make_app(config: GatewayConfig, backend: Backend) -> App:
         ("/v1/completions", routes.complete, ERRORS | STREAMED),
         ("/v1/chat/completions", routes.chat, ERRORS | STREAMED),
         ("/v1/responses", routes.respond, ERRORS | STREAMED),
+        (MESSAGES_PATH, routes.messages, MESSAGES_ERRORS | STREAMED),
+        (f"{MESSAGES_PATH}/count_tokens", routes.count_tokens, MESSAGES_ERRORS),
         ("/tokenize", routes.tokenize, ERRORS),
         ("/detokenize", routes.detokenize, ERRORS),
     ):
@@ -246,6 +251,22 @@ class Routes:
             lambda served, prompt, reply: ResponsesForm(body, served.tokenizer, served.name, reply),
             logprobs=body.num_logprobs,
         )
+
+    async def messages(self, body: MessagesRequest, http: Request) -> Response:
+        """Answer a conversation, as Anthropic has it."""
+        return await self._converse(
+            http,
+            body,
+            lambda served, _, reply: MessagesForm(served.name, reply, body.stop_sequences or (), body.request_id),
+            logprobs=None,
+            prompt_logprobs=None,
+        )
+
+    async def count_tokens(self, body: CountTokensRequest, http: Request) -> Response:
+        """How many tokens a conversation has, as Anthropic counts."""
+        ignored = self._unknown(body)
+        ids = await self._chat_ids(http, await self._backend.model(body.model), body.dialogue())
+        return _naming(ignored, JSONResponse({"input_tokens": len(ids)}))
 
     async def _converse(
         self,
@@ -417,10 +438,11 @@ def _model(served: Served) -> dict[str, Any]:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     # json, not msgspec: it escapes what a request may have held and no UTF-8 can hold
-    return Response(json.dumps(error.body()), error.status_code, error.headers, media_type="application/json")
+    body = json.dumps(error_body(error, request.scope["path"]))
+    return Response(body, error.status_code, error.headers, media_type="application/json")
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from gmanager.gateway.config import GatewayConfig
-from gmanager.gateway.errors import ApiError
+from gmanager.gateway.errors import ApiError, error_body
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -59,13 +59,13 @@ class Door:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         try:
             if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
-                self._check_key(headers.get(b"authorization", b""))
+                self._check_key(headers)
             self._check_length(headers.get(b"content-length", b"0"))
             if self._load.in_flight >= self._config.max_concurrency and scope["method"] == "POST":
                 text = f"{self._load.in_flight} requests are under way, as many as may (max-concurrency)"
                 raise ApiError(429, text, code="max_concurrency")
         except ApiError as error:
-            await answer(send, error)
+            await answer(send, error, scope["path"])
             return
         is_counted = scope["method"] == "POST"
         self._load.in_flight += is_counted
@@ -84,15 +84,18 @@ class Door:
 
         return counted
 
-    def _check_key(self, given: bytes) -> None:
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
         if not self._keys:
             return
-        scheme, _, key = given.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = [key] if scheme.lower() == b"bearer" else []
+        given += [headers[b"x-api-key"]] if b"x-api-key" in headers else []
+        digests = [hashlib.sha256(key.strip()).digest() for key in given]
         # every key is compared, so that time doesn't tell which one came close
-        matches = [hmac.compare_digest(digest, known) for known in self._keys]
-        if scheme.lower() != b"bearer" or not any(matches):
-            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        matches = [hmac.compare_digest(digest, known) for digest in digests for known in self._keys]
+        if not any(matches):
+            text = "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY"
+            raise ApiError(401, text, code="invalid_api_key")
 
     def _check_length(self, given: bytes) -> None:
         digits = given.lstrip(b"0")
@@ -138,9 +141,9 @@ def _without_body(send: Send) -> Send:
     return bare
 
 
-async def answer(send: Send, error: ApiError) -> None:
+async def answer(send: Send, error: ApiError, path: str) -> None:
     """Send an error as the whole answer."""
-    body = msgspec.json.encode(error.body())
+    body = msgspec.json.encode(error_body(error, path))
     headers = {"content-type": "application/json", "content-length": str(len(body))} | dict(error.headers or {})
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status_code, "headers": encoded})

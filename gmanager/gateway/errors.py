@@ -1,7 +1,7 @@
-"""Errors in OpenAI's shape: what goes wrong anywhere, in one table."""
+"""Errors in OpenAI's shape, and for its messages in Anthropic's: what goes wrong anywhere, in one table."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -10,6 +10,10 @@ from gmanager.wire.errors import DistattnError, FrameTooLarge, RequestRefused, T
 from gmanager.wire.messages import RefusalReason, SamplingParams
 
 RETRY_AFTER_S = 1
+
+
+MESSAGES_PATH = "/v1/messages"
+"""Here, and at what stands under it, Anthropic's API is served."""
 
 
 class ErrorDetail(BaseModel):
@@ -25,6 +29,18 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class MessagesErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class MessagesErrorBody(BaseModel):
+    """The same at `MESSAGES_PATH`."""
+
+    type: Literal["error"]
+    error: MessagesErrorDetail
+
+
 class ApiError(HTTPException):
     """An answer that is an error. Starlette's kind: FastAPI answers 400 to any other that is raised while it reads a body."""
 
@@ -38,12 +54,35 @@ class ApiError(HTTPException):
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
 
+def messages_error(error: ApiError) -> dict[str, Any]:
+    """In Anthropic's shape, which has no place for the field's name but the message."""
+    status, text = error.status_code, str(error.detail)
+    if error.param is not None and error.param not in text:
+        text = f"{error.param}: {text}"
+    kind = _MESSAGES_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    if error.code == "service_failed":
+        kind = "api_error"
+    return {"type": "error", "error": {"type": kind, "message": text}}
+
+
+def error_body(error: ApiError, path: str) -> dict[str, Any]:
+    """In the shape that clients of this path read."""
+    return messages_error(error) if path.startswith(MESSAGES_PATH) else error.body()
+
+
 _HEADERS = {
     401: {"www-authenticate": "Bearer"},
     429: {"retry-after": str(RETRY_AFTER_S)},
     503: {"retry-after": str(RETRY_AFTER_S)},
 }
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 _REFUSED: dict[RefusalReason, tuple[int, str | None]] = {
     "invalid": (400, None),

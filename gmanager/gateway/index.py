@@ -9,7 +9,7 @@ _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>distattn</title>
 <style>body {{ font: 16px/1.5 sans-serif; margin: 2em }} td {{ padding: 0 1.5em 0 0; vertical-align: top }}</style>
 <h1>distattn</h1>
-<p>OpenAI's API over a running service. All fields: <a href="openapi.json">openapi.json</a>.</p>
+<p>OpenAI's API, and Anthropic's messages, over a running service. All fields: <a href="openapi.json">openapi.json</a>.</p>
 <table>{rows}</table>
 </html>
 """

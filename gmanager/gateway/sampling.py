@@ -32,6 +32,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
     "chat_template": (None,),
     "documents": (None, []),
+    # Anthropic's
+    "container": (None,),
+    "mcp_servers": (None, []),
+    "context_management": (None, {}, {"edits": []}),
 }
 """Fields that would change the answer and aren't implemented, with the values that ask for nothing. Others are refused."""
 
@@ -39,6 +43,7 @@ IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
         *("priority", "cache_salt", "spaces_between_special_tokens", "max_tool_calls"),
+        *("cache_control", "inference_geo", "speed", "diagnostics"),
     }
 )
 """Fields that are taken, and change nothing."""

@@ -43,6 +43,7 @@ async def test_what_the_gateway_says_of_itself(service: Service) -> None:
     async with gateway(service.server.address, max_concurrency=7) as url, httpx.AsyncClient(base_url=url) as client:
         routes = (await client.get("/")).json()["routes"]
         assert {"method": "POST", "path": "/v1/completions", "purpose": "Go on with one or more prompts."} in routes
+        assert {"method": "POST", "path": "/v1/messages", "purpose": "Answer a conversation, as Anthropic has it."} in routes
         page = await client.get("/docs")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert all(route["path"] in page.text for route in routes)

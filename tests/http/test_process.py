@@ -92,7 +92,7 @@ async def test_the_examples_of_the_docs(farm: Farm, tmp_path: Path) -> None:
     blocks = re.findall(r"```(python|sh)\n(.*?)```", (DOCS / "http.md").read_text(), re.DOTALL)
     assert {kind for kind, _ in blocks} == {"python", "sh"}
     blocks += re.findall(r"```(python)\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     async with serve(farm, 1, Setup(model=model, served_model_name=NAME)) as service, gateway(service.server.address) as url:
         for kind, code in blocks:
             if kind == "sh" and shutil.which("curl") is None:
