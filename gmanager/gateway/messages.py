@@ -12,9 +12,8 @@ from gmanager.gateway.conversation import Dialogue, Turn
 from gmanager.gateway.fields import WHOLE, Body, Stop, Wrong
 from gmanager.gateway.reading import shown
 from gmanager.gateway.sampling import Talk
-from gmanager.gateway.structure import Structure
+from gmanager.gateway.structure import Structure, of_schema
 from gmanager.gateway.toolbox import Tool, Toolbox, choose, read_tool
-from gmanager.wire.messages import StructuredOutputsParams
 
 Block = dict[str, Any]
 
@@ -282,11 +281,7 @@ class MessagesRequest(MessagesBody, Talk):
         if len(found) > 1:
             raise Wrong(f"a text has one structure; {found[0][0]} asks for another", found[1][0])
         name, form = found[0]
-        place = f"{name}.schema"
-        try:
-            return Structure(place, StructuredOutputsParams(json=json.dumps(form["schema"], ensure_ascii=False)))
-        except ValueError as error:
-            raise Wrong(str(error), place) from error
+        return of_schema(form["schema"], f"{name}.schema")
 
     @property
     def stop_strings(self) -> list[str] | None:

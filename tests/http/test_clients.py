@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
 
@@ -83,6 +84,24 @@ async def test_openai(url: str) -> None:
         assert isinstance(parsed.output_parsed, Report)
 
 
+async def test_anthropic(url: str) -> None:
+    async with AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
+        tool: Any = {"name": "weather", "description": "Of a place.", "input_schema": SCHEMA}
+        turns: Any = [{"role": "user", "content": ASKED}]
+        asked: Any = {"model": NAME, "tools": [tool], "max_tokens": 80}
+        answer = await client.messages.create(messages=turns, tool_choice={"type": "tool", "name": "weather"}, **asked)
+        (call,) = answer.content
+        assert call.type == "tool_use"
+        assert answer.stop_reason == "tool_use"
+        Weather.model_validate(call.input)
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": RESULT}
+        turns += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
+        said = await client.messages.create(messages=turns, tool_choice={"type": "none"}, **asked | {"max_tokens": 8})
+        assert [block.type for block in said.content] == ["text"]
+        report = await client.messages.parse(model=NAME, messages=turns, output_format=Report, max_tokens=40)
+        assert isinstance(report.parsed_output, Report)
+
+
 async def test_langchain(clients: SimpleNamespace, url: str) -> None:
     chat = clients.langchain.ChatOpenAI(
         model=NAME, base_url=f"{url}/v1", api_key="none", max_retries=0, max_completion_tokens=80
@@ -126,6 +145,10 @@ async def test_litellm(clients: SimpleNamespace, url: str) -> None:
     report: Any = await litellm.acompletion(messages=turns, response_format=Report, **asked)
     Report.model_validate_json(report.choices[0].message.content)
     stream: Any = await litellm.acompletion(messages=turns[:1], tools=[TOOL], tool_choice="required", stream=True, **asked)
+    through: Any = await litellm.acompletion(
+        messages=turns[:1], tools=[TOOL], tool_choice="required", **asked | {"model": f"anthropic/{NAME}", "api_base": url}
+    )
+    Weather.model_validate_json(through.choices[0].message.tool_calls[0].function.arguments)
     arguments = "".join([c.function.arguments or "" async for piece in stream for c in piece.choices[0].delta.tool_calls or ()])
     assert json.loads(arguments[: arguments.index("}") + 1])["place"] in ("Ulm", "Bonn")
     await litellm.close_litellm_async_clients()
