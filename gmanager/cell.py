@@ -14,6 +14,7 @@ from gmanager.policy import most_tokens, why_never
 from gmanager.requests import Emit
 from gmanager.wire.channel import PeerId
 from gmanager.wire.codec import MAX_FRAME_BYTES
+from gmanager.wire.errors import NO_TOKENIZER
 from gmanager.wire.messages import (
     PROTOCOL,
     Beat,
@@ -25,6 +26,7 @@ from gmanager.wire.messages import (
     Register,
     Registered,
     SamplingParams,
+    Submit,
     TextAssets,
     unpack_tokens,
 )
@@ -133,6 +135,12 @@ class Cell:
         if (register.spec.device == "cpu") != (self.spec.device == "cpu"):
             return f"its device is {register.spec.device[:80]}, that of cell '{self.name}' is {self.spec.device[:80]}"
         return None
+
+    def why_unreadable(self, submit: Submit) -> Refusal | None:
+        """Why what the request holds besides token ids can't be read here; None if it can, or there is nothing."""
+        if self.assets is None or self.assets.tokenizer_json is not None or not submit.text_fields:
+            return None
+        return Refusal("invalid", f"{submit.text_fields[0]}: {NO_TOKENIZER}")
 
     def room(self, prompt_tokens: int) -> int:
         """Most tokens that can be generated after a prompt of that length; 1 if there is no room, to be refused for that."""

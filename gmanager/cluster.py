@@ -249,7 +249,9 @@ class Cluster:
             del self._unbound[request.number]
             cell = self._choose_cell(request, ready)
             request.epoch, request.cell = cell.epoch, cell.name
-            if request.prompt and not request.params.needs_text:
+            if (refusal := cell.why_unreadable(request.submit)) is not None:
+                self._refuse(request, refusal)
+            elif request.prompt and not request.params.needs_text:
                 self._queue(request)
             else:
                 request.place = "encoding"
@@ -261,7 +263,9 @@ class Cluster:
             return ready[0]
 
         def rank(cell: Cell) -> tuple[bool, int, int, str]:
-            never = bool(request.prompt) and cell.why_never(request.prompt, request.params) is not None
+            never = cell.why_unreadable(request.submit) is not None or (
+                bool(request.prompt) and cell.why_never(request.prompt, request.params) is not None
+            )
             free = sum(member.free for member in cell.members) * cell.spec.block_size
             return never, self._sequences[cell.name].num_waiting, -free, cell.name
 
@@ -275,8 +279,7 @@ class Cluster:
             raise RuntimeError(f"request {request.number} is bound to epoch {request.epoch}, which is over")
         refusal = cell.why_never(request.prompt, request.params)
         if refusal is not None:
-            request.place = "nowhere"
-            self._requests.finish(request, "error", error=refusal.text, refusal=refusal.reason)
+            self._refuse(request, refusal)
         else:
             given = request.params.max_tokens
             request.max_tokens = cell.room(request.prompt_tokens) if given is None else given
@@ -287,12 +290,14 @@ class Cluster:
         if request is None or request.place != "encoding":
             return  # it has ended meanwhile
         if event.error is not None or not event.token_ids:
-            request.place = "nowhere"
-            error = event.error or "the prompt is empty: it has no tokens"
-            self._requests.finish(request, "error", error=error, refusal=event.refusal)
+            self._refuse(request, m.Refusal(event.refusal, event.error or "the prompt is empty: it has no tokens"))
             return
         request.prompt, request.bad_words, request.grammar = event.token_ids, list(event.bad_words), event.grammar
         self._queue(request)
+
+    def _refuse(self, request: Request, refusal: m.Refusal) -> None:
+        request.place = "nowhere"
+        self._requests.finish(request, "error", error=refusal.text, refusal=refusal.reason)
 
     def _on_stop_found(self, number: int, generated: int) -> None:
         request = self._requests.by_number(number)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from gmanager.json_schema import closed
-from gmanager.wire.errors import TextError
+from gmanager.wire.errors import NO_TOKENIZER, TextError
 from gmanager.wire.messages import StructuredOutputsParams, TextAssets
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def _unusable(tokenizer_json: str, eos_token_ids: tuple[int, ...]) -> str | None
 
 def compile_grammar(structured: StructuredOutputsParams, assets: TextAssets) -> str:
     """The grammar, in llguidance's own form. Raises TextError that says what is wrong, and where."""
+    if assets.tokenizer_json is None:
+        raise TextError(NO_TOKENIZER)
     if not assets.eos_token_ids:
         raise TextError("structured output needs a model that can end a text: this one has no end token")
     if (reason := _unusable(assets.tokenizer_json, tuple(assets.eos_token_ids))) is not None:

@@ -8,9 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
 from gmanager.special import Piece
 from gmanager.text_worker import PieceEncoder, TextWorker, encode_ids, load_backend
-from gmanager.wire.errors import TextError
+from gmanager.wire.errors import NO_TOKENIZER, TextError
 from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, ChatMessage, TextAssets, unpack_tokens
 
 WORKER_CHARS = 2**16
@@ -39,24 +42,29 @@ _BYTE_OF = _byte_of()
 
 
 class Tokenizer:
-    """The tokenizer and chat template of a cell's model. Close it: it may have a worker process."""
+    """The tokenizer and chat template of a cell's model. Close it: it may have a worker process.
+
+    Of a model without one no text can be read, and its tokens have no text.
+    """
 
     def __init__(self, assets: TextAssets) -> None:
         """Raises TextError if tokenizer.json can't be read."""
         self.assets = assets
-        self._backend = load_backend(assets.tokenizer_json)
+        given = assets.tokenizer_json
+        self._backend = Backend(models.BPE()) if given is None else load_backend(given)  # one that knows no token
         added = self._backend.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
         self._piece_encoder: PieceEncoder | None = None
         """Made for the first text in which special tokens are text."""
         self._worker = TextWorker(assets)
         self._added = frozenset(added)
-        self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(assets.tokenizer_json).get("decoder"))
+        self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(given or "{}").get("decoder"))
         self._eos = frozenset(assets.eos_token_ids)
         self._silent = self._eos.union(self._special.values())
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> "array[int]":
         """Token ids of a text, by default with the special tokens that the tokenizer adds on its own. Raises TextError."""
+        self._need_tokenizer()
         if len(text) > WORKER_CHARS:
             return unpack_tokens(await asyncio.wrap_future(self._worker.encode(text, add_special_tokens=add_special_tokens)))
         return array("I", await asyncio.to_thread(encode_ids, self._backend, text, add_special_tokens=add_special_tokens))
@@ -77,6 +85,7 @@ class Tokenizer:
 
         Raises TextError: no template, one that refuses the messages, or one over its limits.
         """
+        self._need_tokenizer()
         turns = [m if isinstance(m, dict) else {"role": m.role, "content": m.content} for m in messages]
         options = {
             "names": dict(names or {}),
@@ -94,7 +103,7 @@ class Tokenizer:
         if sum(len(piece.text) for piece in pieces) > WORKER_CHARS:
             return unpack_tokens(await asyncio.wrap_future(self._worker.encode_pieces(pieces)))
         if self._piece_encoder is None:
-            self._piece_encoder = await asyncio.to_thread(PieceEncoder, self.assets.tokenizer_json)
+            self._piece_encoder = await asyncio.to_thread(PieceEncoder, self._need_tokenizer())
         return array("I", await asyncio.to_thread(self._piece_encoder.encode, pieces))
 
     async def encode_bad_words(self, words: Sequence[str]) -> list[list[int]]:
@@ -105,6 +114,7 @@ class Tokenizer:
         return await asyncio.to_thread(lambda: [ids for word in words for ids in self._bad_word(word)])
 
     def _bad_word(self, word: str) -> list[list[int]]:
+        self._need_tokenizer()
         bare, spaced = (encode_ids(self._backend, space + word.lstrip(), add_special_tokens=False) for space in ("", " "))
         if not 1 <= len(bare) <= MAX_BAD_WORD_TOKENS:
             raise TextError(f"each of bad_words has 1 to {MAX_BAD_WORD_TOKENS} tokens, {word!r} has {len(bare)}")
@@ -129,7 +139,7 @@ class Tokenizer:
         return self._backend.decode(token_ids, skip_special_tokens=False)
 
     def decode_all(self, token_ids: Sequence[int]) -> str:
-        """The text of any tokens, special ones as they are written."""
+        """The text of any tokens, special ones as they are written; nothing if the model has no tokenizer."""
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -144,6 +154,17 @@ class Tokenizer:
         if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
             return bytes.fromhex(byte[1])
         return token.replace(_METASPACE, " ").encode()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self.assets.tokenizer_json is not None
+
+    def _need_tokenizer(self) -> str:
+        """tokenizer.json. Raises TextError if there is none."""
+        if self.assets.tokenizer_json is None:
+            raise TextError(NO_TOKENIZER)
+        return self.assets.tokenizer_json
 
     async def close(self) -> None:
         """End the worker process, if there is one; what it had to do fails."""

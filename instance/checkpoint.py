@@ -49,7 +49,7 @@ def default_cache_dir() -> Path:
 
 
 def resolve_checkpoint(model: str, *, cache_dir: Path | None = None) -> Path:
-    """A local directory with config.json, safetensors and a tokenizer for `model`.
+    """A local directory with config.json, safetensors and mostly a tokenizer for `model`.
 
     Raises CheckpointError.
     """
@@ -178,9 +178,12 @@ def _check_directory(path: Path) -> Path:
         others = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f"; {', '.join(others[:3])} can't be loaded as a directory's weights" if others else ""
         raise CheckpointError(f"{path} has no weights in safetensors{found}")
-    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
-        raise CheckpointError(f"{path} has no tokenizer (tokenizer.json)")
     return path
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether the directory's texts can be read; else it is served by token ids."""
+    return any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern))
 
 
 def _download(model: str) -> Path:

@@ -48,8 +48,11 @@ class Grammars:
     """Matchers by sequence. To be used in the thread that samples."""
 
     def __init__(self, assets: TextAssets, vocab_size: int, device: torch.device) -> None:
+        """Raises ValueError if there is no tokenizer, or llguidance can't read it."""
         self._vocab_size = vocab_size
         self._device = device
+        if assets.tokenizer_json is None:
+            raise ValueError("the model has no tokenizer")
         self._tokenizer = LLTokenizer(assets.tokenizer_json, n_vocab=vocab_size, eos_token=assets.eos_token_ids)
         self._executor = LLExecutor()
         self._matching: dict[int, _Matching] = {}

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
+from instance.checkpoint import has_tokenizer
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
 
 ATTENTION = "distattn"
@@ -290,21 +291,18 @@ def random_model(
 
 
 def load_text_assets(path: Path) -> TextAssets:
-    """What the gManager needs to turn text into tokens of this model and back.
+    """What the gManager needs to turn text into tokens of this model and back; without a tokenizer, only what ends a text.
 
     Raises UnsupportedModel if the tokenizer is not a fast one.
     """
+    eos = _eos_token_ids(path)
+    if not has_tokenizer(path):
+        return TextAssets(tokenizer_json=None, chat_template=None, special_tokens={}, eos_token_ids=sorted(eos))
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UnsupportedModel(f"the tokenizer of {path} has no tokenizer.json form")
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_text_config()
-    eos: set[int] = set()
-    generation = path / "generation_config.json"
-    sources = [config.eos_token_id, tokenizer.eos_token_id]
-    if generation.exists():
-        sources.append(json.loads(generation.read_text()).get("eos_token_id"))
-    for source in sources:
-        eos.update(source if isinstance(source, list) else [] if source is None else [source])
+    if tokenizer.eos_token_id is not None:
+        eos.add(tokenizer.eos_token_id)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -314,6 +312,19 @@ def load_text_assets(path: Path) -> TextAssets:
         special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         eos_token_ids=sorted(eos),
     )
+
+
+def _eos_token_ids(path: Path) -> set[int]:
+    """Of a directory's config and generation_config."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_text_config()
+    sources = [config.eos_token_id]
+    generation = path / "generation_config.json"
+    if generation.exists():
+        sources.append(json.loads(generation.read_text()).get("eos_token_id"))
+    eos: set[int] = set()
+    for source in sources:
+        eos.update(source if isinstance(source, list) else [] if source is None else [source])
+    return eos
 
 
 def _attention(

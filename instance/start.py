@@ -48,6 +48,8 @@ def load(config: InstanceConfig) -> Loaded:
             check_weights(str(device), needed=checkpoint_bytes(path, dtype), free=free, total=total)
         model = load_model(path, dtype, device, config.max_context)
         assets = load_text_assets(path)
+        if assets.tokenizer_json is None:
+            log.warning("no tokenizer: only token ids are served", model=config.model)
     except (CheckpointError, UnsupportedModel, TooLittleMemory):
         raise
     except LOAD_ERRORS as error:

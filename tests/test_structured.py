@@ -117,7 +117,7 @@ async def test_a_model_that_can_end_no_text_refuses(farm: Farm, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("structured", "sentence"),
     [
-        (StructuredOutputsParams(json='{"type": "objec"}'), "json: Invalid type: objec"),
+        (StructuredOutputsParams(json='{"type": "objec"}'), "json at #/type: Invalid type: objec"),
         (StructuredOutputsParams(json="{"), "the structure asked for can't be read: Expecting property name"),
         (StructuredOutputsParams(regex="a(b"), "regex: at 1.*unclosed group"),
         (StructuredOutputsParams(grammar='start: "a" | b'), 'grammar: at 1.*unknown name: "b"'),

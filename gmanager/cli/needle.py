@@ -102,7 +102,9 @@ class Prompts:
     """Makes the prompts of one model and haystack."""
 
     def __init__(self, assets: TextAssets, haystack: str) -> None:
-        """Raises PromptError if the model has no chat template, TextError if that or the tokenizer can't be used."""
+        """Raises PromptError if the model lacks a tokenizer or a chat template, TextError if one can't be used."""
+        if assets.tokenizer_json is None:
+            raise PromptError("the model has no tokenizer")
         if not assets.chat_template:
             raise PromptError("the model has no chat template")
         self._backend = load_backend(assets.tokenizer_json)

@@ -30,8 +30,6 @@ DEFAULT = "default"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 HUB_S = 10.0
 """For the hub to say whether it has a model."""
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
-"""One of these makes a tokenizer; most models have tokenizer.json."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NEEDED = {"torch": "serve", "transformers": "serve", "tokenizers": "serve", "fastapi": "http", "uvicorn": "http"}
 
@@ -160,8 +158,6 @@ def find_model(given: str) -> tuple[str, str]:
             raise CannotStart(f"{path} holds no config.json: it is no model")
         if not any(path.glob("*.safetensors")):
             raise CannotStart(f"{path} holds no weights in safetensors")
-        if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
-            raise CannotStart(f"{path} holds no tokenizer (tokenizer.json)")
         return str(path.resolve()), path.resolve().name
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -224,16 +220,20 @@ async def _run(config: ServiceConfig, console: Console) -> None:
     async with shown_running(config, console) as service:
         async with AsyncClient(service.address) as client:
             tokens = sum(cell.total_tokens for cell in (await client.stats()).cells)
-        _announce(console, config, service, tokens, time.monotonic() - began)
+            reads_text = (await client.text_assets()).tokenizer_json is not None
+        _announce(console, config, service, tokens, time.monotonic() - began, reads_text=reads_text)
         await service.during(asyncio.Event().wait())
 
 
-def _announce(console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float) -> None:
+def _announce(
+    console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float, *, reads_text: bool
+) -> None:
     where = f"{config.instances} instance{'s' if config.instances > 1 else ''} ({config.device})"
     lines = [
         f"ready in {seconds:.0f} s: {config.served_model_name} on {where}, {tokens:,} tokens of KV",
         *([f"  HTTP    {service.url}/v1"] if service.url else []),
         f"  client  {service.address}",
+        *([] if reads_text else ["  text    none: the model has no tokenizer, prompts are token ids"]),
         f"  logs    {config.logs}",
         "Ctrl-C stops it. Elsewhere: distattn chat, status, top",
     ]

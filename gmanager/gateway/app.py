@@ -43,7 +43,7 @@ from gmanager.gateway.streaming import EventStream, unless_gone
 from gmanager.gateway.structure import Structure
 from gmanager.gateway.toolbox import Toolbox
 from gmanager.grammars import compile_grammar
-from gmanager.wire.errors import TextError
+from gmanager.wire.errors import NO_TOKENIZER, TextError
 from gmanager.wire.messages import SamplingParams, StructuredOutputsParams
 
 IGNORED_HEADER = "x-ignored-fields"
@@ -171,7 +171,7 @@ class Routes:
     async def tokenize(self, body: TokenizeRequest, http: Request) -> Response:
         """A text, or a conversation in the model's template, as token ids."""
         ignored = self._unknown(body)
-        served = await self._backend.model(body.model)
+        served = await self._served(body)
         tokenizer = served.tokenizer
         dialogue = body.dialogue()
         if dialogue is not None:
@@ -193,6 +193,8 @@ class Routes:
         """The text of token ids."""
         ignored = self._unknown(body)
         served = await self._backend.model(body.model)
+        if not served.tokenizer.reads_text:
+            raise ApiError(400, "tokens: this model has no tokenizer, so that its tokens have no text", param="tokens")
         text = await aside(len(body.tokens), lambda: served.tokenizer.decode_all(body.tokens))
         return _naming(ignored, _json(msgspec.json.encode({"prompt": text})))
 
@@ -201,7 +203,7 @@ class Routes:
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
         """Go on with one or more prompts."""
         ignored = self._unknown(body)
-        served = await self._backend.model(body.model)
+        served = await self._served(body)
         given = body.prompts()
         if len(given) > self._config.max_prompts:
             raise ApiError(400, f"{len(given)} prompts; a request has at most {self._config.max_prompts}", param="prompt")
@@ -265,7 +267,7 @@ class Routes:
     async def count_tokens(self, body: CountTokensRequest, http: Request) -> Response:
         """How many tokens a conversation has, as Anthropic counts."""
         ignored = self._unknown(body)
-        ids = await self._chat_ids(http, await self._backend.model(body.model), body.dialogue())
+        ids = await self._chat_ids(http, await self._served(body), body.dialogue())
         return _naming(ignored, JSONResponse({"input_tokens": len(ids)}))
 
     async def _converse(
@@ -279,7 +281,7 @@ class Routes:
     ) -> Response:
         """Answer a conversation, in the form of its route. `params`: of sampling, that the route says in its own way."""
         ignored = self._unknown(body)
-        served = await self._backend.model(body.model)
+        served = await self._served(body)
         dialogue, asked = body.dialogue(), body.structure()
         structure = dialogue.toolbox.structure(asked)
         await _check_structure(structure, dialogue.toolbox, served)
@@ -306,6 +308,13 @@ class Routes:
             drops_tokens=False,
         )
         return _naming(ignored, await _answer(http, generation, streams=body.stream))
+
+    async def _served(self, body: CompletionRequest | Talk | TokenizeRequest | CountTokensRequest) -> Served:
+        """The model that is meant. Raises ApiError if there is none, or it can't read what the body holds."""
+        served = await self._backend.model(body.model)
+        if not served.tokenizer.reads_text and (fields := body.text_fields()):
+            raise ApiError(400, f"{fields[0]}: {NO_TOKENIZER}", param=fields[0])
+        return served
 
     async def _chat_ids(self, http: Request, served: Served, given: Dialogue) -> list[int]:
         encoding = encode(served.tokenizer, given, served.habits, trust_special=self._config.trust_special_tokens)

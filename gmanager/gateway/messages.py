@@ -306,6 +306,10 @@ class CountTokensRequest(MessagesBody):
 
     model: Annotated[str, Field(max_length=1024)]
 
+    def text_fields(self) -> list[str]:
+        """Names of what only a tokenizer can read."""
+        return ["messages"]
+
 
 # --- messages as turns
 

@@ -163,6 +163,10 @@ class Talk(Sampled, abc.ABC):
     def most_tokens(self) -> int | None:
         """Of the answer; None: as many as there is room for."""
 
+    def text_fields(self) -> list[str]:
+        """Names of what only a tokenizer can read."""
+        return [self.dialogue().field]
+
     @property
     def tells_thoughts(self) -> bool:
         """What the model thinks is part of the answer."""
@@ -210,6 +214,12 @@ class Generation(Sampled):
     def structure(self) -> Structure | None:
         """What the text must be, if that is said. Raises Wrong."""
         return structure({name: getattr(self, name) for name in FIELDS})
+
+    def text_fields(self) -> list[str]:
+        """Names of what is given beside the prompt and only a tokenizer can read."""
+        asked = self.structure()
+        given = [name for name in ("stop", "bad_words") if getattr(self, name)]
+        return given if asked is None else [*given, asked.field]
 
     @property
     def stop_strings(self) -> list[str] | None:

@@ -37,6 +37,9 @@ class CompletionRequest(Generation):
         self.check_min_tokens("max_tokens", self.max_tokens)
         return self
 
+    def text_fields(self) -> list[str]:
+        return [*(name for name, prompt in self.prompts() if isinstance(prompt, str)), *super().text_fields()]
+
     def prompts(self) -> list[tuple[str, str | list[int]]]:
         """One or more, each with its name."""
         given: Any = self.prompt
@@ -84,6 +87,9 @@ class ChatRequest(Generation, Conversation, Talk):
         own = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
         return {name: value for name, value in own.items() if value is not None} | super().names()
 
+    def text_fields(self) -> list[str]:
+        return ["messages"]
+
     @property
     def tells_thoughts(self) -> bool:
         return self.include_reasoning is not False
@@ -116,6 +122,10 @@ class TokenizeRequest(Body):
         if (self.prompt is None) == (self.messages is None):
             raise Wrong("give prompt or messages, one of them")
         return self
+
+    def text_fields(self) -> list[str]:
+        """Names of what only a tokenizer can read."""
+        return ["messages" if self.prompt is None else "prompt"]
 
     def dialogue(self) -> Dialogue | None:
         """None: it is a text."""

@@ -17,6 +17,9 @@ DistattnError
 
 from gmanager.wire.messages import RefusalReason
 
+NO_TOKENIZER = "this model has no tokenizer: give token ids"
+"""Why no text is taken by it."""
+
 
 class DistattnError(Exception):
     """Root of all errors of this project."""

@@ -440,6 +440,13 @@ class Submit(Message):
         if isinstance(self.spread, int) and self.spread < 1:
             raise ValueError(f"spread must be at least 1, got {self.spread}")
 
+    @property
+    def text_fields(self) -> list[str]:
+        """Which of what is given is text, that only a tokenizer can read."""
+        prompt = {"prompt": self.text, "messages": self.messages}
+        params = {name: getattr(self.params, name) for name in ("stop", "bad_words", "structured_outputs")}
+        return [name for name, value in (prompt | params).items() if value]
+
 
 class Abort(Message):
     """End a request of this client. Answered by Done or CallFailed."""
@@ -567,7 +574,8 @@ class InstanceSpec(Part):
 class TextAssets(Part):
     """All that the gManager needs to turn text into tokens and back."""
 
-    tokenizer_json: str
+    tokenizer_json: str | None
+    """None: the model came without one, and is served by token ids."""
     chat_template: str | None
     special_tokens: dict[str, str]
     """bos_token, eos_token, ... as the chat template names them."""

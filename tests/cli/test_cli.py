@@ -219,6 +219,23 @@ def test_an_instance_says_itself_why_it_can_not_start(model: Path, tmp_path: Pat
     assert "Traceback" not in logs_in(tmp_path / "logs", "instances.log")
 
 
+def test_a_model_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
+    mute = shutil.copytree(model, tmp_path / "mute")
+    for file in mute.glob("*token*"):
+        file.unlink()
+    with up(mute, tmp_path / "logs", "--no-http") as (started, address, _):
+        started.wait_for("text    none: the model has no tokenizer, prompts are token ids")
+        asked = run("generate", "hello", "--gmanager", address)
+        assert (asked.returncode, asked.stderr) == (1, "distattn: prompt: this model has no tokenizer: give token ids\n")
+        asked = run("chat", "--gmanager", address, given="hello\n")
+        assert asked.stderr == "refused: messages: this model has no tokenizer: give token ids\n"
+        (tmp_path / "hay.txt").write_text("Hay. " * 1000)
+        asked = run("needle", "--gmanager", address, "--haystack", str(tmp_path), "--out", str(tmp_path / "out"))
+        assert asked.returncode == 2
+        assert "the model has no tokenizer" in asked.stderr
+        started.child.send_signal(signal.SIGINT)
+
+
 def test_a_second_start_leaves_the_logs_of_the_first(model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path) as (first, address, _):
         first.wait_for("starting the gManager")
@@ -247,9 +264,7 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
         taken.listen()
         port = taken.getsockname()[1]
         (tmp_path / "empty").mkdir()
-        mute, weightless = (shutil.copytree(model, tmp_path / name) for name in ("mute", "weightless"))
-        for file in mute.glob("tokenizer*"):
-            file.unlink()
+        weightless = shutil.copytree(model, tmp_path / "weightless")
         (weightless / "model.safetensors").unlink()
         cases = [
             ([str(model), "--http", f"127.0.0.1:{port}"], f"port {port} of 127.0.0.1 is in use: choose another with --http"),
@@ -263,7 +278,6 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(tmp_path / "empty")], f"{tmp_path / 'empty'} holds no config.json: it is no model"),
             ([str(tmp_path / "none.gguf")], f"there is no file {tmp_path / 'none.gguf'}"),
             (["/nowhere"], "/nowhere is no directory, no GGUF file, and no hub id like Qwen/Qwen3-0.6B"),
-            ([str(mute)], f"{mute} holds no tokenizer (tokenizer.json)"),
             ([str(weightless)], f"{weightless} holds no weights in safetensors"),
             (["default", "--device", "cpu", "--kv-tokens", "8"], "--kv-tokens 8 is less than one block of 16 tokens"),
             (

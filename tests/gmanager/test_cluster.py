@@ -339,7 +339,39 @@ def test_which_cell_serves_a_request() -> None:
     assert driver.say(peer(0), beat(4)) == [pong(0), reserve(0, 2, 2)]
 
 
+def test_text_goes_to_a_cell_that_can_read_it() -> None:
+    driver = Driver()
+    mute = msgspec.structs.replace(ASSETS, tokenizer_json=None)
+    driver.ready_cell(19, cell="a", assets=mute)
+    driver.ready_cell(4, cell="b", epoch=2)
+    driver.say(CLIENT, HELLO)
+    said = m.Submit(request_id="r", params=m.SamplingParams(), text="hello")
+    assert driver.say(CLIENT, said) == [Encode(2, 1, said)]
+    assert driver.say(CLIENT, submit("tokens", 4, max_tokens=1)) == [reserve(0, 1, 2)]
+
+
 # --- requests that can't be served
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"text": "hello"}, "prompt"),
+        ({"messages": [m.ChatMessage(role="user", content="hello")]}, "messages"),
+        ({"params": m.SamplingParams(stop="x")}, "stop"),
+        ({"params": m.SamplingParams(bad_words=["x"])}, "bad_words"),
+        ({"params": m.SamplingParams(structured_outputs=m.StructuredOutputsParams(regex="x"))}, "structured_outputs"),
+    ],
+)
+def test_text_for_a_model_without_a_tokenizer(given: dict[str, Any], field: str) -> None:
+    driver = Driver()
+    driver.ready_cell(8, assets=msgspec.structs.replace(ASSETS, tokenizer_json=None))
+    driver.say(CLIENT, HELLO)
+    prompt = {} if "text" in given or "messages" in given else {"token_ids": m.pack_tokens([5])}
+    (answer,) = driver.say(CLIENT, m.Submit(**({"request_id": "r", "params": m.SamplingParams()} | prompt | given)))
+    assert isinstance(answer, Deliver)
+    assert (answer.error, answer.refusal) == (f"{field}: this model has no tokenizer: give token ids", "invalid")
+    assert driver.cluster.is_idle
 
 
 @pytest.mark.parametrize(

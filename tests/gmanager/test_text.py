@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gmanager import text_worker
-from gmanager.text import WORKER_CHARS, Detokenizer, Tokenizer
+from gmanager.text import WORKER_CHARS, Detokenizer, TextDelta, Tokenizer
 from gmanager.text_worker import ChatTemplate
 from gmanager.wire.errors import TextError, TextUnavailable
 from gmanager.wire.messages import ChatMessage, TextAssets
@@ -86,7 +86,7 @@ VOCAB = BACKEND.get_vocab_size()
 FALLBACK_BACKEND = byte_fallback()
 
 
-UNCUT = text_worker.load_backend(ASSETS.tokenizer_json)
+UNCUT = text_worker.load_backend(BACKEND.to_str())
 
 
 def _uncut(text: str) -> list[int]:
@@ -423,3 +423,21 @@ async def test_a_worker_that_dies_is_replaced_and_close_ends_it() -> None:
 def test_broken_tokenizer() -> None:
     with pytest.raises(TextError, match="tokenizer.json can't be read"):
         Tokenizer(TextAssets(tokenizer_json="{}", chat_template=None, special_tokens={}, eos_token_ids=[]))
+
+
+async def test_no_tokenizer() -> None:
+    tokenizer = Tokenizer(TextAssets(tokenizer_json=None, chat_template=CHATML, special_tokens={}, eos_token_ids=[2]))
+    assert not tokenizer.reads_text
+    for encoding in (
+        tokenizer.encode("a"),
+        tokenizer.encode("a" * 2**17),
+        tokenizer.encode_chat(HELLO),
+        tokenizer.encode_bad_words(["a"]),
+    ):
+        with pytest.raises(TextError, match="this model has no tokenizer: give token ids"):
+            await encoding
+    assert await tokenizer.encode_bad_words([]) == []
+    assert (tokenizer.decode([1, 2, 3]), tokenizer.decode_all([1, 2]), tokenizer.bytes_of(5)) == ("", "", b"")
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.push([1, 2, 3], final=True) == TextDelta("", num_tokens=3)
+    await tokenizer.close()

@@ -1,5 +1,6 @@
 """Settings are complete and checked before anything starts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from distattn.attention import DistAttention
+from gmanager.wire.messages import TextAssets
 from instance import needs as needs_module
 from instance import start
 from instance.__main__ import parse
@@ -158,7 +160,7 @@ def test_a_hub_id_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_checkpoint("some-org/some-model")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other shapes", "no tokenizer", "no config"])
+@pytest.mark.parametrize("damage", ["truncated", "other shapes", "no config"])
 def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage: str, tmp_path: Path) -> None:
     path = make_model("llama", tmp_path)
     weights = path / "model.safetensors"
@@ -166,10 +168,17 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage: str, tmp_path: 
         weights.write_bytes(weights.read_bytes()[:5000])
     elif damage == "other shapes":
         weights.write_bytes((make_model("qwen2", tmp_path / "other") / "model.safetensors").read_bytes()[:100] + b"junk")
-    elif damage == "no tokenizer":
-        for file in path.glob("*token*"):
-            file.unlink()
     else:
         (path / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(CheckpointError, match="has no tokenizer" if damage == "no tokenizer" else "can't be loaded"):
+    with pytest.raises(CheckpointError, match="can't be loaded"):
         load(config(model=str(path)))
+
+
+@pytest.mark.parametrize("ends", [[7], [7, 9]])
+def test_a_checkpoint_without_a_tokenizer_is_served_by_token_ids(ends: list[int], tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path)
+    for file in path.glob("*token*"):
+        file.unlink()
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends if len(ends) > 1 else ends[0]}))
+    assets = load(config(model=str(path))).assets
+    assert assets == TextAssets(tokenizer_json=None, chat_template=None, special_tokens={}, eos_token_ids=ends)
