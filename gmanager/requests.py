@@ -73,7 +73,7 @@ class Request:
     grammar: str | None = None
     """Compiled."""
     max_tokens: int = 0
-    """Most tokens to generate, once prompt and cell are known."""
+    """Most tokens to generate, once prompt and cell are known; 0 if only the prompt is wanted."""
     epoch: int = 0
     """Of the cell that serves it; 0 while there is none."""
     cell: str | None = None

@@ -345,7 +345,7 @@ class Sequences:
         params = request.params
         eos = [] if params.ignore_eos else self._cell.eos_token_ids
         return SequenceParams(
-            max_tokens=request.max_tokens - len(request.tokens),
+            max_tokens=max(1, request.max_tokens - len(request.tokens)),
             temperature=params.temperature,
             top_k=max(0, params.top_k),
             top_p=params.top_p,
@@ -404,8 +404,11 @@ class Sequences:
         if last is None or not sequence.is_current:
             return
         request = sequence.request
+        reason = last.finish_reason
+        if not request.max_tokens:  # only the prompt was wanted: the one token that ends a sequence is nobody's
+            token_ids, logprobs, reason = [], [], reason and "length"
         with_logprobs = logprobs if request.params.logprobs is not None else None
-        if last.finish_reason is None:
+        if reason is None:
             if request.state == "prefill":
                 request.state = "decode"
             self._requests.deliver(request, token_ids, with_logprobs)
@@ -415,7 +418,7 @@ class Sequences:
         if last.held is not None:
             request.held = {share.rank: share.tokens for share in last.held}
         request.place = "nowhere"
-        self._requests.finish(request, last.finish_reason, token_ids=token_ids, logprobs=with_logprobs)
+        self._requests.finish(request, reason, token_ids=token_ids, logprobs=with_logprobs)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
 

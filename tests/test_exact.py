@@ -152,6 +152,18 @@ async def test_prompt_logprobs(size: int, spread: Literal[1, "all"], farm: Farm,
         await asyncio.gather(*asked, *(ask(service.client, llama, ids, spread=spread) for ids in others))
 
 
+@pytest.mark.parametrize("size", [1, 2])
+async def test_a_prompt_of_all_tokens_that_the_model_takes(size: int, farm: Farm, llama: Path) -> None:
+    """It is scored to its last token, in pools that hold it and not one block more."""
+    params = SamplingParams(max_tokens=0, prompt_logprobs=2, logprobs=0)
+    ids = [7 * i % 256 for i in range(512)]
+    async with serve(farm, size, Setup(model=llama, kv_tokens=512 // size + 16)) as service:
+        (chunk,) = [chunk async for chunk in service.client.generate(ids, params, spread="all")]
+        assert (chunk.token_ids, chunk.text, chunk.finish_reason) == ([], "", "length")
+        check_prompt_logprobs(llama, ids, chunk.prompt_logprobs, 2)
+        assert (await service.client.stats()).observed.generated_tokens == 0
+
+
 async def test_prompt_logprobs_survive_preemption(farm: Farm, llama: Path) -> None:
     params = SamplingParams(max_tokens=60, temperature=0, prompt_logprobs=0, ignore_eos=True)
 

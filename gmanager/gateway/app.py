@@ -223,7 +223,7 @@ class Routes:
             params=self._params(
                 body,
                 body.n or 1,
-                max_tokens=1 if drops_tokens else body.max_tokens,
+                max_tokens=body.max_tokens,
                 logprobs=body.logprobs,
                 prompt_logprobs=_most(scores),
                 structured_outputs=None if structure is None else structure.params,
@@ -376,7 +376,7 @@ def _truncated(ids: list[int], body: Sampled, max_tokens: int | None, served: Se
     if kept is None:
         return ids
     if kept == -1:
-        kept = max(1, served.max_context - max(1, max_tokens or 1))
+        kept = max(1, served.max_context - (1 if max_tokens is None else max_tokens))
     return ids[-kept:]
 
 

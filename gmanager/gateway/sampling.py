@@ -143,7 +143,7 @@ class Sampled(Body):
     def check_min_tokens(self, limit_name: str, limit: int | None) -> None:
         """Raises Wrong if the answer could not end."""
         least = self.min_tokens or 0
-        if limit is not None and least > max(1, limit):
+        if limit is not None and least > limit:
             raise Wrong(f"must be at most {limit_name} ({limit:,}), got {least:,}", "min_tokens")
 
 

@@ -24,7 +24,7 @@ class CompletionRequest(Generation):
     prompt: Prompts
     add_special_tokens: bool | None = True
     max_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = 16
-    """0 only with `echo`. None: as many as there is room for."""
+    """0, only with `echo`: the prompt alone. None: as many as there is room for."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     echo: bool | None = False
     suffix: Any = None

@@ -131,7 +131,8 @@ class SamplingParams(Part):
     """
 
     max_tokens: int | None = 16
-    """Most tokens to generate, at least 1. None: as many as model and memory have room for."""
+    """Most tokens to generate. 0: the prompt is only computed, and scored if `prompt_logprobs` asks for it. None: as many as
+    model and memory have room for."""
     temperature: float = 1.0
     """0 chooses the likeliest token (greedy)."""
     top_k: int = 0
@@ -172,8 +173,8 @@ class SamplingParams(Part):
     """The same for each token of the prompt but the first."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise ValueError(f"max_tokens must not be negative, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
         if self.top_k < -1:
@@ -752,7 +753,7 @@ class Drop(Message):
 
 class SequenceParams(Part):
     max_tokens: int
-    """Most tokens to generate in this admission."""
+    """Most tokens to generate in this admission, at least 1: a sequence ends with a token, for whose KV it needs no room."""
     temperature: float
     top_k: int
     top_p: float

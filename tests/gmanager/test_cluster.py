@@ -423,6 +423,20 @@ def test_requests_that_can_never_be_served(blocks: list[int], given: m.Submit, r
     assert driver.say(CLIENT, submit("r", 40, max_tokens=4)) != [], "the largest that fits, and the id is free again"
 
 
+def test_a_prompt_alone_needs_no_room_beside_it() -> None:
+    """The token that ends its sequence is nobody's, whatever it is."""
+    driver = serving(500)
+    running(driver, "r", 1000, max_tokens=0, logprobs=0)
+    end = outputs(1, 0, [2], finish_reason="stop", logprobs=[m.TokenLogprob(token_id=2, logprob=-1.0, rank=1)])
+    assert driver.say(peer(0), end) == [deliver(1, "r", 0, [], logprobs=[], finish_reason="length")]
+    driver.say(peer(0), m.Released(epoch=1, seq=1, generated=1))
+    assert driver.cluster.is_idle
+    assert request_stats(driver, "r").generated_tokens == 0
+    (answer,) = driver.say(CLIENT, submit("s", 1001, max_tokens=0))
+    error = "prompt of 1,001 + max_tokens of 0 = 1,001 tokens; the model takes at most 1,000"
+    assert [answer] == refused("s", error, number=2, epoch=1, refusal="too_long")
+
+
 def test_the_largest_requests_that_fit() -> None:
     for blocks, tokens, max_tokens in (([8, 8], 40, 16), ([8, 5], 43, 1), ([500], 984, 16)):
         driver = serving(*blocks)
@@ -518,7 +532,7 @@ def test_texts_that_give_no_tokens(encoded: dict[str, Any], error: str) -> None:
     [
         *[("temperature", value) for value in (math.nan, math.inf, -0.1)],
         *[("top_p", value) for value in (math.nan, 0.0, -0.5, 1.1)],
-        *[("max_tokens", 0), ("max_tokens", -1), ("top_k", -2), ("seed", -1), ("logprobs", -1), ("stop_token_ids", [-1])],
+        *[("max_tokens", -1), ("top_k", -2), ("seed", -1), ("logprobs", -1), ("stop_token_ids", [-1])],
     ],
 )
 def test_sampling_values_that_make_no_sense_are_never_built(name: str, value: Any) -> None:

@@ -318,6 +318,29 @@ async def test_names_and_prompts_that_are_cut(http: httpx.AsyncClient) -> None:
     ] == 511
 
 
+async def test_a_prompt_that_fills_the_context_is_scored(http: httpx.AsyncClient) -> None:
+    """As lm-eval asks for it, with nothing to be generated; and with one token more than the model takes."""
+    asked: dict[str, Any] = {"echo": True, "max_tokens": 0, "logprobs": 1, "temperature": 0}
+    for ids in ([7 * i % 256 for i in range(512)], [1], [1, 2]):
+        for stream in (False, True):
+            chunks = await streamed(http, COMPLETIONS, prompt=ids, **asked) if stream else []
+            (answer,) = [chunk for chunk in chunks if chunk["choices"]] or [await ask(http, COMPLETIONS, prompt=ids, **asked)]
+            (choice,) = answer["choices"]
+            assert choice["finish_reason"] == "length"
+            assert choice["logprobs"]["token_logprobs"][0] is None
+            assert all(value < 0 for value in choice["logprobs"]["token_logprobs"][1:])
+            assert len(choice["logprobs"]["tokens"]) == len(ids)
+            if not stream:
+                assert answer["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 0, "total_tokens": len(ids)}
+    cut = await ask(http, COMPLETIONS, prompt=[1] * 600, truncate_prompt_tokens=-1, **asked)
+    assert cut["usage"]["prompt_tokens"] == 512
+    assert await refusal(http, COMPLETIONS, prompt=[1] * 513, **asked) == (
+        "prompt",
+        "prompt of 513 + max_tokens of 0 = 513 tokens; the model takes at most 512",
+    )
+    assert (await refusal(http, COMPLETIONS, min_tokens=1, **asked))[0] == "min_tokens"
+
+
 async def test_offsets_are_places_in_the_text(http: httpx.AsyncClient) -> None:
     """Of an answer of wrong bytes: every token that is a character stands where its offset says."""
     prompt = "\U0001f999\U0001fae0 \uc548\ub155"
