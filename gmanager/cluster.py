@@ -8,6 +8,7 @@ forgotten after a while.
 """
 
 import logging
+from collections.abc import Collection
 
 from gmanager.cell import Cell, Member, malformed
 from gmanager.config import GManagerConfig
@@ -206,8 +207,8 @@ class Cluster:
         if self._requests.by_id(submit.request_id) is not None:
             return m.Refusal("invalid", f"request id {submit.request_id!r} is in use by a request that has not ended")
         served = sorted({cell.spec.model for cell in self._cells.values()})
-        if submit.model is not None and served and submit.model not in served:
-            return m.Refusal("model", f"no model {submit.model[:100]!r} is served; there is {', '.join(served)}")
+        if served and not _serving(submit.model, self._cells.values()):
+            return m.Refusal("model", f"no model {(submit.model or '')[:100]!r} is served; there is {', '.join(served)}")
         if not submit.wait_for_cell and not self._ready_cells(submit):
             return m.Refusal("not_ready", "no instances are ready to serve")
         waiting = len(self._requests) - sum(sequences.num_running for sequences in self._sequences.values())
@@ -216,7 +217,7 @@ class Cluster:
         return None
 
     def _ready_cells(self, submit: m.Submit) -> list[Cell]:
-        return [cell for cell in self._cells.values() if cell.is_ready and submit.model in (None, cell.spec.model)]
+        return [cell for cell in _serving(submit.model, self._cells.values()) if cell.is_ready]
 
     def _text(self, call: int, name: str | None) -> m.TextReply | m.CallFailed:
         for cell in self._cells.values():
@@ -522,6 +523,14 @@ class Cluster:
 
     def _log(self, level: int, event: str, **fields: object) -> None:
         self._out.append(Log(level, event, fields))
+
+
+def _serving(model: str | None, cells: Collection[Cell]) -> list[Cell]:
+    """Those that serve a model of that name; if there is none, those that have it as another name of theirs. None: all."""
+    if model is None:
+        return list(cells)
+    named = [cell for cell in cells if cell.spec.model == model]
+    return named or [cell for cell in cells if model in cell.spec.other_names]
 
 
 def _kind(message: m.Message) -> str:

@@ -37,6 +37,7 @@ def _cell(cell: Cell) -> CellStats:
         block_size=cell.spec.block_size,
         max_context=cell.spec.max_context,
         total_tokens=cell.total_tokens,
+        other_names=cell.spec.other_names,
     )
 
 

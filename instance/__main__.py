@@ -42,7 +42,13 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser = argparse.ArgumentParser("instance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gmanager", required=True, help="tcp://host:port of the gManager")
     parser.add_argument("--model", required=True, help="a directory, a hub id or a GGUF file")
-    parser.add_argument("--served-model-name", help="what requests call the model (as --model says)")
+    parser.add_argument(
+        "--served-model-name",
+        action="extend",
+        nargs="+",
+        metavar="NAME",
+        help="what requests call the model (as --model says); more are other names of it",
+    )
     pool = parser.add_mutually_exclusive_group()
     pool.add_argument("--kv-tokens", type=int, help="tokens of KV this instance holds, its own and lent (needed on CPU)")
     pool.add_argument("--kv-memory", type=float, help=f"or, on GPU: fill this part of its memory ({settings.GPU_KV_MEMORY})")
@@ -63,10 +69,12 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     if gpu and torch.cuda.device_count() <= launch.local_rank:
         raise ValueError(f"LOCAL_RANK {launch.local_rank} finds no CUDA device: {torch.cuda.device_count()} are seen")
     chunk_tokens = _given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if gpu else settings.CPU_CHUNK_TOKENS)
+    names = list(dict.fromkeys(args.served_model_name or ()))
     return InstanceConfig(
         gmanager=args.gmanager,
         model=args.model,
-        served_model_name=args.served_model_name,
+        served_model_name=names[0] if names else None,
+        other_names=tuple(names[1:]),
         kv_tokens=args.kv_tokens,
         kv_memory=_given(args.kv_memory, settings.GPU_KV_MEMORY) if gpu and args.kv_tokens is None else args.kv_memory,
         launch=launch,

@@ -76,6 +76,8 @@ class InstanceConfig:
     """A directory, a hub id or a GGUF file."""
     served_model_name: str | None = None
     """What requests call it; None: as `model` says."""
+    other_names: tuple[str, ...] = ()
+    """By which requests may ask for it, too."""
     kv_tokens: int | None = None
     """Tokens of KV, all layers, that this instance can hold; rounded down to blocks. Or `kv_memory`, never both."""
     kv_memory: float | None = None
@@ -125,7 +127,7 @@ class InstanceConfig:
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
         self._check_pool()
-        if self.served_model_name == "":
+        if "" in (self.served_model_name, *self.other_names):
             raise ValueError("--served-model-name must not be empty")
         if not self.cell:
             raise ValueError("--cell must not be empty")

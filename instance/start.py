@@ -167,6 +167,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
         num_blocks=config.num_blocks,
         chunk_tokens=config.chunk_tokens,
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        other_names=list(config.other_names),
     )
 
 

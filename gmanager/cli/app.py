@@ -41,7 +41,10 @@ def up(
     kv_tokens: Annotated[int | None, typer.Option(min=1, help="tokens of KV of each instance (CPU: 8192)")] = None,
     kv_memory: Annotated[float | None, typer.Option(help="or, on GPUs: part of their memory to use (0.92)")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; CPU: float32), float32, float16, bfloat16")] = "auto",
-    name: Annotated[str | None, typer.Option("--served-model-name", help="what requests call the model")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--served-model-name", metavar="NAME", help="what requests call the model; may be given again: also that"),
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
     logs: Annotated[
         Path | None, typer.Option(help="where each start makes a folder of its logs (~/.cache/distattn/logs)")
@@ -59,7 +62,7 @@ def up(
         kv_tokens=kv_tokens,
         kv_memory=kv_memory,
         dtype=dtype,
-        name=name,
+        names=tuple(dict.fromkeys(names or ())),
         api_key_file=api_key_file,
         logs=logs,
     )

@@ -84,6 +84,8 @@ class ServiceConfig:
     """HOST:PORT of a gateway; None: none is started."""
     api_key_file: Path | None = None
     served_model_name: str | None = None
+    other_names: tuple[str, ...] = ()
+    """By which requests may ask for the model, too."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what an instance would refuse, before one is started."""
@@ -100,7 +102,7 @@ class ServiceConfig:
             raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.served_model_name == "":
+        if "" in (self.served_model_name, *self.other_names):
             raise ValueError("--served-model-name must not be empty")
 
 
@@ -231,7 +233,6 @@ def _instances(config: ServiceConfig, address: str) -> list[str]:
     flags = {
         "--gmanager": address,
         "--model": config.model,
-        "--served-model-name": config.served_model_name,
         "--kv-tokens": config.kv_tokens,
         "--kv-memory": config.kv_memory,
         "--device": config.device,
@@ -240,7 +241,9 @@ def _instances(config: ServiceConfig, address: str) -> list[str]:
         "--chunk-tokens": config.chunk_tokens,
         "--cache-dir": config.cache_dir,
     }
-    return [*torchrun, "-m", "instance", *(f"{flag}={value}" for flag, value in flags.items() if value is not None)]
+    names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]
+    given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
+    return [*torchrun, "-m", "instance", *given, *names]
 
 
 async def _said(process: Process, beginning: str) -> str:

@@ -50,7 +50,7 @@ class Wanted:
     kv_tokens: int | None
     kv_memory: float | None
     dtype: str
-    name: str | None
+    names: tuple[str, ...]
     api_key_file: Path | None
     logs: Path | None
 
@@ -106,7 +106,8 @@ def check(wanted: Wanted) -> ServiceConfig:
     try:
         config = ServiceConfig(
             model=wanted.model,
-            served_model_name=wanted.name,
+            served_model_name=wanted.names[0] if wanted.names else None,
+            other_names=wanted.names[1:],
             instances=wanted.instances,
             kv_tokens=kv_tokens,
             kv_memory=wanted.kv_memory,
@@ -122,7 +123,7 @@ def check(wanted: Wanted) -> ServiceConfig:
     except ValueError as error:
         raise CannotStart(str(error)) from error
     model, name = find_model(wanted.model)  # last: it may take long
-    return replace(config, model=model, served_model_name=name if wanted.name is None else wanted.name)
+    return replace(config, model=model, served_model_name=config.served_model_name or name)
 
 
 def logs_of_this_start(folder: Path) -> Path:
@@ -229,8 +230,9 @@ def _announce(
     console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float, *, reads_text: bool
 ) -> None:
     where = f"{config.instances} instance{'s' if config.instances > 1 else ''} ({config.device})"
+    names = " or ".join([config.served_model_name or config.model, *config.other_names])
     lines = [
-        f"ready in {seconds:.0f} s: {config.served_model_name} on {where}, {tokens:,} tokens of KV",
+        f"ready in {seconds:.0f} s: {names} on {where}, {tokens:,} tokens of KV",
         *([f"  HTTP    {service.url}/v1"] if service.url else []),
         f"  client  {service.address}",
         *([] if reads_text else ["  text    none: the model has no tokenizer, prompts are token ids"]),

@@ -44,7 +44,9 @@ class Backend:
     def __init__(self, address: str, *, transport: Transport | None = None, aliases: Mapping[str, str] | None = None) -> None:
         """`aliases`: other names of models, and what the service calls them. A model that has such a name goes first."""
         self._address = address
-        self._aliases = dict(aliases or {})
+        self._given_aliases = dict(aliases or {})
+        self._aliases = self._given_aliases
+        """With the other names that the cells have."""
         self._transport = transport
         self._client: AsyncClient | None = None
         self._models: dict[str, Served] = {}
@@ -132,6 +134,8 @@ class Backend:
         async with self._refreshing:
             ready = {cell.model: cell for cell in (await client.stats()).cells if cell.state == "ready"}
             await self._forget(name for name, model in self._models.items() if name not in ready)
+            told = {other: name for name, cell in ready.items() for other in cell.other_names}
+            self._aliases = told | self._given_aliases
             self._unusable &= {(cell.name, cell.epoch) for cell in ready.values()}
             for name, cell in ready.items():
                 known = self._models.get(name)

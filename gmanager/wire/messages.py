@@ -350,6 +350,8 @@ class CellStats(Part):
     max_context: int
     """Most tokens, prompt and generated, that the model takes."""
     total_tokens: int
+    other_names: list[str] = []
+    """By which the model may be asked for, too."""
 
 
 class Histogram(Part):
@@ -428,7 +430,7 @@ class Submit(Message):
     spread: int | Literal["auto", "all"] | None = None
     """Least number of instances to spread the prompt's KV over; None: the gManager's own setting."""
     model: str | None = None
-    """The model that is to answer, by the name that cells serve it under; None: any."""
+    """The model that is to answer, by a name that cells serve it under; None: any."""
     wait_for_cell: bool = True
     """Whether to wait when no cell is ready; else it is refused."""
 
@@ -570,6 +572,8 @@ class InstanceSpec(Part):
     """May differ between instances."""
     chunk_tokens: int
     device: str
+    other_names: list[str] = []
+    """That requests may call the model by. A cell has those of its first instance."""
 
 
 class TextAssets(Part):

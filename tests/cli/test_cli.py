@@ -129,9 +129,10 @@ def instances_of(address: str) -> list[int]:
 
 
 def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
-    with up(model, tmp_path, "--instances", "2", "--served-model-name", "tiny") as (started, address, url):
+    names = ["--served-model-name", "tiny", "--served-model-name", "wee"]
+    with up(model, tmp_path, "--instances", "2", *names) as (started, address, url):
         started.wait_for(f"HTTP    {url}/v1")
-        assert any(line.startswith("ready in ") for line in started.lines)
+        assert " s: tiny or wee on 2 instances (cpu), " in started.wait_for("ready in ")
         before = [line for line in started.lines if re.match(" +[0-9]+ s  ", line)]
         assert before[0].endswith("s  starting the gManager\n")
         assert before[1].endswith("s  2 instances (cpu) start\n")
@@ -155,6 +156,7 @@ def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
         assert refused.returncode == 1
         assert refused.stderr.startswith("distattn: prompt of 2,000 + max_tokens of 5")
         other = run("generate", "x", *asked, "--model", "large")
+        assert run("generate", "hello", *asked, "--model", "wee").stdout == answer.stdout
         assert other.stderr == "distattn: no model 'large' is served; there is tiny\n"
 
         shown = run("status", "--gmanager", address)
@@ -287,6 +289,7 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(model), "--kv-tokens", "64", "--kv-memory", "0.9"], "give --kv-tokens or --kv-memory, not both (got 64 and "),
             ([str(model), "--dtype", "int3"], "--dtype must be one of auto, float32, float16, bfloat16, got int3"),
             ([str(model), "--served-model-name", ""], "--served-model-name must not be empty"),
+            ([str(model), "--served-model-name", "a", "--served-model-name", ""], "--served-model-name must not be empty"),
             ([str(model), "--device", "tpu"], "--device must be auto, cpu or cuda, got tpu"),
             ([str(model), "--device", "cuda", "--instances", "99"], "99 instances need as many GPUs; this machine has "),
             ([str(model), "--api-key-file", "/none"], "/none can't be read (--api-key-file): No such file or directory"),

@@ -92,13 +92,16 @@ class Driver:
             actions += self.handle(Ticked(self.now))
         return actions
 
-    def ready_cell(self, *blocks: int, cell: str = "main", epoch: int = 1, assets: m.TextAssets = ASSETS) -> list[Action]:
+    def ready_cell(
+        self, *blocks: int, cell: str = "main", epoch: int = 1, assets: m.TextAssets = ASSETS, **spec: object
+    ) -> list[Action]:
         """Register instances with pools of these sizes (block size 4) and go through to a ready cell.
 
         Returns what the last event, TextLoaded, brought about.
         """
         messages: list[tuple[int, m.Message]] = [
-            (rank, register(rank=rank, cell_size=len(blocks), blocks=size, cell=cell)) for rank, size in enumerate(blocks)
+            (rank, register(rank=rank, cell_size=len(blocks), blocks=size, cell=cell, **spec))
+            for rank, size in enumerate(blocks)
         ]
         messages += [(0, m.Text(assets=assets)), (0, m.StoreOpened(epoch=epoch, address="tcp://127.0.0.1:7000"))]
         messages += [(rank, m.Joined(epoch=epoch)) for rank in range(len(blocks))]

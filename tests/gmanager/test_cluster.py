@@ -468,6 +468,23 @@ def test_a_model_is_answered_by_who_serves_it() -> None:
     assert driver.say(CLIENT, submit("t", 4, model="tiny", wait_for_cell=False)) == []
 
 
+def test_a_model_with_several_names() -> None:
+    """What a cell calls its model goes before another name of another's."""
+    driver = Driver()
+    driver.say(CLIENT, HELLO)
+    driver.ready_cell(8, other_names=["small", "wee"])
+    for name in ("wee", "small", "tiny"):
+        (asked,) = driver.say(CLIENT, submit(name, 4, model=name, max_tokens=1))
+        assert isinstance(asked, Send)
+        assert asked.peer == peer(0)
+        driver.say(CLIENT, m.Abort(call=1, request_id=name))
+    assert driver.cluster.stats().cells[0].other_names == ["small", "wee"]
+    driver.ready_cell(8, cell="b", epoch=2, model="wee")
+    (asked,) = driver.say(CLIENT, submit("r", 4, model="wee", max_tokens=1))
+    assert isinstance(asked, Send)
+    assert asked.peer == peer(0, 2)
+
+
 def test_a_full_queue_takes_no_more() -> None:
     driver = serving(8, max_queue=2)
     running(driver, "runs", 12)

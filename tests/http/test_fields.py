@@ -39,7 +39,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def http(farm: Farm, llama: Path) -> AsyncIterator[httpx.AsyncClient]:
     async with (
-        serve(farm, 1, Setup(model=llama, served_model_name=NAME, kv_tokens=1024)) as service,
+        serve(farm, 1, Setup(model=llama, served_model_name=NAME, other_names=("second",), kv_tokens=1024)) as service,
         gateway(service.server.address, aliases={"gpt-4o": NAME, "gone": "none"}) as url,
         httpx.AsyncClient(base_url=url, timeout=30) as client,
     ):
@@ -361,8 +361,9 @@ async def test_offsets_are_places_in_the_text(http: httpx.AsyncClient) -> None:
 
 async def test_aliases(http: httpx.AsyncClient) -> None:
     models = {model["id"]: model["root"] for model in (await http.get("/v1/models")).json()["data"]}
-    assert models == {NAME: NAME, "gpt-4o": NAME}
-    assert (await ask(http, COMPLETIONS, model="gpt-4o"))["model"] == "gpt-4o"
+    assert models == {NAME: NAME, "gpt-4o": NAME, "second": NAME}
+    for name in models:
+        assert (await ask(http, COMPLETIONS, model=name))["model"] == name
     assert (await http.get("/v1/models/gpt-4o")).json()["root"] == NAME
     assert (await http.post("/tokenize", json={"prompt": "x"})).status_code == 200, "there is but one model"
     assert (await http.post(CHAT, json=ASKED[CHAT] | {"model": "gone"})).status_code == 404

@@ -55,6 +55,16 @@ def test_auto_is_resolved_once() -> None:
     assert parsed.threads >= 1
 
 
+def test_names() -> None:
+    """The first is the model's; vLLM's way to write several, and the other."""
+    names = ["--served-model-name", "a", "b", "--served-model-name", "c", "--served-model-name=a"]
+    for flags, first, others in (([], None, ()), (names[:2], "a", ()), (names, "a", ("b", "c"))):
+        parsed = parse([*NEEDED, "--device", "cpu", *flags], LAUNCH)
+        assert (parsed.served_model_name, parsed.other_names) == (first, others)
+    with pytest.raises(ValueError, match="--served-model-name must not be empty"):
+        parse([*NEEDED, "--device", "cpu", "--served-model-name", "a", ""], LAUNCH)
+
+
 def test_the_pool_of_a_gpu_is_a_part_of_its_memory_unless_its_tokens_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     on_gpu = [*NEEDED[:4], "--device", "cuda"]

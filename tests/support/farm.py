@@ -41,6 +41,7 @@ class Setup:
     device: Literal["cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16"] = "float32"
     served_model_name: str | None = None
+    other_names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -144,6 +145,7 @@ class _Serving:
             gmanager=gmanager,
             model=str(setup.model),
             served_model_name=setup.served_model_name,
+            other_names=setup.other_names,
             kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[rank],
             launch=Launch(rank=rank, local_rank=rank, world_size=size, local_world_size=1, run_id="farm"),
             device=setup.device,
