@@ -40,6 +40,7 @@ def up(
     bind: Annotated[str, typer.Option(metavar="tcp://HOST:PORT", help="where the gManager listens")] = ADDRESS,
     kv_tokens: Annotated[int | None, typer.Option(min=1, help="tokens of KV of each instance (CPU: 8192)")] = None,
     kv_memory: Annotated[float | None, typer.Option(help="or, on GPUs: part of their memory to use (0.92)")] = None,
+    max_context: Annotated[int | None, typer.Option(help="tokens of the longest sequence (as the model's config says)")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; CPU: float32), float32, float16, bfloat16")] = "auto",
     names: Annotated[
         list[str] | None,
@@ -61,6 +62,7 @@ def up(
         bind=bind,
         kv_tokens=kv_tokens,
         kv_memory=kv_memory,
+        max_context=max_context,
         dtype=dtype,
         names=tuple(dict.fromkeys(names or ())),
         api_key_file=api_key_file,

@@ -86,6 +86,8 @@ class ServiceConfig:
     served_model_name: str | None = None
     other_names: tuple[str, ...] = ()
     """By which requests may ask for the model, too."""
+    max_context: int | None = None
+    """Tokens of the longest sequence; None: as the model's config says."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what an instance would refuse, before one is started."""
@@ -104,6 +106,8 @@ class ServiceConfig:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         if "" in (self.served_model_name, *self.other_names):
             raise ValueError("--served-model-name must not be empty")
+        if self.max_context is not None and self.max_context < 1:
+            raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 
 
 @dataclass
@@ -240,6 +244,7 @@ def _instances(config: ServiceConfig, address: str) -> list[str]:
         "--threads": config.threads,
         "--chunk-tokens": config.chunk_tokens,
         "--cache-dir": config.cache_dir,
+        "--max-context": config.max_context,
     }
     names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]
     given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]

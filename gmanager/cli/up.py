@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import datetime
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -49,6 +50,7 @@ class Wanted:
     bind: str
     kv_tokens: int | None
     kv_memory: float | None
+    max_context: int | None
     dtype: str
     names: tuple[str, ...]
     api_key_file: Path | None
@@ -111,6 +113,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             instances=wanted.instances,
             kv_tokens=kv_tokens,
             kv_memory=wanted.kv_memory,
+            max_context=wanted.max_context,
             device=device,
             dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
             threads=max(1, len(os.sched_getaffinity(0)) // wanted.instances),
@@ -123,6 +126,7 @@ def check(wanted: Wanted) -> ServiceConfig:
     except ValueError as error:
         raise CannotStart(str(error)) from error
     model, name = find_model(wanted.model)  # last: it may take long
+    _check_context(model, wanted.max_context)
     return replace(config, model=model, served_model_name=config.served_model_name or name)
 
 
@@ -168,6 +172,20 @@ def find_model(given: str) -> tuple[str, str]:
         raise CannotStart(f"{given} is no directory, no GGUF file, and no hub id like Qwen/Qwen3-0.6B")
     _check_hub(given)
     return given, given
+
+
+def _check_context(model: str, asked: int | None) -> None:
+    """Raises CannotStart if a directory's config says that the model takes fewer tokens. Of others its instances will know."""
+    file = Path(model) / "config.json"
+    if asked is None or not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_bytes())
+        most = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    except (ValueError, TypeError, AttributeError):
+        return  # it is no config, which the instances say better
+    if isinstance(most, int) and asked > most:
+        raise CannotStart(f"--max-context {asked:,} is more than the {most:,} tokens that {model} takes")
 
 
 def _check_hub(name: str) -> None:
