@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import datetime
 import importlib.util
 import json
 import os
@@ -18,6 +17,7 @@ from rich.console import Console
 from gmanager.cli.assets import MODEL, FetchError, cache_dir, fetch
 from gmanager.cli.progress import shown_running
 from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceError
+from gmanager.cli.starts import in_use, logs_of_this_start
 from gmanager.client import AsyncClient
 from gmanager.config import GManagerConfig
 from gmanager.gateway.config import GatewayConfig, parse_address, read_keys
@@ -66,7 +66,8 @@ def bring_up(wanted: Wanted) -> int:
         console.print(f"distattn: {error}", markup=False, soft_wrap=True)
         return 2
     try:
-        return asyncio.run(_serve(config, console))
+        with in_use(config.logs):
+            return asyncio.run(_serve(config, console))
     except ProcessEnded as error:
         console.print(f"distattn: {error}; all is stopped", markup=False, soft_wrap=True)
     except ServiceError as error:
@@ -128,11 +129,6 @@ def check(wanted: Wanted) -> ServiceConfig:
     model, name = find_model(wanted.model)  # last: it may take long
     _check_context(model, wanted.max_context)
     return replace(config, model=model, served_model_name=config.served_model_name or name)
-
-
-def logs_of_this_start(folder: Path) -> Path:
-    """A folder of its own in `folder`: no start writes over the logs of another. It is not made yet."""
-    return folder / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{os.getpid()}"
 
 
 def check_port(host: str, port: str, flag: str) -> None:
