@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from gmanager.json_schema import closed
-from gmanager.wire.errors import NO_TOKENIZER, TextError
+from gmanager.schema_faults import find_fault
+from gmanager.wire.errors import NO_TOKENIZER, StructureError, TextError
 from gmanager.wire.messages import StructuredOutputsParams, TextAssets
 
 if TYPE_CHECKING:
@@ -49,12 +50,24 @@ def compile_grammar(structured: StructuredOutputsParams, assets: TextAssets) -> 
             what, grammar = "grammar", grammar_from("grammar", structured.grammar or "")
     except (ValueError, RecursionError) as error:
         raise TextError(f"the structure asked for can't be read: {error}") from error
-    if structured.thoughts is not None:
-        grammar = _after_thoughts(grammar, assets.tokenizer_json, are_begun=structured.thoughts == "begun")
-    wrong = LLMatcher.validate_grammar(grammar)
-    if wrong and not wrong.startswith("WARNING"):
-        raise TextError(f"{what}: {wrong.strip()}")
-    return grammar
+    wrong = _refusal(grammar)
+    if wrong is None:
+        if structured.thoughts is None:
+            return grammar
+        return _after_thoughts(grammar, assets.tokenizer_json, are_begun=structured.thoughts == "begun")
+    fault = None if structured.json is None else find_fault(structured.json, wrong, _schema_refusal)
+    if fault is None or not fault.place:
+        raise StructureError(f"{what}: {wrong}")
+    raise StructureError(f"{what} at {fault.pointer}: {fault.reason}", *fault.place)
+
+
+def _refusal(grammar: str) -> str | None:
+    wrong = LLMatcher.validate_grammar(grammar).strip()
+    return None if not wrong or wrong.startswith("WARNING") else wrong
+
+
+def _schema_refusal(schema: str) -> str | None:
+    return _refusal(LLMatcher.grammar_from_json_schema(schema, overrides=_AS_DUMPED))
 
 
 def _after_thoughts(grammar: str, tokenizer_json: str, *, are_begun: bool) -> str:

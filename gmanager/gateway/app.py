@@ -43,7 +43,7 @@ from gmanager.gateway.streaming import EventStream, unless_gone
 from gmanager.gateway.structure import Structure
 from gmanager.gateway.toolbox import Toolbox
 from gmanager.grammars import compile_grammar
-from gmanager.wire.errors import NO_TOKENIZER, TextError
+from gmanager.wire.errors import NO_TOKENIZER, StructureError, TextError
 from gmanager.wire.messages import SamplingParams, StructuredOutputsParams
 
 IGNORED_HEADER = "x-ignored-fields"
@@ -207,11 +207,11 @@ class Routes:
         given = body.prompts()
         if len(given) > self._config.max_prompts:
             raise ApiError(400, f"{len(given)} prompts; a request has at most {self._config.max_prompts}", param="prompt")
+        await _check_structure(body.structure(), Toolbox(), served)
         prompts = [await _prompt(http, served, body, name, prompt) for name, prompt in given]
         wanted = _wanted(body, body.logprobs)
         drops_tokens = body.max_tokens == 0
         structure = body.structure()
-        await _check_structure(structure, Toolbox(), served)
         scores = [body.prompt_logprobs, body.logprobs if body.echo else None]
         generation = Generation(
             client=self._backend.client(),
@@ -284,7 +284,7 @@ class Routes:
         served = await self._served(body)
         dialogue, asked = body.dialogue(), body.structure()
         structure = dialogue.toolbox.structure(asked)
-        await _check_structure(structure, dialogue.toolbox, served)
+        await _check_structure(asked, dialogue.toolbox, served)
         ids = _truncated(await self._chat_ids(http, served, dialogue), body, body.most_tokens, served)
         tail = served.tokenizer.decode_all(ids[-_TAIL_TOKENS:])
         reply = reply_form(
@@ -349,24 +349,24 @@ async def _prompt(http: Request, served: Served, body: CompletionRequest, name: 
     return Prompt(ids, text, name)
 
 
-async def _check_structure(structure: Structure | None, toolbox: Toolbox, served: Served) -> None:
-    """Raises ApiError with the field and the place in it, if what the text must be makes no sense."""
-    if structure is None:
+async def _check_structure(asked: Structure | None, toolbox: Toolbox, served: Served) -> None:
+    """Raises ApiError with the field and the place in it, if what the text must be makes no sense. `asked`: of a text that
+    calls no tool."""
+    structure = toolbox.structure(asked)
+    if structure is None or await _fault(structure, served) is None:
         return
+    tools = [Structure(tool.field, StructuredOutputsParams(json=json.dumps(tool.schema))) for tool in toolbox.usable]
+    for part in (*tools, asked, structure):  # it may be made of several, and what is wrong is named by where it came from
+        if part is not None and (error := await _fault(part, served)) is not None:
+            raise error
+
+
+async def _fault(structure: Structure, served: Served) -> ApiError | None:
     try:
         await asyncio.to_thread(compile_grammar, structure.params, served.tokenizer.assets)
     except TextError as error:
-        wrong = await asyncio.to_thread(_wrong_tool, toolbox, served)
-        raise wrong or translate(error, structure.field) from error
-
-
-def _wrong_tool(toolbox: Toolbox, served: Served) -> ApiError | None:
-    """What is wrong with the first tool whose arguments can't be described so."""
-    for tool in toolbox.usable:
-        try:
-            compile_grammar(StructuredOutputsParams(json=json.dumps(tool.schema)), served.tokenizer.assets)
-        except TextError as error:
-            return translate(error, tool.field)
+        within = error.place if isinstance(error, StructureError) else ()
+        return translate(error, ".".join(map(str, (structure.field, *within)))[:200])
     return None
 
 

@@ -12,6 +12,7 @@ DistattnError
 ├── ServiceUnreachable        nobody answers at the address, or no longer
 ├── ProtocolRefused           the gManager doesn't serve this client
 └── TextError                 text can't be turned into tokens
+    ├── StructureError        nor can what a text must be, into a grammar
     └── TextUnavailable       not now, and it isn't the text's fault
 """
 
@@ -83,6 +84,14 @@ class ProtocolRefused(DistattnError):
 
 class TextError(DistattnError):
     """Text can't be turned into tokens: no chat template, one that refuses the messages, or one over its limits."""
+
+
+class StructureError(TextError):
+    """What a text must be makes no sense. `place`: keys and indices that lead to what is wrong in a JSON Schema."""
+
+    def __init__(self, text: str, *place: str | int) -> None:
+        super().__init__(text)
+        self.place = place
 
 
 class TextUnavailable(TextError):

@@ -19,6 +19,13 @@ from tests.support.tiny import make_model
 TURNS: Any = [{"role": "user", "content": "hello"}]
 
 
+NESTED = {
+    "type": "object",
+    "properties": {"sizes": {"type": "array", "items": {"$ref": "#/$defs/size"}}},
+    "$defs": {"size": {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "a(b"}]}},
+}
+
+
 class Parcel(BaseModel):
     colour: Literal["red", "green"]
     sizes: list[int] = Field(min_length=1, max_length=3)
@@ -98,13 +105,26 @@ async def test_any_object(client: AsyncOpenAI, llama: Path) -> None:
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "one structure; guided_regex asks for another"),
         ({"structured_outputs": {"xgrammar": "a"}}, "structured_outputs.xgrammar", "not implemented; there are json,"),
         ({"guided_regex": "a(b"}, "guided_regex", "regex: at 1.*unclosed group"),
-        ({"guided_json": {"type": "objec"}}, "guided_json", "json: Invalid type: objec"),
+        ({"guided_json": {"type": "objec"}}, "guided_json.type", "json at #/type: Invalid type: objec"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": NESTED}}},
+            "response_format.json_schema.schema.$defs.size.anyOf.1.pattern",
+            r"json at #/\$defs/size/anyOf/1/pattern: regex parse error",
+        ),
+        ({"structured_outputs": {"json": json.dumps(NESTED)}}, "structured_outputs.json.$defs.size.anyOf.1.pattern", "json at"),
+        ({"guided_json": {"minimum": 2, "maximum": 1, "type": "integer"}}, "guided_json", "json: Unsatisfiable schema"),
+        ({"guided_json": "{"}, "guided_json", "EOF while parsing an object"),
+        ({"guided_json": "[]"}, "guided_json", "can't be read"),
     ],
 )
 async def test_what_is_wrong_is_said(
     client: AsyncOpenAI, llama: Path, asked: dict[str, Any], param: str | None, sentence: str
 ) -> None:
-    with pytest.raises(openai.BadRequestError) as raised:
-        await client.chat.completions.create(model=str(llama), messages=TURNS, extra_body=asked)
-    assert raised.value.param == param
-    assert re.search(sentence, raised.value.message, re.DOTALL)
+    for asking in (
+        client.chat.completions.create(model=str(llama), messages=TURNS, extra_body=asked),
+        client.completions.create(model=str(llama), prompt="hello", extra_body=asked),
+    ):
+        with pytest.raises(openai.BadRequestError) as raised:
+            await asking
+        assert raised.value.param == param
+        assert re.search(sentence, raised.value.message, re.DOTALL)
