@@ -283,7 +283,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             "tools": [TIME, {"name": "f", "input_schema": {"properties": {"a": {"type": "objec"}}}}],
             "tool_choice": {"type": "any"},
         },
-        "tools.1.input_schema: .*Invalid type: objec",
+        "tools.1.input_schema.properties.a.type: .*Invalid type: objec",
     ),
     ({"tool_choice": "any"}, 'tool_choice: an object of type auto, any, none, tool is needed, got "any"'),
     ({"tool_choice": {"type": "required"}}, 'tool_choice: an object of type .* got type "required"'),

@@ -178,8 +178,8 @@ async def test_thoughts_come_before_calls_and_structures(farm: Farm, llama: Path
                 "tools": [TIME, {"function": {"name": "f", "parameters": {"properties": {"a": {"type": "objec"}}}}}],
                 "tool_choice": "required",
             },
-            "tools.1.function.parameters",
-            "Invalid type: objec",
+            "tools.1.function.parameters.properties.a.type",
+            "at #/properties/a/type: Invalid type: objec",
         ),
     ],
 )
