@@ -305,7 +305,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"output_format": {"type": "json_schema", "schema": {"type": "objec"}}},
-        "output_format.schema: .*Invalid type: objec",
+        "output_format.schema.type: .*Invalid type: objec",
     ),
     ({"container": "c"}, 'container: not implemented, leave it out; got "c"'),
     ({"mcp_servers": [{}]}, "mcp_servers: not implemented, leave it out; got a list of 1"),
