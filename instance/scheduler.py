@@ -8,6 +8,10 @@ The loop of `instance.server` calls, for step n:
 
 So `propose` uses counts, never the values of tokens that are under way. A sequence that turns out to have ended runs at most
 one more row, whose token is thrown away.
+
+An instance has one lane of steps, or two that know nothing of each other's steps: in one prompts run, in the other the rows
+that follow them. A sequence passes from one to the other when its home has committed the step of its last prompt row. That row
+has attended to all that others hold of the prompt, so by then all of it is written, everywhere.
 """
 
 from array import array
@@ -35,7 +39,20 @@ from gmanager.wire.messages import (
 )
 from instance.rmanager import RManager
 from instance.sequence import Guest, History, Home
-from instance.step import FAR, MAX_PROMPTS, Decode, Grouping, Handoff, LastToken, Notice, Past, Prefill, Step, StepMismatch
+from instance.step import (
+    FAR,
+    MAX_PROMPTS,
+    Decode,
+    Grouping,
+    Handoff,
+    Lane,
+    LastToken,
+    Notice,
+    Past,
+    Prefill,
+    Step,
+    StepMismatch,
+)
 
 MAX_DECODE_ROWS = 256
 """Most decode rows an instance brings to one step; the oldest sequences go first. With `chunk_tokens` it bounds a step."""
@@ -103,6 +120,19 @@ class _Ended:
 
 
 @dataclass(slots=True)
+class _Steps:
+    """What concerns the steps of one lane."""
+
+    cancels: dict[int, None] = field(default_factory=dict)
+    """To be told to the party."""
+    last_tokens: list[LastToken] = field(default_factory=list)
+    previous_samples: dict[int, int] = field(default_factory=dict)
+    """seq -> which token of the previous plan is its."""
+    ended: list[_Ended] = field(default_factory=list)
+    """Of each accepted step that is not committed."""
+
+
+@dataclass(slots=True)
 class Tally:
     """Counts for the statistics."""
 
@@ -130,7 +160,8 @@ class Pace:
 class Scheduler:
     """One instance's sequences within one epoch."""
 
-    def __init__(self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager) -> None:
+    def __init__(self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager, lanes: Sequence[Lane] = ("mixed",)) -> None:
+        """`lanes`: one that is mixed, or one for prompts and one for the rows that follow."""
         self.epoch = epoch
         self.rank = rank
         self.tally = Tally()
@@ -138,14 +169,9 @@ class Scheduler:
         self._rmanager = rmanager
         self._homes: dict[int, Home] = {}
         self._guests: dict[int, Guest] = {}
-        self._cancels: dict[int, None] = {}
+        self._steps: dict[Lane, _Steps] = {lane: _Steps() for lane in lanes}
         self._departed: dict[int, None] = {}
         """Handed off while their last token was under way."""
-        self._last_tokens: list[LastToken] = []
-        self._previous_samples: dict[int, int] = {}
-        """seq -> which token of the previous plan is its."""
-        self._ended: list[_Ended] = []
-        """Of each accepted step that is not committed."""
         self._scored: list[Message] = []
         self._outputs: list[SequenceOutput] = []
         self._messages: list[Message] = []
@@ -174,7 +200,7 @@ class Scheduler:
         if seq in self._homes:
             self._homes[seq].cancelled = True
         elif self._keeps(seq):
-            self._cancels[seq] = None
+            self._tell_of_cancel(seq)
 
     def move(self, seq: int, to: int) -> None:
         """Hand a sequence off once its prefill is over. Ignored if this is not its home."""
@@ -183,16 +209,26 @@ class Scheduler:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def has_work(self, members: Sequence[int]) -> bool:
+    def has_work(self, members: Sequence[int], lane: Lane = "mixed") -> bool:
         """Whether a notice from here would ask for anything, in a party of these members."""
-        return bool(self._cancels or self._last_tokens) or any(
-            home.over or home.in_prefill or home.move_to is not None or self._can_decode(home)
+        steps = self._steps[lane]
+        return bool(steps.cancels or steps.last_tokens) or any(
+            home.over or home.in_prefill or (lane != "prefill" and (home.move_to is not None or self._can_decode(home)))
             for home in self._homes.values()
-            if home.ranks() <= set(members)
+            if self._lane_of(home) == lane and home.ranks() <= set(members)
         )
 
-    def propose(self, members: Sequence[int], *, party: int, step: int, digest: list[int], groupings: list[Grouping]) -> Notice:
-        """What this instance wants of the next step. Grants blocks, and tells the gManager once of each lack of one.
+    def propose(
+        self,
+        members: Sequence[int],
+        lane: Lane = "mixed",
+        *,
+        party: int,
+        step: int,
+        digest: list[int],
+        groupings: list[Grouping],
+    ) -> Notice:
+        """What this instance wants of the lane's next step. Grants blocks, and tells the gManager once of each lack of one.
 
         May be asked again for the same step.
         """
@@ -201,8 +237,8 @@ class Scheduler:
         released: list[int] = []
         handoffs: list[Handoff] = []
         for home in sorted(self._homes.values(), key=lambda home: (home.arrival, home.seq)):
-            if not home.ranks() <= set(members):
-                continue  # its party has not met yet
+            if self._lane_of(home) != lane or not home.ranks() <= set(members):
+                continue  # or its party has not met yet
             if home.over:
                 released.append(home.seq)
             elif home.in_prefill:
@@ -217,6 +253,8 @@ class Scheduler:
                         scored=home.params.prompt_logprobs is not None,
                     )
                 )
+            elif lane == "prefill":
+                continue  # its first token is under way
             elif home.move_to is not None:
                 handoffs.append(_handoff(home, home.move_to))
             elif len(decodes) < MAX_DECODE_ROWS and self._grant(home):
@@ -231,24 +269,25 @@ class Scheduler:
             paced_budget=self._pace.mixed_chunk_tokens,
             reach=self._pace.reach,
             grain=self._pace.grain,
-            ready=[seq for seq, guest in self._guests.items() if guest.remaining],
+            ready=[] if lane == "decode" else [seq for seq, guest in self._guests.items() if guest.remaining],
             decodes=decodes,
             prefills=prefills,
             released=released,
-            cancels=sorted(self._cancels),
+            cancels=sorted(self._steps[lane].cancels),
             handoffs=handoffs,
-            last_tokens=list(self._last_tokens),
+            last_tokens=list(self._steps[lane].last_tokens),
             groupings=groupings,
         )
 
-    def accept(self, step: Step) -> StepPlan:
-        """Take a derived step as decided: move all counts on, and say what to run.
+    def accept(self, step: Step, lane: Lane = "mixed") -> StepPlan:
+        """Take the lane's next derived step as decided: move all counts on, and say what to run.
 
         Raises StepMismatch if the step contradicts what this instance holds.
         """
+        steps = self._steps[lane]
         for seq in step.cancels:  # others may have come since the notice
-            self._cancels.pop(seq, None)
-        self._last_tokens.clear()
+            steps.cancels.pop(seq, None)
+        steps.last_tokens.clear()
         arrived = {last.seq: last.token for last in step.last_tokens}
         for handoff in step.handoffs:
             self._hand_over(handoff, awaits_token=handoff.last_token is None and handoff.seq not in arrived)
@@ -261,22 +300,28 @@ class Scheduler:
         ended = _Ended(seqs=step.released)
         for seq in step.released:
             self._guests.pop(seq, None)
-            self._cancels.pop(seq, None)
+            for other in self._steps.values():
+                other.cancels.pop(seq, None)
             if (home := self._homes.pop(seq, None)) is not None:
                 ended.homes.append(home)
-        self._ended.append(ended)
-        return self._plan(step)
+        steps.ended.append(ended)
+        return self._plan(step, lane)
 
-    def commit(self, tokens: Mapping[int, TokenLogprob], scored: Sequence[tuple[int, PromptLogprobs]] = ()) -> None:
-        """The oldest accepted step has run: its tokens, and log-probabilities of prompts, by sequence."""
+    def commit(
+        self,
+        tokens: Mapping[int, TokenLogprob],
+        scored: Sequence[tuple[int, PromptLogprobs]] = (),
+        lane: Lane = "mixed",
+    ) -> None:
+        """The oldest accepted step of the lane has run: its tokens, and log-probabilities of prompts, by sequence."""
         self._scored += [Scored(epoch=self.epoch, seq=seq, logprobs=logprobs) for seq, logprobs in scored]
         for seq, token in tokens.items():
             if (home := self._homes.get(seq)) is not None:
                 self._take_token(home, token)
             elif seq in self._departed:
                 del self._departed[seq]
-                self._last_tokens.append(LastToken(seq=seq, token=token))
-        ended = self._ended.pop(0)
+                self._steps[lane].last_tokens.append(LastToken(seq=seq, token=token))
+        ended = self._steps[lane].ended.pop(0)
         for seq in ended.seqs:
             self._rmanager.free(seq)
         self._messages += [Released(epoch=self.epoch, seq=home.seq, generated=home.committed) for home in ended.homes]
@@ -291,7 +336,8 @@ class Scheduler:
     def validate(self) -> None:
         """Blocks add up, and with no sequence nothing is left. Raises RuntimeError otherwise."""
         self._rmanager.shards.validate()
-        known = [self._homes, self._guests, self._departed, self._cancels, self._last_tokens]
+        told = [part for steps in self._steps.values() for part in (steps.cancels, steps.last_tokens)]
+        known = [self._homes, self._guests, self._departed, *told]
         if not len(self._rmanager.shards) and any(known):
             raise RuntimeError(f"no sequence holds blocks, yet these are known: {known}")
 
@@ -299,7 +345,17 @@ class Scheduler:
 
     def _keeps(self, seq: int) -> bool:
         """Whether blocks of it are here, and not only until the step that released them has run."""
-        return self._rmanager.shard(seq) is not None and not any(seq in ended.seqs for ended in self._ended)
+        ended = [seqs for steps in self._steps.values() for seqs in steps.ended]
+        return self._rmanager.shard(seq) is not None and not any(seq in step.seqs for step in ended)
+
+    def _lane_of(self, home: Home) -> Lane:
+        """Where its next step is."""
+        return "mixed" if "mixed" in self._steps else "decode" if home.committed else "prefill"
+
+    def _tell_of_cancel(self, seq: int) -> None:
+        """In all lanes: its home is in one of them, and may be on its way to the other, or to another instance."""
+        for steps in self._steps.values():
+            steps.cancels[seq] = None
 
     def _can_decode(self, home: Home) -> bool:
         """Whether it has a row to propose, or a lack of room to tell of."""
@@ -352,7 +408,7 @@ class Scheduler:
             if awaits_token:
                 self._departed[handoff.seq] = None
             if old.cancelled:
-                self._cancels[handoff.seq] = None
+                self._tell_of_cancel(handoff.seq)
         if handoff.to != self.rank:
             return
         self._homes[handoff.seq] = Home(
@@ -370,7 +426,7 @@ class Scheduler:
         self.tally.home_moves += 1
         self._messages.append(HomeMoved(epoch=self.epoch, seq=handoff.seq, home=self.rank))
 
-    def _plan(self, step: Step) -> StepPlan:
+    def _plan(self, step: Step, lane: Lane) -> StepPlan:
         token_ids: list[int] = []
         positions: list[int] = []
         pending: list[tuple[int, int]] = []
@@ -378,6 +434,7 @@ class Scheduler:
         sampled: list[SampledRow] = []
         scored: list[ScoredRows] = []
         spans_of: dict[int, list[Span]] = {}
+        previous = self._steps[lane].previous_samples
         for span in step.spans:
             spans_of.setdefault(span.seq, []).append(span)
         ends = {seq: max(span.stop for span in spans_of[seq]) for seq in step.sampled}
@@ -390,9 +447,9 @@ class Scheduler:
                     scored.append(ScoredRows(span.seq, len(token_ids), span.start + 1, following, guest.num_top))
                 token_ids += self._take_prompt(guest, span)
             else:
-                known = self._known_token(span)
+                known = self._known_token(span, previous)
                 if known is None:
-                    pending.append((len(token_ids), self._previous_samples[span.seq]))
+                    pending.append((len(token_ids), previous[span.seq]))
                 token_ids.append(known or 0)
             positions += range(span.start, span.stop)
             slots += self._rmanager.append(span.seq, span.start, span.stop)
@@ -400,7 +457,7 @@ class Scheduler:
                 home = self._homes[span.seq]
                 row = len(token_ids) - 1
                 sampled.append(SampledRow(row, span.seq, span.stop, home.params, home.generated, home.history))
-        self._previous_samples = {row.seq: i for i, row in enumerate(sampled)}
+        self._steps[lane].previous_samples = {row.seq: i for i, row in enumerate(sampled)}
         self._move_on(step, spans_of)
         self._check_holdings(step)
         self.tally.steps += not step.is_empty()
@@ -424,12 +481,12 @@ class Scheduler:
         self.tally.tokens_prefilled += span.stop - span.start
         return guest.prompt[span.start : span.stop].tolist()
 
-    def _known_token(self, span: Span) -> int | None:
+    def _known_token(self, span: Span, previous: Mapping[int, int]) -> int | None:
         """The token of a decode row, or None while the step before computes it."""
         home = self._homes[span.seq]
         if span.start == home.prompt_tokens + home.committed - 1:
             return home.last_token
-        if span.start != home.prompt_tokens + home.committed or span.seq not in self._previous_samples:
+        if span.start != home.prompt_tokens + home.committed or span.seq not in previous:
             raise StepMismatch(
                 f"sequence {span.seq}: row {span.start} was derived, but {home.committed} tokens after a prompt of "
                 f"{home.prompt_tokens} are known"

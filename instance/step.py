@@ -7,6 +7,7 @@ and nothing but its arguments.
 
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -16,6 +17,9 @@ from gmanager.wire.messages import Message, Part, SequenceParams, Share, TokenLo
 MAX_PROMPTS = 64
 """Most prompts that have rows in one step: each may end in it, and its logits take memory."""
 
+
+Lane = Literal["mixed", "prefill", "decode"]
+"""Which rows a step may have: `mixed` any, or those of prompts and those that follow in steps of their own."""
 
 FAR = 1 << 60
 """A `Notice.reach` with which all rows cost the same."""

@@ -3,8 +3,8 @@
 The device "computes" token f(seq, position) and checks that every row was fed the token of its position.
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,9 +25,10 @@ from gmanager.wire.messages import (
 )
 from instance.rmanager import RManager
 from instance.scheduler import Pace, Scheduler, StepPlan
-from instance.step import StepMismatch, derive
+from instance.step import Lane, Step, StepMismatch, derive
 
 VOCAB = 50
+LANES: list[tuple[Lane, ...]] = [("mixed",), ("prefill", "decode")]
 
 
 def token_at(seq: int, position: int) -> int:
@@ -39,23 +40,36 @@ class FakeInstance:
     rank: int
     rmanager: RManager
     scheduler: Scheduler
-    running: deque[tuple[StepPlan, list[int]]] = field(default_factory=deque)
-    previous: list[int] = field(default_factory=list)
+    running: dict[Lane, deque[tuple[StepPlan, list[int]]]] = field(default_factory=lambda: defaultdict(deque))
+    previous: dict[Lane, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass
+class FakeParty:
+    """Where all instances are in one lane."""
+
+    digest: list[int] = field(default_factory=list)
+    step: int = 0
+    derived: Step | None = None
+    """Which `waiting` have yet to accept."""
+    waiting: list[FakeInstance] = field(default_factory=list)
 
 
 class FakeCell:
-    """All instances as one party, driven round by round."""
+    """All instances as one party in each lane, driven round by round, or in any order that devices allow (`moves_on`)."""
 
-    def __init__(self, size: int, *, blocks: int, block_size: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, size: int, *, blocks: int, block_size: int, chunk_tokens: int, lanes: Sequence[Lane] = ("mixed",)
+    ) -> None:
         self.block_size = block_size
         self.instances: list[FakeInstance] = []
         for rank in range(size):
             rmanager = RManager(blocks, block_size)
-            scheduler = Scheduler(epoch=1, rank=rank, pace=Pace(chunk_tokens, max(1, chunk_tokens // 4), 20), rmanager=rmanager)
+            pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), 20)
+            scheduler = Scheduler(epoch=1, rank=rank, pace=pace, rmanager=rmanager, lanes=lanes)
             self.instances.append(FakeInstance(rank, rmanager, scheduler))
         self.members = list(range(size))
-        self.digest: list[int] = []
-        self.step = 0
+        self.parties: dict[Lane, FakeParty] = {lane: FakeParty() for lane in lanes}
         self.home: dict[int, int] = {}
         self.outputs: dict[int, dict[int, int]] = {}
         self.finished: dict[int, str] = {}
@@ -88,51 +102,83 @@ class FakeCell:
         return True
 
     def round(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
-        """One step everywhere, as `instance.server` does it. Returns whether there was anything to do.
+        """One step everywhere in each lane, as `instance.server` does it. Returns whether there was anything to do.
 
         `meanwhile`: what the gManager says while the notices are out.
         """
-        if not any(i.scheduler.has_work(self.members) for i in self.instances):
+        had_work = [self._round(lane, meanwhile) for lane in self.parties]
+        return any(had_work)
+
+    def _round(self, lane: Lane, meanwhile: Callable[[], None]) -> bool:
+        if not any(i.scheduler.has_work(self.members, lane) for i in self.instances):
             for instance in self.instances:
-                if instance.running:
-                    self.commit(instance)
-            return any(i.running or i.scheduler.has_work(self.members) for i in self.instances)
-        notices = [
-            i.scheduler.propose(self.members, party=1, step=self.step, digest=self.digest, groupings=[]) for i in self.instances
-        ]
-        meanwhile()
-        step = derive(notices)
-        self.digest = step.digest()
-        self.step += 1
+                if instance.running[lane]:
+                    self.commit(instance, lane)
+            return any(i.running[lane] or i.scheduler.has_work(self.members, lane) for i in self.instances)
+        self.derive(lane, meanwhile)
         for instance in self.instances:
-            plan = instance.scheduler.accept(step)
-            self.run(instance, plan)
+            self.accept(instance, lane)
         for instance in self.instances:
-            if len(instance.running) == 2:
-                self.commit(instance)
+            if len(instance.running[lane]) == 2:
+                self.commit(instance, lane)
         return True
 
-    def run(self, instance: FakeInstance, plan: StepPlan) -> None:
+    def moves_on(self) -> list[Callable[[], None]]:
+        """All that may happen next in any lane at any instance: notices meet, a step is accepted, or is known to have run. That
+        one has run is known once all have accepted it: each waits for what the others compute."""
+        found: list[Callable[[], None]] = []
+        for lane, party in self.parties.items():
+            are_free = not party.waiting and all(len(i.running[lane]) < 2 for i in self.instances)
+            if are_free and any(i.scheduler.has_work(self.members, lane) for i in self.instances):
+                found.append(partial(self.derive, lane))
+            for instance in self.instances:
+                num_running = len(instance.running[lane])
+                if instance in party.waiting and num_running < 2:
+                    found.append(partial(self.accept, instance, lane))
+                rests = not party.waiting and not instance.scheduler.has_work(self.members, lane)
+                if num_running == 2 or (num_running == 1 and rests):
+                    found.append(partial(self.commit, instance, lane))
+        return found
+
+    def derive(self, lane: Lane, meanwhile: Callable[[], None] = lambda: None) -> None:
+        party = self.parties[lane]
+        notices = [
+            i.scheduler.propose(self.members, lane, party=1, step=party.step, digest=party.digest, groupings=[])
+            for i in self.instances
+        ]
+        meanwhile()
+        party.derived = derive(notices)
+        party.digest = party.derived.digest()
+        party.step += 1
+        party.waiting = list(self.instances)
+
+    def accept(self, instance: FakeInstance, lane: Lane) -> None:
+        party = self.parties[lane]
+        party.waiting.remove(instance)
+        assert party.derived is not None
+        self.run(instance, instance.scheduler.accept(party.derived, lane), lane)
+
+    def run(self, instance: FakeInstance, plan: StepPlan, lane: Lane) -> None:
         ids = list(plan.token_ids_T)
         for row, i in plan.pending:
-            ids[row] = instance.previous[i]
+            ids[row] = instance.previous[lane][i]
         assert len(ids) == len(plan.positions_T) == len(plan.slots_T) == plan.layout.num_rows
         assert len(set(plan.slots_T)) == len(plan.slots_T)
         sampled = []
         for s in plan.sampled:
             assert plan.positions_T[s.row] == s.position - 1
             sampled.append(token_at(s.seq, s.position))
-        instance.previous = sampled
-        instance.running.append((plan, sampled))
+        instance.previous[lane] = sampled
+        instance.running[lane].append((plan, sampled))
         # which sequence a row belongs to: its token and position must fit one we know
         for row, (token, position) in enumerate(zip(ids, plan.positions_T, strict=True)):
             owners = [seq for seq in self.outputs if token_at(seq, position) == token]
             assert owners, f"row {row} at position {position} was fed token {token}"
 
-    def commit(self, instance: FakeInstance) -> None:
-        plan, sampled = instance.running.popleft()
+    def commit(self, instance: FakeInstance, lane: Lane) -> None:
+        plan, sampled = instance.running[lane].popleft()
         tokens = {s.seq: TokenLogprob(token_id=t, logprob=0.0, rank=1) for s, t in zip(plan.sampled, sampled, strict=True)}
-        instance.scheduler.commit(tokens)
+        instance.scheduler.commit(tokens, lane=lane)
         for message in instance.scheduler.take_messages():
             match message:
                 case Outputs(outputs=outputs):
@@ -183,7 +229,17 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
         blocks=60,
         block_size=data.draw(st.sampled_from([1, 4, 16])),
         chunk_tokens=data.draw(st.sampled_from([1, 7, 64])),
+        lanes=data.draw(st.sampled_from(LANES)),
     )
+    in_any_order = data.draw(st.booleans())
+
+    def go_on(most: int) -> None:
+        for _ in range(most):
+            if not in_any_order:
+                cell.round()
+            elif moves := cell.moves_on():
+                data.draw(st.sampled_from(moves))()
+
     wanted: dict[int, tuple[int, int, int | None]] = {}
     cancelled: set[int] = set()
     for seq in range(1, data.draw(st.integers(1, 5)) + 1):
@@ -195,8 +251,7 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
         stop = [token_at(seq, length + stop_at)] if stop_at is not None else []
         if cell.admit(seq, shares, max_tokens, stop):
             wanted[seq] = (length, max_tokens, stop[0] if stop else None)
-        for _ in range(data.draw(st.integers(0, 6))):
-            cell.round()
+        go_on(data.draw(st.integers(0, 20 if in_any_order else 6)))
         live = [s for s in wanted if s not in cell.released]
         commands: list[Callable[[], None]] = []
         if live and data.draw(st.booleans()):
@@ -207,10 +262,15 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
             cancelled.add(gone)
             commands.append(partial(cell.cancel, gone))
         for command in commands:
-            if data.draw(st.booleans()):
+            if in_any_order or data.draw(st.booleans()):
                 command()
             else:
                 cell.round(command)
+    if in_any_order:
+        for _ in range(5000):
+            if not (moves := cell.moves_on()):
+                break
+            moves[data.draw(st.integers(0, 3)) % len(moves)]()
     cell.drain()
     for need in list(dict.fromkeys(cell.needs)):  # nobody moves them here: give up
         cancelled.add(need)
@@ -248,7 +308,8 @@ def test_a_home_moves_in_the_middle_of_a_block_and_skips_one_step() -> None:
     cell.instances[0].scheduler.move(1, 1)
     rows = []
     while cell.round():
-        rows.append([i.running[-1][0].layout.num_rows if i.running else 0 for i in cell.instances])
+        running = [i.running["mixed"] for i in cell.instances]
+        rows.append([steps[-1][0].layout.num_rows if steps else 0 for steps in running])
     assert rows[:2] == [[0, 0], [0, 1]]
     assert cell.moves == 1
     assert [cell.outputs[1][i] for i in range(8)] == [token_at(1, 6 + i) for i in range(8)]
