@@ -102,11 +102,11 @@ st.register_type_strategy(m.Histogram, histograms)
 st.register_type_strategy(m.PromptLogprobs, prompt_logprobs)
 st.register_type_strategy(m.SamplingParams, params)
 st.register_type_strategy(m.TokenLogprob, logprobs)
-for named in (m.InstanceSpec, m.CellStats):
-    st.register_type_strategy(named, st.builds(named, other_names=st.lists(texts, max_size=2)))
 st.register_type_strategy(int, wire_ints)
 st.register_type_strategy(float, st.floats(allow_nan=False))
 st.register_type_strategy(str, texts)
+for named in (m.InstanceSpec, m.CellStats):
+    st.register_type_strategy(named, st.builds(named, other_names=st.lists(texts, max_size=2)))
 st.register_type_strategy(
     m.SequenceParams,
     st.builds(
