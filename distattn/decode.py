@@ -22,9 +22,9 @@ from kernels.upload import FixedTables
 from kvstore.storage import KVStorage
 
 
-def decode_kernel(storage: KVStorage, shape: AttentionShape) -> DecodeAttention:
-    """The kernel that all `DecodeStep`s of an instance share."""
-    return DecodeAttention(attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device))
+def decode_kernel(storage: KVStorage, shape: AttentionShape, processors: int | None = None) -> DecodeAttention:
+    """The kernel that all `DecodeStep`s of a stream share. `processors`: of the stream, if not all of the device's."""
+    return DecodeAttention(attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device), processors=processors)
 
 
 class DecodeStep:

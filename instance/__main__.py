@@ -24,9 +24,10 @@ from gmanager.wire.errors import AddressError
 from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
+from instance.errors import EpochEnded, InstanceError
 from instance.memory import TooLittleMemory
 from instance.model import UnsupportedModel
-from instance.server import EpochEnded, InstanceError
+from instance.sharing import SPLITS
 from instance.start import load, make_instance
 
 T = TypeVar("T")
@@ -57,7 +58,19 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=int, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
-    parser.add_argument("--mixed-chunk-tokens", type=int, help="the same beside decodes (1152 on GPU, --chunk-tokens on CPU)")
+    parser.add_argument(
+        "--mixed-chunk-tokens",
+        type=int,
+        help="the same while decodes run, counted where a prompt begins: further on rows cost more (24576 on GPU, 512 on CPU)",
+    )
+    parser.add_argument(
+        "--decode-processors",
+        type=int,
+        nargs="*",
+        default=SPLITS,
+        metavar="N",
+        help=f"GPU processors that decodes may have beside prompts ({' '.join(map(str, SPLITS))})",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (this machine's cores, shared by its instances)")
     parser.add_argument("--host", default="127.0.0.1", help="where this instance's own sockets listen")
     parser.add_argument("--cell", default="main", help="name of the cell to join")
@@ -84,6 +97,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),
+        decode_processors=tuple(sorted(set(args.decode_processors))),
         threads=_given(args.threads, settings.default_threads(launch.world_size)),
         host=args.host,
         cell=args.cell,

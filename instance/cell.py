@@ -1,4 +1,4 @@
-"""The process group of one epoch: opened from a TCPStore whose address the gManager passes on."""
+"""The process groups of one epoch, one for each lane: opened from a TCPStore whose address the gManager passes on."""
 
 import socket
 from datetime import timedelta
@@ -33,20 +33,23 @@ def open_store(host: str, timeout_s: float) -> tuple[object, str]:
 
 
 class EpochGroup:
-    """One epoch's communicator between the instances of a cell: NCCL for CUDA, Gloo for CPU.
+    """One lane's communicator between the instances of a cell, within one epoch: NCCL for CUDA, Gloo for CPU.
 
     The group objects are used directly, not through torch's default group: an instance may live through several epochs, and
     Gloo must listen on `host`, not on whatever the machine's name resolves to.
     """
 
     def __init__(
-        self, *, store_address: str, host: str, epoch: int, rank: int, size: int, device: torch.device, timeout_s: float
+        self, *, store_address: str, host: str, name: str, rank: int, size: int, device: torch.device, timeout_s: float
     ) -> None:
-        """Waits for all members. Raises torch's DistError or RuntimeError if they don't come within `timeout_s`."""
+        """Waits for all members, whose groups have the same name.
+
+        Raises torch's DistError or RuntimeError if they don't come within `timeout_s`.
+        """
         store_host, _, port = store_address.rpartition(":")
         timeout = timedelta(seconds=timeout_s)
         tcp = dist.TCPStore(store_host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
-        self.store: Store = dist.PrefixStore(f"epoch-{epoch}", tcp)
+        self.store: Store = dist.PrefixStore(name, tcp)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # of this thread
             nccl = dist.ProcessGroupNCCL.Options()

@@ -9,7 +9,7 @@ from typing import Literal
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
 from gmanager.wire.logs import Style
-from kernels.paged_attention_tiles import ROW_TILES
+from instance.sharing import SPLITS
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
@@ -17,11 +17,12 @@ DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
 GPU_CHUNK_TOKENS = 8192
-"""One H200, 8B shape: 32K tokens take 1.22 s, with 16384 1.24 s. Decodes don't wait for so many: `GPU_MIXED_CHUNK_TOKENS`."""
-GPU_MIXED_CHUNK_TOKENS = 1152
-"""At the beginning of a prompt; further on fewer (`Pace`). One H200, 8B shape: a step with 32 decodes at 8K takes at most three
-times one without, up to a prefix of 128K."""
-GPU_GRAIN = ROW_TILES[-1]
+"""One H200, 8B shape: 32K tokens take 1.22 s, with 16384 1.24 s."""
+GPU_MIXED_CHUNK_TOKENS = 24576
+"""What a step may cost while decodes run, in rows at the beginning of a prompt; further on these are fewer rows (`Pace`). Who
+comes next waits for the step that runs and the one behind it: a second each at most up to a prefix of 128K (8B shape, H200)."""
+GPU_GRAIN = 2048
+"""Fewer rows than that cost a prompt more than they save those who wait."""
 CPU_CHUNK_TOKENS = 512
 """What a short request waits for, against what small matrix products cost. 4096 tokens of a 135M model on two instances of
 one core each: 1.27 times transformers' time with 256, 1.18 with 512, 1.11 with 1024; a step of 512 takes about 1.5 s."""
@@ -94,7 +95,9 @@ class InstanceConfig:
     chunk_tokens: int = CPU_CHUNK_TOKENS
     """Most prompt rows this instance runs in one step."""
     mixed_chunk_tokens: int = CPU_CHUNK_TOKENS
-    """The same in a step that decodes wait for, at the beginning of a prompt; fewer further on, where rows cost more."""
+    """The same while anybody decodes, counted at the beginning of a prompt: rows cost more further on."""
+    decode_processors: tuple[int, ...] = SPLITS
+    """CUDA: how many of a GPU's processors decodes may have while prompts have the others, ascending."""
     threads: int = 1
     """CPU threads of the model."""
     host: str = "127.0.0.1"
@@ -124,6 +127,8 @@ class InstanceConfig:
         ):
             if value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
+        if any(count < 8 or count % 8 for count in self.decode_processors):
+            raise ValueError(f"--decode-processors must be multiples of 8, got {' '.join(map(str, self.decode_processors))}")
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
         self._check_pool()

@@ -22,6 +22,8 @@ _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+MLP_ROWS = 4096
+"""Of which gate, up and their product live at a time: half of what a step of 8192 rows would hold, and no product too small."""
 _CHECK_IDS = (0, 1, 5, 77)
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of what a layer adds to its input, relative RMS. Another rounding gives a tenth of it; another formula, ten times as much."""
@@ -188,6 +190,11 @@ class FusedDecoder:
             silu_mul_linear(linear(h_TE, layer.gate_up, backend=backend), layer.down, x_TE, backend=backend)
             return None
         h_TE = add_rms_norm(linear(out_TE, layer.out, backend=backend), x_TE, layer.mlp_norm_E, eps, backend=backend)
+        parts = [self._mlp(layer, part_TE) for part_TE in torch.split(h_TE, MLP_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _mlp(self, layer: _Layer, h_TE: torch.Tensor) -> torch.Tensor:
+        backend = self._backend
         return linear(silu_mul(linear(h_TE, layer.gate_up, backend=backend), backend=backend), layer.down, backend=backend)
 
     def _project(

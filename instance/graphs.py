@@ -55,7 +55,7 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """All captured steps of one instance. To be used in the thread, and on the stream, that runs its other steps."""
+    """All captured steps of one stream. To be used in the thread, and on the stream, in which they were captured."""
 
     def __init__(
         self,
@@ -64,15 +64,18 @@ class DecodeGraphs:
         storage: KVStorage,
         previous_tokens: torch.Tensor,
         peers: PeerMemory | None,
+        processors: int | None = None,
     ) -> None:
-        """Captures every bucket, alone and with `peers`. `previous_tokens`: where each step leaves its samples for the next."""
+        """Captures every bucket, alone and with `peers`, on the current stream. `previous_tokens`: where each step leaves its
+        samples for the next. `processors`: of the stream, if not all of the device's.
+        """
         self._decoder = decoder
         self._shape = shape
         self._storage = storage
         self._device = storage.data_L2BPKD.device
         self._previous_tokens = previous_tokens
         self._peers = peers
-        self._kernel = decode_kernel(storage, shape)
+        self._kernel = decode_kernel(storage, shape, processors)
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         for rows in sorted(BUCKETS, reverse=True):  # the largest first: the others fit in the memory it took
@@ -129,7 +132,8 @@ class DecodeGraphs:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         # other threads go on: NCCL's watchdog asks its events meanwhile
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        stream = torch.cuda.current_stream(self._device)
+        with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
             logits_RV = forward()
         return graph, logits_RV
 

@@ -44,7 +44,7 @@ class MemoryBudget:
     other: int
     """In use and no weights: other processes, and this one's CUDA context."""
     activations: int
-    """Of the largest step, without its attention and sampling."""
+    """Of each lane's largest step, without its attention and sampling, on each stream that it may run on."""
     attention: int
     """Scratch of a step's attention."""
     sampling: int
@@ -134,26 +134,28 @@ def checkpoint_bytes(folder: Path, dtype: torch.dtype | None) -> int:
 
 
 def measure(model: Model, needs: Needs, *, fraction: float) -> MemoryBudget:
-    """The budget of a CUDA device with the model loaded and no pool yet. Runs the model's largest step once.
+    """The budget of a CUDA device with the model loaded and no pool yet. Runs the model's largest steps once.
 
-    Raises TooLittleMemory if not even that step fits.
+    Raises TooLittleMemory if not even those fit.
     """
     device = model.device
     torch.cuda.empty_cache()  # what is only cached would count as in use
     free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        run_largest_step(model, needs.rows, needs.sampled)
-        torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError as error:
-        raise TooLittleMemory(
-            f"{device} has {size(free)} of its {size(total)} free beside the model, too little for a step of "
-            f"{needs.rows:,} rows: {error}"
-        ) from error
-    # reserved, not allocated: what torch rounds up and splits is the device's loss too
-    activations = torch.cuda.max_memory_reserved(device) - reserved
-    torch.cuda.empty_cache()
+    activations = 0
+    for rows, sampled in needs.steps:
+        reserved = torch.cuda.memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            run_step(model, rows, sampled)
+            torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError as error:
+            raise TooLittleMemory(
+                f"{device} has {size(free)} of its {size(total)} free beside the model, too little for a step of "
+                f"{rows:,} rows: {error}"
+            ) from error
+        # reserved, not allocated: what torch rounds up and splits is the device's loss too
+        activations += needs.streams * (torch.cuda.max_memory_reserved(device) - reserved)
+        torch.cuda.empty_cache()
     return MemoryBudget(
         device=str(device),
         total=total,
@@ -181,25 +183,29 @@ def predict(model: Model, needs: Needs, *, device: str, total: int, fraction: fl
 
 
 def activation_bytes(model: Model, needs: Needs) -> int:
-    """Most bytes that live at once in the model's largest step, its attention left out: by formula.
+    """Most bytes that live at once in the largest steps of all lanes, on all streams, attention left out: by formula.
 
-        in a layer      rows x (3 hidden + heads + (heads + 2 KV heads) + 3 intermediate)
+        in a layer      rows x (3 hidden + heads + (heads + 2 KV heads)) + MLP rows x 3 intermediate
         at the logits   rows x 2 hidden + sampled x (3 hidden + vocabulary)
 
     The first is when `FusedDecoder` computes silu(gate) * up: what the layer before adds, the residual and its norm; what
-    attention returned and the projections it was given (heads times head dim); gate, up and their product. transformers'
-    own layers hold up to a quarter less. The larger of both counts, times the bytes of an element.
+    attention returned and the projections it was given (heads times head dim); gate, up and their product, of `MLP_ROWS` at a
+    time. transformers' own layers hold up to a quarter less, and gate and up of all rows. The larger of both counts, times the
+    bytes of an element.
     """
     shape, config = model.shape, model.module.config.get_text_config()
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2 and its like don't say
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    layer = needs.rows * (3 * hidden + heads + 3 * intermediate)
-    logits = needs.rows * 2 * hidden + needs.sampled * (3 * hidden + model.vocab_size)
-    return int(max(layer, logits) * shape.dtype.itemsize)
+    elements = 0
+    for rows, sampled in needs.steps:
+        layer = rows * (3 * hidden + heads) + min(rows, needs.mlp_rows) * 3 * intermediate
+        logits = rows * 2 * hidden + sampled * (3 * hidden + model.vocab_size)
+        elements += max(layer, logits)
+    return int(needs.streams * elements * shape.dtype.itemsize)
 
 
-def run_largest_step(model: Model, rows: int, sampled: int) -> None:
+def run_step(model: Model, rows: int, sampled: int) -> None:
     """Run the model on `rows` rows, logits for `sampled` of them, with an attention that returns zeros and needs no KV."""
     model.context.attention = NoAttention(model.shape)
     try:

@@ -4,9 +4,11 @@ The model runs a whole ragged step as one row `[1, T]`; its attention layers cal
 `AttentionInterface`. Only that function is registered, no mask function: transformers then builds no mask.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,15 @@ class UnsupportedModel(ValueError):
     """The checkpoint needs something that is not implemented; the message names it."""
 
 
-class AttentionContext:
-    """The one object through which the model's attention layers reach the present step. Bound to each layer at load."""
+class AttentionContext(threading.local):
+    """The one object through which the model's attention layers reach the present step. Bound to each layer at load.
 
-    def __init__(self) -> None:
-        self.attention: LayerAttention | None = None
+    Every thread has a step of its own.
+    """
+
+    attention: LayerAttention | None = None
+    hidden: Any = None
+    """What the layers shall seem to have computed."""
 
     def needed(self) -> LayerAttention:
         """Raises RuntimeError outside a step."""
@@ -79,6 +85,7 @@ class Model:
         self.vocab_size: int = config.vocab_size
         declared = _declared_context(config, max_context)
         self.context = AttentionContext()
+        self._base.forward = _unless_given(self._base.forward, self.context)
         self.device = module.device
         _refuse_rope(config)
         _refuse_state(module)
@@ -142,12 +149,11 @@ class Model:
             return self._fused.logits(hidden, rows_S)
         # What a model does to its logits beside the head (scales, caps) stands in its forward: it runs with its layers' result
         # given.
-        given = self._output(last_hidden_state=hidden.x_TE[rows_S].unsqueeze(0))
-        self._base.forward = lambda *_, **__: given
+        self.context.hidden = self._output(last_hidden_state=hidden.x_TE[rows_S].unsqueeze(0))
         try:
             out = self.module(input_ids=rows_S.unsqueeze(0), use_cache=False)
         finally:
-            del self._base.forward
+            self.context.hidden = None
         return out.logits[0]  # type: ignore[no-any-return]
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, logits_rows_S: torch.Tensor) -> torch.Tensor:
@@ -340,6 +346,16 @@ def _attention(
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     out = context.needed().run(int(module.layer_idx), *rows)  # type: ignore[arg-type]
     return out.unsqueeze(0), None
+
+
+def _unless_given(forward: Callable[..., Any], context: AttentionContext) -> Callable[..., Any]:
+    """A decoder's `forward` that returns what its thread was given instead, if it was given anything."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: object, **kwargs: object) -> Any:
+        return context.hidden if context.hidden is not None else forward(*args, **kwargs)
+
+    return wrapped
 
 
 def _register() -> str:

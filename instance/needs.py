@@ -1,11 +1,15 @@
 """What a model takes of its device by arithmetic alone: the same for a loaded model and for one on the meta device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distattn.attention import DistAttention
+from instance.fused import MLP_ROWS, is_like_llama
 from instance.model import Model, UnsupportedModel
 from instance.sampler import scratch_bytes as sampler_scratch_bytes
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
+from instance.sharing import SPLITS
+from instance.step import LANES
 from kernels.paged_attention import PagedAttention
 
 
@@ -16,27 +20,36 @@ class Needs:
     weights: int
     token: int
     """One token's KV in all layers."""
-    rows: int
-    """Of the largest step."""
-    sampled: int
-    """Rows of it whose logits are wanted."""
+    steps: list[tuple[int, int]]
+    """The largest of each lane: its rows, and those of them whose logits are wanted."""
+    mlp_rows: int
+    """Of them whose MLP is computed at a time."""
+    streams: int
+    """That a lane's steps may run on. What torch frees on one it gives to none of the others."""
     attention: int
-    """Scratch of that step's attention."""
+    """Scratch of these steps' attention."""
     sampling: int
-    """Scratch of its sampling."""
+    """Scratch of their sampling."""
 
     @staticmethod
-    def of(model: Model, *, chunk_tokens: int, cell_size: int, backend: str) -> "Needs":
-        """The needs of one of `cell_size` instances. A model on `meta` is taken for one on a GPU if the backend is `triton`."""
+    def of(model: Model, *, chunk_tokens: int, cell_size: int, backend: str, splits: Sequence[int] = SPLITS) -> "Needs":
+        """The needs of one of `cell_size` instances. A model on `meta` is taken for one on a GPU if the backend is `triton`.
+
+        `splits`: processors that the decode lane may have on a GPU.
+        """
         shape = model.shape
-        rows = chunk_tokens + MAX_DECODE_ROWS
+        rows = {"prefill": chunk_tokens, "decode": MAX_DECODE_ROWS}
         return Needs(
             weights=model.weight_bytes(),
             token=2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize,
-            rows=rows,
-            sampled=MAX_SAMPLES,
-            attention=DistAttention.scratch_bytes(shape, rows, cell_size - 1, model.device, backend),
-            sampling=sampler_scratch_bytes(MAX_SAMPLES, model.vocab_size),
+            steps=[(rows[lane], MAX_SAMPLES[lane]) for lane in LANES],
+            mlp_rows=MLP_ROWS if backend == "triton" and is_like_llama(model.module) else chunk_tokens,
+            streams=1 + len(splits) if backend == "triton" else 1,
+            attention=sum(
+                DistAttention.scratch_bytes(shape, rows[lane], cell_size - 1, model.device, backend, tiles=lane == "prefill")
+                for lane in LANES
+            ),
+            sampling=sum(sampler_scratch_bytes(MAX_SAMPLES[lane], model.vocab_size) for lane in LANES),
         )
 
 

@@ -8,6 +8,9 @@
 
 A member that has sent its notice waits for the leader's answer and nothing else; the leader alone decides whether the round
 completes. So a round completes for all of a party or for none, and parties change only between two rounds.
+
+An instance is in a party of each lane. Both have the same members, but for the time that one takes longer to change; they meet
+at one socket, and know nothing of each other.
 """
 
 import asyncio
@@ -16,11 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from gmanager.wire.channel import Dialer, Listener, PeerLost
 from gmanager.wire.errors import PeerGone
 from gmanager.wire.messages import Message
-from instance.step import Grouping, Notice
-
-
-class PartyTimeout(Exception):
-    """Members did not bring their notices in time."""
+from instance.errors import PartyTimeout
+from instance.step import LANES, Grouping, Lane, Notice
 
 
 class Round(Message):
@@ -51,8 +51,8 @@ class Wake(Message):
 PartyMessage = Notice | Round | Superseded | Wake
 
 
-class Party:
-    """The present party of one instance, within one epoch. It starts alone."""
+class Parties:
+    """The parties of one instance, one in each lane, within one epoch."""
 
     def __init__(
         self,
@@ -65,13 +65,71 @@ class Party:
         timeout_s: float,
     ) -> None:
         """`addresses[r]` is the party socket of rank r; `dial` connects to one."""
+        self._epoch = epoch
+        self._size = len(addresses)
+        self._listener = listener
+        self._misdirected = 0
+        self._parties = {
+            lane: Party(epoch=epoch, rank=rank, addresses=addresses, listener=listener, dial=dial, timeout_s=timeout_s)
+            for lane in LANES
+        }
+
+    def __getitem__(self, lane: Lane) -> "Party":
+        return self._parties[lane]
+
+    @property
+    def dropped(self) -> int:
+        """Messages of another epoch, or not to be read."""
+        return self._misdirected + sum(party.dropped for party in self._parties.values())
+
+    def learn(self, groupings: Sequence[Grouping]) -> None:
+        """Hear of parties, in all lanes."""
+        for party in self._parties.values():
+            party.learn(groupings)
+
+    def wake(self) -> None:
+        """There may be work in any lane."""
+        for party in self._parties.values():
+            party.woken.set()
+
+    async def run(self) -> None:
+        """Read the parties' sockets until cancelled. Raises what goes wrong with them."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for party in self._parties.values():
+                    party.open(tasks)
+                while True:
+                    peer, message = await self._listener.recv()
+                    if isinstance(message, Notice) and message.epoch == self._epoch and 0 <= message.rank < self._size:
+                        self._parties[message.lane].hear(peer, message)
+                    elif not isinstance(message, PeerLost):
+                        self._misdirected += 1
+        finally:
+            for party in self._parties.values():
+                await party.close()
+
+
+class Party:
+    """The present party of one instance in one lane, within one epoch. It starts alone."""
+
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        rank: int,
+        addresses: Sequence[str],
+        listener: "Listener[PartyMessage]",
+        dial: "Callable[[str], Dialer[PartyMessage]]",
+        timeout_s: float,
+    ) -> None:
+        """As `Parties`, which alone reads `listener`."""
         self.grouping = Grouping(number=0, members=[rank])
         self.step = 0
         self.digest: list[int] = []
         self.woken = asyncio.Event()
         """Set when there is a reason to look for work."""
         self.dropped = 0
-        """Messages of another epoch, or not to be read."""
+        """Answers of another epoch, or not to be read."""
         self._epoch = epoch
         self._rank = rank
         self._addresses = addresses
@@ -150,20 +208,19 @@ class Party:
         self.digest = digest
         self._called = self._called or (not rest and len(self.members) > 1)
 
-    async def run(self) -> None:
-        """Read the party's sockets until cancelled. Raises what goes wrong with them."""
-        try:
-            async with asyncio.TaskGroup() as self._tasks:
-                while True:
-                    peer, message = await self._listener.recv()
-                    if isinstance(message, Notice) and message.epoch == self._epoch and message.rank in self._newest:
-                        self._peers[message.rank] = peer
-                        self._take(message)
-                    elif not isinstance(message, PeerLost):
-                        self.dropped += 1
-        finally:
-            for dialer in self._dialers.values():
-                await dialer.close()
+    def open(self, tasks: asyncio.TaskGroup) -> None:
+        """Exchange from now on; `tasks` read what leaders answer."""
+        self._tasks = tasks
+
+    def hear(self, peer: bytes, notice: Notice) -> None:
+        """As leader, or who may become one: another member's notice has come."""
+        self._peers[notice.rank] = peer
+        self._take(notice)
+
+    async def close(self) -> None:
+        """Hang up on all leaders."""
+        for dialer in self._dialers.values():
+            await dialer.close()
 
     def _enter(self, grouping: Grouping) -> None:
         self.learn([grouping])

@@ -1,8 +1,8 @@
-"""Runs step plans on the device, in order, one ahead of the host."""
+"""Runs the step plans of one lane on the device, in order, one ahead of the host."""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -31,6 +31,11 @@ class Traffic:
     """Query rows, counted once a step and receiver."""
     query_bytes: int = 0
     partial_bytes: int = 0
+
+    def add(self, other: "Traffic") -> None:
+        self.rows_dispatched += other.rows_dispatched
+        self.query_bytes += other.query_bytes
+        self.partial_bytes += other.partial_bytes
 
 
 @dataclass(slots=True)
@@ -97,16 +102,26 @@ class Launched:
 
 
 class Runner:
-    """The device's side of the loop: `launch` queues a plan, `result_of` waits for its tokens.
+    """The device's side of a lane's loop: `launch` queues a plan, `result_of` waits for its tokens.
 
     One thread drives the device, so steps run in the order of their launch; on a GPU it only queues work, and a second
     thread waits for the event behind it.
     """
 
     def __init__(
-        self, model: Model, attention: DistAttention, *, threads: int, max_samples: int, assets: TextAssets | None = None
+        self,
+        model: Model,
+        attention: DistAttention,
+        *,
+        threads: int,
+        max_samples: int,
+        assets: TextAssets | None = None,
+        streams: "Mapping[int, torch.cuda.Stream] | None" = None,
     ) -> None:
-        """`max_samples`: most tokens that one step samples. `assets`: without them no sequence may have a grammar."""
+        """`max_samples`: most tokens that one step samples. `assets`: without them no sequence may have a grammar.
+
+        `streams`: on a GPU, those that steps may run on, by the number of their processors.
+        """
         self.traffic = Traffic()
         self.times = Times()
         """Of the steps whose result was waited for."""
@@ -115,7 +130,11 @@ class Runner:
         self._device = model.device
         self._driver = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="result")
-        self.graphs: DecodeGraphs | None = None
+        self._streams = streams or {}
+        self._stream: torch.cuda.Stream | None = None
+        """Of the step before."""
+        self.graphs: dict[int, DecodeGraphs] = {}
+        """Captured steps, by the number of processors that they run on."""
         self.shared_graph_steps = 0
         """Steps that ran as a graph in which rows travelled."""
         self._max_samples = max_samples
@@ -128,22 +147,35 @@ class Runner:
         if assets is not None:
             self._driver.submit(self._sampler.use_text, assets)  # before the first step, which the loop needn't wait for
 
-    def prepare(self, storage: KVStorage, max_rows: int, peers: "PeerMemory | None") -> None:
-        """Build and capture what steps with up to `max_rows` prompt rows need on a GPU: seconds, before the first launch."""
-        self._driver.submit(self._prepare, storage, max_rows, peers).result()
+    def prepare_chunks(self, max_rows: int) -> None:
+        """Build what steps with up to `max_rows` prompt rows need on a GPU: seconds, before the first launch."""
+        self._driver.submit(self._use_tiles, max_rows).result()
 
-    def _prepare(self, storage: KVStorage, max_rows: int, peers: "PeerMemory | None") -> None:
+    def capture(self, storage: KVStorage, peers: "PeerMemory | None") -> None:
+        """Capture decode steps on a GPU: seconds, before the first launch."""
+        decoder = self._model.fused
+        if decoder is None:
+            return  # what other models launch is not known to fit a graph
+        from instance.graphs import DecodeGraphs
+
+        def capture() -> None:
+            for processors in self._streams:
+                self._go_to(processors)
+                self.graphs[processors] = DecodeGraphs(
+                    decoder, self._model.shape, storage, self._previous_tokens, peers, processors=processors
+                )
+
+        self._driver.submit(capture).result()
+
+    def _use_tiles(self, max_rows: int) -> None:
+        self._go_to(max(self._streams))
         with torch.inference_mode():
             self._attention.use_tiles(max_rows)
-        decoder = self._model.fused
-        if decoder is not None:  # what other models launch is not known to fit a graph
-            from instance.graphs import DecodeGraphs
+        torch.cuda.synchronize(self._device)
 
-            self.graphs = DecodeGraphs(decoder, self._model.shape, storage, self._previous_tokens, peers)
-
-    def launch(self, plan: StepPlan) -> asyncio.Future[Launched]:
-        """Queue a plan behind those before it."""
-        return asyncio.get_running_loop().run_in_executor(self._driver, self._run, plan)
+    def launch(self, plan: StepPlan, processors: int = 0) -> asyncio.Future[Launched]:
+        """Queue a plan behind those before it. `processors`: on a GPU, of those that there are streams for."""
+        return asyncio.get_running_loop().run_in_executor(self._driver, self._run, plan, processors)
 
     async def result_of(self, launched: asyncio.Future[Launched]) -> StepResult:
         """What a launched plan brings, once the device has run it."""
@@ -158,28 +190,37 @@ class Runner:
 
     def close(self) -> None:
         """Let go of the threads. A step that waits for a lost peer is not waited for."""
-        self._model.context.attention = None
         pools: list[Executor] = [self._driver, self._waiter]
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, plan: StepPlan) -> Launched:
+    def _run(self, plan: StepPlan, processors: int) -> Launched:
         if self._device.type == "cuda":
+            self._go_to(processors)
             began = self._record()
-            results = self._compute(plan)
+            results = self._compute(plan, processors)
             return Launched(results, Times(), (began, self._record()))
         began_ns = time.perf_counter_ns()
-        results = self._compute(plan)
+        results = self._compute(plan, processors)
         layers = self._attention.take_times()
         times = Times(time.perf_counter_ns() - began_ns, layers.attention_ns, layers.exchange_ns)
         return Launched(results, times, None)
+
+    def _go_to(self, processors: int) -> None:
+        """Queue what follows on the stream with so many processors, behind all that the lane has queued before."""
+        stream = self._streams[processors]
+        if stream is not self._stream:
+            if self._stream is not None:
+                stream.wait_stream(self._stream)
+            torch.cuda.set_stream(stream)
+            self._stream = stream
 
     def _record(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _compute(self, plan: StepPlan) -> _Results:
+    def _compute(self, plan: StepPlan, processors: int) -> _Results:
         if plan.is_idle:
             return _Results()
         self.traffic.rows_dispatched += len(plan.layout.dispatched_rows)
@@ -187,8 +228,9 @@ class Runner:
         self.traffic.query_bytes += queries
         self.traffic.partial_bytes += partials
         with torch.inference_mode():
-            if self.graphs is not None and self.graphs.can_run(plan):
-                logits_SV = self.graphs.run(plan)
+            graphs = self.graphs.get(processors)
+            if graphs is not None and graphs.can_run(plan):
+                logits_SV = graphs.run(plan)
                 self.shared_graph_steps += bool(plan.layout.dispatched or plan.layout.received)
                 return _Results(None if logits_SV is None else self._sample(plan, logits_SV))
             return self._run_eagerly(plan)

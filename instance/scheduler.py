@@ -9,9 +9,9 @@ The loop of `instance.server` calls, for step n:
 So `propose` uses counts, never the values of tokens that are under way. A sequence that turns out to have ended runs at most
 one more row, whose token is thrown away.
 
-An instance has one lane of steps, or two that know nothing of each other's steps: in one prompts run, in the other the rows
-that follow them. A sequence passes from one to the other when its home has committed the step of its last prompt row. That row
-has attended to all that others hold of the prompt, so by then all of it is written, everywhere.
+An instance has two lanes of steps that know nothing of each other's steps: in one prompts run, in the other the rows that
+follow them. A sequence passes from one to the other when its home has committed the step of its last prompt row. That row has
+attended to all that others hold of the prompt, so by then all of it is written, everywhere.
 """
 
 from array import array
@@ -41,6 +41,7 @@ from instance.rmanager import RManager
 from instance.sequence import Guest, History, Home
 from instance.step import (
     FAR,
+    LANES,
     MAX_PROMPTS,
     Decode,
     Grouping,
@@ -55,9 +56,9 @@ from instance.step import (
 )
 
 MAX_DECODE_ROWS = 256
-"""Most decode rows an instance brings to one step; the oldest sequences go first. With `chunk_tokens` it bounds a step."""
+"""Most decode rows an instance brings to one step; the oldest sequences go first."""
 
-MAX_SAMPLES = MAX_DECODE_ROWS + MAX_PROMPTS
+MAX_SAMPLES: dict[Lane, int] = {"prefill": MAX_PROMPTS, "decode": MAX_DECODE_ROWS}
 """Most tokens that an instance samples in one step."""
 
 
@@ -148,9 +149,9 @@ class Pace:
     """Prompt rows that an instance runs in one step."""
 
     chunk_tokens: int
-    """Where no decode waits for the step."""
+    """While nobody decodes."""
     mixed_chunk_tokens: int
-    """Where one does, at the beginning of a prompt."""
+    """While somebody does, at the beginning of a prompt."""
     reach: int = FAR
     """Tokens at which attending to what came before costs a row as much as the rest of the model."""
     grain: int = 1
@@ -160,8 +161,7 @@ class Pace:
 class Scheduler:
     """One instance's sequences within one epoch."""
 
-    def __init__(self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager, lanes: Sequence[Lane] = ("mixed",)) -> None:
-        """`lanes`: one that is mixed, or one for prompts and one for the rows that follow."""
+    def __init__(self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager) -> None:
         self.epoch = epoch
         self.rank = rank
         self.tally = Tally()
@@ -169,7 +169,7 @@ class Scheduler:
         self._rmanager = rmanager
         self._homes: dict[int, Home] = {}
         self._guests: dict[int, Guest] = {}
-        self._steps: dict[Lane, _Steps] = {lane: _Steps() for lane in lanes}
+        self._steps: dict[Lane, _Steps] = {lane: _Steps() for lane in LANES}
         self._departed: dict[int, None] = {}
         """Handed off while their last token was under way."""
         self._scored: list[Message] = []
@@ -209,19 +209,19 @@ class Scheduler:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def has_work(self, members: Sequence[int], lane: Lane = "mixed") -> bool:
+    def has_work(self, lane: Lane, members: Sequence[int]) -> bool:
         """Whether a notice from here would ask for anything, in a party of these members."""
         steps = self._steps[lane]
         return bool(steps.cancels or steps.last_tokens) or any(
-            home.over or home.in_prefill or (lane != "prefill" and (home.move_to is not None or self._can_decode(home)))
+            home.over or home.in_prefill or (lane == "decode" and (home.move_to is not None or self._can_decode(home)))
             for home in self._homes.values()
-            if self._lane_of(home) == lane and home.ranks() <= set(members)
+            if home.lane == lane and home.ranks() <= set(members)
         )
 
     def propose(
         self,
+        lane: Lane,
         members: Sequence[int],
-        lane: Lane = "mixed",
         *,
         party: int,
         step: int,
@@ -237,7 +237,7 @@ class Scheduler:
         released: list[int] = []
         handoffs: list[Handoff] = []
         for home in sorted(self._homes.values(), key=lambda home: (home.arrival, home.seq)):
-            if self._lane_of(home) != lane or not home.ranks() <= set(members):
+            if home.lane != lane or not home.ranks() <= set(members):
                 continue  # or its party has not met yet
             if home.over:
                 released.append(home.seq)
@@ -250,6 +250,7 @@ class Scheduler:
                         end=home.prompt_tokens,
                         shares=home.shares,
                         holdings=home.holdings,
+                        waited=home.waited,
                         scored=home.params.prompt_logprobs is not None,
                     )
                 )
@@ -261,10 +262,12 @@ class Scheduler:
                 decodes.append(Decode(seq=home.seq, position=home.position, holdings=home.holdings))
         return Notice(
             epoch=self.epoch,
+            lane=lane,
             party=party,
             step=step,
             rank=self.rank,
             digest=digest,
+            is_beside_decodes=any(home.decodes_on for home in self._homes.values()),
             budget=self._pace.chunk_tokens,
             paced_budget=self._pace.mixed_chunk_tokens,
             reach=self._pace.reach,
@@ -279,7 +282,7 @@ class Scheduler:
             groupings=groupings,
         )
 
-    def accept(self, step: Step, lane: Lane = "mixed") -> StepPlan:
+    def accept(self, lane: Lane, step: Step) -> StepPlan:
         """Take the lane's next derived step as decided: move all counts on, and say what to run.
 
         Raises StepMismatch if the step contradicts what this instance holds.
@@ -305,13 +308,16 @@ class Scheduler:
             if (home := self._homes.pop(seq, None)) is not None:
                 ended.homes.append(home)
         steps.ended.append(ended)
-        return self._plan(step, lane)
+        if lane == "prefill":
+            for home in self._homes.values():
+                home.waited += home.in_prefill
+        return self._plan(lane, step)
 
     def commit(
         self,
+        lane: Lane,
         tokens: Mapping[int, TokenLogprob],
         scored: Sequence[tuple[int, PromptLogprobs]] = (),
-        lane: Lane = "mixed",
     ) -> None:
         """The oldest accepted step of the lane has run: its tokens, and log-probabilities of prompts, by sequence."""
         self._scored += [Scored(epoch=self.epoch, seq=seq, logprobs=logprobs) for seq, logprobs in scored]
@@ -347,10 +353,6 @@ class Scheduler:
         """Whether blocks of it are here, and not only until the step that released them has run."""
         ended = [seqs for steps in self._steps.values() for seqs in steps.ended]
         return self._rmanager.shard(seq) is not None and not any(seq in step.seqs for step in ended)
-
-    def _lane_of(self, home: Home) -> Lane:
-        """Where its next step is."""
-        return "mixed" if "mixed" in self._steps else "decode" if home.committed else "prefill"
 
     def _tell_of_cancel(self, seq: int) -> None:
         """In all lanes: its home is in one of them, and may be on its way to the other, or to another instance."""
@@ -426,7 +428,7 @@ class Scheduler:
         self.tally.home_moves += 1
         self._messages.append(HomeMoved(epoch=self.epoch, seq=handoff.seq, home=self.rank))
 
-    def _plan(self, step: Step, lane: Lane) -> StepPlan:
+    def _plan(self, lane: Lane, step: Step) -> StepPlan:
         token_ids: list[int] = []
         positions: list[int] = []
         pending: list[tuple[int, int]] = []

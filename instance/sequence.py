@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from distattn.layout import Holding
 from gmanager.wire.messages import SequenceParams, Share
+from instance.step import Lane
 
 
 @dataclass(slots=True)
@@ -67,12 +68,24 @@ class Home:
     finished: bool = False
     cancelled: bool = False
     move_to: int | None = None
+    waited: int = 0
+    """Steps of the prefill lane since it came, until its prompt is in them."""
     waits_for_block: bool = False
     """The gManager has been told that there is no room for its next row."""
 
     @property
     def in_prefill(self) -> bool:
         return self.position < self.prompt_tokens
+
+    @property
+    def lane(self) -> Lane:
+        """Where its next step is."""
+        return "decode" if self.committed else "prefill"
+
+    @property
+    def decodes_on(self) -> bool:
+        """Whether rows follow those of its prompt, now or as soon as its first token is known."""
+        return not (self.in_prefill or self.over) and self.generated < self.params.max_tokens
 
     @property
     def over(self) -> bool:

@@ -1,14 +1,13 @@
-"""One instance: registers, joins an epoch, and runs its steps until the epoch ends.
-
-The loop is two deep: while the device runs step n, the CPU proposes, exchanges, derives and queues step n+1.
-"""
+"""One instance: registers, joins an epoch, and runs the loops of its lanes until the epoch ends."""
 
 import asyncio
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
@@ -19,25 +18,23 @@ from gmanager.wire.errors import BadMessage, PeerGone
 from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup, open_store
 from instance.config import GPU_GRAIN, InstanceConfig
+from instance.errors import EpochEnded, InstanceError
+from instance.lane import Lanes
 from instance.model import Model
-from instance.party import Party, PartyMessage
+from instance.party import Parties, PartyMessage
+from instance.processors import Processors, sharing_of
 from instance.rmanager import RManager
-from instance.runner import Launched, Runner, StepResult
+from instance.runner import Runner, Times, Traffic
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
-from instance.step import Grouping, derive
+from instance.step import LANES, Grouping, Lane
 from kvstore.storage import KVStorage
+
+if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
+    from distattn.peers import PeerMemory
 
 log = get_logger("instance")
 
 BEAT_S = 1.0
-
-
-class InstanceError(Exception):
-    """The instance can't go on; the message says why."""
-
-
-class EpochEnded(InstanceError):
-    """The gManager ended the cell."""
 
 
 @dataclass(slots=True)
@@ -45,15 +42,14 @@ class _Epoch:
     """Everything that lives as long as one membership."""
 
     number: int
-    party: Party
-    scheduler: Scheduler
-    runner: Runner
-    notice_ns: int = 0
-    """How long it has waited for the notices of its party's others."""
+    lanes: Lanes
 
     def counters(self, dropped: int) -> wire.Counters:
         """What has been done in it. `dropped`: messages of the gManager that were not for it."""
-        tally, traffic, times = self.scheduler.tally, self.runner.traffic, self.runner.times
+        tally, traffic, times = self.lanes.scheduler.tally, Traffic(), Times()
+        for loop in self.lanes:
+            traffic.add(loop.runner.traffic)
+            times.add(loop.runner.times)
         return wire.Counters(
             steps=tally.steps,
             rows=tally.rows,
@@ -66,8 +62,8 @@ class _Epoch:
             step_us=times.step_ns // 1000,
             exchange_us=times.exchange_ns // 1000,
             attention_us=times.attention_ns // 1000,
-            notice_us=self.notice_ns // 1000,
-            dropped_messages=dropped + self.party.dropped,
+            notice_us=sum(loop.notice_ns for loop in self.lanes) // 1000,
+            dropped_messages=dropped + self.lanes.parties.dropped,
         )
 
 
@@ -220,9 +216,10 @@ class Instance:
             log.warning("message dropped", message_type=type(message).__name__)
         else:
             self._command(self._epoch, message)
-            self._epoch.party.woken.set()
+            self._epoch.lanes.parties.wake()
 
     def _command(self, epoch: _Epoch, message: wire.Message | BadMessage) -> None:
+        scheduler = epoch.lanes.scheduler
         match message:
             case wire.Reserve(seq=seq, blocks=blocks):
                 kind = {"epoch": epoch.number, "seq": seq}
@@ -234,44 +231,23 @@ class Instance:
                 self._rmanager.drop(seq)
                 self._tell_of_freed()
             case wire.Admit():
-                epoch.scheduler.admit(message)
+                scheduler.admit(message)
             case wire.Regroup(number=number, parties=parties):
-                epoch.party.learn(Grouping(number=number, members=members) for members in parties)
+                epoch.lanes.parties.learn([Grouping(number=number, members=members) for members in parties])
             case wire.MoveSequence(seq=seq, to=to):
-                epoch.scheduler.move(seq, to)
+                scheduler.move(seq, to)
             case wire.Cancel(seq=seq):
-                epoch.scheduler.cancel(seq)
+                scheduler.cancel(seq)
             case _:
                 self._dropped += 1
 
     async def _join(self, join: wire.JoinEpoch, tasks: asyncio.TaskGroup) -> None:
-        """Form the epoch's process group and start to step."""
+        """Form the epoch's process groups and start to step."""
         config, device = self._config, self._model.device
         loop = asyncio.get_running_loop()
-        group = await loop.run_in_executor(
-            self._joiner,
-            lambda: EpochGroup(
-                store_address=join.store_address,
-                host=config.host,
-                epoch=join.epoch,
-                rank=join.rank,
-                size=len(join.members),
-                device=device,
-                timeout_s=config.step_timeout_s,
-            ),
-        )
-        self._cleanup.callback(group.close)
-        attention = DistAttention(
-            self._storage,
-            self._model.shape,
-            Exchange(group.group, device),
-            backend=config.backend,
-        )
-        runner = Runner(self._model, attention, threads=config.threads, max_samples=MAX_SAMPLES, assets=self._assets)
-        self._cleanup.callback(runner.close)
-        if device.type == "cuda":
-            await loop.run_in_executor(self._joiner, self._prepare, join, group, runner)
-        party = Party(
+        processors = Processors.of(device, config.decode_processors) if device.type == "cuda" else None
+        runners = {lane: await loop.run_in_executor(self._joiner, self._make_runner, join, lane, processors) for lane in LANES}
+        parties = Parties(
             epoch=join.epoch,
             rank=join.rank,
             addresses=[member.party_address for member in join.members],
@@ -279,83 +255,78 @@ class Instance:
             dial=lambda address: self._transport.dial(address, self._party_decoder),
             timeout_s=config.step_timeout_s,
         )
-        is_paced = config.mixed_chunk_tokens < config.chunk_tokens
         pace = Pace(config.chunk_tokens, config.mixed_chunk_tokens)
-        if is_paced:
+        if device.type == "cuda":
             pace = replace(pace, reach=self._model.reach(), grain=GPU_GRAIN)
         scheduler = Scheduler(epoch=join.epoch, rank=join.rank, pace=pace, rmanager=self._rmanager)
-        self._epoch = _Epoch(join.epoch, party, scheduler, runner)
-        tasks.create_task(party.run())
-        tasks.create_task(self._step(self._epoch, tasks))
+        lanes = Lanes(
+            parties=parties,
+            scheduler=scheduler,
+            runners=runners,
+            sharing=None if processors is None else sharing_of(self._model, processors),
+            timeout_s=config.step_timeout_s,
+        )
+        self._epoch = _Epoch(join.epoch, lanes)
+        tasks.create_task(lanes.run(partial(self._on_progress, scheduler)))
+        gc.collect()
+        gc.freeze()  # what was loaded stays: looking through it again and again delayed steps by tens of milliseconds
         self._gmanager.send(wire.Joined(epoch=join.epoch))
         log.info("epoch joined", epoch=join.epoch, cell_rank=join.rank, instances=len(join.members))
 
-    def _prepare(self, join: wire.JoinEpoch, group: EpochGroup, runner: Runner) -> None:
-        """Build what the epoch's steps need on a GPU."""
+    def _make_runner(self, join: wire.JoinEpoch, lane: Lane, processors: Processors | None) -> Runner:
+        """The device's side of a lane: all members of the epoch make theirs together."""
+        config, device = self._config, self._model.device
+        group = EpochGroup(
+            store_address=join.store_address,
+            host=config.host,
+            name=f"epoch-{join.epoch}-{lane}",
+            rank=join.rank,
+            size=len(join.members),
+            device=device,
+            timeout_s=config.step_timeout_s,
+        )
+        self._cleanup.callback(group.close)
+        attention = DistAttention(self._storage, self._model.shape, Exchange(group.group, device), backend=config.backend)
+        runner = Runner(
+            self._model,
+            attention,
+            threads=config.threads,
+            max_samples=MAX_SAMPLES[lane],
+            assets=self._assets,
+            streams=None if processors is None else processors.streams[lane],
+        )
+        self._cleanup.callback(runner.close)
+        if device.type == "cuda" and lane == "prefill":
+            runner.prepare_chunks(config.chunk_tokens)
+        elif device.type == "cuda":
+            peers = self._share_memory(join, group)
+            log.info("capturing CUDA graphs")
+            runner.capture(self._storage, peers)
+            log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
+        return runner
+
+    def _share_memory(self, join: wire.JoinEpoch, group: EpochGroup) -> "PeerMemory | None":
+        """Memory that the members write for each other, where graphs can use it."""
         from distattn.peers import PeerMemory  # it needs Triton, which an instance on the CPU does without
         from kernels.decode_attention import MAX_ROWS
 
-        peers = None
         most_served = (len(join.members) - 1) * MAX_DECODE_ROWS
-        if self._config.shares_host and self._model.fused is not None and 0 < most_served <= MAX_ROWS:
-            peers = PeerMemory(
-                store=group.store,
-                rank=join.rank,
-                size=len(join.members),
-                rows=MAX_DECODE_ROWS,
-                shape=self._model.shape,
-                device=self._model.device,
-            )
-            self._cleanup.callback(peers.abort)
-            group.barrier()  # nobody pushes into memory that its owner has yet to clear
-        log.info("capturing CUDA graphs")
-        runner.prepare(self._storage, self._config.chunk_tokens, peers)
-        log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
+        if not self._config.shares_host or self._model.fused is None or not 0 < most_served <= MAX_ROWS:
+            return None
+        peers = PeerMemory(
+            store=group.store,
+            rank=join.rank,
+            size=len(join.members),
+            rows=MAX_DECODE_ROWS,
+            shape=self._model.shape,
+            device=self._model.device,
+        )
+        self._cleanup.callback(peers.abort)
+        group.barrier()  # nobody pushes into memory that its owner has yet to clear
+        return peers
 
-    # --- steps --------------------------------------------------------------------------------------------------------
-
-    async def _step(self, epoch: _Epoch, tasks: asyncio.TaskGroup) -> None:
-        """The main loop: propose, derive, launch, commit."""
-        party, scheduler, runner = epoch.party, epoch.scheduler, epoch.runner
-        running = None  # the step on the device
-        while True:
-            launched = None
-            if party.is_called or scheduler.has_work(party.members):
-                notice = scheduler.propose(
-                    party.members,
-                    party=party.grouping.number,
-                    step=party.step,
-                    digest=party.digest,
-                    groupings=party.news(),
-                )
-                asked_ns = time.perf_counter_ns()
-                notices = await party.exchange(notice)
-                epoch.notice_ns += time.perf_counter_ns() - asked_ns
-                if notices is None:
-                    continue
-                step = derive(notices)
-                launched = runner.launch(scheduler.accept(step))
-                tasks.create_task(_fail_with(launched))
-                party.advance(step.digest(), rest=step.is_empty())
-            elif running is None:
-                party.woken.clear()
-                await party.woken.wait()
-                continue
-            if running is not None:
-                result = await self._result_of(runner, running)
-                scheduler.commit(result.tokens, result.scored)
-            running = launched
-            self._publish(scheduler)
-
-    async def _result_of(self, runner: Runner, running: asyncio.Future[Launched]) -> StepResult:
-        limit = self._config.step_timeout_s
-        try:
-            async with asyncio.timeout(limit):
-                return await runner.result_of(running)
-        except TimeoutError:
-            raise InstanceError(f"the device did not end a step within {limit:.0f} s") from None
-
-    def _publish(self, scheduler: Scheduler) -> None:
+    def _on_progress(self, scheduler: Scheduler) -> None:
+        """A lane has moved on: tell the gManager."""
         self._tell_of_freed()
         for message in scheduler.take_messages():
             self._gmanager.send(message)
@@ -368,12 +339,7 @@ class Instance:
         """The pool and the sequences agree. Raises RuntimeError otherwise."""
         self._rmanager.shards.validate()
         if self._epoch is not None:
-            self._epoch.scheduler.validate()
-
-
-async def _fail_with(launched: asyncio.Future[Launched]) -> None:
-    """A step that breaks is noticed at once, also while the loop waits for others to come to the next."""
-    await launched
+            self._epoch.lanes.scheduler.validate()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

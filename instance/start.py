@@ -131,7 +131,13 @@ def device_of(config: InstanceConfig) -> torch.device:
 
 
 def _needs(config: InstanceConfig, model: Model) -> Needs:
-    return Needs.of(model, chunk_tokens=config.chunk_tokens, cell_size=config.cell_size, backend=config.backend)
+    return Needs.of(
+        model,
+        chunk_tokens=config.chunk_tokens,
+        cell_size=config.cell_size,
+        backend=config.backend,
+        splits=config.decode_processors,
+    )
 
 
 def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStorage:

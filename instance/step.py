@@ -6,7 +6,7 @@ and nothing but its arguments.
 """
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -14,12 +14,17 @@ import msgspec
 from distattn.layout import Holding, Span
 from gmanager.wire.messages import Message, Part, SequenceParams, Share, TokenLogprob
 
+STRETCH = 4
+"""How many times as long as it would alone a prompt may take before those that come later, and are shorter, stand back."""
+
 MAX_PROMPTS = 64
 """Most prompts that have rows in one step: each may end in it, and its logits take memory."""
 
 
-Lane = Literal["mixed", "prefill", "decode"]
-"""Which rows a step may have: `mixed` any, or those of prompts and those that follow in steps of their own."""
+Lane = Literal["prefill", "decode"]
+"""Which rows a step has: those of prompts, or those that follow them. An instance runs steps of both kinds at once."""
+
+LANES: tuple[Lane, Lane] = ("prefill", "decode")
 
 FAR = 1 << 60
 """A `Notice.reach` with which all rows cost the same."""
@@ -47,6 +52,8 @@ class Prefill(Part):
     shares: list[Share]
     """What each participant still has to take."""
     holdings: list[Holding]
+    waited: int = 0
+    """Steps of the prefill lane since it came."""
     scored: bool = False
     """Whether log-probabilities of its tokens are wanted."""
 
@@ -93,19 +100,22 @@ class Grouping(Part):
 
 class Notice(Message):
     epoch: int
+    lane: Lane
     party: int
     step: int
     rank: int
     digest: list[int]
     """Of the step before, field by field (`Step.digest`); empty in a party's first step."""
+    is_beside_decodes: bool
+    """Whether it decodes meanwhile: then short chunks keep the wait of those short who come next."""
     budget: int
-    """Prompt rows it would run in a step without decode rows."""
+    """Prompt rows it would run in a step while no member decodes."""
     paced_budget: int
-    """The same beside decode rows of any member, counted at the beginning of a prompt: rows cost more further on."""
+    """The same while one does, counted at the beginning of a prompt: rows cost more further on."""
     reach: int
     """Tokens before a row at which it costs twice as much as the first row."""
     grain: int
-    """Rows that cost it about as much as fewer: beside decode rows the oldest prompt gets multiples of it."""
+    """Rows that cost it about as much as fewer: while a member decodes who gets the rest of a budget gets multiples of it."""
     ready: list[int]
     """Sequences it takes part in prefilling."""
     decodes: list[Decode]
@@ -223,8 +233,8 @@ def _fill(total: int, caps: Sequence[int]) -> list[int]:
 def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     """Share the members' prompt rows of this step among the prompts that wait.
 
-    The oldest is promised half of each budget it can use, so that it never starves; the rest goes to those with the fewest
-    tokens left, so that a short prompt never waits for a long one; the oldest takes what remains.
+    Those with the fewest tokens left go first, so that a short prompt doesn't wait for a long one. But the one with the least
+    slack (`_slack`) is promised half of each budget, if it can use that: so none starves.
     """
     ready = {notice.rank: set(notice.ready) for notice in notices}
     waiting = [
@@ -235,24 +245,25 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     ]
     if not waiting:
         return
-    is_paced = any(notice.decodes for notice in notices)
+    is_paced = any(notice.is_beside_decodes for notice in notices)
     budget = {notice.rank: notice.paced_budget if is_paced else notice.budget for notice in notices}
     reach = {notice.rank: notice.reach if is_paced else FAR for notice in notices}
-    oldest = min(waiting, key=lambda p: (p.arrival, p.seq))
-    kept = {share.rank: (budget[share.rank] + 1) // 2 for share in oldest.shares}
-    most = {notice.rank: notice.budget for notice in notices}  # which a grain must not exceed
-    others = sorted((p for p in waiting if p is not oldest), key=lambda p: (p.end - p.start, p.arrival, p.seq))
-    del others[MAX_PROMPTS - 1 :]
-    grain: dict[int, int] = {}  # the last in line may have more than is left
-    for prefill in [*others, oldest]:
-        if prefill is oldest:
-            kept = {}
-            grain = {notice.rank: notice.grain if is_paced else 1 for notice in notices}
-        left = {s.rank: budget[s.rank] - kept.get(s.rank, 0) for s in prefill.shares}
-        room = [
-            min(s.tokens, most[s.rank], _affordable(left[s.rank], prefill.start, reach[s.rank], grain.get(s.rank)))
-            for s in prefill.shares
-        ]
+    grains = {notice.rank: notice.grain if is_paced else 1 for notice in notices}
+    rows = {notice.rank: notice.budget for notice in notices}  # of a step, whatever they cost
+    first = min(waiting, key=lambda p: (_slack(p, budget, reach), p.arrival, p.seq))
+    order = sorted((p for p in waiting if p is not first), key=_shortest)[: MAX_PROMPTS - 1]
+    order = sorted([*order, first], key=_shortest)
+    kept = {s.rank: min((budget[s.rank] + 1) // 2, _cost(s.tokens, first.start, reach[s.rank])) for s in first.shares}
+    kept_rows = {s.rank: min((rows[s.rank] + 1) // 2, s.tokens) for s in first.shares}
+    for prefill in order:
+        if prefill is first:
+            kept, kept_rows = {}, {}
+        may_round = prefill in (first, order[-1])
+        room = []
+        for s in prefill.shares:
+            grain = grains[s.rank] if may_round else None
+            affordable = _affordable(budget[s.rank] - kept.get(s.rank, 0), prefill.start, reach[s.rank], grain)
+            room.append(min(s.tokens, rows[s.rank] - kept_rows.get(s.rank, 0), affordable))
         home = prefill.shares[0]
         caps = [min(room[0], home.tokens - 1), *room[1:]] if len(room) > 1 else room
         chunk = [
@@ -261,9 +272,27 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
         ]
         for span in chunk:
             budget[span.rank] -= _cost(span.stop - span.start, prefill.start, reach[span.rank])
-            most[span.rank] -= span.stop - span.start
+            rows[span.rank] -= span.stop - span.start
         if chunk:
             yield prefill, chunk
+
+
+def _shortest(prefill: Prefill) -> tuple[int, int, int]:
+    return prefill.end - prefill.start, prefill.arrival, prefill.seq
+
+
+def _slack(prefill: Prefill, budget: Mapping[int, int], reach: Mapping[int, int]) -> int:
+    """Steps until a prompt is late: `STRETCH` times those it still needs, less those it has waited.
+
+    So a short prompt goes before a long one, until the long one has waited for `STRETCH` times its own length: from then on
+    none that comes goes before it. Source: least slack first, with a deadline in proportion to a job's length (stretch;
+    Bender, Chakrabarti and Muthukrishnan, "Flow and stretch metrics", SODA 1998).
+    """
+    ranks = [share.rank for share in prefill.shares if share.tokens]
+    rows = prefill.end - prefill.start
+    near = min(reach[rank] for rank in ranks)
+    cost = rows * (2 * near + prefill.start + prefill.end) // (2 * near)
+    return STRETCH * cost // sum(budget[rank] for rank in ranks) - prefill.waited
 
 
 def _affordable(budget: int, start: int, reach: int, grain: int | None) -> int:
@@ -293,7 +322,7 @@ def _with_spans(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Hold
 def _check_same(notices: Sequence[Notice]) -> None:
     head = notices[0]
     for other in notices[1:]:
-        for what in ("epoch", "party", "step"):
+        for what in ("epoch", "lane", "party", "step"):
             if getattr(head, what) != getattr(other, what):
                 raise StepMismatch(
                     f"rank {other.rank} is in {what} {getattr(other, what)}, rank {head.rank} in {getattr(head, what)}"

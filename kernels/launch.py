@@ -15,10 +15,16 @@ _ASSUMED_PROCESSORS = 132
 """Of a GPU that isn't here: an H100's, and an H200's."""
 
 
+_INTERPRETER_PROCESSORS = 5
+"""Where there is no device to fill: few enough to be quick, enough that tests split rows."""
+
+
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; of `meta`, where only sizes are asked for, those of a common one."""
     if device.type == "meta":
         return _ASSUMED_PROCESSORS
+    if device.type == "cpu":
+        return _INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -37,8 +37,6 @@ _MAX_GROUP = 64
 _MIN_PART_TILES = 4
 """A part of split KV is at least so many KV tiles long, so that the merge stays small beside it."""
 _PROGRAMS_PER_PROCESSOR = 4
-_INTERPRETER_PROGRAMS = 16
-"""Programs aimed at where there is no device to fill: few enough to be quick, enough that tests split KV."""
 _MERGE_PARTS = 16
 _WORK_COLUMNS = tl.constexpr(7)
 _SPLIT_COLUMNS = tl.constexpr(4)
@@ -426,8 +424,6 @@ def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: Attentio
 
 def _programs(device: torch.device) -> int:
     """How many programs fill the device."""
-    if device.type == "cpu":
-        return _INTERPRETER_PROGRAMS
     return _PROGRAMS_PER_PROCESSOR * num_processors(device)
 
 

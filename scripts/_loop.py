@@ -4,9 +4,10 @@ What runs is what `instance.server` runs: party, scheduler, derivation, runner. 
 """
 
 import asyncio
+import gc
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +15,23 @@ import msgspec
 import torch
 
 from distattn.attention import DistAttention
-from distattn.exchange import Exchange, Group, Store
+from distattn.exchange import Exchange, Store
 from distattn.layout import Holding
 from distattn.peers import PeerMemory
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.messages import Admit, Message, Outputs, SequenceParams, Share, TextAssets, pack_tokens
+from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, GPU_MIXED_CHUNK_TOKENS
+from instance.lane import Lanes
 from instance.model import Model
-from instance.party import Party, PartyMessage
+from instance.party import Parties, PartyMessage
+from instance.processors import Processors, sharing_of
 from instance.rmanager import RManager
-from instance.runner import Launched, Runner
+from instance.runner import Runner
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
-from instance.step import Grouping, Handoff, Past, derive
+from instance.sharing import SPLITS
+from instance.step import LANES, Grouping, Handoff, Lane, Past, derive
 from kvstore.storage import KVStorage
 
 TIMEOUT_S = 300
@@ -34,16 +39,40 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The processes that take part: a torch store and a process group (`instance.cell.EpochGroup`) that they share."""
+    """The processes that take part: a torch store and a process group for each lane that they share."""
 
     rank: int
     size: int
     store: Store
-    group: Group
+    groups: Mapping[Lane, EpochGroup]
+
+    @staticmethod
+    def meet(store_address: str, rank: int, size: int, device: torch.device) -> "Cell":
+        """Waits for all members; `store_address` as `instance.cell.open_store` gives it."""
+        groups = {
+            lane: EpochGroup(
+                store_address=store_address,
+                host="127.0.0.1",
+                name=f"epoch-1-{lane}",
+                rank=rank,
+                size=size,
+                device=device,
+                timeout_s=TIMEOUT_S,
+            )
+            for lane in LANES
+        }
+        return Cell(rank, size, groups["decode"].store, groups)
+
+    def barrier(self) -> None:
+        """Until all members have come here."""
+        self.groups["decode"].barrier()
 
 
 class Loop:
-    """One instance's loop; alone, or in a cell of which all members call the same methods in the same order."""
+    """The loops of one instance's lanes; alone, or in a cell of which all members call the same methods in the same order.
+
+    They run while a method waits for them, and stand still meanwhile.
+    """
 
     def __init__(
         self,
@@ -52,6 +81,7 @@ class Loop:
         *,
         chunk_tokens: int,
         mixed_chunk_tokens: int = GPU_MIXED_CHUNK_TOKENS,
+        decode_processors: Sequence[int] = SPLITS,
         cell: Cell | None = None,
         assets: TextAssets | None = None,
     ) -> None:
@@ -59,14 +89,25 @@ class Loop:
         on_gpu = model.device.type == "cuda"
         self.rank, size = (0, 1) if cell is None else (cell.rank, cell.size)
         self.storage = storage
-        group = None if cell is None else cell.group
-        attention = DistAttention(
-            storage,
-            model.shape,
-            Exchange(group, model.device),  # type: ignore[arg-type]  # nobody to exchange with
-            backend="triton" if on_gpu else "torch",
-        )
-        self.runner = Runner(model, attention, threads=torch.get_num_threads(), max_samples=MAX_SAMPLES, assets=assets)
+        processors = Processors.of(model.device, decode_processors) if on_gpu else None
+        self._sharing = None if processors is None else sharing_of(model, processors)
+        self.runners: dict[Lane, Runner] = {}
+        for lane in LANES:
+            group = None if cell is None else cell.groups[lane].group
+            attention = DistAttention(
+                storage,
+                model.shape,
+                Exchange(group, model.device),  # type: ignore[arg-type]  # nobody to exchange with
+                backend="triton" if on_gpu else "torch",
+            )
+            self.runners[lane] = Runner(
+                model,
+                attention,
+                threads=torch.get_num_threads(),
+                max_samples=MAX_SAMPLES[lane],
+                assets=assets,
+                streams=None if processors is None else processors.streams[lane],
+            )
         if on_gpu:
             peers = None
             if cell is not None:
@@ -78,16 +119,22 @@ class Loop:
                     shape=model.shape,
                     device=model.device,
                 )
-            self.runner.prepare(storage, chunk_tokens, peers)
+                cell.barrier()  # nobody pushes into memory that its owner has yet to clear
+            self.runners["prefill"].prepare_chunks(chunk_tokens)
+            self.runners["decode"].capture(storage, peers)
         self._rmanager = RManager(storage.num_blocks, storage.block_size)
-        pace = Pace(chunk_tokens, min(chunk_tokens, mixed_chunk_tokens), model.reach(), GPU_GRAIN if on_gpu else 1)
+        pace = Pace(chunk_tokens, mixed_chunk_tokens, model.reach(), GPU_GRAIN if on_gpu else 1)
         self._scheduler = Scheduler(epoch=1, rank=self.rank, pace=pace, rmanager=self._rmanager)
-        self._running: asyncio.Future[Launched] | None = None
         self._seqs: dict[int, None] = {}
         self.tokens: dict[int, list[int]] = {}
         """What each sequence whose home is here has generated."""
         self._groupings = 0
         self._cell = cell
+        self._ends: dict[Lane, list[float]] = {lane: [] for lane in LANES}
+        """When the steps of each lane were known to have run."""
+        self._changed = asyncio.Event()
+        gc.collect()
+        gc.freeze()  # as an instance does
         self._events = asyncio.Runner()
         self._events.run(self._open(cell))
 
@@ -98,7 +145,7 @@ class Loop:
     def join(self, members: Sequence[int]) -> None:
         """Step together with these from now on. All of the cell call this at once, each with its own party."""
         self._groupings += 1
-        self._party.learn([Grouping(number=self._groupings, members=list(members))])
+        self._parties.learn([Grouping(number=self._groupings, members=list(members))])
         self._events.run(self._settle())
 
     def place(self, seq: int, tokens: Sequence[int], max_tokens: int, *, token: int | None = None, **sampling: Any) -> None:
@@ -123,9 +170,9 @@ class Loop:
             seq=seq, to=home, arrival=seq, position=ends[-1], prompt_tokens=ends[-1], generated=1, last_token=token,
             params=params, holdings=holdings, past=past,
         )  # fmt: skip
-        notice = self._scheduler.propose([], party=0, step=0, digest=[], groupings=[])
-        self._scheduler.accept(derive([msgspec.structs.replace(notice, handoffs=[handoff])]))
-        self._scheduler.commit({})
+        notice = self._scheduler.propose("decode", [], party=0, step=0, digest=[], groupings=[])
+        self._scheduler.accept("decode", derive([msgspec.structs.replace(notice, handoffs=[handoff])]))
+        self._scheduler.commit("decode", {})
         self._seqs[seq] = None
 
     def admit(self, seq: int, prompt: "array[int]", shares: Sequence[int], max_tokens: int) -> None:
@@ -144,26 +191,35 @@ class Loop:
         """Whether a sequence still holds blocks here."""
         return self._rmanager.shard(seq) is not None
 
-    def steps(self, most: int) -> list[float]:
-        """Seconds at which each of up to `most` steps was known to have run, from the call on; ends when there is no work.
+    def steps(self, most: int, lane: Lane = "decode") -> list[float]:
+        """Seconds at which each of up to `most` steps of a lane was known to have run, from the call on; ends when there is no
+        work. The other lane runs beside it.
 
         In a party all members ask for the same number, and one of them must have work for so many.
         """
-        return self._events.run(self._run(most))
+        begin, before = time.perf_counter(), len(self._ends[lane])
+        self._events.run(self._until(lambda: len(self._ends[lane]) >= before + most))
+        return [end - begin for end in self._ends[lane][before:]]
+
+    def finish(self, *seqs: int) -> dict[Lane, list[float]]:
+        """Run until none of these holds blocks here: seconds at which the steps of each lane were known to have run."""
+        begin, before = time.perf_counter(), {lane: len(ends) for lane, ends in self._ends.items()}
+        self._events.run(self._until(lambda: not any(map(self.is_busy, seqs))))
+        return {lane: [end - begin for end in ends[before[lane] :]] for lane, ends in self._ends.items()}
 
     def drain(self) -> None:
         """End all that runs, and free it."""
         for seq in self._seqs:
             self._scheduler.cancel(seq)
-        self._party.woken.set()
-        while len(self._rmanager.shards) or self._running is not None:
-            self.steps(1)
+        self._parties.wake()
+        self._events.run(self._until(lambda: not (len(self._rmanager.shards) or any(loop.is_running for loop in self._lanes))))
         self._seqs.clear()
 
     def close(self) -> None:
         self._events.run(self._shut())
         self._events.close()
-        self.runner.close()
+        for runner in self.runners.values():
+            runner.close()
 
     async def _open(self, cell: Cell | None) -> None:
         transport = ZmqTransport()
@@ -174,7 +230,7 @@ class Loop:
             store = cell.store
             store.set(f"party-{cell.rank}", self._listener.address.encode())
             addresses = [store.get(f"party-{rank}").decode() for rank in range(cell.size)]
-        self._party = Party(
+        self._parties = Parties(
             epoch=1,
             rank=self.rank,
             addresses=addresses,
@@ -182,61 +238,52 @@ class Loop:
             dial=lambda address: transport.dial(address, decoder),
             timeout_s=TIMEOUT_S,
         )
-        self._meeting = asyncio.create_task(self._party.run())
+        self._lanes = Lanes(
+            parties=self._parties,
+            scheduler=self._scheduler,
+            runners=self.runners,
+            sharing=self._sharing,
+            timeout_s=TIMEOUT_S,
+        )
+        self._work = asyncio.create_task(self._lanes.run(self._on_progress))
+        await asyncio.sleep(0)  # until it listens
 
     async def _shut(self) -> None:
-        self._meeting.cancel()
-        await asyncio.gather(self._meeting, return_exceptions=True)
+        self._work.cancel()
+        await asyncio.gather(self._work, return_exceptions=True)
         await self._listener.close()
 
     async def _settle(self) -> None:
         """Go to the new party, and stay to answer until all have done so."""
-        while self._party.grouping.number < self._groupings:
-            await self._step()
+        while any(self._parties[lane].grouping.number < self._groupings for lane in LANES):
+            await asyncio.sleep(0.002)
         if self._cell is not None:
             self._cell.store.set(f"joined-{self._groupings}-{self.rank}", b"")
             names = [f"joined-{self._groupings}-{rank}" for rank in range(self._cell.size)]
             while not self._cell.store.check(names):
                 await asyncio.sleep(0.002)
 
-    async def _step(self) -> bool | None:
-        """Launch the next step of the party, if there is one: False if there is no work, None if the party changed instead."""
-        party, scheduler = self._party, self._scheduler
-        self._launched: asyncio.Future[Launched] | None = None
-        if not (party.is_called or scheduler.has_work(party.members)):
-            return False
-        notice = scheduler.propose(
-            party.members, party=party.grouping.number, step=party.step, digest=party.digest, groupings=party.news()
-        )
-        notices = await party.exchange(notice)
-        if notices is None:
-            return None
-        step = derive(notices)
-        self._launched = self.runner.launch(scheduler.accept(step))
-        party.advance(step.digest(), rest=step.is_empty())
-        return True
+    async def _until(self, is_done: Callable[[], bool]) -> None:
+        """Until then, or until there is no work and nobody else who may bring some. Raises what broke a lane."""
+        self._parties.wake()
+        while not (is_done() or self._rests()):
+            self._changed.clear()
+            changed = asyncio.create_task(self._changed.wait())
+            await asyncio.wait([changed, self._work], return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if self._work.done():
+                self._work.result()
 
-    async def _run(self, most: int) -> list[float]:
-        party, scheduler = self._party, self._scheduler
-        ends: list[float] = []
-        begin = time.perf_counter()
-        while len(ends) < most:
-            stepped = await self._step()
-            if stepped is None:
-                continue
-            if not stepped and self._running is None:
-                if len(party.members) == 1:
-                    break
-                party.woken.clear()
-                await asyncio.wait_for(party.woken.wait(), TIMEOUT_S)
-                continue
-            launched = self._launched
-            if self._running is not None:
-                scheduler.commit((await self.runner.result_of(self._running)).tokens)
-                self._collect(scheduler.take_messages())
-                ends.append(time.perf_counter() - begin)
-            self._running = launched
-        return ends
+    def _rests(self) -> bool:
+        return not any(loop.is_running or loop.has_work or len(loop.party.members) > 1 for loop in self._lanes)
+
+    def _on_progress(self) -> None:
+        now = time.perf_counter()
+        for loop in self._lanes:
+            ends = self._ends[loop.lane]
+            ends.extend([now] * (loop.steps_run - len(ends)))
+        self._collect(self._scheduler.take_messages())
+        self._changed.set()
 
     def _collect(self, messages: Sequence[Message]) -> None:
         for message in messages:

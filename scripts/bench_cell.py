@@ -29,7 +29,7 @@ from _dummy import bytes_read, make_model, make_storage, pool_tokens, token_byte
 from _loop import Cell, Loop
 from _measure import Row, copy_bandwidth, show, write_json
 
-from instance.cell import EpochGroup, open_store
+from instance.cell import open_store
 
 dist: Any = torch.distributed  # its stubs lack TCPStore
 
@@ -43,7 +43,7 @@ class Bench:
     """One member of the cell."""
 
     loop: Loop
-    group: EpochGroup
+    cell: Cell
     rank: int
     copy: float
     weights: int
@@ -60,7 +60,7 @@ class Bench:
         ends = self.loop.steps(STEPS)
         between = [b - a for a, b in pairwise(ends[WARM:])]
         self.loop.drain()
-        self.group.barrier()
+        self.cell.barrier()
         return 1e3 * statistics.median(between)
 
     def floor_ms(self, kv_tokens: int) -> float:
@@ -128,33 +128,29 @@ def undisturbed(bench: Bench) -> list[Row]:
     alone = busy = 0.0
     if bench.rank == 1:
         alone = decode_ms()
-    bench.group.barrier()
+    bench.cell.barrier()
     if bench.rank == 0:
         prefill_s(bench, 1 << 20, bench.tokens(131072), [1, 0])
     else:
         busy = decode_ms()
-    bench.group.barrier()
+    bench.cell.barrier()
     times = torch.tensor([alone, busy], device=bench.loop.storage.data_L2BPKD.device)
-    bench.group.group.allreduce([times]).wait()  # type: ignore[attr-defined]
+    bench.cell.groups["decode"].group.allreduce([times]).wait()  # type: ignore[attr-defined]
     alone, busy = times.tolist()
     return [{"rows": count, "alone ms": alone, "beside a prefill ms": busy, "ratio": busy / alone}]
 
 
 def prefill_s(bench: Bench, seq: int, tokens: int, parts: list[int], steps: list[float] | None = None) -> float:
-    """Seconds from the first step of a prompt to its end; `parts`: who takes part. Adds the seconds of each step to `steps`."""
+    """Seconds from the first step of a prompt to its end; `parts`: who takes part. `steps` gets those between decodes."""
     prompt = array("I", torch.randint(bench.vocab, (tokens,), generator=torch.Generator().manual_seed(1)).tolist())
     shares = [tokens * part // sum(parts) for part in parts]
     shares[0] += tokens - sum(shares)
     begin = time.perf_counter()
     bench.loop.admit(seq, prompt, shares, 1)
-    last = begin
-    while bench.loop.is_busy(seq):
-        bench.loop.steps(1)
-        now = time.perf_counter()
-        if steps is not None:
-            steps.append(now - last)
-        last = now
-    return last - begin
+    ends = bench.loop.finish(seq)
+    if steps is not None:
+        steps += [b - a for a, b in pairwise(ends["decode"])]
+    return time.perf_counter() - begin
 
 
 def prefills(bench: Bench, lengths: list[int]) -> list[Row]:
@@ -163,7 +159,7 @@ def prefills(bench: Bench, lengths: list[int]) -> list[Row]:
         tokens = bench.tokens(length)
         bench.together()
         seconds = prefill_s(bench, 1 << 20, tokens, [1, 1])
-        bench.group.barrier()
+        bench.cell.barrier()
         bench.loop.drain()
         rows.append({"tokens": tokens, "s": seconds})
     return rows
@@ -182,17 +178,17 @@ def mixed(bench: Bench) -> list[Row]:
     ends = bench.loop.steps(STEPS)
     alone = [b - a for a, b in pairwise(ends[WARM:])]
     bench.loop.drain()
-    bench.group.barrier()
+    bench.cell.barrier()
     place()
     bench.loop.steps(WARM)
     times: list[float] = []
     seconds = prefill_s(bench, 1 << 20, prompt, [1, 1], times)
-    bench.group.barrier()
+    bench.cell.barrier()
     bench.loop.drain()
-    bench.group.barrier()
+    bench.cell.barrier()
     bench.together()
     undisturbed_s = prefill_s(bench, 1 << 21, prompt, [1, 1])
-    bench.group.barrier()
+    bench.cell.barrier()
     bench.loop.drain()
     before, beside = _p99(alone), _p99(times)
     return [
@@ -243,19 +239,9 @@ def main() -> int:
         kept, address = open_store("127.0.0.1", 60)
         stores.append(kept)
         meeting.set("address", address)
-    group = EpochGroup(
-        store_address=meeting.get("address").decode(),
-        host="127.0.0.1",
-        epoch=1,
-        rank=rank,
-        size=size,
-        device=device,
-        timeout_s=300,
-    )
-    cell = Cell(rank, size, group.store, group.group)
+    cell = Cell.meet(meeting.get("address").decode(), rank, size, device)
     loop = Loop(model, storage, chunk_tokens=args.chunk_tokens, cell=cell)
-    group.barrier()  # nobody pushes into memory that its owner has yet to clear
-    bench = Bench(loop, group, rank, copy, bytes_read(model), token_bytes(storage), model.vocab_size, args.scale)
+    bench = Bench(loop, cell, rank, copy, bytes_read(model), token_bytes(storage), model.vocab_size, args.scale)
     report: Row = {
         "copy_GB/s": copy,
         "KV tokens of each GPU": capacity,
@@ -267,7 +253,7 @@ def main() -> int:
         if rank == 0:
             show(report[part], title)
             write_json(args.out, report)
-    group.barrier()
+    cell.barrier()
     loop.close()
     return 0
 

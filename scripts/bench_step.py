@@ -7,6 +7,7 @@ by device events; their difference is what the host's work costs. `products` is 
 `no attention` the captured step without its attention kernels. `floor` is (weights + KV) over the copy bandwidth of this run.
 Sampling: the step of 64 rows with what requests may ask of it, over the same step without, in turns.
 Prefill: whole prompts of random tokens through the same loop.
+Beside: decodes in their lane while a prompt runs in the other, over each alone (`--decode-processors`, `--mixed-chunk-tokens`).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import itertools
 import statistics
 import sys
 from array import array
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,10 @@ from llguidance import LLMatcher, LLTokenizer
 
 from distattn.shape import PackedRows
 from gmanager.wire.messages import TextAssets
+from instance.config import GPU_MIXED_CHUNK_TOKENS
 from instance.model import Model
+from instance.sharing import SPLITS
+from kernels.launch import num_processors
 from kernels.layer_ops import linear
 from kvstore.storage import KVStorage
 
@@ -98,8 +103,7 @@ def no_attention_ms(model: Model, storage: KVStorage, rows: int) -> float:
 
 
 def decode(loop: Loop, rows: int, tokens: int, model: Model, copy: float) -> Row:
-    graphs = loop.runner.graphs
-    assert graphs is not None  # for mypy: this script needs a GPU
+    graphs = loop.runners["decode"].graphs[num_processors(model.device)]
     for seq in range(rows):
         loop.place(seq, [tokens], STEPS + 40)
     ends = loop.steps(STEPS)
@@ -111,7 +115,7 @@ def decode(loop: Loop, rows: int, tokens: int, model: Model, copy: float) -> Row
     step = 1e3 * statistics.median(between)
     floor = read / copy / 1e6
     return {
-        "rows": rows, "tokens": tokens, "step ms": step, "P99": 1e3 * sorted(between)[int(0.99 * len(between))],
+        "rows": rows, "tokens": tokens, "step ms": step, "P99": 1e3 * _p99(between),
         "graph ms": graph, "host's part": (step - graph) / step, "floor ms": floor, "step / floor": step / floor,
     }  # fmt: skip
 
@@ -144,9 +148,32 @@ def sampling(loop: Loop, rows: int, tokens: int, tokenizer: Path | None) -> list
 def prefill(loop: Loop, tokens: int, vocab: int) -> Row:
     prompt = array("I", torch.randint(vocab, (tokens,)).tolist())
     loop.admit(1 << 20, prompt, [tokens], 1)
-    ends = loop.steps(1 << 30)
+    ends = loop.finish(1 << 20)["prefill"]
     steps = [b - a for a, b in pairwise(ends)]
     return {"tokens": tokens, "s": ends[-1], "first step s": ends[0], "last step s": steps[-1] if steps else None}
+
+
+def beside(loop: Loop, rows: int, tokens: int, prompt: int, vocab: int) -> Row:
+    """Decode steps beside the prefill of a prompt, over those before it; the prefill over the same alone."""
+    alone = prefill(loop, prompt, vocab)["s"]
+    for seq in range(rows):
+        loop.place(seq, [tokens], 4000)
+    ends = loop.steps(STEPS)
+    before = [b - a for a, b in pairwise(ends[10:])]
+    loop.admit(1 << 21, array("I", torch.randint(vocab, (prompt,)).tolist()), [prompt], 1)
+    lanes = loop.finish(1 << 21)
+    between = [b - a for a, b in pairwise(lanes["decode"])]
+    loop.drain()
+    return {
+        "rows": rows, "tokens": tokens, "step alone ms": 1e3 * statistics.median(before), "P99 alone ms": 1e3 * _p99(before),
+        "step ms": 1e3 * statistics.median(between), "P99 ms": 1e3 * _p99(between), "P99 ratio": _p99(between) / _p99(before),
+        "prompt": prompt, "prefill alone s": alone, "prefill s": lanes["prefill"][-1],
+        "prefill ratio": lanes["prefill"][-1] / alone, "steps": len(between),
+    }  # fmt: skip
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
 
 
 def main() -> int:
@@ -155,7 +182,9 @@ def main() -> int:
     parser.add_argument("--config", help="a directory with another model's config.json")
     parser.add_argument("--kv-tokens", type=int, default=64 * 8192 + 64 * 256)
     parser.add_argument("--chunk-tokens", type=int, default=8192)
-    parser.add_argument("--only", choices=("products", "decode", "sampling", "prefill"))
+    parser.add_argument("--mixed-chunk-tokens", type=int, default=GPU_MIXED_CHUNK_TOKENS)
+    parser.add_argument("--decode-processors", type=int, nargs="*", default=list(SPLITS))
+    parser.add_argument("--only", choices=("products", "decode", "sampling", "prefill", "beside"))
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json, to measure structured output with")
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILLS), help="prompt lengths")
     args = parser.parse_args()
@@ -182,7 +211,14 @@ def main() -> int:
     assets = None
     if args.tokenizer is not None:
         assets = TextAssets(tokenizer_json=args.tokenizer.read_text(), chat_template=None, special_tokens={}, eos_token_ids=[2])
-    loop = Loop(model, storage, chunk_tokens=args.chunk_tokens, assets=assets)
+    loop = Loop(
+        model,
+        storage,
+        chunk_tokens=args.chunk_tokens,
+        mixed_chunk_tokens=args.mixed_chunk_tokens,
+        decode_processors=args.decode_processors,
+        assets=assets,
+    )
     if args.only in (None, "decode"):
         report["decode"] = []
         for rows, tokens in DECODES:
@@ -201,6 +237,10 @@ def main() -> int:
             loop.drain()
             write_json(args.out, report)
         show(report["prefill"], f"Prefill in chunks of {args.chunk_tokens}")
+    if args.only in (None, "beside"):
+        report["beside"] = [beside(loop, 32, 8192, 131072, model.vocab_size)]
+        write_json(args.out, report)
+        show(report["beside"], f"Decodes beside a prompt, on {args.decode_processors} processors")
     return 0
 
 

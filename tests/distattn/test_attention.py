@@ -38,7 +38,7 @@ def cell() -> Iterator[Cell]:
         groups = list(
             threads.map(
                 lambda rank: EpochGroup(
-                    store_address=address, host="127.0.0.1", epoch=1, rank=rank, size=SIZE, device=CPU, timeout_s=20
+                    store_address=address, host="127.0.0.1", name="test", rank=rank, size=SIZE, device=CPU, timeout_s=20
                 ),
                 range(SIZE),
             )

@@ -88,13 +88,13 @@ def test_tokens_and_memory_exclude_each_other_on_the_command_line(capsys: pytest
 
 
 def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a GPU would say is made up here; the largest step, and its scratch, are what it is asked about."""
+    """What a GPU would say is made up here; the largest steps, and their scratch, are what it is asked about."""
     model = load_model(make_model("llama", tmp_path), None, torch.device("cpu"))
     model.device = torch.device("cuda", 1)
     asked: dict[str, Any] = {}
 
     def measure(model: Any, needs: Needs, *, fraction: float) -> MemoryBudget:
-        asked.update(fraction=fraction, rows=needs.rows, sampled=needs.sampled)
+        asked.update(fraction=fraction, steps=needs.steps)
         sizes = {"weights": 300_000, "other": 50_000, "activations": 40_000, "reserve": 10_000}
         return MemoryBudget(
             device="cuda:1", total=5_000_000, fraction=fraction, attention=needs.attention, sampling=needs.sampling, **sizes
@@ -103,13 +103,13 @@ def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.Monk
     monkeypatch.setattr(start, "measure", measure)
     monkeypatch.setattr(needs_module, "sampler_scratch_bytes", lambda rows, vocab: rows * 10)
     monkeypatch.setattr(
-        DistAttention, "scratch_bytes", staticmethod(lambda shape, rows, peers, device, backend: rows * 100 * peers)
+        DistAttention, "scratch_bytes", staticmethod(lambda shape, rows, peers, device, backend, tiles: rows * 100 * peers)
     )
     settings: dict[str, Any] = {"device": "cuda", "chunk_tokens": 44, "kv_tokens": None}
     needs = Needs.of(model, chunk_tokens=44, cell_size=2, backend="triton")
     assert (needs.attention, needs.sampling) == (30_000, 3_200)
     sized = size_pool(config(**settings, kv_memory=0.5), model, needs)
-    assert asked == {"fraction": 0.5, "rows": 300, "sampled": 320}
+    assert asked == {"fraction": 0.5, "steps": [(44, 64), (256, 256)]}
     # 2,500,000 - 433,200 = 2,066,800; a block is 16 tokens of 2 x 2 layers x 2 heads x 16 x 4 bytes
     assert (sized.kv_memory, sized.num_blocks, sized.kv_tokens) == (None, 252, 252 * 16)
     given = config(**settings | {"kv_tokens": 8000})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distattn.shape import AttentionShape, PackedRows
-from instance.memory import MemoryBudget, NoAttention, TooLittleMemory, check_weights, checkpoint_bytes, run_largest_step, size
+from instance.memory import MemoryBudget, NoAttention, TooLittleMemory, check_weights, checkpoint_bytes, run_step, size
 from instance.model import load_model
 from tests.support.tiny import make_model
 
@@ -140,11 +140,11 @@ def test_a_checkpoints_bytes_are_known_before_it_is_loaded(tmp_path: Path) -> No
     assert exact <= checkpoint_bytes(path, None) < exact + 16_384  # the files' headers
 
 
-def test_the_largest_step_runs_without_kv_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_step_runs_without_kv_and_leaves_nothing_behind(tmp_path: Path) -> None:
     model = load_model(make_model("llama", tmp_path), None, torch.device("cpu"))
     shapes: list[tuple[int, ...]] = []
     model.module.register_forward_hook(lambda module, inputs, out: shapes.append(tuple(out.logits.shape)))
-    run_largest_step(model, rows=123, sampled=5)
+    run_step(model, rows=123, sampled=5)
     assert shapes == [(1, 5, model.vocab_size)]
     assert model.context.attention is None
 

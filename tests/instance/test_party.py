@@ -9,8 +9,9 @@ import pytest
 
 from gmanager.wire.codec import Decoder
 from gmanager.wire.memory import MemoryTransport
-from instance.party import Party, PartyMessage, PartyTimeout
-from instance.step import Grouping, Notice, derive
+from instance.errors import PartyTimeout
+from instance.party import Parties, Party, PartyMessage
+from instance.step import Grouping, Lane, Notice, derive
 
 
 def decoder() -> Decoder[PartyMessage]:
@@ -19,10 +20,17 @@ def decoder() -> Decoder[PartyMessage]:
 
 @asynccontextmanager
 async def parties(size: int, timeout_s: float = 5) -> AsyncIterator[list[Party]]:
+    """The parties of one lane."""
+    async with instances(size, timeout_s) as made:
+        yield [each["decode"] for each in made]
+
+
+@asynccontextmanager
+async def instances(size: int, timeout_s: float = 5) -> AsyncIterator[list[Parties]]:
     transport = MemoryTransport()
     addresses = [f"party-{rank}" for rank in range(size)]
     made = [
-        Party(
+        Parties(
             epoch=1,
             rank=rank,
             addresses=addresses,
@@ -32,7 +40,7 @@ async def parties(size: int, timeout_s: float = 5) -> AsyncIterator[list[Party]]
         )
         for rank in range(size)
     ]
-    tasks = [asyncio.create_task(party.run()) for party in made]
+    tasks = [asyncio.create_task(each.run()) for each in made]
     await asyncio.sleep(0)
     yield made
     for task in tasks:
@@ -40,14 +48,16 @@ async def parties(size: int, timeout_s: float = 5) -> AsyncIterator[list[Party]]
     await asyncio.wait(tasks)
 
 
-def notice(party: Party, rank: int, **fields: object) -> Notice:
+def notice(party: Party, rank: int, lane: Lane = "decode", **fields: object) -> Notice:
     lists = ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens")
     return Notice(
         epoch=1,
+        lane=lane,
         party=party.grouping.number,
         step=party.step,
         rank=rank,
         digest=party.digest,
+        is_beside_decodes=False,
         budget=1,
         paced_budget=1,
         reach=1,
@@ -57,9 +67,9 @@ def notice(party: Party, rank: int, **fields: object) -> Notice:
     )
 
 
-async def step(party: Party, rank: int, **fields: object) -> list[int] | None:
+async def step(party: Party, rank: int, lane: Lane = "decode", **fields: object) -> list[int] | None:
     """One exchange; returns the cancels of the derived step, which stand for any work here."""
-    notices = await party.exchange(notice(party, rank, **fields))
+    notices = await party.exchange(notice(party, rank, lane, **fields))
     if notices is None:
         return None
     derived = derive(notices)
@@ -131,11 +141,29 @@ async def test_a_round_that_was_overtaken_sends_all_on() -> None:
         assert await asyncio.gather(step(made[1], 1), step(made[2], 2, cancels=[9])) == [[9], [9]]
 
 
+async def test_lanes_go_to_a_new_party_and_step_in_it_each_by_itself() -> None:
+    """One socket, and notices of one lane while another is still in the old party."""
+    async with instances(2) as made:
+        for each in made:
+            each.learn([Grouping(number=1, members=[0, 1])])
+        decode = [each["decode"] for each in made]
+        prefill = [each["prefill"] for each in made]
+        assert [await step(party, rank) for rank, party in enumerate(decode)] == [None, None]
+        for seq in (1, 2, 3):
+            both = await asyncio.gather(*(step(party, rank, cancels=[seq + rank]) for rank, party in enumerate(decode)))
+            assert both == [[seq, seq + 1]] * 2
+        assert [party.grouping.number for party in prefill] == [0, 0]
+        assert [await step(party, rank, "prefill") for rank, party in enumerate(prefill)] == [None, None]
+        assert await asyncio.gather(*(step(p, rank, "prefill", cancels=[9]) for rank, p in enumerate(prefill))) == [[9], [9]]
+        assert [party.step for party in (*decode, *prefill)] == [3, 3, 1, 1]
+
+
 async def test_foreign_messages_are_dropped_and_counted() -> None:
-    async with parties(2) as made:
-        stranger = made[1]._dial("party-0")
-        stranger.send(notice(made[1], 1).__class__(**(_fields(notice(made[1], 1)) | {"epoch": 9})))
-        stranger.send(notice(made[1], 77))
+    async with instances(2) as made:
+        party = made[1]["decode"]
+        stranger = party._dial("party-0")
+        stranger.send(notice(party, 1).__class__(**(_fields(notice(party, 1)) | {"epoch": 9})))
+        stranger.send(notice(party, 77))
         await asyncio.sleep(0.02)
         assert made[0].dropped == 2
         await stranger.close()

@@ -4,7 +4,7 @@ The device "computes" token f(seq, position) and checks that every row was fed t
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,10 +25,9 @@ from gmanager.wire.messages import (
 )
 from instance.rmanager import RManager
 from instance.scheduler import Pace, Scheduler, StepPlan
-from instance.step import Lane, Step, StepMismatch, derive
+from instance.step import LANES, Lane, Step, StepMismatch, derive
 
 VOCAB = 50
-LANES: list[tuple[Lane, ...]] = [("mixed",), ("prefill", "decode")]
 
 
 def token_at(seq: int, position: int) -> int:
@@ -58,18 +57,16 @@ class FakeParty:
 class FakeCell:
     """All instances as one party in each lane, driven round by round, or in any order that devices allow (`moves_on`)."""
 
-    def __init__(
-        self, size: int, *, blocks: int, block_size: int, chunk_tokens: int, lanes: Sequence[Lane] = ("mixed",)
-    ) -> None:
+    def __init__(self, size: int, *, blocks: int, block_size: int, chunk_tokens: int) -> None:
         self.block_size = block_size
         self.instances: list[FakeInstance] = []
         for rank in range(size):
             rmanager = RManager(blocks, block_size)
             pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), 20)
-            scheduler = Scheduler(epoch=1, rank=rank, pace=pace, rmanager=rmanager, lanes=lanes)
+            scheduler = Scheduler(epoch=1, rank=rank, pace=pace, rmanager=rmanager)
             self.instances.append(FakeInstance(rank, rmanager, scheduler))
         self.members = list(range(size))
-        self.parties: dict[Lane, FakeParty] = {lane: FakeParty() for lane in lanes}
+        self.parties: dict[Lane, FakeParty] = {lane: FakeParty() for lane in LANES}
         self.home: dict[int, int] = {}
         self.outputs: dict[int, dict[int, int]] = {}
         self.finished: dict[int, str] = {}
@@ -110,11 +107,11 @@ class FakeCell:
         return any(had_work)
 
     def _round(self, lane: Lane, meanwhile: Callable[[], None]) -> bool:
-        if not any(i.scheduler.has_work(self.members, lane) for i in self.instances):
+        if not any(i.scheduler.has_work(lane, self.members) for i in self.instances):
             for instance in self.instances:
                 if instance.running[lane]:
                     self.commit(instance, lane)
-            return any(i.running[lane] or i.scheduler.has_work(self.members, lane) for i in self.instances)
+            return any(i.running[lane] or i.scheduler.has_work(lane, self.members) for i in self.instances)
         self.derive(lane, meanwhile)
         for instance in self.instances:
             self.accept(instance, lane)
@@ -129,13 +126,13 @@ class FakeCell:
         found: list[Callable[[], None]] = []
         for lane, party in self.parties.items():
             are_free = not party.waiting and all(len(i.running[lane]) < 2 for i in self.instances)
-            if are_free and any(i.scheduler.has_work(self.members, lane) for i in self.instances):
+            if are_free and any(i.scheduler.has_work(lane, self.members) for i in self.instances):
                 found.append(partial(self.derive, lane))
             for instance in self.instances:
                 num_running = len(instance.running[lane])
                 if instance in party.waiting and num_running < 2:
                     found.append(partial(self.accept, instance, lane))
-                rests = not party.waiting and not instance.scheduler.has_work(self.members, lane)
+                rests = not party.waiting and not instance.scheduler.has_work(lane, self.members)
                 if num_running == 2 or (num_running == 1 and rests):
                     found.append(partial(self.commit, instance, lane))
         return found
@@ -143,7 +140,7 @@ class FakeCell:
     def derive(self, lane: Lane, meanwhile: Callable[[], None] = lambda: None) -> None:
         party = self.parties[lane]
         notices = [
-            i.scheduler.propose(self.members, lane, party=1, step=party.step, digest=party.digest, groupings=[])
+            i.scheduler.propose(lane, self.members, party=1, step=party.step, digest=party.digest, groupings=[])
             for i in self.instances
         ]
         meanwhile()
@@ -156,7 +153,7 @@ class FakeCell:
         party = self.parties[lane]
         party.waiting.remove(instance)
         assert party.derived is not None
-        self.run(instance, instance.scheduler.accept(party.derived, lane), lane)
+        self.run(instance, instance.scheduler.accept(lane, party.derived), lane)
 
     def run(self, instance: FakeInstance, plan: StepPlan, lane: Lane) -> None:
         ids = list(plan.token_ids_T)
@@ -178,7 +175,7 @@ class FakeCell:
     def commit(self, instance: FakeInstance, lane: Lane) -> None:
         plan, sampled = instance.running[lane].popleft()
         tokens = {s.seq: TokenLogprob(token_id=t, logprob=0.0, rank=1) for s, t in zip(plan.sampled, sampled, strict=True)}
-        instance.scheduler.commit(tokens, lane=lane)
+        instance.scheduler.commit(lane, tokens)
         for message in instance.scheduler.take_messages():
             match message:
                 case Outputs(outputs=outputs):
@@ -229,7 +226,6 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
         blocks=60,
         block_size=data.draw(st.sampled_from([1, 4, 16])),
         chunk_tokens=data.draw(st.sampled_from([1, 7, 64])),
-        lanes=data.draw(st.sampled_from(LANES)),
     )
     in_any_order = data.draw(st.booleans())
 
@@ -308,7 +304,7 @@ def test_a_home_moves_in_the_middle_of_a_block_and_skips_one_step() -> None:
     cell.instances[0].scheduler.move(1, 1)
     rows = []
     while cell.round():
-        running = [i.running["mixed"] for i in cell.instances]
+        running = [i.running["decode"] for i in cell.instances]
         rows.append([steps[-1][0].layout.num_rows if steps else 0 for steps in running])
     assert rows[:2] == [[0, 0], [0, 1]]
     assert cell.moves == 1

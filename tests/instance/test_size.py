@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from instance.checkpoint import resolve_checkpoint
-from instance.memory import activation_bytes, run_largest_step
+from instance.memory import activation_bytes, run_step
 from instance.model import load_model, random_model
 from instance.needs import Needs
 from instance.size import Question, answer, fewest_instances, instance_size, main, parse_count
@@ -40,7 +40,7 @@ H200_TOKENS = 875_648
 H200_PARTS_GIB = {
     "weights": 15.0,
     "other use of the device": 1.0,
-    "activations": 1.3,
+    "activations": 1.8,
     "attention": 1.0,
     "sampling": 1.7,
     "CUDA graphs and NCCL": 2.0,
@@ -85,8 +85,8 @@ def test_the_table_reads_at_a_glance(shape_8b: str, capsys: pytest.CaptureFixtur
         r"parameters +8,030,261,248 in bfloat16, 14.958 GiB",
         r"KV of a token +131,072 bytes",
         r"one instance +on a GPU, 1 in the cell",
-        r"  KV +\d\d\.\d{3} GiB   419,\d{3} tokens, 6,5\d\d blocks",
-        r"KV of the cell +419,\d{3} tokens",
+        r"  KV +\d\d\.\d{3} GiB   414,\d{3} tokens, 6,4\d\d blocks",
+        r"KV of the cell +414,\d{3} tokens",
         r"1,048,576 tokens +do not fit in 1 instance",
         r"fewest instances +3",
         r"Assumed: --kv-memory 0.92 of a GPU of 79.1 GiB that nobody else uses, --chunk-tokens 8192.",
@@ -215,9 +215,12 @@ def test_activations_are_predicted_never_too_few(chunk_tokens: int, dtype: torch
         config = LlamaConfig(**SHAPE_8B | {"num_hidden_layers": 2, "dtype": dtype} | changed)
         model = random_model(config, dtype, META, seed=0)
         needs = Needs.of(model, chunk_tokens=chunk_tokens, cell_size=1, backend="torch")
-        with _Live() as live:
-            run_largest_step(model, needs.rows, needs.sampled)
-        assert live.most <= activation_bytes(model, needs) <= 1.25 * live.most
+        most = 0
+        for rows, sampled in needs.steps:
+            with _Live() as live:
+                run_step(model, rows, sampled)
+            most += live.most
+        assert most <= activation_bytes(model, needs) <= 1.25 * most
 
 
 def test_numbers_of_tokens_are_read_as_they_are_written() -> None:
@@ -240,7 +243,7 @@ def test_numbers_of_tokens_are_read_as_they_are_written() -> None:
         (["--gpu-memory", "80", "--kv-memory", "1"], "--kv-memory must be in (0, 1), got 1.0"),
         (["--kv-tokens", "8", "--device", "cpu"], "--kv-tokens 8 is less than one block of 16 tokens"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--gpu-memory", "20"], "--kv-memory: a GPU needs 21.6 GiB (weights 15.0 GiB, "),
+        (["--gpu-memory", "20"], "--kv-memory: a GPU needs 22.2 GiB (weights 15.0 GiB, "),
         (["--gpu-memory", "80", "--context", "1000000M"], "no number of such instances holds a context of 1,048,576,000,000"),
     ],
 )

@@ -3,12 +3,12 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn.layout import Holding, Span
 from gmanager.wire.messages import Share
-from instance.step import FAR, MAX_PROMPTS, Decode, Notice, Prefill, Step, StepMismatch, derive, split_chunk
+from instance.step import FAR, MAX_PROMPTS, STRETCH, Decode, Notice, Prefill, Step, StepMismatch, derive, split_chunk
 
 
 def notice(rank: int, **fields: object) -> Notice:
@@ -16,7 +16,8 @@ def notice(rank: int, **fields: object) -> Notice:
         name: [] for name in ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "groupings")
     }
     pace = {"budget": 64, "paced_budget": 64, "reach": FAR, "grain": 1}
-    same: dict[str, object] = {"epoch": 1, "party": 2, "step": 3, "digest": [], **pace}
+    same: dict[str, object] = {"epoch": 1, "lane": "prefill", "party": 2, "step": 3, "digest": [], **pace}
+    same |= {"is_beside_decodes": False}
     return Notice(rank=rank, **(same | empty | fields))  # type: ignore[arg-type]
 
 
@@ -72,7 +73,7 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
                 paced_budget=(budgets[rank] + 1) // 2,
                 reach=reach,
                 grain=grain,
-                decodes=[Decode(seq=99, position=5, holdings=[])] if is_paced else [],
+                is_beside_decodes=is_paced and rank == size - 1,
                 ready=[seq for seq in waiting if left[seq].get(rank)],
                 prefills=[
                     Prefill(
@@ -92,8 +93,7 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
         step = derive(data.draw(st.permutations(notices)))
         assert step == derive(notices)
         spans = [span for span in step.spans if span.seq in prompts]
-        oldest = [s for s in spans if s.seq == waiting[0]]
-        assert oldest, "the oldest prompt always goes on"
+        assert spans, "some prompt always goes on"
         for rank in range(size):
             assert sum(s.stop - s.start for s in spans if s.rank == rank) <= budgets[rank]
         for span in spans:
@@ -114,7 +114,7 @@ def test_a_short_prompt_gets_through_beside_a_long_one() -> None:
         return Prefill(seq=seq, arrival=seq, start=0, end=end, shares=[Share(rank=0, tokens=end)], holdings=[])
 
     step = derive([notice(0, budget=64, ready=[1, 2, 3], prefills=[prefill(1, 1000), prefill(2, 500), prefill(3, 20)])])
-    assert step.spans == [Span(3, 0, 0, 20), Span(2, 0, 0, 12), Span(1, 0, 0, 32)]
+    assert step.spans == [Span(3, 0, 0, 20), Span(2, 0, 0, 44)]
     assert step.sampled == [3]
 
 
@@ -143,16 +143,17 @@ def test_prompts_are_paced_beside_decodes_and_more_so_further_on() -> None:
     """A row after `reach` tokens costs two: 60 rows at the beginning, 30 there, one at least whatever came before."""
     home = [Share(rank=0, tokens=10_000)]
 
-    def rows(start: int, decodes: list[Decode]) -> int:
-        waiting = Prefill(seq=1, arrival=1, start=start, end=10_000, shares=home, holdings=[])
-        step = derive([notice(0, budget=500, paced_budget=60, reach=1000, ready=[1], prefills=[waiting], decodes=decodes)])
-        return sum(span.stop - span.start for span in step.spans if span.seq == 1)
+    pace = {"budget": 500, "paced_budget": 60, "reach": 1000}
 
-    beside = [Decode(seq=2, position=5, holdings=[])]
-    assert [rows(start, beside) for start in (0, 1000, 5000)] == [60, 30, 10]
-    assert rows(1000, []) == 500
+    def rows(start: int, *, is_beside_decodes: bool) -> int:
+        waiting = Prefill(seq=1, arrival=1, start=start, end=10_000, shares=home, holdings=[])
+        step = derive([notice(0, ready=[1], prefills=[waiting], is_beside_decodes=is_beside_decodes, **pace)])
+        return sum(span.stop - span.start for span in step.spans)
+
+    assert [rows(start, is_beside_decodes=True) for start in (0, 1000, 5000)] == [60, 30, 10]
+    assert rows(1000, is_beside_decodes=False) == 500
     late = Prefill(seq=1, arrival=1, start=900_000, end=999_999, shares=[Share(rank=0, tokens=99_999)], holdings=[])
-    step = derive([notice(0, budget=500, paced_budget=60, reach=1000, ready=[1], prefills=[late], decodes=beside)])
+    step = derive([notice(0, ready=[1], prefills=[late], is_beside_decodes=True, **pace)])
     assert sum(span.stop - span.start for span in step.spans if span.seq == 1) == 1
 
 
@@ -162,8 +163,7 @@ def test_rows_beside_decodes_come_in_grains() -> None:
     def rows(start: int, end: int = 10_000, budget: int = 500) -> int:
         waiting = Prefill(seq=1, arrival=1, start=start, end=end, shares=[Share(rank=0, tokens=end - start)], holdings=[])
         pace = {"budget": budget, "paced_budget": 300, "reach": 1000, "grain": 128}
-        beside = [Decode(seq=2, position=5, holdings=[])]
-        step = derive([notice(0, ready=[1], prefills=[waiting], decodes=beside, **pace)])
+        step = derive([notice(0, ready=[1], prefills=[waiting], is_beside_decodes=True, **pace)])
         return sum(span.stop - span.start for span in step.spans if span.seq == 1)
 
     assert [rows(start) for start in (0, 400, 600, 1000, 9000)] == [256, 256, 128, 128, 128]
@@ -178,4 +178,52 @@ def test_a_step_has_rows_of_so_many_prompts_at_most() -> None:
     ]
     step = derive([notice(0, budget=5000, ready=[p.seq for p in waiting], prefills=waiting)])
     assert len(step.spans) == len(step.sampled) == MAX_PROMPTS
-    assert 0 in step.sampled, "the oldest always goes on"
+    assert 0 in step.sampled, "of those with the same slack the oldest goes first"
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_prompts_wait_is_bounded_whatever_comes(data: st.DataObject) -> None:
+    """When it has waited for STRETCH times its own steps, none that comes goes before it; and the first is promised half."""
+    budget = data.draw(st.integers(1, 30))
+    sizes = data.draw(st.lists(st.lists(st.integers(1, 60), max_size=3), min_size=1, max_size=40))
+    came = {(step, i): size for step, each in enumerate(sizes) for i, size in enumerate(each)}
+    names = {name: seq for seq, name in enumerate(sorted(came))}
+    at = dict.fromkeys(came, 0)
+    ended: dict[tuple[int, int], int] = {}
+    for now in itertools.count():
+        waiting = [name for name in came if name[0] <= now and name not in ended]
+        if not waiting and now >= len(sizes):
+            break
+        prefills = [
+            Prefill(
+                seq=names[name],
+                arrival=names[name],
+                start=at[name],
+                end=came[name],
+                shares=[Share(rank=0, tokens=came[name] - at[name])],
+                holdings=[],
+                waited=now - name[0],
+            )
+            for name in waiting
+        ]
+        step = derive([notice(0, budget=budget, ready=list(names.values()), prefills=prefills)])
+        rows = {span.seq: span.stop for span in step.spans}
+        for name in waiting:
+            at[name] = rows.get(names[name], at[name])
+            if at[name] == came[name]:
+                ended[name] = now
+    for name, size in came.items():
+        late = name[0] + STRETCH * size // budget + 1
+        before = [came[other] for other in came if other[0] <= late]
+        assert ended[name] <= late + sum(-(-size // -(-budget // 2)) for size in before)
+
+
+def test_a_short_prompt_that_comes_goes_before_a_long_one_until_that_is_late() -> None:
+    def spans(waited: int) -> dict[int, int]:
+        long = Prefill(seq=1, arrival=1, start=0, end=640, shares=[Share(rank=0, tokens=640)], holdings=[], waited=waited)
+        short = Prefill(seq=2, arrival=2, start=0, end=62, shares=[Share(rank=0, tokens=62)], holdings=[])
+        return {span.seq: span.stop for span in derive([notice(0, budget=64, ready=[1, 2], prefills=[long, short])]).spans}
+
+    assert spans(STRETCH * 9) == {2: 62, 1: 2}
+    assert spans(STRETCH * 10) == {2: 32, 1: 32}

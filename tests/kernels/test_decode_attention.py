@@ -1,6 +1,7 @@
 """Decode attention against dense float64 attention: tables by hand, programs that split rows anywhere, pages in any order."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -89,8 +90,9 @@ def config(block_n: int = 32, *, use_tma: bool = False) -> DecodeConfig:
 def test_any_rows_over_any_number_of_programs(
     lens: list[int], block_size: int, heads: tuple[int, int], padding: int, programs: int, seed: int
 ) -> None:
-    with mock.patch.object(decode_attention, "_programs", return_value=programs):
-        check(lens, block_size=block_size, heads=heads, config=config(), padding=padding, seed=seed)
+    one_each = replace(config(), programs_per_processor=1)
+    with mock.patch.object(decode_attention, "num_processors", return_value=programs):
+        check(lens, block_size=block_size, heads=heads, config=one_each, padding=padding, seed=seed)
 
 
 @pytest.mark.parametrize(

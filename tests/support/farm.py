@@ -178,7 +178,7 @@ class _Serving:
 
     async def end(self) -> None:
         """Stop the instance. Another one, or the gManager, may have been first, and so have ended the cell."""
-        from instance.server import EpochEnded
+        from instance.errors import EpochEnded
 
         self._instance.stop(OVER)
         try:

@@ -15,7 +15,7 @@ import torch.distributed
 from _loop import Cell, Loop
 from transformers import LlamaConfig
 
-from instance.cell import EpochGroup, open_store
+from instance.cell import open_store
 from instance.model import random_model
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage
@@ -56,38 +56,28 @@ def main() -> None:
         store, address = open_store("127.0.0.1", 60)
         stores.append(store)
         meeting.set("address", address)
-    group = EpochGroup(
-        store_address=meeting.get("address").decode(),
-        host="127.0.0.1",
-        epoch=1,
-        rank=rank,
-        size=2,
-        device=device,
-        timeout_s=60,
-    )
-    loop = Loop(model, storage, chunk_tokens=256, cell=Cell(rank, 2, group.store, group.group))
-    group.barrier()
+    cell = Cell.meet(meeting.get("address").decode(), rank, 2, device)
+    loop = Loop(model, storage, chunk_tokens=256, cell=cell)
     prompts = [array("I", torch.randint(1000, (n,), generator=torch.Generator().manual_seed(n)).tolist()) for n in PROMPTS]
 
     if rank == 0:
         for seq, prompt in enumerate(prompts):
             loop.admit(seq, prompt, [len(prompt), 0], NEW)
-        loop.steps(1 << 30)
-    group.barrier()
+        loop.finish(*range(len(prompts)))
+    cell.barrier()
     loop.join([0, 1])
     for seq, prompt in enumerate(prompts):
         away = len(prompt) // 2
         loop.admit(100 + seq, prompt, [len(prompt) - away, away], NEW)
-    while loop.is_busy(100) or any(loop.is_busy(100 + seq) for seq in range(len(prompts))):
-        loop.steps(1)
+    loop.finish(*(100 + seq for seq in range(len(prompts))))
     if rank == 0:
         for seq in range(len(prompts)):
             alone, shared = loop.tokens[seq], loop.tokens[100 + seq]
             assert len(alone) == NEW
             assert alone == shared, (seq, alone, shared)
-        assert loop.runner.shared_graph_steps > NEW // 2, "the steps did not run as graphs"
+        assert loop.runners["decode"].shared_graph_steps > NEW // 2, "the steps did not run as graphs"
         print("EQUAL", flush=True)
-    group.barrier()
+    cell.barrier()
     loop.close()
 
 

@@ -1,0 +1,17 @@
+"""Why an instance ends, in words that need no traceback."""
+
+
+class InstanceError(Exception):
+    """The instance can't go on; the message says why."""
+
+
+class EpochEnded(InstanceError):
+    """The gManager ended the cell."""
+
+
+class PartyTimeout(InstanceError):
+    """Members did not bring their notices in time."""
+
+
+class StepTimeout(InstanceError):
+    """The device did not end a step in time."""

@@ -1,0 +1,156 @@
+"""The main loops of an instance's lanes: notices, steps, results.
+
+Each is two deep: while the device runs step n, the CPU proposes, exchanges, derives and queues step n+1. The loops share a
+`Scheduler`, which keeps their steps apart, and the device's processors; each has its own party, process group and runner.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from instance.errors import StepTimeout
+from instance.party import Parties, Party
+from instance.runner import Launched, Runner, StepResult
+from instance.scheduler import Scheduler, StepPlan
+from instance.sharing import Load, Sharing
+from instance.step import Lane, Notice, derive
+
+
+class Lanes:
+    """The loops of one instance, within one epoch."""
+
+    def __init__(
+        self,
+        *,
+        parties: Parties,
+        scheduler: Scheduler,
+        runners: Mapping[Lane, Runner],
+        sharing: Sharing | None,
+        timeout_s: float,
+    ) -> None:
+        """`sharing`: of a GPU's processors. `timeout_s`: longest that the device may take for a step."""
+        self.parties = parties
+        self.scheduler = scheduler
+        self._sharing = sharing
+        self._loops = {
+            lane: LaneLoop(lane, parties[lane], scheduler, runner, self._processors, timeout_s)
+            for lane, runner in runners.items()
+        }
+
+    def __getitem__(self, lane: Lane) -> "LaneLoop":
+        return self._loops[lane]
+
+    def __iter__(self) -> "Iterator[LaneLoop]":
+        return iter(self._loops.values())
+
+    async def run(self, on_progress: Callable[[], None]) -> None:
+        """Step for ever; `on_progress` is called when anything has changed.
+
+        Raises, in a group, what breaks: StepTimeout, PartyTimeout, what the device or the other instances bring.
+        """
+
+        def progress() -> None:
+            self.parties.wake()  # what a lane has done may be work for the other
+            on_progress()
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.parties.run())
+            for loop in self:
+                tasks.create_task(loop.run(tasks, progress))
+
+    def _processors(self, lane: Lane, notice: Notice, plan: StepPlan) -> int:
+        """Those that the lane's next step gets."""
+        if self._sharing is None:
+            return 0
+        if lane == "decode":
+            return self._sharing.for_decode(Load.of(plan.layout), prefill_is_busy=self["prefill"].is_running)
+        return self._sharing.for_prefill(decodes_meanwhile=notice.is_beside_decodes or self["decode"].is_running)
+
+
+@dataclass(slots=True)
+class LaneLoop:
+    """One lane of one instance, within one epoch."""
+
+    lane: Lane
+    party: Party
+    scheduler: Scheduler
+    runner: Runner
+    _processors: Callable[[Lane, Notice, StepPlan], int]
+    _timeout_s: float
+    notice_ns: int = 0
+    """How long it has waited for the notices of its party's others."""
+    steps_run: int = 0
+    """Steps whose results are known."""
+    _running: asyncio.Future[Launched] | None = None
+    """The step on the device."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the result of a step is still to be taken."""
+        return self._running is not None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a reason for another step."""
+        return self.party.is_called or self.scheduler.has_work(self.lane, self.party.members)
+
+    async def run(self, tasks: asyncio.TaskGroup, on_progress: Callable[[], None]) -> None:
+        """Step for ever. Raises what breaks."""
+        while True:
+            if await self._turn(tasks):
+                on_progress()
+            else:
+                self.party.woken.clear()
+                await self.party.woken.wait()
+
+    async def _turn(self, tasks: asyncio.TaskGroup) -> bool:
+        """Launch the next step, if there is work, and take the result of the one before. False: there was nothing to do."""
+        launched = None
+        if self.has_work:
+            launched = await self._launch()
+            if launched is None:
+                return True
+            tasks.create_task(_fail_with(launched))
+        elif self._running is None:
+            return False
+        if self._running is not None:
+            result = await self._result_of(self._running)
+            self.scheduler.commit(self.lane, result.tokens, result.scored)
+            self.steps_run += 1
+        self._running = launched
+        return True
+
+    async def _launch(self) -> asyncio.Future[Launched] | None:
+        """Queue the party's next step; None if the party changed instead."""
+        party, scheduler = self.party, self.scheduler
+        notice = scheduler.propose(
+            self.lane,
+            party.members,
+            party=party.grouping.number,
+            step=party.step,
+            digest=party.digest,
+            groupings=party.news(),
+        )
+        asked_ns = time.perf_counter_ns()
+        notices = await party.exchange(notice)
+        self.notice_ns += time.perf_counter_ns() - asked_ns
+        if notices is None:
+            return None
+        step = derive(notices)
+        plan = scheduler.accept(self.lane, step)
+        launched = self.runner.launch(plan, self._processors(self.lane, notice, plan))
+        party.advance(step.digest(), rest=step.is_empty())
+        return launched
+
+    async def _result_of(self, running: asyncio.Future[Launched]) -> StepResult:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self.runner.result_of(running)
+        except TimeoutError:
+            raise StepTimeout(f"the device did not end a step within {self._timeout_s:.0f} s") from None
+
+
+async def _fail_with(launched: asyncio.Future[Launched]) -> None:
+    """A step that breaks is noticed at once, also while the loop waits for others to come to the next."""
+    await launched

@@ -1,0 +1,98 @@
+"""A GPU's processors: all of them for a lane alone, disjoint parts while both lanes have work.
+
+Decodes wait for memory and prompts for the tensor cores; side by side they need not wait for each other. But a kernel of a
+prompt fills every processor it finds, so beside it on plain streams a decode step takes 11 to 21 times as long. Green contexts
+give each lane's streams processors of its own. Sources: CUDA driver API, "Green Contexts"; SGLang's PD multiplexing; Bullet
+(arXiv:2504.19516) and Nexus (arXiv:2507.06608), which split a GPU between prefill and decode.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gmanager.wire.logs import get_logger
+from instance.model import Model
+from instance.sharing import SPLITS, Costs, Sharing
+from instance.step import Lane
+from kernels.launch import num_processors
+
+log = get_logger("instance")
+
+
+class NoGreenContexts(RuntimeError):
+    """The driver, or its Python binding, can't divide this GPU; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processors:
+    """Streams of one GPU. Those of one lane are never used at the same time: each step waits for the one before."""
+
+    total: int
+    streams: dict[Lane, dict[int, torch.cuda.Stream]]
+    """By lane and number of processors; those with all of them may overlap all others."""
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Processors that the decode lane can have, the rest being the prefill lane's; ascending."""
+        return tuple(sorted(count for count in self.streams["decode"] if count < self.total))
+
+    @staticmethod
+    def of(device: torch.device, splits: Sequence[int] = SPLITS) -> "Processors":
+        """Divide a CUDA device for the lanes of this process. Where that can't be done decodes come first in a plain way."""
+        total = num_processors(device)
+        new: Any = torch.cuda.Stream  # its constructor has no types
+        streams: dict[Lane, dict[int, torch.cuda.Stream]] = {
+            "prefill": {total: new(device)},
+            "decode": {total: new(device, priority=-1)},
+        }
+        try:
+            for count in splits:
+                decode, prefill = _divide(device, count)
+                streams["decode"][count] = decode
+                streams["prefill"][total - count] = prefill
+        except NoGreenContexts as error:
+            log.warning("decodes will wait for prompts: the GPU can't be divided", reason=str(error))
+        return Processors(total, streams)
+
+
+def sharing_of(model: Model, processors: Processors) -> Sharing:
+    """How this model's lanes share them."""
+    shape = model.shape
+    costs = Costs(
+        weight_bytes=model.weight_bytes(),
+        token_bytes=2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize,
+        flops_per_row=2 * sum(p.numel() for p in model.module.parameters()),
+    )
+    return Sharing(processors.total, processors.splits, costs)
+
+
+def _divide(device: torch.device, count: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Streams on `count` processors, and on all others. Raises NoGreenContexts."""
+    try:
+        from cuda.bindings import driver  # type: ignore[import-not-found]  # torch for CUDA brings it
+    except ImportError as error:
+        raise NoGreenContexts(f"cuda-bindings is missing ({error})") from error
+
+    def call(name: str, *arguments: Any) -> Any:
+        if not hasattr(driver, name):
+            raise NoGreenContexts(f"cuda-bindings has no {name}")
+        code, *results = getattr(driver, name)(*arguments)
+        if code != driver.CUresult.CUDA_SUCCESS:
+            raise NoGreenContexts(f"{name} failed with {code.name}")
+        return results
+
+    torch.cuda.current_stream(device).synchronize()  # the primary context is there from now on
+    number = call("cuDeviceGet", device.index)[0]
+    whole = call("cuDeviceGetDevResource", number, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)[0]
+    groups, _, rest = call("cuDevSmResourceSplitByCount", 1, whole, 0, count)
+    streams = []
+    wrap: Any = torch.cuda.ExternalStream
+    for resource in (groups[0], rest):
+        description = call("cuDevResourceGenerateDesc", [resource], 1)[0]
+        flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+        context = call("cuGreenCtxCreate", description, number, flags)[0]
+        stream = call("cuGreenCtxStreamCreate", context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0)[0]
+        streams.append(wrap(int(stream), device=device))
+    return streams[0], streams[1]
