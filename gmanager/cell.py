@@ -43,7 +43,7 @@ MAX_TOKENS = MAX_FRAME_BYTES // 4 - 2**18
 Phase = Literal["registering", "opening", "joining", "ready"]
 
 _SAME = ("dtype", "fingerprint", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
-_POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens")
+_POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
 
 @dataclass(slots=True, eq=False)

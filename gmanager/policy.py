@@ -11,8 +11,15 @@ from gmanager.config import Spread
 from gmanager.wire.messages import Refusal, Share
 
 LONG_PROMPT = 8192
-"""Tokens from which on a prompt is spread over all instances by itself, to be prefilled in parallel. vLLM and SGLang
+"""Tokens from which on a prompt may be spread over several instances by itself, to be prefilled in parallel. vLLM and SGLang
 users measured what a static split costs: -22 % throughput at 1K tokens, +68 % at 8K (DESIGN, "From the papers")."""
+
+PARALLEL_EFFICIENCY = 0.9
+"""Of several instances that prefill one prompt: two H200 take 5.52 s for 128K tokens of the 8B shape, one takes 9.73 to 10.06
+(docs/performance.md)."""
+
+MOST_WEIGHED = 64
+"""Prompts that wait and are looked at, to decide how many instances one is spread over."""
 
 RESERVE_BLOCKS = 2
 """Free blocks an instance must have to be chosen as a new home: one to receive, one to stay, so homes don't bounce."""
@@ -28,6 +35,10 @@ class InstanceView:
     total_blocks: int
     homes: int
     """Sequences whose home it is."""
+    max_homes: int
+    """Most of them that it can decode at once."""
+    backlog: float = 0
+    """Prompt tokens that it still has to compute, as `prompt_work` counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,46 +65,83 @@ class Candidate:
     tokens: int
 
 
-def place(views: Sequence[InstanceView], *, tokens: int, block_size: int, spread: Spread) -> Placement | None:
-    """Participants and shares for a prompt, or None if it doesn't fit now.
+def place(
+    views: Sequence[InstanceView],
+    *,
+    tokens: int,
+    block_size: int,
+    spread: Spread,
+    waiting: Sequence[int] = (),
+    reach: int = LONG_PROMPT,
+) -> Placement | None:
+    """Participants and shares for a prompt, or None if it doesn't fit now. `waiting`: tokens of those behind it; `reach`: as
+    `prompt_work` has it.
 
     The number of participants is the least that memory needs, and at least what `spread` says (never more than there
     are instances, or blocks in the prompt). A number or 'all' is a promise: if too few instances have room the prompt
-    waits. 'auto' is 1 where it fits (every further participant costs each step an exchange), but all that have room
+    waits. 'auto' is 1 where it fits (every further participant costs each step an exchange), but as many as `degree` says
     for a prompt of LONG_PROMPT tokens or more.
 
     The instances with most free blocks take part; the home is the one with most, because generation grows there (ties:
-    fewest homes, lowest rank). Shares are even to one block, unless one is capped by what is free less the spare. All
-    are whole blocks but the home's, which takes the remainder:
+    fewest homes, lowest rank), of those that can decode another sequence. Shares are even to one block, unless one is
+    capped by what is free less the spare. All are whole blocks but the home's, which takes the remainder:
 
         10 tokens in blocks of 4 on 2 instances      home [0 .. 5]   other [4 tokens]    (6 and 4)
     """
     num_blocks = -(-tokens // block_size)
-    rooms = sorted(((view.free_blocks - 1, -view.homes, -view.rank) for view in views if view.free_blocks > 1), reverse=True)
+    rooms = sorted((view for view in views if view.free_blocks > 1), key=lambda v: (-v.free_blocks, v.homes, v.rank))
+    home = next((view for view in rooms if view.homes < view.max_homes), None)
+    if home is None or not num_blocks:
+        return None
+    rooms = [home, *(view for view in rooms if view is not home)]
+    needed = _least_for_memory([view.free_blocks - 1 for view in rooms], num_blocks)
     able = sum(view.total_blocks > 1 for view in views)
-    wanted = min(_least_participants(spread, tokens, able, len(rooms)), able, num_blocks)
-    needed = _least_for_memory([cap for cap, _, _ in rooms], num_blocks)
-    if needed is None or not num_blocks:
+    if spread == "auto":
+        wanted = degree(tokens, waiting, [view.backlog for view in rooms], reach)
+    else:
+        wanted = able if spread == "all" else spread
+    count = max(min(wanted, able, num_blocks), needed or 0)
+    if needed is None or count > len(rooms):
         return None
-    count = max(wanted, needed)
-    if count > len(rooms):
-        return None
-    chosen = rooms[:count]
-    sizes = _even_shares([cap for cap, _, _ in chosen], num_blocks)
+    chosen = sorted(rooms[:count], key=lambda view: -view.free_blocks)
+    sizes = dict(zip(chosen, _even_shares([view.free_blocks - 1 for view in chosen], num_blocks), strict=True))
     padding = num_blocks * block_size - tokens
     shares = [
-        Share(rank=-rank, tokens=size * block_size - (padding if i == 0 else 0))
-        for i, ((_, _, rank), size) in enumerate(zip(chosen, sizes, strict=True))
+        Share(rank=view.rank, tokens=sizes[view] * block_size - (padding if view is home else 0)) for view in rooms[:count]
     ]
-    return Placement(shares, {share.rank: size + 1 for share, size in zip(shares, sizes, strict=True)})
+    return Placement(shares, {view.rank: sizes[view] + 1 for view in rooms[:count]})
 
 
-def _least_participants(spread: Spread, tokens: int, able: int, with_room: int) -> int:
-    if spread == "all":
-        return able
-    if spread == "auto":
-        return with_room if tokens >= LONG_PROMPT else 1
-    return spread
+def prompt_work(tokens: int, reach: int) -> float:
+    """What prefilling so many tokens costs, in tokens at the beginning of a prompt.
+
+    n + n^2 / (2 reach): attending to `reach` tokens costs as much as all else of a row (LoongServe fits a + b n + c n^2).
+    """
+    return tokens + tokens**2 / (2 * reach)
+
+
+def degree(tokens: int, waiting: Sequence[int], backlogs: Sequence[float], reach: int) -> int:
+    """How many instances should prefill a prompt together, so that it and the long ones that wait end soonest.
+
+    If each of them is run by k instances of m, longest first on those that are free first (LPT; Graham 1969), it takes k of
+    them work / (k e), e = `PARALLEL_EFFICIENCY` for k > 1. Of all k the one with which the last ends first; of equals the
+    largest. Four prompts of the same length on two instances: one each, 2 w against 4 w / 2e. Three: 2 w against 3 w / 2e, so
+    the first is spread. A short prompt is run by one.
+    """
+    if tokens < LONG_PROMPT:
+        return 1
+    long = [tokens, *(length for length in waiting if length >= LONG_PROMPT)][:MOST_WEIGHED]
+    works = sorted((prompt_work(length, reach) for length in long), reverse=True)
+    return min(range(len(backlogs), 0, -1), key=lambda count: _last_end(works, backlogs, count))
+
+
+def _last_end(works: Sequence[float], backlogs: Sequence[float], count: int) -> float:
+    """When all is done if each of `works` is run by `count` instances together."""
+    free = sorted(backlogs)
+    for work in works:
+        end = free[count - 1] + (work if count == 1 else work / (count * PARALLEL_EFFICIENCY))
+        free = sorted([end] * count + free[count:])
+    return free[-1]
 
 
 def _least_for_memory(caps: Sequence[int], num_blocks: int) -> int | None:
@@ -157,11 +205,16 @@ def most_tokens(total_blocks: Sequence[int], block_size: int) -> int:
 
 
 def choose_target(views: Iterable[InstanceView], *, home: int, reserve: int = RESERVE_BLOCKS) -> int | None:
-    """The next home of a sequence: the instance with most free blocks of those with at least `reserve`, but not `home`.
+    """The next home of a sequence: the instance with most free blocks of those with at least `reserve` that can decode
+    another sequence, but not `home`.
 
     Ties: fewest homes, lowest rank. None if there is none.
     """
-    rooms = [(-view.free_blocks, view.homes, view.rank) for view in views if view.rank != home and view.free_blocks >= reserve]
+    rooms = [
+        (-view.free_blocks, view.homes, view.rank)
+        for view in views
+        if view.rank != home and view.free_blocks >= reserve and view.homes < view.max_homes
+    ]
     return min(rooms)[2] if rooms else None
 
 

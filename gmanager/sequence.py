@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gmanager.policy import Placement
+from gmanager.policy import PARALLEL_EFFICIENCY, Placement, prompt_work
 from gmanager.requests import Request
-from gmanager.wire.messages import SequenceOutput
+from gmanager.wire.messages import SequenceOutput, Share
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +17,8 @@ class Sequence:
     home: int
     participants: list[int]
     """Ascending: whoever has blocks of it, or will as its next home."""
+    shares: list[Share]
+    """Who was to prefill how much."""
     asked: list[int] = field(default_factory=list)
     """Instances that were sent a Reserve for a move. When all is released they get a Drop: they may never have been home,
     or not have heard the Reserve before the release."""
@@ -40,6 +42,14 @@ class Sequence:
     def is_current(self) -> bool:
         """Whether its request still runs in it."""
         return self.request.place == "sequence" and self.request.seq == self.number
+
+    def backlog(self, reach: int) -> dict[int, float]:
+        """rank -> what it has still to compute of the prompt, as `prompt_work` counts, by what is known to be held."""
+        if self.received or self.ending:
+            return {}
+        tokens = sum(share.tokens for share in self.shares)
+        each = prompt_work(tokens, reach) / tokens / (PARALLEL_EFFICIENCY if len(self.shares) > 1 else 1)
+        return {share.rank: each * max(0, share.tokens - self.held.get(share.rank, 0)) for share in self.shares}
 
     def validate(self) -> None:
         """Raises RuntimeError if it contradicts itself."""

@@ -244,6 +244,12 @@ class Sequences:
             return False
         if call is not None:
             target = call.target
+            view = self.views()[target]
+            if view.homes >= view.max_homes:
+                self._requests.fail_move(
+                    sequence.request, f"instance {target} decodes {view.homes} sequences, as many as it can"
+                )
+                return False
         elif sequence.needs_block and not self._cell.members[sequence.home].free:
             target = self._make_room(sequence)
         if target is None:
@@ -279,7 +285,14 @@ class Sequences:
         if not self._waiting or self._crowded or any(s.needs_block and not s.ending for s in self._sequences.values()):
             return
         request = self._waiting[0]
-        placement = place(self.views(), tokens=request.num_tokens, block_size=self._cell.spec.block_size, spread=request.spread)
+        placement = place(
+            self.views(),
+            tokens=request.num_tokens,
+            block_size=self._cell.spec.block_size,
+            spread=request.spread,
+            waiting=[behind.num_tokens for behind in self._waiting[1:]],
+            reach=self._cell.spec.reach,
+        )
         if placement is None or (not placement.is_even and self._blocks_come):
             return
         del self._waiting[0]
@@ -318,7 +331,7 @@ class Sequences:
     def _admit(self, reservation: Reservation, placement: Placement) -> None:
         request = reservation.request
         home = placement.shares[0].rank
-        sequence = Sequence(reservation.seq, request, home, sorted(placement.blocks))
+        sequence = Sequence(reservation.seq, request, home, sorted(placement.blocks), placement.shares)
         if request.params.prompt_logprobs is not None and not request.is_scored:
             sequence.unscored = request.prompt_tokens - 1
         self._sequences[sequence.number] = sequence
@@ -482,11 +495,20 @@ class Sequences:
     # --- for others to see --------------------------------------------------------------------------------------------
 
     def views(self) -> list[InstanceView]:
-        homes = [0] * self._cell.size
+        homes, backlogs = [0] * self._cell.size, [0.0] * self._cell.size
         for sequence in self._sequences.values():
-            homes[sequence.home] += 1
+            homes[sequence.home if sequence.moving_to is None else sequence.moving_to] += 1
+            for rank, work in sequence.backlog(self._cell.spec.reach).items():
+                backlogs[rank] += work
         return [
-            InstanceView(rank=m.rank, free_blocks=m.free, total_blocks=m.spec.num_blocks, homes=homes[m.rank])
+            InstanceView(
+                rank=m.rank,
+                free_blocks=m.free,
+                total_blocks=m.spec.num_blocks,
+                homes=homes[m.rank],
+                max_homes=m.spec.decode_rows,
+                backlog=backlogs[m.rank],
+            )
             for m in self._cell.members
         ]
 

@@ -14,6 +14,7 @@ from instance.exact import refuse_inexact
 from instance.memory import TooLittleMemory, check_weights, checkpoint_bytes, measure
 from instance.model import Model, UnsupportedModel, load_model, load_text_assets
 from instance.needs import Needs, refuse_shape
+from instance.scheduler import MAX_DECODE_ROWS
 from instance.server import Instance
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage
@@ -172,6 +173,8 @@ def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
         max_context=model.max_context,
         num_blocks=config.num_blocks,
         chunk_tokens=config.chunk_tokens,
+        decode_rows=MAX_DECODE_ROWS,
+        reach=model.reach(),
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         other_names=list(config.other_names),
     )

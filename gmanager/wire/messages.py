@@ -571,6 +571,10 @@ class InstanceSpec(Part):
     num_blocks: int
     """May differ between instances."""
     chunk_tokens: int
+    decode_rows: int
+    """Most sequences that it decodes at once."""
+    reach: int
+    """Tokens at which attending to them costs a row as much as the rest of the model."""
     device: str
     other_names: list[str] = []
     """That requests may call the model by. A cell has those of its first instance."""

@@ -31,6 +31,8 @@ def register(
         "max_context": 1000,
         "num_blocks": blocks,
         "chunk_tokens": 64,
+        "decode_rows": 256,
+        "reach": 8192,
         "device": "cpu",
     }
     return m.Register(

@@ -497,6 +497,26 @@ def test_a_full_queue_takes_no_more() -> None:
     assert request_stats(driver, "c").state == "queued"
 
 
+def test_an_instance_has_no_more_homes_than_it_decodes_at_once() -> None:
+    """One too many would hold its memory and give one token: it waits, and takes the place of the first that ends."""
+    driver = Driver()
+    driver.ready_cell(40, 9, decode_rows=2)
+    driver.say(CLIENT, HELLO)
+    for name in ("a", "b"):
+        running(driver, name, 8, generated=1)
+    assert [request_stats(driver, name).home for name in "ab"] == [0, 0]
+    running(driver, "c", 8, generated=1)
+    assert request_stats(driver, "c").home == 1, "though 0 has more room"
+    running(driver, "d", 8, generated=1)
+    assert driver.grant(driver.say(CLIENT, submit("e", 8))) == []
+    assert request_stats(driver, "e").state == "queued"
+    moved = driver.say(CLIENT, m.MoveHome(call=9, request_id="c", instance=0))
+    assert moved == [Send(CLIENT, m.CallFailed(call=9, reason="instance 0 decodes 2 sequences, as many as it can"))]
+    driver.say(CLIENT, m.Abort(call=1, request_id="a"))
+    driver.grant(driver.say(peer(0), m.Released(epoch=1, seq=1, generated=1)))
+    assert request_stats(driver, "e").home == 0
+
+
 def test_text_assets_are_those_of_a_ready_cell() -> None:
     driver = Driver()
     driver.say(CLIENT, HELLO)

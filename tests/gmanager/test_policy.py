@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 
 from gmanager.config import GManagerConfig, Spread, parse_spread
 from gmanager.parties import connected
-from gmanager.policy import LONG_PROMPT, Candidate, InstanceView, choose_target, choose_victim, place, why_never
+from gmanager.policy import (
+    LONG_PROMPT,
+    PARALLEL_EFFICIENCY,
+    Candidate,
+    InstanceView,
+    choose_target,
+    choose_victim,
+    degree,
+    place,
+    prompt_work,
+    why_never,
+)
 from gmanager.wire.messages import Refusal
 
 frees = st.lists(st.integers(0, 40), min_size=1, max_size=6)
@@ -15,7 +26,7 @@ spreads = st.one_of(st.sampled_from(["auto", "all"]), st.integers(1, 8))
 
 def views(free: list[int], total: int = 40, homes: list[int] | None = None) -> list[InstanceView]:
     return [
-        InstanceView(rank=rank, free_blocks=blocks, total_blocks=total, homes=homes[rank] if homes else 0)
+        InstanceView(rank=rank, free_blocks=blocks, total_blocks=total, homes=homes[rank] if homes else 0, max_homes=4)
         for rank, blocks in enumerate(free)
     ]
 
@@ -80,6 +91,45 @@ def test_the_home_is_where_fewest_homes_are_among_equals() -> None:
     assert placement.shares[0].rank == 1
 
 
+def test_the_home_can_decode_another() -> None:
+    """Though others have more room; and a prompt waits where none can."""
+    placement = place(views([10, 6, 3], homes=[4, 3, 4]), tokens=24, block_size=4, spread=2)
+    assert placement is not None
+    assert [(share.rank, share.tokens) for share in placement.shares] == [(1, 12), (0, 12)]
+    assert place(views([10, 6, 3], homes=[4, 4, 4]), tokens=4, block_size=4, spread="auto") is None
+    assert choose_target(views([9, 5, 3], homes=[0, 4, 3]), home=0) == 2
+
+
+def test_long_prompts_are_spread_if_all_end_sooner() -> None:
+    """By the formula: with two instances an even number runs one each; of an odd number one is spread."""
+    assert [degree(131072, [131072] * behind, [0, 0], 25_000) for behind in range(4)] == [2, 1, 2, 1]
+    assert degree(131072, [100] * 50, [0, 0], 25_000) == 2, "short prompts are no reason"
+    assert degree(LONG_PROMPT - 1, [], [0, 0], 25_000) == 1
+    work = prompt_work(131072, 25_000)
+    assert degree(131072, [], [0, 2 * work], 25_000) == 1, "rather than wait for one that is busy"
+    assert degree(131072, [], [work, work], 25_000) == 2
+    assert prompt_work(25_000, 25_000) == 37_500
+
+
+@given(st.lists(st.integers(LONG_PROMPT, 10**6), max_size=5), st.lists(st.floats(0, 1e8), min_size=1, max_size=5))
+def test_no_other_degree_ends_sooner(waiting: list[int], backlogs: list[float]) -> None:
+    """Played out: each of `count` instances is busy with a prompt as long as the others of it."""
+    tokens, reach = 200_000, 25_000
+
+    def last_end(count: int) -> float:
+        busy = list(backlogs)
+        for length in sorted([tokens, *waiting], reverse=True):
+            first = sorted(range(len(busy)), key=lambda i: busy[i])[:count]
+            seconds = prompt_work(length, reach) / (count * PARALLEL_EFFICIENCY if count > 1 else 1)
+            end = max(busy[i] for i in first) + seconds
+            for i in first:
+                busy[i] = end
+        return max(busy)
+
+    chosen = degree(tokens, waiting, backlogs, reach)
+    assert last_end(chosen) <= min(map(last_end, range(1, len(backlogs) + 1))) * (1 + 1e-9)
+
+
 def test_a_long_prompt_takes_all_that_have_room() -> None:
     assert shares([5000, 5000, 1], LONG_PROMPT, "auto") == [(0, 4096), (1, 4096)]
     assert shares([5000, 5000, 1], LONG_PROMPT - 1, "auto") == [(0, LONG_PROMPT - 1)]
@@ -117,7 +167,7 @@ def test_what_can_ever_be_served_can_be_placed_in_an_empty_cell(
     limits = {"max_context": 10_000, "cell": "main", "total_blocks": totals, "block_size": 4}
     if why_never(prompt=prompt, max_tokens=max_tokens, **limits) is not None:  # type: ignore[arg-type]
         return
-    empty = [InstanceView(rank=r, free_blocks=n, total_blocks=n, homes=0) for r, n in enumerate(totals)]
+    empty = [InstanceView(rank=r, free_blocks=n, total_blocks=n, homes=0, max_homes=1) for r, n in enumerate(totals)]
     for tokens in (prompt, prompt + max_tokens - 1):
         assert place(empty, tokens=tokens, block_size=4, spread=spread) is not None
 
