@@ -87,6 +87,7 @@ class Instance:
         self._assets = assets
         self._spec = spec
         self._storage = storage
+        self._processors = Processors.of(model.device, config.decode_processors) if model.device.type == "cuda" else None
         self._transport = transport
         self._listener = transport.listen(f"tcp://{config.host}:*", self._party_decoder)
         self._gmanager = transport.dial(config.gmanager, to_instance)
@@ -245,8 +246,7 @@ class Instance:
         """Form the epoch's process groups and start to step."""
         config, device = self._config, self._model.device
         loop = asyncio.get_running_loop()
-        processors = Processors.of(device, config.decode_processors) if device.type == "cuda" else None
-        runners = {lane: await loop.run_in_executor(self._joiner, self._make_runner, join, lane, processors) for lane in LANES}
+        runners = {lane: await loop.run_in_executor(self._joiner, self._make_runner, join, lane) for lane in LANES}
         parties = Parties(
             epoch=join.epoch,
             rank=join.rank,
@@ -263,7 +263,7 @@ class Instance:
             parties=parties,
             scheduler=scheduler,
             runners=runners,
-            sharing=None if processors is None else sharing_of(self._model, processors),
+            sharing=None if self._processors is None else sharing_of(self._model, self._processors),
             timeout_s=config.step_timeout_s,
         )
         self._epoch = _Epoch(join.epoch, lanes)
@@ -273,7 +273,7 @@ class Instance:
         self._gmanager.send(wire.Joined(epoch=join.epoch))
         log.info("epoch joined", epoch=join.epoch, cell_rank=join.rank, instances=len(join.members))
 
-    def _make_runner(self, join: wire.JoinEpoch, lane: Lane, processors: Processors | None) -> Runner:
+    def _make_runner(self, join: wire.JoinEpoch, lane: Lane) -> Runner:
         """The device's side of a lane: all members of the epoch make theirs together."""
         config, device = self._config, self._model.device
         group = EpochGroup(
@@ -293,7 +293,7 @@ class Instance:
             threads=config.threads,
             max_samples=MAX_SAMPLES[lane],
             assets=self._assets,
-            streams=None if processors is None else processors.streams[lane],
+            streams=None if self._processors is None else self._processors.streams[lane],
         )
         self._cleanup.callback(runner.close)
         if device.type == "cuda" and lane == "prefill":

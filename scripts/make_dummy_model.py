@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write a checkpoint of random weights of a known shape, or of a config.json: to measure or try a service, not to talk with.
 
-The tokenizer is byte-level, with a chat template; ids beyond the bytes read `<|300|>`, and no text becomes them.
+The tokenizer is byte-level, with a chat template; ids beyond the bytes read `<|300|>`, and no text becomes them. Weights are
+drawn on a GPU if there is one: the same seed gives the same ones on the same kind of device.
 """
 
 import argparse
@@ -80,7 +81,9 @@ def write(shape: str, folder: Path, dtype: str, seed: int = 0) -> None:
     config.dtype = getattr(torch, dtype)
     torch.manual_seed(seed)
     auto: Any = AutoModelForCausalLM  # its from_config has no types
-    auto.from_config(config, dtype=config.dtype, trust_remote_code=False).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 8B: five minutes on CPUs
+        model = auto.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

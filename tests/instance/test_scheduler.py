@@ -345,3 +345,21 @@ def test_a_wrong_count_stops_the_instance() -> None:
     cell.instances[0].rmanager.append(1, 90, 91)
     with pytest.raises((StepMismatch, ValueError)):
         cell.round()
+
+
+def test_a_short_prompt_has_its_token_within_two_chunks_of_a_long_one() -> None:
+    """It comes while one chunk runs: it has rows in the next, and its token with that."""
+    cell = FakeCell(2, blocks=600, block_size=16, chunk_tokens=512)
+    assert cell.admit(1, [Share(rank=0, tokens=2048), Share(rank=1, tokens=2048)], 4, [])
+    cell.round()
+    cell.round()
+    assert cell.admit(2, [Share(rank=1, tokens=40)], 4, [])
+    cell.round()  # the step that has its rows is queued behind the one that runs
+    assert not cell.outputs[2]
+    cell.round()
+    assert cell.outputs[2] == {0: token_at(2, 40)}
+    assert cell.instances[0].scheduler.has_work("prefill", [0, 1]), "the long one goes on"
+    assert cell.instances[1].scheduler.has_work("decode", [0, 1]), "beside it"
+    cell.drain()
+    assert cell.finished == {1: "length", 2: "length"}
+    cell.check_empty()

@@ -315,9 +315,9 @@ def _note_steps() -> None:
 
     launch = Runner.launch
 
-    def noted(runner: Runner, plan: Any) -> Any:
+    def noted(runner: Runner, plan: Any, processors: int) -> Any:
         if plan.layout.num_rows:
             os.write(1, f"{_LAUNCHED}{time.monotonic():.6f}\n".encode())
-        return launch(runner, plan)
+        return launch(runner, plan, processors)
 
     Runner.launch = noted  # type: ignore[method-assign,assignment]
