@@ -302,7 +302,8 @@ class Counters(Part):
     partial_bytes: int = 0
     kv_bytes: int = 0
     step_us: int = 0
-    """Time in which the device ran steps; integers of microseconds, because counters are summed and clamped as such."""
+    """Time in which the device ran steps, the sum of both lanes'; integers of microseconds, because counters are summed and
+    clamped as such."""
     exchange_us: int = 0
     """Of it: waiting for rows of other instances. Measured on the CPU only."""
     attention_us: int = 0
