@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gmanager.wire.logs import get_logger
+from instance.errors import InstanceError
 from instance.model import Model
 from instance.sharing import SPLITS, Costs, Sharing
 from instance.step import Lane
@@ -40,8 +41,15 @@ class Processors:
 
     @staticmethod
     def of(device: torch.device, splits: Sequence[int] = SPLITS) -> "Processors":
-        """Divide a CUDA device for the lanes of this process. Where that can't be done decodes come first in a plain way."""
+        """Divide a CUDA device for the lanes of this process. Where that can't be done decodes come first in a plain way.
+
+        Raises InstanceError for a part that leaves nothing.
+        """
         total = num_processors(device)
+        if splits and max(splits) > total - 8:
+            raise InstanceError(
+                f"--decode-processors {max(splits)} leaves prompts none: the GPU has {total}, parts are of 8 at least"
+            )
         new: Any = torch.cuda.Stream  # its constructor has no types
         streams: dict[Lane, dict[int, torch.cuda.Stream]] = {
             "prefill": {total: new(device)},

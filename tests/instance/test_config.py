@@ -132,6 +132,7 @@ def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.Monk
         ({"block_size": 0}, "--block-size must be at least 1, got 0"),
         ({"chunk_tokens": -1}, "--chunk-tokens must be at least 1, got -1"),
         ({"threads": 0}, "--threads must be at least 1, got 0"),
+        ({"decode_processors": (12, 24)}, "--decode-processors must be multiples of 8, got 12 24"),
         ({"cell_size": 0}, "--cell-size must be at least 1, got 0"),
         ({"dtype": "int8"}, "--dtype must be one of auto, float32, float16, bfloat16, got int8"),
         ({"host": "0.0.0.0"}, "--host '0.0.0.0' is no address that the other instances could dial"),
