@@ -61,7 +61,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser.add_argument(
         "--mixed-chunk-tokens",
         type=int,
-        help="the same while decodes run, counted where a prompt begins: further on rows cost more (24576 on GPU, 512 on CPU)",
+        help="the same while decodes run, counted where a prompt begins (24576 on GPU, --chunk-tokens on CPU)",
     )
     parser.add_argument(
         "--decode-processors",

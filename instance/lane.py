@@ -6,7 +6,7 @@ Each is two deep: while the device runs step n, the CPU proposes, exchanges, der
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from instance.errors import StepTimeout
@@ -59,13 +59,15 @@ class Lanes:
             for loop in self:
                 tasks.create_task(loop.run(tasks, progress))
 
-    def _processors(self, lane: Lane, notice: Notice, plan: StepPlan) -> int:
+    def _processors(self, lane: Lane, notices: Sequence[Notice], plan: StepPlan) -> int:
         """Those that the lane's next step gets."""
         if self._sharing is None:
             return 0
         if lane == "decode":
             return self._sharing.for_decode(Load.of(plan.layout), prefill_is_busy=self["prefill"].is_running)
-        return self._sharing.for_prefill(decodes_meanwhile=notice.is_beside_decodes or self["decode"].is_running)
+        # others' decodes may read here, too
+        decodes = self["decode"].is_running or any(notice.is_beside_decodes for notice in notices)
+        return self._sharing.for_prefill(decodes_meanwhile=decodes)
 
 
 @dataclass(slots=True)
@@ -76,7 +78,7 @@ class LaneLoop:
     party: Party
     scheduler: Scheduler
     runner: Runner
-    _processors: Callable[[Lane, Notice, StepPlan], int]
+    _processors: Callable[[Lane, Sequence[Notice], StepPlan], int]
     _timeout_s: float
     notice_ns: int = 0
     """How long it has waited for the notices of its party's others."""
@@ -139,7 +141,7 @@ class LaneLoop:
             return None
         step = derive(notices)
         plan = scheduler.accept(self.lane, step)
-        launched = self.runner.launch(plan, self._processors(self.lane, notice, plan))
+        launched = self.runner.launch(plan, self._processors(self.lane, notices, plan))
         party.advance(step.digest(), rest=step.is_empty())
         return launched
 

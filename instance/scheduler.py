@@ -308,7 +308,7 @@ class Scheduler:
             if (home := self._homes.pop(seq, None)) is not None:
                 ended.homes.append(home)
         steps.ended.append(ended)
-        if lane == "prefill":
+        if lane == "prefill" and step.spans:
             for home in self._homes.values():
                 home.waited += home.in_prefill
         return self._plan(lane, step)
