@@ -164,6 +164,10 @@ class Model:
         """Bytes of all parameters."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
+    def token_bytes(self) -> int:
+        """Bytes of one token's KV in all layers."""
+        return 2 * self.num_layers * self.shape.num_kv_heads * self.shape.head_dim * self.shape.dtype.itemsize
+
     def reach(self) -> int:
         """Tokens that a row attends to at the cost of the rest of the model.
 

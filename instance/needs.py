@@ -41,7 +41,7 @@ class Needs:
         rows = {"prefill": chunk_tokens, "decode": MAX_DECODE_ROWS}
         return Needs(
             weights=model.weight_bytes(),
-            token=2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize,
+            token=model.token_bytes(),
             steps=[(rows[lane], MAX_SAMPLES[lane]) for lane in LANES],
             mlp_rows=MLP_ROWS if backend == "triton" and is_like_llama(model.module) else chunk_tokens,
             streams=1 + len(splits) if backend == "triton" else 1,

@@ -67,10 +67,9 @@ class Processors:
 
 def sharing_of(model: Model, processors: Processors) -> Sharing:
     """How this model's lanes share them."""
-    shape = model.shape
     costs = Costs(
         weight_bytes=model.weight_bytes(),
-        token_bytes=2 * model.num_layers * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize,
+        token_bytes=model.token_bytes(),
         flops_per_row=2 * sum(p.numel() for p in model.module.parameters()),
     )
     return Sharing(processors.total, processors.splits, costs)

@@ -34,6 +34,11 @@ def event_ms(work: Callable[[], object], *, repeats: int = 5) -> float:
     return statistics.median(_event_ms(work) for _ in range(repeats))
 
 
+def p99(values: Sequence[float]) -> float:
+    """The value that 99 % of them don't exceed."""
+    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+
+
 def copy_bandwidth() -> float:
     """GB/s of a device copy of 4 GiB, bytes read and written."""
     source = torch.empty(1 << 31, dtype=torch.bfloat16, device="cuda").normal_()

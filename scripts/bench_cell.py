@@ -27,7 +27,7 @@ import torch
 import torch.distributed
 from _dummy import bytes_read, make_model, make_storage, pool_tokens, token_bytes
 from _loop import Cell, Loop
-from _measure import Row, copy_bandwidth, show, write_json
+from _measure import Row, copy_bandwidth, p99, show, write_json
 
 from instance.cell import open_store
 
@@ -190,7 +190,7 @@ def mixed(bench: Bench) -> list[Row]:
     undisturbed_s = prefill_s(bench, 1 << 21, prompt, [1, 1])
     bench.cell.barrier()
     bench.loop.drain()
-    before, beside = _p99(alone), _p99(times)
+    before, beside = p99(alone), p99(times)
     return [
         {
             "rows": count, "P99 alone ms": 1e3 * before, "P99 beside ms": 1e3 * beside,
@@ -198,10 +198,6 @@ def mixed(bench: Bench) -> list[Row]:
             "prefill ratio": seconds / undisturbed_s, "steps": len(times),
         }
     ]  # fmt: skip
-
-
-def _p99(values: list[float]) -> float:
-    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
 
 
 PARTS: dict[str, tuple[str, Callable[[Bench], list[Row]]]] = {

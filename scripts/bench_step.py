@@ -15,7 +15,6 @@ import itertools
 import statistics
 import sys
 from array import array
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 import torch
 from _dummy import bytes_read, make_model, make_storage, token_bytes
 from _loop import Loop
-from _measure import Row, copy_bandwidth, event_ms, graph_ms, matmul_tflops, show, write_json
+from _measure import Row, copy_bandwidth, event_ms, graph_ms, matmul_tflops, p99, show, write_json
 from llguidance import LLMatcher, LLTokenizer
 
 from distattn.shape import PackedRows
@@ -115,7 +114,7 @@ def decode(loop: Loop, rows: int, tokens: int, model: Model, copy: float) -> Row
     step = 1e3 * statistics.median(between)
     floor = read / copy / 1e6
     return {
-        "rows": rows, "tokens": tokens, "step ms": step, "P99": 1e3 * _p99(between),
+        "rows": rows, "tokens": tokens, "step ms": step, "P99": 1e3 * p99(between),
         "graph ms": graph, "host's part": (step - graph) / step, "floor ms": floor, "step / floor": step / floor,
     }  # fmt: skip
 
@@ -165,15 +164,11 @@ def beside(loop: Loop, rows: int, tokens: int, prompt: int, vocab: int) -> Row:
     between = [b - a for a, b in pairwise(lanes["decode"])]
     loop.drain()
     return {
-        "rows": rows, "tokens": tokens, "step alone ms": 1e3 * statistics.median(before), "P99 alone ms": 1e3 * _p99(before),
-        "step ms": 1e3 * statistics.median(between), "P99 ms": 1e3 * _p99(between), "P99 ratio": _p99(between) / _p99(before),
+        "rows": rows, "tokens": tokens, "step alone ms": 1e3 * statistics.median(before), "P99 alone ms": 1e3 * p99(before),
+        "step ms": 1e3 * statistics.median(between), "P99 ms": 1e3 * p99(between), "P99 ratio": p99(between) / p99(before),
         "prompt": prompt, "prefill alone s": alone, "prefill s": lanes["prefill"][-1],
         "prefill ratio": lanes["prefill"][-1] / alone, "steps": len(between),
     }  # fmt: skip
-
-
-def _p99(values: Sequence[float]) -> float:
-    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
 
 
 def main() -> int:
