@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import pytest
@@ -35,10 +34,10 @@ from tests.support.processes import (
     cpu_seconds,
     free_port,
     is_alive,
-    launches,
     listening_addresses,
     processes,
     until_ready,
+    wakeups,
     workers,
 )
 from tests.support.service import at_rest
@@ -50,7 +49,9 @@ ENDLESS = SamplingParams(max_tokens=15_000, temperature=0, ignore_eos=True)
 
 LONG_PROMPT = 2000
 IDLE_CORE_SHARE = 0.02
-FIRST_STEP_S = 0.020
+IDLE_WAKEUPS_PER_S = 20
+"""Of one thread: less than one that looks for work every 50 ms."""
+
 LOADED = "attention_scratch"
 """An instance says this when its model and pool are there; then it dials the gManager."""
 
@@ -77,11 +78,9 @@ def flags(address: str, model: Path, *more: str) -> list[str]:
     return [*settings, "--threads", "1", "--chunk-tokens", "64", *more]
 
 
-def two(started: Processes, address: str, model: Path, *more: str, notes_steps: bool = False) -> list[Started]:
+def two(started: Processes, address: str, model: Path, *more: str) -> list[Started]:
     """Instances of a cell of two."""
-    return [
-        started.instance(*flags(address, model, *more), rank=rank, world_size=2, notes_steps=notes_steps) for rank in range(2)
-    ]
+    return [started.instance(*flags(address, model, *more), rank=rank, world_size=2) for rank in range(2)]
 
 
 async def answers(client: AsyncClient, model: Path) -> None:
@@ -495,7 +494,7 @@ async def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Async
     async with processes(tmp_path_factory.mktemp("shared")) as started:
         gmanager = started.gmanager()
         address = await address_of(gmanager)
-        instances = two(started, address, model, "--chunk-tokens", "8", notes_steps=True)
+        instances = two(started, address, model, "--chunk-tokens", "8")
         await until_ready(address)
         yield Shared(address, gmanager, instances)
 
@@ -546,19 +545,19 @@ async def test_idle_processes_rest(shared: Shared, client: AsyncClient, model: P
     assert max(used.values()) < IDLE_CORE_SHARE, used
 
 
-@pytest.mark.parametrize("spread", [1, "all"])
-async def test_an_idle_cell_starts_at_once(shared: Shared, client: AsyncClient, spread: Literal["all", 1]) -> None:
-    """From submission to the launch of the first step, by the clock that all processes share.
-
-    The median, so that the scheduler of a busy machine doesn't decide; a cell that polls would show in it.
-    """
-    delays = []
-    for _ in range(15):
-        await at_rest(client)
-        await asyncio.sleep(0.05)  # idle, not just ended
-        began = time.monotonic()
-        await anext(stream := client.generate([1] * 40, spread=spread))
-        delays.append(min(at for i in shared.instances for at in launches(i) if at >= began) - began)
-        await stream.aclose()
-    print(f"spread {spread}: first step after {median(delays) * 1e3:.1f} ms (median), {max(delays) * 1e3:.1f} ms (most)")
-    assert median(delays) < FIRST_STEP_S, delays
+async def test_idle_processes_wait_and_do_not_poll(shared: Shared, client: AsyncClient, model: Path) -> None:
+    """What polls wakes up again and again, and notices work only at its next look: nothing may, but for beats and leases."""
+    await answers(client, model)
+    await at_rest(client)
+    pids = {"gManager": shared.gmanager.pid} | {i.name: i.pid for i in shared.instances}
+    before, began = {name: wakeups(pid) for name, pid in pids.items()}, time.monotonic()
+    await asyncio.sleep(3)
+    passed = time.monotonic() - began
+    rates = {
+        f"{name} {thread}": (count - before[name].get(thread, 0)) / passed
+        for name, pid in pids.items()
+        for thread, count in wakeups(pid).items()
+        if not thread.startswith("gloo_tcp_loop")  # Gloo's own: it looks every 10 ms whether it is to end
+    }
+    print("wake-ups a second:", rates)
+    assert max(rates.values()) < IDLE_WAKEUPS_PER_S, rates

@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gmanager import AsyncClient, ServiceUnreachable
 
@@ -108,20 +107,15 @@ class Processes:
             *("-m", "instance", *flags),
         )
 
-    def instance(
-        self, *flags: str, rank: int = 0, world_size: int = 1, run_id: str | None = "fork", notes_steps: bool = False
-    ) -> Started:
-        """`python -m instance` as torchrun starts it (without a run id: as torchrun does not), less the time to import.
-
-        `notes_steps`: it writes when it launches a step that has rows; `launches` reads that.
-        """
+    def instance(self, *flags: str, rank: int = 0, world_size: int = 1, run_id: str | None = "fork") -> Started:
+        """`python -m instance` as torchrun starts it (without a run id: as torchrun does not), less the time to import."""
         _preload()
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         environment["LOCAL_WORLD_SIZE"] = str(world_size)
         if run_id is not None:
             environment["TORCHELASTIC_RUN_ID"] = run_id
         log = self._log("instance")
-        process = _FORKSERVER.Process(target=_run_instance, args=(flags, environment, log, notes_steps), daemon=True)
+        process = _FORKSERVER.Process(target=_run_instance, args=(flags, environment, log), daemon=True)
         process.start()
         if process.pid is None:
             raise RuntimeError("the process did not start")
@@ -194,11 +188,6 @@ async def client_of(address: str) -> AsyncIterator[AsyncClient]:
         await client.__aexit__(None, None, None)
 
 
-def launches(instance: Started) -> list[float]:
-    """When, on time.monotonic's clock, an instance that notes its steps has launched one."""
-    return [float(line.removeprefix(_LAUNCHED)) for line in instance.text.splitlines() if line.startswith(_LAUNCHED)]
-
-
 # --- what /proc knows
 
 
@@ -239,6 +228,18 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def wakeups(pid: int) -> dict[str, int]:
+    """How often each thread of a process has waited for something, by its name and id."""
+    counts = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+        except FileNotFoundError:  # it ended
+            continue
+        counts[f"{status['Name']} {task.name}"] = int(status["voluntary_ctxt_switches"])
+    return counts
+
+
 def listening(pid: int) -> set[tuple[str, int]]:
     """IPv4 and IPv6 addresses and ports at which a process listens for TCP."""
     inodes = set()
@@ -277,14 +278,13 @@ def free_port() -> int:
 # --- forked instances
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_LAUNCHED = "step launched at "
 
 
 def _preload() -> None:
     _FORKSERVER.set_forkserver_preload(["instance.__main__", "transformers.models.llama.modeling_llama"])
 
 
-def _run_instance(flags: tuple[str, ...], environment: Mapping[str, str], log: Path, notes_steps: bool) -> None:
+def _run_instance(flags: tuple[str, ...], environment: Mapping[str, str], log: Path) -> None:
     """Main of a forked process: what `python -m instance` does."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -297,8 +297,6 @@ def _run_instance(flags: tuple[str, ...], environment: Mapping[str, str], log: P
 
     from instance.__main__ import main
 
-    if notes_steps:
-        _note_steps()
     tqdm.set_lock(threading.RLock())  # the lock between processes that it makes otherwise would be left behind
     try:
         code = main()
@@ -307,17 +305,3 @@ def _run_instance(flags: tuple[str, ...], environment: Mapping[str, str], log: P
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _note_steps() -> None:
-    """Let this process write when it launches a step with rows of its own."""
-    from instance.runner import Runner
-
-    launch = Runner.launch
-
-    def noted(runner: Runner, plan: Any, processors: int) -> Any:
-        if plan.layout.num_rows:
-            os.write(1, f"{_LAUNCHED}{time.monotonic():.6f}\n".encode())
-        return launch(runner, plan, processors)
-
-    Runner.launch = noted  # type: ignore[method-assign,assignment]
