@@ -131,6 +131,8 @@ class _Steps:
     """seq -> which token of the previous plan is its."""
     ended: list[_Ended] = field(default_factory=list)
     """Of each accepted step that is not committed."""
+    prompts: list[int] = field(default_factory=list)
+    """Sequences whose prompts the last notice proposed."""
 
 
 @dataclass(slots=True)
@@ -260,6 +262,7 @@ class Scheduler:
                 handoffs.append(_handoff(home, home.move_to))
             elif len(decodes) < MAX_DECODE_ROWS and self._grant(home):
                 decodes.append(Decode(seq=home.seq, position=home.position, holdings=home.holdings))
+        self._steps[lane].prompts = [prefill.seq for prefill in prefills]
         return Notice(
             epoch=self.epoch,
             lane=lane,
@@ -309,8 +312,9 @@ class Scheduler:
                 ended.homes.append(home)
         steps.ended.append(ended)
         if lane == "prefill" and step.spans:
-            for home in self._homes.values():
-                home.waited += home.in_prefill
+            for home in map(self._homes.get, steps.prompts):
+                if home is not None:
+                    home.waited += 1
         return self._plan(lane, step)
 
     def commit(

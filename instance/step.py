@@ -7,6 +7,7 @@ and nothing but its arguments.
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -53,7 +54,7 @@ class Prefill(Part):
     """What each participant still has to take."""
     holdings: list[Holding]
     waited: int = 0
-    """Steps of the prefill lane since it came."""
+    """Steps with rows of the prefill lane since its party met."""
     scored: bool = False
     """Whether log-probabilities of its tokens are wanted."""
 
@@ -233,8 +234,9 @@ def _fill(total: int, caps: Sequence[int]) -> list[int]:
 def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     """Share the members' prompt rows of this step among the prompts that wait.
 
-    Those with the fewest tokens left go first, so that a short prompt doesn't wait for a long one. But the one with the least
-    slack (`_slack`) is promised half of each budget, if it can use that: so none starves.
+    Those with the fewest tokens left go first, so that a short prompt doesn't wait for a long one. But at each member half of
+    the budget is promised to the one with the least slack (`_slack`) of those that need it. The one with least of all has
+    that half at each of its members: so none starves.
     """
     ready = {notice.rank: set(notice.ready) for notice in notices}
     waiting = [
@@ -243,56 +245,94 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
         for prefill in notice.prefills
         if all(prefill.seq in ready.get(share.rank, ()) for share in prefill.shares if share.tokens)
     ]
-    if not waiting:
-        return
     is_paced = any(notice.is_beside_decodes for notice in notices)
-    budget = {notice.rank: notice.paced_budget if is_paced else notice.budget for notice in notices}
-    reach = {notice.rank: notice.reach if is_paced else FAR for notice in notices}
-    grains = {notice.rank: notice.grain if is_paced else 1 for notice in notices}
-    rows = {notice.rank: notice.budget for notice in notices}  # of a step, whatever they cost
-    first = min(waiting, key=lambda p: (_slack(p, budget, reach), p.arrival, p.seq))
-    order = sorted((p for p in waiting if p is not first), key=_shortest)[: MAX_PROMPTS - 1]
-    order = sorted([*order, first], key=_shortest)
-    kept = {s.rank: min((budget[s.rank] + 1) // 2, _cost(s.tokens, first.start, reach[s.rank])) for s in first.shares}
-    kept_rows = {s.rank: min((rows[s.rank] + 1) // 2, s.tokens) for s in first.shares}
+    rooms = {notice.rank: _Room.of(notice, is_paced=is_paced) for notice in notices}
+    by_slack = sorted(waiting, key=lambda p: (_slack(p, rooms), p.arrival, p.seq))
+    for prefill in by_slack:
+        for share in prefill.shares:
+            if share.tokens:
+                rooms[share.rank].promise_half(prefill, share.tokens)
+    promised = {room.promised for room in rooms.values()}
+    first = [prefill for prefill in by_slack if prefill.seq in promised][:MAX_PROMPTS]
+    others = sorted((p for p in waiting if p.seq not in promised), key=_shortest)[: MAX_PROMPTS - len(first)]
+    order = sorted(first + others, key=_shortest)
+    last = {share.rank: prefill.seq for prefill in order for share in prefill.shares if share.tokens}
     for prefill in order:
-        if prefill is first:
-            kept, kept_rows = {}, {}
-        may_round = prefill in (first, order[-1])
-        room = []
-        for s in prefill.shares:
-            grain = grains[s.rank] if may_round else None
-            affordable = _affordable(budget[s.rank] - kept.get(s.rank, 0), prefill.start, reach[s.rank], grain)
-            room.append(min(s.tokens, rows[s.rank] - kept_rows.get(s.rank, 0), affordable))
+        room = [rooms[s.rank].rows_for(prefill, s.tokens, is_last=last.get(s.rank) == prefill.seq) for s in prefill.shares]
         home = prefill.shares[0]
         caps = [min(room[0], home.tokens - 1), *room[1:]] if len(room) > 1 else room
         chunk = [
             Span(prefill.seq, prefill.shares[i].rank, start, stop)
             for i, start, stop in split_chunk(prefill.start, prefill.end, caps, room)
         ]
-        for span in chunk:
-            budget[span.rank] -= _cost(span.stop - span.start, prefill.start, reach[span.rank])
-            rows[span.rank] -= span.stop - span.start
+        for share in prefill.shares:
+            rooms[share.rank].fill(prefill, sum(s.stop - s.start for s in chunk if s.rank == share.rank))
         if chunk:
             yield prefill, chunk
+
+
+@dataclass(slots=True)
+class _Room:
+    """What a member can still take of prompts in this step."""
+
+    budget: int
+    """What its rows may cost."""
+    rows: int
+    """Most of them, whatever they cost."""
+    reach: int
+    grain: int
+    promised: int | None = None
+    """The sequence to which half of both is promised."""
+    kept: int = 0
+    """Of `budget`, for that one."""
+    kept_rows: int = 0
+
+    @classmethod
+    def of(cls, notice: Notice, *, is_paced: bool) -> "_Room":
+        if is_paced:
+            return cls(notice.paced_budget, notice.budget, notice.reach, notice.grain)
+        return cls(notice.budget, notice.budget, FAR, 1)
+
+    def promise_half(self, prefill: Prefill, tokens: int) -> None:
+        """To the first that asks: as much as its `tokens` here need."""
+        if self.promised is None:
+            self.promised = prefill.seq
+            self.kept = min((self.budget + 1) // 2, _cost(tokens, prefill.start, self.reach))
+            self.kept_rows = min((self.rows + 1) // 2, tokens)
+
+    def rows_for(self, prefill: Prefill, tokens: int, *, is_last: bool) -> int:
+        """How many of a prompt's `tokens` fit. `is_last`: nobody needs what it leaves, so it may round to a grain."""
+        is_promised = prefill.seq == self.promised
+        grain = self.grain if is_promised or is_last else None
+        affordable = _affordable(self.budget - (0 if is_promised else self.kept), prefill.start, self.reach, grain)
+        return min(tokens, self.rows - (0 if is_promised else self.kept_rows), affordable)
+
+    def fill(self, prefill: Prefill, rows: int) -> None:
+        """So many of a prompt's rows run; if it had a promise, that is kept."""
+        self.budget -= _cost(rows, prefill.start, self.reach)
+        self.rows -= rows
+        if prefill.seq == self.promised:
+            self.kept = self.kept_rows = 0
 
 
 def _shortest(prefill: Prefill) -> tuple[int, int, int]:
     return prefill.end - prefill.start, prefill.arrival, prefill.seq
 
 
-def _slack(prefill: Prefill, budget: Mapping[int, int], reach: Mapping[int, int]) -> int:
+def _slack(prefill: Prefill, rooms: Mapping[int, _Room]) -> int:
     """Steps until a prompt is late: `STRETCH` times those it still needs, less those it has waited.
 
     So a short prompt goes before a long one, until the long one has waited for `STRETCH` times its own length: from then on
     none that comes goes before it. Source: least slack first, with a deadline in proportion to a job's length (stretch;
     Bender, Chakrabarti and Muthukrishnan, "Flow and stretch metrics", SODA 1998).
     """
-    ranks = [share.rank for share in prefill.shares if share.tokens]
+    its = [rooms[share.rank] for share in prefill.shares if share.tokens]
     rows = prefill.end - prefill.start
-    near = min(reach[rank] for rank in ranks)
+    near = min(room.reach for room in its)
     cost = rows * (2 * near + prefill.start + prefill.end) // (2 * near)
-    return STRETCH * cost // sum(budget[rank] for rank in ranks) - prefill.waited
+    by_cost = STRETCH * cost // sum(room.budget for room in its)
+    by_rows = STRETCH * rows // sum(room.rows for room in its)
+    return max(by_cost, by_rows) - prefill.waited
 
 
 def _affordable(budget: int, start: int, reach: int, grain: int | None) -> int:

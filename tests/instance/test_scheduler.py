@@ -25,7 +25,7 @@ from gmanager.wire.messages import (
 )
 from instance.rmanager import RManager
 from instance.scheduler import Pace, Scheduler, StepPlan
-from instance.step import LANES, Lane, Step, StepMismatch, derive
+from instance.step import LANES, STRETCH, Lane, Step, StepMismatch, derive
 
 VOCAB = 50
 
@@ -57,12 +57,12 @@ class FakeParty:
 class FakeCell:
     """All instances as one party in each lane, driven round by round, or in any order that devices allow (`moves_on`)."""
 
-    def __init__(self, size: int, *, blocks: int, block_size: int, chunk_tokens: int) -> None:
+    def __init__(self, size: int, *, blocks: int, block_size: int, chunk_tokens: int, reach: int = 20) -> None:
         self.block_size = block_size
         self.instances: list[FakeInstance] = []
         for rank in range(size):
             rmanager = RManager(blocks, block_size)
-            pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), 20)
+            pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), reach)
             scheduler = Scheduler(epoch=1, rank=rank, pace=pace, rmanager=rmanager)
             self.instances.append(FakeInstance(rank, rmanager, scheduler))
         self.members = list(range(size))
@@ -363,3 +363,54 @@ def test_a_short_prompt_has_its_token_within_two_chunks_of_a_long_one() -> None:
     cell.drain()
     assert cell.finished == {1: "length", 2: "length"}
     cell.check_empty()
+
+
+class Stream:
+    """Short prompts that keep coming: each instance of a cell has more of them at any time than fit in two steps."""
+
+    def __init__(self, cell: FakeCell, tokens: int) -> None:
+        self.cell = cell
+        self.tokens = tokens
+        self.rank_of: dict[int, int] = {}
+
+    def rounds_until_first_token(self, seq: int, most: int) -> int:
+        """So many pass until the first token of a sequence."""
+        for rounds in range(most):
+            if self.cell.outputs[seq]:
+                return rounds
+            for rank in self.cell.members:
+                waiting = sum(where == rank and short not in self.cell.released for short, where in self.rank_of.items())
+                for _ in range(8 - waiting):
+                    short = 1000 + len(self.rank_of)
+                    self.rank_of[short] = rank
+                    assert self.cell.admit(short, [Share(rank=rank, tokens=self.tokens)], 1, [])
+            self.cell.round()
+        return most
+
+
+@pytest.mark.parametrize("is_paced", [False, True])
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1], [1, 0]])
+def test_a_long_prompt_ends_in_time_whatever_short_ones_keep_coming(ranks: list[int], is_paced: bool) -> None:
+    """They go before it until it is late; from then on it has half of each step."""
+    chunk, length, reach = 64, 640, 1000
+    cell = FakeCell(2, blocks=4000, block_size=16, chunk_tokens=chunk, reach=reach)
+    if is_paced:
+        assert cell.admit(1, [Share(rank=0, tokens=1)], 5000, [])
+        for _ in range(4):
+            cell.round()
+    assert cell.admit(2, [Share(rank=rank, tokens=length // len(ranks)) for rank in ranks], 1, [])
+    by_cost = length * (1 + length / (2 * reach)) / (chunk // 4) if is_paced else 0
+    steps = -int(-max(by_cost, length / chunk) // len(ranks))
+    rounds = Stream(cell, chunk // 2).rounds_until_first_token(2, (STRETCH + 3) * steps)
+    assert STRETCH * steps <= rounds <= (STRETCH + 2) * steps + 4
+
+
+def test_what_is_promised_at_one_instance_is_also_promised_at_the_other() -> None:
+    """Each has a prompt that is late, and only the two together were promised anything: the second stood still."""
+    cell = FakeCell(2, blocks=4000, block_size=16, chunk_tokens=64)
+    stream = Stream(cell, 32)
+    assert cell.admit(1, [Share(rank=0, tokens=5120)], 1, [])
+    assert stream.rounds_until_first_token(1, STRETCH * 80) == STRETCH * 80, "it is late now"
+    assert cell.admit(2, [Share(rank=1, tokens=640)], 1, [])
+    assert stream.rounds_until_first_token(2, 200) <= (STRETCH + 2) * 10 + 4
+    assert not cell.outputs[1]

@@ -219,11 +219,15 @@ def test_a_prompts_wait_is_bounded_whatever_comes(data: st.DataObject) -> None:
         assert ended[name] <= late + sum(-(-size // -(-budget // 2)) for size in before)
 
 
-def test_a_short_prompt_that_comes_goes_before_a_long_one_until_that_is_late() -> None:
+@pytest.mark.parametrize("is_paced", [False, True])
+def test_a_short_prompt_that_comes_goes_before_a_long_one_until_that_is_late(is_paced: bool) -> None:
+    """Both take as many steps as their rows need, though a paced step would pay for more of them."""
+    pace = {"budget": 64, "paced_budget": 192, "reach": 1000, "is_beside_decodes": is_paced}
+
     def spans(waited: int) -> dict[int, int]:
         long = Prefill(seq=1, arrival=1, start=0, end=640, shares=[Share(rank=0, tokens=640)], holdings=[], waited=waited)
         short = Prefill(seq=2, arrival=2, start=0, end=62, shares=[Share(rank=0, tokens=62)], holdings=[])
-        return {span.seq: span.stop for span in derive([notice(0, budget=64, ready=[1, 2], prefills=[long, short])]).spans}
+        return {span.seq: span.stop for span in derive([notice(0, ready=[1, 2], prefills=[long, short], **pace)]).spans}
 
     assert spans(STRETCH * 9) == {2: 62, 1: 2}
     assert spans(STRETCH * 10) == {2: 32, 1: 32}
