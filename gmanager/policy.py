@@ -4,7 +4,7 @@ A block holds `block_size` tokens of KV on one instance. Every participant of a 
 share plus one *spare*, into which generation grows where the home is.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gmanager.config import Spread
@@ -77,14 +77,15 @@ def place(
     """Participants and shares for a prompt, or None if it doesn't fit now. `waiting`: tokens of those behind it; `reach`: as
     `prompt_work` has it.
 
-    The number of participants is the least that memory needs, and at least what `spread` says (never more than there
-    are instances, or blocks in the prompt). A number or 'all' is a promise: if too few instances have room the prompt
-    waits. 'auto' is 1 where it fits (every further participant costs each step an exchange), but as many as `degree` says
-    for a prompt of LONG_PROMPT tokens or more.
+    'auto' is one where it fits (every further participant costs each step an exchange), but as many as `degree` says for a
+    prompt of LONG_PROMPT tokens or more; those that have least to prefill take part, of those with room for an even share.
+    If there are too few of these the number is the least that memory needs, as it is at least for any other `spread`. A
+    number or 'all' is a promise (but never more than there are instances, or blocks in the prompt): if too few instances
+    have room the prompt waits. Then those with most free blocks take part.
 
-    The instances with most free blocks take part; the home is the one with most, because generation grows there (ties:
-    fewest homes, lowest rank), of those that can decode another sequence. Shares are even to one block, unless one is
-    capped by what is free less the spare. All are whole blocks but the home's, which takes the remainder:
+    The home is the first of them, by prompts or by blocks, that can decode another sequence (ties: most free blocks, because
+    generation grows there, fewest homes, lowest rank). Shares are even to one block, unless one is capped by what is free
+    less the spare. All are whole blocks but the home's, which takes the remainder:
 
         10 tokens in blocks of 4 on 2 instances      home [0 .. 5]   other [4 tokens]    (6 and 4)
     """
@@ -93,23 +94,45 @@ def place(
     home = next((view for view in rooms if view.homes < view.max_homes), None)
     if home is None or not num_blocks:
         return None
-    rooms = [home, *(view for view in rooms if view is not home)]
-    needed = _least_for_memory([view.free_blocks - 1 for view in rooms], num_blocks)
-    able = sum(view.total_blocks > 1 for view in views)
-    if spread == "auto":
-        wanted = degree(tokens, waiting, [view.backlog for view in rooms], reach)
-    else:
-        wanted = able if spread == "all" else spread
-    count = max(min(wanted, able, num_blocks), needed or 0)
-    if needed is None or count > len(rooms):
+    chosen = _least_busy(rooms, tokens, num_blocks, waiting, reach) if spread == "auto" else None
+    if chosen is None:
+        able = sum(view.total_blocks > 1 for view in views)
+        wanted = able if spread == "all" else 1 if spread == "auto" else spread
+        chosen = _roomiest([home, *(view for view in rooms if view is not home)], min(wanted, able, num_blocks), num_blocks)
+    if chosen is None:
         return None
-    chosen = sorted(rooms[:count], key=lambda view: -view.free_blocks)
-    sizes = dict(zip(chosen, _even_shares([view.free_blocks - 1 for view in chosen], num_blocks), strict=True))
+    by_room = sorted(chosen, key=lambda view: -view.free_blocks)
+    sizes = dict(zip(by_room, _even_shares([view.free_blocks - 1 for view in by_room], num_blocks), strict=True))
     padding = num_blocks * block_size - tokens
-    shares = [
-        Share(rank=view.rank, tokens=sizes[view] * block_size - (padding if view is home else 0)) for view in rooms[:count]
-    ]
-    return Placement(shares, {view.rank: sizes[view] + 1 for view in rooms[:count]})
+    shares = [Share(rank=view.rank, tokens=sizes[view] * block_size - (0 if i else padding)) for i, view in enumerate(chosen)]
+    return Placement(shares, {view.rank: sizes[view] + 1 for view in chosen})
+
+
+def _least_busy(
+    rooms: Sequence[InstanceView], tokens: int, num_blocks: int, waiting: Sequence[int], reach: int
+) -> list[InstanceView] | None:
+    """As many of `rooms` as `degree` says, with least to prefill, the home first. None: no number of them holds even shares."""
+    options: dict[int, list[InstanceView]] = {}
+    most = 1 if tokens < LONG_PROMPT else min(len(rooms), num_blocks)
+    for count in range(1, most + 1):
+        able = [view for view in rooms if view.free_blocks > -(-num_blocks // count)]
+        able.sort(key=lambda view: view.backlog // LONG_PROMPT)  # less than that is no reason against more room
+        home = next((view for view in able if view.homes < view.max_homes), None)
+        if home is not None and len(able) >= count:
+            options[count] = [home, *(view for view in able if view is not home)]
+    if not options:
+        return None
+    backlogs = {count: [view.backlog for view in able] for count, able in options.items()}
+    count = degree(tokens, waiting, backlogs, reach)
+    return options[count][:count]
+
+
+def _roomiest(rooms: Sequence[InstanceView], wanted: int, num_blocks: int) -> list[InstanceView] | None:
+    """The first `wanted`, or as many as memory needs; None if they have too little."""
+    needed = _least_for_memory([view.free_blocks - 1 for view in rooms], num_blocks)
+    if needed is None or max(wanted, needed) > len(rooms):
+        return None
+    return list(rooms[: max(wanted, needed)])
 
 
 def prompt_work(tokens: int, reach: int) -> float:
@@ -120,8 +143,10 @@ def prompt_work(tokens: int, reach: int) -> float:
     return tokens + tokens**2 / (2 * reach)
 
 
-def degree(tokens: int, waiting: Sequence[int], backlogs: Sequence[float], reach: int) -> int:
+def degree(tokens: int, waiting: Sequence[int], backlogs: Mapping[int, Sequence[float]], reach: int) -> int:
     """How many instances should prefill a prompt together, so that it and the long ones that wait end soonest.
+
+    `backlogs`: for each number that there is a choice of, what those have to do that can take an even share.
 
     If each of them is run by k instances of m, longest first on those that are free first (LPT; Graham 1969), it takes k of
     them work / (k e), e = `PARALLEL_EFFICIENCY` for k > 1. Of all k the one with which the last ends first; of equals the
@@ -132,7 +157,7 @@ def degree(tokens: int, waiting: Sequence[int], backlogs: Sequence[float], reach
         return 1
     long = [tokens, *(length for length in waiting if length >= LONG_PROMPT)][:MOST_WEIGHED]
     works = sorted((prompt_work(length, reach) for length in long), reverse=True)
-    return min(range(len(backlogs), 0, -1), key=lambda count: _last_end(works, backlogs, count))
+    return min(sorted(backlogs, reverse=True), key=lambda count: _last_end(works, backlogs[count], count))
 
 
 def _last_end(works: Sequence[float], backlogs: Sequence[float], count: int) -> float:

@@ -244,11 +244,9 @@ class Sequences:
             return False
         if call is not None:
             target = call.target
-            view = self.views()[target]
-            if view.homes >= view.max_homes:
-                self._requests.fail_move(
-                    sequence.request, f"instance {target} decodes {view.homes} sequences, as many as it can"
-                )
+            homes = self._homes()[target]
+            if homes >= self._cell.members[target].spec.decode_rows:
+                self._requests.fail_move(sequence.request, f"instance {target} decodes {homes} sequences, as many as it can")
                 return False
         elif sequence.needs_block and not self._cell.members[sequence.home].free:
             target = self._make_room(sequence)
@@ -494,10 +492,16 @@ class Sequences:
 
     # --- for others to see --------------------------------------------------------------------------------------------
 
-    def views(self) -> list[InstanceView]:
-        homes, backlogs = [0] * self._cell.size, [0.0] * self._cell.size
+    def _homes(self) -> list[int]:
+        """Per rank: sequences whose home it is, or is about to be."""
+        homes = [0] * self._cell.size
         for sequence in self._sequences.values():
             homes[sequence.home if sequence.moving_to is None else sequence.moving_to] += 1
+        return homes
+
+    def views(self) -> list[InstanceView]:
+        homes, backlogs = self._homes(), [0.0] * self._cell.size
+        for sequence in self._sequences.values():
             for rank, work in sequence.backlog(self._cell.spec.reach).items():
                 backlogs[rank] += work
         return [

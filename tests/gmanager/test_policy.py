@@ -1,5 +1,7 @@
 """Placement, limits, targets and victims: numbers in, numbers out."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,12 +104,14 @@ def test_the_home_can_decode_another() -> None:
 
 def test_long_prompts_are_spread_if_all_end_sooner() -> None:
     """By the formula: with two instances an even number runs one each; of an odd number one is spread."""
-    assert [degree(131072, [131072] * behind, [0, 0], 25_000) for behind in range(4)] == [2, 1, 2, 1]
-    assert degree(131072, [100] * 50, [0, 0], 25_000) == 2, "short prompts are no reason"
-    assert degree(LONG_PROMPT - 1, [], [0, 0], 25_000) == 1
+    idle = {1: [0, 0], 2: [0, 0]}
+    assert [degree(131072, [131072] * behind, idle, 25_000) for behind in range(4)] == [2, 1, 2, 1]
+    assert degree(131072, [100] * 50, idle, 25_000) == 2, "short prompts are no reason"
+    assert degree(LONG_PROMPT - 1, [], idle, 25_000) == 1
     work = prompt_work(131072, 25_000)
-    assert degree(131072, [], [0, 2 * work], 25_000) == 1, "rather than wait for one that is busy"
-    assert degree(131072, [], [work, work], 25_000) == 2
+    assert degree(131072, [], {1: [0, 2 * work], 2: [0, 2 * work]}, 25_000) == 1, "rather than wait for one that is busy"
+    assert degree(131072, [], {1: [work, work], 2: [work, work]}, 25_000) == 2
+    assert degree(131072, [131072], {2: [0, 0]}, 25_000) == 2, "there is no choice"
     assert prompt_work(25_000, 25_000) == 37_500
 
 
@@ -126,13 +130,31 @@ def test_no_other_degree_ends_sooner(waiting: list[int], backlogs: list[float]) 
                 busy[i] = end
         return max(busy)
 
-    chosen = degree(tokens, waiting, backlogs, reach)
+    chosen = degree(tokens, waiting, dict.fromkeys(range(1, len(backlogs) + 1), backlogs), reach)
     assert last_end(chosen) <= min(map(last_end, range(1, len(backlogs) + 1))) * (1 + 1e-9)
 
 
 def test_a_long_prompt_takes_all_that_have_room() -> None:
     assert shares([5000, 5000, 1], LONG_PROMPT, "auto") == [(0, 4096), (1, 4096)]
     assert shares([5000, 5000, 1], LONG_PROMPT - 1, "auto") == [(0, LONG_PROMPT - 1)]
+
+
+def test_auto_chooses_those_with_least_to_prefill() -> None:
+    """Of those with room for an even share: the formula counts on them, so they are the ones that take part."""
+
+    def chosen(free: list[int], backlogs: list[float], tokens: int) -> list[int]:
+        seen = [replace(view, backlog=backlog) for view, backlog in zip(views(free), backlogs, strict=True)]
+        placement = place(seen, tokens=tokens, block_size=4, spread="auto", reach=25_000)
+        assert placement is not None
+        return [share.rank for share in placement.shares]
+
+    busy = 10 * prompt_work(20_000, 25_000)
+    assert chosen([9000, 8000], [busy, 0], 400) == [1]
+    assert chosen([9000, 8000], [LONG_PROMPT - 1, 0], 400) == [0], "as much as nothing"
+    assert chosen([9000, 8000, 7000], [busy, 0, 0], 20_000) == [1, 2]
+    assert chosen([9000, 8000, 50], [busy, 0, 0], 20_000) == [1], "the third is free to prefill, but has no room"
+    assert chosen([9000, 3000, 3000], [busy, 0, 0], 20_000) == [1, 2], "neither has room for all of it"
+    assert chosen([100, 80], [busy, 0], 500) == [0, 1], "there is room only in both"
 
 
 def never(prompt: int, max_tokens: int, total_blocks: list[int]) -> Refusal | None:
