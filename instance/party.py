@@ -15,6 +15,7 @@ at one socket, and know nothing of each other.
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from gmanager.wire.channel import Dialer, Listener, PeerLost
 from gmanager.wire.errors import PeerGone
@@ -51,28 +52,29 @@ class Wake(Message):
 PartyMessage = Notice | Round | Superseded | Wake
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Where an instance meets the others of its epoch."""
+
+    epoch: int
+    rank: int
+    addresses: Sequence[str]
+    """Of the party socket of each rank."""
+    listener: Listener[PartyMessage]
+    """The own socket."""
+    dial: Callable[[str], Dialer[PartyMessage]]
+    """Connects to one of `addresses`."""
+    timeout_s: float
+    """Longest wait for the others' notices."""
+
+
 class Parties:
     """The parties of one instance, one in each lane, within one epoch."""
 
-    def __init__(
-        self,
-        *,
-        epoch: int,
-        rank: int,
-        addresses: Sequence[str],
-        listener: "Listener[PartyMessage]",
-        dial: "Callable[[str], Dialer[PartyMessage]]",
-        timeout_s: float,
-    ) -> None:
-        """`addresses[r]` is the party socket of rank r; `dial` connects to one."""
-        self._epoch = epoch
-        self._size = len(addresses)
-        self._listener = listener
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
         self._misdirected = 0
-        self._parties = {
-            lane: Party(epoch=epoch, rank=rank, addresses=addresses, listener=listener, dial=dial, timeout_s=timeout_s)
-            for lane in LANES
-        }
+        self._parties = {lane: Party(seat) for lane in LANES}
 
     def __getitem__(self, lane: Lane) -> "Party":
         return self._parties[lane]
@@ -94,13 +96,14 @@ class Parties:
 
     async def run(self) -> None:
         """Read the parties' sockets until cancelled. Raises what goes wrong with them."""
+        seat, size = self._seat, len(self._seat.addresses)
         try:
             async with asyncio.TaskGroup() as tasks:
                 for party in self._parties.values():
                     party.open(tasks)
                 while True:
-                    peer, message = await self._listener.recv()
-                    if isinstance(message, Notice) and message.epoch == self._epoch and 0 <= message.rank < self._size:
+                    peer, message = await seat.listener.recv()
+                    if isinstance(message, Notice) and message.epoch == seat.epoch and 0 <= message.rank < size:
                         self._parties[message.lane].hear(peer, message)
                     elif not isinstance(message, PeerLost):
                         self._misdirected += 1
@@ -112,32 +115,19 @@ class Parties:
 class Party:
     """The present party of one instance in one lane, within one epoch. It starts alone."""
 
-    def __init__(
-        self,
-        *,
-        epoch: int,
-        rank: int,
-        addresses: Sequence[str],
-        listener: "Listener[PartyMessage]",
-        dial: "Callable[[str], Dialer[PartyMessage]]",
-        timeout_s: float,
-    ) -> None:
-        """As `Parties`, which alone reads `listener`."""
-        self.grouping = Grouping(number=0, members=[rank])
+    def __init__(self, seat: Seat) -> None:
+        """`Parties` alone reads the seat's listener."""
+        self.grouping = Grouping(number=0, members=[seat.rank])
         self.step = 0
         self.digest: list[int] = []
         self.woken = asyncio.Event()
         """Set when there is a reason to look for work."""
         self.dropped = 0
         """Answers of another epoch, or not to be read."""
-        self._epoch = epoch
-        self._rank = rank
-        self._addresses = addresses
-        self._listener = listener
-        self._dial = dial
-        self._timeout_s = timeout_s
+        self._seat = seat
+        self._rank = seat.rank
         self._called = False
-        self._newest = {r: Grouping(number=0, members=[r]) for r in range(len(addresses))}
+        self._newest = {r: Grouping(number=0, members=[r]) for r in range(len(seat.addresses))}
         self._inbox: dict[tuple[int, int], dict[int, Notice]] = {}
         self._peers: dict[int, bytes] = {}
         self._dialers: dict[int, Dialer[PartyMessage]] = {}
@@ -163,7 +153,7 @@ class Party:
             for rank in list(notices):
                 if self._newest[rank].number > number:
                     del notices[rank]
-                    self._reply(rank, Superseded(epoch=self._epoch, party=number, next=self._newest[rank]))
+                    self._reply(rank, Superseded(epoch=self._seat.epoch, party=number, next=self._newest[rank]))
             if not notices:
                 del self._inbox[number, step]
         self.woken.set()
@@ -187,13 +177,13 @@ class Party:
         else:
             self._dialer(leader).send(notice)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._seat.timeout_s):
                 answer = await self._answer
         except TimeoutError:
             here = self._inbox.get((notice.party, notice.step), {})
             missing = [r for r in self.members if r not in here] if leader == self._rank else [leader]
             raise PartyTimeout(
-                f"party {notice.party} waited {self._timeout_s:.0f} s in step {notice.step} for ranks {missing}"
+                f"party {notice.party} waited {self._seat.timeout_s:.0f} s in step {notice.step} for ranks {missing}"
             ) from None
         finally:
             self._answer = None
@@ -241,13 +231,13 @@ class Party:
             del self._inbox[self.grouping.number, self.step]
             notices = [here[rank] for rank in self.members]
             for rank in self.members:
-                self._reply(rank, Round(epoch=self._epoch, party=notice.party, step=notice.step, notices=notices))
+                self._reply(rank, Round(epoch=self._seat.epoch, party=notice.party, step=notice.step, notices=notices))
         elif self._rank not in here:
             self._called = True
 
     def _reply(self, rank: int, answer: Round | Superseded) -> None:
         if rank != self._rank:
-            self._listener.send(self._peers[rank], answer)
+            self._seat.listener.send(self._peers[rank], answer)
         elif self._answer is not None and not self._answer.done():
             self._answer.set_result(answer)
 
@@ -255,14 +245,14 @@ class Party:
         here = self._inbox.get((self.grouping.number, self.step), {})
         for rank in self.members:
             if self._rank in here and rank not in here and rank in self._peers:
-                wake = Wake(epoch=self._epoch, party=self.grouping.number, step=self.step)
-                self._listener.send(self._peers[rank], wake)
+                wake = Wake(epoch=self._seat.epoch, party=self.grouping.number, step=self.step)
+                self._seat.listener.send(self._peers[rank], wake)
 
     def _dialer(self, leader: int) -> Dialer[PartyMessage]:
         if leader not in self._dialers:
             if self._tasks is None:
                 raise RuntimeError("a party exchanges only while it runs")
-            self._dialers[leader] = self._dial(self._addresses[leader])
+            self._dialers[leader] = self._seat.dial(self._seat.addresses[leader])
             self._tasks.create_task(self._follow(self._dialers[leader]))
         return self._dialers[leader]
 
@@ -273,7 +263,7 @@ class Party:
                 message = await dialer.recv()
             except PeerGone:
                 return
-            if not isinstance(message, Wake | Round | Superseded) or message.epoch != self._epoch:
+            if not isinstance(message, Wake | Round | Superseded) or message.epoch != self._seat.epoch:
                 self.dropped += 1
             elif message.party != self.grouping.number:
                 continue  # of a party that this instance has left

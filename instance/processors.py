@@ -17,7 +17,6 @@ from instance.errors import InstanceError
 from instance.model import Model
 from instance.sharing import SPLITS, Costs, Sharing
 from instance.step import Lane
-from kernels.launch import num_processors
 
 log = get_logger("instance")
 
@@ -43,13 +42,9 @@ class Processors:
     def of(device: torch.device, splits: Sequence[int] = SPLITS) -> "Processors":
         """Divide a CUDA device for the lanes of this process. Where that can't be done decodes come first in a plain way.
 
-        Raises InstanceError for a part that leaves nothing.
+        Raises InstanceError as `check_parts` does.
         """
-        total = num_processors(device)
-        if splits and max(splits) > total - 8:
-            raise InstanceError(
-                f"--decode-processors {max(splits)} leaves prompts none: the GPU has {total}, parts are of 8 at least"
-            )
+        total = check_parts(splits, device)
         new: Any = torch.cuda.Stream  # its constructor has no types
         streams: dict[Lane, dict[int, torch.cuda.Stream]] = {
             "prefill": {total: new(device)},
@@ -63,6 +58,16 @@ class Processors:
         except NoGreenContexts as error:
             log.warning("decodes will wait for prompts: the GPU can't be divided", reason=str(error))
         return Processors(total, streams)
+
+
+def check_parts(splits: Sequence[int], device: torch.device) -> int:
+    """The processors of a CUDA device. Raises InstanceError if one of the parts leaves none of them for prompts."""
+    total = torch.cuda.get_device_properties(device).multi_processor_count
+    if splits and max(splits) > total - 8:
+        raise InstanceError(
+            f"--decode-processors {max(splits)} leaves prompts none: the GPU has {total}, parts are of 8 at least"
+        )
+    return total
 
 
 def sharing_of(model: Model, processors: Processors) -> Sharing:

@@ -21,7 +21,7 @@ from instance.config import GPU_GRAIN, InstanceConfig
 from instance.errors import EpochEnded, InstanceError
 from instance.lane import Lanes
 from instance.model import Model
-from instance.party import Parties, PartyMessage
+from instance.party import Parties, PartyMessage, Seat
 from instance.processors import Processors, sharing_of
 from instance.rmanager import RManager
 from instance.runner import Runner, Times, Traffic
@@ -248,12 +248,14 @@ class Instance:
         loop = asyncio.get_running_loop()
         runners = {lane: await loop.run_in_executor(self._joiner, self._make_runner, join, lane) for lane in LANES}
         parties = Parties(
-            epoch=join.epoch,
-            rank=join.rank,
-            addresses=[member.party_address for member in join.members],
-            listener=self._listener,
-            dial=lambda address: self._transport.dial(address, self._party_decoder),
-            timeout_s=config.step_timeout_s,
+            Seat(
+                epoch=join.epoch,
+                rank=join.rank,
+                addresses=[member.party_address for member in join.members],
+                listener=self._listener,
+                dial=lambda address: self._transport.dial(address, self._party_decoder),
+                timeout_s=config.step_timeout_s,
+            )
         )
         pace = Pace(config.chunk_tokens, config.mixed_chunk_tokens)
         if device.type == "cuda":

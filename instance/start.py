@@ -14,6 +14,7 @@ from instance.exact import refuse_inexact
 from instance.memory import TooLittleMemory, check_weights, checkpoint_bytes, measure
 from instance.model import Model, UnsupportedModel, load_model, load_text_assets
 from instance.needs import Needs, refuse_shape
+from instance.processors import check_parts
 from instance.scheduler import MAX_DECODE_ROWS
 from instance.server import Instance
 from instance.warmup import warm_up
@@ -33,7 +34,8 @@ class Loaded:
 def load(config: InstanceConfig) -> Loaded:
     """Find, load and check the model.
 
-    Raises CheckpointError, UnsupportedModel by the name of what is not supported, TooLittleMemory if the GPU can't hold it.
+    Raises CheckpointError, UnsupportedModel by the name of what is not supported, TooLittleMemory if the GPU can't hold it,
+    InstanceError if it has fewer processors than the config says.
     """
     device = device_of(config)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -42,6 +44,7 @@ def load(config: InstanceConfig) -> Loaded:
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means IEEE
         torch.backends.cudnn.allow_tf32 = False
         torch.cuda.set_device(device)  # kernels run here already, in this thread
+        check_parts(config.decode_processors, device)
     try:
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
         if device.type == "cuda":

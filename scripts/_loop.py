@@ -25,7 +25,7 @@ from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, GPU_MIXED_CHUNK_TOKENS
 from instance.lane import Lanes
 from instance.model import Model
-from instance.party import Parties, PartyMessage
+from instance.party import Parties, PartyMessage, Seat
 from instance.processors import Processors, sharing_of
 from instance.rmanager import RManager
 from instance.runner import Runner
@@ -231,12 +231,14 @@ class Loop:
             store.set(f"party-{cell.rank}", self._listener.address.encode())
             addresses = [store.get(f"party-{rank}").decode() for rank in range(cell.size)]
         self._parties = Parties(
-            epoch=1,
-            rank=self.rank,
-            addresses=addresses,
-            listener=self._listener,
-            dial=lambda address: transport.dial(address, decoder),
-            timeout_s=TIMEOUT_S,
+            Seat(
+                epoch=1,
+                rank=self.rank,
+                addresses=addresses,
+                listener=self._listener,
+                dial=lambda address: transport.dial(address, decoder),
+                timeout_s=TIMEOUT_S,
+            )
         )
         self._lanes = Lanes(
             parties=self._parties,

@@ -10,7 +10,7 @@ import pytest
 from gmanager.wire.codec import Decoder
 from gmanager.wire.memory import MemoryTransport
 from instance.errors import PartyTimeout
-from instance.party import Parties, Party, PartyMessage
+from instance.party import Parties, Party, PartyMessage, Seat
 from instance.step import Grouping, Lane, Notice, derive
 
 
@@ -31,12 +31,14 @@ async def instances(size: int, timeout_s: float = 5) -> AsyncIterator[list[Parti
     addresses = [f"party-{rank}" for rank in range(size)]
     made = [
         Parties(
-            epoch=1,
-            rank=rank,
-            addresses=addresses,
-            listener=transport.listen(addresses[rank], decoder()),
-            dial=lambda address: transport.dial(address, decoder()),
-            timeout_s=timeout_s,
+            Seat(
+                epoch=1,
+                rank=rank,
+                addresses=addresses,
+                listener=transport.listen(addresses[rank], decoder()),
+                dial=lambda address: transport.dial(address, decoder()),
+                timeout_s=timeout_s,
+            )
         )
         for rank in range(size)
     ]
@@ -161,7 +163,7 @@ async def test_lanes_go_to_a_new_party_and_step_in_it_each_by_itself() -> None:
 async def test_foreign_messages_are_dropped_and_counted() -> None:
     async with instances(2) as made:
         party = made[1]["decode"]
-        stranger = party._dial("party-0")
+        stranger = party._seat.dial("party-0")
         stranger.send(notice(party, 1).__class__(**(_fields(notice(party, 1)) | {"epoch": 9})))
         stranger.send(notice(party, 77))
         await asyncio.sleep(0.02)

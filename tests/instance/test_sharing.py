@@ -1,10 +1,15 @@
 """How lanes share a GPU's processors: numbers in, numbers out."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distattn.layout import Layout, Reading
+from instance.errors import InstanceError
+from instance.processors import check_parts
 from instance.sharing import SPLITS, STRETCH, Costs, Load, Sharing
 
 TOTAL = 132
@@ -26,6 +31,13 @@ def test_while_both_have_work_their_parts_are_all_there_is() -> None:
     assert rest == TOTAL - 24
     assert sharing.for_decode(BUSY, prefill_is_busy=True) == 24
     assert sharing.for_decode(BUSY, prefill_is_busy=False) == TOTAL, "the prompt is over"
+
+
+def test_a_part_that_leaves_prompts_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=TOTAL))
+    assert check_parts([8, 120], torch.device("cuda")) == TOTAL
+    with pytest.raises(InstanceError, match="--decode-processors 128 leaves prompts none: the GPU has 132"):
+        check_parts([24, 128], torch.device("cuda"))
 
 
 def test_a_gpu_that_can_not_be_divided_is_whole_for_both() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kernels import decode_attention
 from kernels.decode_attention import DecodeAttention, DecodeConfig, DecodeTables, RowReading
+from kernels.launch import num_processors
 from kernels.paged_attention import AttentionSizes
 from kernels.reference import attention_state
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state
@@ -122,7 +123,7 @@ def test_the_configuration_of_every_supported_shape(
         device=DEVICE,
     )
     lens = [20000, 1, 63, 64, 65, 0, *range(1000, 1060)]
-    chosen = decode_attention._default_config(sizes)
+    chosen = decode_attention._default_config(sizes, num_processors(DEVICE))
     check(lens, block_size=block_size, heads=heads, config=chosen, dtype=dtype, head_dim=head_dim)
 
 
