@@ -182,7 +182,7 @@ class AsyncClient:
         return answer.stats
 
     async def text_assets(self, cell: str | None = None) -> m.TextAssets:
-        """Tokenizer and chat template of a ready cell (None: of any), for `gmanager.text.Tokenizer`.
+        """Tokenizer and chat template of a ready cell (None: of any), for `gmanager.text.tokenizer.Tokenizer`.
 
         Raises CallFailed if no such cell is ready, ServiceUnreachable.
         """

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Spread = int | Literal["auto", "all"]
-"""Least number of instances that a prompt's KV is spread over; see `gmanager.policy.place`."""
+"""Least number of instances that a prompt's KV is spread over; see `gmanager.cluster.policy.place`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

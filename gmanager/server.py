@@ -11,9 +11,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from gmanager.cluster import Cluster
-from gmanager.config import GManagerConfig
-from gmanager.events import (
+from gmanager.cluster.cluster import Cluster
+from gmanager.cluster.events import (
     Action,
     Deliver,
     DropText,
@@ -32,9 +31,11 @@ from gmanager.events import (
     TextLoaded,
     Ticked,
 )
-from gmanager.grammars import compile_grammar
-from gmanager.text import Detokenizer, Tokenizer
-from gmanager.wire.channel import Listener, PeerId, PeerLost, Transport, ZmqTransport
+from gmanager.config import GManagerConfig
+from gmanager.text.detokenizer import Detokenizer
+from gmanager.text.grammars import compile_grammar
+from gmanager.text.tokenizer import Tokenizer
+from gmanager.wire.channel import Listener, PeerLost, Transport, ZmqTransport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.errors import BadMessage, FrameTooLarge, TextError, TextUnavailable
 from gmanager.wire.logs import get_logger
@@ -50,6 +51,7 @@ from gmanager.wire.messages import (
     pack_tokens,
     unpack_tokens,
 )
+from gmanager.wire.peer import PeerId
 
 log = get_logger("gmanager")
 

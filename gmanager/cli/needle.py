@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from gmanager.client import AsyncClient
-from gmanager.text_worker import ChatTemplate, encode_ids, load_backend
+from gmanager.text.worker import ChatTemplate, encode_ids, load_backend
 from gmanager.wire.errors import DistattnError
 from gmanager.wire.messages import SamplingParams, TextAssets
 

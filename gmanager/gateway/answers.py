@@ -14,7 +14,7 @@ import msgspec
 from gmanager.client import Chunk
 from gmanager.gateway.errors import ApiError
 from gmanager.gateway.places import Places
-from gmanager.text import Tokenizer
+from gmanager.text.tokenizer import Tokenizer
 from gmanager.wire.messages import TokenLogprob
 
 Json = dict[str, Any]

@@ -42,7 +42,7 @@ from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeR
 from gmanager.gateway.streaming import EventStream, unless_gone
 from gmanager.gateway.structure import Structure
 from gmanager.gateway.toolbox import Toolbox
-from gmanager.grammars import compile_grammar
+from gmanager.text.grammars import compile_grammar
 from gmanager.wire.errors import NO_TOKENIZER, StructureError, TextError
 from gmanager.wire.messages import SamplingParams, StructuredOutputsParams
 

@@ -9,7 +9,7 @@ from gmanager.client import AsyncClient
 from gmanager.gateway.errors import ApiError
 from gmanager.gateway.habits import Habits, habits_of
 from gmanager.gateway.reply import TAGS
-from gmanager.text import Tokenizer
+from gmanager.text.tokenizer import Tokenizer
 from gmanager.wire.channel import Transport
 from gmanager.wire.errors import CallFailed, DistattnError, TextError
 from gmanager.wire.logs import get_logger

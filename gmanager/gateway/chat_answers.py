@@ -6,7 +6,7 @@ from gmanager.client import Chunk
 from gmanager.gateway.answers import Choice, Json, TokenNames, Wanted
 from gmanager.gateway.reply import Reply, ReplyForm, ReplyReader, Said, ThoughtDelta, read
 from gmanager.gateway.tools import ArgumentsDelta, CallBegins, ContentDelta, ToolCall
-from gmanager.text import Tokenizer
+from gmanager.text.tokenizer import Tokenizer
 
 
 class ChatShape:

@@ -12,7 +12,7 @@ from gmanager.gateway.fields import Body, Wrong
 from gmanager.gateway.habits import Habits
 from gmanager.gateway.reading import shown
 from gmanager.gateway.toolbox import Tool, Toolbox, choose, read_tool, without_roles
-from gmanager.text import Tokenizer
+from gmanager.text.tokenizer import Tokenizer
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of parts that are text, and where each has it."""

@@ -12,7 +12,7 @@ from gmanager.gateway.errors import ApiError
 from gmanager.gateway.reply import ReplyForm, ReplyReader, Said, ThoughtDelta
 from gmanager.gateway.responses import ResponsesRequest
 from gmanager.gateway.tools import ArgumentsDelta, CallBegins, CallEnds, ContentDelta
-from gmanager.text import Tokenizer
+from gmanager.text.tokenizer import Tokenizer
 
 _Kind = Literal["reasoning", "message", "function_call"]
 _Events = Iterator[tuple[str, Json]]

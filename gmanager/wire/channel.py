@@ -21,9 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 from gmanager.wire.codec import Decoder, encode
 from gmanager.wire.errors import AddressError, BadMessage, PeerGone
 from gmanager.wire.messages import Message
-
-PeerId = bytes
-"""A peer's name on one Listener, chosen by its Dialer at random."""
+from gmanager.wire.peer import PeerId
 
 M = TypeVar("M")
 M_co = TypeVar("M_co", covariant=True)

@@ -8,10 +8,11 @@ import secrets
 from collections import deque
 from typing import Any, Generic, TypeVar
 
-from gmanager.wire.channel import DEFAULT_LIMITS, Dialer, Listener, PeerId, PeerLost, QueueLimits
+from gmanager.wire.channel import DEFAULT_LIMITS, Dialer, Listener, PeerLost, QueueLimits
 from gmanager.wire.codec import Decoder, encode
 from gmanager.wire.errors import AddressError, BadMessage, PeerGone
 from gmanager.wire.messages import Message
+from gmanager.wire.peer import PeerId
 
 M = TypeVar("M")
 

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from gmanager.cluster import Cluster
+from gmanager.cluster.cluster import Cluster
+from gmanager.cluster.events import Action, Deliver, Event, Log, PeerSaid, Send, TextLoaded, Ticked
 from gmanager.config import GManagerConfig, Spread
-from gmanager.events import Action, Deliver, Event, Log, PeerSaid, Send, TextLoaded, Ticked
 from gmanager.wire import messages as m
-from gmanager.wire.channel import PeerId
+from gmanager.wire.peer import PeerId
 
 ASSETS = m.TextAssets(tokenizer_json="{}", chat_template=None, special_tokens={}, eos_token_ids=[2])
 CLIENT = b"client"

@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gmanager.config import Spread
-from gmanager.events import (
+from gmanager.cluster.events import (
     Action,
     Deliver,
     DropText,
@@ -24,6 +23,7 @@ from gmanager.events import (
     StopFound,
     TextLoaded,
 )
+from gmanager.config import Spread
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
     ASSETS,

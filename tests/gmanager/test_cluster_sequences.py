@@ -5,7 +5,7 @@ import logging
 import msgspec
 import pytest
 
-from gmanager.events import Action, DropText, Forget, PeerGarbled, PeerWasLost, Send, Stopped
+from gmanager.cluster.events import Action, DropText, Forget, PeerGarbled, PeerWasLost, Send, Stopped
 from gmanager.wire import messages as m
 from gmanager.wire.codec import Decoder, encode
 from tests.gmanager.cluster_support import (

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gmanager.cluster import Cluster
-from gmanager.config import GManagerConfig
-from gmanager.events import (
+from gmanager.cluster.cluster import Cluster
+from gmanager.cluster.events import (
     Action,
     Deliver,
     Encode,
@@ -30,6 +29,7 @@ from gmanager.events import (
     TextLoaded,
     Ticked,
 )
+from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import ASSETS, register
 

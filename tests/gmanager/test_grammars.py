@@ -7,7 +7,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
 
-from gmanager.grammars import compile_grammar
+from gmanager.text.grammars import compile_grammar
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import StructuredOutputsParams, TextAssets
 from tests.support.tiny import make_tokenizer

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmanager.json_schema import closed
+from gmanager.text.json_schema import closed
 
 A: Any = {"properties": {"a": {"type": "integer"}}}
 CLOSED: Any = A | {"additionalProperties": False}

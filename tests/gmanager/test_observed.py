@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmanager.events import Encoded, PeerWasLost, Send, StopFound
+from gmanager.cluster.events import Encoded, PeerWasLost, Send, StopFound
 from gmanager.observed import REQUEST_BOUNDS_S, TPOT_BOUNDS_S, TTFT_BOUNDS_S, Buckets
 from gmanager.wire import messages as m
 from gmanager.wire.codec import Decoder, encode

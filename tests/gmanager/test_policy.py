@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmanager.config import GManagerConfig, Spread, parse_spread
-from gmanager.parties import connected
-from gmanager.policy import (
+from gmanager.cluster.parties import connected
+from gmanager.cluster.policy import (
     LONG_PROMPT,
     PARALLEL_EFFICIENCY,
     Candidate,
@@ -20,6 +19,7 @@ from gmanager.policy import (
     prompt_work,
     why_never,
 )
+from gmanager.config import GManagerConfig, Spread, parse_spread
 from gmanager.wire.messages import Refusal
 
 frees = st.lists(st.integers(0, 40), min_size=1, max_size=6)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from gmanager.grammars import compile_grammar
-from gmanager.schema_faults import MAX_TRIALS, find_fault
+from gmanager.text.grammars import compile_grammar
+from gmanager.text.schema_faults import MAX_TRIALS, find_fault
 from gmanager.wire.errors import StructureError
 from gmanager.wire.messages import StructuredOutputsParams, TextAssets
 from tests.support.tiny import make_tokenizer

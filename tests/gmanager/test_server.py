@@ -25,7 +25,7 @@ from zmq.utils.monitor import recv_monitor_message
 from gmanager import AsyncClient, Chunk, RequestFailed, RequestRefused, SamplingParams, ServiceUnreachable
 from gmanager.config import GManagerConfig
 from gmanager.server import Server
-from gmanager.text import WORKER_CHARS
+from gmanager.text.tokenizer import WORKER_CHARS
 from gmanager.wire import messages as m
 from gmanager.wire.channel import Transport, ZmqTransport
 from gmanager.wire.codec import MAX_FRAME_BYTES, Decoder, encode

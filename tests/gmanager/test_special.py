@@ -10,10 +10,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from gmanager import text_worker
-from gmanager.special import Piece, Specials, keep_apart
-from gmanager.text import WORKER_CHARS, Tokenizer
-from gmanager.text_worker import ChatTemplate, PieceEncoder, encode_ids, special_tokens_of
+from gmanager.text import worker as text_worker
+from gmanager.text.special import Piece, Specials, keep_apart
+from gmanager.text.tokenizer import WORKER_CHARS, Tokenizer
+from gmanager.text.worker import ChatTemplate, PieceEncoder, encode_ids, special_tokens_of
 from gmanager.wire.errors import TextError
 from gmanager.wire.messages import TextAssets
 

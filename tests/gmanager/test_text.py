@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from gmanager import text_worker
-from gmanager.text import WORKER_CHARS, Detokenizer, TextDelta, Tokenizer
-from gmanager.text_worker import ChatTemplate
+from gmanager.text import worker as text_worker
+from gmanager.text.detokenizer import Detokenizer, TextDelta
+from gmanager.text.tokenizer import WORKER_CHARS, Tokenizer
+from gmanager.text.worker import ChatTemplate
 from gmanager.wire.errors import TextError, TextUnavailable
 from gmanager.wire.messages import ChatMessage, TextAssets
 

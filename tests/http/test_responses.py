@@ -18,7 +18,7 @@ from gmanager.gateway.errors import ApiError
 from gmanager.gateway.reply import ReplyForm
 from gmanager.gateway.responses import ResponsesRequest
 from gmanager.gateway.responses_answers import ResponsesForm
-from gmanager.text import Tokenizer
+from gmanager.text.tokenizer import Tokenizer
 from gmanager.wire.messages import TextAssets
 from tests.support.farm import Farm, Setup
 from tests.support.gateway import gateway

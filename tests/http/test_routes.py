@@ -12,7 +12,7 @@ import pytest
 from gmanager.config import GManagerConfig
 from gmanager.gateway import door
 from gmanager.server import Server
-from gmanager.text import Tokenizer
+from gmanager.text.tokenizer import Tokenizer
 from tests.support.farm import Farm, Setup
 from tests.support.gateway import gateway
 from tests.support.service import Service, at_rest, serve

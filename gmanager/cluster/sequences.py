@@ -15,12 +15,12 @@
 import logging
 from bisect import insort
 
-from gmanager.cell import Cell, Member
-from gmanager.events import Log, Send
-from gmanager.parties import Parties
-from gmanager.policy import Candidate, InstanceView, Placement, choose_target, choose_victim, place
-from gmanager.requests import Emit, MoveCall, Request, Requests
-from gmanager.sequence import Reservation, Sequence
+from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.events import Log, Send
+from gmanager.cluster.parties import Parties
+from gmanager.cluster.policy import Candidate, InstanceView, Placement, choose_target, choose_victim, place
+from gmanager.cluster.requests import Emit, MoveCall, Request, Requests
+from gmanager.cluster.sequence import Reservation, Sequence
 from gmanager.wire.messages import (
     Admit,
     Beat,

@@ -6,8 +6,8 @@ A request is named by its `number` between cluster and shell: a client may use a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gmanager.wire.channel import PeerId
 from gmanager.wire.messages import FinishReason, Message, RefusalReason, Submit, TextAssets, TokenLogprob
+from gmanager.wire.peer import PeerId
 
 # --- events -----------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
-"""One admission of a request, and one reservation: what `gmanager.sequences` keeps of each."""
+"""One admission of a request, and one reservation: what `gmanager.cluster.sequences` keeps of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gmanager.policy import PARALLEL_EFFICIENCY, Placement, prompt_work
-from gmanager.requests import Request
+from gmanager.cluster.policy import PARALLEL_EFFICIENCY, Placement, prompt_work
+from gmanager.cluster.requests import Request
 from gmanager.wire.messages import SequenceOutput, Share
 
 

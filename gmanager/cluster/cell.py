@@ -9,10 +9,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gmanager.events import LoadText, Log, Send
-from gmanager.policy import most_tokens, why_never
-from gmanager.requests import Emit
-from gmanager.wire.channel import PeerId
+from gmanager.cluster.events import LoadText, Log, Send
+from gmanager.cluster.policy import most_tokens, why_never
+from gmanager.cluster.requests import Emit
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
 from gmanager.wire.messages import (
@@ -31,6 +30,7 @@ from gmanager.wire.messages import (
     unpack_tokens,
 )
 from gmanager.wire.messages import Member as WireMember
+from gmanager.wire.peer import PeerId
 
 MAX_CELL_NAME = 64
 MAX_CELL_SIZE = 4096

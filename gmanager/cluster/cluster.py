@@ -10,9 +10,8 @@ forgotten after a while.
 import logging
 from collections.abc import Collection
 
-from gmanager.cell import Cell, Member, malformed
-from gmanager.config import GManagerConfig
-from gmanager.events import (
+from gmanager.cluster.cell import Cell, Member, malformed
+from gmanager.cluster.events import (
     Action,
     DropText,
     Encode,
@@ -29,11 +28,12 @@ from gmanager.events import (
     TextLoaded,
     Ticked,
 )
-from gmanager.requests import MoveCall, Request, Requests, wrong_with
-from gmanager.sequences import Sequences
-from gmanager.stats import assemble
+from gmanager.cluster.requests import MoveCall, Request, Requests, wrong_with
+from gmanager.cluster.sequences import Sequences
+from gmanager.cluster.stats import assemble
+from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
-from gmanager.wire.channel import PeerId
+from gmanager.wire.peer import PeerId
 
 STALL_S = 3.0
 """If ticks are further apart than this, it is we who were stopped: leases start anew."""

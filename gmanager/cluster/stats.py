@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from gmanager.cell import Cell, Member
-from gmanager.sequences import Sequences
+from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.sequences import Sequences
 from gmanager.wire.messages import CellStats, Counters, InstanceStats, Observations, RequestStats, Stats
 
 

@@ -5,7 +5,7 @@
       │<───────────┘             └──────────┼───────────┘
       └──────────────────────────────── preempted                  (keeps its number, so it is first in the queue)
 
-This file knows no instances: `gmanager.sequences` says when a request goes from one state to the next.
+This file knows no instances: `gmanager.cluster.sequences` says when a request goes from one state to the next.
 """
 
 import logging
@@ -16,10 +16,9 @@ from typing import Literal
 
 import msgspec
 
+from gmanager.cluster.events import Action, Deliver, Log, Send
 from gmanager.config import Spread
-from gmanager.events import Action, Deliver, Log, Send
 from gmanager.observed import Observed
-from gmanager.wire.channel import PeerId
 from gmanager.wire.messages import (
     CallFailed,
     FinishReason,
@@ -34,6 +33,7 @@ from gmanager.wire.messages import (
     TokenLogprob,
     pack_tokens,
 )
+from gmanager.wire.peer import PeerId
 
 KEEP_FINISHED = 1024
 """Finished requests whose statistics are kept."""

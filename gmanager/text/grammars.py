@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
-from gmanager.json_schema import closed
-from gmanager.schema_faults import find_fault
+from gmanager.text.json_schema import closed
+from gmanager.text.schema_faults import find_fault
 from gmanager.wire.errors import NO_TOKENIZER, StructureError, TextError
 from gmanager.wire.messages import StructuredOutputsParams, TextAssets
 

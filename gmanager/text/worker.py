@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from gmanager.special import Piece, Specials, keep_apart
+from gmanager.text.special import Piece, Specials, keep_apart
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import TextError, TextUnavailable
 from gmanager.wire.messages import TextAssets, pack_tokens

@@ -1,0 +1,1 @@
+"""Text to tokens and back, chat templates, and what holds an answer to a form."""

@@ -1,0 +1,293 @@
+"""What instances and the gManager say to each other."""
+
+from typing import Literal
+
+from gmanager.wire.messages.base import Message, Part
+from gmanager.wire.messages.client import Pong, Refused
+from gmanager.wire.messages.requests import PromptLogprobs, TextAssets, TokenLogprob
+from gmanager.wire.messages.stats import Counters
+
+# --- instance -> gManager ---------------------------------------------------------------------------------------------
+
+
+class InstanceSpec(Part):
+    """What must be equal in all instances of a cell, and what each one has."""
+
+    model: str
+    fingerprint: str
+    """SHA-256 over the model's config and weights' names, shapes and a sample of their values."""
+    tokenizer: str
+    """SHA-256 of the text assets."""
+    dtype: str
+    block_size: int
+    vocab_size: int
+    max_context: int
+    num_blocks: int
+    """May differ between instances."""
+    chunk_tokens: int
+    decode_rows: int
+    """Most sequences that it decodes at once."""
+    reach: int
+    """Tokens at which attending to them costs a row as much as the rest of the model."""
+    device: str
+    other_names: list[str] = []
+    """That requests may call the model by. A cell has those of its first instance."""
+
+
+class Register(Message):
+    """An instance's first message."""
+
+    protocol: int
+    cell: str
+    cell_size: int
+    run_id: str
+    rank: int
+    """RANK within its torchrun."""
+    party_address: str
+    """Where its party socket listens."""
+    spec: InstanceSpec
+
+
+class Text(Message):
+    assets: TextAssets
+
+
+class StoreOpened(Message):
+    epoch: int
+    address: str
+
+
+class Joined(Message):
+    epoch: int
+
+
+class Leave(Message):
+    """The instance ends; with `failed`, because something broke."""
+
+    reason: str
+    failed: bool
+
+
+class Beat(Message):
+    """Sent every second, and at once when blocks were freed: deltas since the last Beat."""
+
+    epoch: int
+    free_blocks: int
+    held_tokens: dict[int, int]
+    """seq -> tokens of KV it now has here, for those that changed; 0: all its blocks are free again."""
+    counters: Counters
+
+
+class Granted(Message):
+    """`blocks` more blocks are this sequence's. Answer to Reserve."""
+
+    epoch: int
+    seq: int
+    blocks: int
+    free_blocks: int
+
+
+class NotGranted(Message):
+    """Nothing was reserved: so many blocks aren't free. Answer to Reserve; not an error."""
+
+    epoch: int
+    seq: int
+    free_blocks: int
+
+
+class Share(Part):
+    """Tokens of a sequence's KV on one instance: to be born there (Admit), or lying there (SequenceOutput)."""
+
+    rank: int
+    tokens: int
+
+
+class SequenceOutput(Part):
+    seq: int
+    index: int
+    """Position of the first token among the tokens generated in this admission."""
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    held: list[Share] | None = None
+    """With a finish_reason: where the KV lies at the end."""
+
+
+class Outputs(Message):
+    """What the homes on this instance generated in one step."""
+
+    epoch: int
+    outputs: list[SequenceOutput]
+
+
+class Scored(Message):
+    """Log-probabilities of prompt tokens whose rows ran on this instance, if they were asked for."""
+
+    epoch: int
+    seq: int
+    logprobs: PromptLogprobs
+
+
+class NeedBlock(Message):
+    """The home can't grant a sequence's next block: it waits for a MoveSequence, a Cancel, or a block that frees here."""
+
+    epoch: int
+    seq: int
+
+
+class HomeMoved(Message):
+    """Sent by the new home, once it is that."""
+
+    epoch: int
+    seq: int
+    home: int
+
+
+class Released(Message):
+    """Sent by the home: the step that released the sequence has completed; no later step of its party names it."""
+
+    epoch: int
+    seq: int
+    generated: int
+    """Tokens that were output in this admission, by all its homes."""
+
+
+# --- gManager -> instance ---------------------------------------------------------------------------------------------
+
+
+class Registered(Message):
+    lease_s: float
+    send_text: bool
+    """The cell has no text assets yet: send Text."""
+
+
+class OpenStore(Message):
+    """To the first-ranked instance of a new epoch: open a TCPStore and answer StoreOpened."""
+
+    epoch: int
+
+
+class Member(Part):
+    rank: int
+    """Rank in the cell's epoch: 0 .. size-1."""
+    party_address: str
+
+
+class JoinEpoch(Message):
+    epoch: int
+    rank: int
+    store_address: str
+    members: list[Member]
+
+
+class EndEpoch(Message):
+    """The cell is over: end."""
+
+    epoch: int
+    reason: str
+
+
+class Reserve(Message):
+    """Set blocks aside for a sequence, all or nothing. Answered by Granted or NotGranted."""
+
+    epoch: int
+    seq: int
+    blocks: int
+
+
+class Drop(Message):
+    """Give back what was reserved for a sequence that has no KV here. Nothing happens if it has."""
+
+    epoch: int
+    seq: int
+
+
+class SequenceParams(Part):
+    max_tokens: int
+    """Most tokens to generate in this admission, at least 1: a sequence ends with a token, for whose KV it needs no room."""
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop_token_ids: list[int]
+    """EOS among them, unless ignored."""
+    logprobs: int | None
+    prompt_logprobs: int | None = None
+    """In this admission."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    bad_words: list[list[int]] = []
+    """Their tokens: the last of one is never chosen after the others of it were generated."""
+    grammar: str | None = None
+    """That the text must follow, in llguidance's form."""
+    min_tokens: int = 0
+    """Of this admission: before so many none of `stop_token_ids` is chosen."""
+    num_generated: int = 0
+    """How many of the last admitted tokens earlier admissions generated."""
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether what is chosen depends on which tokens came before."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return penalties != (0, 0, 1) or bool(self.bad_words) or self.grammar is not None
+
+
+class Admit(Message):
+    """Start a sequence whose blocks are reserved. To all participants; the home is the first share's instance."""
+
+    epoch: int
+    seq: int
+    arrival: int
+    """Age: lower is older. A re-admitted request keeps its number."""
+    token_ids: bytes
+    shares: list[Share]
+    params: SequenceParams
+
+
+class Regroup(Message):
+    """New parties. Each lists ranks in ascending order; an instance finds its own. Numbers only grow."""
+
+    epoch: int
+    number: int
+    parties: list[list[int]]
+
+
+class MoveSequence(Message):
+    """To the home: hand the sequence to `to`, whose next block is reserved."""
+
+    epoch: int
+    seq: int
+    to: int
+
+
+class Cancel(Message):
+    """To the home: release the sequence (its client left, or it is preempted). Answered by Released.
+
+    One that has handed the sequence on since passes it on with its next notice.
+    """
+
+    epoch: int
+    seq: int
+
+
+FromInstance = (
+    Register
+    | Text
+    | StoreOpened
+    | Joined
+    | Leave
+    | Beat
+    | Granted
+    | NotGranted
+    | Outputs
+    | Scored
+    | NeedBlock
+    | HomeMoved
+    | Released
+)
+ToInstance = (
+    Registered | Refused | OpenStore | JoinEpoch | EndEpoch | Reserve | Drop | Admit | Regroup | MoveSequence | Cancel | Pong
+)

@@ -1,0 +1,131 @@
+"""What a gManager tells of its cells, instances and requests."""
+
+from itertools import pairwise
+
+from gmanager.wire.messages.base import Part
+from gmanager.wire.messages.requests import CellState, FinishReason, RefusalReason, RequestState
+
+
+class Counters(Part):
+    """What one instance has done since it started, or a sum of such."""
+
+    steps: int = 0
+    rows: int = 0
+    rows_dispatched: int = 0
+    """Query rows sent to other instances, counted once a step and receiver, not in each layer."""
+    tokens_prefilled: int = 0
+    tokens_generated: int = 0
+    home_moves: int = 0
+    preemptions: int = 0
+    blocks_copied: int = 0
+    query_bytes: int = 0
+    partial_bytes: int = 0
+    kv_bytes: int = 0
+    step_us: int = 0
+    """Time in which the device ran steps, the sum of both lanes'; integers of microseconds, because counters are summed and
+    clamped as such."""
+    exchange_us: int = 0
+    """Of it: waiting for rows of other instances. Measured on the CPU only."""
+    attention_us: int = 0
+    """Of it: attention, less those waits. Measured on the CPU only: a captured graph can't be divided by the host."""
+    notice_us: int = 0
+    """Waiting for the notices of the party's others, mostly while the device runs the step before: no part of `step_us`."""
+    dropped_messages: int = 0
+
+
+class InstanceStats(Part):
+    cell: str
+    rank: int
+    total_tokens: int
+    used_tokens: int
+    """Tokens of the blocks in use, lent ones included: used + free = total."""
+    free_tokens: int
+    lent_tokens: int
+    """KV it holds of sequences whose home is another instance."""
+    borrowed_tokens: int
+    """KV that others hold of sequences whose home it is."""
+    counters: Counters
+
+
+class RequestStats(Part):
+    state: RequestState
+    cell: str | None
+    """That serves it, once one does."""
+    home: int | None
+    kv_tokens: dict[int, int]
+    """Tokens of KV per instance rank; of a finished request, when it ended."""
+    prompt_tokens: int
+    generated_tokens: int
+    home_moves: int
+    preemptions: int
+    finish_reason: FinishReason | None = None
+
+
+class CellStats(Part):
+    name: str
+    epoch: int
+    state: CellState
+    size: int
+    model: str
+    block_size: int
+    max_context: int
+    """Most tokens, prompt and generated, that the model takes."""
+    total_tokens: int
+    other_names: list[str] = []
+    """By which the model may be asked for, too."""
+
+
+class Histogram(Part):
+    """How many values fell into each range `(bounds[i-1], bounds[i]]`; the last range has no upper bound.
+
+    Raises ValueError when built of parts that don't belong together.
+    """
+
+    bounds: list[float]
+    counts: list[int]
+    total: float
+    """Sum of the values."""
+
+    def __post_init__(self) -> None:
+        if len(self.counts) != len(self.bounds) + 1:
+            raise ValueError(f"{len(self.bounds)} bounds have {len(self.bounds) + 1} counts, got {len(self.counts)}")
+        if any(low >= high for low, high in pairwise(self.bounds)):
+            raise ValueError(f"bounds must ascend, got {self.bounds}")
+        if min(self.counts) < 0:
+            raise ValueError(f"counts must not be negative, got {min(self.counts)}")
+
+    @property
+    def count(self) -> int:
+        """How many values there were."""
+        return sum(self.counts)
+
+
+class Observations(Part):
+    """What the gManager has measured of requests since it started; times in seconds. A preempted request counts once."""
+
+    queue_s: Histogram
+    """From the client's Submit to the first admission."""
+    ttft_s: Histogram
+    """From the client's Submit to the first token."""
+    tpot_s: Histogram
+    """Of requests with two tokens or more, once ended: from the first to the last, by the number of tokens between."""
+    e2e_s: Histogram
+    """From the client's Submit to the final answer, whatever it was; refused requests are left out."""
+    prompt_tokens: int
+    """Of admitted requests."""
+    generated_tokens: int
+    """That clients were given."""
+    finished: dict[FinishReason, int]
+    refused: dict[RefusalReason, int]
+
+
+class Stats(Part):
+    epoch: int
+    """The newest epoch of any cell."""
+    cells: list[CellStats]
+    instances: list[InstanceStats]
+    requests: dict[str, RequestStats]
+    """Live requests and the last finished ones."""
+    counters: Counters
+    """Sum over the cells' instances and the gManager's own."""
+    observed: Observations
