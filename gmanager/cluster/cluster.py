@@ -198,7 +198,6 @@ class Cluster:
         seed = seed if submit.params.seed is None else submit.params.seed
         request = self._requests.new(submit, peer, seed, spread)
         request.prompt = submit.token_ids or b""
-        request.place = "waiting room"
         self._unbound[request.number] = request
         self._bind_waiting()
 
@@ -255,7 +254,7 @@ class Cluster:
             elif request.prompt and not request.params.needs_text:
                 self._queue(request)
             else:
-                request.place = "encoding"
+                self._requests.change(request, "encode")
                 self._out.append(Encode(cell.epoch, request.number, request.submit))
 
     def _choose_cell(self, request: Request, ready: list[Cell]) -> Cell:
@@ -288,7 +287,7 @@ class Cluster:
 
     def _on_encoded(self, event: Encoded) -> None:
         request = self._requests.by_number(event.request)
-        if request is None or request.place != "encoding":
+        if request is None or request.state != "encoding":
             return  # it has ended meanwhile
         if event.error is not None or not event.token_ids:
             self._refuse(request, m.Refusal(event.refusal, event.error or "the prompt is empty: it has no tokens"))
@@ -297,7 +296,6 @@ class Cluster:
         self._queue(request)
 
     def _refuse(self, request: Request, refusal: m.Refusal) -> None:
-        request.place = "nowhere"
         self._requests.finish(request, "error", error=refusal.text, refusal=refusal.reason)
 
     def _on_stop_found(self, number: int, generated: int) -> None:
@@ -310,12 +308,12 @@ class Cluster:
 
     def _end(self, request: Request, reason: m.FinishReason, error: str | None = None) -> None:
         """End a request wherever it is, and release what it holds."""
+        state = request.state
         self._requests.finish(request, reason, error=error)
         self._unbound.pop(request.number, None)
         sequences = self._sequences_of(request)
         if sequences is not None:
-            sequences.withdraw(request)
-        request.place = "nowhere"
+            sequences.withdraw(request, state)
 
     def _cell_of(self, request: Request) -> Cell | None:
         return next((cell for cell in self._cells.values() if cell.epoch == request.epoch), None)
@@ -424,7 +422,6 @@ class Cluster:
                 self._part(member.peer, m.EndEpoch(epoch=cell.epoch, reason=reason))
         for request in self._requests.live():
             if request.epoch == cell.epoch:
-                request.place = "nowhere"
                 self._requests.finish(request, "error", error=reason)
         sequences = self._sequences.pop(cell.name, None)
         if sequences is not None:
@@ -453,7 +450,7 @@ class Cluster:
         longest = self._config.max_queue_wait_s
         for request in self._requests.live():
             if request.is_waiting and now - request.waiting_since > longest:
-                what = {"waiting room": "a ready cell", "encoding": "the tokenizer"}.get(request.place, "free memory")
+                what = {"waiting": "a ready cell", "encoding": "the tokenizer"}.get(request.state, "free memory")
                 self._end(request, "error", f"waited {longest:g} s for {what} (max-queue-wait)")
 
     def _end_leases(self, now: float) -> None:
@@ -515,9 +512,9 @@ class Cluster:
         for request in self._requests.live():
             if request.client not in self._clients:
                 raise RuntimeError(f"request {request.number} has no client")
-            unbound = request.place == "waiting room"
+            unbound = request.state == "waiting"
             if unbound != (request.number in self._unbound) or unbound == (request.epoch in epochs):
-                raise RuntimeError(f"request {request.number} is in its {request.place}, bound to {request.epoch}")
+                raise RuntimeError(f"request {request.number} is {request.state}, bound to {request.epoch}")
         if any(self._ready_cells(request.submit) for request in self._unbound.values()):
             raise RuntimeError("a cell is ready and requests wait for one")
 

@@ -1,22 +1,18 @@
-"""Requests from a client's Submit to its one final answer, wherever they are meanwhile.
+"""Requests from a client's Submit to its one final answer, wherever they are meanwhile (`gmanager.cluster.lifecycle`).
 
-    queued ──> reserving ──> prefill ──> decode <──> moving
-      ^            │             │          │           │          every state ──> finished
-      │<───────────┘             └──────────┼───────────┘
-      └──────────────────────────────── preempted                  (keeps its number, so it is first in the queue)
-
-This file knows no instances: `gmanager.cluster.sequences` says when a request goes from one state to the next.
+This file knows no instances: `gmanager.cluster.cluster` and `sequences` say when a request goes from one state to the next.
 """
 
 import logging
 from array import array
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import msgspec
 
 from gmanager.cluster.events import Action, Deliver, Log, Send
+from gmanager.cluster.lifecycle import RUNNING, TRANSITIONS, WAITING, Change, State
 from gmanager.config import Spread
 from gmanager.observed import Observed
 from gmanager.wire.messages import (
@@ -40,9 +36,8 @@ KEEP_FINISHED = 1024
 
 Emit = Callable[[Action], None]
 
-Place = Literal["waiting room", "encoding", "queue", "reservation", "sequence", "nowhere"]
-"""Who has a request now: the cluster's waiting room for want of a ready cell, the shell that tokenises it, or one of
-its cell's: queue, reservation in flight, running sequence."""
+STORY = 32
+"""Changes of state that are remembered of a request, for the error that one too many would be."""
 
 
 @dataclass(slots=True)
@@ -79,9 +74,10 @@ class Request:
     cell: str | None = None
     """The cell's name."""
     seq: int = 0
-    """Its present admission, while its place is "sequence"."""
-    place: Place = "nowhere"
-    state: RequestState = "queued"
+    """Its present admission, while it runs."""
+    state: State = "waiting"
+    story: deque[tuple[float, Change, State]] = field(default_factory=lambda: deque(maxlen=STORY))
+    """When it last changed, how, and to what."""
     is_scored: bool = False
     """Its client has the log-probabilities of its prompt, if it asked for them."""
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
@@ -111,8 +107,13 @@ class Request:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it waits for a cell, for text, or for memory."""
-        return self.place in ("waiting room", "encoding", "queue", "reservation")
+        """Whether it has no KV yet, or no longer."""
+        return self.state in WAITING
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is a sequence of its cell, if only one that is being released."""
+        return self.state in RUNNING
 
     @property
     def num_tokens(self) -> int:
@@ -129,7 +130,7 @@ class Request:
 
     def stats(self) -> RequestStats:
         return RequestStats(
-            state=self.state,
+            state=self.shown_state,
             cell=self.cell,
             home=self.home,
             kv_tokens={rank: tokens for rank, tokens in sorted(self.held.items()) if tokens},
@@ -139,6 +140,17 @@ class Request:
             preemptions=self.preemptions,
             finish_reason=self.finish_reason,
         )
+
+    @property
+    def shown_state(self) -> RequestState:
+        """As users see it: whatever it waits for, it is queued."""
+        match self.state:
+            case "waiting" | "encoding":
+                return "queued"
+            case "queued" if self.preemptions:
+                return "preempted"
+            case state:
+                return state
 
 
 class Requests:
@@ -166,6 +178,17 @@ class Requests:
         self._live[request.number] = self._ids[request.id] = request
         return request
 
+    def change(self, request: Request, change: Change) -> None:
+        """Take a request to its next state. Raises RuntimeError with its story if the one it has doesn't allow that."""
+        transition = TRANSITIONS[change]
+        if request.state not in transition.sources:
+            story = ", ".join(f"{how} at {when:.3f} ({state})" for when, how, state in request.story) or "it just came"
+            raise RuntimeError(
+                f"request {request.number} is {request.state}, which {change!r} does not follow; its story: {story}"
+            )
+        request.state = transition.target
+        request.story.append((self._clock(), change, request.state))
+
     def live(self) -> list[Request]:
         """In order of arrival."""
         return list(self._live.values())
@@ -188,6 +211,7 @@ class Requests:
 
     def admit(self, request: Request) -> None:
         """It begins to run, or does so again."""
+        self.change(request, "admit")
         if request.admitted_at is None:
             request.admitted_at = self._clock()
             self.observed.queue_s.add(request.admitted_at - request.arrived_at)
@@ -217,7 +241,7 @@ class Requests:
         self._take(request, token_ids)
         self._observe_end(request, reason, refusal)
         request.finish_reason = reason
-        request.state = "finished"
+        self.change(request, "end")
         self._answer(request, token_ids, logprobs, reason, error, refusal)
         self.fail_move(request, f"request {request.id!r} has ended ({reason})")
         self._log_end(request, reason, error, refusal)
@@ -263,8 +287,6 @@ class Requests:
         for request in self._live.values():
             if not request.is_live or request.state == "finished":
                 raise RuntimeError(f"request {request.number} is kept as live and has finished")
-            if request.place == "nowhere":
-                raise RuntimeError(f"request {request.number} is nowhere")
 
     def _take(self, request: Request, token_ids: list[int]) -> None:
         if not token_ids:

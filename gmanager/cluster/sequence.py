@@ -41,7 +41,7 @@ class Sequence:
     @property
     def is_current(self) -> bool:
         """Whether its request still runs in it."""
-        return self.request.place == "sequence" and self.request.seq == self.number
+        return self.request.is_running and self.request.seq == self.number
 
     def backlog(self, reach: int) -> dict[int, float]:
         """rank -> what it has still to compute of the prompt, as `prompt_work` counts, by what is known to be held."""
@@ -65,7 +65,7 @@ class Sequence:
             state = self.request.state
             # Released may come before the last tokens do: an earlier home speaks on another connection.
             may_end = state == "preempted" or self.released is not None
-            if state not in ("prefill", "decode", "moving", "preempted") or (self.ending and not may_end):
+            if self.ending and not may_end:
                 raise RuntimeError(f"{name}: its request is {state}, ending: {self.ending}")
             if state == "preempted" and not self.ending:
                 raise RuntimeError(f"{name}: its request is preempted and it was not cancelled")
@@ -92,5 +92,6 @@ class Reservation:
                 raise RuntimeError(f"reservation {self.seq}: the view of instance {rank} knows nothing of it")
         if not open_ranks:
             raise RuntimeError(f"reservation {self.seq} is granted and still open")
-        if self.request.place != ("reservation" if self.placement is not None else "sequence"):
-            raise RuntimeError(f"reservation {self.seq} is of a request whose place is its {self.request.place}")
+        is_right = self.request.is_running if self.placement is None else self.request.state == "reserving"
+        if not is_right:
+            raise RuntimeError(f"reservation {self.seq} is of a request that is {self.request.state}")

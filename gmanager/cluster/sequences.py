@@ -14,9 +14,11 @@
 
 import logging
 from bisect import insort
+from typing import Literal
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Log, Send
+from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.parties import Parties
 from gmanager.cluster.policy import Candidate, InstanceView, Placement, choose_target, choose_victim, place
 from gmanager.cluster.requests import Emit, MoveCall, Request, Requests
@@ -68,34 +70,32 @@ class Sequences:
         """Requests that run."""
         return sum(sequence.is_current for sequence in self._sequences.values())
 
-    def enqueue(self, request: Request, now: float) -> None:
+    def enqueue(self, request: Request, now: float, change: Literal["enqueue", "deny", "release"] = "enqueue") -> None:
         """Let a request wait for memory, behind all older ones."""
-        request.place = "queue"
-        request.state = "preempted" if request.preemptions else "queued"
+        self._requests.change(request, change)
         request.waiting_since = now
         insort(self._waiting, request, key=lambda waiting: waiting.number)
         self._changed = True
 
-    def withdraw(self, request: Request) -> None:
-        """A request has ended otherwise than by its last token: release what it holds."""
-        if request.place == "queue":
+    def withdraw(self, request: Request, was: State) -> None:
+        """A request has ended otherwise than by its last token: release what it held in the state that it had."""
+        if was == "queued":
             self._waiting.remove(request)
             self._changed = True
-        elif request.place == "reservation":
+        elif was == "reserving":
             self._give_up_reservation()
-        elif request.place == "sequence":
+        elif was in RUNNING:
             self._cancel(self._sequences[request.seq])
-        request.place = "nowhere"
 
     def move_home(self, request: Request, call: MoveCall) -> None:
         """A client wants another home for a request. Answered when it has moved, or can't."""
         request.move_call = call
-        sequence = self._sequences.get(request.seq) if request.place == "sequence" else None
+        sequence = self._sequences.get(request.seq) if request.is_running else None
         if not 0 <= call.target < self._cell.size:
             ranks = f"0 to {self._cell.size - 1}"
             self._requests.fail_move(request, f"there is no instance {call.target}; cell '{self._cell.name}' has {ranks}")
         elif sequence is None or sequence.ending:
-            self._requests.fail_move(request, f"request {request.id!r} has no home now: it is {request.state}")
+            self._requests.fail_move(request, f"request {request.id!r} has no home now: it is {request.shown_state}")
         elif sequence.moving_to is None and sequence.home == call.target:
             self._answer_move(sequence)
         else:
@@ -151,7 +151,7 @@ class Sequences:
         self._give_up_reservation()
         request = reservation.request
         if reservation.placement is not None:
-            self.enqueue(request, request.waiting_since)
+            self.enqueue(request, request.waiting_since, "deny")
         elif (call := request.move_call) is not None and call.target == member.rank:
             self._requests.fail_move(
                 request, f"instance {member.rank} has no room: {blocks} block asked, {max(0, free_blocks)} free"
@@ -208,7 +208,7 @@ class Sequences:
             sequence.request.home_moves += 1
             self._log(sequence, "home moved", home=home)
         if not sequence.ending:
-            self._set_running_state(sequence)
+            self._rest(sequence)
             # A call for another instance came while this move was under way: it is tried next.
             self._answer_move(sequence)
 
@@ -252,7 +252,7 @@ class Sequences:
             target = self._make_room(sequence)
         if target is None:
             return False
-        sequence.request.state = "moving"
+        self._requests.change(sequence.request, "move")
         if target not in sequence.asked:
             sequence.asked.append(target)
         self._reserve(Reservation(sequence.number, {target: 1}, sequence.request, None))
@@ -294,8 +294,7 @@ class Sequences:
         if placement is None or (not placement.is_even and self._blocks_come):
             return
         del self._waiting[0]
-        request.place = "reservation"
-        request.state = "reserving"
+        self._requests.change(request, "reserve")
         self._numbers += 1
         self._reserve(Reservation(self._numbers, placement.blocks, request, placement))
 
@@ -315,8 +314,8 @@ class Sequences:
             raise RuntimeError("there is no reservation to give up")
         self._changed = True
         sequence = self._sequences.get(reservation.seq) if reservation.placement is None else None
-        if sequence is not None and sequence.request.state == "moving":
-            self._set_running_state(sequence)
+        if sequence is not None:
+            self._rest(sequence)
         for rank, blocks in reservation.blocks.items():
             member = self._cell.members[rank]
             asked = reservation.seq in member.outstanding
@@ -333,12 +332,10 @@ class Sequences:
         if request.params.prompt_logprobs is not None and not request.is_scored:
             sequence.unscored = request.prompt_tokens - 1
         self._sequences[sequence.number] = sequence
-        request.place = "sequence"
         request.seq = sequence.number
         request.home = home
         request.held = {}
         self._requests.admit(request)
-        self._set_running_state(sequence)
         self._regroup()
         admit = Admit(
             epoch=self._cell.epoch,
@@ -392,8 +389,10 @@ class Sequences:
             request.move_call = None
             self._emit(Send(call.peer, Done(call=call.call)))
 
-    def _set_running_state(self, sequence: Sequence) -> None:
-        sequence.request.state = "decode" if sequence.received else "prefill"
+    def _rest(self, sequence: Sequence) -> None:
+        """Its move is over."""
+        if sequence.is_current and sequence.request.state == "moving":
+            self._requests.change(sequence.request, "rest" if sequence.received else "rest early")
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -421,14 +420,13 @@ class Sequences:
         with_logprobs = logprobs if request.params.logprobs is not None else None
         if reason is None:
             if request.state == "prefill":
-                request.state = "decode"
+                self._requests.change(request, "generate")
             self._requests.deliver(request, token_ids, with_logprobs)
             return
         sequence.ending = True
         self._give_up_move(sequence)
         if last.held is not None:
             request.held = {share.rank: share.tokens for share in last.held}
-        request.place = "nowhere"
         self._requests.finish(request, reason, token_ids=token_ids, logprobs=with_logprobs)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
@@ -447,7 +445,7 @@ class Sequences:
         self.num_preemptions += 1
         request = sequence.request
         request.preemptions += 1
-        request.state = "preempted"
+        self._requests.change(request, "preempt")
         self._requests.fail_move(request, f"request {request.id!r} was preempted: the cell is full")
         self._log(sequence, "request preempted")
 
@@ -474,10 +472,9 @@ class Sequences:
         elif request.state == "preempted":
             request.home = None
             request.held = {}
-            self.enqueue(request, now)
+            self.enqueue(request, now, "release")
         else:
             self._crowded = False
-            request.place = "nowhere"
             error = f"instance {sequence.home} of cell '{self._cell.name}' released the request unasked"
             self._requests.finish(request, "error", error=error)
         if not self._sequences:
@@ -538,8 +535,8 @@ class Sequences:
         if [r.number for r in self._waiting] != sorted({r.number for r in self._waiting}):
             raise RuntimeError("the queue is not in order of arrival")
         for request in self._waiting:
-            if request.place != "queue" or request.state not in ("queued", "preempted") or not request.prompt:
-                raise RuntimeError(f"request {request.number} waits and is {request.state} ({request.place})")
+            if request.state != "queued" or not request.prompt:
+                raise RuntimeError(f"request {request.number} waits and is {request.state}")
         for sequence in self._sequences.values():
             sequence.validate()
         if self._reservation is not None:
