@@ -13,5 +13,9 @@ class PartyTimeout(InstanceError):
     """Members did not bring their notices in time."""
 
 
+class PartyBroken(InstanceError):
+    """Members don't understand each other."""
+
+
 class StepTimeout(InstanceError):
     """The device did not end a step in time."""

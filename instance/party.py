@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from gmanager.wire.channel import Dialer, Listener, PeerLost
-from gmanager.wire.errors import PeerGone
+from gmanager.wire.errors import BadMessage, PeerGone
 from gmanager.wire.messages import Message
-from instance.errors import PartyTimeout
+from instance.errors import PartyBroken, PartyTimeout
 from instance.step import LANES, Grouping, Lane, Notice
 
 
@@ -49,7 +49,13 @@ class Wake(Message):
     step: int
 
 
-PartyMessage = Notice | Round | Superseded | Wake
+class Unreadable(Message):
+    """What came from there can't be read: who sent it must not wait for an answer."""
+
+    reason: str
+
+
+PartyMessage = Notice | Round | Superseded | Wake | Unreadable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,8 @@ class Seat:
     """Connects to one of `addresses`."""
     timeout_s: float
     """Longest wait for the others' notices."""
+    on_lost: Callable[[int, str], None]
+    """Told of a rank whose connection has ended, and why."""
 
 
 class Parties:
@@ -105,11 +113,21 @@ class Parties:
                     peer, message = await seat.listener.recv()
                     if isinstance(message, Notice) and message.epoch == seat.epoch and 0 <= message.rank < size:
                         self._parties[message.lane].hear(peer, message)
-                    elif not isinstance(message, PeerLost):
+                    elif isinstance(message, PeerLost):
+                        self._lose(peer, message.reason)
+                    else:
                         self._misdirected += 1
+                        if isinstance(message, BadMessage):
+                            seat.listener.send(peer, Unreadable(reason=str(message)))
         finally:
             for party in self._parties.values():
                 await party.close()
+
+    def _lose(self, peer: bytes, reason: str) -> None:
+        self._seat.listener.forget(peer)
+        ranks = {party.rank_of(peer) for party in self._parties.values()} - {None}
+        for rank in sorted(rank for rank in ranks if rank is not None):
+            self._seat.on_lost(rank, reason)
 
 
 class Party:
@@ -127,6 +145,7 @@ class Party:
         self._seat = seat
         self._rank = seat.rank
         self._called = False
+        self._closed = False
         self._newest = {r: Grouping(number=0, members=[r]) for r in range(len(seat.addresses))}
         self._inbox: dict[tuple[int, int], dict[int, Notice]] = {}
         self._peers: dict[int, bytes] = {}
@@ -207,8 +226,13 @@ class Party:
         self._peers[notice.rank] = peer
         self._take(notice)
 
+    def rank_of(self, peer: bytes) -> int | None:
+        """Whose notices come from there; None if none came."""
+        return next((rank for rank, known in self._peers.items() if known == peer), None)
+
     async def close(self) -> None:
         """Hang up on all leaders."""
+        self._closed = True
         for dialer in self._dialers.values():
             await dialer.close()
 
@@ -253,16 +277,25 @@ class Party:
             if self._tasks is None:
                 raise RuntimeError("a party exchanges only while it runs")
             self._dialers[leader] = self._seat.dial(self._seat.addresses[leader])
-            self._tasks.create_task(self._follow(self._dialers[leader]))
+            self._tasks.create_task(self._follow(leader, self._dialers[leader]))
         return self._dialers[leader]
 
-    async def _follow(self, dialer: Dialer[PartyMessage]) -> None:
-        """Read one leader's answers, until it is gone: then the gManager ends the epoch, or the exchange times out."""
+    async def _follow(self, leader: int, dialer: Dialer[PartyMessage]) -> None:
+        """Read one leader's answers, until it is gone: then the gManager, which hears of it, ends the epoch.
+
+        Raises PartyBroken if one of both can't read what the other sends.
+        """
         while True:
             try:
                 message = await dialer.recv()
-            except PeerGone:
+            except PeerGone as gone:
+                if not self._closed:
+                    self._seat.on_lost(leader, str(gone))
                 return
+            if isinstance(message, BadMessage):
+                raise PartyBroken(f"what rank {leader} sends can't be read: {message}")
+            if isinstance(message, Unreadable):
+                raise PartyBroken(f"rank {leader} can't read what this instance sends: {message.reason}")
             if not isinstance(message, Wake | Round | Superseded) or message.epoch != self._seat.epoch:
                 self.dropped += 1
             elif message.party != self.grouping.number:

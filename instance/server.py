@@ -199,8 +199,10 @@ class Instance:
         )
 
     def _obey(self, message: wire.Message | BadMessage, tasks: asyncio.TaskGroup) -> None:
-        """One message of the gManager."""
+        """One message of the gManager. Raises InstanceError if it can't be read: what it asks for would never be done."""
         self._heard = time.monotonic()
+        if isinstance(message, BadMessage):
+            raise InstanceError(f"what the gManager sends can't be read: {message}")
         if isinstance(message, wire.Pong):
             return
         if isinstance(message, wire.OpenStore):
@@ -219,7 +221,7 @@ class Instance:
             self._command(self._epoch, message)
             self._epoch.lanes.parties.wake()
 
-    def _command(self, epoch: _Epoch, message: wire.Message | BadMessage) -> None:
+    def _command(self, epoch: _Epoch, message: wire.Message) -> None:
         scheduler = epoch.lanes.scheduler
         match message:
             case wire.Reserve(seq=seq, blocks=blocks):
@@ -255,6 +257,7 @@ class Instance:
                 listener=self._listener,
                 dial=lambda address: self._transport.dial(address, self._party_decoder),
                 timeout_s=config.step_timeout_s,
+                on_lost=partial(self._on_link_lost, join.epoch),
             )
         )
         pace = Pace(config.chunk_tokens, config.mixed_chunk_tokens)
@@ -326,6 +329,11 @@ class Instance:
         self._cleanup.callback(peers.abort)
         group.barrier()  # nobody pushes into memory that its owner has yet to clear
         return peers
+
+    def _on_link_lost(self, epoch: int, rank: int, reason: str) -> None:
+        """The gManager decides what that means: it may know why already."""
+        log.warning("link lost", to_rank=rank, reason=reason)
+        self._gmanager.send(wire.LinkLost(epoch=epoch, rank=rank, reason=reason))
 
     def _on_progress(self, scheduler: Scheduler) -> None:
         """A lane has moved on: tell the gManager."""

@@ -238,6 +238,7 @@ class Loop:
                 listener=self._listener,
                 dial=lambda address: transport.dial(address, decoder),
                 timeout_s=TIMEOUT_S,
+                on_lost=lambda rank, reason: None,  # the members of a measurement end as they like
             )
         )
         self._lanes = Lanes(

@@ -274,6 +274,19 @@ async def test_a_lost_gmanager_ends_its_instances(started: Processes, model: Pat
         await instance_.says("the gManager is gone")
 
 
+async def test_a_killed_instance_is_noticed_at_once_and_named(started: Processes, model: Path) -> None:
+    """Its closed connection is word enough: nobody waits for its lease, and nobody else is blamed."""
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*", instance_lease_s=300)) as server:
+        instances = two(started, server.address, model)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            running = asyncio.create_task(run(client, "spread", 40, spread="all"))
+            await until_decoding(client, "spread")
+            instances[1].signal(signal.SIGKILL)
+            await told([running], "instance 1 of cell 'main' is lost: it closed the connection")
+            assert await instances[0].exit_code() == 1
+
+
 async def test_an_instance_that_stands_still_is_taken_for_dead(started: Processes, model: Path) -> None:
     """It keeps its connections open. When it goes on it learns that its cell is over."""
     async with here(GManagerConfig(bind="tcp://127.0.0.1:*", instance_lease_s=2.5)) as server:

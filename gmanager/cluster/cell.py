@@ -40,6 +40,9 @@ MAX_KV_TOKENS = 2**50
 MAX_TOKENS = MAX_FRAME_BYTES // 4 - 2**18
 """Most tokens of a request, whatever the model takes: all of them must fit one Admit."""
 
+LINK_GRACE_S = 1.0
+"""A link may be lost since one of its ends left, or is dead: that is heard within this time, on the own link to it."""
+
 Phase = Literal["registering", "opening", "joining", "ready"]
 
 _SAME = ("dtype", "fingerprint", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
@@ -99,6 +102,8 @@ class Cell:
         self.text_loaded = False
         self.text_source: Member | None = None
         self.began_at = 0.0
+        self._broken: dict[int, tuple[float, str]] = {}
+        """Ranks that another says it lost the link to: since when, and in which words."""
         self._emit = emit
 
     @property
@@ -206,6 +211,18 @@ class Cell:
         if self.phase == "joining":
             member.joined = True
             self._check_ready()
+
+    def set_link_lost(self, member: Member, rank: int, reason: str, now: float) -> None:
+        """One member can't reach another, which may be about to say why."""
+        if 0 <= rank < self.size and rank != member.rank:
+            self._broken.setdefault(rank, (now, f"{member.name} lost its link to instance {rank}: {reason}"))
+
+    def broken_link(self, now: float) -> tuple[Member, str] | None:
+        """Who can't be reached since LINK_GRACE_S, and hasn't said why; and what was said of it."""
+        for rank, (since, reason) in self._broken.items():
+            if now - since >= LINK_GRACE_S:
+                return self.members[rank], reason
+        return None
 
     def hear(self, member: Member, beat: Beat) -> bool:
         """A Beat came. Returns whether its free blocks are news."""

@@ -353,6 +353,8 @@ class Cluster:
         elif isinstance(message, m.Joined):
             cell.set_joined(member)
             self._check_ready(cell)
+        elif isinstance(message, m.LinkLost):
+            cell.set_link_lost(member, message.rank, message.reason, self._now)
         elif isinstance(message, m.Beat):
             is_news = cell.hear(member, message)
             if cell.is_ready:
@@ -447,6 +449,8 @@ class Cluster:
                 missing = [member.rank for member in cell.members if not member.joined]
                 what = f"instances {missing} have not joined" if missing else "its tokenizer is not loaded"
                 self._fail(cell, f"cell '{cell.name}' was not ready within {self._config.form_timeout_s:g} s: {what}")
+            elif (broken := cell.broken_link(now)) is not None:
+                self._fail(cell, broken[1])
         longest = self._config.max_queue_wait_s
         for request in self._requests.live():
             if request.is_waiting and now - request.waiting_since > longest:

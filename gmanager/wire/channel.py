@@ -35,6 +35,9 @@ PIPE_MESSAGES = 64
 """ZeroMQ's own queue per peer and direction. It counts messages whatever their size, so it is kept short: a full one
 of 64 MiB frames would hold 4 GiB. What is over goes to the peer's bounded queue here."""
 
+_PROBE = b""
+"""A frame that means nothing and is never delivered: to send it tells whether there is still somebody."""
+
 _RETRY_FIRST_S = 0.002
 _RETRY_MOST_S = 0.1
 _MESSAGES_PER_TURN = 64
@@ -55,7 +58,7 @@ DEFAULT_LIMITS = QueueLimits()
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """A peer that can't be sent to any more: messages to it were dropped."""
+    """A peer that has closed its end, or ended, or can't be sent to any more: messages to it were dropped."""
 
     reason: str
 
@@ -70,7 +73,8 @@ class Listener(Protocol[M_co]):
     async def recv(self) -> tuple[PeerId, M_co | BadMessage | PeerLost]:
         """The next message, garbage (as a BadMessage value) or loss of a peer. Safe to cancel.
 
-        After PeerLost nothing more comes from that peer until `forget`. Raises PeerGone when this end is closed.
+        What a peer sent before it was lost is delivered first; after PeerLost nothing more comes from it until `forget`. Raises
+        PeerGone when this end is closed.
         """
 
     def send(self, peer: PeerId, message: Message) -> None:
@@ -182,9 +186,27 @@ class _ZmqEnd(Generic[M]):
         self._sock = transport._open(kind, decoder.max_bytes)
         self._fd: int = self._sock.FD
 
+    def _watch(self, events: int) -> None:
+        """Hear of these events of the socket's connections (`_on_event`)."""
+        self._monitor: zmq.Socket[bytes] = self._sock.get_monitor_socket(events)
+        self._monitor_fd: int = self._monitor.FD
+
     def _start(self) -> None:
         self._loop.add_reader(self._fd, self._on_activity)
+        self._loop.add_reader(self._monitor_fd, self._on_monitor)
         self._on_activity()
+        self._on_monitor()
+
+    def _on_monitor(self) -> None:
+        while not self._shut:
+            try:
+                event: Any = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            self._on_event(event["event"])
+
+    def _on_event(self, event: int) -> None:
+        raise NotImplementedError
 
     def _on_activity(self) -> None:
         if self._shut:
@@ -322,19 +344,31 @@ class _ZmqEnd(Generic[M]):
             self._retry.cancel()
             self._retry = None
         self._loop.remove_reader(self._fd)
+        self._loop.remove_reader(self._monitor_fd)
+        self._close_monitor()
         self._sock.close(linger=int(linger_s * 1000))
         self._wake.set()
+
+    def _close_monitor(self) -> None:
+        # disable_monitor doesn't close our end of it, and the context can't end while any socket is open.
+        self._sock.disable_monitor()
+        self._monitor.close(linger=0)
 
 
 class _ZmqListener(_ZmqEnd[M]):
     def __init__(self, transport: ZmqTransport, address: str, decoder: Decoder[M], limits: QueueLimits) -> None:
         super().__init__(transport, zmq.ROUTER, decoder, limits)
+        self._peers: set[PeerId] = set()
+        """Who has spoken and is not lost."""
         self._lost: set[PeerId] = set()
-        self._news: deque[tuple[PeerId, PeerLost]] = deque()
+        self._inbox: deque[tuple[PeerId, list[bytes] | PeerLost]] = deque()
+        """What was taken from the socket to come before the loss of a peer, and that loss."""
         self._sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._watch(zmq.EVENT_DISCONNECTED)
         try:
             self._sock.bind(address)
         except zmq.ZMQError as error:
+            self._close_monitor()
             self._sock.close(linger=0)
             context = transport._release()
             if context is not None:
@@ -350,10 +384,12 @@ class _ZmqListener(_ZmqEnd[M]):
 
     async def recv(self) -> tuple[PeerId, M | BadMessage | PeerLost]:
         while not self._closing:
-            if self._news:
-                return self._news.popleft()
+            if self._inbox:
+                peer, came = self._inbox.popleft()
+                return peer, came if isinstance(came, PeerLost) else self._decoded(came)
             parts = await self._next_parts()
             if parts is not None and parts[0] not in self._lost:
+                self._peers.add(parts[0])
                 return parts[0], self._decoded(parts[1:])
         raise PeerGone("this end is closed")
 
@@ -364,8 +400,9 @@ class _ZmqListener(_ZmqEnd[M]):
 
     def forget(self, peer: PeerId) -> None:
         self._queues.pop(peer, None)
+        self._peers.discard(peer)
         self._lost.discard(peer)
-        self._news = deque(item for item in self._news if item[0] != peer)
+        self._inbox = deque(item for item in self._inbox if item[0] != peer)
 
     def _send_frame(self, peer: PeerId, frame: bytes) -> bool:
         try:
@@ -374,9 +411,25 @@ class _ZmqListener(_ZmqEnd[M]):
             return False
         return True
 
+    def _on_event(self, event: int) -> None:
+        """Somebody closed a connection. ZeroMQ doesn't say who: whoever can't be sent to any more."""
+        for peer in list(self._peers):
+            try:
+                self._send_frame(peer, _PROBE)
+            except zmq.ZMQError:
+                self._queues.pop(peer, None)
+                self._on_lost(peer, "it closed the connection")
+
     def _on_lost(self, peer: PeerId, reason: str) -> None:
+        for _ in range(PIPE_MESSAGES * (1 + len(self._peers))):  # who is fast could go on for ever
+            if (parts := self._receive()) is None:
+                break
+            if parts[0] not in self._lost:
+                self._peers.add(parts[0])
+                self._inbox.append((parts[0], parts[1:]))
+        self._peers.discard(peer)
         self._lost.add(peer)
-        self._news.append((peer, PeerLost(reason)))
+        self._inbox.append((peer, PeerLost(reason)))
         self._wake.set()
 
 
@@ -389,8 +442,7 @@ class _ZmqDialer(_ZmqEnd[M]):
         self._inbox: deque[list[bytes]] = deque()
         # An id that starts with a zero byte is reserved for those that the ROUTER makes.
         self._sock.setsockopt(zmq.ROUTING_ID, b"D" + secrets.token_bytes(16))
-        self._monitor: zmq.Socket[bytes] = self._sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        self._monitor_fd: int = self._monitor.FD
+        self._watch(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         try:
             self._sock.connect(address)
         except zmq.ZMQError as error:
@@ -400,9 +452,7 @@ class _ZmqDialer(_ZmqEnd[M]):
             if context is not None:
                 context.term()
             raise AddressError(f"can't dial {address}: {_strerror(error)}") from error
-        self._loop.add_reader(self._monitor_fd, self._on_monitor)
         self._start()
-        self._on_monitor()
 
     async def recv(self) -> M | BadMessage:
         while not self._closing:
@@ -411,7 +461,7 @@ class _ZmqDialer(_ZmqEnd[M]):
             if self._gone is not None:
                 raise PeerGone(self._gone)
             parts = await self._next_parts()
-            if parts is not None:
+            if parts is not None and parts != [_PROBE]:
                 return self._decoded(parts)
         raise PeerGone("this end is closed")
 
@@ -427,19 +477,15 @@ class _ZmqDialer(_ZmqEnd[M]):
             return False
         return True
 
-    def _on_monitor(self) -> None:
-        while not self._shut:
-            try:
-                event: Any = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                return
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connected = True
-            elif self._connected:
-                # ZeroMQ would dial again and go on as if nothing had been lost. What has arrived still counts.
-                while (parts := self._receive()) is not None:
+    def _on_event(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connected = True
+        elif self._connected:
+            # ZeroMQ would dial again and go on as if nothing had been lost. What has arrived still counts.
+            while (parts := self._receive()) is not None:
+                if parts != [_PROBE]:
                     self._inbox.append(parts)
-                self._end(f"{self._address} closed the connection")
+            self._end(f"{self._address} closed the connection")
 
     def _on_lost(self, peer: PeerId, reason: str) -> None:
         self._end(f"{self._address}: {reason}")
@@ -449,17 +495,8 @@ class _ZmqDialer(_ZmqEnd[M]):
         self._shut_down(linger_s=0.0)
 
     def _shut_down(self, linger_s: float) -> None:
-        if self._shut:
-            return
-        self._loop.remove_reader(self._monitor_fd)
-        self._close_monitor()
         # Nobody to send to: lingering would only delay the end.
         super()._shut_down(linger_s if self._connected else 0.0)
-
-    def _close_monitor(self) -> None:
-        # disable_monitor doesn't close our end of it, and the context can't end while any socket is open.
-        self._sock.disable_monitor()
-        self._monitor.close(linger=0)
 
 
 _TCP = re.compile(r"tcp://[^:/\s]+:(\*|\d{1,5})")

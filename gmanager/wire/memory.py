@@ -87,9 +87,8 @@ class _MemoryListener(Generic[M]):
         self._decoder = decoder
         self._limits = limits
         self._dialers: dict[PeerId, _MemoryDialer[Any]] = {}
-        self._arrived: deque[tuple[PeerId, _Pipe]] = deque()
+        self._arrived: deque[tuple[PeerId, _Pipe | PeerLost]] = deque()
         self._lost: set[PeerId] = set()
-        self._news: deque[tuple[PeerId, PeerLost]] = deque()
         self._wake = asyncio.Event()
         self._closed = False
 
@@ -99,14 +98,11 @@ class _MemoryListener(Generic[M]):
 
     async def recv(self) -> tuple[PeerId, M | BadMessage | PeerLost]:
         while not self._closed:
-            if self._news:
-                return self._news.popleft()
             if self._arrived:
-                peer, pipe = self._arrived.popleft()
-                frame = pipe.get()
-                if peer not in self._lost:
-                    return peer, _decoded(self._decoder, frame)
-                continue
+                peer, came = self._arrived.popleft()
+                if isinstance(came, PeerLost):
+                    return peer, came
+                return peer, _decoded(self._decoder, came.get())
             self._wake.clear()
             await self._wake.wait()
         raise PeerGone("this end is closed")
@@ -123,7 +119,7 @@ class _MemoryListener(Generic[M]):
 
     def forget(self, peer: PeerId) -> None:
         self._lost.discard(peer)
-        self._news = deque(item for item in self._news if item[0] != peer)
+        self._arrived = deque(item for item in self._arrived if item[0] != peer or not isinstance(item[1], PeerLost))
 
     async def close(self) -> None:
         if self._closed:
@@ -138,16 +134,20 @@ class _MemoryListener(Generic[M]):
         self._dialers[peer] = dialer
 
     def _part(self, peer: PeerId) -> None:
-        self._dialers.pop(peer, None)
+        """A dialer has closed, or given up."""
+        if self._dialers.pop(peer, None) is not None and peer not in self._lost:
+            self._lose(peer, "it closed the connection")
 
     def _announce(self, peer: PeerId, pipe: _Pipe) -> None:
         """One more frame lies in a dialer's pipe."""
+        if peer in self._lost:
+            return
         self._arrived.append((peer, pipe))
         self._wake.set()
 
     def _lose(self, peer: PeerId, reason: str) -> None:
         self._lost.add(peer)
-        self._news.append((peer, PeerLost(reason)))
+        self._arrived.append((peer, PeerLost(reason)))
         self._wake.set()
 
 

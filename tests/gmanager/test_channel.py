@@ -133,18 +133,46 @@ async def test_unknown_peer_is_lost_once_and_forgotten(transport: Transport) -> 
             await asyncio.wait_for(listener.recv(), 0.05)
 
 
-async def test_peer_that_left_is_lost_when_sent_to(transport: Transport) -> None:
+async def test_peer_that_left_is_lost_after_what_it_sent(transport: Transport) -> None:
+    """Nobody has to send to it, and nobody else is disturbed."""
+    listener = transport.listen(ANY, UP)
+    leaves, stays = transport.dial(listener.address, DOWN), transport.dial(listener.address, DOWN)
+    async with closing(listener, leaves, stays):
+        stays.send(m.Ping())
+        other, _ = await listener.recv()
+        for call in range(200):
+            leaves.send(m.GetStats(call=call))
+        closed = asyncio.create_task(leaves.close())
+        peer, first = await listener.recv()
+        heard = [first] + [(await listener.recv())[1] for _ in range(199)]
+        assert heard == [m.GetStats(call=call) for call in range(200)]
+        assert await listener.recv() == (peer, PeerLost("it closed the connection"))
+        await closed
+        listener.send(other, m.Pong())
+        stays.send(m.Ping())
+        assert await stays.recv() == m.Pong()
+        assert await listener.recv() == (other, m.Ping())
+
+
+async def test_messages_that_lie_there_come_before_the_loss(transport: Transport) -> None:
+    """Nobody has read them when the connection ends; after the loss the peer may come again."""
     listener = transport.listen(ANY, UP)
     dialer = transport.dial(listener.address, DOWN)
     async with closing(listener, dialer):
         dialer.send(m.Ping())
         peer, _ = await listener.recv()
+        for call in range(40):
+            dialer.send(m.GetStats(call=call))
         await dialer.close()
-        lost = asyncio.create_task(listener.recv())
-        while not lost.done():
-            listener.send(peer, m.Pong())
-            await asyncio.sleep(0.005)
-        assert await lost == (peer, PeerLost("it is not connected"))
+        await asyncio.sleep(0.1)
+        assert [message.call for _, message in await hear(listener, 40)] == list(range(40))
+        assert await listener.recv() == (peer, PeerLost("it closed the connection"))
+        listener.send(peer, m.Pong())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(listener.recv(), 0.05)
+        listener.forget(peer)
+        listener.send(peer, m.Pong())
+        assert await listener.recv() == (peer, PeerLost("it is not connected"))
 
 
 async def test_wrong_direction_is_a_bad_message(transport: Transport) -> None:

@@ -652,3 +652,27 @@ def test_who_waits_can_be_aborted_but_not_moved(place: str) -> None:
         assert driver.say(peer(0), granted(1, 2, 6)) == []  # it came too late: the Drop behind its Reserve undoes it
         assert driver.say(CLIENT, submit("next", 28)) == [reserve(0, 2, 8)]
     assert driver.handle(Encoded(1, 0.0, token_ids=m.pack_tokens([1]))) == []
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_lost_link_ends_the_cell_unless_its_end_says_why(tells: bool) -> None:
+    """What one instance hears of another's end may overtake that end's own words."""
+    driver = serving(10, 10)
+    running(driver, "r")
+    lost = m.LinkLost(epoch=1, rank=1, reason="it closed the connection")
+    assert driver.say(peer(0), lost, lost) == []
+    if tells:
+        actions = driver.say(peer(1), m.Leave(reason="SIGTERM", failed=False))
+        reason = "instance 1 of cell 'main' left: SIGTERM"
+    else:
+        actions = driver.wait(1, peer(0), peer(1), CLIENT)
+        reason = "instance 0 of cell 'main' lost its link to instance 1: it closed the connection"
+    assert Send(peer(0), m.EndEpoch(epoch=1, reason=reason)) in actions
+    assert [a.error for a in actions if isinstance(a, Deliver)] == [reason]
+
+
+def test_a_link_to_nobody_is_nothing() -> None:
+    driver = serving(10, 10)
+    for rank in (0, 2, -1):
+        driver.say(peer(0), m.LinkLost(epoch=1, rank=rank, reason="?"))
+    assert driver.wait(3, peer(0), peer(1), CLIENT) == []

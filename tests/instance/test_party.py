@@ -7,15 +7,22 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from gmanager.wire import messages as m
 from gmanager.wire.codec import Decoder
 from gmanager.wire.memory import MemoryTransport
-from instance.errors import PartyTimeout
+from instance.errors import PartyBroken, PartyTimeout
 from instance.party import Parties, Party, PartyMessage, Seat
 from instance.step import Grouping, Lane, Notice, derive
 
 
 def decoder() -> Decoder[PartyMessage]:
     return Decoder(PartyMessage)
+
+
+TASKS: list[asyncio.Task[None]] = []
+"""Those that run the parties of each instance of the present test."""
+LOST: list[tuple[int, int, str]] = []
+"""Who told of a lost link, of which rank, and why."""
 
 
 @asynccontextmanager
@@ -38,11 +45,12 @@ async def instances(size: int, timeout_s: float = 5) -> AsyncIterator[list[Parti
                 listener=transport.listen(addresses[rank], decoder()),
                 dial=lambda address: transport.dial(address, decoder()),
                 timeout_s=timeout_s,
+                on_lost=lambda lost, reason, rank=rank: LOST.append((rank, lost, reason)),
             )
         )
         for rank in range(size)
     ]
-    tasks = [asyncio.create_task(each.run()) for each in made]
+    tasks = TASKS[:] = [asyncio.create_task(each.run()) for each in made]
     await asyncio.sleep(0)
     yield made
     for task in tasks:
@@ -169,6 +177,57 @@ async def test_foreign_messages_are_dropped_and_counted() -> None:
         await asyncio.sleep(0.02)
         assert made[0].dropped == 2
         await stranger.close()
+
+
+async def broken(task: asyncio.Task[None]) -> str:
+    """What ends the parties of an instance."""
+    async with asyncio.timeout(2):
+        with pytest.raises(ExceptionGroup) as raised:
+            await task
+    (error,) = raised.value.exceptions
+    assert isinstance(error, PartyBroken)
+    return str(error)
+
+
+@pytest.mark.parametrize("garbled", ["notice", "answer"])
+async def test_what_can_not_be_read_ends_the_party_at_once(garbled: str) -> None:
+    """It was counted as dropped, and the member waited for the rest of its time limit."""
+    async with instances(2, timeout_s=600) as made:
+        party = made[1]["decode"]
+        for each in made:
+            each.learn([Grouping(number=1, members=[0, 1])])
+        for rank, each in enumerate(made):
+            await step(each["decode"], rank)
+        waits = asyncio.create_task(step(party, 1))
+        await asyncio.sleep(0)
+        if garbled == "notice":
+            party._dialers[0].send(m.Pong())
+            said = "rank 0 can't read what this instance sends: "
+        else:
+            await asyncio.sleep(0.02)
+            leader = made[0]["decode"]
+            leader._seat.listener.send(leader._peers[1], m.Pong())
+            said = "what rank 0 sends can't be read: "
+        assert (await broken(TASKS[1])).startswith(said)
+        waits.cancel()
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+async def test_a_lost_link_is_told_by_who_has_it(gone: int) -> None:
+    LOST.clear()
+    async with instances(2) as made:
+        for each in made:
+            each.learn([Grouping(number=1, members=[0, 1])])
+        await asyncio.gather(*(step(each["decode"], rank) for rank, each in enumerate(made)))
+        rounds = [asyncio.create_task(step(each["decode"], rank)) for rank, each in enumerate(made)]
+        await asyncio.gather(*rounds)
+        TASKS[gone].cancel()
+        await asyncio.wait([TASKS[gone]])
+        await made[gone]["decode"]._seat.listener.close()
+        async with asyncio.timeout(2):
+            while not LOST:
+                await asyncio.sleep(0.01)
+    assert [(rank, lost) for rank, lost, _ in LOST if rank != gone] == [(1 - gone, gone)]
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -68,6 +68,15 @@ class Leave(Message):
     failed: bool
 
 
+class LinkLost(Message):
+    """The instance's connection to another has ended."""
+
+    epoch: int
+    rank: int
+    """Of the other."""
+    reason: str
+
+
 class Beat(Message):
     """Sent every second, and at once when blocks were freed: deltas since the last Beat."""
 
@@ -279,6 +288,7 @@ FromInstance = (
     | StoreOpened
     | Joined
     | Leave
+    | LinkLost
     | Beat
     | Granted
     | NotGranted
