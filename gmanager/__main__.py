@@ -42,6 +42,20 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         metavar="REQUESTS",
         help="most requests that wait for a cell or for memory; more are refused (%(default)d)",
     )
+    parser.add_argument(
+        "--max-queue-bytes",
+        type=int,
+        default=default.max_queue_bytes,
+        metavar="BYTES",
+        help="most that the prompts of waiting requests take together; more are refused (%(default)d)",
+    )
+    parser.add_argument(
+        "--max-stall",
+        type=float,
+        default=default.max_stall_s,
+        metavar="SECONDS",
+        help="a running request of which nothing is heard for so long fails (%(default)g)",
+    )
     logs.add_flags(parser)
     given = parser.parse_args(arguments)
     try:
@@ -50,6 +64,8 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
             spread=parse_spread(given.spread),
             max_queue_wait_s=given.max_queue_wait,
             max_queue=given.max_queue,
+            max_queue_bytes=given.max_queue_bytes,
+            max_stall_s=given.max_stall,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -20,6 +20,10 @@ class GManagerConfig:
     """Longest time that a request waits for a ready cell, or for memory, before it fails."""
     max_queue: int = 4096
     """Most requests that wait for a cell or for memory; what comes beyond is refused."""
+    max_queue_bytes: int = 2**30
+    """Most that waiting prompts take together, as text or as token ids of 4 bytes; what comes beyond is refused."""
+    max_stall_s: float = 1800.0
+    """A running request of which nothing is heard for so long, no token and no KV, fails."""
     instance_lease_s: float = 5.0
     """An instance that isn't heard for so long is taken for dead. They beat once a second."""
     client_lease_s: float = 10.0
@@ -34,9 +38,10 @@ class GManagerConfig:
                 raise ValueError(f"spread must be auto, all or at least 1, got {self.spread}")
         elif self.spread not in ("auto", "all"):
             raise ValueError(f"spread must be auto, all or a number, got {self.spread!r}")
-        if self.max_queue < 1:
-            raise ValueError(f"max_queue must be at least 1, got {self.max_queue}")
-        for name in ("max_queue_wait_s", "instance_lease_s", "client_lease_s", "form_timeout_s"):
+        for name in ("max_queue", "max_queue_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_queue_wait_s", "max_stall_s", "instance_lease_s", "client_lease_s", "form_timeout_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")

@@ -7,7 +7,7 @@ import asyncio
 import secrets
 from array import array
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from gmanager.cluster.events import (
     PeerSaid,
     PeerWasLost,
     Send,
+    SendAll,
     StopFound,
     Stopped,
     TextLoaded,
@@ -182,7 +183,9 @@ class Server:
         match action:
             case Send(peer=peer, message=message):
                 self._flush(peer)
-                self._send(peer, message)
+                self._send([peer], message)
+            case SendAll(peers=peers, message=message):
+                self._send(peers, message)
             case Deliver():
                 self._deliver(action)
             case Log(level=level, event=event, fields=fields):
@@ -201,21 +204,22 @@ class Server:
                 if tokenizer is not None:
                     self._start(tokenizer.close())
 
-    def _send(self, peer: PeerId, message: Message) -> None:
+    def _send(self, peers: Sequence[PeerId], message: Message) -> None:
         try:
-            self._bound().send(peer, message)
+            self._bound().send_all(peers, message)
         except (FrameTooLarge, ValueError) as error:
-            # What it was to hear can't be said; nothing that is said after that would make sense to it.
+            # What they were to hear can't be said; nothing that is said after that would make sense to them.
             log.error("peer given up", reason=str(error))
-            self._handle(PeerWasLost(peer, str(error), self._now()))
+            for peer in peers:
+                self._handle(PeerWasLost(peer, str(error), self._now()))
 
     def _flush(self, peer: PeerId) -> None:
         """Send what a client is to hear of its requests: that of one step in one message."""
         outputs = self._outbox.pop(peer, [])
         if len(outputs) == 1:
-            self._send(peer, outputs[0])
+            self._send([peer], outputs[0])
         elif outputs:
-            self._send(peer, OutputBatch(outputs=outputs))
+            self._send([peer], OutputBatch(outputs=outputs))
 
     def _deliver(self, new: Deliver) -> None:
         """Add the text, and find out whether it ends here."""
@@ -285,8 +289,10 @@ class Server:
     async def _load_text(self, epoch: int, assets: TextAssets) -> None:
         try:
             tokenizer = await asyncio.to_thread(Tokenizer, assets)
-        except TextError as error:
-            self._handle(TextLoaded(epoch, self._now(), str(error)))
+        except Exception as error:
+            if not isinstance(error, TextError):
+                log.exception("a tokenizer could not be loaded", epoch=epoch)
+            self._handle(TextLoaded(epoch, self._now(), str(error) or type(error).__name__))
             return
         if epoch not in self._loading:  # the cell has ended meanwhile
             await tokenizer.close()
@@ -315,5 +321,9 @@ class Server:
         except TextError as failure:
             error = str(failure)
             refusal = "not_ready" if isinstance(failure, TextUnavailable) else "invalid"
+        except Exception as failure:
+            log.exception("a request could not be encoded", number=job.request)
+            error = f"the gManager failed to read the request: {type(failure).__name__}: {failure}"
+            refusal = "not_ready"  # the request may be all right
         token_ids = pack_tokens(ids)
         self._handle(Encoded(job.request, self._now(), token_ids, bad_words, grammar, error=error, refusal=refusal))

@@ -172,7 +172,7 @@ class Party:
             for rank in list(notices):
                 if self._newest[rank].number > number:
                     del notices[rank]
-                    self._reply(rank, Superseded(epoch=self._seat.epoch, party=number, next=self._newest[rank]))
+                    self._reply([rank], Superseded(epoch=self._seat.epoch, party=number, next=self._newest[rank]))
             if not notices:
                 del self._inbox[number, step]
         self.woken.set()
@@ -254,23 +254,20 @@ class Party:
         if sorted(here) == self.members:
             del self._inbox[self.grouping.number, self.step]
             notices = [here[rank] for rank in self.members]
-            for rank in self.members:
-                self._reply(rank, Round(epoch=self._seat.epoch, party=notice.party, step=notice.step, notices=notices))
+            self._reply(self.members, Round(epoch=self._seat.epoch, party=notice.party, step=notice.step, notices=notices))
         elif self._rank not in here:
             self._called = True
 
-    def _reply(self, rank: int, answer: Round | Superseded) -> None:
-        if rank != self._rank:
-            self._seat.listener.send(self._peers[rank], answer)
-        elif self._answer is not None and not self._answer.done():
+    def _reply(self, ranks: Sequence[int], answer: Round | Superseded) -> None:
+        self._seat.listener.send_all([self._peers[rank] for rank in ranks if rank != self._rank], answer)
+        if self._rank in ranks and self._answer is not None and not self._answer.done():
             self._answer.set_result(answer)
 
     def _wake_missing(self) -> None:
         here = self._inbox.get((self.grouping.number, self.step), {})
-        for rank in self.members:
-            if self._rank in here and rank not in here and rank in self._peers:
-                wake = Wake(epoch=self._seat.epoch, party=self.grouping.number, step=self.step)
-                self._seat.listener.send(self._peers[rank], wake)
+        if self._rank in here:
+            missing = [self._peers[rank] for rank in self.members if rank not in here and rank in self._peers]
+            self._seat.listener.send_all(missing, Wake(epoch=self._seat.epoch, party=self.grouping.number, step=self.step))
 
     def _dialer(self, leader: int) -> Dialer[PartyMessage]:
         if leader not in self._dialers:

@@ -28,7 +28,7 @@ from gmanager.cluster.events import (
     TextLoaded,
     Ticked,
 )
-from gmanager.cluster.requests import MoveCall, Request, Requests, wrong_with
+from gmanager.cluster.requests import MoveCall, Request, Requests, text_bytes, wrong_with
 from gmanager.cluster.sequences import Sequences
 from gmanager.cluster.stats import assemble
 from gmanager.config import GManagerConfig
@@ -57,7 +57,7 @@ class Cluster:
         self._parting: dict[PeerId, float] = {}
         """Peers that are done for, and since when."""
         self._requests = Requests(self._out.append, clock=lambda: self._now)
-        self._unbound: dict[int, Request] = {}
+        self._unbound: dict[int, tuple[Request, m.Submit]] = {}
         """Requests that wait for a ready cell."""
         self._num_dropped = 0
         self._num_preemptions = 0
@@ -197,8 +197,7 @@ class Cluster:
         spread = self._config.spread if submit.spread is None else submit.spread
         seed = seed if submit.params.seed is None else submit.params.seed
         request = self._requests.new(submit, peer, seed, spread)
-        request.prompt = submit.token_ids or b""
-        self._unbound[request.number] = request
+        self._unbound[request.number] = request, submit
         self._bind_waiting()
 
     def _refusal(self, submit: m.Submit) -> m.Refusal | None:
@@ -213,6 +212,10 @@ class Cluster:
         waiting = len(self._requests) - sum(sequences.num_running for sequences in self._sequences.values())
         if waiting >= self._config.max_queue:
             return m.Refusal("full", f"{waiting:,} requests are waiting, as many as may (max-queue)")
+        size = len(submit.token_ids or b"") + text_bytes(submit)
+        if self._requests.waiting_bytes and self._requests.waiting_bytes + size > self._config.max_queue_bytes:
+            what = f"prompts of {self._requests.waiting_bytes:,} bytes are waiting, and this one has {size:,}"
+            return m.Refusal("full", f"{what}: {self._config.max_queue_bytes:,} may wait together (max-queue-bytes)")
         return None
 
     def _ready_cells(self, submit: m.Submit) -> list[Cell]:
@@ -242,28 +245,29 @@ class Cluster:
         """Give each request that waits for a ready cell to one."""
         if not self._sequences:
             return
-        for request in list(self._unbound.values()):
-            ready = self._ready_cells(request.submit)
+        for request, submit in list(self._unbound.values()):
+            ready = self._ready_cells(submit)
             if not ready:
                 continue
             del self._unbound[request.number]
-            cell = self._choose_cell(request, ready)
+            cell = self._choose_cell(request, submit, ready)
             request.epoch, request.cell = cell.epoch, cell.name
-            if (refusal := cell.why_unreadable(request.submit)) is not None:
+            if (refusal := cell.why_unreadable(submit)) is not None:
                 self._refuse(request, refusal)
             elif request.prompt and not request.params.needs_text:
+                self._requests.set_tokens(request, request.prompt, [], None)
                 self._queue(request)
             else:
                 self._requests.change(request, "encode")
-                self._out.append(Encode(cell.epoch, request.number, request.submit))
+                self._out.append(Encode(cell.epoch, request.number, submit))
 
-    def _choose_cell(self, request: Request, ready: list[Cell]) -> Cell:
+    def _choose_cell(self, request: Request, submit: m.Submit, ready: list[Cell]) -> Cell:
         """Of those that can ever serve it, the one where fewest wait; then the one with most free memory."""
         if len(ready) == 1:
             return ready[0]
 
         def rank(cell: Cell) -> tuple[bool, int, int, str]:
-            never = cell.why_unreadable(request.submit) is not None or (
+            never = cell.why_unreadable(submit) is not None or (
                 bool(request.prompt) and cell.why_never(request.prompt, request.params) is not None
             )
             free = sum(member.free for member in cell.members) * cell.spec.block_size
@@ -292,7 +296,7 @@ class Cluster:
         if event.error is not None or not event.token_ids:
             self._refuse(request, m.Refusal(event.refusal, event.error or "the prompt is empty: it has no tokens"))
             return
-        request.prompt, request.bad_words, request.grammar = event.token_ids, list(event.bad_words), event.grammar
+        self._requests.set_tokens(request, event.token_ids, list(event.bad_words), event.grammar)
         self._queue(request)
 
     def _refuse(self, request: Request, refusal: m.Refusal) -> None:
@@ -451,8 +455,11 @@ class Cluster:
                 self._fail(cell, f"cell '{cell.name}' was not ready within {self._config.form_timeout_s:g} s: {what}")
             elif (broken := cell.broken_link(now)) is not None:
                 self._fail(cell, broken[1])
-        longest = self._config.max_queue_wait_s
+        longest, stall = self._config.max_queue_wait_s, self._config.max_stall_s
         for request in self._requests.live():
+            if request.is_running and now - request.progress_at > stall:
+                where = f"instance {request.home} of cell '{request.cell}'"
+                self._end(request, "error", f"{where} has not gone on with the request for {stall:g} s (max-stall)")
             if request.is_waiting and now - request.waiting_since > longest:
                 what = {"waiting": "a ready cell", "encoding": "the tokenizer"}.get(request.state, "free memory")
                 self._end(request, "error", f"waited {longest:g} s for {what} (max-queue-wait)")
@@ -519,7 +526,7 @@ class Cluster:
             unbound = request.state == "waiting"
             if unbound != (request.number in self._unbound) or unbound == (request.epoch in epochs):
                 raise RuntimeError(f"request {request.number} is {request.state}, bound to {request.epoch}")
-        if any(self._ready_cells(request.submit) for request in self._unbound.values()):
+        if any(self._ready_cells(submit) for _, submit in self._unbound.values()):
             raise RuntimeError("a cell is ready and requests wait for one")
 
     def _log(self, level: int, event: str, **fields: object) -> None:

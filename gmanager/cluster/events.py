@@ -99,6 +99,14 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class SendAll:
+    """The same to several instances; packed once, it may be a prompt of millions of tokens."""
+
+    peers: tuple[PeerId, ...]
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Nothing more is to be sent to this peer."""
 
@@ -163,4 +171,4 @@ class Log:
     fields: Mapping[str, object]
 
 
-Action = Send | Forget | LoadText | DropText | Encode | Deliver | Log
+Action = Send | SendAll | Forget | LoadText | DropText | Encode | Deliver | Log

@@ -55,12 +55,17 @@ class Request:
 
     number: int
     """Age: lower is older. Also its name between cluster and shell."""
-    submit: Submit
+    id: str
+    params: SamplingParams
+    submit: Submit | None
+    """What its tokens are to be made of, until they are known."""
     client: PeerId
     seed: int
     spread: Spread
     arrived_at: float
     waiting_since: float
+    progress_at: float = 0.0
+    """When something was last heard of it that was not known: a token, a change of state or of what is held of it."""
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
     bad_words: list[list[int]] = field(default_factory=list)
@@ -94,14 +99,6 @@ class Request:
     finish_reason: FinishReason | None = None
 
     @property
-    def id(self) -> str:
-        return self.submit.request_id
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.submit.params
-
-    @property
     def prompt_tokens(self) -> int:
         return len(self.prompt) // 4
 
@@ -119,6 +116,11 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and generated."""
         return self.prompt_tokens + len(self.tokens)
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes while it waits."""
+        return len(self.prompt) + 4 * len(self.tokens) + (0 if self.submit is None else text_bytes(self.submit))
 
     @property
     def is_live(self) -> bool:
@@ -158,6 +160,8 @@ class Requests:
 
     def __init__(self, emit: Emit, clock: Callable[[], float]) -> None:
         self.observed = Observed()
+        self.waiting_bytes = 0
+        """What the prompts of waiting requests take."""
         self._emit = emit
         self._clock = clock
         self._numbers = 0
@@ -174,9 +178,16 @@ class Requests:
             raise ValueError(f"request id {submit.request_id!r} is in use")
         self._numbers += 1
         now = self._clock()
-        request = Request(self._numbers, submit, client, seed, spread, arrived_at=now, waiting_since=now)
+        request = _request(self._numbers, submit, client, seed, spread, now)
         self._live[request.number] = self._ids[request.id] = request
+        self.waiting_bytes += request.num_bytes
         return request
+
+    def set_tokens(self, request: Request, prompt: bytes, bad_words: list[list[int]], grammar: str | None) -> None:
+        """What its text means to the model is known; the text is not kept."""
+        self.waiting_bytes -= request.num_bytes
+        request.prompt, request.bad_words, request.grammar, request.submit = prompt, bad_words, grammar, None
+        self.waiting_bytes += request.num_bytes
 
     def change(self, request: Request, change: Change) -> None:
         """Take a request to its next state. Raises RuntimeError with its story if the one it has doesn't allow that."""
@@ -186,8 +197,15 @@ class Requests:
             raise RuntimeError(
                 f"request {request.number} is {request.state}, which {change!r} does not follow; its story: {story}"
             )
+        was_waiting = request.is_waiting
         request.state = transition.target
-        request.story.append((self._clock(), change, request.state))
+        self.waiting_bytes += request.num_bytes * (request.is_waiting - was_waiting)
+        request.progress_at = self._clock()
+        request.story.append((request.progress_at, change, request.state))
+
+    def hear(self, request: Request) -> None:
+        """It goes on."""
+        request.progress_at = self._clock()
 
     def live(self) -> list[Request]:
         """In order of arrival."""
@@ -206,7 +224,7 @@ class Requests:
         """Answer a Submit that is not taken in."""
         self._log_refused(submit.request_id, refusal.reason)
         self.observed.refused[refusal.reason] += 1
-        nobody = Request(0, submit, client, 0, 1, arrived_at=0.0, waiting_since=0.0)
+        nobody = _request(0, submit, client, 0, 1, 0.0)
         self._answer(nobody, [], None, "error", refusal.text, refusal.reason)
 
     def admit(self, request: Request) -> None:
@@ -284,6 +302,9 @@ class Requests:
         """Raises RuntimeError if the books don't agree."""
         if [request.number for request in self._ids.values()] != list(self._live):
             raise RuntimeError("live requests by id and by number differ")
+        waiting_bytes = sum(request.num_bytes for request in self._live.values() if request.is_waiting)
+        if self.waiting_bytes != waiting_bytes:
+            raise RuntimeError(f"waiting requests take {waiting_bytes} bytes, {self.waiting_bytes} were counted")
         for request in self._live.values():
             if not request.is_live or request.state == "finished":
                 raise RuntimeError(f"request {request.number} is kept as live and has finished")
@@ -295,7 +316,7 @@ class Requests:
         if request.first_token_at is None:
             request.first_token_at = now
             self.observed.ttft_s.add(now - request.arrived_at)
-        request.last_token_at = now
+        request.last_token_at = request.progress_at = now
         request.tokens.extend(token_ids)
         self.observed.generated_tokens += len(token_ids)
 
@@ -354,6 +375,27 @@ class Requests:
                 refusal=refusal,
             )
         )
+
+
+def _request(number: int, submit: Submit, client: PeerId, seed: int, spread: Spread, now: float) -> Request:
+    return Request(
+        number,
+        submit.request_id,
+        submit.params,
+        submit,
+        client,
+        seed,
+        spread,
+        arrived_at=now,
+        waiting_since=now,
+        progress_at=now,
+        prompt=submit.token_ids or b"",
+    )
+
+
+def text_bytes(submit: Submit) -> int:
+    """Of the text that a request brings."""
+    return len(submit.text or "") + sum(len(message.content) for message in submit.messages or ())
 
 
 def wrong_with(submit: Submit) -> Refusal | None:

@@ -17,7 +17,7 @@ from bisect import insort
 from typing import Literal
 
 from gmanager.cluster.cell import Cell, Member
-from gmanager.cluster.events import Log, Send
+from gmanager.cluster.events import Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.parties import Parties
 from gmanager.cluster.policy import Candidate, InstanceView, Placement, choose_target, choose_victim, place
@@ -109,8 +109,9 @@ class Sequences:
             if (sequence := self._sequences.get(number)) is not None:
                 held = max(0, min(tokens, member.spec.num_blocks * self._cell.spec.block_size))
                 sequence.held[member.rank] = held
-                if sequence.is_current:
+                if sequence.is_current and sequence.request.held.get(member.rank) != held:
                     sequence.request.held[member.rank] = held
+                    self._requests.hear(sequence.request)
         if member.rank in self._unsettled:
             del self._unsettled[member.rank]
             is_news = True
@@ -345,8 +346,7 @@ class Sequences:
             shares=placement.shares,
             params=self._params(request),
         )
-        for rank in sequence.participants:
-            self._emit(Send(self._cell.members[rank].peer, admit))
+        self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
         self._log(sequence, "request admitted", home=home, kv_tokens={share.rank: share.tokens for share in placement.shares})
 
     def _params(self, request: Request) -> SequenceParams:

@@ -12,6 +12,7 @@ import asyncio
 import re
 import secrets
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -82,6 +83,9 @@ class Listener(Protocol[M_co]):
 
         Raises FrameTooLarge, and ValueError for values that have no place on the wire.
         """
+
+    def send_all(self, peers: Sequence[PeerId], message: Message) -> None:
+        """The same to each of them, packed once."""
 
     def forget(self, peer: PeerId) -> None:
         """Drop all state of a peer, and what is queued for it. If it speaks again it is a new peer."""
@@ -394,9 +398,15 @@ class _ZmqListener(_ZmqEnd[M]):
         raise PeerGone("this end is closed")
 
     def send(self, peer: PeerId, message: Message) -> None:
-        if self._closing or peer in self._lost:
+        self.send_all((peer,), message)
+
+    def send_all(self, peers: Sequence[PeerId], message: Message) -> None:
+        if self._closing or self._lost.issuperset(peers):
             return
-        self._post(peer, encode(message, max_bytes=self._decoder.max_bytes))
+        frame = encode(message, max_bytes=self._decoder.max_bytes)
+        for peer in peers:
+            if peer not in self._lost:
+                self._post(peer, frame)
 
     def forget(self, peer: PeerId) -> None:
         self._queues.pop(peer, None)

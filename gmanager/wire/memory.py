@@ -6,6 +6,7 @@ Each `MemoryTransport` is a network of its own; an address is any string.
 import asyncio
 import secrets
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from gmanager.wire.channel import DEFAULT_LIMITS, Dialer, Listener, PeerLost, QueueLimits
@@ -108,14 +109,20 @@ class _MemoryListener(Generic[M]):
         raise PeerGone("this end is closed")
 
     def send(self, peer: PeerId, message: Message) -> None:
-        if self._closed or peer in self._lost:
+        self.send_all((peer,), message)
+
+    def send_all(self, peers: Sequence[PeerId], message: Message) -> None:
+        if self._closed or self._lost.issuperset(peers):
             return
         frame = encode(message, max_bytes=self._decoder.max_bytes)
-        dialer = self._dialers.get(peer)
-        if dialer is None:
-            self._lose(peer, "it is not connected")
-        elif not dialer._deliver(frame, self._limits):
-            self._lose(peer, "it does not read")
+        for peer in peers:
+            dialer = self._dialers.get(peer)
+            if peer in self._lost:
+                continue
+            if dialer is None:
+                self._lose(peer, "it is not connected")
+            elif not dialer._deliver(frame, self._limits):
+                self._lose(peer, "it does not read")
 
     def forget(self, peer: PeerId) -> None:
         self._lost.discard(peer)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from gmanager.cluster.cluster import Cluster
-from gmanager.cluster.events import Action, Deliver, Event, Log, PeerSaid, Send, TextLoaded, Ticked
+from gmanager.cluster.events import Action, Deliver, Event, Log, PeerSaid, Send, SendAll, TextLoaded, Ticked
 from gmanager.config import GManagerConfig, Spread
 from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
@@ -51,6 +51,12 @@ def peer(rank: int, epoch: int = 1) -> PeerId:
     return b"instance-%d.%d" % (epoch, rank)
 
 
+def one_by_one(actions: list[Action]) -> list[Action]:
+    """The actions with what is sent to several sent to each."""
+    sent = [[Send(to, a.message) for to in a.peers] if isinstance(a, SendAll) else [a] for a in actions]
+    return [action for each in sent for action in each]
+
+
 class Driver:
     """A cluster and its clock. The books are checked after every event; log lines are kept apart from the actions."""
 
@@ -63,7 +69,7 @@ class Driver:
 
     def handle(self, event: Event) -> list[Action]:
         """The actions that one event brings about."""
-        actions = self.cluster.handle(event)
+        actions = one_by_one(self.cluster.handle(event))
         self.cluster.validate()
         self.logs += [action for action in actions if isinstance(action, Log)]
         return [action for action in actions if not isinstance(action, Log)]

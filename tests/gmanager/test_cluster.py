@@ -676,3 +676,43 @@ def test_a_link_to_nobody_is_nothing() -> None:
     for rank in (0, 2, -1):
         driver.say(peer(0), m.LinkLost(epoch=1, rank=rank, reason="?"))
     assert driver.wait(3, peer(0), peer(1), CLIENT) == []
+
+
+def test_prompts_that_wait_are_bounded_in_bytes() -> None:
+    """However few they are; and one alone is never refused for that."""
+    driver = Driver(max_queue_bytes=400)
+    driver.say(CLIENT, HELLO)
+    assert driver.say(CLIENT, submit("large", 150)) == []
+    (refused_,) = driver.say(CLIENT, submit("more", 1))
+    assert isinstance(refused_, Deliver)
+    assert refused_.refusal == "full"
+    assert refused_.error == ("prompts of 600 bytes are waiting, and this one has 4: 400 may wait together (max-queue-bytes)")
+    driver.say(CLIENT, m.Abort(call=1, request_id="large"))
+    assert driver.say(CLIENT, submit("half", 50), submit("other half", 50)) == []
+    driver.ready_cell(200)  # one of them begins to be reserved; both still wait
+    driver.say(CLIENT, m.Submit(request_id="text", params=m.SamplingParams(), text="x" * 100))
+    assert "text" not in driver.cluster.stats().requests
+    driver.grant([Send(peer(0), m.Reserve(epoch=1, seq=1, blocks=14))])
+    driver.say(CLIENT, m.Submit(request_id="text", params=m.SamplingParams(), text="x" * 100))
+    assert driver.cluster.stats().requests["text"].state == "queued"
+    number = next(r.number for r in driver.cluster._requests.live() if r.id == "text")
+    driver.handle(Encoded(number, driver.now, token_ids=m.pack_tokens([5] * 3)))
+    assert driver.cluster._requests.waiting_bytes == 200 + 12, "its text is not kept beside its tokens"
+
+
+@pytest.mark.parametrize("heard", ["nothing", "a token", "KV"])
+def test_a_running_request_that_stands_still_fails(heard: str) -> None:
+    driver = serving(10, max_stall_s=5)
+    running(driver, "r", generated=1)
+    driver.wait(4, peer(0), CLIENT)
+    if heard == "a token":
+        driver.say(peer(0), outputs(1, 1, [9]))
+    elif heard == "KV":
+        driver.say(peer(0), beat(7, {1: 9}))
+    actions = driver.wait(3, peer(0), CLIENT)
+    if heard != "nothing":
+        assert actions == []
+        actions = driver.wait(3, peer(0), CLIENT)
+    error = "instance 0 of cell 'main' has not gone on with the request for 5 s (max-stall)"
+    assert [a.error for a in actions if isinstance(a, Deliver)] == [error]
+    assert Send(peer(0), m.Cancel(epoch=1, seq=1)) in actions

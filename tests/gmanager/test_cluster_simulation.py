@@ -31,7 +31,7 @@ from gmanager.cluster.events import (
 )
 from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
-from tests.gmanager.cluster_support import ASSETS, register
+from tests.gmanager.cluster_support import ASSETS, one_by_one, register
 
 BLOCK = 4
 
@@ -97,7 +97,7 @@ class World:
     # --- the cluster's side
 
     def tell(self, event: Event) -> None:
-        for action in self.cluster.handle(event):
+        for action in one_by_one(self.cluster.handle(event)):
             self.do(action)
         self.cluster.validate()
         if self.stop is not None:

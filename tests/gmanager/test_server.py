@@ -25,7 +25,7 @@ from zmq.utils.monitor import recv_monitor_message
 from gmanager import AsyncClient, Chunk, RequestFailed, RequestRefused, SamplingParams, ServiceUnreachable
 from gmanager.config import GManagerConfig
 from gmanager.server import Server
-from gmanager.text.tokenizer import WORKER_CHARS
+from gmanager.text.tokenizer import WORKER_CHARS, Tokenizer
 from gmanager.wire import messages as m
 from gmanager.wire.channel import Transport, ZmqTransport
 from gmanager.wire.codec import MAX_FRAME_BYTES, Decoder, encode
@@ -394,6 +394,34 @@ async def test_a_text_that_the_tokenizer_fails_at(prompt: str) -> None:
         admit, stream = await started(instance, client, "known")
         instance.generate(admit.seq, [1], "length")
         assert joined(await stream.rest()) == ("known", [1], "length")
+
+
+async def test_an_unexpected_fault_in_encoding_is_told_at_once(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was only logged, and its request waited for the rest of its time limit."""
+
+    async def fail(self: Tokenizer, text: str) -> None:
+        raise KeyError("merges")
+
+    async with a_cell(transport) as (_, instance, client):
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokenizer, "encode", fail)
+            with pytest.raises(RequestRefused, match="the gManager failed to read the request: KeyError: 'merges'"):
+                await anext(client.generate("some text"))
+        admit, stream = await started(instance, client, "known")
+        instance.generate(admit.seq, "ok", "length")
+        assert joined(await stream.rest()) == ("ok", ids("ok"), "length")
+
+
+async def test_an_unexpected_fault_in_loading_a_tokenizer_ends_the_cell(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Tokenizer, assets: m.TextAssets) -> None:
+        raise KeyError("merges")
+
+    monkeypatch.setattr(Tokenizer, "__init__", fail)
+    async with serving(transport) as service, service.instance() as instance:
+        reason = await asyncio.wait_for(instance.ended, DEADLINE_S)
+        assert reason == "the tokenizer of cell 'main' can't be used: 'merges'"
 
 
 async def test_a_tokenizer_that_can_not_be_read_ends_the_cell(transport: Transport) -> None:
