@@ -27,7 +27,7 @@ class Span(msgspec.Struct, frozen=True):
     stop: int
 
 
-class HeldRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class HeldRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """What is told of a run: it has so many tokens in `[start, end)`, the first and the last of these positions among them.
 
     Not which: that would be hundreds of ranges after a long prompt, in every notice.
@@ -50,19 +50,21 @@ class Holding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     def sees(self, position: int) -> bool:
         """Whether a row at that position sees any of it."""
-        return any(run.start <= position for run in self.runs)
+        return min([run.start for run in self.runs]) <= position
 
 
 def held_after(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holding]:
     """Holdings after the spans have written their KV, by rank. Each instance's `Shard.append` comes to the same."""
     after = {holding.rank: holding for holding in holdings}
     for span in spans:
-        runs = list(held.runs) if (held := after.get(span.rank)) is not None else []
-        index = continued((run.end for run in runs), span.start)
+        held = after.get(span.rank)
+        runs = [] if held is None else held.runs.copy()
+        index = continued([run.end for run in runs], span.start)
         if index is None:
             runs.append(HeldRun(span.start, span.stop, span.stop - span.start))
         else:
-            runs[index] = HeldRun(runs[index].start, span.stop, runs[index].tokens + span.stop - span.start)
+            run = runs[index]
+            runs[index] = HeldRun(run.start, span.stop, run.tokens + span.stop - span.start)
         after[span.rank] = Holding(span.rank, runs)
     return [after[rank] for rank in sorted(after)]
 
@@ -105,9 +107,6 @@ def lay_out(spans: Sequence[Span], holdings: Mapping[int, Sequence[Holding]], sh
     step's tokens appended.
     """
 
-    def sees(span: Span, holder: int) -> bool:
-        return any(h.rank == holder and h.sees(span.stop - 1) for h in holdings[span.seq])
-
     def read(span: Span, first_row: int) -> Iterator[Reading]:
         for run in shards[span.seq].runs:
             if run.start < span.stop:
@@ -115,32 +114,32 @@ def lay_out(spans: Sequence[Span], holdings: Mapping[int, Sequence[Holding]], sh
                 blocks = -(-lens[-1] // run.block_size)
                 yield Reading(first_row, span.stop - span.start, tuple(run.block_ids[:blocks]), tuple(lens))
 
-    ranks = sorted({h.rank for held in holdings.values() for h in held} | {span.rank for span in spans})
     own: list[Reading] = []
     rows: dict[int, list[int]] = {}
     num_rows = 0
+    served: dict[int, list[Span]] = {}
     for span in spans:
+        seen = [holding.rank for holding in holdings[span.seq] if holding.sees(span.stop - 1)]
         if span.rank != rank:
+            if rank in seen:
+                served.setdefault(span.rank, []).append(span)
             continue
-        if sees(span, rank):
-            own += read(span, num_rows)
         stop = num_rows + span.stop - span.start
-        for holder in ranks:
-            if holder != rank and sees(span, holder):
+        for holder in seen:
+            if holder == rank:
+                own += read(span, num_rows)
+            else:
                 rows.setdefault(holder, []).extend(range(num_rows, stop))
         num_rows = stop
 
     others: list[Reading] = []
     received: dict[int, int] = {}
     num_received = 0
-    for peer in ranks:
-        before = num_received
-        for span in spans:
-            if span.rank == peer != rank and sees(span, rank):
-                others += read(span, num_received)
-                num_received += span.stop - span.start
-        if num_received > before:
-            received[peer] = num_received - before
+    for peer in sorted(served):
+        received[peer] = sum(span.stop - span.start for span in served[peer])
+        for span in served[peer]:
+            others += read(span, num_received)
+            num_received += span.stop - span.start
 
     return Layout(
         num_rows=num_rows,

@@ -25,6 +25,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 
 import torch
 import triton
@@ -300,17 +301,22 @@ class DecodeAttention:
         that or than `MAX_ROWS`.
         """
         rows, kv_lens, begins, tiles, blocks = array("i"), array("i"), array("i"), array("i", [0]), array("i")
-        for row, group in groupby(readings, key=_row):
+        block_n = self.config.block_n
+        for row, group in groupby(readings, key=attrgetter("row")):
             runs = list(group)
             rows.append(row)
-            kv_lens.append(runs[0].kv_len if len(runs) == 1 else -len(runs))
             begins.append(first_block + len(blocks))
-            tiles.append(tiles[-1] + sum(-(-run.kv_len // self.config.block_n) for run in runs))
-            if len(runs) > 1:
-                begin = begins[-1] + 2 * len(runs)
-                for run in runs:
-                    blocks.extend((run.kv_len, begin))
-                    begin += len(run.block_ids)
+            if len(runs) == 1:
+                kv_lens.append(runs[0].kv_len)
+                tiles.append(tiles[-1] - (-runs[0].kv_len // block_n))
+                blocks.extend(runs[0].block_ids)
+                continue
+            kv_lens.append(-len(runs))
+            tiles.append(tiles[-1] + sum(-(-run.kv_len // block_n) for run in runs))
+            begin = begins[-1] + 2 * len(runs)
+            for run in runs:
+                blocks.extend((run.kv_len, begin))
+                begin += len(run.block_ids)
             for run in runs:
                 blocks.extend(run.block_ids)
         if not len(rows) <= num_rows <= MAX_ROWS:
@@ -364,10 +370,6 @@ class DecodeAttention:
             K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, BLOCK_M=self._block_m, BLOCK_X=_MERGE_PIECES,
             DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
         )  # fmt: skip
-
-
-def _row(reading: RowReading) -> int:
-    return reading.row
 
 
 def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:

@@ -17,13 +17,13 @@ Which run tokens continue follows from where the runs end alone (`continued`), s
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from kvstore.pool import BlockPool
 
 
-def continued(ends: Iterable[int], start: int) -> int | None:
+def continued(ends: Sequence[int], start: int) -> int | None:
     """Which of the runs that end there a token at `start` goes on with: the last to end at or before it. None: a new one.
 
     So no more runs come to be than must (patience sorting).
@@ -145,7 +145,7 @@ class Shard:
 
     def _run_for(self, start: int) -> Run:
         """An empty one if none is continued."""
-        index = continued((run.end for run in self.runs), start)
+        index = continued([run.end for run in self.runs], start)
         return Run(self.block_size) if index is None else self.runs[index]
 
 
