@@ -9,7 +9,8 @@ they are:
 
 So the tokens of a run that a row at position p may see are a *prefix* of it, and one number per row and run says which. A
 position range is no run of its own: a prompt prefilled with others leaves hundreds of ranges on an instance, which would
-each waste part of a block, and weigh in every notice. A shard has a second run only where tokens came out of order:
+each waste part of a block, and weigh in every notice. A run wastes less than one block, and a shard has a second one only
+where tokens came out of order:
 
     runs   [0, 18): 0 .. 4, 12 .. 17        [5, 9): 5 .. 8       tokens [5, 9) came when 17 was here
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import PagedAttention, Segment, gather_kv, paged_attention_torch, store_kv
+from kernels.paged_attention_tiles import TiledAttention
 from kernels.reference import attention_state, compare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +67,7 @@ def union(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Ten
     return a[0] * weights[0] + b[0] * weights[1], lse_TH
 
 
-def check(case: Case, backend: str) -> None:
+def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None:
     """Run a plan twice, as two layers would, over poisoned pools and outputs."""
     num_heads, num_kv_heads = case.heads
     plan = PagedAttention.plan(
@@ -79,6 +80,7 @@ def check(case: Case, backend: str) -> None:
         dtype=case.dtype,
         device=DEVICE,
         backend=backend,
+        tiles=tiles,
     )
     torch.manual_seed(case.seed)
     scale = 1.3 / math.sqrt(case.head_dim)

@@ -15,11 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import PagedAttention, Segment, paged_attention_tiles
+from kernels import PagedAttention, Segment, paged_attention_tiles, paged_attention_triton
 from kernels.paged_attention import AttentionSizes
 from kernels.paged_attention_tiles import TiledAttention, is_tileable, merge_parts, split_segment, uses_tiles
 from kernels.reference import attention_state, compare
-from tests.kernels.test_paged_attention import union, visible_tokens
+from tests.kernels.test_paged_attention import Case, union, visible_tokens
+from tests.kernels.test_paged_attention import check as paged_check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -265,6 +266,22 @@ def test_with_triton(dtype: torch.dtype, kind: str, is_causal: bool) -> None:
     tiles.warm_up(torch.zeros(2, 1, 6, 3, 16, dtype=dtype, device=DEVICE))
     # the interpreter multiplies bfloat16 as its bits
     check(tiles, Segment(2, 13, ids, lens), 17, page_kernel="triton" if ON_GPU or dtype != torch.bfloat16 else "torch")
+
+
+def test_some_runs_in_tiles_and_some_by_the_page_kernel() -> None:
+    """Of two spans and a row, all of several runs; which are tiled depends on the run."""
+    dtype = DTYPES[0]
+    ids = layout("shuffled", 70, Random(3))
+    rows_of = [(0, (9,)), (0, (17,)), (1, (37,) * 13), (1, kv_lens(13, 21, True)), (1, tuple(range(0, 26, 2)))]
+    rows_of += [(15, (0, 3, 3, 4, 9)), (15, (12,) * 5)]
+    segments = []
+    for first, lens in rows_of:
+        segments.append(Segment(first, len(lens), tuple(ids.pop() for _ in range(-(-max(lens) // 4))), lens))
+    sizes = make_sizes(dtype=dtype)
+    tiles = TiledAttention(sizes, backend="triton", row_tiles=(8, 4), token_tiles=(16, 8), least_pairs=1)
+    case = Case(segments, 21, 4, (4, 2), 16, 70, dtype)
+    with mock.patch.object(paged_attention_triton, "_is_for_tiles", lambda s, _: s.num_rows > 1 and is_tileable(s)):
+        paged_check(case, "triton", tiles)
 
 
 def test_gathers_only_what_is_scattered_and_that_once() -> None:
