@@ -76,7 +76,7 @@ class DecodeStep:
                 "returns": 1 + 3 * most_served,
                 "expected_queries": peers.size,
             }
-        return sizes | {"blocks": storage.num_blocks}
+        return sizes | {"blocks": 3 * storage.num_blocks}  # a run among several has two more entries than blocks
 
     def plan(self, layout: Layout, slots: list[int]) -> None:
         """Write the tables of a step; `slots[i]`: where own row i's K and V go.
@@ -151,11 +151,11 @@ class DecodeStep:
 
 
 def _all_rows(readings: list[Reading], num_rows: int) -> list[RowReading]:
-    """One reading of each row: those that see nothing here, and those that pad the step, too."""
-    rows = [RowReading(row, (), 0) for row in range(num_rows)]
+    """Readings of each row: those that see nothing here, and those that pad the step, too."""
+    rows: list[list[RowReading]] = [[] for _ in range(num_rows)]
     for r in readings:
-        rows[r.first_row] = RowReading(r.first_row, r.block_ids, r.kv_lens[0])
-    return rows
+        rows[r.first_row].append(RowReading(r.first_row, r.block_ids, r.kv_lens[0]))
+    return [reading for row, its in enumerate(rows) for reading in its or (RowReading(row, (), 0),)]
 
 
 def _served(peers: PeerMemory, layout: Layout) -> list[RowReading]:

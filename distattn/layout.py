@@ -6,14 +6,16 @@ For one instance and step:
     dispatched rows   b c (to rank 1) | a c (to rank 2)         to every holder of a sequence that a span can see
     received rows     from rank 1 | from rank 2                 rows of others that see KV held here
 
-Sender and receiver walk the same spans in the same order, so no lengths travel.
+Sender and receiver walk the same spans in the same order, so no lengths travel. A row goes to a holder once, however many runs
+(`kvstore.shard`) it sees there: the holder merges what it reads of each. That a row sees something of a run follows from the
+run's first position, which everybody knows; how much of it, only the holder needs to know.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from kvstore.shard import ShardTable
+from kvstore.shard import ShardTable, continued
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -25,16 +27,53 @@ class Span(msgspec.Struct, frozen=True):
     stop: int
 
 
-class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one instance holds of a sequence: the position of its first token, and how many."""
+class HeldRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """What is told of a run: it has so many tokens in `[start, end)`, the first and the last of these positions among them.
 
-    rank: int
-    first: int
+    Not which: that would be hundreds of ranges after a long prompt, in every notice.
+    """
+
+    start: int
+    end: int
     tokens: int
 
 
+class Holding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one instance holds of a sequence: runs, in the order in which they were opened; one at least."""
+
+    rank: int
+    runs: list[HeldRun]
+
+    @property
+    def tokens(self) -> int:
+        return sum(run.tokens for run in self.runs)
+
+    def sees(self, position: int) -> bool:
+        """Whether a row at that position sees any of it."""
+        return min([run.start for run in self.runs]) <= position
+
+
+def held_after(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holding]:
+    """Holdings after the spans have written their KV, by rank. Each instance's `Shard.append` comes to the same."""
+    after = {holding.rank: holding for holding in holdings}
+    for span in spans:
+        held = after.get(span.rank)
+        runs = [] if held is None else held.runs.copy()
+        index = continued([run.end for run in runs], span.start)
+        if index is None:
+            runs.append(HeldRun(span.start, span.stop, span.stop - span.start))
+        else:
+            run = runs[index]
+            runs[index] = HeldRun(run.start, span.stop, run.tokens + span.stop - span.start)
+        after[span.rank] = Holding(span.rank, runs)
+    return [after[rank] for rank in sorted(after)]
+
+
 class Reading(msgspec.Struct, frozen=True):
-    """Consecutive rows that attend to the shard in `block_ids`; row `first_row + i` sees its first `kv_lens[i]` tokens."""
+    """Consecutive rows that attend to the run in `block_ids`; row `first_row + i` sees its first `kv_lens[i]` tokens.
+
+    Rows that see several runs have as many readings, one after the other, of the same rows.
+    """
 
     first_row: int
     num_rows: int
@@ -68,41 +107,39 @@ def lay_out(spans: Sequence[Span], holdings: Mapping[int, Sequence[Holding]], sh
     step's tokens appended.
     """
 
-    def sees(span: Span, holder: int) -> bool:
-        return any(h.rank == holder and h.tokens and h.first < span.stop for h in holdings[span.seq])
+    def read(span: Span, first_row: int) -> Iterator[Reading]:
+        for run in shards[span.seq].runs:
+            if run.start < span.stop:
+                lens = run.kv_lens(span.start, span.stop)
+                blocks = -(-lens[-1] // run.block_size)
+                yield Reading(first_row, span.stop - span.start, tuple(run.block_ids[:blocks]), tuple(lens))
 
-    def read(span: Span, first_row: int) -> Reading:
-        shard = shards[span.seq]
-        lens = shard.kv_lens(span.start, span.stop)
-        blocks = -(-lens[-1] // shard.block_size)
-        return Reading(first_row, span.stop - span.start, tuple(shard.block_ids[:blocks]), tuple(lens))
-
-    ranks = sorted({h.rank for held in holdings.values() for h in held} | {span.rank for span in spans})
     own: list[Reading] = []
     rows: dict[int, list[int]] = {}
     num_rows = 0
+    served: dict[int, list[Span]] = {}
     for span in spans:
+        seen = [holding.rank for holding in holdings[span.seq] if holding.sees(span.stop - 1)]
         if span.rank != rank:
+            if rank in seen:
+                served.setdefault(span.rank, []).append(span)
             continue
-        if sees(span, rank):
-            own.append(read(span, num_rows))
         stop = num_rows + span.stop - span.start
-        for holder in ranks:
-            if holder != rank and sees(span, holder):
+        for holder in seen:
+            if holder == rank:
+                own += read(span, num_rows)
+            else:
                 rows.setdefault(holder, []).extend(range(num_rows, stop))
         num_rows = stop
 
     others: list[Reading] = []
     received: dict[int, int] = {}
     num_received = 0
-    for peer in ranks:
-        before = num_received
-        for span in spans:
-            if span.rank == peer != rank and sees(span, rank):
-                others.append(read(span, num_received))
-                num_received += span.stop - span.start
-        if num_received > before:
-            received[peer] = num_received - before
+    for peer in sorted(served):
+        received[peer] = sum(span.stop - span.start for span in served[peer])
+        for span in served[peer]:
+            others += read(span, num_received)
+            num_received += span.stop - span.start
 
     return Layout(
         num_rows=num_rows,

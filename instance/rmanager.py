@@ -26,9 +26,9 @@ class RManager:
         self.shards.reserve(seq, blocks)
         return True
 
-    def grant_next(self, seq: int) -> bool:
-        """Make room for one more token of a sequence, with a new block if its last one is full."""
-        if seq in self.shards and self.shards[seq].can_append(1):
+    def grant(self, seq: int, position: int) -> bool:
+        """Make room for a token of a sequence, with a new block if the last of the run that it continues is full."""
+        if seq in self.shards and self.shards[seq].can_append(position, position + 1):
             return True
         return self.reserve(seq, 1)
 

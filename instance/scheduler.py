@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distattn.layout import Layout, Span, lay_out
+from distattn.layout import HeldRun, Layout, Span, lay_out
 from gmanager.wire.messages import (
     Admit,
     HomeMoved,
@@ -368,14 +368,14 @@ class Scheduler:
         if home.generated >= home.params.max_tokens:
             return False
         shard = self._rmanager.shard(home.seq)
-        room = self._rmanager.free_blocks > 0 or (shard is not None and shard.can_append(1))
+        room = self._rmanager.free_blocks > 0 or (shard is not None and shard.can_append(home.position, home.position + 1))
         return room or not home.waits_for_block
 
     def _grant(self, home: Home) -> bool:
         """Room for its next row. The gManager hears once of each lack."""
         if home.generated >= home.params.max_tokens:
             return False
-        if self._rmanager.grant_next(home.seq):
+        if self._rmanager.grant(home.seq, home.position):
             home.waits_for_block = False
             return True
         if not home.waits_for_block:
@@ -517,16 +517,11 @@ class Scheduler:
 
     def _check_holdings(self, step: Step) -> None:
         for seq, holdings in step.holdings.items():
-            for holding in holdings:
-                if holding.rank != self.rank:
-                    continue
-                shard = self._rmanager.shard(seq)
-                here = (shard.first, shard.num_tokens) if shard is not None and shard.num_tokens else None
-                if here != (holding.first, holding.tokens):
-                    raise StepMismatch(
-                        f"sequence {seq}: the step says rank {self.rank} holds {holding.tokens} tokens from position "
-                        f"{holding.first}, it holds {here}"
-                    )
+            named = [run for holding in holdings if holding.rank == self.rank for run in holding.runs]
+            shard = self._rmanager.shard(seq)
+            here = [] if shard is None else [HeldRun(run.start, run.end, run.num_tokens) for run in shard.runs]
+            if here != named:
+                raise StepMismatch(f"sequence {seq}: the step says rank {self.rank} holds {named}, it holds {here}")
 
 
 def _is_decode(step: Step) -> bool:

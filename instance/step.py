@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from distattn.layout import Holding, Span
+from distattn.layout import Holding, Span, held_after
 from gmanager.wire.messages import Message, Part, SequenceParams, Share, TokenLogprob
 
 STRETCH = 4
@@ -172,10 +172,10 @@ def derive(notices: Sequence[Notice]) -> Step:
             span = Span(row.seq, notice.rank, row.position, row.position + 1)
             spans.append(span)
             sampled.append(row.seq)
-            holdings[row.seq] = _with_spans(row.holdings, [span])
+            holdings[row.seq] = held_after(row.holdings, [span])
     for prefill, chunk in _chunks(notices):
         spans += chunk
-        holdings[prefill.seq] = _with_spans(prefill.holdings, chunk)
+        holdings[prefill.seq] = held_after(prefill.holdings, chunk)
         if prefill.scored:
             scored.append(prefill.seq)
         if max(span.stop for span in chunk) == prefill.end:
@@ -347,16 +347,6 @@ def _affordable(budget: int, start: int, reach: int, grain: int | None) -> int:
 def _cost(rows: int, start: int, reach: int) -> int:
     """Of a budget: a row after `reach` tokens costs two (Medha: chunks shrink as the prefix grows, so that decodes hold)."""
     return rows * (reach + start) // reach
-
-
-def _with_spans(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holding]:
-    """Holdings after the spans have written their KV, by rank."""
-    after = {holding.rank: holding for holding in holdings}
-    for span in spans:
-        held = after.get(span.rank) or Holding(span.rank, span.start, 0)
-        first = held.first if held.tokens else span.start
-        after[span.rank] = Holding(span.rank, first, held.tokens + span.stop - span.start)
-    return [after[rank] for rank in sorted(after)]
 
 
 def _check_same(notices: Sequence[Notice]) -> None:

@@ -1,7 +1,8 @@
 """Partial attention of single rows (decode) over paged KV, in tables that never move: a CUDA graph can hold it.
 
-A row attends to the first `kv_len` tokens of its own block table. Work is counted in tiles of BLOCK_N tokens, numbered row by
-row; each slot takes an equal run of them, and has a program for each KV head:
+A row attends to the first `kv_len` tokens of each of its runs, which have block tables of their own. Work is counted in tiles
+of BLOCK_N tokens of one run, numbered row by row; each slot takes as many that follow each other, and has a program for each KV
+head:
 
     tiles | row 0 ........................ | row 1 ... | row 2 ............. | ...
     slots |   0    |   1    |   2    |   3    |   4    |   5    |   6    | ...
@@ -23,6 +24,8 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 import triton
@@ -39,7 +42,7 @@ _MERGE_PIECES = 16
 
 @dataclass(frozen=True, slots=True)
 class RowReading:
-    """Row `row` of q sees the first `kv_len` tokens of `block_ids`."""
+    """Row `row` of q sees the first `kv_len` tokens of the run in `block_ids`. Readings of one row follow each other."""
 
     row: int
     block_ids: Sequence[int]
@@ -51,7 +54,10 @@ class DecodeTables:
     """The tables of one set of rows, int32; on the host when built, and wherever they were copied to."""
 
     rows_4R1: torch.Tensor
-    """Four tables of R + 1 each: row of q (-1: none), kv_len, begin in `blocks`, tiles of the rows before."""
+    """Four tables of R + 1 each: row of q (-1: none), kv_len, begin in `blocks`, tiles of the rows before.
+
+    A row that sees n > 1 runs has -n for kv_len, and in `blocks` begins with kv_len and begin of each of them.
+    """
     blocks_N: torch.Tensor
 
 
@@ -164,6 +170,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         row = tl.load(rows_ptr + index).to(tl.int64)
         kv_len = tl.load(rows_ptr + size + index)
         table_ptr = blocks_ptr + tl.load(rows_ptr + 2 * size + index)
+        runs_ptr = table_ptr
+        num_runs = tl.maximum(-kv_len, 1)
         head_M = head * G + m_M
         q_ptr_MD = q_ptr + (row * stride_qt + head_M * stride_qh)[:, None] + dim_D[None, :]
         q_MD = tl.load(q_ptr_MD, mask=(m_M < G)[:, None], other=0.0)
@@ -171,21 +179,32 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         acc_MD = tl.zeros((BLOCK_M, D), dtype=tl.float32)
         top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
         sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        begin = first_tile * BLOCK_N
-        end = begin + num_tiles * BLOCK_N
-        full_end = tl.minimum(end, kv_len // BLOCK_N * BLOCK_N)
-        for token in tl.range(begin, full_end, BLOCK_N):
-            block = tl.load(table_ptr + token // P)
-            acc_MD, top_M, sum_M = _attend_tile(
-                acc_MD, top_M, sum_M, q_MD, token, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
-                log2_scale, D, P, BLOCK_N, USE_TMA, False,
-            )  # fmt: skip
-        if full_end < end:
-            block = tl.load(table_ptr + full_end // P)
-            acc_MD, top_M, sum_M = _attend_tile(
-                acc_MD, top_M, sum_M, q_MD, full_end, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
-                stride_k, log2_scale, D, P, BLOCK_N, USE_TMA, True,
-            )  # fmt: skip
+        skipped = first_tile  # of the run's tiles and those after it: not this slot's
+        left = num_tiles
+        for run in range(num_runs):
+            if num_runs > 1:
+                kv_len = tl.load(runs_ptr + 2 * run)
+                table_ptr = blocks_ptr + tl.load(runs_ptr + 2 * run + 1)
+            run_tiles = (kv_len + BLOCK_N - 1) // BLOCK_N
+            first = tl.minimum(skipped, run_tiles)
+            taken = tl.minimum(left, run_tiles - first)
+            skipped -= first
+            left -= taken
+            begin = first * BLOCK_N
+            end = begin + taken * BLOCK_N
+            full_end = tl.maximum(begin, tl.minimum(end, kv_len // BLOCK_N * BLOCK_N))
+            for token in tl.range(begin, full_end, BLOCK_N):
+                block = tl.load(table_ptr + token // P)
+                acc_MD, top_M, sum_M = _attend_tile(
+                    acc_MD, top_M, sum_M, q_MD, token, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
+                    stride_k, log2_scale, D, P, BLOCK_N, USE_TMA, False,
+                )  # fmt: skip
+            if full_end < end:
+                block = tl.load(table_ptr + full_end // P)
+                acc_MD, top_M, sum_M = _attend_tile(
+                    acc_MD, top_M, sum_M, q_MD, full_end, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
+                    stride_k, log2_scale, D, P, BLOCK_N, USE_TMA, True,
+                )  # fmt: skip
 
         result_MD = acc_MD / sum_M[:, None]
         lse_M = (top_M + tl.log2(sum_M)) * 0.6931471805599453  # ln 2
@@ -276,21 +295,33 @@ class DecodeAttention:
         self._piece_lse = torch.empty(pieces, dtype=torch.float32, device=sizes.device)
 
     def tables(self, readings: Sequence[RowReading], num_rows: int, *, first_block: int = 0) -> "tuple[array[int], array[int]]":
-        """The contents of `DecodeTables` with room for `num_rows` readings, those that are missing reading nothing.
+        """The contents of `DecodeTables` with room for `num_rows` rows, those that are missing reading nothing.
 
-        `first_block`: where in `blocks_N` the second part will stand. Raises ValueError for more readings than
+        `first_block`: where in `blocks_N` the second part will stand. Raises ValueError for readings of more rows than
         that or than `MAX_ROWS`.
         """
-        if not len(readings) <= num_rows <= MAX_ROWS:
-            raise ValueError(f"{len(readings)} rows in tables of {num_rows}; at most {MAX_ROWS} are supported")
-        missing = num_rows - len(readings)
         rows, kv_lens, begins, tiles, blocks = array("i"), array("i"), array("i"), array("i", [0]), array("i")
-        for reading in readings:
-            rows.append(reading.row)
-            kv_lens.append(reading.kv_len)
+        block_n = self.config.block_n
+        for row, group in groupby(readings, key=attrgetter("row")):
+            runs = list(group)
+            rows.append(row)
             begins.append(first_block + len(blocks))
-            tiles.append(tiles[-1] - (-reading.kv_len // self.config.block_n))
-            blocks.extend(reading.block_ids)
+            if len(runs) == 1:
+                kv_lens.append(runs[0].kv_len)
+                tiles.append(tiles[-1] - (-runs[0].kv_len // block_n))
+                blocks.extend(runs[0].block_ids)
+                continue
+            kv_lens.append(-len(runs))
+            tiles.append(tiles[-1] + sum(-(-run.kv_len // block_n) for run in runs))
+            begin = begins[-1] + 2 * len(runs)
+            for run in runs:
+                blocks.extend((run.kv_len, begin))
+                begin += len(run.block_ids)
+            for run in runs:
+                blocks.extend(run.block_ids)
+        if not len(rows) <= num_rows <= MAX_ROWS:
+            raise ValueError(f"{len(rows)} rows in tables of {num_rows}; at most {MAX_ROWS} are supported")
+        missing = num_rows - len(rows)
         rows.extend([-1] * (missing + 1))
         kv_lens.extend([0] * (missing + 1))
         begins.extend([0] * (missing + 1))
@@ -299,7 +330,7 @@ class DecodeAttention:
 
     def upload_tables(self, readings: Sequence[RowReading]) -> DecodeTables:
         """Tables of just these readings, on the device."""
-        rows, blocks = self.tables(readings, len(readings))
+        rows, blocks = self.tables(readings, len({reading.row for reading in readings}))
         table = upload(rows + blocks, self.sizes.device, torch.int32)
         return DecodeTables(table[: len(rows)], table[len(rows) :])
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive query rows that attend to one shard.
+    """Consecutive query rows that attend to one run of tokens. Rows that attend to several have a segment for each.
 
     rows   [first_row, first_row + num_rows)
     tokens |  block_ids[0]  |  block_ids[1]  | ... |  block_ids[n-1]  |
@@ -81,7 +81,7 @@ class PagedAttention(ABC):
         backend: str,
         tiles: "TiledAttention | None" = None,
     ) -> "PagedAttention":
-        """Validate the segments, which together cover each of the `num_rows` rows at most once, and build the tables.
+        """Validate the segments and build the tables. Two segments have the same rows and disjoint tokens, or no row in common.
 
         `backend` is "torch" (any device and floating dtype) or "triton" (CUDA; fp32, fp16, bf16; head_dim a power of two
         from 16 to 256; at most 64 query heads per KV head; any block size). With `tiles` (triton) spans of many rows go to the
@@ -166,6 +166,14 @@ class PagedAttention(ABC):
     ) -> None: ...
 
 
+def by_rows(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """The segments of the same rows together, ascending."""
+    groups: dict[int, list[Segment]] = {}
+    for segment in sorted(segments, key=lambda s: s.first_row):
+        groups.setdefault(segment.first_row, []).append(segment)
+    return list(groups.values())
+
+
 def uncovered_ranges(segments: Sequence[Segment], num_rows: int) -> list[tuple[int, int]]:
     """`[start, end)` of the rows that belong to no segment, ascending."""
     gaps = []
@@ -179,15 +187,16 @@ def uncovered_ranges(segments: Sequence[Segment], num_rows: int) -> list[tuple[i
 
 def _validate(segments: Sequence[Segment], num_rows: int, block_size: int) -> int:
     """The highest block id that is named, plus 1. Raises ValueError for segments that can't be."""
-    end = 0
+    begin = end = 0
     min_blocks = 0
     for s in sorted(segments, key=lambda s: s.first_row):
         rows = f"rows [{s.first_row}, {s.first_row + s.num_rows})"
         if s.num_rows < 1 or len(s.kv_lens) != s.num_rows:
             raise ValueError(f"segment of {rows} has {len(s.kv_lens)} kv_lens: there must be one per row, and a row")
-        if s.first_row < end or s.first_row + s.num_rows > num_rows:
+        stop = s.first_row + s.num_rows
+        if (s.first_row < end and (s.first_row, stop) != (begin, end)) or stop > num_rows:
             raise ValueError(f"segment of {rows}: rows below {end} are taken, and the step has {num_rows} rows")
-        end = s.first_row + s.num_rows
+        begin, end = s.first_row, stop
         capacity = len(s.block_ids) * block_size
         if min(s.kv_lens) < 0 or max(s.kv_lens) > capacity:
             raise ValueError(

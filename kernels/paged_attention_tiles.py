@@ -16,6 +16,8 @@ not worth a call (`LEAST_PAIRS`); their states are the start that the tiles merg
 cuDNN gives 128 rows of a head to one processor, so few rows would leave most of a GPU idle: their tokens are cut into parts of
 equal length, which go to cuDNN as a batch.
 
+Rows that see several runs of tokens have such a segment for each: the states of all of them merge alike.
+
 Where the blocks of a tile are consecutive, the pool itself is read through a strided view; else its blocks are gathered into
 a buffer of the same strides, once for all rows.
 
@@ -25,7 +27,7 @@ Shape suffixes: T rows, H query heads, K KV heads, D head dim, B blocks, P block
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,7 +77,8 @@ def is_tileable(segment: Segment) -> bool:
 @dataclass(frozen=True, slots=True)
 class TileJob:
     """One call: rows `[first_row, first_row + num_rows)` of the step, tokens `[first_token, first_token + num_tokens)` of
-    the segment. Every row sees all of them, or if `is_causal` the i-th row (from 0) the first i + 1."""
+    the blocks of all segments, one after the other. Every row sees all of them, or if `is_causal` the i-th row (from 0) the
+    first i + 1."""
 
     first_row: int
     num_rows: int
@@ -141,7 +144,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class TilePlan:
-    """What `TiledAttention.run` does for one segment, on every layer."""
+    """What `TiledAttention.run` does for segments of the same rows, on every layer."""
 
     left_over: tuple[Segment, ...]
     """For the caller: their states must stand in `out` and `lse` before `run`."""
@@ -159,7 +162,7 @@ class TiledAttention:
 
     How a step uses it:
 
-        plan = tiles.plan(segment)                     # once per step
+        plan = tiles.plan([segment])                   # once per step
         attend(plan.left_over, out, lse)               # each layer: the page kernel
         tiles.run(plan, q, kv, scale, out_THD=out, lse_TH=lse)
     """
@@ -237,20 +240,30 @@ class TiledAttention:
                     plan = self._plan(ids, jobs, left_over)
                     self.run(plan, q_THD, kv_2BPKD, 1.0, out_THD=out_THD, lse_TH=lse_TH)
 
-    def plan(self, segment: Segment) -> TilePlan:
-        """Cut a segment and upload its block table.
+    def plan(self, segments: Sequence[Segment], others: Sequence[Segment] = ()) -> TilePlan:
+        """Cut segments of the same rows and upload their block tables. `others`: of these rows too, to be left over whole.
 
         Raises:
             ValueError: for a segment that isn't tileable, sees more tokens than its blocks hold, or names a negative block.
         """
-        capacity = len(segment.block_ids) * self.sizes.block_size
-        if max(segment.kv_lens) > capacity or min(segment.block_ids, default=0) < 0:
-            raise ValueError(
-                f"rows see {max(segment.kv_lens)} tokens, {len(segment.block_ids)} blocks from id "
-                f"{min(segment.block_ids, default=0)} on hold {capacity}"
+        block_ids: tuple[int, ...] = ()
+        jobs: list[TileJob] = []
+        left_over = [part for segment in others for part in _split_rows(segment, self._row_tiles)]
+        for segment in segments:
+            capacity = len(segment.block_ids) * self.sizes.block_size
+            if max(segment.kv_lens) > capacity or min(segment.block_ids, default=0) < 0:
+                raise ValueError(
+                    f"rows see {max(segment.kv_lens)} tokens, {len(segment.block_ids)} blocks from id "
+                    f"{min(segment.block_ids, default=0)} on hold {capacity}"
+                )
+            before = len(block_ids) * self.sizes.block_size
+            its_jobs, rest = split_segment(
+                segment, self.sizes.block_size, self._row_tiles, self._token_tiles, self._least_pairs
             )
-        jobs, left_over = split_segment(segment, self.sizes.block_size, self._row_tiles, self._token_tiles, self._least_pairs)
-        return self._plan(segment.block_ids, jobs, left_over)
+            jobs += [replace(job, first_token=before + job.first_token) for job in its_jobs]
+            left_over += rest
+            block_ids += segment.block_ids
+        return self._plan(block_ids, jobs, left_over)
 
     def _plan(self, block_ids: tuple[int, ...], jobs: list[TileJob], left_over: list[Segment]) -> TilePlan:
         last = {job.first_row: job for job in jobs}
@@ -435,6 +448,16 @@ def _running(state: State) -> State:
     if state[0].dtype == torch.float32:
         return state
     return torch.empty_like(state[0], dtype=torch.float32, memory_format=torch.contiguous_format), torch.empty_like(state[1])
+
+
+def _split_rows(segment: Segment, row_tiles: Sequence[int]) -> Iterator[Segment]:
+    """As `split_segment` cuts rows: the tiles, and the rows that are left."""
+    tiles = list(_fill(segment.num_rows, row_tiles))
+    row = 0
+    for num_rows in (*tiles, segment.num_rows - sum(tiles)):
+        if num_rows:
+            yield Segment(segment.first_row + row, num_rows, segment.block_ids, segment.kv_lens[row : row + num_rows])
+        row += num_rows
 
 
 def _is_causal(segment: Segment) -> bool:

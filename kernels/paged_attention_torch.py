@@ -1,6 +1,7 @@
 """The torch backend of `kernels.paged_attention`: the twin of the Triton kernels, and what instances on CPU run.
 
-A segment's tokens are cut into pieces that PyTorch's fused CPU kernel takes without copies, and merged by log-sum-exp:
+A segment's tokens are cut into pieces that PyTorch's fused CPU kernel takes without copies, and merged by log-sum-exp, as
+are those of all segments with the same rows:
 
     tokens  0 ........................ common ............. max(kv_lens)
             | prefix: every row sees it | remainder: masked |
@@ -18,7 +19,7 @@ from functools import reduce
 
 import torch
 
-from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, uncovered_ranges
+from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, by_rows, uncovered_ranges
 from kernels.reference import attention_state
 
 _State = tuple[torch.Tensor, torch.Tensor]
@@ -95,7 +96,7 @@ class TorchPagedAttention(PagedAttention):
 
     def __init__(self, sizes: AttentionSizes, min_blocks: int, segments: Sequence[Segment]) -> None:
         super().__init__(sizes, min_blocks)
-        self._tiles = [tile for segment in segments for tile in _tiles(segment, sizes)]
+        self._tiles = [tile for runs in by_rows(segments) for tile in _tiles(runs, sizes)]
         self._empty = uncovered_ranges(segments, sizes.num_rows)
         self._attend = _attend_fused if sizes.device.type == "cpu" else _attend_plain
 
@@ -158,15 +159,16 @@ def _merge(a: _State, b: _State) -> _State:
     return out_THD, torch.logaddexp(lse_a_TH, lse_b_TH)
 
 
-def _tiles(segment: Segment, sizes: AttentionSizes) -> Iterator[_Tile]:
-    """The rows of a segment in one tile if all see the same or each sees one more, else in tiles of `_MASK_ROWS`."""
-    lens = segment.kv_lens
-    regular = min(lens) == max(lens) or _rises_by_one(lens)
-    step = len(lens) if regular else _MASK_ROWS
-    for start in range(0, len(lens), step):
-        tile_lens = lens[start : start + step]
-        first = segment.first_row + start
-        yield _Tile(first, first + len(tile_lens), tuple(_pieces(segment.block_ids, tile_lens, sizes)))
+def _tiles(runs: Sequence[Segment], sizes: AttentionSizes) -> Iterator[_Tile]:
+    """The rows of these segments, which are the same, in one tile if of each run all see the same or each sees one more, else
+    in tiles of `_MASK_ROWS`."""
+    first, num_rows = runs[0].first_row, runs[0].num_rows
+    regular = all(min(run.kv_lens) == max(run.kv_lens) or _rises_by_one(run.kv_lens) for run in runs)
+    step = num_rows if regular else _MASK_ROWS
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        pieces = (piece for run in runs for piece in _pieces(run.block_ids, run.kv_lens[start:stop], sizes))
+        yield _Tile(first + start, first + stop, tuple(pieces))
 
 
 def _pieces(block_ids: tuple[int, ...], lens: tuple[int, ...], sizes: AttentionSizes) -> Iterator[_Piece]:

@@ -1,7 +1,8 @@
 """The Triton backend of `kernels.paged_attention`.
 
-Work is cut on the host into items: a tile of a segment's rows, all query heads of one KV head, and a part of the KV that
-the tile sees. Heads of a group are packed with the rows into M, so one load of K and V serves the whole group:
+Work is cut on the host into items: a tile of rows, all query heads of one KV head, and a part of the KV that the tile sees, in
+sections that each lie in one segment. Heads of a group are packed with the rows into M, so one load of K and V serves the whole
+group:
 
     m = row_in_tile * G + head_in_group            rows of a tile: BLOCK_M // G
 
@@ -13,7 +14,7 @@ Offsets are 64 bit: a pool of a million tokens with 32 KV heads x 128 has more t
 Sources: FlashAttention-2 (the loop), Flash-Decoding (the split), FlashInfer (work lists made by a plan).
 
 Shape suffixes: T rows, H query heads, K KV heads, G = H / K, D head dim, B blocks, P block size; in kernels M rows of the
-packed tile, N tokens of a KV tile, W work items, R split rows, X parts in scratch.
+packed tile, N tokens of a KV tile, W work items, S their sections, R split rows, X parts in scratch; C columns of a table.
 """
 
 import math
@@ -28,7 +29,7 @@ import triton.language as tl
 from kernels import decode_attention
 from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading
 from kernels.launch import num_processors
-from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, uncovered_ranges
+from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, by_rows, uncovered_ranges
 from kernels.paged_attention_tiles import TiledAttention, TilePlan, is_tileable, uses_tiles
 from kernels.upload import upload
 
@@ -38,7 +39,8 @@ _MIN_PART_TILES = 4
 """A part of split KV is at least so many KV tiles long, so that the merge stays small beside it."""
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGE_PARTS = 16
-_WORK_COLUMNS = tl.constexpr(7)
+_WORK_COLUMNS = tl.constexpr(5)
+_SECTION_COLUMNS = tl.constexpr(5)
 _SPLIT_COLUMNS = tl.constexpr(4)
 
 
@@ -99,7 +101,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
 
 
 # tables are slices of one buffer, and begin where they begin: each alignment would be compiled anew
-@triton.jit(do_not_specialize_on_alignment=["work_ptr", "kv_lens_ptr", "tables_ptr"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["work_ptr", "sections_ptr", "kv_lens_ptr", "tables_ptr"])  # type: ignore[untyped-decorator]
 def _attention_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     kv_ptr,
@@ -108,6 +110,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     part_out_ptr,
     part_lse_ptr,
     work_ptr,
+    sections_ptr,
     kv_lens_ptr,
     tables_ptr,
     stride_qt,
@@ -130,17 +133,15 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
 ):
     """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over one work item's tokens.
 
-    Grid: work items, KV heads. Tokens [begin, full_end) are seen by all rows of the tile, [full_end, end) by some.
+    Grid: work items, KV heads. Of a section, all rows of the tile see tokens [begin, full_end), some [full_end, end).
     """
     item_ptr = work_ptr + tl.program_id(0) * _WORK_COLUMNS
     kv_head = tl.program_id(1)
     first_row = tl.load(item_ptr)
     num_rows = tl.load(item_ptr + 1)
-    table_ptr = tables_ptr + tl.load(item_ptr + 2)
-    begin = tl.load(item_ptr + 3)
-    full_end = tl.load(item_ptr + 4)
-    end = tl.load(item_ptr + 5)
-    part = tl.load(item_ptr + 6)
+    first_section = tl.load(item_ptr + 2)
+    num_sections = tl.load(item_ptr + 3)
+    part = tl.load(item_ptr + 4)
 
     m_M = tl.arange(0, BLOCK_M)
     dim_D = tl.arange(0, D)
@@ -149,21 +150,27 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     head_M = kv_head * G + m_M % G
     q_MD_ptr = q_ptr + (row_M * stride_qt + head_M * stride_qh)[:, None] + dim_D[None, :]
     q_MD = tl.load(q_MD_ptr, mask=is_row_M[:, None], other=0.0)
-    kv_len_M = tl.load(kv_lens_ptr + row_M, mask=is_row_M, other=0)
     k_ptr = kv_ptr + kv_head.to(tl.int64) * stride_k
     v_ptr = k_ptr + stride_2
 
     acc_MD = tl.zeros((BLOCK_M, D), dtype=tl.float32)
     top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
     sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    acc_MD, top_M, sum_M = _attend_tiles(
-        acc_MD, top_M, sum_M, q_MD, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_end,
-        stride_b, stride_p, log2_scale, D, P, BLOCK_N, False,
-    )  # fmt: skip
-    acc_MD, top_M, sum_M = _attend_tiles(
-        acc_MD, top_M, sum_M, q_MD, kv_len_M, k_ptr, v_ptr, table_ptr, full_end, end,
-        stride_b, stride_p, log2_scale, D, P, BLOCK_N, True,
-    )  # fmt: skip
+    for section in range(num_sections):
+        section_ptr = sections_ptr + (first_section + section) * _SECTION_COLUMNS
+        kv_len_M = tl.load(kv_lens_ptr + tl.load(section_ptr) + m_M // G, mask=is_row_M, other=0)
+        table_ptr = tables_ptr + tl.load(section_ptr + 1)
+        begin = tl.load(section_ptr + 2)
+        full_end = tl.load(section_ptr + 3)
+        end = tl.load(section_ptr + 4)
+        acc_MD, top_M, sum_M = _attend_tiles(
+            acc_MD, top_M, sum_M, q_MD, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_end,
+            stride_b, stride_p, log2_scale, D, P, BLOCK_N, False,
+        )  # fmt: skip
+        acc_MD, top_M, sum_M = _attend_tiles(
+            acc_MD, top_M, sum_M, q_MD, kv_len_M, k_ptr, v_ptr, table_ptr, full_end, end,
+            stride_b, stride_p, log2_scale, D, P, BLOCK_N, True,
+        )  # fmt: skip
 
     divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # an empty state: 0 / 1, and -inf + log 1
     acc_MD = acc_MD / divisor_M[:, None]
@@ -242,11 +249,14 @@ class _Launch:
     """Work items of spans, and the scratch for those whose KV is split."""
 
     shape: _TileShape
-    kv_lens_T: torch.Tensor
+    kv_lens: torch.Tensor
+    """Of all segments, one after the other."""
     tables: torch.Tensor
-    """Block tables of all spans, one after the other."""
+    """And their block tables."""
     work_WC: torch.Tensor
-    """int32 per item: first row, rows, start in the block tables, begin, full_end, end, part (-1: writes the result)."""
+    """int32 per item: first row, rows, first section, sections, part (-1: writes the result)."""
+    sections_SC: torch.Tensor
+    """int32 per section: start in `kv_lens` and in the block tables, begin, full_end, end."""
     split_RC: torch.Tensor
     """int32 per split row: row, row in its tile, first part, number of parts."""
     part_out_XKMD: torch.Tensor
@@ -270,22 +280,26 @@ class TritonPagedAttention(PagedAttention):
     ) -> None:
         super().__init__(sizes, min_blocks)
         _refuse_unsupported(sizes)
-        single = [RowReading(s.first_row, s.block_ids, s.kv_lens[0]) for s in segments if s.num_rows == 1]
+        single: list[list[RowReading]] = []
         spans: list[Segment] = []
         self._tiles = tiles
         self._tiled: list[TilePlan] = []
-        for segment in segments:
-            if tiles is not None and _is_for_tiles(segment, sizes):
-                plan = tiles.plan(segment)
+        for runs in by_rows(segments):
+            large = [] if tiles is None else [run for run in runs if _is_for_tiles(run, sizes)]
+            if tiles is not None and large:
+                plan = tiles.plan(large, [run for run in runs if run not in large])
                 self._tiled.append(plan)
                 spans += plan.left_over
-            elif segment.num_rows > 1:
-                spans.append(segment)
+            elif runs[0].num_rows > 1:
+                spans += runs
+            else:
+                single.append([RowReading(run.first_row, run.block_ids, run.kv_lens[0]) for run in runs])
         self._decode: list[tuple[DecodeAttention, DecodeTables]] = []
         if single:
             kernel = DecodeAttention(sizes)
             for at in range(0, len(single), MAX_ROWS):
-                self._decode.append((kernel, kernel.upload_tables(single[at : at + MAX_ROWS])))
+                readings = [reading for row in single[at : at + MAX_ROWS] for reading in row]
+                self._decode.append((kernel, kernel.upload_tables(readings)))
         self._chunk = _plan_launch(_tile_shape(sizes), spans, sizes) if spans else None
         self._empty = uncovered_ranges(segments, sizes.num_rows)
 
@@ -321,7 +335,8 @@ class TritonPagedAttention(PagedAttention):
             launch.part_out_XKMD,
             launch.part_lse_XKM,
             launch.work_WC,
-            launch.kv_lens_T,
+            launch.sections_SC,
+            launch.kv_lens,
             launch.tables,
             *q_THD.stride()[:2],
             *kv_2BPKD.stride()[:4],
@@ -380,63 +395,88 @@ def _tile_shape(sizes: AttentionSizes) -> _TileShape:
     return _TileShape(max(128, least), 64, 8, 3) if sizes.head_dim <= 128 else _TileShape(max(64, least), 64, 8, 2)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a tile of rows sees of one segment."""
+
+    lens_start: int
+    table_start: int
+    low: int
+    """Tokens that all rows see."""
+    high: int
+    """And those that some do."""
+
+
 def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: AttentionSizes) -> _Launch:
     """Cut segments into tiles, and the KV of tiles into parts."""
-    kv_lens_T, tables, starts = _upload_segments(segments, sizes)
+    kv_lens, tables = array("i"), array("i")
     tile_rows = shape.block_m // sizes.group
-    tiles = [
-        (segment.first_row + row, segment.kv_lens[row : row + tile_rows], start)
-        for segment, start in zip(segments, starts, strict=True)
-        for row in range(0, segment.num_rows, tile_rows)
-    ]
-    total = sum(max(lens) for _, lens, _ in tiles)
+    tiles: list[tuple[int, int, list[_Run]]] = []
+    for group in by_rows(segments):
+        starts: list[tuple[int, int]] = []
+        for segment in group:
+            starts.append((len(kv_lens), len(tables)))
+            kv_lens.extend(segment.kv_lens)
+            tables.extend(segment.block_ids)
+        for row in range(0, group[0].num_rows, tile_rows):
+            lens = [segment.kv_lens[row : row + tile_rows] for segment in group]
+            runs = [_Run(at + row, table, min(n), max(n)) for (at, table), n in zip(starts, lens, strict=True)]
+            tiles.append((group[0].first_row + row, len(lens[0]), runs))
+    total = sum(run.high for _, _, runs in tiles for run in runs)
     programs = _programs(sizes.device) // sizes.num_kv_heads
-    work, split = array("i"), array("i")
+    work, sections, split = array("i"), array("i"), array("i")
     num_parts = 0
-    for first_row, lens, start in tiles:
-        low, high = min(lens), max(lens)
+    for first_row, num_rows, runs in tiles:
+        high = sum(run.high for run in runs)
         # in proportion to its length, and never more programs than fill the device once
         wanted = min(high * programs // max(total, 1), high // (_MIN_PART_TILES * shape.block_n))
-        length = _round_up(triton.cdiv(high, max(wanted, 1)), shape.block_n)
-        begins = range(0, max(high, 1), max(length, 1))
-        is_split = len(begins) > 1
-        for i, begin in enumerate(begins):
-            end = min(begin + length, high)
-            full_end = begin + max(0, min(low, end) - begin) // shape.block_n * shape.block_n
-            work.extend((first_row, len(lens), start, begin, full_end, end, num_parts + i if is_split else -1))
-        if is_split:
-            for row in range(len(lens)):
-                split.extend((first_row + row, row, num_parts, len(begins)))
-            num_parts += len(begins)
-    work_size = len(work)
-    table = upload(work + split, sizes.device, torch.int32)
+        length = sum(_round_up(run.high, shape.block_n) for run in runs)
+        parts = _cut(runs, _round_up(triton.cdiv(length, max(wanted, 1)), shape.block_n), shape.block_n)
+        for i, part in enumerate(parts):
+            first_section = len(sections) // _SECTION_COLUMNS.value
+            work.extend((first_row, num_rows, first_section, len(part), num_parts + i if len(parts) > 1 else -1))
+            for section in part:
+                sections.extend(section)
+        if len(parts) > 1:
+            for row in range(num_rows):
+                split.extend((first_row + row, row, num_parts, len(parts)))
+            num_parts += len(parts)
+    table = upload(work + sections + split, sizes.device, torch.int32)
+    lens_and_tables = upload(kv_lens + tables, sizes.device, torch.int32)
     scratch = (num_parts, sizes.num_kv_heads, shape.block_m)
     return _Launch(
         shape=shape,
-        kv_lens_T=kv_lens_T,
-        tables=tables,
-        work_WC=table[:work_size].view(-1, _WORK_COLUMNS.value),
-        split_RC=table[work_size:].view(-1, _SPLIT_COLUMNS.value),
+        kv_lens=lens_and_tables[: len(kv_lens)],
+        tables=lens_and_tables[len(kv_lens) :],
+        work_WC=table[: len(work)].view(-1, _WORK_COLUMNS.value),
+        sections_SC=table[len(work) : len(work) + len(sections)].view(-1, _SECTION_COLUMNS.value),
+        split_RC=table[len(work) + len(sections) :].view(-1, _SPLIT_COLUMNS.value),
         part_out_XKMD=torch.empty((*scratch, sizes.head_dim), dtype=torch.float32, device=sizes.device),
         part_lse_XKM=torch.empty(scratch, dtype=torch.float32, device=sizes.device),
     )
 
 
+def _cut(runs: Sequence[_Run], length: int, block_n: int) -> list[list[tuple[int, int, int, int, int]]]:
+    """The sections of each part, one part at least; `length`: most tokens in a part, each section rounded up to `block_n`."""
+    parts: list[list[tuple[int, int, int, int, int]]] = [[]]
+    room = length
+    for run in runs:
+        begin = 0
+        while begin < run.high:
+            if not room:
+                parts.append([])
+                room = length
+            end = min(begin + room, run.high)
+            full_end = begin + max(0, min(run.low, end) - begin) // block_n * block_n
+            parts[-1].append((run.lens_start, run.table_start, begin, full_end, end))
+            room -= _round_up(end - begin, block_n)
+            begin = end
+    return parts
+
+
 def _programs(device: torch.device) -> int:
     """How many programs fill the device."""
     return _PROGRAMS_PER_PROCESSOR * num_processors(device)
-
-
-def _upload_segments(segments: Sequence[Segment], sizes: AttentionSizes) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """int32 on the device: kv_len of each row, and all block tables in a row; on the host where each segment's begins."""
-    kv_lens = array("i", bytes(4 * sizes.num_rows))
-    tables, starts = array("i"), []
-    for segment in segments:
-        kv_lens[segment.first_row : segment.first_row + segment.num_rows] = array("i", segment.kv_lens)
-        starts.append(len(tables))
-        tables.extend(segment.block_ids)
-    table = upload(kv_lens + tables, sizes.device, torch.int32)
-    return table[: sizes.num_rows], table[sizes.num_rows :], starts
 
 
 def _round_up(value: int, multiple: int) -> int:

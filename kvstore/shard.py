@@ -1,21 +1,47 @@
 """Which tokens of which sequence lie in which blocks of this instance: pure integers, no tensors.
 
-A shard packs its tokens into its blocks in the order they were written, and they are written in ascending position:
+A shard is one or several *runs*. A run packs its tokens into blocks of its own in ascending position, whichever positions
+they are:
 
     positions   0 .. 4        12 .. 17            (tokens [5, 12) lie on other instances)
     ranges     [0, 5)        [12, 18)
-    blocks     | 0 1 2 3 | 4 12 13 14 | 15 16 17 . |      block_size 4: 11 tokens, capacity 12
+    blocks     | 0 1 2 3 | 4 12 13 14 | 15 16 17 . |      block_size 4: 11 tokens, 1 more fits
 
-So the tokens a row at position p may see are a *prefix* of the shard, and one number per row (`kv_len`) says which.
+So the tokens of a run that a row at position p may see are a *prefix* of it, and one number per row and run says which. A
+position range is no run of its own: a prompt prefilled with others leaves hundreds of ranges on an instance, which would
+each waste part of a block, and weigh in every notice. A run wastes less than one block, and a shard has a second one only
+where tokens came out of order:
+
+    runs   [0, 18): 0 .. 4, 12 .. 17        [5, 9): 5 .. 8       tokens [5, 9) came when 17 was here
+
+Which run tokens continue follows from where the runs end alone (`continued`), so all that know this derive the same.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 from kvstore.pool import BlockPool
 
 
-class Shard:
-    """The part of one sequence that lies here."""
+def continued(ends: Sequence[int], start: int) -> int | None:
+    """Which of the runs that end there a token at `start` goes on with: the last to end at or before it. None: a new one.
+
+    So no more runs come to be than must (patience sorting).
+    """
+    best: int | None = None
+    last = -1
+    for i, end in enumerate(ends):
+        if last < end <= start:
+            best, last = i, end
+    return best
+
+
+class Run:
+    """Tokens that lie in ascending position: token i is at `block_ids[i // block_size]`, offset `i % block_size`.
+
+    `[start, end)` holds the positions of all of them, not every position in it is one of theirs.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -23,33 +49,30 @@ class Shard:
         self.num_tokens = 0
         # [start, end) are positions whose KV is written here (or will be, by a step that was accepted)
         self.ranges: list[tuple[int, int]] = []
+        self._before: list[int] = []
+        """For each range: tokens of the ranges before it."""
 
     @property
-    def capacity(self) -> int:
-        """Tokens that its blocks hold."""
-        return len(self.block_ids) * self.block_size
-
-    @property
-    def first(self) -> int:
-        """Position of its first token. Raises IndexError if it is empty."""
+    def start(self) -> int:
+        """Position of the first token. Raises IndexError if there is none."""
         return self.ranges[0][0]
 
-    def can_append(self, count: int) -> bool:
-        return self.num_tokens + count <= self.capacity
+    @property
+    def end(self) -> int:
+        """One more than the position of the last token. Raises IndexError if there is none."""
+        return self.ranges[-1][1]
+
+    def blocks_for(self, count: int) -> int:
+        """How many more blocks so many more tokens take."""
+        return -(-(self.num_tokens + count) // self.block_size) - len(self.block_ids)
 
     def append(self, start: int, end: int) -> list[int]:
-        """Take positions `[start, end)`; returns their slots (`block id * block_size + offset`).
-
-        Raises ValueError if they are not above all positions held, RuntimeError if the blocks don't hold them.
-        """
-        if start >= end or (self.ranges and start < self.ranges[-1][1]):
-            raise ValueError(f"positions [{start}, {end}) can't follow {self.ranges[-1:]}")
-        if not self.can_append(end - start):
-            raise RuntimeError(f"{end - start} tokens don't fit: {self.num_tokens} of {self.capacity} in use")
+        """Take positions `[start, end)`, which follow all that it has, into blocks that are there: their slots."""
         if self.ranges and self.ranges[-1][1] == start:
             self.ranges[-1] = (self.ranges[-1][0], end)
         else:
             self.ranges.append((start, end))
+            self._before.append(self.num_tokens)
         first = self.num_tokens
         self.num_tokens += end - start
         size = self.block_size
@@ -58,9 +81,10 @@ class Shard:
     def kv_lens(self, start: int, end: int) -> list[int]:
         """For each position p of `[start, end)`: how many tokens here have a position <= p."""
         lens: list[int] = []
-        held = 0
         p = start
-        for a, b in self.ranges:
+        for i in range(max(0, bisect_right(self.ranges, (start, start)) - 1), len(self.ranges)):
+            a, b = self.ranges[i]
+            held = self._before[i]
             if p < a:  # rows before this range see what came before it
                 lens += [held] * (min(a, end) - p)
                 p = min(a, end)
@@ -69,8 +93,61 @@ class Shard:
                 p = min(b, end)
             if p == end:
                 return lens
-            held += b - a
-        return lens + [held] * (end - p)
+        return lens + [self.num_tokens] * (end - p)
+
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether it has a token at one of the positions `[start, end)`."""
+        last = bisect_left(self.ranges, (end,)) - 1  # range to begin before `end`
+        return last >= 0 and self.ranges[last][1] > start
+
+
+class Shard:
+    """The part of one sequence that lies here."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.runs: list[Run] = []
+        """In the order in which they were opened; none is empty."""
+        self.spare: list[int] = []
+        """Blocks that are reserved, in the order in which runs will take them."""
+        self.newest_block: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(run.num_tokens for run in self.runs)
+
+    @property
+    def block_ids(self) -> list[int]:
+        """All its blocks."""
+        return [block for run in self.runs for block in run.block_ids] + self.spare
+
+    def can_append(self, start: int, end: int) -> bool:
+        """Whether its blocks hold positions `[start, end)`, too."""
+        return self._run_for(start).blocks_for(end - start) <= len(self.spare)
+
+    def append(self, start: int, end: int) -> list[int]:
+        """Take positions `[start, end)` into the run that they continue, or a new one; returns their slots
+        (`block id * block_size + offset`).
+
+        Raises ValueError if it has one of them, RuntimeError if the blocks don't hold them.
+        """
+        if start >= end or any(run.overlaps(start, end) for run in self.runs):
+            raise ValueError(f"positions [{start}, {end}) can't join {[(run.start, run.end) for run in self.runs]}")
+        run = self._run_for(start)
+        blocks = run.blocks_for(end - start)
+        if blocks > len(self.spare):
+            room = (len(run.block_ids) + len(self.spare)) * self.block_size
+            raise RuntimeError(f"{end - start} tokens don't fit: {run.num_tokens} of {room} in use")
+        run.block_ids += self.spare[:blocks]
+        del self.spare[:blocks]
+        if not run.num_tokens:
+            self.runs.append(run)
+        return run.append(start, end)
+
+    def _run_for(self, start: int) -> Run:
+        """An empty one if none is continued."""
+        index = continued([run.end for run in self.runs], start)
+        return Run(self.block_size) if index is None else self.runs[index]
 
 
 class ShardTable:
@@ -99,21 +176,40 @@ class ShardTable:
     def reserve(self, seq: int, blocks: int) -> None:
         """Give the sequence's shard (new, if there is none) that many more blocks. Ask `can_reserve` first."""
         shard = self._shards.get(seq) or Shard(self.block_size)
-        after = shard.block_ids[-1] if shard.block_ids else None
-        shard.block_ids += self.pool.allocate(blocks, after)
+        shard.spare += (ids := self.pool.allocate(blocks, shard.newest_block))
+        shard.newest_block = ids[-1] if ids else shard.newest_block
         self._shards[seq] = shard
 
     def free(self, seq: int) -> None:
         """Give all blocks of the sequence back. Raises KeyError if it has none here."""
         self.pool.free(self._shards.pop(seq).block_ids)
 
+    def free_run(self, seq: int, start: int) -> None:
+        """Give the blocks of its run that begins at position `start` back. Raises KeyError if it has none such here."""
+        shard = self._shards[seq]
+        index = next((i for i, run in enumerate(shard.runs) if run.start == start), None)
+        if index is None:
+            raise KeyError(f"sequence {seq} has no run from position {start}")
+        self.pool.free(shard.runs.pop(index).block_ids)
+
     def validate(self) -> None:
-        """Every block is in one shard or free, and no shard holds more than its blocks do. Raises RuntimeError otherwise."""
+        """Every block is in one run, spare in one shard or free; no position is in two runs; and no run has more or fewer
+        blocks than its tokens take. Raises RuntimeError otherwise."""
         self.pool.validate()
         held: Sequence[int] = [block for shard in self._shards.values() for block in shard.block_ids]
         if len(set(held)) != len(held) or len(held) + self.pool.num_free != self.pool.num_blocks:
             raise RuntimeError(f"{len(held)} blocks held, {self.pool.num_free} free of {self.pool.num_blocks}")
         for seq, shard in self._shards.items():
-            tokens = sum(end - start for start, end in shard.ranges)
-            if tokens != shard.num_tokens or tokens > shard.capacity:
-                raise RuntimeError(f"sequence {seq}: ranges {shard.ranges}, {shard.num_tokens} of {shard.capacity} tokens")
+            for run in shard.runs:
+                tokens = sum(end - start for start, end in run.ranges)
+                if not tokens or tokens != run.num_tokens or run.blocks_for(0) or not _are_apart(run.ranges):
+                    raise RuntimeError(
+                        f"sequence {seq}: ranges {run.ranges}, {run.num_tokens} tokens in {len(run.block_ids)} blocks"
+                    )
+            if not _are_apart(sorted(piece for run in shard.runs for piece in run.ranges)):
+                raise RuntimeError(f"sequence {seq}: runs {[run.ranges for run in shard.runs]} overlap")
+
+
+def _are_apart(ranges: Sequence[tuple[int, int]]) -> bool:
+    """Whether each range ends at or before the next begins."""
+    return all(a <= b for a, b in pairwise(edge for piece in ranges for edge in piece))

@@ -16,7 +16,7 @@ import torch
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange, Store
-from distattn.layout import Holding
+from distattn.layout import HeldRun, Holding
 from distattn.peers import PeerMemory
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.codec import Decoder
@@ -156,13 +156,15 @@ class Loop:
         """
         ends = [sum(tokens[: rank + 1]) for rank in range(len(tokens))]
         holdings = [
-            Holding(rank, end - count, count) for rank, (end, count) in enumerate(zip(ends, tokens, strict=True)) if count
+            Holding(rank, [HeldRun(end - count, end, count)])
+            for rank, (end, count) in enumerate(zip(ends, tokens, strict=True))
+            if count
         ]
         home = holdings[-1].rank
         for holding in holdings:
             if holding.rank == self.rank:
                 self._reserve(seq, holding.tokens + (max_tokens if self.rank == home else 0))
-                self._rmanager.append(seq, holding.first, holding.first + holding.tokens)
+                self._rmanager.append(seq, ends[self.rank] - holding.tokens, ends[self.rank])
         params = msgspec.structs.replace(_params(max_tokens), **sampling)
         token = 1 + seq if token is None else token
         past = Past(prompt=b"", generated=pack_tokens([token]), num_before=0) if params.needs_history else None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
-from distattn.layout import Holding, Layout, Span, lay_out
+from distattn.layout import HeldRun, Holding, Layout, Span, lay_out
 from distattn.shape import AttentionShape
 from instance.cell import EpochGroup, open_store
 from kernels.paged_attention import PagedAttention
@@ -51,30 +51,39 @@ def cell() -> Iterator[Cell]:
 
 @dataclass
 class Sequence:
-    """One sequence of a scene: its keys and values, and which rank holds each position."""
+    """One sequence of a scene: its keys and values, which rank holds each position, and in which order the past came."""
 
     keys_SKD: torch.Tensor
     values_SKD: torch.Tensor
     owner: list[int]
+    past: list[int]
     spans: list[Span]
 
 
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[int, list[Sequence]]:
-    """A block size and sequences: a random past over random ranks, and the step's spans on random ranks."""
+    """A block size and sequences: a random past over random ranks, and the step's spans on random ranks. Parts of the past may
+    come late, as those that are computed again, or moved, do: then their holders have several runs."""
     seed = draw(st.integers(0, 2**31))
     random = torch.Generator().manual_seed(seed)
     sequences = []
     for seq in range(draw(st.integers(1, 4))):
         owner: list[int] = []
+        parts: list[list[int]] = []
         for rank, length in draw(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 9)), max_size=6)):
+            parts.append(list(range(len(owner), len(owner) + length)))
             owner += [rank] * length
+        late = draw(st.sets(st.integers(0, 5)))
+        order = [i for i in range(len(parts)) if i not in late] + draw(st.permutations(sorted(late & set(range(len(parts))))))
+        past = [position for i in order for position in parts[i]]
         spans = []
         for rank, length in draw(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, 5)), min_size=1, max_size=4)):
             spans.append(Span(seq, rank, len(owner), len(owner) + length))
             owner += [rank] * length
         shape = (len(owner), SHAPE.num_kv_heads, SHAPE.head_dim)
-        sequences.append(Sequence(torch.randn(shape, generator=random), torch.randn(shape, generator=random), owner, spans))
+        sequences.append(
+            Sequence(torch.randn(shape, generator=random), torch.randn(shape, generator=random), owner, past, spans)
+        )
     return draw(st.sampled_from([1, 4, 16])), sequences
 
 
@@ -94,7 +103,7 @@ class Rank:
     def __init__(self, rank: int, cell: Cell, block_size: int, sequences: list[Sequence]) -> None:
         self.rank = rank
         self.sequences = sequences
-        blocks = sum(-(-len(s.owner) // block_size) for s in sequences) + 1
+        blocks = sum(-(-len(s.owner) // block_size) + 6 for s in sequences)
         self.shards = ShardTable(blocks, block_size)
         self.storage = KVStorage(
             num_layers=1,
@@ -113,9 +122,8 @@ class Rank:
             mine = sequence.owner.count(rank)
             if not mine:
                 continue
-            self.shards.reserve(seq, -(-mine // block_size))
-            past = sequence.spans[0].start
-            for position in range(past):
+            self.shards.reserve(seq, -(-mine // block_size) + 6)
+            for position in sequence.past:
                 if sequence.owner[position] == rank:
                     (slot,) = self.shards[seq].append(position, position + 1)
                     block, offset = divmod(slot, block_size)
@@ -124,10 +132,11 @@ class Rank:
         for span in self.spans:
             if span.rank == rank:
                 self.slots += self.shards[span.seq].append(span.start, span.stop)
+        self.shards.validate()
 
     def holdings(self) -> dict[int, Holding]:
         return {
-            seq: Holding(self.rank, self.shards[seq].first, self.shards[seq].num_tokens)
+            seq: Holding(self.rank, [HeldRun(run.start, run.end, run.num_tokens) for run in self.shards[seq].runs])
             for seq in range(len(self.sequences))
             if seq in self.shards
         }

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distattn.layout import HeldRun, Holding
 from gmanager.wire.messages import (
     Admit,
     HomeMoved,
@@ -25,7 +27,7 @@ from gmanager.wire.messages import (
 )
 from instance.rmanager import RManager
 from instance.scheduler import Pace, Scheduler, StepPlan
-from instance.step import LANES, STRETCH, Lane, Step, StepMismatch, derive
+from instance.step import LANES, STRETCH, Handoff, Lane, Step, StepMismatch, derive
 
 VOCAB = 50
 
@@ -345,6 +347,49 @@ def test_a_wrong_count_stops_the_instance() -> None:
     cell.instances[0].rmanager.append(1, 90, 91)
     with pytest.raises((StepMismatch, ValueError)):
         cell.round()
+
+
+def test_a_home_goes_on_with_the_run_that_ends_last() -> None:
+    """Its first tokens came after the others, as those that are computed again do."""
+    cell = FakeCell(1, blocks=5, block_size=4, chunk_tokens=64)
+    (instance,) = cell.instances
+    assert instance.rmanager.reserve(1, 3)
+    instance.rmanager.append(1, 5, 8)
+    instance.rmanager.append(1, 0, 5)
+    params = SequenceParams(max_tokens=7, temperature=0, top_k=0, top_p=1, seed=0, stop_token_ids=[], logprobs=None)
+    handoff = Handoff(
+        seq=1, to=0, arrival=1, position=8, prompt_tokens=8, generated=1, last_token=token_at(1, 8), params=params,
+        holdings=[Holding(0, [HeldRun(5, 8, 3), HeldRun(0, 5, 5)])],
+    )  # fmt: skip
+    notice = instance.scheduler.propose("decode", [0], party=1, step=0, digest=[], groupings=[])
+    instance.scheduler.accept("decode", derive([msgspec.structs.replace(notice, handoffs=[handoff])]))
+    instance.scheduler.commit("decode", {})
+    cell.outputs[1] = {}
+    lens = []
+    while cell.round():
+        if running := instance.running["decode"]:
+            lens.append([reading.kv_lens for reading in running[-1][0].layout.own])
+        instance.scheduler.validate()
+    assert lens[:3] == [[(4,), (5,)], [(5,), (5,)], [(6,), (5,)]]
+    assert cell.outputs[1] == {i: token_at(1, 8 + i) for i in range(1, 7)}
+    cell.check_empty()
+
+
+def test_a_step_that_names_other_runs_is_refused() -> None:
+    """As many tokens from the same position on, but in one run."""
+    cell = FakeCell(1, blocks=4, block_size=4, chunk_tokens=64)
+    (instance,) = cell.instances
+    assert instance.rmanager.reserve(1, 3)
+    instance.rmanager.append(1, 2, 4)
+    instance.rmanager.append(1, 0, 2)
+    step = Step(
+        spans=[], holdings={1: [Holding(0, [HeldRun(0, 4, 4)])]}, sampled=[], scored=[], released=[], cancels=[], handoffs=[],
+        last_tokens=[],
+    )  # fmt: skip
+    with pytest.raises(
+        StepMismatch, match=r"rank 0 holds \[HeldRun\(start=0, end=4, tokens=4\)\], it holds \[HeldRun\(start=2"
+    ):
+        instance.scheduler._check_holdings(step)
 
 
 def test_a_short_prompt_has_its_token_within_two_chunks_of_a_long_one() -> None:

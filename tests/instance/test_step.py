@@ -2,11 +2,12 @@
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distattn.layout import Holding, Span
+from distattn.layout import HeldRun, Holding, Span
 from gmanager.wire.messages import Share
 from instance.step import FAR, MAX_PROMPTS, STRETCH, Decode, Notice, Prefill, Step, StepMismatch, derive, split_chunk
 
@@ -128,14 +129,15 @@ def test_a_chunk_waits_for_all_participants() -> None:
 
 
 def test_members_that_differ_stop() -> None:
-    a = derive([notice(0, decodes=[Decode(seq=1, position=5, holdings=[Holding(0, 0, 5)])])])
-    b = derive([notice(0, released=[1], decodes=[Decode(seq=1, position=5, holdings=[Holding(0, 0, 5)])])])
-    assert a.holdings == {1: [Holding(0, 0, 6)]}
+    rows = [Decode(seq=1, position=5, holdings=[Holding(0, [HeldRun(0, 5, 5)])])]
+    a = derive([notice(0, decodes=rows)])
+    b = derive([notice(0, released=[1], decodes=rows)])
+    assert a.holdings == {1: [Holding(0, [HeldRun(0, 6, 6)])]}
     with pytest.raises(StepMismatch, match=r"ranks 0 and 1 .* step 3 of party 2: released differ"):
         derive([notice(0, digest=a.digest()), notice(1, digest=b.digest())])
     with pytest.raises(StepMismatch, match="rank 1 is in step 4, rank 0 in 3"):
         derive([notice(0), notice(1, step=4)])
-    assert a.digest() == derive([notice(0, decodes=[Decode(seq=1, position=5, holdings=[Holding(0, 0, 5)])])]).digest()
+    assert a.digest() == derive([notice(0, decodes=rows)]).digest()
     assert Step.__struct_fields__[4] == "released"
 
 
@@ -155,6 +157,27 @@ def test_prompts_are_paced_beside_decodes_and_more_so_further_on() -> None:
     late = Prefill(seq=1, arrival=1, start=900_000, end=999_999, shares=[Share(rank=0, tokens=99_999)], holdings=[])
     step = derive([notice(0, ready=[1], prefills=[late], is_beside_decodes=True, **pace)])
     assert sum(span.stop - span.start for span in step.spans if span.seq == 1) == 1
+
+
+def test_what_is_computed_again_is_a_run_beside_those_that_come_later() -> None:
+    """Rank 1 is gone with [8, 12) and [16, 20); the rows that compute them again run where later positions lie already."""
+    held = [Holding(0, [HeldRun(0, 16, 12)]), Holding(2, [HeldRun(20, 24, 4)])]
+    shares = [Share(rank=2, tokens=2), Share(rank=0, tokens=2)]
+    gap = Prefill(seq=1, arrival=1, start=8, end=12, shares=shares, holdings=held)
+    step = derive([notice(0, ready=[1]), notice(2, ready=[1], prefills=[gap])])
+    assert step.spans == [Span(1, 2, 8, 9), Span(1, 0, 9, 11), Span(1, 2, 11, 12)]
+    again = [HeldRun(9, 11, 2), HeldRun(8, 12, 2)]
+    assert step.holdings[1] == [Holding(0, [HeldRun(0, 16, 12), again[0]]), Holding(2, [HeldRun(20, 24, 4), again[1]])]
+    row = derive([notice(2, decodes=[Decode(seq=1, position=24, holdings=step.holdings[1])])])
+    assert row.holdings[1][1] == Holding(2, [HeldRun(20, 25, 5), again[1]])
+
+
+def test_holdings_are_told_in_few_bytes() -> None:
+    """Of a sequence of a million tokens over two instances, prefilled in any number of chunks."""
+    held = [Holding(rank, [HeldRun(rank * 4096, 1_000_000, 500_000)]) for rank in range(2)]
+    encoded = msgspec.msgpack.encode(held)
+    assert len(encoded) < 40
+    assert msgspec.msgpack.decode(encoded, type=list[Holding]) == held
 
 
 def test_rows_beside_decodes_come_in_grains() -> None:

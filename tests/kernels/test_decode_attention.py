@@ -14,13 +14,13 @@ from kernels.decode_attention import DecodeAttention, DecodeConfig, DecodeTables
 from kernels.launch import num_processors
 from kernels.paged_attention import AttentionSizes
 from kernels.reference import attention_state
-from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state
+from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state, union
 
 HEADS = [(4, 2), (9, 3), (2, 2), (7, 1)]
 
 
 def check(
-    lens: list[int],
+    lens: list[int] | list[list[int]],
     *,
     block_size: int,
     heads: tuple[int, int],
@@ -30,7 +30,7 @@ def check(
     padding: int = 0,
     seed: int = 0,
 ) -> None:
-    """Each row reads a shard of its own; the tables' order is not that of q. Twice, as two layers would."""
+    """Each row reads a run of its own, or several; the tables' order is not that of q. Twice, as two layers would."""
     torch.manual_seed(seed)
     num_rows, scale = len(lens) + padding, 1.3 / math.sqrt(head_dim)
     sizes = AttentionSizes(
@@ -43,12 +43,11 @@ def check(
         device=DEVICE,
     )
     kernel = DecodeAttention(sizes, config)
-    blocks = [-(-n // block_size) for n in lens]
-    ids = torch.randperm(sum(blocks) + 2).tolist()
     order = torch.randperm(len(lens)).tolist()
-    readings = [
-        RowReading(row, [ids.pop() for _ in range(count)], n) for row, count, n in zip(order, blocks, lens, strict=True)
-    ]
+    runs = [(row, n) for row, each in zip(order, lens, strict=True) for n in (each if isinstance(each, list) else [each])]
+    blocks = [-(-n // block_size) for _, n in runs]
+    ids = torch.randperm(sum(blocks) + 2).tolist()
+    readings = [RowReading(row, [ids.pop() for _ in range(count)], n) for (row, n), count in zip(runs, blocks, strict=True)]
     rows, block_table = kernel.tables(readings, num_rows, first_block=3)
     tables = DecodeTables(
         torch.tensor(rows, dtype=torch.int32, device=DEVICE),
@@ -66,7 +65,8 @@ def check(
             kv_2BPKD[:, place[token_S // block_size], token_S % block_size] = kv_2SKD
             row = slice(reading.row, reading.row + 1)
             lens_1 = torch.tensor([reading.kv_len])
-            want_out[row], want_lse[row] = attention_state(q_THD[row].double(), *kv_2SKD.double(), scale, lens_1)
+            state = attention_state(q_THD[row].double(), *kv_2SKD.double(), scale, lens_1)
+            want_out[row], want_lse[row] = union((want_out[row], want_lse[row]), state)
         out_THD = torch.full(q_THD.shape, NAN, dtype=dtype, device=DEVICE)
         lse_TH = torch.full(q_THD.shape[:2], NAN, device=DEVICE)
         kernel.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), scale, tables, out_THD=out_THD, lse_TH=lse_TH)
@@ -96,12 +96,28 @@ def test_any_rows_over_any_number_of_programs(
         check(lens, block_size=block_size, heads=heads, config=one_each, padding=padding, seed=seed)
 
 
+@settings(max_examples=60 if ON_GPU else 12, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 400 if ON_GPU else 100), min_size=1, max_size=4), min_size=1, max_size=4),
+    st.sampled_from([1, 16, 32]),
+    st.integers(0, 2),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+)
+def test_any_runs_over_any_number_of_programs(
+    lens: list[list[int]], block_size: int, padding: int, programs: int, seed: int
+) -> None:
+    one_each = replace(config(), programs_per_processor=1)
+    with mock.patch.object(decode_attention, "num_processors", return_value=programs):
+        check(lens, block_size=block_size, heads=(4, 2), config=one_each, padding=padding, seed=seed)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="GPU"))]
 )
 @pytest.mark.parametrize(("block_size", "use_tma"), [(64, True), (128, True), (64, False), (16, False)])
 def test_sixteen_bit_tiles_by_both_loads(block_size: int, use_tma: bool, dtype: torch.dtype) -> None:
-    lens = [1, 64, 0, 333, 129]
+    lens = [[1], [64], [0], [333, 20], [129]]
     check(lens, block_size=block_size, heads=(8, 2), config=config(64, use_tma=use_tma), dtype=dtype, head_dim=32)
 
 
@@ -122,7 +138,7 @@ def test_the_configuration_of_every_supported_shape(
         dtype=dtype,
         device=DEVICE,
     )
-    lens = [20000, 1, 63, 64, 65, 0, *range(1000, 1060)]
+    lens = [[20000, 3000, 1], [1], [63], [64, 65], [65], [0], *([n] for n in range(1000, 1060))]
     chosen = decode_attention._default_config(sizes, num_processors(DEVICE))
     check(lens, block_size=block_size, heads=heads, config=chosen, dtype=dtype, head_dim=head_dim)
 
@@ -133,7 +149,7 @@ def test_tables_are_refused_when_rows_are_too_many() -> None:
     )
     kernel = DecodeAttention(sizes, config())
     with pytest.raises(ValueError, match="3 rows in tables of 2"):
-        kernel.tables([RowReading(0, (), 0)] * 3, 2)
+        kernel.tables([RowReading(row, (), 0) for row in range(3)], 2)
     with pytest.raises(ValueError, match="at most 2048"):
         kernel.tables([], 2049)
 

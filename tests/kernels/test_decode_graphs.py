@@ -80,13 +80,17 @@ def storage_of(model: Model, seed: int) -> KVStorage:
     return storage
 
 
-def step(kv_lens: list[int], pending: list[tuple[int, int]]) -> StepPlan:
-    """Rows of sequences that hold `kv_lens` tokens once the step has written theirs, in blocks dealt out from the end."""
+def step(kv_lens: list[int], pending: list[tuple[int, int]], before: dict[int, list[int]] | None = None) -> StepPlan:
+    """Rows of sequences that hold `kv_lens` tokens once the step has written theirs, in blocks dealt out from the end.
+
+    `before`: tokens that a row sees in other runs, too.
+    """
     ids = list(range(30))
     readings, slots = [], []
     for row, kv_len in enumerate(kv_lens):
-        blocks = tuple(ids.pop() for _ in range(-(-kv_len // BLOCK)))
-        readings.append(Reading(row, 1, blocks, (kv_len,)))
+        for tokens in [*(before or {}).get(row, []), kv_len]:
+            blocks = tuple(ids.pop() for _ in range(-(-tokens // BLOCK)))
+            readings.append(Reading(row, 1, blocks, (tokens,)))
         slots.append(blocks[(kv_len - 1) // BLOCK] * BLOCK + (kv_len - 1) % BLOCK)
     rows = len(kv_lens)
     return StepPlan(
@@ -123,14 +127,15 @@ def test_steps_of_any_size_are_those_run_eagerly(model: Model) -> None:
         captured = Graphs(model.fused, model.shape, ours, previous, None)
         # capturing wrote nothing; steps one after the other, larger and smaller, with stale tables behind what they write
         torch.testing.assert_close(ours.data_L2BPKD, theirs.data_L2BPKD, rtol=0, atol=0)
-        for kv_lens, pending in [
-            ([33], []),
-            ([100, 1, 17], [(0, 2), (2, 7)]),
-            ([16, 48], [(1, 0)]),
-            ([5, 64, 31, 90], [(3, 1)]),
-            ([2], [(0, 4)]),
-        ]:
-            plan = step(kv_lens, pending)
+        steps: list[tuple[list[int], list[tuple[int, int]], dict[int, list[int]]]] = [
+            ([33], [], {}),
+            ([100, 1, 17], [(0, 2), (2, 7)], {}),
+            ([16, 48], [(1, 0)], {1: [70, 5]}),
+            ([5, 64, 31, 90], [(3, 1)], {0: [40], 2: [32]}),
+            ([2], [(0, 4)], {}),
+        ]
+        for kv_lens, pending, before in steps:
+            plan = step(kv_lens, pending, before)
             assert captured.can_run(plan)
             got = captured.run(plan)
             assert got is not None

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import PagedAttention, Segment, gather_kv, paged_attention_torch, store_kv
+from kernels.paged_attention_tiles import TiledAttention
 from kernels.reference import attention_state, compare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +60,14 @@ def check_state(out_THD: torch.Tensor, lse_TH: torch.Tensor, want_out: torch.Ten
         compare(actual, want, rms=rms, max=most)
 
 
-def check(case: Case, backend: str) -> None:
+def union(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state of two disjoint sets of tokens."""
+    lse_TH = torch.logaddexp(a[1], b[1])
+    weights = [(lse - lse_TH.clamp(min=-1e300)).exp().unsqueeze(-1) for lse in (a[1], b[1])]
+    return a[0] * weights[0] + b[0] * weights[1], lse_TH
+
+
+def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None:
     """Run a plan twice, as two layers would, over poisoned pools and outputs."""
     num_heads, num_kv_heads = case.heads
     plan = PagedAttention.plan(
@@ -72,6 +80,7 @@ def check(case: Case, backend: str) -> None:
         dtype=case.dtype,
         device=DEVICE,
         backend=backend,
+        tiles=tiles,
     )
     torch.manual_seed(case.seed)
     scale = 1.3 / math.sqrt(case.head_dim)
@@ -88,9 +97,8 @@ def check(case: Case, backend: str) -> None:
             kv_2SKD = torch.randn(2, len(block), num_kv_heads, case.head_dim).to(case.dtype)
             kv_2BPKD[:, block, offset] = kv_2SKD
             rows = slice(segment.first_row, segment.first_row + segment.num_rows)
-            want_out[rows], want_lse[rows] = attention_state(
-                q_THD[rows].double(), *kv_2SKD.double(), scale, torch.tensor(segment.kv_lens)
-            )
+            state = attention_state(q_THD[rows].double(), *kv_2SKD.double(), scale, torch.tensor(segment.kv_lens))
+            want_out[rows], want_lse[rows] = union((want_out[rows], want_lse[rows]), state)
         out_THD = torch.full(want_out.shape, NAN, dtype=case.dtype, device=DEVICE)
         lse_TH = torch.full(want_lse.shape, NAN, device=DEVICE)
         plan.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), scale, out_THD=out_THD, lse_TH=lse_TH)
@@ -132,6 +140,9 @@ def cases(
     for _ in range(draw(st.integers(0, max_segments))):
         lens = draw(kv_lens(max_rows, max_tokens))
         rows_of.append((row, lens))
+        for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):  # other runs that the same rows see
+            others = draw(kv_lens(max_rows, max_tokens))
+            rows_of.append((row, (others * len(lens))[: len(lens)]))
         row += len(lens) + draw(st.integers(0, 2))
     num_blocks = sum(-(-max(lens) // block_size) for _, lens in rows_of) + draw(st.integers(1, 5))
     ids = list(range(num_blocks))
@@ -183,10 +194,13 @@ def test_triton_backend_is_dense_attention(case: Case) -> None:
 
 
 def mixed_case(heads: tuple[int, int], block_size: int, head_dim: int, dtype: torch.dtype, size: int) -> Case:
-    """A long decode row, a causal chunk of odd length after a prefix, short rows, an empty row, gaps; blocks shuffled."""
+    """A long decode row, a causal chunk of odd length after a prefix, short rows, an empty row, gaps; blocks shuffled. The
+    decode row and the chunk see two runs each."""
     chunk = 2 * size + 5
     rows_of = [
         (1, [60 * size + 3]),
+        (1, [size]),
+        (2, [5 * size] * chunk),
         (2, list(range(3 * size + 2, 3 * size + 2 + chunk))),
         (4 + chunk, [0]),
         (5 + chunk, [7, 7, 7, 8, 9, 9]),
@@ -303,6 +317,7 @@ def plan_of(segments: list[Segment], **changed: object) -> PagedAttention:
         ([Segment(0, 0, (1,), ())], "0 kv_lens"),
         ([Segment(8, 3, (1,), (3, 3, 3))], r"rows \[8, 11\)"),
         ([Segment(0, 3, (1,), (3, 3, 3)), Segment(2, 1, (2,), (1,))], "rows below 3 are taken"),
+        ([Segment(0, 3, (1,), (3, 3, 3)), Segment(0, 2, (2,), (1, 1))], "rows below 3 are taken"),
         ([Segment(0, 1, (1, 2), (33,))], "2 blocks of 16 hold 32"),
         ([Segment(0, 1, (1, 2), (-1,))], "sees -1"),
         ([Segment(0, 1, (1, -2), (3,))], "names block -2"),

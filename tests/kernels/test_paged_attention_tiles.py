@@ -4,6 +4,8 @@ Without a GPU PyTorch's CPU kernel stands for cuDNN, and the Triton kernels run 
 """
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 from itertools import groupby, pairwise
 from random import Random
 from unittest import mock
@@ -13,10 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import PagedAttention, Segment, paged_attention_tiles
+from kernels import PagedAttention, Segment, paged_attention_tiles, paged_attention_triton
 from kernels.paged_attention import AttentionSizes
 from kernels.paged_attention_tiles import TiledAttention, is_tileable, merge_parts, split_segment, uses_tiles
 from kernels.reference import attention_state, compare
+from tests.kernels.test_paged_attention import Case, union, visible_tokens
+from tests.kernels.test_paged_attention import check as paged_check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -137,13 +141,22 @@ def layout(kind: str, num_blocks: int, rng: Random) -> list[int]:
     return ids
 
 
-def check(tiles: TiledAttention, segment: Segment, num_rows: int, *, seed: int = 0, page_kernel: str = "torch") -> None:
+def check(
+    tiles: TiledAttention,
+    segment: Segment,
+    num_rows: int,
+    *,
+    others: Sequence[Segment] = (),
+    untiled: Sequence[Segment] = (),
+    seed: int = 0,
+    page_kernel: str = "torch",
+) -> None:
     """As an instance does it, twice with other data over poisoned pools and outputs: left-over rows by the page kernel, then
-    the tiles. All rows but the segment's must be left alone."""
+    the tiles. All rows but the segment's must be left alone. `others` and `untiled`: of the same rows."""
     sizes = tiles.sizes
     torch.manual_seed(seed)
     scale = 1.3 / math.sqrt(sizes.head_dim)
-    plan = tiles.plan(segment)
+    plan = tiles.plan([segment, *others], untiled)
     rest = PagedAttention.plan(
         plan.left_over,
         num_rows,
@@ -155,16 +168,19 @@ def check(tiles: TiledAttention, segment: Segment, num_rows: int, *, seed: int =
         device=DEVICE,
         backend=page_kernel,
     )
-    tokens_S = torch.arange(max(segment.kv_lens))
-    block_S = torch.tensor(segment.block_ids)[tokens_S // sizes.block_size]
+    runs = [segment, *others, *untiled]
     rows = slice(segment.first_row, segment.first_row + segment.num_rows)
     for fused in (True, False):
-        shape = (2, max(segment.block_ids) + 4, sizes.block_size, sizes.num_kv_heads, sizes.head_dim)
+        shape = (2, max(max(run.block_ids) for run in runs) + 4, sizes.block_size, sizes.num_kv_heads, sizes.head_dim)
         kv_2BPKD = torch.full(shape, NAN, dtype=sizes.dtype)
-        kv_2SKD = torch.randn(2, len(tokens_S), *shape[3:]).to(sizes.dtype)
-        kv_2BPKD[:, block_S, tokens_S % sizes.block_size] = kv_2SKD
         q_THD = torch.randn(num_rows, sizes.num_heads + 2, sizes.head_dim).to(sizes.dtype)[:, : sizes.num_heads]
-        want = attention_state(q_THD[rows].double(), *kv_2SKD.double(), scale, torch.tensor(segment.kv_lens))
+        states = []
+        for run in runs:
+            block_S, offset_S = visible_tokens(run, sizes.block_size)
+            kv_2SKD = torch.randn(2, len(block_S), *shape[3:]).to(sizes.dtype)
+            kv_2BPKD[:, block_S, offset_S] = kv_2SKD
+            states.append(attention_state(q_THD[rows].double(), *kv_2SKD.double(), scale, torch.tensor(run.kv_lens)))
+        want = reduce(union, states)
 
         q_THD = q_THD.to(DEVICE) if fused else q_THD.contiguous().to(DEVICE)
         kv_2BPKD = kv_2BPKD.to(DEVICE)[:, :-3]
@@ -213,6 +229,32 @@ def test_tiles_and_rest_are_dense_attention(
     check(tiles, Segment(3, num_rows, ids, lens), num_rows + 5, seed=rng.randrange(2**31))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    num_rows=st.integers(1, 45),
+    first_lens=st.lists(st.integers(1, 120), min_size=2, max_size=3),
+    untiled=st.booleans(),
+    row_tiles=st.sampled_from([(16, 8, 4), (12, 5)]),
+    rng=st.randoms(use_true_random=False),
+)
+def test_tiles_of_several_runs_are_dense_attention(
+    num_rows: int, first_lens: list[int], untiled: bool, row_tiles: tuple[int, ...], rng: Random
+) -> None:
+    lens = [kv_lens(num_rows, n, i == 1) for i, n in enumerate(first_lens)]
+    lens += [tuple(rng.randrange(9) for _ in range(num_rows))] if untiled else []
+    blocks = [-(-max(each) // 4) for each in lens]
+    ids = layout("shuffled", sum(blocks) + 1, rng)
+    runs = [
+        Segment(3, num_rows, tuple(ids.pop() for _ in range(count)) or (ids[0],), each)
+        for count, each in zip(blocks, lens, strict=True)
+    ]
+    tiles = TiledAttention(
+        make_sizes(dtype=DTYPES[0]), backend="torch", row_tiles=row_tiles, token_tiles=(64, 16), least_pairs=1
+    )
+    tiled = len(first_lens)
+    check(tiles, runs[0], num_rows + 5, others=runs[1:tiled], untiled=runs[tiled:], seed=rng.randrange(2**31))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "is_causal"), [("consecutive", True), ("broken", True), ("shuffled", False)])
 def test_with_triton(dtype: torch.dtype, kind: str, is_causal: bool) -> None:
@@ -224,6 +266,22 @@ def test_with_triton(dtype: torch.dtype, kind: str, is_causal: bool) -> None:
     tiles.warm_up(torch.zeros(2, 1, 6, 3, 16, dtype=dtype, device=DEVICE))
     # the interpreter multiplies bfloat16 as its bits
     check(tiles, Segment(2, 13, ids, lens), 17, page_kernel="triton" if ON_GPU or dtype != torch.bfloat16 else "torch")
+
+
+def test_some_runs_in_tiles_and_some_by_the_page_kernel() -> None:
+    """Of two spans and a row, all of several runs; which are tiled depends on the run."""
+    dtype = DTYPES[0]
+    ids = layout("shuffled", 70, Random(3))
+    rows_of = [(0, (9,)), (0, (17,)), (1, (37,) * 13), (1, kv_lens(13, 21, True)), (1, tuple(range(0, 26, 2)))]
+    rows_of += [(15, (0, 3, 3, 4, 9)), (15, (12,) * 5)]
+    segments = []
+    for first, lens in rows_of:
+        segments.append(Segment(first, len(lens), tuple(ids.pop() for _ in range(-(-max(lens) // 4))), lens))
+    sizes = make_sizes(dtype=dtype)
+    tiles = TiledAttention(sizes, backend="triton", row_tiles=(8, 4), token_tiles=(16, 8), least_pairs=1)
+    case = Case(segments, 21, 4, (4, 2), 16, 70, dtype)
+    with mock.patch.object(paged_attention_triton, "_is_for_tiles", lambda s, _: s.num_rows > 1 and is_tileable(s)):
+        paged_check(case, "triton", tiles)
 
 
 def test_gathers_only_what_is_scattered_and_that_once() -> None:
@@ -341,8 +399,8 @@ def test_misuse_is_refused() -> None:
             TiledAttention(sizes, backend="torch", row_tiles=row_tiles, token_tiles=token_tiles)
     tiles = TiledAttention(sizes, backend="torch", row_tiles=(8,), token_tiles=(16,), least_pairs=1)
     with pytest.raises(ValueError, match="rows see 17 tokens, 4 blocks from id 0 on hold 16"):
-        tiles.plan(Segment(0, 8, (0, 1, 2, 3), (17,) * 8))
-    plan = tiles.plan(Segment(0, 8, (0, 1, 2, 3), (16,) * 8))
+        tiles.plan([Segment(0, 8, (0, 1, 2, 3), (17,) * 8)])
+    plan = tiles.plan([Segment(0, 8, (0, 1, 2, 3), (16,) * 8)])
     q_THD, lse_TH = torch.zeros(8, 4, 16, dtype=sizes.dtype, device=DEVICE), torch.zeros(8, 4, device=DEVICE)
     kv_2BPKD = torch.zeros(2, 4, 4, 2, 16, dtype=sizes.dtype, device=DEVICE)
     for q, kv, lse, message in [

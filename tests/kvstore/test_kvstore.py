@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.pool import BlockPool
-from kvstore.shard import Shard, ShardTable
+from kvstore.shard import Run, Shard, ShardTable, continued
 from kvstore.storage import KVStorage
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60))
 def test_pool_never_loses_or_doubles_a_block(num_blocks: int, history: list[tuple[bool, int]]) -> None:
     pool = BlockPool(num_blocks)
@@ -43,36 +44,127 @@ def test_pool_prefers_consecutive_ids() -> None:
 
 
 @st.composite
-def shards(draw: st.DrawFn) -> tuple[Shard, list[int]]:
-    """A shard of random ascending ranges, and the positions it holds."""
-    shard = Shard(draw(st.sampled_from([1, 3, 16])))
-    shard.block_ids = list(range(100))
+def runs(draw: st.DrawFn) -> tuple[Run, list[int]]:
+    """A run of random ascending ranges, and the positions it holds."""
+    run = Run(draw(st.sampled_from([1, 3, 16])))
+    run.block_ids = list(range(100))
     positions: list[int] = []
     at = 0
     for gap, length in draw(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=8)):
-        shard.append(at + gap, at + gap + length)
+        run.append(at + gap, at + gap + length)
         positions += range(at + gap, at + gap + length)
         at += gap + length
-    return shard, positions
+    return run, positions
 
 
-@given(shards(), st.integers(0, 80), st.integers(0, 30))
-def test_visible_tokens_are_a_prefix(made: tuple[Shard, list[int]], start: int, length: int) -> None:
-    shard, positions = made
+@settings(deadline=None)
+@given(runs(), st.integers(0, 80), st.integers(0, 30))
+def test_visible_tokens_are_a_prefix(made: tuple[Run, list[int]], start: int, length: int) -> None:
+    run, positions = made
     want = [sum(held <= p for held in positions) for p in range(start, start + length)]
-    assert shard.kv_lens(start, start + length) == want
+    assert run.kv_lens(start, start + length) == want
+    assert run.overlaps(start, start + length + 1) == any(start <= held <= start + length for held in positions)
 
 
 def test_slots_follow_the_blocks() -> None:
     shard = Shard(4)
-    shard.block_ids = [7, 2]
+    shard.spare = [7, 2]
     assert shard.append(0, 3) == [28, 29, 30]
     assert shard.append(10, 13) == [31, 8, 9]
-    assert shard.ranges == [(0, 3), (10, 13)]
-    with pytest.raises(ValueError, match=r"\[5, 6\)"):
-        shard.append(5, 6)
+    (run,) = shard.runs
+    assert run.ranges == [(0, 3), (10, 13)]
+    with pytest.raises(ValueError, match=r"\[12, 14\)"):
+        shard.append(12, 14)
     with pytest.raises(RuntimeError, match="3 tokens don't fit: 6 of 8"):
         shard.append(13, 16)
+
+
+def test_what_comes_out_of_order_is_a_run_of_its_own() -> None:
+    """As after a loss: what others held of the prompt is computed again, in ascending order, beside what is here."""
+    shard = Shard(4)
+    shard.spare = [0, 1, 2, 3, 4]
+    shard.append(0, 5)
+    shard.append(12, 18)
+    assert shard.append(5, 7) == [12, 13]
+    assert shard.append(8, 10) == [14, 15]
+    assert [run.ranges for run in shard.runs] == [[(0, 5), (12, 18)], [(5, 7), (8, 10)]]
+    assert not shard.can_append(7, 9 + 4), "a third run"
+    assert shard.append(18, 19) == [11], "the run that ends last goes on"
+    assert shard.append(10, 11) == [16]
+    with pytest.raises(ValueError, match=r"\[10, 12\) can't join \[\(0, 19\), \(5, 11\)\]"):
+        shard.append(10, 12)
+    with pytest.raises(RuntimeError, match="1 tokens don't fit: 0 of 0 in use"):
+        shard.append(7, 8)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_shards_of_any_history(data: st.DataObject) -> None:
+    """Tokens in any order, runs and shards that go; nothing is lost, and no more runs come to be than must."""
+    size = data.draw(st.sampled_from([1, 3, 4]))
+    table = ShardTable(40, size)
+    written: dict[int, dict[int, int]] = {1: {}, 2: {}}
+    """For each sequence: position -> slot."""
+    for _ in range(data.draw(st.integers(0, 25))):
+        seq = data.draw(st.sampled_from([1, 2]))
+        places = written[seq]
+        match data.draw(st.sampled_from(["append"] * 6 + ["free run", "free"])):
+            case "append":
+                start = data.draw(st.integers(0, 60))
+                end = start + data.draw(st.integers(1, 9))
+                missing = -(-(end - start) // size)
+                if (seq not in table or not table[seq].can_append(start, end)) and table.can_reserve(missing):
+                    table.reserve(seq, missing)
+                if seq not in table:
+                    continue
+                if any(p in places for p in range(start, end)):
+                    with pytest.raises(ValueError, match="can't join"):
+                        table[seq].append(start, end)
+                elif not table[seq].can_append(start, end):
+                    with pytest.raises(RuntimeError, match="don't fit"):
+                        table[seq].append(start, end)
+                else:
+                    places |= dict(zip(range(start, end), table[seq].append(start, end), strict=True))
+            case "free run" if seq in table and table[seq].runs:
+                gone = data.draw(st.sampled_from(table[seq].runs))
+                table.free_run(seq, gone.start)
+                for start, end in gone.ranges:
+                    for p in range(start, end):
+                        del places[p]
+            case "free" if seq in table:
+                table.free(seq)
+                places.clear()
+        table.validate()
+        for held in (written[s] for s in written if s in table):
+            assert len(set(held.values())) == len(held)
+        for s, held in written.items():
+            found: dict[int, int] = {}
+            for run in table[s].runs if s in table else ():
+                positions = [p for a, b in run.ranges for p in range(a, b)]
+                assert positions == sorted(positions)
+                assert (run.start, run.end) == (positions[0], positions[-1] + 1)
+                found |= {p: run.block_ids[i // size] * size + i % size for i, p in enumerate(positions)}
+            assert found == held
+
+
+@settings(deadline=None)
+@given(st.permutations(range(12)))
+def test_runs_are_as_few_as_can_be(order: list[int]) -> None:
+    """As many as the longest descent: each of its tokens needs one of its own (Dilworth)."""
+    shard = Shard(1)
+    shard.spare = list(range(12))
+    longest: list[int] = []
+    for i, position in enumerate(order):
+        shard.append(position, position + 1)
+        longest.append(1 + max((longest[j] for j in range(i) if order[j] > position), default=0))
+    assert len(shard.runs) == max(longest)
+
+
+def test_which_run_goes_on() -> None:
+    assert continued([], 5) is None
+    assert continued([6], 5) is None
+    assert continued([0], 0) == 0
+    assert continued([9, 3, 5, 4], 5) == 2
 
 
 def test_table_gives_everything_back() -> None:
@@ -90,6 +182,25 @@ def test_table_gives_everything_back() -> None:
     assert table.can_reserve(8)
     with pytest.raises(KeyError):
         table.free(1)
+
+
+def test_a_run_that_goes_leaves_the_others() -> None:
+    table = ShardTable(8, 4)
+    table.reserve(1, 5)
+    for start, end in [(20, 25), (3, 8), (25, 26)]:
+        table[1].append(start, end)
+    assert [run.block_ids for run in table[1].runs] == [[0, 1], [2, 3]]
+    table.free_run(1, 20)
+    table.validate()
+    assert [(run.start, run.end) for run in table[1].runs] == [(3, 8)]
+    assert table.pool.num_free == 5
+    with pytest.raises(KeyError, match="no run from position 20"):
+        table.free_run(1, 20)
+    table[1].append(20, 23)
+    assert len(table[1].runs) == 1
+    table[1].runs[0].num_tokens -= 1
+    with pytest.raises(RuntimeError, match="7 tokens in 2 blocks"):
+        table.validate()
 
 
 def test_storage_is_what_it_says() -> None:

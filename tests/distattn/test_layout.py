@@ -1,0 +1,110 @@
+"""Which rows read which tokens where, beside a list of everything: over runs in any order on several instances."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distattn.layout import HeldRun, Holding, Layout, Reading, Span, held_after, lay_out
+from kvstore.shard import ShardTable
+
+SIZE = 3
+
+
+class Cell:
+    """Shards of all ranks, and which token is in each slot."""
+
+    def __init__(self, block_size: int) -> None:
+        self.shards = [ShardTable(400, block_size) for _ in range(SIZE)]
+        self.tokens: list[dict[int, tuple[int, int]]] = [{} for _ in range(SIZE)]
+        """rank: slot -> (seq, position)"""
+        self.holdings: dict[int, list[Holding]] = {}
+
+    def write(self, span: Span) -> None:
+        shards = self.shards[span.rank]
+        shards.reserve(span.seq, -(-(span.stop - span.start) // shards.block_size))
+        slots = shards[span.seq].append(span.start, span.stop)
+        self.tokens[span.rank] |= {slot: (span.seq, p) for slot, p in zip(slots, range(span.start, span.stop), strict=True)}
+        self.holdings[span.seq] = held_after(self.holdings.get(span.seq, []), [span])
+
+    def read_by(self, rank: int, reading: Reading, row: int) -> list[tuple[int, int]]:
+        """The tokens that one row of a reading reads at a rank."""
+        size = self.shards[rank].block_size
+        slots = [reading.block_ids[i // size] * size + i % size for i in range(reading.kv_lens[row])]
+        return [self.tokens[rank][slot] for slot in slots]
+
+    def read(self, rank: int, readings: list[Reading], num_rows: int) -> list[Counter[tuple[int, int]]]:
+        read: list[Counter[tuple[int, int]]] = [Counter() for _ in range(num_rows)]
+        for reading in readings:
+            for row in range(reading.num_rows):
+                read[reading.first_row + row].update(self.read_by(rank, reading, row))
+        return read
+
+
+@st.composite
+def cells(draw: st.DrawFn) -> tuple[Cell, list[Span]]:
+    """Sequences whose past came in any order, and spans of the next rows: in gaps of that, or after it."""
+    cell = Cell(draw(st.sampled_from([1, 4])))
+    spans: list[Span] = []
+    for seq in range(draw(st.integers(1, 3))):
+        lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+        parts = [
+            Span(seq, draw(st.integers(0, SIZE - 1)), end - length, end) for length, end in zip(lengths, ends, strict=True)
+        ]
+        order = draw(st.permutations(parts))
+        count = draw(st.integers(0, len(parts)))
+        for span in order[:count]:
+            cell.write(span)
+        spans += sorted(order[count : count + 3], key=lambda span: span.start)
+    for span in spans:
+        cell.write(span)
+    return cell, draw(st.permutations(spans))
+
+
+@settings(deadline=None)
+@given(cells())
+def test_every_row_reads_all_that_it_may_once(made: tuple[Cell, list[Span]]) -> None:
+    cell, spans = made
+    layouts: list[Layout] = []
+    for rank, shards in enumerate(cell.shards):
+        shards.validate()
+        for seq, holdings in cell.holdings.items():
+            told = [run for holding in holdings if holding.rank == rank for run in holding.runs]
+            runs = shards[seq].runs if seq in shards else []
+            assert told == [HeldRun(run.start, run.end, run.num_tokens) for run in runs]
+        layouts.append(lay_out(spans, cell.holdings, shards, rank))
+    for rank, layout in enumerate(layouts):
+        got = cell.read(rank, layout.own, layout.num_rows)
+        at = 0
+        for peer, count in layout.dispatched.items():
+            sent = layout.dispatched_rows[at : at + count]
+            at += count
+            assert len(set(sent)) == count, "a row goes to a holder once"
+            others = layouts[peer]
+            assert others.received[rank] == count
+            first = sum(n for other, n in others.received.items() if other < rank)
+            served = cell.read(peer, others.others, others.num_received)
+            for row, read in zip(sent, served[first : first + count], strict=True):
+                got[row].update(read)
+        assert at == len(layout.dispatched_rows)
+        rows = [(span.seq, p) for span in spans if span.rank == rank for p in range(span.start, span.stop)]
+        held = [token for tokens in cell.tokens for token in tokens.values()]
+        for (seq, position), read in zip(rows, got, strict=True):
+            assert read == Counter((s, p) for s, p in held if s == seq and p <= position)
+
+
+def test_readings_of_the_same_rows_follow_each_other() -> None:
+    """Two runs whose positions lie between each other's, and one whose positions all come after the rows."""
+    cell = Cell(4)
+    for start, stop in [(20, 30), (4, 6), (10, 12), (0, 3), (6, 7)]:
+        cell.write(Span(1, 0, start, stop))
+    cell.write(Span(1, 1, 12, 14))
+    assert cell.holdings[1] == [
+        Holding(0, [HeldRun(20, 30, 10), HeldRun(4, 12, 4), HeldRun(0, 7, 4)]),
+        Holding(1, [HeldRun(12, 14, 2)]),
+    ]
+    spans = [Span(1, 1, 12, 14)]
+    others = lay_out(spans, cell.holdings, cell.shards[0], 0).others
+    assert [(r.first_row, r.num_rows, r.kv_lens) for r in others] == [(0, 2, (4, 4)), (0, 2, (4, 4))]
+    assert others[0].block_ids != others[1].block_ids
