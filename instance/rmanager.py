@@ -26,6 +26,13 @@ class RManager:
         self.shards.reserve(seq, blocks)
         return True
 
+    def reserve_next(self, seq: int) -> int | None:
+        """Make sure of room for a token behind all that is here of a sequence. How many blocks that took; None: it can't."""
+        shard = self.shard(seq)
+        if shard is not None and (shard.spare or shard.has_room):
+            return 0
+        return 1 if self.reserve(seq, 1) else None
+
     def grant(self, seq: int, position: int) -> bool:
         """Make room for a token of a sequence, with a new block if the last of the run that it continues is full."""
         if seq in self.shards and self.shards[seq].can_append(position, position + 1):

@@ -230,6 +230,12 @@ class Instance:
                     self._gmanager.send(wire.Granted(**kind, blocks=blocks, free_blocks=self._rmanager.free_blocks))
                 else:
                     self._gmanager.send(wire.NotGranted(**kind, free_blocks=self._rmanager.free_blocks))
+            case wire.ReserveNext(seq=seq):
+                kind, free = {"epoch": epoch.number, "seq": seq}, self._rmanager.free_blocks
+                if (added := self._rmanager.reserve_next(seq)) is not None:
+                    self._gmanager.send(wire.Granted(**kind, blocks=added, free_blocks=free - added))
+                else:
+                    self._gmanager.send(wire.NotGranted(**kind, free_blocks=free))
             case wire.Drop(seq=seq):
                 self._rmanager.drop(seq)
                 self._tell_of_freed()

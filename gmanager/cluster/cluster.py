@@ -371,8 +371,8 @@ class Cluster:
 
     def _on_running(self, sequences: Sequences, member: Member, message: m.Message) -> None:
         match message:
-            case m.Granted(seq=seq, free_blocks=free_blocks):
-                sequences.on_granted(member, seq, free_blocks)
+            case m.Granted() as granted:
+                sequences.on_granted(member, granted)
             case m.NotGranted(seq=seq, free_blocks=free_blocks):
                 sequences.on_not_granted(member, seq, free_blocks)
             case m.Outputs(outputs=outputs) if any(not 0 <= t < 2**32 for output in outputs for t in output.token_ids):

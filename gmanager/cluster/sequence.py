@@ -79,10 +79,12 @@ class Reservation:
 
     seq: int
     blocks: dict[int, int]
+    """rank -> most that it takes there; a move takes one, or none if there is room for a token."""
     request: Request
     placement: Placement | None
     """Of an admission; None for the move of a sequence's home."""
-    granted: dict[int, None] = field(default_factory=dict)
+    granted: dict[int, int] = field(default_factory=dict)
+    """rank -> how many were added there."""
 
     def validate(self, outstanding: Mapping[int, Mapping[int, int]]) -> None:
         """Raises RuntimeError if the views (rank -> seq -> blocks) don't know of it, or it should be over."""

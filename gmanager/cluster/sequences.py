@@ -29,10 +29,12 @@ from gmanager.wire.messages import (
     Cancel,
     Done,
     Drop,
+    Granted,
     MoveSequence,
     Outputs,
     Released,
     Reserve,
+    ReserveNext,
     Scored,
     SequenceOutput,
     SequenceParams,
@@ -117,19 +119,21 @@ class Sequences:
             is_news = True
         self._changed |= is_news
 
-    def on_granted(self, member: Member, seq: int, free_blocks: int) -> None:
-        blocks = member.outstanding.pop(seq, None)
-        if blocks is None:
+    def on_granted(self, member: Member, granted: Granted) -> None:
+        seq = granted.seq
+        asked = member.outstanding.pop(seq, None)
+        if asked is None:
             self.num_dropped += 1
             return
-        member.hear_free(free_blocks)
+        blocks = max(0, min(granted.blocks, asked))
+        member.hear_free(granted.free_blocks)
         reservation = self._reservation
         if reservation is None or reservation.seq != seq:
             # It was given up, and a Drop is on its way.
-            member.hear_free(free_blocks + blocks)
+            member.hear_free(granted.free_blocks + blocks)
             self._changed = True
             return
-        reservation.granted[member.rank] = None
+        reservation.granted[member.rank] = blocks
         if len(reservation.granted) == len(reservation.blocks):
             self._reservation = None
             self._changed = True
@@ -306,7 +310,10 @@ class Sequences:
         for rank, blocks in reservation.blocks.items():
             member = self._cell.members[rank]
             member.outstanding[reservation.seq] = blocks
-            self._emit(Send(member.peer, Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=blocks)))
+            if reservation.placement is None:
+                self._emit(Send(member.peer, ReserveNext(epoch=self._cell.epoch, seq=reservation.seq)))
+            else:
+                self._emit(Send(member.peer, Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=blocks)))
 
     def _give_up_reservation(self) -> None:
         """Give back what was granted, and what will be: a Drop that follows a Reserve undoes it."""
@@ -317,14 +324,14 @@ class Sequences:
         sequence = self._sequences.get(reservation.seq) if reservation.placement is None else None
         if sequence is not None:
             self._rest(sequence)
-        for rank, blocks in reservation.blocks.items():
+        for rank in reservation.blocks:
             member = self._cell.members[rank]
             asked = reservation.seq in member.outstanding
             # On a participant a Drop would take the blocks that its share needs: it gets one once all is released.
             if (asked or rank in reservation.granted) and not (sequence and rank in sequence.participants):
                 self._emit(Send(member.peer, Drop(epoch=self._cell.epoch, seq=reservation.seq)))
                 if not asked:
-                    member.hear_free(member.free_blocks + blocks)
+                    member.hear_free(member.free_blocks + reservation.granted[rank])
 
     def _admit(self, reservation: Reservation, placement: Placement) -> None:
         request = reservation.request

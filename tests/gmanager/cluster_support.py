@@ -82,11 +82,12 @@ class Driver:
         """Let instances grant each Reserve among the actions; returns what that brings about."""
         news: list[Action] = []
         for action in actions:
-            if isinstance(action, Send) and isinstance(action.message, m.Reserve):
+            if isinstance(action, Send) and isinstance(action.message, m.Reserve | m.ReserveNext):
                 asked = action.message
-                self.free[action.peer] -= asked.blocks
+                blocks = asked.blocks if isinstance(asked, m.Reserve) else 1
+                self.free[action.peer] -= blocks
                 left = self.free[action.peer]
-                granted = m.Granted(epoch=asked.epoch, seq=asked.seq, blocks=asked.blocks, free_blocks=left)
+                granted = m.Granted(epoch=asked.epoch, seq=asked.seq, blocks=blocks, free_blocks=left)
                 news += self.say(action.peer, granted)
         return news
 
@@ -163,6 +164,10 @@ def granted(seq: int, blocks: int, free: int) -> m.Granted:
 
 def reserve(rank: int, seq: int, blocks: int) -> Send:
     return Send(peer(rank), m.Reserve(epoch=1, seq=seq, blocks=blocks))
+
+
+def reserve_next(rank: int, seq: int) -> Send:
+    return Send(peer(rank), m.ReserveNext(epoch=1, seq=seq))
 
 
 def drop(rank: int, seq: int) -> Send:

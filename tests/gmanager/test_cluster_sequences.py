@@ -31,6 +31,7 @@ from tests.gmanager.cluster_support import (
     regroup,
     request_stats,
     reserve,
+    reserve_next,
     running,
     serving,
     submit,
@@ -105,7 +106,7 @@ def test_move_home() -> None:
     driver = serving(8, 8)
     running(driver, "r", generated=1)
     assert move_home(driver, 1, 0) == [done(1)]  # it is there
-    assert move_home(driver, 2, 1) == [reserve(1, 1, 1)]
+    assert move_home(driver, 2, 1) == [reserve_next(1, 1)]
     assert request_stats(driver, "r").state == "moving"
     assert move_home(driver, 3, 0) == [call_failed(3, "request 'r' is being moved to instance 1")]
     assert driver.say(peer(1), granted(1, 1, 7)) == [*regroup(1, [0, 1]), move(0, 1, 1)]
@@ -122,7 +123,7 @@ def test_home_moves_that_can_not_be() -> None:
     running(driver, "r")
     for to in (2, -1, 2**40):
         assert move_home(driver, 1, to) == [call_failed(1, f"there is no instance {to}; cell 'main' has 0 to 1")]
-    assert move_home(driver, 2, 1) == [reserve(1, 1, 1)]
+    assert move_home(driver, 2, 1) == [reserve_next(1, 1)]
     no = m.NotGranted(epoch=1, seq=1, free_blocks=0)
     assert driver.say(peer(1), no) == [call_failed(2, "instance 1 has no room: 1 block asked, 0 free")]
     assert request_stats(driver, "r").state == "prefill"
@@ -187,7 +188,7 @@ def test_a_home_without_room_moves() -> None:
     driver = serving(4, 4)
     running(driver, "r", generated=8)
     need = m.NeedBlock(epoch=1, seq=1)
-    assert driver.say(peer(0), need) == [reserve(1, 1, 1)]
+    assert driver.say(peer(0), need) == [reserve_next(1, 1)]
     assert driver.say(peer(0), need) == []
     assert driver.say(peer(1), granted(1, 1, 3)) == [*regroup(1, [0, 1]), move(0, 1, 1)]
     assert driver.say(peer(1), m.HomeMoved(epoch=1, seq=1, home=1)) == []
@@ -202,8 +203,8 @@ def test_a_refused_home_move_tries_another() -> None:
     assert driver.free[peer(1)] == 2
     running(driver, "r", 12)
     assert driver.free[peer(2)] == 2
-    assert driver.say(peer(2), m.NeedBlock(epoch=1, seq=2)) == [reserve(0, 2, 1)]
-    assert driver.say(peer(0), m.NotGranted(epoch=1, seq=2, free_blocks=0)) == [reserve(1, 2, 1)]
+    assert driver.say(peer(2), m.NeedBlock(epoch=1, seq=2)) == [reserve_next(0, 2)]
+    assert driver.say(peer(0), m.NotGranted(epoch=1, seq=2, free_blocks=0)) == [reserve_next(1, 2)]
 
 
 def test_preemption_when_no_instance_has_room() -> None:
@@ -214,7 +215,7 @@ def test_preemption_when_no_instance_has_room() -> None:
     assert driver.say(peer(0), m.NeedBlock(epoch=1, seq=1)) == [cancel(1, 2)]
     assert request_stats(driver, "young").state == "preempted"
     assert driver.say(peer(1), outputs(2, 2, [9])) == [deliver(2, "young", 2, [9])]  # it was under way
-    assert driver.say(peer(1), beat(4, {2: 0})) == [pong(1), reserve(1, 1, 1)]
+    assert driver.say(peer(1), beat(4, {2: 0})) == [pong(1), reserve_next(1, 1)]
     assert driver.say(peer(1), m.Released(epoch=1, seq=2, generated=3)) == []
     assert driver.say(peer(1), granted(1, 1, 3)) == [*regroup(1, [0, 1]), move(0, 1, 1)]
     assert driver.say(peer(1), m.HomeMoved(epoch=1, seq=1, home=1)) == [], "it must not take back what it gave"
@@ -247,7 +248,7 @@ def test_nobody_is_preempted_while_blocks_are_about_to_be_free() -> None:
         running(driver, f"r{rank}", generated=tokens)
     driver.say(CLIENT, m.Abort(call=1, request_id="r2"))
     assert driver.say(peer(0), m.NeedBlock(epoch=1, seq=1)) == []
-    assert driver.say(peer(2), beat(4, {3: 0})) == [pong(2), reserve(2, 1, 1)]
+    assert driver.say(peer(2), beat(4, {3: 0})) == [pong(2), reserve_next(2, 1)]
 
 
 @pytest.mark.parametrize("left", [1, 0])
@@ -255,7 +256,7 @@ def test_the_only_one_takes_the_last_block_before_it_starts_anew(left: int) -> N
     driver = serving(4, 4)
     running(driver, "r", generated=3)
     assert driver.say(peer(1), beat(left)) == [pong(1)]
-    assert driver.say(peer(0), m.NeedBlock(epoch=1, seq=1)) == [reserve(1, 1, 1) if left else cancel(0, 1)]
+    assert driver.say(peer(0), m.NeedBlock(epoch=1, seq=1)) == [reserve_next(1, 1) if left else cancel(0, 1)]
 
 
 # --- ends

@@ -109,7 +109,7 @@ class World:
             case Send(peer=peer, message=message):
                 if peer in self.by_peer:
                     self.by_peer[peer].from_cluster.append(message)
-                    self.reserves += isinstance(message, m.Reserve)
+                    self.reserves += isinstance(message, m.Reserve | m.ReserveNext)
             case Deliver():
                 if action.peer in self.clients:
                     self.take(action)
@@ -162,6 +162,14 @@ class World:
             case m.Reserve(seq=seq, blocks=count):
                 granted = count <= instance.free and self.random.random() > 0.05
                 if granted:
+                    instance.pool[seq] = instance.pool.get(seq, 0) + count
+                    say(m.Granted(epoch=self.epoch, seq=seq, blocks=count, free_blocks=instance.free))
+                else:
+                    say(m.NotGranted(epoch=self.epoch, seq=seq, free_blocks=instance.free))
+            case m.ReserveNext(seq=seq):
+                held = self.running[seq].held.get(instance.rank, 0) if seq in self.running else 0
+                count = 0 if held < instance.pool.get(seq, 0) * BLOCK else 1
+                if count <= instance.free and self.random.random() > 0.05:
                     instance.pool[seq] = instance.pool.get(seq, 0) + count
                     say(m.Granted(epoch=self.epoch, seq=seq, blocks=count, free_blocks=instance.free))
                 else:

@@ -200,7 +200,7 @@ class FakeCell:
 
     def move(self, seq: int, to: int) -> None:
         """As the gManager: reserve at the target, then tell the home it knows of."""
-        if seq not in self.released and to != self.home[seq] and self.instances[to].rmanager.reserve(seq, 1):
+        if seq not in self.released and to != self.home[seq] and self.instances[to].rmanager.reserve_next(seq) is not None:
             self.instances[self.home[seq]].scheduler.move(seq, to)
 
     def cancel(self, seq: int) -> None:
@@ -311,6 +311,24 @@ def test_a_home_moves_in_the_middle_of_a_block_and_skips_one_step() -> None:
     assert rows[:2] == [[0, 0], [0, 1]]
     assert cell.moves == 1
     assert [cell.outputs[1][i] for i in range(8)] == [token_at(1, 6 + i) for i in range(8)]
+    cell.check_empty()
+
+
+def test_moves_to_and_fro_take_one_block_on_each_instance() -> None:
+    """A client can ask for as many as it likes: each took a block, used or not."""
+    cell = FakeCell(2, blocks=8, block_size=4, chunk_tokens=64)
+    assert cell.admit(1, [Share(rank=0, tokens=6)], 30, [])
+    for _ in range(3):
+        cell.round()
+    for _ in range(10):
+        cell.move(1, 1 - cell.home[1])
+        for _ in range(3):
+            cell.round()
+    assert cell.moves == 10
+    tokens = 6 + len(cell.outputs[1])
+    held = 16 - sum(instance.rmanager.free_blocks for instance in cell.instances)
+    assert held <= -(-tokens // 4) + 2
+    cell.drain()
     cell.check_empty()
 
 

@@ -88,7 +88,7 @@ class Beat(Message):
 
 
 class Granted(Message):
-    """`blocks` more blocks are this sequence's. Answer to Reserve."""
+    """`blocks` more blocks are this sequence's. Answer to Reserve and ReserveNext."""
 
     epoch: int
     seq: int
@@ -204,6 +204,13 @@ class Reserve(Message):
     blocks: int
 
 
+class ReserveNext(Message):
+    """Make sure that there is room for one more token of a sequence, with a block if there is none. Answered as Reserve."""
+
+    epoch: int
+    seq: int
+
+
 class Drop(Message):
     """Give back what was reserved for a sequence that has no KV here. Nothing happens if it has."""
 
@@ -299,5 +306,17 @@ FromInstance = (
     | Released
 )
 ToInstance = (
-    Registered | Refused | OpenStore | JoinEpoch | EndEpoch | Reserve | Drop | Admit | Regroup | MoveSequence | Cancel | Pong
+    Registered
+    | Refused
+    | OpenStore
+    | JoinEpoch
+    | EndEpoch
+    | Reserve
+    | ReserveNext
+    | Drop
+    | Admit
+    | Regroup
+    | MoveSequence
+    | Cancel
+    | Pong
 )
