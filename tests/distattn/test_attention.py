@@ -151,7 +151,7 @@ class Rank:
         return self.attention.run(0, q, k, v).clone()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scenes())
 def test_any_layout_equals_dense_attention(cell: Cell, scene: tuple[int, list[Sequence]]) -> None:
     block_size, sequences = scene

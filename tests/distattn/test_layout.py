@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distattn.layout import HeldRun, Holding, Layout, Reading, Span, held_after, lay_out
@@ -62,7 +62,6 @@ def cells(draw: st.DrawFn) -> tuple[Cell, list[Span]]:
     return cell, draw(st.permutations(spans))
 
 
-@settings(deadline=None)
 @given(cells())
 def test_every_row_reads_all_that_it_may_once(made: tuple[Cell, list[Span]]) -> None:
     cell, spans = made

@@ -125,7 +125,7 @@ def instances(kind: Any) -> st.SearchStrategy[Any]:
 def test_round_trip(union: str, kind: Any) -> None:
     decoder: Decoder[Any] = Decoder(UNIONS[union])
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
     @given(instances(kind))
     def check(message: Any) -> None:
         back = decoder.decode(encode(message))
@@ -165,14 +165,14 @@ def refused(frame: bytes, using: Decoder[Any] = decoder) -> str:
     return caught.value.reason
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_random_bytes(data: bytes) -> None:
     for union in UNIONS.values():
         refused(data, Decoder(union))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(submits, st.data())
 def test_mutated_frames(message: Any, data: st.DataObject) -> None:
     frame = bytearray(encode(message))

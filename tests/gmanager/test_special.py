@@ -115,7 +115,7 @@ def harmless(text: str) -> str:
     return "".join(char if char.isspace() else "q" for char in text)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(templates(), st.lists(user_texts, min_size=1, max_size=4))
 def test_special_tokens_are_those_of_harmless_texts(source: str, contents: list[str]) -> None:
     ids = ids_of(source, said(*contents))
@@ -126,7 +126,7 @@ def test_special_tokens_are_those_of_harmless_texts(source: str, contents: list[
         assert ids == trusted
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([CHATML, LLAMA, PREFIXED, BARE]), st.lists(st.text(max_size=20) | user_texts, min_size=1, max_size=4))
 def test_ids_are_those_of_transformers_where_no_token_is_a_users(source: str, contents: list[str]) -> None:
     text = theirs(source)(said(*contents))
@@ -245,7 +245,7 @@ def test_text_is_cut_as_if_no_special_token_were_another() -> None:
 endings = st.lists(st.sampled_from(["e", "end", "<|end|>", "|>", " ", "\n", "a", "\t", "é", "."]), max_size=5).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([CHATML, LLAMA, PREFIXED, BARE]), endings, endings)
 def test_a_last_message_goes_on_where_it_does_with_transformers(source: str, first: str, last: str) -> None:
     messages = [*said(first), *said(last, role="assistant")]

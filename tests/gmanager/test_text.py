@@ -118,7 +118,7 @@ cuts = st.lists(st.integers(0, 80), max_size=20)
 texts = st.text(max_size=30) | st.lists(st.sampled_from([*"😀東é👩‍👧 a", "stop", "<|end|>"]), max_size=20).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(any_ids, cuts)
 def test_any_ids_in_any_pieces(ids: list[int], where: list[int]) -> None:
     """Half characters, bytes that are no UTF-8, special, unknown ids and all."""
@@ -129,14 +129,14 @@ def test_any_ids_in_any_pieces(ids: list[int], where: list[int]) -> None:
     assert whole == BACKEND.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(texts, cuts)
 def test_text_in_any_pieces(text: str, where: list[int]) -> None:
     ids = _uncut(text)
     assert joined(TOKENIZER, pieces(ids, where))[0] == TOKENIZER.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=30), cuts)
 def test_byte_fallback_text_in_any_pieces(text: str, where: list[int]) -> None:
     ids = FALLBACK_BACKEND.encode(text, add_special_tokens=False).ids
@@ -144,7 +144,7 @@ def test_byte_fallback_text_in_any_pieces(text: str, where: list[int]) -> None:
     assert FALLBACK.decode(ids) == FALLBACK_BACKEND.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(texts)
 def test_half_characters_are_held_back(text: str) -> None:
     """Token by token, each delta is a piece of the text: no replacement character appears in between."""
@@ -158,7 +158,7 @@ def test_half_characters_are_held_back(text: str) -> None:
     assert shown == whole
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.text("abc😀", max_size=40),
     st.lists(st.text("abc😀", min_size=1, max_size=4), min_size=1, max_size=3),
@@ -179,7 +179,7 @@ def test_stop_strings(text: str, stops: list[str], where: list[int]) -> None:
     assert len(TOKENIZER.decode(ids[: tokens - 1]).rstrip("\ufffd")) < ends[0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("abc😀", max_size=40), st.text("abc😀", min_size=1, max_size=3), st.integers(0, 30), st.booleans(), cuts)
 def test_stop_strings_that_stay_and_those_that_come_too_early(
     text: str, stop: str, least: int, stays: bool, where: list[int]

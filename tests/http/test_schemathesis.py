@@ -51,7 +51,7 @@ def attack_one(operation: APIOperation[Any, Any, Any, Any], url: str, examples: 
     modes = [operation.as_strategy(generation_mode=mode) for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)]
     statuses: set[int] = set()
 
-    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(case=st.one_of(modes))
     def ask(case: Case) -> None:
         response = case.call(base_url=url)

@@ -151,7 +151,7 @@ texts = st.lists(st.sampled_from(BITS) | st.text(max_size=3), max_size=14).map("
 cuts = st.lists(st.integers(0, 200), max_size=12)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.sampled_from(FORMATS), texts, cuts, st.sampled_from([None, "f"]))
 def test_any_pieces(form: Format, text: str, where: list[int], function: str | None) -> None:
     function = function if form == "json" else None
@@ -193,7 +193,7 @@ def written(form: Format, calls: list[tuple[str, dict[str, Any]]]) -> str:
     return ("[TOOL_CALLS]" if form == "mistral" else "") + "[" + ", ".join(made) + "]"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(FORMATS), some_calls, cuts)
 def test_calls_come_back(form: Format, calls: list[tuple[str, dict[str, Any]]], where: list[int]) -> None:
     content, found = collect(events_of(form, cut(written(form, calls), where)))
@@ -270,7 +270,7 @@ def test_thoughts(text: str, opened: bool, reasoning: str, content: str) -> None
 think_texts = st.lists(st.sampled_from([OPEN, CLOSE, "<", "</", "think>", " ", "\n", "a"]), max_size=8).map("".join)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800)
 @given(think_texts, cuts, st.booleans())
 def test_thoughts_in_any_pieces(text: str, where: list[int], opened: bool) -> None:
     reasoning, content = split([text], opened=opened)

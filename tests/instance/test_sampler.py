@@ -30,7 +30,7 @@ def sample(logits_SV: torch.Tensor, params: Sequence[SequenceParams], positions:
     return sampler.sample(logits_SV, rows)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**20), st.floats(0, 2), st.integers(1, 40))
 def test_what_runs_beside_a_row_changes_nothing(seed: int, position: int, temperature: float, others: int) -> None:
     random = torch.Generator().manual_seed(others)
@@ -150,7 +150,7 @@ asked = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(asked, min_size=1, max_size=5), st.integers(0, 2**30), st.sampled_from(["stays", "moves", "is preempted"]))
 def test_adjusted_as_transformers_does_wherever_it_goes_on(several: list[SequenceParams], seed: int, fate: str) -> None:
     """Many steps of several sequences on two instances with few slots; logits of few likely tokens, so that words recur."""

@@ -219,7 +219,7 @@ class FakeCell:
             instance.scheduler.validate()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_lives_of_sequences(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 3))

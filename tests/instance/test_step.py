@@ -4,7 +4,7 @@ import itertools
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distattn.layout import HeldRun, Holding, Span
@@ -204,7 +204,6 @@ def test_a_step_has_rows_of_so_many_prompts_at_most() -> None:
     assert 0 in step.sampled, "of those with the same slack the oldest goes first"
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_prompts_wait_is_bounded_whatever_comes(data: st.DataObject) -> None:
     """When it has waited for STRETCH times its own steps, none that comes goes before it; and the first is promised half."""

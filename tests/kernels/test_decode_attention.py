@@ -79,7 +79,7 @@ def config(block_n: int = 32, *, use_tma: bool = False) -> DecodeConfig:
     return DecodeConfig(block_n=block_n, num_warps=4, num_stages=2, programs_per_processor=2, use_tma=use_tma)
 
 
-@settings(max_examples=60 if ON_GPU else 12, deadline=None)
+@settings(max_examples=60 if ON_GPU else 12)
 @given(
     st.lists(st.integers(0, 400 if ON_GPU else 150), min_size=1, max_size=6),
     st.sampled_from([1, 16, 32, 64]),
@@ -96,7 +96,7 @@ def test_any_rows_over_any_number_of_programs(
         check(lens, block_size=block_size, heads=heads, config=one_each, padding=padding, seed=seed)
 
 
-@settings(max_examples=60 if ON_GPU else 12, deadline=None)
+@settings(max_examples=60 if ON_GPU else 12)
 @given(
     st.lists(st.lists(st.integers(0, 400 if ON_GPU else 100), min_size=1, max_size=4), min_size=1, max_size=4),
     st.sampled_from([1, 16, 32]),

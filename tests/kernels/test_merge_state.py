@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["torch", "triton"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     backend=st.sampled_from(BACKENDS),
     rows_cuts=st.lists(st.lists(st.integers(0, 40), max_size=4), min_size=1, max_size=6),

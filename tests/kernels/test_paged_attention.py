@@ -165,7 +165,7 @@ def cases(
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     cases(24, 150, [(4, 2), (9, 3), (8, 8), (32, 8)], [16, 20, 64], 4),
     st.sampled_from([1, 3000, 1 << 20]),
@@ -176,14 +176,14 @@ def test_torch_backend_is_dense_attention(case: Case, view_bytes: int, gather_by
         check(case, "torch")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases(12, 80, [(4, 2), (9, 3)], [16], 3))
 def test_plain_twin_is_dense_attention(case: Case) -> None:
     with mock.patch.object(paged_attention_torch, "_attend_fused", paged_attention_torch._attend_plain):
         check(case, "torch")
 
 
-@settings(max_examples=100 if ON_GPU else 12, deadline=None)
+@settings(max_examples=100 if ON_GPU else 12)
 @given(
     cases(70, 700, [(4, 2), (9, 3), (8, 8), (32, 8)], [16, 64], 4)
     if ON_GPU

@@ -53,7 +53,7 @@ def kv_lens(num_rows: int, first: int, is_causal: bool) -> tuple[int, ...]:
     return tuple(range(first, first + num_rows)) if is_causal else (first,) * num_rows
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     num_rows=st.integers(1, 90),
     first_len=st.integers(1, 300),
@@ -199,7 +199,7 @@ def check(
         assert bool(out_THD.isnan().all()) and bool(lse_TH.isnan().all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_rows=st.integers(1, 45),
     first_len=st.integers(1, 120),
@@ -229,7 +229,7 @@ def test_tiles_and_rest_are_dense_attention(
     check(tiles, Segment(3, num_rows, ids, lens), num_rows + 5, seed=rng.randrange(2**31))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     num_rows=st.integers(1, 45),
     first_lens=st.lists(st.integers(1, 120), min_size=2, max_size=3),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.pool import BlockPool
@@ -10,7 +10,6 @@ from kvstore.shard import Run, Shard, ShardTable, continued
 from kvstore.storage import KVStorage
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60))
 def test_pool_never_loses_or_doubles_a_block(num_blocks: int, history: list[tuple[bool, int]]) -> None:
     pool = BlockPool(num_blocks)
@@ -57,7 +56,6 @@ def runs(draw: st.DrawFn) -> tuple[Run, list[int]]:
     return run, positions
 
 
-@settings(deadline=None)
 @given(runs(), st.integers(0, 80), st.integers(0, 30))
 def test_visible_tokens_are_a_prefix(made: tuple[Run, list[int]], start: int, length: int) -> None:
     run, positions = made
@@ -97,7 +95,6 @@ def test_what_comes_out_of_order_is_a_run_of_its_own() -> None:
         shard.append(7, 8)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_shards_of_any_history(data: st.DataObject) -> None:
     """Tokens in any order, runs and shards that go; nothing is lost, and no more runs come to be than must."""
@@ -147,7 +144,6 @@ def test_shards_of_any_history(data: st.DataObject) -> None:
             assert found == held
 
 
-@settings(deadline=None)
 @given(st.permutations(range(12)))
 def test_runs_are_as_few_as_can_be(order: list[int]) -> None:
     """As many as the longest descent: each of its tokens needs one of its own (Dilworth)."""
