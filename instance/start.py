@@ -171,6 +171,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
         fingerprint=model.fingerprint(),
         tokenizer=hashlib.sha256(repr(loaded.assets).encode()).hexdigest(),
         dtype=str(model.shape.dtype).removeprefix("torch."),
+        layers="as transformers has them" if model.fused is None else "fused",
         block_size=config.block_size,
         vocab_size=model.vocab_size,
         max_context=model.max_context,

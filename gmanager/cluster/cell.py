@@ -45,7 +45,7 @@ LINK_GRACE_S = 1.0
 
 Phase = Literal["registering", "opening", "joining", "ready"]
 
-_SAME = ("dtype", "fingerprint", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
+_SAME = ("dtype", "fingerprint", "layers", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
 
@@ -132,7 +132,7 @@ class Cell:
         for field_name in _SAME:
             own, theirs = getattr(register.spec, field_name), getattr(self.spec, field_name)
             if own != theirs:
-                what = field_name.replace("_", " ")
+                what = "way to run layers" if field_name == "layers" else field_name.replace("_", " ")
                 if field_name == "fingerprint":
                     what = "model"
                     own, theirs = (f"{spec.model[:40]} ({spec.fingerprint[:12]})" for spec in (register.spec, self.spec))

@@ -26,6 +26,7 @@ def register(
         "fingerprint": "f00d",
         "tokenizer": "beef",
         "dtype": "float32",
+        "layers": "fused",
         "block_size": block_size,
         "vocab_size": 5000,
         "max_context": 1000,

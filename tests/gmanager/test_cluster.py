@@ -128,6 +128,7 @@ def test_ranks(registrations: list[tuple[str, int]], ranks: list[int]) -> None:
         ({"tokenizer": "cafe"}, "its tokenizer is cafe, that of cell 'main' is beef"),
         ({"dtype": "float16"}, "its dtype is float16, that of cell 'main' is float32"),
         ({"block_size": 16}, "its block size is 16, that of cell 'main' is 4"),
+        ({"layers": "as they are"}, "its way to run layers is as they are, that of cell 'main' is fused"),
         ({"chunk_tokens": 7}, "its chunk tokens is 7, that of cell 'main' is 64"),
         ({"vocab_size": 5001}, "its vocab size is 5001, that of cell 'main' is 5000"),
         ({"max_context": 10}, "its max context is 10, that of cell 'main' is 1000"),

@@ -19,6 +19,8 @@ class InstanceSpec(Part):
     tokenizer: str
     """SHA-256 of the text assets."""
     dtype: str
+    layers: str
+    """How they run, fused or as they are: rounding differs."""
     block_size: int
     vocab_size: int
     max_context: int
