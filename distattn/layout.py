@@ -55,6 +55,12 @@ class Holding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 def held_after(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holding]:
     """Holdings after the spans have written their KV, by rank. Each instance's `Shard.append` comes to the same."""
+    if len(spans) == 1:  # a row that decodes; there may be thousands of them in a step
+        (span,) = spans
+        for i, holding in enumerate(holdings):
+            if holding.rank == span.rank and len(holding.runs) == 1 and (run := holding.runs[0]).end <= span.start:
+                grown = HeldRun(run.start, span.stop, run.tokens + span.stop - span.start)
+                return [*holdings[:i], Holding(span.rank, [grown]), *holdings[i + 1 :]]
     after = {holding.rank: holding for holding in holdings}
     for span in spans:
         held = after.get(span.rank)

@@ -139,7 +139,7 @@ class LaneLoop:
         self.notice_ns += time.perf_counter_ns() - asked_ns
         if notices is None:
             return None
-        step = derive(notices)
+        step = derive(notices, scheduler.known(self.lane))
         plan = scheduler.accept(self.lane, step)
         launched = self.runner.launch(plan, self._processors(self.lane, notices, plan))
         party.advance(step.digest(), rest=step.is_empty())

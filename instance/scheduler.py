@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distattn.layout import HeldRun, Layout, Span, lay_out
+from distattn.layout import HeldRun, Holding, Layout, Span, lay_out
 from gmanager.wire.messages import (
     Admit,
     HomeMoved,
@@ -133,6 +133,8 @@ class _Steps:
     """Of each accepted step that is not committed."""
     prompts: list[int] = field(default_factory=list)
     """Sequences whose prompts the last notice proposed."""
+    known: dict[int, list[Holding]] = field(default_factory=dict)
+    """In the decode lane: what the present party's last step with a row of a sequence left held of it."""
 
 
 @dataclass(slots=True)
@@ -234,6 +236,8 @@ class Scheduler:
 
         May be asked again for the same step.
         """
+        if step == 0:
+            self._steps[lane].known.clear()  # not all members of a new party know it
         decodes: list[Decode] = []
         prefills: list[Prefill] = []
         released: list[int] = []
@@ -261,7 +265,8 @@ class Scheduler:
             elif home.move_to is not None:
                 handoffs.append(_handoff(home, home.move_to))
             elif len(decodes) < MAX_DECODE_ROWS and self._grant(home):
-                decodes.append(Decode(seq=home.seq, position=home.position, holdings=home.holdings))
+                is_known = self._steps[lane].known.get(home.seq) == home.holdings
+                decodes.append(Decode(seq=home.seq, position=home.position, holdings=None if is_known else home.holdings))
         self._steps[lane].prompts = [prefill.seq for prefill in prefills]
         return Notice(
             epoch=self.epoch,
@@ -285,6 +290,10 @@ class Scheduler:
             groupings=groupings,
         )
 
+    def known(self, lane: Lane) -> Mapping[int, list[Holding]]:
+        """What needs no saying in the lane's next step: for `derive`."""
+        return self._steps[lane].known
+
     def accept(self, lane: Lane, step: Step) -> StepPlan:
         """Take the lane's next derived step as decided: move all counts on, and say what to run.
 
@@ -304,8 +313,11 @@ class Scheduler:
             if seq in self._homes:
                 self._homes[seq].cancelled = True
         ended = _Ended(seqs=step.released)
+        if lane == "decode":
+            steps.known |= step.holdings
         for seq in step.released:
             self._guests.pop(seq, None)
+            steps.known.pop(seq, None)
             for other in self._steps.values():
                 other.cancels.pop(seq, None)
             if (home := self._homes.pop(seq, None)) is not None:

@@ -35,12 +35,13 @@ class StepMismatch(Exception):
     """Members of one party derived different steps, or speak of different ones: nothing they compute can be trusted."""
 
 
-class Decode(Part):
+class Decode(Part, array_like=True):
     """One row of a sequence at its home: the token at `position`, which is attended to all before it."""
 
     seq: int
     position: int
-    holdings: list[Holding]
+    holdings: list[Holding] | None = None
+    """Who holds what before this row; None: what they held after its last one, which all members of the party know."""
 
 
 class Prefill(Part):
@@ -155,11 +156,15 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         return not any(getattr(self, field) for field in self.__struct_fields__)
 
 
-def derive(notices: Sequence[Notice]) -> Step:
+def derive(notices: Sequence[Notice], known: Mapping[int, list[Holding]] | None = None) -> Step:
     """The step that the notices of all members of a party ask for.
+
+    `known`: what former steps of this party left held of sequences that decode, the same on all members: notices don't repeat
+    it (`Scheduler.known`).
 
     Raises StepMismatch if they are not of one party and step, or if the steps before differed.
     """
+    known = {} if known is None else known
     notices = sorted(notices, key=lambda notice: notice.rank)
     _check_same(notices)
     released = sorted({seq for notice in notices for seq in notice.released})
@@ -172,7 +177,10 @@ def derive(notices: Sequence[Notice]) -> Step:
             span = Span(row.seq, notice.rank, row.position, row.position + 1)
             spans.append(span)
             sampled.append(row.seq)
-            holdings[row.seq] = held_after(row.holdings, [span])
+            before = known.get(row.seq) if row.holdings is None else row.holdings
+            if before is None:
+                raise StepMismatch(f"rank {notice.rank} doesn't say who holds what of sequence {row.seq}, and nobody did")
+            holdings[row.seq] = held_after(before, [span])
     for prefill, chunk in _chunks(notices):
         spans += chunk
         holdings[prefill.seq] = held_after(prefill.holdings, chunk)

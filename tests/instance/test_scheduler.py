@@ -146,7 +146,10 @@ class FakeCell:
             for i in self.instances
         ]
         meanwhile()
-        party.derived = derive(notices)
+        for instance in self.instances:
+            derived = derive(notices, instance.scheduler.known(lane))
+            assert derived == (party.derived if instance.rank else derived), "all know the same"
+            party.derived = derived
         party.digest = party.derived.digest()
         party.step += 1
         party.waiting = list(self.instances)
@@ -216,6 +219,7 @@ class FakeCell:
     def check_empty(self) -> None:
         for instance in self.instances:
             assert instance.rmanager.free_blocks == instance.rmanager.shards.pool.num_blocks
+            assert not instance.scheduler.known("decode")
             instance.scheduler.validate()
 
 

@@ -119,6 +119,15 @@ def test_a_short_prompt_gets_through_beside_a_long_one() -> None:
     assert step.sampled == [3]
 
 
+def test_holdings_that_all_know_are_not_repeated() -> None:
+    held = [Holding(0, [HeldRun(0, 5, 5)])]
+    row = Decode(seq=1, position=5)
+    said = derive([notice(0, lane="decode", decodes=[Decode(seq=1, position=5, holdings=held)])])
+    assert derive([notice(0, lane="decode", decodes=[row])], {1: held}) == said
+    with pytest.raises(StepMismatch, match="rank 0 doesn't say who holds what of sequence 1, and nobody did"):
+        derive([notice(0, lane="decode", decodes=[row])])
+
+
 def test_a_chunk_waits_for_all_participants() -> None:
     prefill = Prefill(
         seq=1, arrival=1, start=0, end=20, shares=[Share(rank=0, tokens=10), Share(rank=1, tokens=10)], holdings=[]
