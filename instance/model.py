@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
-from instance.checkpoint import has_tokenizer
+from instance.checkpoint import has_tokenizer, load_whole
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
 
 ATTENTION = "distattn"
@@ -264,16 +264,16 @@ class Model:
 def load_model(path: Path, dtype: torch.dtype | None, device: torch.device, max_context: int | None = None) -> Model:
     """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own.
 
-    Raises UnsupportedModel, or OSError if the directory lacks a file.
+    Raises UnsupportedModel, CheckpointError if it lacks a weight, or OSError if it lacks a file.
     """
     with _refusing_old_style(str(path)):
-        module = AutoModelForCausalLM.from_pretrained(
+        module = load_whole(
             path,
+            str(path),
             dtype=dtype or "auto",
             use_safetensors=True,
             attn_implementation=_register(),
             local_files_only=True,
-            trust_remote_code=False,
         )
     module.to(device)  # type: ignore[arg-type]
     module.train(False)
