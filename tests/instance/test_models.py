@@ -1,6 +1,7 @@
 """Which architectures of transformers are served exactly, and why others aren't: docs/models.md is this table."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,32 @@ def test_another_answer_is_refused_with_the_figures(dtype: torch.dtype) -> None:
     module.model.layers[1].self_attn.scaling *= 3
     with pytest.raises(UnsupportedModel, match=r"differ from those of transformers' own attention by \d.* explains"):
         refuse_inexact(model, "llama", block_size=BLOCK, backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "wrong_rows", "is_served"),
+    [
+        ("llama", torch.float32, 1, False),
+        ("llama", torch.bfloat16, 1, False),
+        ("mixtral", torch.float32, 1, False),
+        ("mixtral", torch.bfloat16, 5, True),
+        ("mixtral", torch.bfloat16, 7, False),
+    ],
+)
+def test_only_where_rounding_may_choose_experts_may_rows_differ(
+    kind: str, dtype: torch.dtype, wrong_rows: int, is_served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each text's last rows of 25."""
+
+    def wrong(*arguments: Any) -> torch.Tensor:
+        logits = eager_logits(*arguments).clone()  # one of inference mode can't be written
+        logits[:, -wrong_rows:] = torch.randn(logits[:, -wrong_rows:].shape, generator=torch.Generator().manual_seed(4))
+        return logits
+
+    model = make(kind, EXACT[kind], dtype=dtype)
+    monkeypatch.setattr("instance.exact.eager_logits", wrong)
+    with nullcontext() if is_served else pytest.raises(UnsupportedModel, match="would answer wrongly"):
+        refuse_inexact(model, kind, block_size=BLOCK, backend="torch")
 
 
 def test_an_instance_compares_what_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
