@@ -77,6 +77,8 @@ class Model:
         the whole.
         """
         config = module.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # for a loss in training; attention would be called with it
         self.module = module
         self._base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         self._output: Any = None

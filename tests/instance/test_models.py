@@ -261,6 +261,11 @@ def test_the_comparison_alone_finds_a_second_attention_in_a_layer(monkeypatch: p
     assert difference(make("diffllama", {}), block_size=BLOCK, backend="torch") > 0.2
 
 
+def test_a_switch_of_training_is_no_reason_to_refuse() -> None:
+    model = make("mixtral", EXACT["mixtral"] | {"output_router_logits": True})
+    assert refuse_inexact(model, "mixtral", block_size=BLOCK, backend="torch") < 1e-4
+
+
 def test_layers_that_ask_for_more_than_llamas_run_unfused() -> None:
     """Ministral 3 scales queries by their place, which positions near the first don't show."""
     model = make("ministral3", EXACT["ministral3"])
