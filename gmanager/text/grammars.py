@@ -57,8 +57,8 @@ def compile_grammar(structured: StructuredOutputsParams, assets: TextAssets) -> 
         return _after_thoughts(grammar, assets.tokenizer_json, are_begun=structured.thoughts == "begun")
     fault = None if structured.json is None else find_fault(structured.json, wrong, _schema_refusal)
     if fault is None or not fault.place:
-        raise StructureError(f"{what}: {wrong}")
-    raise StructureError(f"{what} at {fault.pointer}: {fault.reason}", *fault.place)
+        raise StructureError(what, wrong)
+    raise StructureError(f"{what} at {fault.pointer}", fault.reason, *fault.place)
 
 
 def _refusal(grammar: str) -> str | None:
