@@ -223,7 +223,7 @@ def test_an_instance_says_itself_why_it_can_not_start(model: Path, tmp_path: Pat
     with up(broken, tmp_path / "logs", "--instances", "2") as (started, _, _):
         line = started.end()[-1]
         assert started.child.returncode == 1
-    assert line.startswith(f"distattn: an instance ended: {broken} can't be loaded: ")
+    assert line.startswith(f"distattn: an instance ended: {broken}/tokenizer.json can't be read: ")
     assert line.endswith("/instances.log); all is stopped\n")
     assert "Traceback" not in logs_in(tmp_path / "logs", "instances.log")
 
