@@ -175,6 +175,9 @@ def size(context: typer.Context) -> None:
     """The memory arithmetic: weights, KV per token, how many instances a context needs. Options: distattn size --help."""
     from gmanager.cli.up import DEFAULT, CannotStart, find_model
 
+    for flag, word in zip(["", *context.args], context.args, strict=False):
+        if word.startswith((".", "/", "~")) and flag != "--cache-dir" and not Path(word).expanduser().exists():
+            raise typer.BadParameter(f"there is no directory or file {word}")  # before torch, which takes seconds
     try:
         arguments = [find_model(word)[0] if word == DEFAULT else word for word in context.args]
     except CannotStart as error:

@@ -343,6 +343,12 @@ def test_nobody_is_ready(given: str) -> None:
             child.terminate()
 
 
+def test_size_of_what_is_not_there(tmp_path: Path) -> None:
+    result = run("size", "--context", "4K", str(tmp_path / "none"), "--cache-dir", str(tmp_path / "later"))
+    assert result.returncode == 2
+    assert "there is no directory or file" in result.stderr and "--cache-dir" not in result.stderr
+
+
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
     for command in ("up", "chat", "generate", "status", "top", "needle", "size"):
