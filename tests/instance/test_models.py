@@ -185,9 +185,20 @@ def test_the_longest_context_is_the_configs_or_a_shorter_one_or_must_be_said() -
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("mistral", {"sliding_window": 64}), ("olmo3", {"sliding_window": 64})],
+    [
+        ("cohere2", {}),
+        ("dots1", MOE | {"max_window_layers": 0}),
+        ("exaone4", {}),
+        ("gemma3_text", HEAD),
+        ("ministral", HEAD),
+        ("mistral", {}),
+        ("olmo3", {}),
+        ("starcoder2", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_window_is_served_up_to_itself(kind: str, more: dict[str, Any]) -> None:
+    more = more | {"sliding_window": 64}
     with pytest.raises(UnsupportedModel, match="sliding_window=64.*--max-context"):
         make(kind, more)
     with pytest.raises(UnsupportedModel, match="sliding_window=64"):
@@ -259,6 +270,18 @@ def test_the_comparison_alone_finds_a_second_attention_in_a_layer(monkeypatch: p
     """DiffLlama's second call overwrites the values of its first: nothing else shows it."""
     monkeypatch.setattr("instance.model._refuse_calls", lambda *_: None)
     assert difference(make("diffllama", {}), block_size=BLOCK, backend="torch") > 0.2
+
+
+def test_what_the_docs_remark_of_single_settings() -> None:
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    sizes = {"original_max_position_embeddings": 32}
+    with pytest.raises(UnsupportedModel, match="'longrope'"):
+        make("phi3", EXACT["phi3"] | {"rope_parameters": longrope | sizes} | sizes)
+    model = make("smollm3", EXACT["smollm3"] | {"no_rope_layers": [1, 0]})
+    assert refuse_inexact(model, "smollm3", block_size=BLOCK, backend="torch") < 1e-4
+    assert model.fuse("torch") is not None
+    scaled_later = make("ministral3", EXACT["ministral3"], max_context=32)
+    assert scaled_later.fuse("torch") is None
 
 
 def test_a_switch_of_training_is_no_reason_to_refuse() -> None:
