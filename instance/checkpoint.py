@@ -8,8 +8,9 @@ import argparse
 import hashlib
 import shutil
 import sys
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -18,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from gmanager.wire.logs import get_logger
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = get_logger("instance")
 
-_VERSION = 1
+_VERSION = 2
 """Of the conversion: another one gets other directories."""
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
@@ -31,6 +32,9 @@ _HUB_DUPLICATES = ["consolidated*", "*/*"]
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """One of these makes a tokenizer."""
+
+_NAMES_SHOWN = 3
+"""Of weights, in a message about many."""
 
 _CONVERSION_S = 1800
 """Longest wait for another process that converts the same file."""
@@ -149,11 +153,42 @@ def _conversion(file: Path, cache_dir: Path) -> Path:
     return cache_dir / f"{file.stem}-{digest[:16]}-v{_VERSION}"
 
 
+def load_whole(folder: Path, name: str, **options: Any) -> "PreTrainedModel":
+    """The causal language model of a directory, with every weight from there: transformers would make up those that it lacks.
+
+    Weights that the model has no place for (a head for speculation, say) are left out, with a warning. Raises CheckpointError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    module: PreTrainedModel
+    module, found = auto.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+    )
+    _refuse_made_up(found, name)
+    if unexpected := found["unexpected_keys"]:
+        log.warning("weights that the model has no place for", model=name, weights=len(unexpected), first=_first(unexpected))
+    return module
+
+
+def _refuse_made_up(found: Mapping[str, Set[Any]], name: str) -> None:
+    """`found`: what transformers says of a load, after tying."""
+    if missing := found["missing_keys"]:
+        raise CheckpointError(f"{name} lacks {len(missing)} of the weights that its config asks for: {_first(missing)}")
+    if differing := found["mismatched_keys"]:
+        shown = {f"{key} ({tuple(stored)}, not {tuple(wanted)})" for key, stored, wanted in differing}
+        raise CheckpointError(f"{name} has {len(shown)} weights of other shapes than its config asks for: {_first(shown)}")
+
+
+def _first(names: Set[str]) -> str:
+    return ", ".join(sorted(names)[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+
+
 def _convert(file: Path, target: Path) -> None:
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False)
+    model = load_whole(file.parent, str(file), gguf_file=file.name, dtype=torch.float32)
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)  # the weights are plain now
     settings.pop("_name_or_path", None)

@@ -17,8 +17,12 @@ from distattn.layout import Layout, Reading
 from instance.model import ATTENTION, TOLERANCE, Model, UnsupportedModel, relative
 from kvstore.storage import KVStorage
 
+_MORE_THAN_A_BLOCK = 9
+"""Tokens of each text beyond the first block: steps of one row read both blocks."""
+
 _AGREEING_ROWS = 0.75
-"""For so many rows, their logits' relative RMS about the mean; others may lie where rounding chooses between two experts."""
+"""Of a mixture of experts in half precision: where rounding chooses between two experts a row may differ by 0.4, all rounding
+else by 0.05 (16 tiny mixtures in bf16). Of other models every row must agree."""
 
 
 def refuse_inexact(model: Model, name: str, *, block_size: int, backend: str) -> float:
@@ -33,14 +37,20 @@ def refuse_inexact(model: Model, name: str, *, block_size: int, backend: str) ->
 
 
 def difference(model: Model, *, block_size: int, backend: str) -> float:
-    """Of logits, as `TOLERANCE` counts it."""
-    length = min(block_size + 9, model.max_context)
+    """Of logits, as `TOLERANCE` counts it: of the row that differs most, but for some where rounding chooses experts."""
+    length = min(block_size + _MORE_THAN_A_BLOCK, model.max_context)
     ids_2T = torch.randint(model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     first = [0, model.max_context - length]
     chunks = [max(1, block_size - 5), 9, *[1] * 5]  # the second crosses the end of a block
     got = paged_logits(model, ids_2T.tolist(), first, chunks, block_size=block_size, backend=backend)
     want = eager_logits(model.module, ids_2T.tolist(), first)
-    return float(relative(got, want).flatten().quantile(_AGREEING_ROWS))
+    rows = relative(got, want).flatten()
+    may_choose = model.shape.dtype != torch.float32 and _has_experts(model.module)
+    return float(rows.quantile(_AGREEING_ROWS) if may_choose else rows.max())
+
+
+def _has_experts(module: torch.nn.Module) -> bool:
+    return any("experts" in name.rpartition(".")[2] for name, _ in module.named_modules())
 
 
 def paged_logits(

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
-from instance.checkpoint import has_tokenizer
+from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
 
 ATTENTION = "distattn"
@@ -77,6 +77,8 @@ class Model:
         the whole.
         """
         config = module.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # for a loss in training; attention would be called with it
         self.module = module
         self._base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         self._output: Any = None
@@ -264,16 +266,16 @@ class Model:
 def load_model(path: Path, dtype: torch.dtype | None, device: torch.device, max_context: int | None = None) -> Model:
     """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own.
 
-    Raises UnsupportedModel, or OSError if the directory lacks a file.
+    Raises UnsupportedModel, CheckpointError if it lacks a weight, or OSError if it lacks a file.
     """
     with _refusing_old_style(str(path)):
-        module = AutoModelForCausalLM.from_pretrained(
+        module = load_whole(
             path,
+            str(path),
             dtype=dtype or "auto",
             use_safetensors=True,
             attn_implementation=_register(),
             local_files_only=True,
-            trust_remote_code=False,
         )
     module.to(device)  # type: ignore[arg-type]
     module.train(False)
@@ -303,12 +305,15 @@ def random_model(
 def load_text_assets(path: Path) -> TextAssets:
     """What the gManager needs to turn text into tokens of this model and back; without a tokenizer, only what ends a text.
 
-    Raises UnsupportedModel if the tokenizer is not a fast one.
+    Raises UnsupportedModel if the tokenizer is not a fast one, CheckpointError if it can't be read.
     """
     eos = _eos_token_ids(path)
     if not has_tokenizer(path):
         return TextAssets(tokenizer_json=None, chat_template=None, special_tokens={}, eos_token_ids=sorted(eos))
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of any kind: tokenizers raises plain ones
+        raise CheckpointError(f"{_broken(path)} can't be read: {type(error).__name__}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UnsupportedModel(f"the tokenizer of {path} has no tokenizer.json form")
     if tokenizer.eos_token_id is not None:
@@ -322,6 +327,17 @@ def load_text_assets(path: Path) -> TextAssets:
         special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         eos_token_ids=sorted(eos),
     )
+
+
+def _broken(path: Path) -> Path:
+    """Which file of a tokenizer is to blame: one that is no JSON, or else the one that holds most of it."""
+    for file in sorted(path.glob("*token*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError:
+            return file
+    whole = path / "tokenizer.json"
+    return whole if whole.exists() else path
 
 
 def _eos_token_ids(path: Path) -> set[int]:

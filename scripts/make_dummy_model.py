@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write a checkpoint of random weights of a known shape, or of a config.json: to measure or try a service, not to talk with.
 
-The tokenizer is byte-level, with a chat template; ids beyond the bytes read `<|300|>`, and no text becomes them. Weights are
+The tokenizer is byte-level, with a chat template; ids beyond the bytes read `<|300|>`, and no text becomes them. The last of
+them ends a text, unless the config says what does: tools and JSON schemas need that, and `ignore_eos` does without. Weights are
 drawn on a GPU if there is one: the same seed gives the same ones on the same kind of device.
 """
 
@@ -55,6 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
     },
 }
+BYTES = 256
 
 
 def config_of(shape: str) -> Any:
@@ -62,7 +64,7 @@ def config_of(shape: str) -> Any:
     from transformers import AutoConfig, LlamaConfig
 
     if shape in SHAPES:
-        nobody: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # a random model never ends of itself
+        nobody: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # Llama's own would be bytes
         return LlamaConfig.from_dict(SHAPES[shape] | nobody)
     if not Path(shape).exists():
         raise ValueError(f"{shape} is neither a file nor one of {', '.join(SHAPES)}")
@@ -74,7 +76,9 @@ def write(shape: str, folder: Path, dtype: str, seed: int = 0) -> None:
     import torch
     from _tiny import make_tokenizer
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = config_of(shape)
     vocabulary = config.get_text_config().vocab_size
     tokenizer = make_tokenizer(vocabulary)
@@ -83,6 +87,8 @@ def write(shape: str, folder: Path, dtype: str, seed: int = 0) -> None:
     auto: Any = AutoModelForCausalLM  # its from_config has no types
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 8B: five minutes on CPUs
         model = auto.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    if config.get_text_config().eos_token_id is None and vocabulary > BYTES:
+        model.generation_config.eos_token_id = vocabulary - 1
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

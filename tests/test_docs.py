@@ -74,6 +74,13 @@ def test_tables_name_all_flags(program: str, file: str, table: str, capsys: pyte
     assert flags - {"--log-level", "--log-format"} == named - {"--log-level", "--log-format"}
 
 
+def test_the_table_of_up_names_all_its_options() -> None:
+    command = typer.main.get_command(app).commands["up"]  # type: ignore[attr-defined]
+    flags = {flag for option in command.params for flag in option.opts if flag.startswith("--")} - {"--help"}
+    section = (ROOT / "docs" / "operate.md").read_text().partition("| `distattn up` | |\n")[2].partition("\n\n")[0]
+    assert {flag for row in section.splitlines() for flag in re.findall(r"--[a-z][a-z-]+", first_cell(row))} == flags
+
+
 def test_every_command_of_the_readme_exists() -> None:
     table = (ROOT / "README.md").read_text().partition("| `distattn` | |\n")[2].partition("\n\n")[0]
     named = [name.split()[0] for row in table.splitlines()[1:] for name in re.findall(r"`([^`]+)`", first_cell(row))]

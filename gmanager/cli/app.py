@@ -47,6 +47,18 @@ def up(
         typer.Option("--served-model-name", metavar="NAME", help="what requests call the model; may be given again: also that"),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
+    allow_origins: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", metavar="ORIGIN", help="whose pages may ask from a browser; *: all; may be given again"),
+    ] = None,
+    aliases: Annotated[
+        list[str] | None,
+        typer.Option("--model-alias", metavar="ALIAS=NAME", help="another name at the HTTP server; may be given again"),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="refuse fields of HTTP requests that aren't known")] = False,
+    trust_special_tokens: Annotated[
+        bool, typer.Option("--trust-special-tokens", help="special tokens in HTTP messages are special, not text")
+    ] = False,
     logs: Annotated[
         Path | None, typer.Option(help="where each start makes a folder of its logs (~/.cache/distattn/logs)")
     ] = None,
@@ -66,6 +78,10 @@ def up(
         dtype=dtype,
         names=tuple(dict.fromkeys(names or ())),
         api_key_file=api_key_file,
+        allow_origins=tuple(allow_origins or ()),
+        aliases=tuple(aliases or ()),
+        strict=strict,
+        trust_special_tokens=trust_special_tokens,
         logs=logs,
     )
     raise typer.Exit(bring_up(wanted))
@@ -159,6 +175,9 @@ def size(context: typer.Context) -> None:
     """The memory arithmetic: weights, KV per token, how many instances a context needs. Options: distattn size --help."""
     from gmanager.cli.up import DEFAULT, CannotStart, find_model
 
+    for flag, word in zip(["", *context.args], context.args, strict=False):
+        if word.startswith((".", "/", "~")) and flag != "--cache-dir" and not Path(word).expanduser().exists():
+            raise typer.BadParameter(f"there is no directory or file {word}")  # before torch, which takes seconds
     try:
         arguments = [find_model(word)[0] if word == DEFAULT else word for word in context.args]
     except CannotStart as error:

@@ -83,6 +83,8 @@ class ServiceConfig:
     http: str | None = None
     """HOST:PORT of a gateway; None: none is started."""
     api_key_file: Path | None = None
+    gateway_flags: tuple[str, ...] = ()
+    """What the gateway is told besides."""
     served_model_name: str | None = None
     other_names: tuple[str, ...] = ()
     """By which requests may ask for the model, too."""
@@ -213,7 +215,7 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
         service.processes.append(gmanager)
         service.address = await _said(gmanager, "tcp://")
         if config.http is not None:
-            command = [*python, "gmanager.gateway", "--gmanager", service.address, "--bind", config.http]
+            command = [*python, "gmanager.gateway", "--gmanager", service.address, "--bind", config.http, *config.gateway_flags]
             keys = [] if config.api_key_file is None else ["--api-key-file", str(config.api_key_file)]
             gateway = Process("the gateway", [*command, *keys], config.logs / "gateway.log")
             service.processes.append(gateway)

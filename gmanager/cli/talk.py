@@ -25,7 +25,7 @@ def continue_text(address: str, text: str, params: SamplingParams, model: str | 
 
 
 def converse(address: str, params: SamplingParams, *, system: str | None, model: str | None) -> None:
-    """Turns from standard input, one a line, until it ends. Raises DistattnError.
+    """Turns from standard input, one a line, until it ends. Raises DistattnError; at a terminal a refused turn doesn't end it.
 
     Each turn has a connection of its own: while somebody thinks, nothing needs to be kept alive. One before all of them tells
     whether anybody is there to talk to.
@@ -46,6 +46,8 @@ def converse(address: str, params: SamplingParams, *, system: str | None, model:
             turns.pop()  # as if it had not been asked
             continue
         except RequestRefused as error:
+            if not sys.stdin.isatty():
+                raise
             print(f"refused: {error}", file=sys.stderr)
             turns.pop()
             continue
@@ -68,8 +70,9 @@ def shown(text: str) -> str:
 
 
 async def _greet(address: str) -> None:
-    async with AsyncClient(address, connect_timeout_s=CONNECT_S):
-        pass
+    async with AsyncClient(address, connect_timeout_s=CONNECT_S) as client:
+        if all(cell.state != "ready" for cell in (await client.stats()).cells):
+            raise RequestRefused("no instances are ready to serve", "not_ready")
 
 
 async def _print(address: str, ask: Ask, before: str = "") -> str:

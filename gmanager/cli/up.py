@@ -20,7 +20,7 @@ from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceEr
 from gmanager.cli.starts import in_use, logs_of_this_start
 from gmanager.client import AsyncClient
 from gmanager.config import GManagerConfig
-from gmanager.gateway.config import GatewayConfig, parse_address, read_keys
+from gmanager.gateway.config import GatewayConfig, parse_address, parse_aliases, read_keys
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
 
@@ -54,6 +54,11 @@ class Wanted:
     dtype: str
     names: tuple[str, ...]
     api_key_file: Path | None
+    allow_origins: tuple[str, ...]
+    aliases: tuple[str, ...]
+    """`ALIAS=NAME` each."""
+    strict: bool
+    trust_special_tokens: bool
     logs: Path | None
 
 
@@ -97,6 +102,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             name, number = parse_address(wanted.http)
             GatewayConfig(host=name, port=number)
             check_port(name, str(number), "--http")
+            GatewayConfig(allow_origins=wanted.allow_origins, aliases=parse_aliases(wanted.aliases))
         if wanted.api_key_file is not None:
             GatewayConfig(api_keys=tuple(read_keys(wanted.api_key_file)))
     except (AddressError, ValueError) as error:
@@ -123,12 +129,22 @@ def check(wanted: Wanted) -> ServiceConfig:
             bind=wanted.bind,
             http=wanted.http,
             api_key_file=wanted.api_key_file,
+            gateway_flags=_gateway_flags(wanted),
         )
     except ValueError as error:
         raise CannotStart(str(error)) from error
     model, name = find_model(wanted.model)  # last: it may take long
     _check_context(model, wanted.max_context)
     return replace(config, model=model, served_model_name=config.served_model_name or name)
+
+
+def _gateway_flags(wanted: Wanted) -> tuple[str, ...]:
+    return (
+        *(f"--allow-origin={origin}" for origin in wanted.allow_origins),
+        *(f"--model-alias={alias}" for alias in wanted.aliases),
+        *(["--strict"] if wanted.strict else []),
+        *(["--trust-special-tokens"] if wanted.trust_special_tokens else []),
+    )
 
 
 def check_port(host: str, port: str, flag: str) -> None:

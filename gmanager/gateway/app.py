@@ -38,7 +38,7 @@ from gmanager.gateway.reply import ReplyForm, reply_form
 from gmanager.gateway.responses import ResponsesRequest
 from gmanager.gateway.responses_answers import ResponsesForm
 from gmanager.gateway.sampling import Sampled, Talk
-from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, unknown_fields
+from gmanager.gateway.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from gmanager.gateway.streaming import EventStream, unless_gone
 from gmanager.gateway.structure import Structure
 from gmanager.gateway.toolbox import Toolbox
@@ -322,7 +322,7 @@ class Routes:
 
     def _unknown(self, body: Body) -> list[str]:
         """Names of fields that are ignored. Raises ApiError if none is to be."""
-        names = list(unknown_fields(body))
+        names = list(body.unread())
         if names and self._config.strict:
             raise ApiError(400, f"{names[0][:100]}: no such field is known, and this gateway is strict", param=names[0][:100])
         return names
@@ -365,8 +365,10 @@ async def _fault(structure: Structure, served: Served) -> ApiError | None:
     try:
         await asyncio.to_thread(compile_grammar, structure.params, served.tokenizer.assets)
     except TextError as error:
-        within = error.place if isinstance(error, StructureError) else ()
-        return translate(error, ".".join(map(str, (structure.field, *within)))[:200])
+        if not isinstance(error, StructureError):
+            return translate(error, structure.field)
+        place = ".".join(map(str, (structure.field, *error.place)))[:200]
+        return ApiError(400, f"{place}: {error.reason}", param=place)
     return None
 
 

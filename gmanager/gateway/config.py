@@ -1,6 +1,7 @@
 """What the gateway is told when it starts."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def read_keys(file: Path) -> list[str]:
     return keys
 
 
-def parse_aliases(texts: list[str]) -> dict[str, str]:
+def parse_aliases(texts: Iterable[str]) -> dict[str, str]:
     """`ALIAS=NAME` each. Raises ValueError."""
     aliases: dict[str, str] = {}
     for text in texts:

@@ -2,16 +2,16 @@
 
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PlainValidator, model_validator
 
-from gmanager.gateway.fields import Body, Wrong
+from gmanager.gateway.fields import Body, Wrong, others
 from gmanager.gateway.habits import Habits
 from gmanager.gateway.reading import shown
-from gmanager.gateway.toolbox import Tool, Toolbox, choose, read_tool, without_roles
+from gmanager.gateway.toolbox import Tool, Toolbox, choose, read_tool, unread_tools, without_roles
 from gmanager.text.tokenizer import Tokenizer
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -62,19 +62,30 @@ def _calls(value: Any) -> list[dict[str, Any]] | None:
     for at, call in enumerate(value):
         if not isinstance(call, dict):
             raise Wrong(f"a call is an object, got {shown(call)}", at)
-        function = call.get("function")
-        if not isinstance(function, dict):
-            raise Wrong(f"an object with a name is needed, got {shown(function)}", at, "function")
-        if not isinstance(function.get("name"), str):
-            raise Wrong(f"a string is needed, got {shown(function.get('name'))}", at, "function", "name")
-        if not isinstance(function.get("arguments"), str | dict | None):
-            raise Wrong(f"a JSON string is needed, got {shown(function['arguments'])}", at, "function", "arguments")
+        _check_called(call.get("function"), at, "function")
     return value
+
+
+def _function_call(value: Any) -> dict[str, Any] | None:
+    """What `tool_calls` was before there were tools: one function, without an id."""
+    if value is not None:
+        _check_called(value)
+    return value  # type: ignore[no-any-return]
+
+
+def _check_called(function: Any, *place: str | int) -> None:
+    if not isinstance(function, dict):
+        raise Wrong(f"an object with a name is needed, got {shown(function)}", *place)
+    if not isinstance(function.get("name"), str):
+        raise Wrong(f"a string is needed, got {shown(function.get('name'))}", *place, "name")
+    if not isinstance(function.get("arguments"), str | dict | None):
+        raise Wrong(f"a JSON string is needed, got {shown(function['arguments'])}", *place, "arguments")
 
 
 _Part = dict[str, Any]
 _Content = Annotated[str | list[Any] | None, PlainValidator(read_content, json_schema_input_type=str | list[_Part] | None)]
 _Audio = Annotated[None, PlainValidator(_audio, json_schema_input_type=None)]
+_FunctionCall = Annotated[_Part | None, PlainValidator(_function_call, json_schema_input_type=_Part | None)]
 _ToolCalls = Annotated[list[_Part] | None, PlainValidator(_calls, json_schema_input_type=list[_Part] | None)]
 
 
@@ -85,6 +96,7 @@ class Turn(Body):
     content: _Content = None
     name: str | None = None
     tool_calls: _ToolCalls = None
+    function_call: _FunctionCall = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -93,12 +105,17 @@ class Turn(Body):
 
     def to_template(self, *, knows_developer: bool = True) -> dict[str, Any]:
         """As templates read messages: the content a text, a call's arguments an object. `developer` is `system` to a template
-        that doesn't know it."""
+        that doesn't know it; a `function_call` is the tool call that it was called later, and a `function` its result."""
         found: dict[str, Any] = {"role": self.role, "content": self.text()}
         if self.role == "developer" and not knows_developer:
             found["role"] = "system"
         if self.tool_calls:
             found["tool_calls"] = [_read_arguments(call) for call in self.tool_calls]
+        elif self.function_call:
+            call = {"id": _id_of(self.function_call["name"]), "type": "function", "function": self.function_call}
+            found["tool_calls"] = [_read_arguments(call)]
+        if self.role == "function":
+            found |= {"role": "tool", "tool_call_id": _id_of(self.name or "")}
         for name in ("name", "tool_call_id", "reasoning_content", "reasoning"):
             if getattr(self, name) is not None:
                 found[name] = getattr(self, name)
@@ -113,6 +130,11 @@ class Turn(Body):
         return "".join(part if isinstance(part, str) else part[TEXT_PARTS[part["type"]]] for part in self.content)
 
 
+def _id_of(name: str) -> str:
+    """Of a call that has none: its result names the function."""
+    return f"call_{name}"
+
+
 def _tools(value: Any) -> list[Tool]:
     if value is None:
         return []
@@ -123,7 +145,10 @@ def _tools(value: Any) -> list[Tool]:
             raise Wrong(f"a tool is an object, got {shown(tool)}", at)
         if tool.get("type", "function") != "function":
             raise Wrong(f'only tools of type "function" are served, got {shown(tool["type"])}', at, "type")
-    return [read_tool(tool.get("function"), "tools", (at, "function")) for at, tool in enumerate(value)]
+    return [
+        read_tool(tool.get("function"), "tools", (at, "function"), unread=others(tool, ("type", "function"), f"tools.{at}"))
+        for at, tool in enumerate(value)
+    ]
 
 
 def _tool_choice(value: Any) -> Any:
@@ -185,6 +210,11 @@ class Conversation(Body):
             is_parallel=self.parallel_tool_calls is not False,
             field="tool_choice",
         )
+
+    def unread(self) -> Iterator[str]:
+        yield from super().unread()
+        yield from unread_tools(self.tools)
+        yield from others(self.tool_choice, ("type", "function"), "tool_choice")
 
     def names(self) -> dict[str, Any]:
         """What the template is told besides."""

@@ -1,6 +1,7 @@
 """Types of fields that clients may write in several ways. Each is told apart by what it is, so that an error says what is
 really wrong with it, and where, instead of all the ways in which it could have been written."""
 
+from collections.abc import Container, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
@@ -24,6 +25,21 @@ class Body(BaseModel):
     """An object of a request. Fields that it doesn't know are kept apart (`model_extra`), not refused."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+
+    def unread(self) -> Iterator[str]:
+        """Names of fields that mean nothing here, and of those within its objects. What a message, an item or a block holds is
+        not looked at: answers come back with much that nobody needs."""
+        yield from self.model_extra or ()
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Body):
+                yield from (f"{name}.{inner}" for inner in value.unread())
+
+
+def others(value: Any, known: Container[str], place: str) -> Iterator[str]:
+    """Names in a plain object at `place` that aren't known there."""
+    if isinstance(value, dict):
+        yield from (f"{place}.{name}" for name in value if name not in known)
 
 
 def _whole(value: Any) -> Any:
@@ -56,7 +72,7 @@ def _stop_tokens(value: Any) -> list[int] | None:
     return _tokens(value)
 
 
-def _texts(value: list[Any], what: str) -> list[str]:
+def texts(value: list[Any], what: str) -> list[str]:
     for at, text in enumerate(value):
         if not isinstance(text, str):
             raise Wrong(f"{what} must be a string, got {shown(text)}", at)
@@ -74,7 +90,7 @@ def _stop(value: Any) -> list[str] | None:
         raise Wrong("a stop string must not be empty")
     if isinstance(value, list) and len(value) > MAX_STOP_STRINGS:
         raise Wrong(f"at most {MAX_STOP_STRINGS} stop strings are taken, got {len(value):,}")
-    return _texts([value] if isinstance(value, str) else value, "a stop string")
+    return texts([value] if isinstance(value, str) else value, "a stop string")
 
 
 def _bad_words(value: Any) -> list[str] | None:
@@ -84,7 +100,7 @@ def _bad_words(value: Any) -> list[str] | None:
         raise Wrong(f"a list of strings is needed, got {shown(value)}")
     if len(value) > MAX_BAD_WORDS:
         raise Wrong(f"at most {MAX_BAD_WORDS} are taken, got {len(value):,}")
-    return _texts(value, "a bad word")
+    return texts(value, "a bad word")
 
 
 def _logit_bias(value: Any) -> dict[int, float] | None:

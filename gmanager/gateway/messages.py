@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from gmanager.gateway.conversation import Dialogue, Turn
-from gmanager.gateway.fields import WHOLE, Body, Stop, Wrong
+from gmanager.gateway.fields import WHOLE, Body, Stop, Wrong, others
 from gmanager.gateway.reading import shown
 from gmanager.gateway.sampling import Talk
 from gmanager.gateway.structure import Structure, of_schema
-from gmanager.gateway.toolbox import Tool, Toolbox, choose, read_tool
+from gmanager.gateway.toolbox import Tool, Toolbox, choose, read_tool, unread_tools
 
 Block = dict[str, Any]
 
@@ -27,6 +27,13 @@ _STRINGS = {"text": ("text",), "tool_use": ("id", "name"), "tool_result": ("tool
 """What must be in a block, by type."""
 _MEDIA = {"image": "images", "document": "documents", "search_result": "search results", "container_upload": "files"}
 _CHOICES: dict[str, Literal["auto", "none", "required"]] = {"auto": "auto", "any": "required", "none": "none", "tool": "auto"}
+_KNOWN = {
+    "tool_choice": ("type", "name", "disable_parallel_tool_use"),
+    "thinking": ("type", "budget_tokens", "display"),
+    "output_config": ("format", "effort"),
+    "output_format": ("type", "schema"),
+}
+"""Names that mean something in these objects."""
 _THINKING = ("enabled", "disabled", "adaptive", "between_tools")
 
 
@@ -115,7 +122,8 @@ def _tool(value: Any, at: int) -> Tool:
     if value.get("type") not in (None, "custom"):
         raise Wrong(f'only tools of type "custom" are served, got {shown(value["type"])}', at, "type")
     told = {name: value[name] for name in ("name", "description", "input_schema") if name in value}
-    return read_tool(told, "tools", (at,), parameters="input_schema")
+    unread = others(value, (*told, "type", "cache_control"), f"tools.{at}")
+    return read_tool(told, "tools", (at,), parameters="input_schema", unread=unread)
 
 
 def _tool_choice(value: Any) -> Block | None:
@@ -214,6 +222,13 @@ class MessagesBody(Body):
         self.toolbox()
         return self
 
+    def unread(self) -> Iterator[str]:
+        yield from super().unread()
+        yield from unread_tools(self.tools)
+        for name, known in _KNOWN.items():
+            yield from others(getattr(self, name), known, name)
+        yield from others((self.output_config or {}).get("format"), _KNOWN["output_format"], "output_config.format")
+
     def toolbox(self) -> Toolbox:
         """Raises Wrong."""
         choice = self.tool_choice or {"type": "auto"}
@@ -226,12 +241,15 @@ class MessagesBody(Body):
         )
 
     def dialogue(self) -> Dialogue:
-        """With an assistant's last message to be continued, unless it is blank."""
+        """With an assistant's last message to be continued, unless it is blank. White space at its end is not: most write
+        that as part of the next token."""
         turns = list(_turns(self.messages))
         if self.system:
             turns.insert(0, Turn(role="system", content=self.system))
-        if turns[-1].role == "assistant" and not turns[-1].text().strip():
-            turns.pop()
+        if turns[-1].role == "assistant":
+            last = turns.pop()
+            if text := last.text().rstrip():
+                turns.append(last.model_copy(update={"content": text}))
         return Dialogue(
             turns=turns,
             toolbox=self.toolbox(),

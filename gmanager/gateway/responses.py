@@ -1,12 +1,12 @@
 """Bodies of `/v1/responses`: OpenAI's newer form of a conversation, text only. Nothing is kept: a client sends all of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, PlainValidator, model_validator
 
 from gmanager.gateway.conversation import Dialogue, Turn, read_content
-from gmanager.gateway.fields import WHOLE, Stop, Wrong
+from gmanager.gateway.fields import WHOLE, Stop, Wrong, others
 from gmanager.gateway.reading import shown
 from gmanager.gateway.sampling import NEUTRAL, StreamOptions, Talk
 from gmanager.gateway.structure import ANY_OBJECT, Structure, of_schema
@@ -14,8 +14,20 @@ from gmanager.gateway.toolbox import Tool, Toolbox, choose, read_tool
 from gmanager.wire.messages import MAX_LOGPROBS
 
 _ROLES = ("user", "assistant", "system", "developer")
-_FORMATS = ("text", "json_object", "json_schema")
+_FORMATS = {"text": ("type",), "json_object": ("type",), "json_schema": ("type", "name", "description", "schema", "strict")}
+"""Types of `text.format`, and what each has."""
 _LOGPROBS = "message.output_text.logprobs"
+_INCLUDABLE = (
+    _LOGPROBS,
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+"""What OpenAI knows; of all but the first there is nothing here."""
 
 T = TypeVar("T")
 
@@ -115,14 +127,27 @@ def _tool_choice(value: Any) -> Any:
     return value
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _reasoning(value: Any) -> dict[str, Any]:
+    return _with_setting(value, "effort")
+
+
+def _text_settings(value: Any) -> dict[str, Any]:
+    return _with_setting(value, "verbosity")
+
+
+def _with_setting(value: Any, name: str) -> dict[str, Any]:
+    """An object, in which `name` is what the template is told."""
     if not isinstance(value, dict | None):
         raise Wrong(f"an object is needed, got {shown(value)}")
-    return value or {}
+    found = value or {}
+    if not isinstance(found.get(name), str | None):
+        raise Wrong(f"a string is needed, got {shown(found[name])}", name)
+    return found
 
 
 _Item = dict[str, Any]
-_Object = Annotated[dict[str, Any], PlainValidator(_object, json_schema_input_type=_Item | None)]
+_Reasoning = Annotated[dict[str, Any], PlainValidator(_reasoning, json_schema_input_type=_Item | None)]
+_TextSettings = Annotated[dict[str, Any], PlainValidator(_text_settings, json_schema_input_type=_Item | None)]
 _ItemsSchema = str | Annotated[list[_Item], Field(min_length=1)]
 
 
@@ -146,8 +171,8 @@ class ResponsesRequest(Talk):
     )
     tool_choice: Annotated[Any, PlainValidator(_tool_choice, json_schema_input_type=str | _Item | None)] = None
     parallel_tool_calls: bool | None = True
-    text: _Object = Field(default_factory=dict)
-    reasoning: _Object = Field(default_factory=dict)
+    text: _TextSettings = Field(default_factory=dict)
+    reasoning: _Reasoning = Field(default_factory=dict)
     include: list[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     stop: Stop = None
@@ -177,6 +202,15 @@ class ResponsesRequest(Talk):
         self.check_min_tokens("max_output_tokens", self.max_output_tokens)
         return self
 
+    def unread(self) -> Iterator[str]:
+        yield from super().unread()
+        yield from others(self.tool_choice, ("type", "name"), "tool_choice")
+        yield from others(self.reasoning, ("effort", "summary", "generate_summary"), "reasoning")
+        yield from others(self.text, ("format", "verbosity"), "text")
+        if (form := self.text.get("format")) is not None:
+            yield from others(form, _FORMATS[form["type"]], "text.format")
+        yield from (f"include.{name}" for name in self.include or () if name not in _INCLUDABLE)
+
     def toolbox(self) -> Toolbox:
         """Raises Wrong."""
         is_named = isinstance(self.tool_choice, dict)
@@ -204,7 +238,7 @@ class ResponsesRequest(Talk):
         if form is None:
             return None
         kind = form.get("type") if isinstance(form, dict) else None
-        if kind not in _FORMATS:
+        if not isinstance(kind, str) or kind not in _FORMATS:
             of = f"type {shown(kind)}" if isinstance(form, dict) else shown(form)
             raise Wrong(f"an object of type {', '.join(_FORMATS)} is needed, got {of}", "text", "format")
         if kind == "text":

@@ -1,7 +1,7 @@
 """The fields that requests for tokens have in common, with what they mean to the sampler."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from gmanager.gateway.conversation import Dialogue
 from gmanager.gateway.fields import WHOLE, BadWords, Body, LogitBias, Spread, Stop, StopTokens, Wrong
 from gmanager.gateway.reading import shown
-from gmanager.gateway.structure import FIELDS, Structure, structure
+from gmanager.gateway.structure import FIELDS, Structure, structure, unread_in_format
 from gmanager.wire.messages import MAX_LOGPROBS, SamplingParams
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -214,6 +214,10 @@ class Generation(Sampled):
     def structure(self) -> Structure | None:
         """What the text must be, if that is said. Raises Wrong."""
         return structure({name: getattr(self, name) for name in FIELDS})
+
+    def unread(self) -> Iterator[str]:
+        yield from super().unread()
+        yield from unread_in_format(self.response_format)
 
     def text_fields(self) -> list[str]:
         """Names of what is given beside the prompt and only a tokenizer can read."""

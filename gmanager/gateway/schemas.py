@@ -1,18 +1,18 @@
 """Bodies of requests, as OpenAI has them, with vLLM's names for what goes beyond.
 
 A known field that would change the answer and isn't implemented is refused (`sampling.NEUTRAL`). One that isn't known is
-ignored and named in the answer's headers (`unknown_fields`), or refused by a strict gateway.
+ignored and named in the answer's headers (`Body.unread`), or refused by a strict gateway.
 """
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from gmanager.gateway.conversation import Conversation, Dialogue, Tools, Turn
 from gmanager.gateway.fields import WHOLE, Body, Prompts, Tokens, Wrong
 from gmanager.gateway.sampling import Generation, Talk
-from gmanager.gateway.toolbox import Toolbox
+from gmanager.gateway.toolbox import Toolbox, unread_tools
 from gmanager.wire.messages import MAX_LOGPROBS
 
 _AtLeastOne = Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None
@@ -33,7 +33,7 @@ class CompletionRequest(Generation):
     @model_validator(mode="after")
     def _check_tokens(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise Wrong("max_tokens must be at least 1, got 0 (0 is for echo)", "max_tokens")
+            raise Wrong("must be at least 1, got 0 (0 is for echo)", "max_tokens")
         self.check_min_tokens("max_tokens", self.max_tokens)
         return self
 
@@ -75,7 +75,7 @@ class ChatRequest(Generation, Conversation, Talk):
     @model_validator(mode="after")
     def _check_chat(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise Wrong(f"top_logprobs {self.top_logprobs} needs logprobs to be true", "top_logprobs")
+            raise Wrong(f"needs logprobs to be true, got {self.top_logprobs} without", "top_logprobs")
         for name in ("echo", "add_special_tokens"):
             if getattr(self, name):
                 raise Wrong("only false is served for conversations, got true", name)
@@ -123,6 +123,10 @@ class TokenizeRequest(Body):
             raise Wrong("give prompt or messages, one of them")
         return self
 
+    def unread(self) -> Iterator[str]:
+        yield from super().unread()
+        yield from unread_tools(self.tools)
+
     def text_fields(self) -> list[str]:
         """Names of what only a tokenizer can read."""
         return ["messages" if self.prompt is None else "prompt"]
@@ -145,13 +149,3 @@ class DetokenizeRequest(Body):
 
     model: Annotated[str, Field(max_length=1024)] | None = None
     tokens: Tokens
-
-
-def unknown_fields(body: BaseModel, within: str = "") -> Iterator[str]:
-    """Names of fields that mean nothing here. What a message holds is its template's to know."""
-    for name in body.model_extra or ():
-        yield within + name
-    for name in type(body).model_fields:
-        value = getattr(body, name)
-        if isinstance(value, BaseModel):
-            yield from unknown_fields(value, f"{within}{name}.")

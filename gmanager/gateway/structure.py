@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gmanager.gateway.fields import Wrong
+from gmanager.gateway.fields import Wrong, others, texts
 from gmanager.gateway.reading import shown
 from gmanager.wire.messages import StructuredOutputsParams
 
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 ANY_OBJECT = '{"type": "object"}'
-_FORMATS = ("text", "json_object", "json_schema")
+_FORMATS = {"text": ("type",), "json_object": ("type", "schema"), "json_schema": ("type", "json_schema")}
+"""Types of `response_format`, and what each has. A schema of `json_object` is llama.cpp's way."""
+_NAMED_SCHEMA = ("name", "description", "schema", "strict")
 _FORMS = ("json", "json_object", "regex", "choice", "grammar")
 _WITHOUT_EFFECT = ("disable_any_whitespace", "disable_fallback", "disable_additional_properties")
 
@@ -39,14 +41,27 @@ def structure(given: dict[str, Any]) -> Structure | None:
     if form == "json":
         value = _schema(value, place)
     elif form == "choice":
-        if not isinstance(value, list) or not all(isinstance(choice, str) and choice for choice in value):
+        if not isinstance(value, list):
             raise Wrong(f"a list of texts is needed, got {shown(value)}", place)
+        try:
+            texts(value, "a choice")
+        except Wrong as error:
+            raise Wrong(str(error), place, *error.place) from None
     elif not isinstance(value, str):
         raise Wrong(f"a string is needed, got {shown(value)}", place)
     try:
         return Structure(place, StructuredOutputsParams(**{form: value}))
     except ValueError as error:
-        raise Wrong(str(error), place) from error
+        raise Wrong(str(error).removeprefix(f"{form} "), place) from error
+
+
+def unread_in_format(value: Any) -> Iterator[str]:
+    """Names in a `response_format` that its type has nothing to do with."""
+    if not isinstance(value, dict):
+        return
+    yield from others(value, _FORMATS[value["type"]], "response_format")
+    if value["type"] == "json_schema":
+        yield from others(value["json_schema"], _NAMED_SCHEMA, "response_format.json_schema")
 
 
 def of_schema(value: Any, place: str) -> Structure:
@@ -56,7 +71,7 @@ def of_schema(value: Any, place: str) -> Structure:
     except Wrong:
         raise
     except ValueError as error:
-        raise Wrong(str(error), place) from error
+        raise Wrong(str(error).removeprefix("json "), place) from error
 
 
 def _of_format(value: Any) -> Iterator[tuple[str, str, Any]]:
@@ -64,11 +79,12 @@ def _of_format(value: Any) -> Iterator[tuple[str, str, Any]]:
     if value is None:
         return
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in _FORMATS:
+    if not isinstance(kind, str) or kind not in _FORMATS:
         of = f"type {shown(kind)}" if isinstance(value, dict) else shown(value)
         raise Wrong(f"an object of type {', '.join(_FORMATS)} is needed, got {of}", "response_format")
     if kind == "json_object":
-        yield "response_format", "json", ANY_OBJECT
+        schema = value.get("schema")
+        yield ("response_format", "json", ANY_OBJECT) if schema in (None, {}) else ("response_format.schema", "json", schema)
     elif kind == "json_schema":
         named = value.get("json_schema")
         schema = named.get("schema") if isinstance(named, dict) else None

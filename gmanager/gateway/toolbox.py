@@ -3,7 +3,7 @@ for a model whose template knows none. Pure.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class Tool:
     """Where the request has its parameters."""
     function: Json
     """As OpenAI's chat has it: `name`, and perhaps `description`, `parameters`, and more."""
+    unread: Sequence[str] = ()
+    """Names in the request beside it that nobody reads."""
 
     @property
     def schema(self) -> Json:
@@ -96,7 +98,9 @@ class Toolbox:
         return {"type": "array", "minItems": 1, "items": {"anyOf": calls}, "$defs": definitions} | most
 
 
-def read_tool(function: Any, field: str, place: Sequence[str | int], *, parameters: str = "parameters") -> Tool:
+def read_tool(
+    function: Any, field: str, place: Sequence[str | int], *, parameters: str = "parameters", unread: Iterable[str] = ()
+) -> Tool:
     """A function as a client has written it at `place` (of its field), which the request calls `field`. `parameters`: the name
     of the schema. Raises Wrong."""
     if not isinstance(function, dict):
@@ -114,7 +118,13 @@ def read_tool(function: Any, field: str, place: Sequence[str | int], *, paramete
     kept = {key: value for key, value in function.items() if value is not None and key != parameters}
     if schema is not None:
         kept["parameters"] = schema
-    return Tool(name, ".".join(map(str, (field, *place, parameters))), kept)
+    return Tool(name, ".".join(map(str, (field, *place, parameters))), kept, tuple(unread))
+
+
+def unread_tools(tools: Iterable[Tool]) -> Iterator[str]:
+    """Names in tools that nobody reads."""
+    for tool in tools:
+        yield from tool.unread
 
 
 def choose(

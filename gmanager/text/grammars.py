@@ -2,11 +2,11 @@
 
 import functools
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
-from gmanager.text.json_schema import closed
+from gmanager.text.json_schema import closed, enforceable
 from gmanager.text.schema_faults import find_fault
 from gmanager.wire.errors import NO_TOKENIZER, StructureError, TextError
 from gmanager.wire.messages import StructuredOutputsParams, TextAssets
@@ -37,11 +37,11 @@ def compile_grammar(structured: StructuredOutputsParams, assets: TextAssets) -> 
         raise TextError("structured output needs a model that can end a text: this one has no end token")
     if (reason := _unusable(assets.tokenizer_json, tuple(assets.eos_token_ids))) is not None:
         raise TextError(f"structured output needs a tokenizer that llguidance can read: {reason}")
+    schema: Any = None
     try:
         if structured.json is not None:
-            what = "json"
-            schema = json.dumps(closed(json.loads(structured.json)))
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_AS_DUMPED)
+            what, schema = "json", enforceable(json.loads(structured.json))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(closed(schema)), overrides=_AS_DUMPED)
         elif structured.regex is not None:
             what, grammar = "regex", LLMatcher.grammar_from_regex(structured.regex)
         elif structured.choice is not None:
@@ -55,10 +55,10 @@ def compile_grammar(structured: StructuredOutputsParams, assets: TextAssets) -> 
         if structured.thoughts is None:
             return grammar
         return _after_thoughts(grammar, assets.tokenizer_json, are_begun=structured.thoughts == "begun")
-    fault = None if structured.json is None else find_fault(structured.json, wrong, _schema_refusal)
+    fault = None if structured.json is None else find_fault(json.dumps(schema), wrong, _schema_refusal)
     if fault is None or not fault.place:
-        raise StructureError(f"{what}: {wrong}")
-    raise StructureError(f"{what} at {fault.pointer}: {fault.reason}", *fault.place)
+        raise StructureError(what, wrong)
+    raise StructureError(f"{what} at {fault.pointer}", fault.reason, *fault.place)
 
 
 def _refusal(grammar: str) -> str | None:

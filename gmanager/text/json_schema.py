@@ -7,6 +7,33 @@ _COMBINING = ("allOf", "not", "if", "dependentSchemas")
 """Beside these it takes more than a look at one object to say which properties it may have."""
 _OPEN = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 
+FORMATS = frozenset(("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"))
+"""Those that llguidance holds a string to; it refuses any other."""
+_DATA = ("const", "enum", "default", "examples")
+"""Keywords whose values are no schemas."""
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords whose values hold schemas by names of the client's own."""
+
+
+def enforceable(schema: Any) -> Any:
+    """The schema without `uniqueItems`, which no grammar can hold a text to, and without formats that aren't known: to JSON
+    Schema a format is an annotation. Pydantic writes both by itself, for sets, paths, passwords and bytes."""
+    if isinstance(schema, list):
+        return [enforceable(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if (name == "uniqueItems" and isinstance(value, bool)) or (
+            name == "format" and isinstance(value, str) and value not in FORMATS
+        ):
+            continue
+        if name in _MAPS and isinstance(value, Mapping):
+            found[name] = {key: enforceable(item) for key, item in value.items()}
+        else:
+            found[name] = value if name in _DATA else enforceable(value)
+    return found
+
 
 def closed(schema: Any) -> Any:
     """The schema with objects that hold no other properties than those it names, wherever it doesn't say so itself.

@@ -87,10 +87,12 @@ class TextError(DistattnError):
 
 
 class StructureError(TextError):
-    """What a text must be makes no sense. `place`: keys and indices that lead to what is wrong in a JSON Schema."""
+    """What a text must be makes no sense. `reason`: without where. `place`: keys and indices that lead to what is wrong in a
+    JSON Schema."""
 
-    def __init__(self, text: str, *place: str | int) -> None:
-        super().__init__(text)
+    def __init__(self, where: str, reason: str, *place: str | int) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
         self.place = place
 
 

@@ -119,6 +119,10 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def gateways_of(address: str) -> list[int]:
+    return [pid for pid in processes_of(address) if b"gmanager.gateway" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def instances_of(address: str) -> list[int]:
     """The instances themselves, without the torchrun that has the same words in its command."""
     return [
@@ -130,8 +134,11 @@ def instances_of(address: str) -> list[int]:
 
 def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
     names = ["--served-model-name", "tiny", "--served-model-name", "wee"]
-    with up(model, tmp_path, "--instances", "2", *names) as (started, address, url):
+    door = ["--allow-origin=https://a.b", "--allow-origin=*", "--model-alias=gpt-4o=tiny", "--strict", "--trust-special-tokens"]
+    with up(model, tmp_path, "--instances", "2", *names, *door) as (started, address, url):
         started.wait_for(f"HTTP    {url}/v1")
+        (gateway,) = gateways_of(address)
+        assert Path(f"/proc/{gateway}/cmdline").read_bytes().decode().split("\0")[-len(door) - 1 : -1] == door
         assert " s: tiny or wee on 2 instances (cpu), " in started.wait_for("ready in ")
         before = [line for line in started.lines if re.match(" +[0-9]+ s  ", line)]
         assert before[0].endswith("s  starting the gManager\n")
@@ -180,7 +187,7 @@ def test_what_is_killed_is_told_in_one_line_and_all_is_stopped(who: str, model: 
         started.wait_for("Ctrl-C stops it")
         before = len(started.lines)
         if who == "the gateway":
-            (victim,) = [p for p in processes_of(address) if b"gmanager.gateway" in Path(f"/proc/{p}/cmdline").read_bytes()]
+            (victim,) = gateways_of(address)
         else:
             (victim,) = instances_of(address)
             if who == "torchrun":
@@ -216,7 +223,7 @@ def test_an_instance_says_itself_why_it_can_not_start(model: Path, tmp_path: Pat
     with up(broken, tmp_path / "logs", "--instances", "2") as (started, _, _):
         line = started.end()[-1]
         assert started.child.returncode == 1
-    assert line.startswith(f"distattn: an instance ended: {broken} can't be loaded: ")
+    assert line.startswith(f"distattn: an instance ended: {broken}/tokenizer.json can't be read: ")
     assert line.endswith("/instances.log); all is stopped\n")
     assert "Traceback" not in logs_in(tmp_path / "logs", "instances.log")
 
@@ -230,7 +237,7 @@ def test_a_model_without_a_tokenizer_and_with_less_context(model: Path, tmp_path
         asked = run("generate", "hello", "--gmanager", address)
         assert (asked.returncode, asked.stderr) == (1, "distattn: prompt: this model has no tokenizer: give token ids\n")
         asked = run("chat", "--gmanager", address, given="hello\n")
-        assert asked.stderr == "refused: messages: this model has no tokenizer: give token ids\n"
+        assert (asked.returncode, asked.stderr) == (1, "distattn: messages: this model has no tokenizer: give token ids\n")
         (tmp_path / "hay.txt").write_text("Hay. " * 1000)
         assert json.loads(run("status", "--json", "--gmanager", address).stdout)["cells"][0]["max_context"] == 100
         asked = run("needle", "--gmanager", address, "--haystack", str(tmp_path), "--out", str(tmp_path / "out"))
@@ -295,6 +302,8 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(model), "--max-context", "513"], f"--max-context 513 is more than the 512 tokens that {model} takes"),
             ([str(model), "--device", "tpu"], "--device must be auto, cpu or cuda, got tpu"),
             ([str(model), "--device", "cuda", "--instances", "99"], "99 instances need as many GPUs; this machine has "),
+            ([str(model), "--allow-origin", "a.b"], "an origin is * or SCHEME://HOST[:PORT], got 'a.b'"),
+            ([str(model), "--model-alias", "gpt"], "an alias is ALIAS=NAME, got 'gpt'"),
             ([str(model), "--api-key-file", "/none"], "/none can't be read (--api-key-file): No such file or directory"),
             ([str(model), "--api-key-file", "/dev/null"], "/dev/null holds no API key"),
             (["models/nosuch"], "models/nosuch is no directory, not in the hub's cache, and the hub can't be asked: "),
@@ -315,6 +324,29 @@ def test_nobody_is_there(given: str) -> None:
         result = run(*command, "--gmanager", "tcp://127.0.0.1:9", given=given)
         assert result.returncode == 1
         assert result.stderr == "distattn: nobody answers at tcp://127.0.0.1:9 within 3 s\n"
+
+
+@pytest.mark.parametrize("given", ["hello\n", ""])
+def test_nobody_is_ready(given: str) -> None:
+    """A gManager without instances."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "gmanager", "--bind", "tcp://127.0.0.1:*"], stdout=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert child.stdout is not None
+            address = child.stdout.readline().split()[-1]
+            for command in (["generate", "x"], ["chat"]):
+                result = run(*command, "--gmanager", address, given=given)
+                assert (result.returncode, result.stdout) == (1, "")
+                assert result.stderr == "distattn: no instances are ready to serve\n"
+        finally:
+            child.terminate()
+
+
+def test_size_of_what_is_not_there(tmp_path: Path) -> None:
+    result = run("size", "--context", "4K", str(tmp_path / "none"), "--cache-dir", str(tmp_path / "later"))
+    assert result.returncode == 2
+    assert "there is no directory or file" in result.stderr and "--cache-dir" not in result.stderr
 
 
 def test_help_names_every_command() -> None:

@@ -1,13 +1,23 @@
 """Schemas read as clients mean them."""
 
+import json
+import re
+from datetime import datetime
+from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llguidance import LLMatcher
+from pydantic import AnyUrl, Base64Bytes, BaseModel, DirectoryPath, SecretStr
 
-from gmanager.text.json_schema import closed
+from gmanager.text.grammars import compile_grammar
+from gmanager.text.json_schema import FORMATS, closed, enforceable
+from gmanager.wire.messages import StructuredOutputsParams, TextAssets
+from tests.support.tiny import make_tokenizer
 
 A: Any = {"properties": {"a": {"type": "integer"}}}
 CLOSED: Any = A | {"additionalProperties": False}
@@ -47,6 +57,51 @@ def test_what_is_closed(schema: Any, want: Any) -> None:
 )
 def test_what_stays_open(schema: Any) -> None:
     assert closed(schema) == schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "want"),
+    [
+        ({"type": "string", "format": "path"}, {"type": "string"}),
+        ({"items": {"format": "binary"}, "uniqueItems": True}, {"items": {}}),
+        ({"anyOf": [{"format": "byte"}, True]}, {"anyOf": [{}, True]}),
+        ({"$defs": {"format": {"format": "regex"}}}, {"$defs": {"format": {}}}),
+        ({"properties": {"format": {"const": {"format": "x"}}}}, {"properties": {"format": {"const": {"format": "x"}}}}),
+        ({"format": 5, "uniqueItems": "x"}, {"format": 5, "uniqueItems": "x"}),
+        ({"format": "date"}, {"format": "date"}),
+    ],
+)
+def test_what_no_text_is_held_to_is_left_out(schema: Any, want: Any) -> None:
+    assert enforceable(schema) == want
+
+
+class Written(BaseModel):
+    """What pydantic writes a format or a keyword of its own for."""
+
+    file: Path
+    folder: DirectoryPath
+    secret: SecretStr
+    data: bytes
+    coded: Base64Bytes
+    pattern: re.Pattern[str]
+    tags: set[str]
+    sizes: frozenset[int]
+    network: IPv4Network
+    when: datetime
+    link: AnyUrl
+
+
+def test_schemas_that_pydantic_writes_are_taken() -> None:
+    assets = TextAssets(
+        tokenizer_json=make_tokenizer().backend_tokenizer.to_str(), chat_template=None, special_tokens={}, eos_token_ids=[1]
+    )
+    compile_grammar(StructuredOutputsParams(json=json.dumps(Written.model_json_schema())), assets)
+
+
+def test_the_formats_are_those_that_llguidance_holds_strings_to() -> None:
+    asked = FORMATS | {"path", "password", "binary", "byte", "regex", "uri-reference", "json-pointer", "idn-email", "iri"}
+    grammars = {form: LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "format": form})) for form in asked}
+    assert {form for form, grammar in grammars.items() if not LLMatcher.validate_grammar(grammar)} == FORMATS
 
 
 NAMES = st.sampled_from("abc")

@@ -133,6 +133,12 @@ async def test_messages_come_back_as_they_were_sent(http: httpx.AsyncClient) -> 
         {"role": "tool", "content": "2", "tool_call_id": "c1"},
     ]
     await ask(http, CHAT, messages=[*TURNS, *tools])
+    legacy = [
+        {"role": "assistant", "content": None, "function_call": call["function"]},
+        {"role": "function", "content": "2", "name": "f"},
+    ]
+    want = (await http.post("/tokenize", json={"messages": [*TURNS, *tools]})).json()
+    assert (await http.post("/tokenize", json={"messages": [*TURNS, *legacy]})).json() == want
 
 
 async def test_openai_s_own_answer_is_taken_back(http: httpx.AsyncClient) -> None:
@@ -163,6 +169,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"spread": "some"}, "spread", '"auto" or "all" is needed, got "some"'),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "must be -1 or at least 1, got 0"),
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "comes with whole answers only, got 1 with stream"),
+    ({"response_format": {"type": "json_object", "schema": 5}}, "response_format.schema", "a JSON Schema is needed, got 5"),
     ({"best_of": 2}, "best_of", "not implemented, leave it out; got 2"),
     ({"user": "a \ud800 b"}, "user", "U+D800 at character 2 is half of a surrogate pair"),
     ({"\udfff": 1}, "\\udfff", "U+DFFF at character 0 is half of a surrogate pair"),
@@ -181,6 +188,11 @@ WRONG_PROMPTS: list[tuple[Any, str, str]] = [
     (None, "prompt", "is needed, got null"),
     ("a \ud800 b" + "x" * 70_000, "prompt", "U+D800 at character 2"),
     ("x" * 600, "prompt", "prompt of 600 + max_tokens of 6 = 606 tokens; the model takes at most 512"),
+]
+WRONG_TURNS: list[tuple[dict[str, Any], str, str]] = [
+    ({"function_call": 5}, "messages.0.function_call", "an object with a name is needed, got 5"),
+    ({"function_call": {"arguments": "{}"}}, "messages.0.function_call.name", "a string is needed, got null"),
+    ({"function_call": {"name": "f", "arguments": []}}, "messages.0.function_call.arguments", "a JSON string is needed"),
 ]
 WRONG_CONTENT: list[tuple[Any, str, str]] = [
     *(
@@ -206,6 +218,9 @@ async def test_what_is_wrong_is_named(http: httpx.AsyncClient) -> None:
     for prompt, param, text in WRONG_PROMPTS:
         got = await refusal(http, COMPLETIONS, prompt=prompt)
         assert got[0] == param and text in got[1], (prompt, got)
+    for fields, param, text in WRONG_TURNS:
+        got = await refusal(http, CHAT, messages=[{"role": "assistant"} | fields])
+        assert got[0] == param and text in got[1], (fields, got)
     for content, param, text in WRONG_CONTENT:
         for path in (CHAT, "/tokenize"):
             got = await refusal(http, path, messages=[*TURNS, {"role": "user", "content": content}])

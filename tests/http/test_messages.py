@@ -196,9 +196,13 @@ async def test_prompts_are_those_of_the_template(client: AsyncAnthropic) -> None
         ]
         counted = await client.messages.count_tokens(model=NAME, messages=turns, system=system)
         assert counted.input_tokens == len(f"<system>Be brief.\n\n{prompt}"), turns
-    prefilled: Any = [*TURNS, {"role": "assistant", "content": "hel"}]
-    answer = await client.messages.create(model=NAME, messages=prefilled, max_tokens=3, system="Be brief.")
-    assert answer.usage.input_tokens == len("<system>Be brief.\n<user>hello\n<assistant>hel")
+    for text in ("hel", "hel \n"):
+        prefilled: Any = [*TURNS, {"role": "assistant", "content": text}]
+        answer = await client.messages.create(model=NAME, messages=prefilled, max_tokens=3, system="Be brief.")
+        assert answer.usage.input_tokens == len("<system>Be brief.\n<user>hello\n<assistant>hel")
+    spaced: Any = [*TURNS, {"role": "assistant", "content": " hel"}]
+    counted = await client.messages.count_tokens(model=NAME, messages=spaced)
+    assert counted.input_tokens == len("<user>hello\n<assistant> hel")
     told = await client.messages.count_tokens(model=NAME, messages=TURNS, tools=[WEATHER])
     forbidden: Any = {"type": "none"}
     untold = await client.messages.count_tokens(model=NAME, messages=TURNS, tools=[WEATHER], tool_choice=forbidden)

@@ -94,7 +94,12 @@ async def test_a_strict_gateway(service: Service) -> None:
         assert (await client.post("/v1/completions", json=BODY)).status_code == 200
         turns = [{"role": "user", "content": "x", "annotations": []}]
         assert (await client.post("/tokenize", json={"messages": turns})).status_code == 200
-        for extra, name in (({"topk": 5}, "topk"), ({"stream_options": {"foo": 1}}, "stream_options.foo")):
+        form = {"response_format": {"type": "text", "schema": {}}}
+        for extra, name in (
+            (form, "response_format.schema"),
+            ({"topk": 5}, "topk"),
+            ({"stream_options": {"foo": 1}}, "stream_options.foo"),
+        ):
             refused = await client.post("/v1/completions", json=BODY | extra)
             assert refused.status_code == 400
             assert refused.json()["error"]["param"] == name

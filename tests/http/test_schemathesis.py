@@ -74,7 +74,7 @@ async def test_a_service_answers_as_its_document_says(farm: Farm, tmp_path: Path
         before = (await client.post("/v1/completions", json=body)).json()["choices"]
         document = narrowed((await client.get("/openapi.json")).json())
         seen = await asyncio.to_thread(attack, document, url, 30, ready=True)
-        for route in ("completions", "chat/completions", "messages", "messages/count_tokens"):
+        for route in ("completions", "chat/completions", "responses", "messages", "messages/count_tokens"):
             assert {200, 400} <= seen[f"POST /v1/{route}"], route
         await at_rest(service.client)
         assert (await client.post("/v1/completions", json=body)).json()["choices"] == before
@@ -90,7 +90,8 @@ async def test_without_instances_it_is_unavailable_as_its_document_says() -> Non
             seen = await asyncio.to_thread(attack, document, url, 5, ready=False)
             answered = [operation for operation, statuses in seen.items() if 200 in statuses]
             assert answered == ["GET /version", "GET /load", "GET /metrics"]
-            assert all(503 in seen[f"POST /v1/{route}"] for route in ("completions", "chat/completions", "messages"))
+            for route in ("completions", "chat/completions", "responses", "messages"):
+                assert 503 in seen[f"POST /v1/{route}"], route
     finally:
         server.stop()
         await running

@@ -34,6 +34,13 @@ def asked(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "/v1/completions", base | {"prompt": ["x", text], "stream": True}
     yield "/v1/chat/completions", base | {"messages": [turn], "logprobs": True}
     yield "/v1/chat/completions", base | {"messages": [parts], "stream": True}
+    yield "/v1/responses", {"model": NAME, "max_output_tokens": 2, "input": text, "instructions": text}
+    item = {"role": "user", "content": [{"type": "input_text", "text": text}]}
+    yield "/v1/responses", {"model": NAME, "max_output_tokens": 2, "input": [item], "stream": True}
+    yield "/v1/messages", base | {"messages": [turn], "system": text}
+    blocks = {"role": "user", "content": [{"type": "text", "text": text}]}
+    yield "/v1/messages", base | {"messages": [blocks, {"role": "assistant", "content": text}], "stream": True}
+    yield "/v1/messages/count_tokens", {"model": NAME, "messages": [turn]}
     yield "/tokenize", {"prompt": text, "return_token_strs": True}
     yield "/tokenize", {"messages": [turn]}
     yield "/detokenize", {"tokens": [1], "model": text}
@@ -54,6 +61,24 @@ def asked_elsewhere(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     call = {"id": text, "function": {"name": text, "arguments": text}}
     turn = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": text}
     yield "/v1/chat/completions", {"model": NAME, "max_tokens": 2, "messages": [turn]}
+    turn = {"role": "assistant", "content": None, "function_call": call["function"]}
+    yield "/v1/chat/completions", {"model": NAME, "max_tokens": 2, "messages": [turn]}
+    items: list[dict[str, Any]] = [
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": text}]},
+        {"type": "function_call", "call_id": text, "name": text, "arguments": text},
+        {"type": "function_call_output", "call_id": text, "output": text},
+    ]
+    told = {"reasoning": {"effort": text, text: 1}, "text": {"verbosity": text}, "metadata": {text: text}, "include": [text]}
+    yield "/v1/responses", {"model": NAME, "max_output_tokens": 2, "input": items} | told
+    schema = {"type": "object", "properties": {text: {"enum": [text]}}}
+    tool = {"name": text, "description": text, "input_schema": schema}
+    use = {"type": "tool_use", "id": text, "name": text, "input": {text: text}}
+    turns = [
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": text, "signature": text}, use]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": text, "content": text}]},
+    ]
+    for path, most in (("/v1/messages", {"max_tokens": 2}), ("/v1/messages/count_tokens", {})):
+        yield path, {"model": NAME, "messages": turns, "tools": [tool]} | most
 
 
 @pytest.fixture
@@ -87,7 +112,8 @@ async def check(client: httpx.AsyncClient, path: str, body: dict[str, Any], *, e
     assert answer.status_code in (200, 400, 404, 422), where
     if answer.status_code != 200:
         error = answer.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
+        shape = {"message", "type"} if path.startswith("/v1/messages") else {"message", "type", "param", "code"}
+        assert set(error) == shape
         assert error["message"] and len(error["message"]) < 2000, where
         return
     assert "service_failed" not in answer.text and "server_error" not in answer.text, where  # as the last event of a stream

@@ -179,7 +179,7 @@ async def test_thoughts_come_before_calls_and_structures(farm: Farm, llama: Path
                 "tool_choice": "required",
             },
             "tools.1.function.parameters.properties.a.type",
-            "at #/properties/a/type: Invalid type: objec",
+            "400 - tools.1.function.parameters.properties.a.type: Invalid type: objec",
         ),
     ],
 )

@@ -185,6 +185,22 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage: str, tmp_path: 
         load(config(model=str(path)))
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"added_tokens": []}'),
+        ("tokenizer.json", "junk"),
+        ("tokenizer_config.json", "{"),
+    ],
+)
+def test_a_broken_tokenizer_is_named_by_its_file(file: str, text: str, tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path)
+    (path / file).write_text(text)
+    with pytest.raises(CheckpointError, match=f"^{path / file} can't be read: [A-Za-z]+: "):
+        load(config(model=str(path)))
+
+
 @pytest.mark.parametrize("ends", [[7], [7, 9]])
 def test_a_checkpoint_without_a_tokenizer_is_served_by_token_ids(ends: list[int], tmp_path: Path) -> None:
     path = make_model("llama", tmp_path)

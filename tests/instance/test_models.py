@@ -1,6 +1,7 @@
 """Which architectures of transformers are served exactly, and why others aren't: docs/models.md is this table."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +185,20 @@ def test_the_longest_context_is_the_configs_or_a_shorter_one_or_must_be_said() -
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("mistral", {"sliding_window": 64}), ("olmo3", {"sliding_window": 64})],
+    [
+        ("cohere2", {}),
+        ("dots1", MOE | {"max_window_layers": 0}),
+        ("exaone4", {}),
+        ("gemma3_text", HEAD),
+        ("ministral", HEAD),
+        ("mistral", {}),
+        ("olmo3", {}),
+        ("starcoder2", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_window_is_served_up_to_itself(kind: str, more: dict[str, Any]) -> None:
+    more = more | {"sliding_window": 64}
     with pytest.raises(UnsupportedModel, match="sliding_window=64.*--max-context"):
         make(kind, more)
     with pytest.raises(UnsupportedModel, match="sliding_window=64"):
@@ -212,6 +224,32 @@ def test_another_answer_is_refused_with_the_figures(dtype: torch.dtype) -> None:
         refuse_inexact(model, "llama", block_size=BLOCK, backend="torch")
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "wrong_rows", "is_served"),
+    [
+        ("llama", torch.float32, 1, False),
+        ("llama", torch.bfloat16, 1, False),
+        ("mixtral", torch.float32, 1, False),
+        ("mixtral", torch.bfloat16, 5, True),
+        ("mixtral", torch.bfloat16, 7, False),
+    ],
+)
+def test_only_where_rounding_may_choose_experts_may_rows_differ(
+    kind: str, dtype: torch.dtype, wrong_rows: int, is_served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each text's last rows of 25."""
+
+    def wrong(*arguments: Any) -> torch.Tensor:
+        logits = eager_logits(*arguments).clone()  # one of inference mode can't be written
+        logits[:, -wrong_rows:] = torch.randn(logits[:, -wrong_rows:].shape, generator=torch.Generator().manual_seed(4))
+        return logits
+
+    model = make(kind, EXACT[kind], dtype=dtype)
+    monkeypatch.setattr("instance.exact.eager_logits", wrong)
+    with nullcontext() if is_served else pytest.raises(UnsupportedModel, match="would answer wrongly"):
+        refuse_inexact(model, kind, block_size=BLOCK, backend="torch")
+
+
 def test_an_instance_compares_what_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = InstanceConfig(
         gmanager="tcp://127.0.0.1:5570",
@@ -232,6 +270,23 @@ def test_the_comparison_alone_finds_a_second_attention_in_a_layer(monkeypatch: p
     """DiffLlama's second call overwrites the values of its first: nothing else shows it."""
     monkeypatch.setattr("instance.model._refuse_calls", lambda *_: None)
     assert difference(make("diffllama", {}), block_size=BLOCK, backend="torch") > 0.2
+
+
+def test_what_the_docs_remark_of_single_settings() -> None:
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    sizes = {"original_max_position_embeddings": 32}
+    with pytest.raises(UnsupportedModel, match="'longrope'"):
+        make("phi3", EXACT["phi3"] | {"rope_parameters": longrope | sizes} | sizes)
+    model = make("smollm3", EXACT["smollm3"] | {"no_rope_layers": [1, 0]})
+    assert refuse_inexact(model, "smollm3", block_size=BLOCK, backend="torch") < 1e-4
+    assert model.fuse("torch") is not None
+    scaled_later = make("ministral3", EXACT["ministral3"], max_context=32)
+    assert scaled_later.fuse("torch") is None
+
+
+def test_a_switch_of_training_is_no_reason_to_refuse() -> None:
+    model = make("mixtral", EXACT["mixtral"] | {"output_router_logits": True})
+    assert refuse_inexact(model, "mixtral", block_size=BLOCK, backend="torch") < 1e-4
 
 
 def test_layers_that_ask_for_more_than_llamas_run_unfused() -> None:

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Qwen3Config
 
+from gmanager.text.grammars import compile_grammar
+from gmanager.wire.messages import StructuredOutputsParams
 from instance.exact import refuse_inexact
 from instance.model import load_model, load_text_assets
 
@@ -18,7 +20,8 @@ SCRIPT = Path(make_dummy_model.__file__)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_shape_becomes_a_checkpoint_that_is_served(dtype: str, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, str(SCRIPT), "tiny", str(tmp_path), "--dtype", dtype], check=True, capture_output=True)
+    command = [sys.executable, str(SCRIPT), "tiny", str(tmp_path), "--dtype", dtype]
+    assert subprocess.run(command, check=True, capture_output=True).stderr == b"", "no bars"
     model = load_model(tmp_path, None, torch.device("cpu"))
     assert model.shape.dtype == getattr(torch, dtype)
     assert (model.num_layers, model.vocab_size, model.max_context) == (2, 300, 8192)
@@ -27,7 +30,8 @@ def test_a_shape_becomes_a_checkpoint_that_is_served(dtype: str, tmp_path: Path)
     tokenizer = Tokenizer.from_str(assets.tokenizer_json)
     assert tokenizer.get_vocab_size() == 300
     assert assets.chat_template is not None
-    assert assets.eos_token_ids == []
+    assert assets.eos_token_ids == [299]
+    compile_grammar(StructuredOutputsParams(json='{"type": "object"}'), assets)
     assert tokenizer.decode([72, 299]).endswith("<|299|>")
     assert tokenizer.encode("<|299|>").ids != [299]
     assert tokenizer.decode(tokenizer.encode("Zwölf Nadeln").ids) == "Zwölf Nadeln"
@@ -47,6 +51,7 @@ def test_a_config_becomes_one_too(tmp_path: Path) -> None:
     make_dummy_model.write(str(tmp_path / "shape" / "config.json"), tmp_path / "made", "float32")
     model = load_model(tmp_path / "made", None, torch.device("cpu"))
     assert (model.module.config.model_type, model.vocab_size) == ("qwen3", 400)
+    assert load_text_assets(tmp_path / "made").eos_token_ids == [399]
 
 
 def test_what_is_no_shape_is_refused_in_a_sentence(tmp_path: Path) -> None:
