@@ -257,7 +257,7 @@ WRONG: list[tuple[dict[str, Any], type[openai.APIStatusError], str]] = [
     ({"prompt": [300]}, openai.BadRequestError, "token id 300 at position 0 is out of range: the model has 300 tokens"),
     ({"prompt": ["a"] * 5}, openai.BadRequestError, "5 prompts; a request has at most 4"),
     ({"n": 5}, openai.BadRequestError, "n must be at most 4, got 5"),
-    ({"max_tokens": 0}, openai.BadRequestError, "max_tokens must be at least 1, got 0"),
+    ({"max_tokens": 0}, openai.BadRequestError, r"max_tokens: must be at least 1, got 0 \(0 is for echo\)"),
     ({"temperature": -1}, openai.BadRequestError, "temperature: Input should be greater than or equal to 0"),
     ({"logprobs": 21}, openai.BadRequestError, "logprobs: Input should be less than or equal to 20"),
     ({"stop": ["a", ""]}, openai.BadRequestError, "a stop string must not be empty"),

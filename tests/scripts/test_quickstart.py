@@ -74,7 +74,7 @@ def test_an_instance_says_itself_why_it_can_not_start(script: str, tmp_path: Pat
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 2
     said = run.stderr.splitlines()[-1]
-    assert said.startswith(f"{script}: an instance ended: {model} can't be loaded: "), run.stderr
+    assert said.startswith(f"{script}: an instance ended: {model / 'tokenizer.json'} can't be read: "), run.stderr
     assert said.endswith(f" (log: {tmp_path / 'out' / 'instances.log'})")
     assert "Traceback" not in run.stderr
 
