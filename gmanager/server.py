@@ -308,6 +308,7 @@ class Server:
         ids = array("I")
         bad_words: list[list[int]] = []
         grammar: str | None = None
+        highest = 0
         try:
             bad_words = await tokenizer.encode_bad_words(submit.params.bad_words or ())
             if submit.params.structured_outputs is not None:
@@ -318,6 +319,7 @@ class Server:
                 ids = await tokenizer.encode_chat(submit.messages)
             else:
                 ids = await tokenizer.encode(submit.text or "")
+            highest = await asyncio.to_thread(lambda: max(ids, default=0))
         except TextError as failure:
             error = str(failure)
             refusal = "not_ready" if isinstance(failure, TextUnavailable) else "invalid"
@@ -326,4 +328,4 @@ class Server:
             error = f"the gManager failed to read the request: {type(failure).__name__}: {failure}"
             refusal = "not_ready"  # the request may be all right
         token_ids = pack_tokens(ids)
-        self._handle(Encoded(job.request, self._now(), token_ids, bad_words, grammar, error=error, refusal=refusal))
+        self._handle(Encoded(job.request, self._now(), token_ids, bad_words, grammar, highest, error, refusal))

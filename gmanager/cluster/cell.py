@@ -152,11 +152,10 @@ class Cell:
         blocks = [member.spec.num_blocks for member in self.members]
         return max(1, min(self.max_tokens, most_tokens(blocks, self.spec.block_size)) - prompt_tokens)
 
-    def why_never(self, prompt: bytes, params: SamplingParams) -> Refusal | None:
-        """Why a request with this packed prompt can't be served here, even alone; None if it can."""
-        ids = unpack_tokens(prompt)
-        if (most := max(ids, default=0)) >= self.spec.vocab_size:
-            where = f"token id {most} at position {ids.index(most)}"
+    def why_never(self, prompt: bytes, highest: int, params: SamplingParams) -> Refusal | None:
+        """Why a request with this packed prompt can't be served here, even alone; None if it can. `highest`: of its ids."""
+        if highest >= self.spec.vocab_size:
+            where = f"token id {highest} at position {unpack_tokens(prompt).index(highest)}"
             return Refusal("invalid", f"{where} is out of range: the model has {self.spec.vocab_size:,} tokens")
         named = {"stop_token_ids": params.stop_token_ids or [], "logit_bias": list(params.logit_bias or ())}
         for name, tokens in named.items():
@@ -164,7 +163,7 @@ class Cell:
                 text = f"token id {most} of {name} is out of range: the model has {self.spec.vocab_size:,} tokens"
                 return Refusal("invalid", text)
         return why_never(
-            prompt=len(ids),
+            prompt=len(prompt) // 4,
             max_tokens=params.max_tokens,
             max_context=self.max_tokens,
             cell=self.name,

@@ -58,6 +58,8 @@ class Encoded:
     token_ids: bytes = b""
     bad_words: Sequence[list[int]] = ()
     grammar: str | None = None
+    highest: int = 0
+    """Of its token ids."""
     error: str | None = None
     refusal: RefusalReason = "invalid"
     """What kind of error."""
@@ -130,7 +132,8 @@ class DropText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a request's text or messages and its `bad_words`, compile its grammar. Answered by Encoded."""
+    """Tokenise a request's text or messages and its `bad_words`, compile its grammar, look for its highest token id: all that
+    takes long. Answered by Encoded."""
 
     epoch: int
     request: int

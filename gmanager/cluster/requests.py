@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from gmanager.cluster.events import Action, Deliver, Log, Send
+from gmanager.cluster.events import Action, Deliver, Encoded, Log, Send
 from gmanager.cluster.lifecycle import RUNNING, TRANSITIONS, WAITING, Change, State
 from gmanager.config import Spread
 from gmanager.observed import Observed
@@ -68,6 +68,8 @@ class Request:
     """When something was last heard of it that was not known: a token, a change of state or of what is held of it."""
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
+    highest: int = 0
+    """Of its token ids."""
     bad_words: list[list[int]] = field(default_factory=list)
     """Their tokens."""
     grammar: str | None = None
@@ -183,10 +185,11 @@ class Requests:
         self.waiting_bytes += request.num_bytes
         return request
 
-    def set_tokens(self, request: Request, prompt: bytes, bad_words: list[list[int]], grammar: str | None) -> None:
+    def set_tokens(self, request: Request, encoded: Encoded) -> None:
         """What its text means to the model is known; the text is not kept."""
         self.waiting_bytes -= request.num_bytes
-        request.prompt, request.bad_words, request.grammar, request.submit = prompt, bad_words, grammar, None
+        request.prompt, request.highest, request.submit = encoded.token_ids, encoded.highest, None
+        request.bad_words, request.grammar = list(encoded.bad_words), encoded.grammar
         self.waiting_bytes += request.num_bytes
 
     def change(self, request: Request, change: Change) -> None:

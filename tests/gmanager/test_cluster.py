@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gmanager.cluster.cluster import SCANNED_AT_ONCE
 from gmanager.cluster.events import (
     Action,
     Deliver,
@@ -717,3 +718,16 @@ def test_a_running_request_that_stands_still_fails(heard: str) -> None:
     error = "instance 0 of cell 'main' has not gone on with the request for 5 s (max-stall)"
     assert [a.error for a in actions if isinstance(a, Deliver)] == [error]
     assert Send(peer(0), m.Cancel(epoch=1, seq=1)) in actions
+
+
+def test_long_prompts_are_looked_through_by_the_shell() -> None:
+    """It takes too long for everybody else to wait: the highest token id comes with the answer."""
+    driver = serving(8000)
+    short, long = [5] * (SCANNED_AT_ONCE - 1) + [5000], [5] * SCANNED_AT_ONCE + [5000]
+    error = "token id 5000 at position {} is out of range: the model has 5,000 tokens"
+    at_once = driver.say(CLIENT, submit("short", prompt=short, max_tokens=1))
+    assert at_once == refused("short", error.format(SCANNED_AT_ONCE - 1), number=1, epoch=1)
+    (asked,) = driver.say(CLIENT, submit("long", prompt=long, max_tokens=1))
+    assert isinstance(asked, Encode)
+    encoded = Encoded(2, 0.0, token_ids=m.pack_tokens(long), highest=5000)
+    assert driver.handle(encoded) == refused("long", error.format(SCANNED_AT_ONCE), number=2, epoch=1)
