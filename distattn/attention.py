@@ -22,9 +22,10 @@ from distattn.layout import Layout, Reading
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, merge_states
-from kernels.paged_attention import PagedAttention, Segment
+from kernels.paged_attention import attention_scratch_bytes, plan_attention
 from kernels.paged_attention_tiles import ROW_TILES, TOKEN_TILES, TiledAttention, uses_tiles
 from kernels.paged_attention_tiles import scratch_bytes as tiles_scratch_bytes
+from kernels.segments import PagedAttention, Segment
 from kernels.upload import upload
 from kvstore.storage import KVStorage
 
@@ -94,7 +95,7 @@ class DistAttention:
         `tiles`: whether `use_tiles` is called.
         """
         kernels = sum(
-            PagedAttention.scratch_bytes(rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, backend)
+            attention_scratch_bytes(rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, backend)
             for rows in (max_rows, num_peers * max_rows)
         )
         if tiles and backend == "triton" and uses_tiles(ROW_TILES[0], TOKEN_TILES[0], shape.dtype, shape.head_dim):
@@ -225,7 +226,7 @@ class DistAttention:
         return num_layers * query * len(layout.dispatched_rows), num_layers * state * layout.num_received
 
     def _attend(self, readings: list[Reading], num_rows: int) -> PagedAttention:
-        return PagedAttention.plan(
+        return plan_attention(
             [Segment(r.first_row, r.num_rows, r.block_ids, r.kv_lens) for r in readings],
             num_rows,
             block_size=self._storage.block_size,

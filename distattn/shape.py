@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.layer_ops import rotate_and_store
-from kernels.paged_attention import AttentionSizes
+from kernels.segments import AttentionSizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

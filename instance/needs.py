@@ -10,7 +10,7 @@ from instance.sampler import scratch_bytes as sampler_scratch_bytes
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.sharing import SPLITS
 from instance.step import LANES
-from kernels.paged_attention import PagedAttention
+from kernels.paged_attention import plan_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,7 @@ def refuse_shape(model: Model, name: str, *, block_size: int, backend: str) -> N
     """Raises UnsupportedModel for an attention shape that the kernels don't support: before anybody waits for this one."""
     shape = model.shape
     try:
-        PagedAttention.plan(
+        plan_attention(
             [],
             0,
             block_size=block_size,

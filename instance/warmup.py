@@ -6,8 +6,9 @@ from distattn.shape import PackedRows
 from instance.model import Model
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, merge_states
-from kernels.paged_attention import PagedAttention, Segment
+from kernels.paged_attention import plan_attention
 from kernels.penalties import penalize
+from kernels.segments import Segment
 from kvstore.storage import KVStorage
 
 _CHUNK_ROWS = 64
@@ -47,7 +48,7 @@ class _MadeUpStep:
         segments = [Segment(row, 1, table, (_LONG_TOKENS,)) for row in range(num_decodes)]
         if num_chunk_rows:
             segments.append(Segment(num_decodes, num_chunk_rows, table, (_LONG_TOKENS,) * num_chunk_rows))
-        self._attention = PagedAttention.plan(
+        self._attention = plan_attention(
             segments,
             num_rows,
             block_size=storage.block_size,

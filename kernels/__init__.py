@@ -7,9 +7,19 @@ import importlib.metadata
 
 from kernels.kv_blocks import gather_kv, store_kv
 from kernels.merge_state import MergePlan, merge_states
-from kernels.paged_attention import PagedAttention, Segment
+from kernels.paged_attention import attention_scratch_bytes, plan_attention
+from kernels.segments import PagedAttention, Segment
 
-__all__ = ["MergePlan", "PagedAttention", "Segment", "gather_kv", "merge_states", "store_kv"]
+__all__ = [
+    "MergePlan",
+    "PagedAttention",
+    "Segment",
+    "attention_scratch_bytes",
+    "gather_kv",
+    "merge_states",
+    "plan_attention",
+    "store_kv",
+]
 
 
 def _refuse_foreign_kernels() -> None:

@@ -33,7 +33,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
-from kernels.paged_attention import AttentionSizes
+from kernels.segments import AttentionSizes
 from kernels.upload import upload
 
 MAX_ROWS = 2048

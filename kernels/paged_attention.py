@@ -13,202 +13,77 @@ Shape suffixes: T rows, H query heads, K KV heads, G = H / K, D head dim, B bloc
 `kv_2BPKD` of one layer: (keys, values), blocks, tokens of a block, KV heads, head dim.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from kernels.segments import AttentionSizes, PagedAttention, Segment, validate
 
 if TYPE_CHECKING:
     from kernels.paged_attention_tiles import TiledAttention
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive query rows that attend to one run of tokens. Rows that attend to several have a segment for each.
+def plan_attention(
+    segments: Sequence[Segment],
+    num_rows: int,
+    *,
+    block_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    tiles: "TiledAttention | None" = None,
+) -> PagedAttention:
+    """Validate the segments of one step and build its tables. Two have the same rows and disjoint tokens, or no row in common.
 
-    rows   [first_row, first_row + num_rows)
-    tokens |  block_ids[0]  |  block_ids[1]  | ... |  block_ids[n-1]  |
-           0                P                2P    # token j: block_ids[j // P], offset j % P
-           [0, kv_lens[i]) is visible to row first_row + i
+    `backend` is "torch" (any device and floating dtype) or "triton" (CUDA; fp32, fp16, bf16; head_dim a power of two
+    from 16 to 256; at most 64 query heads per KV head; any block size). With `tiles` (triton) spans of many rows go to the
+    library's dense kernel.
+
+    Raises:
+        ValueError: a segment that contradicts itself or another, or a shape that the backend doesn't support.
     """
-
-    first_row: int
-    num_rows: int
-    block_ids: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    """Per row, in any order; 0: the row sees nothing. Fast when all are equal, or each is one more than the last."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionSizes:
-    """What a plan is made for; `run` refuses tensors of other sizes."""
-
-    num_rows: int
-    block_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.num_heads // self.num_kv_heads
-
-
-class PagedAttention(ABC):
-    """Attention of one step's rows: `plan` validates and builds all tables, `run` only launches."""
-
-    def __init__(self, sizes: AttentionSizes, min_blocks: int) -> None:
-        """`min_blocks`: the highest block id that the plan reads, plus 1."""
-        self.sizes = sizes
-        self._min_blocks = min_blocks
-
-    @staticmethod
-    def plan(
-        segments: Sequence[Segment],
-        num_rows: int,
-        *,
-        block_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: str,
-        tiles: "TiledAttention | None" = None,
-    ) -> "PagedAttention":
-        """Validate the segments and build the tables. Two segments have the same rows and disjoint tokens, or no row in common.
-
-        `backend` is "torch" (any device and floating dtype) or "triton" (CUDA; fp32, fp16, bf16; head_dim a power of two
-        from 16 to 256; at most 64 query heads per KV head; any block size). With `tiles` (triton) spans of many rows go to the
-        library's dense kernel.
-
-        Raises:
-            ValueError: a segment that contradicts itself or another, or a shape that the backend doesn't support.
-        """
-        if min(block_size, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
-            raise ValueError(
-                f"block size {block_size}, {num_heads} heads, {num_kv_heads} KV heads, head dim {head_dim}: all must be at "
-                "least 1 and the heads a multiple of the KV heads"
-            )
-        sizes = AttentionSizes(
-            num_rows=num_rows,
-            block_size=block_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=device,
+    if min(block_size, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"block size {block_size}, {num_heads} heads, {num_kv_heads} KV heads, head dim {head_dim}: all must be at "
+            "least 1 and the heads a multiple of the KV heads"
         )
-        min_blocks = _validate(segments, num_rows, block_size)
-        match backend:
-            case "torch":
-                from kernels.paged_attention_torch import TorchPagedAttention
+    sizes = AttentionSizes(
+        num_rows=num_rows,
+        block_size=block_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    min_blocks = validate(segments, num_rows, block_size)
+    match backend:
+        case "torch":
+            from kernels.paged_attention_torch import TorchPagedAttention
 
-                return TorchPagedAttention(sizes, min_blocks, segments)
-            case "triton":
-                from kernels.paged_attention_triton import TritonPagedAttention
+            return TorchPagedAttention(sizes, min_blocks, segments)
+        case "triton":
+            from kernels.paged_attention_triton import TritonPagedAttention
 
-                return TritonPagedAttention(sizes, min_blocks, segments, tiles)
-        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
-
-    @staticmethod
-    def scratch_bytes(
-        num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, backend: str
-    ) -> int:
-        """Most bytes that `run` takes beside its arguments for that many rows, whatever the segments."""
-        match backend:
-            case "torch":
-                from kernels.paged_attention_torch import scratch_bytes as of_torch
-
-                return of_torch(num_rows, num_heads, head_dim)
-            case "triton":
-                from kernels.paged_attention_triton import scratch_bytes as of_triton
-
-                return of_triton(num_heads, num_kv_heads, head_dim, device)
-        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
-
-    def run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, *, out_THD: torch.Tensor, lse_TH: torch.Tensor
-    ) -> None:
-        """Fill `out_THD` (q's dtype) and `lse_TH` (fp32, natural log) with the partial states of all rows.
-
-        Rows of no segment, and rows that see nothing, get `out = 0`, `lse = -inf`. KV that no row sees is never read into a
-        result, so it may be NaN. The last dimension of q, kv and out must be contiguous.
-
-        Raises:
-            ValueError: shape, dtype or device are not those of the plan, or kv has too few blocks for it.
-        """
-        sizes = self.sizes
-        rows = (sizes.num_rows, sizes.num_heads, sizes.head_dim)
-        block = (sizes.block_size, sizes.num_kv_heads, sizes.head_dim)
-        for name, tensor in (("q", q_THD), ("out", out_THD)):
-            if tensor.shape != rows or tensor.dtype != sizes.dtype or tensor.stride(-1) != 1:
-                raise ValueError(f"{name} must be {rows} {sizes.dtype}, got {_describe(tensor)}")
-        if lse_TH.shape != rows[:2] or lse_TH.dtype != torch.float32:
-            raise ValueError(f"lse must be {rows[:2]} torch.float32, got {_describe(lse_TH)}")
-        if kv_2BPKD.shape[2:] != block or kv_2BPKD.dtype != sizes.dtype or kv_2BPKD.stride(-1) != 1:
-            raise ValueError(f"kv must be (2, blocks, {block}) {sizes.dtype}, got {_describe(kv_2BPKD)}")
-        if kv_2BPKD.shape[1] < self._min_blocks:
-            raise ValueError(f"the plan reads block {self._min_blocks - 1}, kv holds {kv_2BPKD.shape[1]} blocks")
-        if not q_THD.device.type == kv_2BPKD.device.type == sizes.device.type:
-            raise ValueError(f"planned for {sizes.device}, got q on {q_THD.device}, kv on {kv_2BPKD.device}")
-        if sizes.num_rows:
-            self._run(q_THD, kv_2BPKD, scale, out_THD, lse_TH)
-
-    @abstractmethod
-    def _run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, out_THD: torch.Tensor, lse_TH: torch.Tensor
-    ) -> None: ...
+            return TritonPagedAttention(sizes, min_blocks, segments, tiles)
+    raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
-def by_rows(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """The segments of the same rows together, ascending."""
-    groups: dict[int, list[Segment]] = {}
-    for segment in sorted(segments, key=lambda s: s.first_row):
-        groups.setdefault(segment.first_row, []).append(segment)
-    return list(groups.values())
+def attention_scratch_bytes(
+    num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, backend: str
+) -> int:
+    """Most bytes that `run` takes beside its arguments for that many rows, whatever the segments."""
+    match backend:
+        case "torch":
+            from kernels.paged_attention_torch import scratch_bytes as of_torch
 
+            return of_torch(num_rows, num_heads, head_dim)
+        case "triton":
+            from kernels.paged_attention_triton import scratch_bytes as of_triton
 
-def uncovered_ranges(segments: Sequence[Segment], num_rows: int) -> list[tuple[int, int]]:
-    """`[start, end)` of the rows that belong to no segment, ascending."""
-    gaps = []
-    at = 0
-    for segment in sorted(segments, key=lambda s: s.first_row):
-        if segment.first_row > at:
-            gaps.append((at, segment.first_row))
-        at = max(at, segment.first_row + segment.num_rows)
-    return [*gaps, (at, num_rows)] if at < num_rows else gaps
-
-
-def _validate(segments: Sequence[Segment], num_rows: int, block_size: int) -> int:
-    """The highest block id that is named, plus 1. Raises ValueError for segments that can't be."""
-    begin = end = 0
-    min_blocks = 0
-    for s in sorted(segments, key=lambda s: s.first_row):
-        rows = f"rows [{s.first_row}, {s.first_row + s.num_rows})"
-        if s.num_rows < 1 or len(s.kv_lens) != s.num_rows:
-            raise ValueError(f"segment of {rows} has {len(s.kv_lens)} kv_lens: there must be one per row, and a row")
-        stop = s.first_row + s.num_rows
-        if (s.first_row < end and (s.first_row, stop) != (begin, end)) or stop > num_rows:
-            raise ValueError(f"segment of {rows}: rows below {end} are taken, and the step has {num_rows} rows")
-        begin, end = s.first_row, stop
-        capacity = len(s.block_ids) * block_size
-        if min(s.kv_lens) < 0 or max(s.kv_lens) > capacity:
-            raise ValueError(
-                f"segment of {rows} sees {min(s.kv_lens)} to {max(s.kv_lens)} tokens; its {len(s.block_ids)} blocks of "
-                f"{block_size} hold {capacity}"
-            )
-        if s.block_ids:
-            if min(s.block_ids) < 0:
-                raise ValueError(f"segment of {rows} names block {min(s.block_ids)}")
-            min_blocks = max(min_blocks, max(s.block_ids) + 1)
-    return min_blocks
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
+            return of_triton(num_heads, num_kv_heads, head_dim, device)
+    raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.kv_blocks import gather_kv_into
-from kernels.paged_attention import AttentionSizes, Segment
+from kernels.segments import AttentionSizes, Segment
 from kernels.upload import upload
 
 State = tuple[torch.Tensor, torch.Tensor]

@@ -19,8 +19,8 @@ from functools import reduce
 
 import torch
 
-from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, by_rows, uncovered_ranges
 from kernels.reference import attention_state
+from kernels.segments import AttentionSizes, PagedAttention, Segment, by_rows, uncovered_ranges
 
 _State = tuple[torch.Tensor, torch.Tensor]
 """`out_THD`, `lse_TH`"""

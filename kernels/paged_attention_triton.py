@@ -29,8 +29,8 @@ import triton.language as tl
 from kernels import decode_attention
 from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading
 from kernels.launch import num_processors
-from kernels.paged_attention import AttentionSizes, PagedAttention, Segment, by_rows, uncovered_ranges
 from kernels.paged_attention_tiles import TiledAttention, TilePlan, is_tileable, uses_tiles
+from kernels.segments import AttentionSizes, PagedAttention, Segment, by_rows, uncovered_ranges
 from kernels.upload import upload
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

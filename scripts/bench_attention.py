@@ -23,8 +23,9 @@ import torch
 from _measure import Row, copy_bandwidth, graph_ms, matmul_tflops, show, write_json
 
 from kernels.decode_attention import DecodeAttention, RowReading
-from kernels.paged_attention import AttentionSizes, PagedAttention, Segment
+from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention
+from kernels.segments import AttentionSizes, Segment
 
 PAGE = 64
 HEAD_DIM = 128
@@ -167,7 +168,7 @@ def prefill(heads: tuple[int, int], rows: int, tokens: int, *, consecutive: bool
     flops = 4 * rows * tokens * heads[0] * HEAD_DIM
     tiles = TiledAttention(sizes_of(case), backend="triton")
     tiles.warm_up(case.kv_2BPKD[0])
-    plan = PagedAttention.plan(
+    plan = plan_attention(
         [Segment(0, rows, tuple(case.block_ids[0]), (tokens,) * rows)],
         rows,
         block_size=PAGE,

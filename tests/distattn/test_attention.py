@@ -14,7 +14,7 @@ from distattn.exchange import Exchange
 from distattn.layout import HeldRun, Holding, Layout, Span, lay_out
 from distattn.shape import AttentionShape
 from instance.cell import EpochGroup, open_store
-from kernels.paged_attention import PagedAttention
+from kernels.paged_attention import attention_scratch_bytes
 from kernels.reference import compare
 from kvstore.shard import ShardTable
 from kvstore.storage import KVStorage
@@ -201,5 +201,5 @@ def test_scratch_is_what_is_allocated(cell: Cell) -> None:
     assert plan is not None
     fields = [getattr(plan, name) for name in plan.__dataclass_fields__]
     buffers = sum(f.nbytes for f in fields if isinstance(f, torch.Tensor) and f.is_floating_point())
-    kernels = sum(PagedAttention.scratch_bytes(n, 4, 2, 16, CPU, "torch") for n in (rows, 2 * rows))
+    kernels = sum(attention_scratch_bytes(n, 4, 2, 16, CPU, "torch") for n in (rows, 2 * rows))
     assert DistAttention.scratch_bytes(SHAPE, rows, 2, CPU, "torch", tiles=True) == buffers + kernels

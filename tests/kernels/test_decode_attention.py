@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kernels import decode_attention
 from kernels.decode_attention import DecodeAttention, DecodeConfig, DecodeTables, RowReading
 from kernels.launch import num_processors
-from kernels.paged_attention import AttentionSizes
 from kernels.reference import attention_state
+from kernels.segments import AttentionSizes
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state, union
 
 HEADS = [(4, 2), (9, 3), (2, 2), (7, 1)]

@@ -13,7 +13,16 @@ from kernels.reference import compare
 
 
 def test_public_names() -> None:
-    assert kernels.__all__ == ["MergePlan", "PagedAttention", "Segment", "gather_kv", "merge_states", "store_kv"]
+    assert kernels.__all__ == [
+        "MergePlan",
+        "PagedAttention",
+        "Segment",
+        "attention_scratch_bytes",
+        "gather_kv",
+        "merge_states",
+        "plan_attention",
+        "store_kv",
+    ]
     assert all(hasattr(kernels, name) for name in kernels.__all__)
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import PagedAttention, Segment, gather_kv, paged_attention_torch, store_kv
+from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention
 from kernels.reference import attention_state, compare
 
@@ -70,7 +71,7 @@ def union(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Ten
 def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None:
     """Run a plan twice, as two layers would, over poisoned pools and outputs."""
     num_heads, num_kv_heads = case.heads
-    plan = PagedAttention.plan(
+    plan = plan_attention(
         case.segments,
         case.num_rows,
         block_size=case.block_size,
@@ -265,7 +266,7 @@ def test_offsets_of_more_than_31_bits() -> None:
     q_THD = torch.randn(201, 32, head_dim, device=DEVICE).bfloat16()
     lens = tuple(range(num_tokens - 199, num_tokens + 1))
     segments = [Segment(0, 1, tuple(ids), (num_tokens,)), Segment(1, 200, tuple(ids), lens)]
-    plan = PagedAttention.plan(
+    plan = plan_attention(
         segments,
         201,
         block_size=block_size,
@@ -307,7 +308,7 @@ def plan_of(segments: list[Segment], **changed: object) -> PagedAttention:
         "device": DEVICE,
         "backend": "torch",
     }
-    return PagedAttention.plan(segments, 10, **(arguments | changed))  # type: ignore[arg-type]
+    return plan_attention(segments, 10, **(arguments | changed))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

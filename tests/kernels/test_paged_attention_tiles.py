@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import PagedAttention, Segment, paged_attention_tiles, paged_attention_triton
-from kernels.paged_attention import AttentionSizes
+from kernels import Segment, paged_attention_tiles, paged_attention_triton
+from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention, is_tileable, merge_parts, split_segment, uses_tiles
 from kernels.reference import attention_state, compare
+from kernels.segments import AttentionSizes
 from tests.kernels.test_paged_attention import Case, union, visible_tokens
 from tests.kernels.test_paged_attention import check as paged_check
 
@@ -157,7 +158,7 @@ def check(
     torch.manual_seed(seed)
     scale = 1.3 / math.sqrt(sizes.head_dim)
     plan = tiles.plan([segment, *others], untiled)
-    rest = PagedAttention.plan(
+    rest = plan_attention(
         plan.left_over,
         num_rows,
         block_size=sizes.block_size,
