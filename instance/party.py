@@ -125,8 +125,8 @@ class Parties:
 
     def _lose(self, peer: bytes, reason: str) -> None:
         self._seat.listener.forget(peer)
-        ranks = {party.rank_of(peer) for party in self._parties.values()} - {None}
-        for rank in sorted(rank for rank in ranks if rank is not None):
+        ranks = {rank for party in self._parties.values() if (rank := party.rank_of(peer)) is not None}
+        for rank in sorted(ranks):
             self._seat.on_lost(rank, reason)
 
 

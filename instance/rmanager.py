@@ -29,8 +29,10 @@ class RManager:
     def reserve_next(self, seq: int) -> int | None:
         """Make sure of room for a token behind all that is here of a sequence. How many blocks that took; None: it can't."""
         shard = self.shard(seq)
-        if shard is not None and (shard.spare or shard.has_room):
-            return 0
+        if shard is not None:
+            end = max((run.end for run in shard.runs), default=0)
+            if shard.can_append(end, end + 1):
+                return 0
         return 1 if self.reserve(seq, 1) else None
 
     def grant(self, seq: int, position: int) -> bool:

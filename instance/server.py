@@ -225,17 +225,9 @@ class Instance:
         scheduler = epoch.lanes.scheduler
         match message:
             case wire.Reserve(seq=seq, blocks=blocks):
-                kind = {"epoch": epoch.number, "seq": seq}
-                if self._rmanager.reserve(seq, blocks):
-                    self._gmanager.send(wire.Granted(**kind, blocks=blocks, free_blocks=self._rmanager.free_blocks))
-                else:
-                    self._gmanager.send(wire.NotGranted(**kind, free_blocks=self._rmanager.free_blocks))
+                self._answer_reserve(epoch.number, seq, blocks if self._rmanager.reserve(seq, blocks) else None)
             case wire.ReserveNext(seq=seq):
-                kind, free = {"epoch": epoch.number, "seq": seq}, self._rmanager.free_blocks
-                if (added := self._rmanager.reserve_next(seq)) is not None:
-                    self._gmanager.send(wire.Granted(**kind, blocks=added, free_blocks=free - added))
-                else:
-                    self._gmanager.send(wire.NotGranted(**kind, free_blocks=free))
+                self._answer_reserve(epoch.number, seq, self._rmanager.reserve_next(seq))
             case wire.Drop(seq=seq):
                 self._rmanager.drop(seq)
                 self._tell_of_freed()
@@ -249,6 +241,14 @@ class Instance:
                 scheduler.cancel(seq)
             case _:
                 self._dropped += 1
+
+    def _answer_reserve(self, epoch: int, seq: int, added: int | None) -> None:
+        """`added`: blocks that are the sequence's now; None: there is no room."""
+        free = self._rmanager.free_blocks
+        if added is None:
+            self._gmanager.send(wire.NotGranted(epoch=epoch, seq=seq, free_blocks=free))
+        else:
+            self._gmanager.send(wire.Granted(epoch=epoch, seq=seq, blocks=added, free_blocks=free))
 
     async def _join(self, join: wire.JoinEpoch, tasks: asyncio.TaskGroup) -> None:
         """Form the epoch's process groups and start to step."""

@@ -121,12 +121,6 @@ class Shard:
         """All its blocks."""
         return [block for run in self.runs for block in run.block_ids] + self.spare
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a token behind all that are here fits the last block of its run."""
-        last = max((run.end for run in self.runs), default=None)
-        return last is not None and not self._run_for(last).blocks_for(1)
-
     def can_append(self, start: int, end: int) -> bool:
         """Whether its blocks hold positions `[start, end)`, too."""
         return self._run_for(start).blocks_for(end - start) <= len(self.spare)
