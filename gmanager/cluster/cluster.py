@@ -199,6 +199,8 @@ class Cluster:
         spread = self._config.spread if submit.spread is None else submit.spread
         seed = seed if submit.params.seed is None else submit.params.seed
         request = self._requests.new(submit, peer, seed, spread)
+        if request.prompt_tokens <= SCANNED_AT_ONCE:
+            request.highest = max(m.unpack_tokens(request.prompt), default=0)
         self._unbound[request.number] = request, submit
         self._bind_waiting()
 
@@ -257,8 +259,8 @@ class Cluster:
             if (refusal := cell.why_unreadable(submit)) is not None:
                 self._refuse(request, refusal)
             elif request.prompt and not request.params.needs_text and request.prompt_tokens <= SCANNED_AT_ONCE:
-                highest = max(m.unpack_tokens(request.prompt))
-                self._requests.set_tokens(request, Encoded(request.number, self._now, request.prompt, highest=highest))
+                encoded = Encoded(request.number, self._now, request.prompt, highest=request.highest)
+                self._requests.set_tokens(request, encoded)
                 self._queue(request)
             else:
                 self._requests.change(request, "encode")
@@ -271,7 +273,7 @@ class Cluster:
 
         def rank(cell: Cell) -> tuple[bool, int, int, str]:
             never = cell.why_unreadable(submit) is not None or (
-                bool(request.prompt) and cell.why_never(request.prompt, 0, request.params) is not None
+                bool(request.prompt) and cell.why_never(request.prompt, request.highest, request.params) is not None
             )
             free = sum(member.free for member in cell.members) * cell.spec.block_size
             return never, self._sequences[cell.name].num_waiting, -free, cell.name

@@ -69,7 +69,7 @@ class Request:
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
     highest: int = 0
-    """Of its token ids."""
+    """Of its token ids; 0 until they have been looked through."""
     bad_words: list[list[int]] = field(default_factory=list)
     """Their tokens."""
     grammar: str | None = None

@@ -731,3 +731,13 @@ def test_long_prompts_are_looked_through_by_the_shell() -> None:
     assert isinstance(asked, Encode)
     encoded = Encoded(2, 0.0, token_ids=m.pack_tokens(long), highest=5000)
     assert driver.handle(encoded) == refused("long", error.format(SCANNED_AT_ONCE), number=2, epoch=1)
+
+
+def test_a_prompt_goes_to_the_cell_that_has_its_tokens() -> None:
+    """Though more wait there, or it has less memory."""
+    driver = Driver()
+    driver.ready_cell(50, cell="few", epoch=1, vocab_size=100)
+    driver.ready_cell(5, cell="many", epoch=2)
+    driver.say(CLIENT, HELLO)
+    (asked,) = driver.say(CLIENT, submit("r", prompt=[5, 200], max_tokens=1))
+    assert asked == Send(peer(0, 2), m.Reserve(epoch=2, seq=1, blocks=2))
