@@ -27,6 +27,7 @@ from instance.config import InstanceConfig, Launch
 from instance.errors import EpochEnded, InstanceError
 from instance.memory import TooLittleMemory
 from instance.model import UnsupportedModel
+from instance.processors import queues_of_their_own
 from instance.sharing import SPLITS
 from instance.start import load, make_instance
 
@@ -138,6 +139,7 @@ async def serve(config: InstanceConfig) -> None:
 
 
 def main() -> int:
+    queues_of_their_own()
     try:
         config = parse(sys.argv[1:], Launch.from_environment(os.environ))
     except ValueError as error:

@@ -6,6 +6,7 @@ give each lane's streams processors of its own. Sources: CUDA driver API, "Green
 (arXiv:2504.19516) and Nexus (arXiv:2507.06608), which split a GPU between prefill and decode.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,15 @@ from instance.sharing import SPLITS, Costs, Sharing
 from instance.step import Lane
 
 log = get_logger("instance")
+
+
+def queues_of_their_own() -> None:
+    """To be called before this process first uses CUDA: each stream gets a hardware queue to itself, up to the 32 there are.
+
+    By default streams share eight, and what waits in one of them holds up what stands behind it, whichever lane's it is: a
+    kernel of one lane that waits for a peer would hold what the other lane's peer waits for.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class NoGreenContexts(RuntimeError):

@@ -126,6 +126,30 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     return acc_MD, new_M, sum_M
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_run(  # type: ignore[no-untyped-def]
+    acc_MD, top_M, sum_M, q_MD, first_tile, num_tiles, kv_len, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
+    log2_scale, D: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """`_attend_tile` over some tiles of one run, of which the last may be cut off by `kv_len`."""
+    begin = first_tile * BLOCK_N
+    end = begin + num_tiles * BLOCK_N
+    full_end = tl.maximum(begin, tl.minimum(end, kv_len // BLOCK_N * BLOCK_N))
+    for token in tl.range(begin, full_end, BLOCK_N):
+        block = tl.load(table_ptr + token // P)
+        acc_MD, top_M, sum_M = _attend_tile(
+            acc_MD, top_M, sum_M, q_MD, token, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
+            log2_scale, D, P, BLOCK_N, USE_TMA, False,
+        )  # fmt: skip
+    if full_end < end:
+        block = tl.load(table_ptr + full_end // P)
+        acc_MD, top_M, sum_M = _attend_tile(
+            acc_MD, top_M, sum_M, q_MD, full_end, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
+            log2_scale, D, P, BLOCK_N, USE_TMA, True,
+        )  # fmt: skip
+    return acc_MD, top_M, sum_M
+
+
 @triton.jit
 def _row_of(ends_ptr, num_rows, tile):  # type: ignore[no-untyped-def]
     """The row that a tile belongs to: the first whose end lies beyond it, by bisection."""
@@ -170,8 +194,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         row = tl.load(rows_ptr + index).to(tl.int64)
         kv_len = tl.load(rows_ptr + size + index)
         table_ptr = blocks_ptr + tl.load(rows_ptr + 2 * size + index)
-        runs_ptr = table_ptr
-        num_runs = tl.maximum(-kv_len, 1)
         head_M = head * G + m_M
         q_ptr_MD = q_ptr + (row * stride_qt + head_M * stride_qh)[:, None] + dim_D[None, :]
         q_MD = tl.load(q_ptr_MD, mask=(m_M < G)[:, None], other=0.0)
@@ -179,31 +201,25 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         acc_MD = tl.zeros((BLOCK_M, D), dtype=tl.float32)
         top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
         sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        skipped = first_tile  # of the run's tiles and those after it: not this slot's
-        left = num_tiles
-        for run in range(num_runs):
-            if num_runs > 1:
-                kv_len = tl.load(runs_ptr + 2 * run)
-                table_ptr = blocks_ptr + tl.load(runs_ptr + 2 * run + 1)
-            run_tiles = (kv_len + BLOCK_N - 1) // BLOCK_N
-            first = tl.minimum(skipped, run_tiles)
-            taken = tl.minimum(left, run_tiles - first)
-            skipped -= first
-            left -= taken
-            begin = first * BLOCK_N
-            end = begin + taken * BLOCK_N
-            full_end = tl.maximum(begin, tl.minimum(end, kv_len // BLOCK_N * BLOCK_N))
-            for token in tl.range(begin, full_end, BLOCK_N):
-                block = tl.load(table_ptr + token // P)
-                acc_MD, top_M, sum_M = _attend_tile(
-                    acc_MD, top_M, sum_M, q_MD, token, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
-                    stride_k, log2_scale, D, P, BLOCK_N, USE_TMA, False,
-                )  # fmt: skip
-            if full_end < end:
-                block = tl.load(table_ptr + full_end // P)
-                acc_MD, top_M, sum_M = _attend_tile(
-                    acc_MD, top_M, sum_M, q_MD, full_end, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
-                    stride_k, log2_scale, D, P, BLOCK_N, USE_TMA, True,
+        if kv_len >= 0:
+            acc_MD, top_M, sum_M = _attend_run(
+                acc_MD, top_M, sum_M, q_MD, first_tile, num_tiles, kv_len, head, k_src, v_src, table_ptr, stride_b, stride_p,
+                stride_k, log2_scale, D, P, BLOCK_N, USE_TMA,
+            )  # fmt: skip
+        else:
+            skipped = first_tile  # of the run's tiles and those after it: not this slot's
+            left = num_tiles
+            for run in range(-kv_len):
+                run_len = tl.load(table_ptr + 2 * run)
+                run_tiles = (run_len + BLOCK_N - 1) // BLOCK_N
+                first = tl.minimum(skipped, run_tiles)
+                taken = tl.minimum(left, run_tiles - first)
+                skipped -= first
+                left -= taken
+                acc_MD, top_M, sum_M = _attend_run(
+                    acc_MD, top_M, sum_M, q_MD, first, taken, run_len, head, k_src, v_src,
+                    blocks_ptr + tl.load(table_ptr + 2 * run + 1), stride_b, stride_p, stride_k, log2_scale, D, P, BLOCK_N,
+                    USE_TMA,
                 )  # fmt: skip
 
         result_MD = acc_MD / sum_M[:, None]

@@ -30,6 +30,7 @@ from _loop import Cell, Loop
 from _measure import Row, copy_bandwidth, p99, show, write_json
 
 from instance.cell import open_store
+from instance.processors import queues_of_their_own
 
 dist: Any = torch.distributed  # its stubs lack TCPStore
 
@@ -217,6 +218,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=(*PARTS, "prefill"), default=(*PARTS, "prefill"))
     parser.add_argument("--prefill", type=int, nargs="*", default=[131072], help="prompt lengths")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths, to try this out")
+    queues_of_their_own()
     args = parser.parse_args()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size != 2:

@@ -32,6 +32,7 @@ from distattn.shape import PackedRows
 from gmanager.wire.messages import TextAssets
 from instance.config import GPU_MIXED_CHUNK_TOKENS
 from instance.model import Model
+from instance.processors import queues_of_their_own
 from instance.sharing import SPLITS
 from kernels.launch import num_processors
 from kernels.layer_ops import linear
@@ -182,6 +183,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("products", "decode", "sampling", "prefill", "beside"))
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json, to measure structured output with")
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILLS), help="prompt lengths")
+    queues_of_their_own()
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_step: needs a GPU", file=sys.stderr)

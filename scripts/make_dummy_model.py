@@ -13,6 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+POSITIONS = 2_097_152
+"""More than the models that the shapes are of: what is measured is how long a text can be, not what it says."""
+
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64,
@@ -31,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 64,
         "vocab_size": 128256,
-        "max_position_embeddings": 131072,
+        "max_position_embeddings": POSITIONS,
         "rope_theta": 500000.0,
         "tie_word_embeddings": True,
     },
@@ -42,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
-        "max_position_embeddings": 131072,
+        "max_position_embeddings": POSITIONS,
         "rope_theta": 500000.0,
     },
     "llama-3.1-70b": {
@@ -52,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
-        "max_position_embeddings": 131072,
+        "max_position_embeddings": POSITIONS,
         "rope_theta": 500000.0,
     },
 }

@@ -4,7 +4,8 @@ Without a GPU the Triton code runs in its interpreter and a "graph" runs its fun
 buckets, padding and routing of pending tokens are the real ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -45,6 +46,14 @@ class Graphs(DecodeGraphs):
             return super()._record(forward)
         again = Again(forward)
         return again, again.result
+
+
+@pytest.fixture(autouse=True)
+def own_stream() -> Iterator[None]:
+    """Graphs are captured on a lane's own stream, never on the default one."""
+    stream = torch.cuda.Stream(DEVICE) if DEVICE.type == "cuda" else None
+    with nullcontext() if stream is None else torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
+        yield
 
 
 @pytest.fixture(scope="module")
