@@ -188,11 +188,16 @@ class Runner:
         samples, scored = step.results.samples, step.results.scored
         return StepResult({} if samples is None else _read(samples), [(rows.seq, _pack(rows, found)) for rows, found in scored])
 
+    @property
+    def threads(self) -> tuple[Executor, Executor]:
+        """That drive the device: they have ended once nothing of a closed runner runs any more."""
+        return self._driver, self._waiter
+
     def close(self) -> None:
-        """Let go of the threads. A step that waits for a lost peer is not waited for."""
-        pools: list[Executor] = [self._driver, self._waiter]
-        for pool in pools:
+        """Let go of the threads and the graphs. A step that waits for a lost peer is not waited for."""
+        for pool in self.threads:
             pool.shutdown(wait=False, cancel_futures=True)
+        self.graphs.clear()
 
     def _run(self, plan: StepPlan, processors: int) -> Launched:
         if self._device.type == "cuda":

@@ -6,7 +6,7 @@ This file knows no instances: `gmanager.cluster.cluster` and `sequences` say whe
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -35,6 +35,9 @@ KEEP_FINISHED = 1024
 """Finished requests whose statistics are kept."""
 
 Emit = Callable[[Action], None]
+
+Runs = Sequence[Sequence[tuple[int, int]]]
+"""What is kept of a sequence on one instance: for each run the ranges of its positions."""
 
 STORY = 32
 """Changes of state that are remembered of a request, for the error that one too many would be."""
@@ -76,12 +79,14 @@ class Request:
     """Compiled."""
     max_tokens: int = 0
     """Most tokens to generate, once prompt and cell are known; 0 if only the prompt is wanted."""
-    epoch: int = 0
+    cell_number: int = 0
     """Of the cell that serves it; 0 while there is none."""
     cell: str | None = None
     """The cell's name."""
     seq: int = 0
     """Its present admission, while it runs."""
+    kept: dict[int, Runs] = field(default_factory=dict)
+    """rank -> what is left there of its last admission's KV, while it waits after a change of membership."""
     state: State = "waiting"
     story: deque[tuple[float, Change, State]] = field(default_factory=lambda: deque(maxlen=STORY))
     """When it last changed, how, and to what."""
@@ -120,6 +125,11 @@ class Request:
         return self.prompt_tokens + len(self.tokens)
 
     @property
+    def missing_tokens(self) -> int:
+        """Those whose rows its next admission has to compute."""
+        return self.num_tokens - sum(map(count_tokens, self.kept.values()))
+
+    @property
     def num_bytes(self) -> int:
         """What it takes while it waits."""
         return len(self.prompt) + 4 * len(self.tokens) + (0 if self.submit is None else text_bytes(self.submit))
@@ -155,6 +165,17 @@ class Request:
                 return "preempted"
             case state:
                 return state
+
+
+def count_tokens(runs: Runs) -> int:
+    """Of what is kept on one instance."""
+    return sum(end - start for run in runs for start, end in run)
+
+
+def cut(runs: Runs, end: int) -> Runs:
+    """What of it lies before a position; instances come to the same (`kvstore.shard`)."""
+    shorter = [[(start, min(stop, end)) for start, stop in run if start < end] for run in runs]
+    return [run for run in shorter if run]
 
 
 class Requests:
@@ -364,7 +385,7 @@ class Requests:
                 peer=request.client,
                 request=request.number,
                 request_id=request.id,
-                epoch=request.epoch,
+                cell=request.cell_number,
                 stop_strings=tuple(request.params.stop_strings),
                 include_stop=request.params.include_stop_str_in_output,
                 min_tokens=request.params.min_tokens,

@@ -31,7 +31,7 @@ def _cell(cell: Cell) -> CellStats:
     return CellStats(
         name=cell.name,
         epoch=cell.epoch,
-        state="ready" if cell.is_ready else "forming",
+        state="ready" if cell.is_ready else "changing" if cell.is_formed else "forming",
         size=cell.size,
         model=cell.spec.model,
         block_size=cell.spec.block_size,
@@ -43,7 +43,7 @@ def _cell(cell: Cell) -> CellStats:
 
 def _instances(cell: Cell, sequences: Sequences) -> list[InstanceStats]:
     lent, borrowed = sequences.lent_and_borrowed()
-    return [_instance(cell, member, lent[member.rank], borrowed[member.rank]) for member in cell.members]
+    return [_instance(cell, member, lent[rank], borrowed[rank]) for rank, member in enumerate(cell.members)]
 
 
 def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceStats:
@@ -51,7 +51,7 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
     free = member.free_blocks * cell.spec.block_size
     return InstanceStats(
         cell=cell.name,
-        rank=member.rank,
+        rank=member.id,
         total_tokens=total,
         used_tokens=total - free,
         free_tokens=free,

@@ -210,7 +210,7 @@ def admit(
 
 
 def deliver(number: int, name: str, index: int, token_ids: list[int], **more: Any) -> Deliver:
-    fields: dict[str, Any] = {"peer": CLIENT, "epoch": 1, "stop_strings": (), "logprobs": None} | more
+    fields: dict[str, Any] = {"peer": CLIENT, "cell": 1, "stop_strings": (), "logprobs": None} | more
     return Deliver(request=number, request_id=name, index=index, token_ids=token_ids, **fields)
 
 
@@ -220,7 +220,7 @@ def failed(number: int, name: str, error: str, **more: Any) -> Deliver:
 
 def refused(name: str, error: str, **more: Any) -> list[Action]:
     """At the door: it never got a number."""
-    return [failed(more.pop("number", 0), name, error, **({"epoch": 0, "refusal": "invalid"} | more))]
+    return [failed(more.pop("number", 0), name, error, **({"cell": 0, "refusal": "invalid"} | more))]
 
 
 def pong(rank: int) -> Send:

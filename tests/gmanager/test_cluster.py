@@ -420,7 +420,7 @@ def test_requests_that_can_never_be_served(blocks: list[int], given: m.Submit, r
     (answer,) = driver.say(CLIENT, given)
     assert isinstance(answer, Deliver)
     assert answer.error and error in (None, answer.error)
-    assert [answer] == refused("r", answer.error, number=1, epoch=1, refusal=reason)
+    assert [answer] == refused("r", answer.error, number=1, cell=1, refusal=reason)
     assert driver.cluster.is_idle
     assert driver.say(CLIENT, submit("r", 40, max_tokens=4)) != [], "the largest that fits, and the id is free again"
 
@@ -436,7 +436,7 @@ def test_a_prompt_alone_needs_no_room_beside_it() -> None:
     assert request_stats(driver, "r").generated_tokens == 0
     (answer,) = driver.say(CLIENT, submit("s", 1001, max_tokens=0))
     error = "prompt of 1,001 + max_tokens of 0 = 1,001 tokens; the model takes at most 1,000"
-    assert [answer] == refused("s", error, number=2, epoch=1, refusal="too_long")
+    assert [answer] == refused("s", error, number=2, cell=1, refusal="too_long")
 
 
 def test_the_largest_requests_that_fit() -> None:
@@ -562,7 +562,7 @@ def test_texts_that_give_no_tokens(encoded: dict[str, Any], error: str) -> None:
     driver = serving(8)
     driver.say(CLIENT, m.Submit(request_id="r", params=m.SamplingParams(), text="\u200b"))
     reason = encoded.get("refusal", "invalid")
-    assert driver.handle(Encoded(1, 0.0, **encoded)) == refused("r", error, refusal=reason, number=1, epoch=1)
+    assert driver.handle(Encoded(1, 0.0, **encoded)) == refused("r", error, refusal=reason, number=1, cell=1)
     assert driver.logs[-1].fields == {"request": "r", "reason": reason}, "the error may quote the text"
 
 
@@ -635,7 +635,7 @@ def test_nobody_waits_for_ever(place: str) -> None:
     instances = [] if place == "for a cell" else [peer(0), peer(1)]
     assert driver.wait(5, CLIENT, *instances) == []
     number, epoch = (2 if place == "for memory" else 1), (0 if place == "for a cell" else 1)
-    answer = failed(number, "w", PLACES[place], epoch=epoch)
+    answer = failed(number, "w", PLACES[place], cell=epoch)
     assert driver.wait(1, CLIENT, *instances) == [answer, *given_back]
     assert driver.wait(9, CLIENT, *instances) == []
 
@@ -648,7 +648,7 @@ def test_who_waits_can_be_aborted_but_not_moved(place: str) -> None:
         call_failed(1, f"request 'w' has no home now: {state}")
     ]
     number, epoch = (2 if place == "for memory" else 1), (0 if place == "for a cell" else 1)
-    answer = deliver(number, "w", 0, [], finish_reason="abort", epoch=epoch)
+    answer = deliver(number, "w", 0, [], finish_reason="abort", cell=epoch)
     assert driver.say(CLIENT, m.Abort(call=2, request_id="w")) == [answer, *given_back, done(2)]
     if place == "for a grant":
         assert driver.say(peer(0), granted(1, 2, 6)) == []  # it came too late: the Drop behind its Reserve undoes it
@@ -726,11 +726,11 @@ def test_long_prompts_are_looked_through_by_the_shell() -> None:
     short, long = [5] * (SCANNED_AT_ONCE - 1) + [5000], [5] * SCANNED_AT_ONCE + [5000]
     error = "token id 5000 at position {} is out of range: the model has 5,000 tokens"
     at_once = driver.say(CLIENT, submit("short", prompt=short, max_tokens=1))
-    assert at_once == refused("short", error.format(SCANNED_AT_ONCE - 1), number=1, epoch=1)
+    assert at_once == refused("short", error.format(SCANNED_AT_ONCE - 1), number=1, cell=1)
     (asked,) = driver.say(CLIENT, submit("long", prompt=long, max_tokens=1))
     assert isinstance(asked, Encode)
     encoded = Encoded(2, 0.0, token_ids=m.pack_tokens(long), highest=5000)
-    assert driver.handle(encoded) == refused("long", error.format(SCANNED_AT_ONCE), number=2, epoch=1)
+    assert driver.handle(encoded) == refused("long", error.format(SCANNED_AT_ONCE), number=2, cell=1)
 
 
 def test_a_prompt_goes_to_the_cell_that_has_its_tokens() -> None:

@@ -116,7 +116,7 @@ class World:
             case Encode():
                 ids = m.pack_tokens([1] * len(action.submit.text or ""))
                 self.late.append(Encoded(action.request, self.now, token_ids=ids))
-            case LoadText(epoch=epoch):
+            case LoadText(cell=epoch):
                 self.late.append(TextLoaded(epoch, self.now))
             case Forget(peer=peer):
                 self.forgotten.add(peer)
