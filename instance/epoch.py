@@ -130,8 +130,8 @@ class Epoch:
             return str(first)
         raise first or RuntimeError("lanes step for ever")
 
-    async def end(self) -> list[tuple[int, int, int]]:
-        """Stop stepping, at once. Returns the spans (sequence, start, stop) of which KV may not have been written.
+    async def end(self) -> list[tuple[int, int]]:
+        """Stop stepping, at once. Returns (sequence, position) from which on KV may not have been written.
 
         Raises InstanceError if the device doesn't let go.
         """

@@ -1,0 +1,111 @@
+"""A cell that changes while it serves: instances that are lost, and that come. Real processes, on loopback only."""
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from gmanager import AsyncClient, SamplingParams, Stats
+from gmanager.config import GManagerConfig
+from tests.support.exactness import LOGPROB_TOLERANCE, clear_prompt
+from tests.support.processes import Processes, Started, client_of, processes, until_ready
+from tests.support.service import at_rest
+from tests.support.tiny import Expected, make_model, reference
+from tests.test_lifecycle import flags, here, until
+
+LONG = 4096
+NEW = 60
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that takes long texts."""
+    path = make_model("llama", tmp_path_factory.mktemp("models") / "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
+    return path
+
+
+@pytest.fixture
+async def started(tmp_path: Path) -> AsyncIterator[Processes]:
+    async with processes(tmp_path) as ours:
+        yield ours
+
+
+def text(model: Path, length: int, new: int, seed: int = 0) -> tuple[list[int], Expected]:
+    """A prompt, and what transformers alone says after it. To be made before a gManager runs in this process."""
+    ids = clear_prompt(
+        model, lambda attempt: [(i * i * 31 + i * 17 + seed * 7919 + attempt * 101 + length) % 256 for i in range(length)], new
+    )
+    return ids, reference(model, tuple(ids), new)
+
+
+class Stream:
+    """A request that runs, and when its tokens came."""
+
+    def __init__(self, client: AsyncClient, name: str, ids: list[int], new: int, spread: Literal["all", 1]) -> None:
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.came: list[float] = []
+        self.moved = asyncio.Event()
+        self.task = asyncio.create_task(self._run(client, name, ids, new, spread))
+
+    async def _run(self, client: AsyncClient, name: str, ids: list[int], new: int, spread: Literal["all", 1]) -> None:
+        params = SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True)
+        async for chunk in client.generate(ids, params, request_id=name, spread=spread):
+            assert chunk.index == len(self.tokens)
+            self.tokens += chunk.token_ids
+            self.logprobs += [p.logprob for p in chunk.logprobs or []]
+            self.came += [time.monotonic()] * len(chunk.token_ids)
+
+    async def reach(self, count: int) -> None:
+        async with asyncio.timeout(60):
+            while len(self.tokens) < count and not self.task.done():
+                await asyncio.sleep(0.002)
+
+    async def is_right(self, expected: Expected) -> None:
+        async with asyncio.timeout(60):
+            await self.task
+        assert self.tokens == expected.token_ids
+        assert self.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB_TOLERANCE)
+
+    def pause_after(self, moment: float) -> float:
+        """Seconds from then to the next token."""
+        return next(at for at in self.came if at > moment) - moment
+
+
+def cell_of(started: Processes, size: int, address: str, model: Path, *more: str) -> list[Started]:
+    return [started.instance(*flags(address, model, *more), rank=rank, world_size=size) for rank in range(size)]
+
+
+async def counted(client: AsyncClient, name: str, at_least: int) -> Stats:
+    """Statistics, once the instances' beats have brought that much of a counter."""
+    return await until(client, lambda stats: getattr(stats.counters, name) >= at_least)
+
+
+@pytest.mark.parametrize("victim", ["home", "another"])
+async def test_a_loss_costs_only_what_was_lost(started: Processes, model: Path, victim: str) -> None:
+    """One of three holders is killed in mid-decode: the stream goes on, right; only the lost part is computed again."""
+    ids, expected = text(model, LONG, NEW)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        instances = cell_of(started, 3, server.address, model, "--chunk-tokens", "256")
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            stream = Stream(client, "long", ids, NEW, "all")
+            await stream.reach(20)
+            before = (await until(client, lambda s: sorted(s.requests["long"].kv_tokens) == [0, 1, 2])).requests["long"]
+            assert before.home is not None
+            lost = before.home if victim == "home" else (before.home + 1) % 3
+            instances[lost].signal(signal.SIGKILL)
+            await stream.is_right(expected)
+            stats = await until(client, lambda s: s.cells[0].state == "ready" and len(s.instances) == 2)
+            assert sorted(i.rank for i in stats.instances) == [r for r in range(3) if r != lost]
+            assert [instances[r].poll() for r in range(3) if r != lost] == [None, None], "the survivors are the same processes"
+            again = (await counted(client, "tokens_prefilled", before.kv_tokens[lost])).counters.tokens_prefilled
+            assert again <= 0.4 * (LONG + NEW)
+            await at_rest(client)
