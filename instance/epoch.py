@@ -135,11 +135,7 @@ class Epoch:
 
         Raises InstanceError if the device doesn't let go.
         """
-        self._is_over = True
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.wait([self._running])
-        self.abandon()
+        await self.abandon()
         threads = [self._thread, *(pool for runner in self._runners.values() for pool in runner.threads)]
         ended = asyncio.gather(*(asyncio.to_thread(thread.shutdown) for thread in threads))
         try:
@@ -149,9 +145,12 @@ class Epoch:
             raise InstanceError(f"the device did not let go of an aborted step within {END_TIMEOUT_S:g} s") from None
         return [] if self._lanes is None else self._lanes.scheduler.uncertain()
 
-    def abandon(self) -> None:
-        """Let go of all that others may wait for, without waiting."""
+    async def abandon(self) -> None:
+        """Stop stepping and let go of all that others may wait for; for the device nobody waits."""
         self._is_over = True
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
         self._made.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -159,10 +158,10 @@ class Epoch:
         """What its scheduler has for the gManager."""
         return [] if self._lanes is None else self._lanes.scheduler.take_messages()
 
-    def counters(self, dropped: int) -> wire.Counters:
-        """What has been done in it. `dropped`: messages of the gManager that were not for it."""
+    def counters(self) -> wire.Counters:
+        """What has been done in it."""
         if self._lanes is None:
-            return wire.Counters(dropped_messages=dropped)
+            return wire.Counters()
         tally, traffic, times = self._lanes.scheduler.tally, Traffic(), Times()
         for loop in self._lanes:
             traffic.add(loop.runner.traffic)
@@ -180,7 +179,7 @@ class Epoch:
             exchange_us=times.exchange_ns // 1000,
             attention_us=times.attention_ns // 1000,
             notice_us=sum(loop.notice_ns for loop in self._lanes) // 1000,
-            dropped_messages=dropped + self._lanes.parties.dropped,
+            dropped_messages=self._lanes.parties.dropped,
         )
 
     def _undo(self, undo: Callable[[], None]) -> None:
@@ -242,6 +241,11 @@ class Epoch:
         self._undo(peers.abort)
         group.barrier()  # nobody pushes into memory that its owner has yet to clear
         return peers
+
+
+def added(*counters: wire.Counters) -> wire.Counters:
+    """The sum of each."""
+    return wire.Counters(**{name: sum(getattr(c, name) for c in counters) for name in wire.Counters.__struct_fields__})
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

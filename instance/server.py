@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import time
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from gmanager.wire.errors import BadMessage, PeerGone
 from gmanager.wire.logs import get_logger
 from instance.cell import open_store
 from instance.config import InstanceConfig
-from instance.epoch import Epoch, Lasting, first_error
+from instance.epoch import Epoch, Lasting, added, first_error
 from instance.errors import EpochEnded, InstanceError
 from instance.lane import Lanes
 from instance.model import Model
@@ -67,8 +66,11 @@ class Instance:
         self._change: asyncio.Task[None] | None = None
         """What forms and runs the present epoch, or ended the one before."""
         self._lease_s = 0.0
-        self._heard = time.monotonic()
+        self._unanswered = 0
+        """Beats since something was heard of the gManager: not time, which passes for a process that is stopped, too."""
         self._dropped = 0
+        self._counted = wire.Counters()
+        """In epochs that are over."""
         self._stop_reason: asyncio.Future[str] | None = None
         self._store: object = None
         """Of the epoch, if it was opened here: it serves as long as it is kept."""
@@ -94,7 +96,7 @@ class Instance:
                 self._gmanager.send(wire.Leave(reason=reason, failed=failure is not None))
             work.cancel()
             if self._epoch is not None:
-                self._epoch.abandon()
+                await self._epoch.abandon()
             await asyncio.wait([work])
             await self._gmanager.close()
             await self._listener.close()
@@ -109,7 +111,12 @@ class Instance:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._beat())
                 while True:
-                    self._obey(await self._gmanager.recv(), tasks)
+                    message = await self._gmanager.recv()
+                    self._unanswered = 0
+                    if isinstance(message, wire.Expelled):
+                        await self._come_again(message.reason)
+                    else:
+                        self._obey(message, tasks)
         except* PeerGone:
             raise InstanceError("the gManager is gone") from None
         except* Exception as group:
@@ -131,7 +138,8 @@ class Instance:
         )
         try:
             async with asyncio.timeout(config.connect_timeout_s):
-                answer = await self._gmanager.recv()
+                while isinstance(answer := await self._gmanager.recv(), wire.Expelled | wire.Pong):
+                    pass  # what it said while it didn't know this instance
         except PeerGone:
             raise InstanceError(f"the gManager at {config.gmanager} closed the connection") from None
         except TimeoutError:
@@ -147,11 +155,11 @@ class Instance:
 
     async def _beat(self) -> None:
         """Say that we live, and notice when the gManager doesn't."""
-        self._heard = time.monotonic()
         while True:
             await asyncio.sleep(BEAT_S)
-            if time.monotonic() - self._heard > self._lease_s:
+            if self._unanswered * BEAT_S > self._lease_s:
                 raise InstanceError(f"nothing heard from the gManager for {self._lease_s:.0f} s")
+            self._unanswered += 1
             self._send_beat()
 
     def _send_beat(self) -> None:
@@ -164,13 +172,12 @@ class Instance:
                 epoch=epoch.number,
                 free_blocks=self._rmanager.free_blocks,
                 held_tokens=self._rmanager.take_changes(),
-                counters=epoch.counters(self._dropped),
+                counters=added(self._counted, epoch.counters(), wire.Counters(dropped_messages=self._dropped)),
             )
         )
 
     def _obey(self, message: wire.Message | BadMessage, tasks: asyncio.TaskGroup) -> None:
         """One message of the gManager. Raises InstanceError if it can't be read: what it asks for would never be done."""
-        self._heard = time.monotonic()
         if isinstance(message, BadMessage):
             raise InstanceError(f"what the gManager sends can't be read: {message}")
         if isinstance(message, wire.Pong):
@@ -227,6 +234,29 @@ class Instance:
         else:
             self._gmanager.send(wire.Granted(epoch=epoch, seq=seq, blocks=added, free_blocks=free))
 
+    async def _come_again(self, reason: str) -> None:
+        """The cell goes on without this instance, which stood still or was cut off: as a new one it may take part again.
+
+        Raises InstanceError if the device doesn't let go.
+        """
+        log.warning("expelled", reason=reason)
+        over, self._epoch = self._epoch, None
+        before, self._change = self._change, None
+        self._rmanager.settle(await self._end(over, before))
+        self._rmanager.keep([])
+        self._rmanager.take_changes()
+        await self._register()
+
+    async def _end(self, epoch: Epoch | None, before: asyncio.Task[None] | None) -> list[tuple[int, int]]:
+        """End an epoch and what forms, runs or ends it (`before`). Returns what `Epoch.end` does, and raises as it does."""
+        self._store = None  # who waits for it in vain is let go
+        uncertain = [] if epoch is None else await epoch.end()
+        if before is not None:
+            await asyncio.wait([before])
+        if epoch is not None:
+            self._counted = added(self._counted, epoch.counters())
+        return uncertain
+
     async def _join(self, join: wire.JoinEpoch, epoch: Epoch, before: asyncio.Task[None] | None) -> None:
         """Form an epoch, and step in it until it breaks. `before`: the end of the one before.
 
@@ -259,11 +289,7 @@ class Instance:
 
         Raises InstanceError if the device doesn't let go.
         """
-        self._store = None  # who waits for it in vain is let go
-        uncertain = [] if epoch is None else await epoch.end()
-        if before is not None:
-            await asyncio.wait([before])
-        kept = self._rmanager.settle(uncertain)
+        kept = self._rmanager.settle(await self._end(epoch, before))
         shards = [wire.KeptShard(seq=seq, runs=runs) for seq, runs in kept.items()]
         self._gmanager.send(wire.Kept(epoch=suspend.epoch, free_blocks=self._rmanager.free_blocks, shards=shards))
         log.info("epoch ended", epoch=suspend.epoch, reason=suspend.reason, kept_sequences=len(shards))

@@ -5,6 +5,7 @@ import json
 import signal
 import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -75,8 +76,9 @@ class Stream:
         assert self.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB_TOLERANCE)
 
     def pause_after(self, moment: float) -> float:
-        """Seconds from then to the next token."""
-        return next(at for at in self.came if at > moment) - moment
+        """The longest time between two tokens since then, seconds."""
+        since = [at for at in self.came if at > moment]
+        return max(b - a for a, b in pairwise([moment, *since]))
 
 
 def cell_of(started: Processes, size: int, address: str, model: Path, *more: str) -> list[Started]:
@@ -98,6 +100,7 @@ async def test_a_loss_costs_only_what_was_lost(started: Processes, model: Path, 
         async with client_of(server.address) as client:
             stream = Stream(client, "long", ids, NEW, "all")
             await stream.reach(20)
+            await counted(client, "tokens_prefilled", LONG)
             before = (await until(client, lambda s: sorted(s.requests["long"].kv_tokens) == [0, 1, 2])).requests["long"]
             assert before.home is not None
             lost = before.home if victim == "home" else (before.home + 1) % 3
@@ -106,6 +109,75 @@ async def test_a_loss_costs_only_what_was_lost(started: Processes, model: Path, 
             stats = await until(client, lambda s: s.cells[0].state == "ready" and len(s.instances) == 2)
             assert sorted(i.rank for i in stats.instances) == [r for r in range(3) if r != lost]
             assert [instances[r].poll() for r in range(3) if r != lost] == [None, None], "the survivors are the same processes"
-            again = (await counted(client, "tokens_prefilled", before.kv_tokens[lost])).counters.tokens_prefilled
+            stats = await counted(client, "tokens_prefilled", LONG + before.kv_tokens[lost])
+            again = stats.counters.tokens_prefilled - LONG
             assert again <= 0.4 * (LONG + NEW)
+            await at_rest(client)
+
+
+async def test_who_touched_nothing_of_it_goes_on(started: Processes, model: Path) -> None:
+    """A stream that lay wholly on a survivor pauses for the change alone; one on the lost instance is computed again."""
+    texts = [text(model, 300, 400, seed) for seed in range(3)]
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        instances = cell_of(started, 3, server.address, model)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            streams = [Stream(client, f"s{i}", ids, 400, 1) for i, (ids, _) in enumerate(texts)]
+            for stream in streams:
+                await stream.reach(30)
+            homes = [(await client.stats()).requests[f"s{i}"].home for i in range(3)]
+            assert sorted(home for home in homes if home is not None) == [0, 1, 2]
+            moment = time.monotonic()
+            instances[1].signal(signal.SIGKILL)
+            for stream, (_, expected) in zip(streams, texts, strict=True):
+                await stream.is_right(expected)
+            pauses = {home: stream.pause_after(moment) for home, stream in zip(homes, streams, strict=True)}
+            print("seconds to the next token, by home:", pauses)
+            assert max(pauses[0], pauses[2]) < 3
+            await at_rest(client)
+
+
+async def test_an_instance_joins_a_cell_that_serves(started: Processes, model: Path) -> None:
+    """Streams go on as without it, and then it is used."""
+    texts = [text(model, 300, 300, seed) for seed in range(2)]
+    wide, after = text(model, 200, 12, 7)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        started.instance(*flags(server.address, model, "--cell-size", "1"), rank=0, world_size=1)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            streams = [Stream(client, f"s{i}", ids, 300, 1) for i, (ids, _) in enumerate(texts)]
+            for stream in streams:
+                await stream.reach(10)
+            started.instance(*flags(server.address, model, "--cell-size", "1"), rank=0, world_size=1)
+            await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
+            for stream, (_, expected) in zip(streams, texts, strict=True):
+                await stream.is_right(expected)
+            both = Stream(client, "both", wide, 12, "all")
+            await both.is_right(after)
+            assert sorted((await client.stats()).requests["both"].kv_tokens) == [0, 1]
+            await at_rest(client)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+async def test_one_that_stood_still_is_expelled_and_comes_again(started: Processes, model: Path, shares: bool) -> None:
+    """SIGSTOP for longer than its lease, with and without a share in a stream."""
+    ids, expected = text(model, 300, 200)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*", instance_lease_s=2.5)) as server:
+        instances = cell_of(started, 2, server.address, model)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            stream = Stream(client, "s", ids, len(expected.token_ids), "all" if shares else 1)
+            await stream.reach(20)
+            home = (await client.stats()).requests["s"].home
+            assert home is not None
+            stopped = instances[1 - home]
+            stopped.signal(signal.SIGSTOP)
+            try:
+                await until(client, lambda s: len(s.instances) == 1 and s.cells[0].state == "ready")
+                await asyncio.sleep(1)
+            finally:
+                stopped.signal(signal.SIGCONT)
+            await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
+            await stream.is_right(expected)
+            assert [i.poll() for i in instances] == [None, None], "the same processes"
             await at_rest(client)

@@ -123,6 +123,8 @@ class Cell:
         """Registered since: members of the next epoch."""
         self.loss: str | None = None
         """Why the present change began, if an instance was lost."""
+        self.counted: list[Counters] = []
+        """What instances that are no members any more had done, as last heard."""
         self.attempts = 0
         """Epochs that were begun since the cell was ready."""
         self.assets: TextAssets | None = None
@@ -250,6 +252,7 @@ class Cell:
     def remove(self, member: Member) -> None:
         """It is no member any more, nor about to be one."""
         (self.joiners if member in self.joiners else self.members).remove(member)
+        self.counted.append(member.counters)
         if self.is_formed:
             for rank, other in enumerate(self.members):
                 other.rank = rank

@@ -103,15 +103,15 @@ class Cluster:
             cell, member = self._members[peer]
             member.heard_at = self._now
             self._on_instance(cell, member, message)
-        elif peer in self._parting:
+        elif peer in self._parting and not isinstance(message, m.Register):
             self._num_dropped += 1
         elif isinstance(message, m.Hello):
             self._on_hello(peer, message)
         elif isinstance(message, m.Register):
             self._on_register(peer, message)
-        elif (epoch := getattr(message, "epoch", None)) is not None:
+        elif hasattr(message, "epoch"):
             self._num_dropped += 1
-            self._part(peer, m.EndEpoch(epoch=epoch, reason="this instance is not registered here (any more)"))
+            self._part(peer, m.Expelled(reason="this instance is not registered here (any more)"))
         else:
             self._part(peer, m.Refused(reason=f"the first message must be Hello or Register, not {_kind(message)}"))
 
@@ -343,6 +343,7 @@ class Cluster:
         if cell is None:
             self._epoch += 1
             cell = self._cells[register.cell] = Cell(self._epoch, register, self._out.append)
+        self._parting.pop(peer, None)  # it was expelled, and comes again
         member = cell.add(peer, register, self._now, self._config.instance_lease_s)
         self._members[peer] = cell, member
         if cell.is_ready and cell.joiners:
@@ -533,10 +534,9 @@ class Cluster:
                 self._end_membership(member, f"{member.name} {why}")
 
     def _end_membership(self, member: Member, reason: str) -> None:
-        """Go on without an instance that may still run."""
-        cell = self._members[member.peer][0]
+        """Go on without an instance that may still run, and may come again."""
         self._lose_member(member.peer, reason)
-        self._part(member.peer, m.EndEpoch(epoch=cell.epoch, reason=reason))
+        self._part(member.peer, m.Expelled(reason=reason))
 
     def _end_leases(self, now: float) -> None:
         for peer, heard_at in list(self._clients.items()):

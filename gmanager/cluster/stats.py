@@ -22,7 +22,7 @@ def assemble(
         cells=[_cell(cell) for cell in cells],
         instances=instances,
         requests=requests,
-        counters=_sum([own, *(stats.counters for stats in instances)]),
+        counters=_sum([own, *(stats.counters for stats in instances), *(c for cell in cells for c in cell.counted)]),
         observed=observed,
     )
 

@@ -223,6 +223,12 @@ class Suspend(Message):
     reason: str
 
 
+class Expelled(Message):
+    """The cell goes on without this instance, or never knew it: free all KV, and register anew."""
+
+    reason: str
+
+
 class EndEpoch(Message):
     """The cell is over: end."""
 
@@ -364,6 +370,7 @@ ToInstance = (
     | OpenStore
     | JoinEpoch
     | Suspend
+    | Expelled
     | EndEpoch
     | Discard
     | Reserve
