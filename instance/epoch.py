@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from llguidance import LLTokenizer
+
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange, ExchangeError
 from gmanager.wire import messages as wire
@@ -52,7 +54,8 @@ class Lasting:
 
     config: InstanceConfig
     model: Model
-    assets: wire.TextAssets
+    tokenizer: LLTokenizer | None
+    """For grammars."""
     storage: KVStorage
     rmanager: RManager
     processors: Processors | None
@@ -208,7 +211,7 @@ class Epoch:
             attention,
             threads=config.threads,
             max_samples=MAX_SAMPLES[lane],
-            assets=lasting.assets,
+            tokenizer=lasting.tokenizer,
             streams=None if lasting.processors is None else lasting.processors.streams[lane],
         )
         self._undo(runner.close)

@@ -16,6 +16,7 @@ from instance.cell import open_store
 from instance.config import InstanceConfig
 from instance.epoch import Epoch, Lasting, added, first_error
 from instance.errors import EpochEnded, InstanceError
+from instance.grammars import grammar_tokenizer
 from instance.lane import Lanes
 from instance.model import Model
 from instance.party import PartyMessage
@@ -53,7 +54,7 @@ class Instance:
         self._lasting = Lasting(
             config=config,
             model=model,
-            assets=assets,
+            tokenizer=grammar_tokenizer(assets, model.vocab_size),
             storage=storage,
             rmanager=self._rmanager,
             processors=Processors.of(model.device, config.decode_processors) if model.device.type == "cuda" else None,

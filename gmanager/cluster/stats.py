@@ -43,7 +43,8 @@ def _cell(cell: Cell) -> CellStats:
 
 def _instances(cell: Cell, sequences: Sequences) -> list[InstanceStats]:
     lent, borrowed = sequences.lent_and_borrowed()
-    return [_instance(cell, member, lent[rank], borrowed[rank]) for rank, member in enumerate(cell.members)]
+    members = sorted(enumerate(cell.members), key=lambda ranked: ranked[1].id)
+    return [_instance(cell, member, lent[rank], borrowed[rank]) for rank, member in members]
 
 
 def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceStats:
