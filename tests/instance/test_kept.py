@@ -170,11 +170,14 @@ def test_only_what_went_with_the_lost_is_computed_again() -> None:
     part = KeptPart(rank=0, runs=kept[1])
     assert cell.admit(1, [Share(rank=0, tokens=17)], 14, [], [part])
     (instance,) = cell.instances
+    home = instance.scheduler._homes[1]
     chunks: list[list[int]] = []
-    for _ in range(3):
+    for start in (4, 20, 37):
+        assert (home.position, home.in_prefill) == (start, True)
         cell.round()
         chunks.append([position for _, position in instance.running["prefill"][-1].rows])
     assert chunks == [[*range(4, 12)], [*range(20, 28)], [37]]
+    assert (home.position, home.in_prefill) == (38, False)
     check_ends(cell, {1: (32, 20)})
 
 
