@@ -250,6 +250,7 @@ class FakeCell:
             sampled.append(token_at(s.seq, s.position))
         instance.previous[lane] = sampled
         instance.running[lane].append(Launched(plan, sampled, rows))
+        instance.certain.difference_update(rows)  # what was kept and then discarded, or cut
 
     def attend(self, launched: Mapping[int, Launched]) -> None:
         """A step runs on all devices: each row reads all tokens up to its own once."""
