@@ -180,6 +180,45 @@ def test_what_is_computed_again_is_a_run_beside_those_that_come_later() -> None:
     assert row.holdings[1][1] == Holding(2, [HeldRun(20, 25, 5), again[1]])
 
 
+def test_a_chunk_goes_through_several_gaps() -> None:
+    """Of the last row the home keeps one token; of those of other gaps it may have any."""
+
+    def step(budget: int, shares: list[Share], later: int = 0) -> Step:
+        gaps = Prefill(seq=1, arrival=1, gaps=[(4, 8), (20, 22), (30, 31)], shares=shares, holdings=[], later=later)
+        return derive([notice(0, budget=budget, ready=[1], prefills=[gaps]), notice(1, budget=budget, ready=[1])])
+
+    alone = [Share(rank=0, tokens=7)]
+    assert step(64, alone).spans == [Span(1, 0, 4, 8), Span(1, 0, 20, 22), Span(1, 0, 30, 31)]
+    assert step(64, alone).sampled == [1]
+    assert step(5, alone).spans == [Span(1, 0, 4, 8), Span(1, 0, 20, 21)]
+    assert step(5, alone).sampled == []
+    both = [Share(rank=0, tokens=1), Share(rank=1, tokens=6)]
+    assert step(64, both).spans == [Span(1, 1, 4, 8), Span(1, 1, 20, 22), Span(1, 0, 30, 31)]
+    later = step(64, [Share(rank=0, tokens=2), Share(rank=1, tokens=6)], later=1)
+    assert sum(span.stop - span.start for span in later.spans if span.rank == 0) == 1, "one is for the last row"
+    assert later.sampled == []
+
+
+def test_rows_of_a_later_gap_cost_what_they_do_there() -> None:
+    """Ten at the beginning for ten; then 30 are left, where a row costs three."""
+    gaps = Prefill(seq=1, arrival=1, gaps=[(0, 10), (2000, 2100)], shares=[Share(rank=0, tokens=110)], holdings=[])
+    pace = {"budget": 500, "paced_budget": 40, "reach": 1000, "is_beside_decodes": True}
+    step = derive([notice(0, ready=[1], prefills=[gaps], **pace)])
+    assert step.spans == [Span(1, 0, 0, 10), Span(1, 0, 2000, 2010)]
+
+
+def test_the_rows_left_say_which_prompt_is_short() -> None:
+    """Not where they lie: the long one has little left to compute."""
+    gaps = [(1000, 1010), (9000, 9010)]
+    long = Prefill(seq=1, arrival=1, gaps=gaps, shares=[Share(rank=0, tokens=20)], holdings=[])
+    short = Prefill(seq=2, arrival=2, gaps=[(0, 40)], shares=[Share(rank=0, tokens=40)], holdings=[])
+    step = derive([notice(0, budget=30, ready=[1, 2], prefills=[long, short])])
+    assert [(span.seq, span.start) for span in step.spans][:2] == [(1, 1000), (1, 9000)]
+    more = msgspec.structs.replace(long, shares=[Share(rank=0, tokens=50)], later=30)
+    step = derive([notice(0, budget=30, ready=[1, 2], prefills=[more, short])])
+    assert step.spans[0].seq == 2
+
+
 def test_holdings_are_told_in_few_bytes() -> None:
     """Of a sequence of a million tokens over two instances, prefilled in any number of chunks."""
     held = [Holding(rank, [HeldRun(rank * 4096, 1_000_000, 500_000)]) for rank in range(2)]
