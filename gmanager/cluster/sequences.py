@@ -157,6 +157,8 @@ class Sequences:
     def inherit(self) -> None:
         """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
         for request in self._waiting:
+            if request.params.max_tokens is None:  # as many as there is room for: now more or fewer
+                request.max_tokens = self._cell.room(request.prompt_tokens)
             seq = self._came_from.get(request.number, 0)
             last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
             kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
@@ -684,7 +686,7 @@ class Sequences:
             sequence.validate()
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
-        elif self._changed:
+        elif self._changed and self._cell.is_ready:
             raise RuntimeError("something has changed and was not looked at")
 
     def _log(self, sequence: Sequence, event: str, **fields: object) -> None:

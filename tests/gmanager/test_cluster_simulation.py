@@ -141,7 +141,8 @@ class World:
         for action in one_by_one(self.cluster.handle(event)):
             self.do(action)
         self.cluster.validate()
-        assert not (self.cell_is_over and could_go_on), f"{event} ended a cell that had others"
+        if not isinstance(event, Ticked):  # with which the leases of several may end
+            assert not (self.cell_is_over and could_go_on), f"{event} ended a cell that had others"
         if self.stop is not None:
             stop, self.stop = self.stop, None
             self.tell(stop)
@@ -296,7 +297,7 @@ class World:
         assert missing[-1] == tokens - 1
         assert sum(shares.values()) == len(missing)
         self.seen["kept tokens"] += len(kept)
-        self.seen["admitted again with gaps"] += bool(kept) and missing[0] != kept[-1] + 1
+        self.seen["admitted again with gaps"] += bool(kept) and missing[0] < max(kept)
         if instance.rank == admit.shares[0].rank:
             key = admit.epoch, admit.seq
             self.running[key] = Running(admit, tokens, instance.rank, {*shares, *told}, missing, shares)
@@ -485,16 +486,16 @@ class World:
             if not self.living:
                 self.start_missing()
             act = self.random.random()
-            if act < 0.12:
+            if act < (0.05 if self.chaos else 0.12):  # what waits has nothing to lose
                 self.client_acts()
-            elif act < 0.2:
+            elif act < (0.09 if self.chaos else 0.2):
                 self.tick()
             elif act < 0.55 and self.running:
                 self.step(self.random.choice(list(self.running)))
-            elif self.chaos and act > 0.995:
-                if len(self.living) > 1 or self.random.random() < 0.2:
+            elif self.chaos and act > 0.996:
+                if self.random.random() < (1 if self.cell_state == "ready" and len(self.living) > 1 else 0.3):
                     self.lose_one()
-            elif self.chaos and act > 0.99:
+            elif self.chaos and act > 0.991:
                 if len(self.living) < 2 * len(self.sizes):
                     self.start(self.random.choice(self.sizes))
             else:
@@ -507,7 +508,7 @@ class World:
         for turn in range(2_000):
             self.start_missing()
             if turn == 100 and self.chaos:
-                self.start(sum(self.sizes) + len(self.sizes))
+                self.start(2 * sum(self.sizes) + 1)
             while self.deliver_some(everything=True):
                 pass
             if self.cluster.is_idle and not self.late:
@@ -520,7 +521,7 @@ class World:
 
 
 @pytest.mark.parametrize("chaos", [False, True], ids=["steady", "chaos"])
-@pytest.mark.parametrize("sizes", [[6], [5, 9], [4, 4, 4], [12, 3, 1, 7]], ids=str)
+@pytest.mark.parametrize("sizes", [[6], [5, 9], [4, 4, 4], [12, 3, 1, 7], [20, 20, 20]], ids=str)
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SIMS", "6"))))
 def test_everything_ends_once_and_nothing_is_kept(seed: int, sizes: list[int], chaos: bool) -> None:
     world = World(seed, sizes=sizes, chaos=chaos)
@@ -563,7 +564,7 @@ def test_the_simulation_reaches_what_it_is_for() -> None:
 def test_chaos_reaches_what_it_is_for() -> None:
     seen: Counter[str] = Counter()
     for seed in range(6):
-        world = World(seed, sizes=[5, 9], chaos=True)
+        world = World(seed, sizes=[20, 20, 20], chaos=True)
         world.run(2500)
         world.drain()
         seen += world.seen
