@@ -3,7 +3,19 @@
 from typing import Any
 
 from gmanager.cluster.cluster import Cluster
-from gmanager.cluster.events import Action, Deliver, Event, Forget, Log, PeerSaid, PeerWasLost, Send, SendAll, TextLoaded, Ticked
+from gmanager.cluster.events import (
+    Action,
+    Deliver,
+    Event,
+    Forget,
+    Log,
+    PeerSaid,
+    PeerWasLost,
+    Send,
+    SendAll,
+    TextLoaded,
+    Ticked,
+)
 from gmanager.config import GManagerConfig, Spread
 from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
@@ -184,7 +196,9 @@ def beat(free: int, held: dict[int, int] | None = None, **counters: int) -> m.Be
 
 
 def kept(free: int, shards: dict[int, Runs] | None = None, epoch: int = 1) -> m.Kept:
-    return m.Kept(epoch=epoch, free_blocks=free, shards=[m.KeptShard(seq=seq, runs=runs) for seq, runs in (shards or {}).items()])
+    return m.Kept(
+        epoch=epoch, free_blocks=free, shards=[m.KeptShard(seq=seq, runs=runs) for seq, runs in (shards or {}).items()]
+    )
 
 
 def granted(seq: int, blocks: int, free: int) -> m.Granted:

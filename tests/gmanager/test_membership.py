@@ -487,7 +487,7 @@ def test_a_request_too_large_for_what_is_left_waits_for_an_instance() -> None:
     driver.come(NEW, 16)
     driver.keep(peer(0), 4, {1: [[(0, 48)]]}, epoch=2)
     asked = driver.join(3, peer(0), NEW)
-    assert asked == [Send(NEW, m.Reserve(epoch=3, seq=1, blocks=15))]
+    assert asked == [Send(NEW, m.Reserve(epoch=3, seq=1, blocks=14)), Send(peer(0), m.Reserve(epoch=3, seq=1, blocks=4))]
     (admit, _) = messages(driver.grant(asked), m.Admit)
     assert (admit.arrival, admit.kept) == (1, [m.KeptPart(rank=0, runs=[[(0, 48)]])])
 
