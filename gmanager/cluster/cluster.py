@@ -430,7 +430,7 @@ class Cluster:
 
     def _change(self, cell: Cell, reason: str) -> None:
         """End the cell's epoch; another begins when all have said what they keep."""
-        self._sequences[cell.name].suspend()
+        self._sequences[cell.name].suspend(self._now)
         cell.suspend(self._now, reason)
 
     def _go_on(self, cell: Cell) -> None:

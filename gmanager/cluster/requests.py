@@ -6,7 +6,7 @@ This file knows no instances: `gmanager.cluster.cluster` and `sequences` say whe
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -178,6 +178,13 @@ def cut(runs: Runs, end: int) -> Runs:
     return [run for run in shorter if run]
 
 
+def are_apart(parts: Iterable[Runs]) -> bool:
+    """Whether all of it are positions, and none is in two places: else an instance is mad, and none of it can be used."""
+    pieces = sorted(piece for runs in parts for run in runs for piece in run)
+    edges = [0, *(edge for piece in pieces for edge in piece)]
+    return edges == sorted(edges)
+
+
 class Requests:
     """All live requests, what is kept of the last finished ones, and what is counted of all."""
 
@@ -296,8 +303,10 @@ class Requests:
 
     def cut(self, request: Request, generated: int) -> None:
         """A stop string was found in its text: what comes after so many tokens never reaches its client."""
+        num_bytes = request.num_bytes
         self.observed.generated_tokens -= len(request.tokens[generated:])
         del request.tokens[generated:]
+        self.waiting_bytes += (request.num_bytes - num_bytes) * request.is_waiting
 
     def correct(self, number: int, generated: int) -> None:
         """A stop string was found in the text of a request that has just ended: that is why it ended."""

@@ -9,6 +9,7 @@
 - `advance` is tried only when something has changed that could let it succeed; it never polls.
 - A sequence that waits for a block goes before any admission, and a reservation for it before any preemption.
 - After a preemption nothing is admitted until a sequence has ended: else the victim would take back what it gave.
+- KV of those that wait is given up before any that runs is preempted, and where nothing runs and the next has no room.
 - When the membership changes, all that runs goes back to the queue with what is left of its KV (`suspend`, `inherit`), and
   is admitted again in the next epoch, where only what is missing is computed.
 - The oldest sequence is preempted only if it is alone, no instance has a block, and so nobody else can make room.
@@ -17,7 +18,6 @@
 import logging
 from bisect import insort
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Literal
 
 from gmanager.cluster.cell import Cell, Member
@@ -34,7 +34,7 @@ from gmanager.cluster.policy import (
     place,
     place_rest,
 )
-from gmanager.cluster.requests import Emit, MoveCall, Request, Requests, count_tokens, cut
+from gmanager.cluster.requests import Emit, MoveCall, Request, Requests, are_apart, count_tokens, cut
 from gmanager.cluster.sequence import Reservation, Sequence
 from gmanager.wire.messages import (
     Admit,
@@ -110,7 +110,7 @@ class Sequences:
 
     def move_home(self, request: Request, call: MoveCall) -> None:
         """A client wants another home for a request. Answered when it has moved, or can't."""
-        target = next((member.rank for member in self._cell.members if member.id == call.target), None)
+        target = self._rank(call.target)
         sequence = self._sequences.get(request.seq) if request.is_running else None
         request.move_call = call
         if target is None:
@@ -119,7 +119,6 @@ class Sequences:
         elif sequence is None or sequence.ending:
             self._requests.fail_move(request, f"request {request.id!r} has no home now: it is {request.shown_state}")
         else:
-            request.move_call = replace(call, target=target)
             if sequence.moving_to is None and sequence.home == target:
                 self._answer_move(sequence)
             else:
@@ -132,21 +131,21 @@ class Sequences:
         """Whose KV waits on instances for an admission."""
         return {request.seq for request in self._waiting if request.kept}
 
-    def suspend(self) -> None:
+    def suspend(self, now: float) -> None:
         """The epoch is over: all that runs or was about to goes back to the queue. What of its KV is left `inherit` says."""
         for request in self._waiting:
             self._came_from.setdefault(request.number, request.seq if request.kept else 0)
         if self._reservation is not None and self._reservation.placement is not None:
             request = self._reservation.request
             self._came_from[request.number] = request.seq if request.kept else 0
-            self._interrupt(request)
+            self._interrupt(request, request.waiting_since)
         for sequence in self._sequences.values():
             request = sequence.request
             if sequence.is_current:
                 # whose prompt is not scored is computed anew: each of its rows is needed
                 is_kept = request.state != "preempted" and not sequence.unscored
                 self._came_from[request.number] = sequence.number if is_kept else 0
-                self._interrupt(request)
+                self._interrupt(request, now)
         self._reservation = None
         self._parties = Parties(self._cell.epoch, self._cell.size)
         self._sequences.clear()
@@ -157,15 +156,20 @@ class Sequences:
     def inherit(self) -> None:
         """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
         for request in self._waiting:
+            if request.params.max_tokens is None:  # as many as there is room for: now more or fewer
+                request.max_tokens = self._cell.room(request.prompt_tokens)
             seq = self._came_from.get(request.number, 0)
             last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
             kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
-            request.kept = {rank: runs for rank, runs in kept.items() if runs}
+            request.kept = {rank: runs for rank, runs in kept.items() if runs} if are_apart(kept.values()) else {}
             request.seq = seq
             request.held = {self._id(rank): count_tokens(runs) for rank, runs in request.kept.items()}
         for member in self._cell.members:
             kept_seqs = {request.seq for request in self._waiting if member.rank in request.kept}
-            member.kept = {seq: runs for seq, runs in (member.kept or {}).items() if seq in kept_seqs}
+            said = member.kept or {}
+            member.kept = {seq: runs for seq, runs in said.items() if seq in kept_seqs}
+            if len(member.kept) < len(said):  # it frees the others with the JoinEpoch
+                self._unsettled[member.rank] = None
         self._came_from.clear()
         self._parties = Parties(self._cell.epoch, self._cell.size)
 
@@ -173,8 +177,9 @@ class Sequences:
         """The cell steps (again)."""
         self._changed = True
 
-    def _interrupt(self, request: Request) -> None:
+    def _interrupt(self, request: Request, waiting_since: float) -> None:
         self._requests.change(request, "interrupt")
+        request.waiting_since = waiting_since
         self._requests.fail_move(request, f"request {request.id!r} has no home now: the cell's membership changes")
         request.home = None
         request.held = {}
@@ -194,6 +199,10 @@ class Sequences:
     def _id(self, rank: int) -> int:
         """Of a member: what the world outside the epoch knows it by."""
         return self._cell.members[rank].id
+
+    def _rank(self, number: int) -> int | None:
+        """Of the member with this id, in the epoch; None if there is none."""
+        return next((member.rank for member in self._cell.members if member.id == number), None)
 
     # --- what instances say -------------------------------------------------------------------------------------------
 
@@ -249,7 +258,7 @@ class Sequences:
         request = reservation.request
         if reservation.placement is not None:
             self.enqueue(request, request.waiting_since, "deny")
-        elif (call := request.move_call) is not None and call.target == member.rank:
+        elif (call := request.move_call) is not None and call.target == member.id:
             self._requests.fail_move(
                 request, f"instance {member.id} has no room: {blocks} block asked, {max(0, free_blocks)} free"
             )
@@ -340,10 +349,10 @@ class Sequences:
         if sequence.ending or sequence.moving_to is not None:
             return False
         if call is not None:
-            target = call.target
-            homes = self._homes()[target]
-            if homes >= self._cell.members[target].spec.decode_rows:
-                reason = f"instance {self._id(target)} decodes {homes} sequences, as many as it can"
+            target = self._rank(call.target)
+            homes = 0 if target is None else self._homes()[target]
+            if target is not None and homes >= self._cell.members[target].spec.decode_rows:
+                reason = f"instance {call.target} decodes {homes} sequences, as many as it can"
                 self._requests.fail_move(sequence.request, reason)
                 return False
         elif sequence.needs_block and not self._cell.members[sequence.home].free:
@@ -362,7 +371,7 @@ class Sequences:
         target = choose_target(views, home=sequence.home)
         if target is not None:
             return target
-        if self._blocks_come:
+        if self._blocks_come or self._give_up_kept():
             return None
         running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._sequences.values()]
         victim = choose_victim(running)
@@ -381,11 +390,11 @@ class Sequences:
         if not self._waiting or self._crowded or any(s.needs_block and not s.ending for s in self._sequences.values()):
             return
         request = next(filter(self._may_fit, self._waiting), None)
-        if request is None:
+        if request is None or self._is_asked_for(request):
             return
         placement = self._place(request)
         if placement is None and not self._sequences and not self._blocks_come:
-            self._make_room_by_discarding(request)
+            self._give_up_kept(last=request)
         if placement is None or (not request.kept and not placement.is_even and self._blocks_come):
             return
         self._waiting.remove(request)
@@ -400,6 +409,11 @@ class Sequences:
         blocks = [member.spec.num_blocks for member in self._cell.members]
         needed = request.num_tokens + max(1, request.max_tokens - len(request.tokens))
         return needed <= most_tokens(blocks, self._cell.spec.block_size)
+
+    def _is_asked_for(self, request: Request) -> bool:
+        """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
+        the next: a new sequence has a new number, this one keeps its own."""
+        return bool(request.kept) and any(request.seq in member.outstanding for member in self._cell.members)
 
     def _place(self, request: Request) -> Placement | None:
         views, block_size, reach = self.views(), self._cell.spec.block_size, self._cell.spec.reach
@@ -423,13 +437,15 @@ class Sequences:
             reach=reach,
         )
 
-    def _make_room_by_discarding(self, request: Request) -> None:
-        """Nothing runs, and what is left of others' KV leaves this one no room: the youngest gives its up, at last itself."""
-        others = [waiting for waiting in self._waiting if waiting.kept and waiting is not request]
-        victim = others[-1] if others else request
-        if victim.kept:
-            self._log_request(victim, "kept KV given up", tokens=victim.num_tokens - victim.missing_tokens)
-            self._discard(victim)
+    def _give_up_kept(self, last: Request | None = None) -> bool:
+        """Free what is left of the KV of the youngest that waits, of `last` only if no other has any. Whether there was any."""
+        kept = [request for request in self._waiting if request.kept]
+        victim = next((request for request in reversed(kept) if request is not last), last if last in kept else None)
+        if victim is None:
+            return False
+        self._log_request(victim, "kept KV given up", tokens=victim.num_tokens - victim.missing_tokens)
+        self._discard(victim)
+        return True
 
     # --- reservations -------------------------------------------------------------------------------------------------
 
@@ -528,7 +544,7 @@ class Sequences:
     def _answer_move(self, sequence: Sequence) -> None:
         request = sequence.request
         call = request.move_call
-        if call is not None and call.target == sequence.home:
+        if call is not None and call.target == self._id(sequence.home):
             request.move_call = None
             self._emit(Send(call.peer, Done(call=call.call)))
 
@@ -569,7 +585,7 @@ class Sequences:
         sequence.ending = True
         self._give_up_move(sequence)
         if last.held is not None:
-            request.held = {self._id(share.rank): share.tokens for share in last.held if share.rank < self._cell.size}
+            request.held = {self._id(share.rank): share.tokens for share in last.held if 0 <= share.rank < self._cell.size}
         self._requests.finish(request, reason, token_ids=token_ids, logprobs=with_logprobs)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
@@ -684,7 +700,7 @@ class Sequences:
             sequence.validate()
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
-        elif self._changed:
+        elif self._changed and self._cell.is_ready:
             raise RuntimeError("something has changed and was not looked at")
 
     def _log(self, sequence: Sequence, event: str, **fields: object) -> None:

@@ -159,16 +159,41 @@ def test_refused_instances(changes: dict[str, Any], reason: str) -> None:
     assert driver.wait(11, peer(0), peer(1)) == [Forget(b"bad")]
 
 
-@pytest.mark.parametrize("is_ready", [False, True])
-def test_a_complete_cell_takes_no_more(is_ready: bool) -> None:
+def test_a_complete_cell_takes_no_more_until_it_is_ready() -> None:
     driver = Driver()
-    if is_ready:
-        driver.ready_cell(8)
-    else:
-        driver.say(peer(0), register(rank=0, cell_size=1))
-    reason = "cell 'main' already has its 1 instances"
+    driver.say(peer(0), register(rank=0, cell_size=1))
+    reason = "cell 'main' already has its 1 instances, and is forming"
     assert driver.say(b"late", register(rank=0, cell_size=1)) == [Send(b"late", m.Refused(reason=reason))]
     assert driver.say(b"late 2", register(rank=0, cell_size=1, cell="more"))[-1] == Send(b"late 2", m.OpenStore(epoch=2))
+    driver.ready_cell(8, cell="third", epoch=3)
+    assert driver.say(b"late 3", register(rank=0, cell_size=1, cell="third")) == [
+        Send(b"late 3", m.Registered(lease_s=5.0, send_text=False)),
+        Send(peer(0, 3), m.Suspend(epoch=3, reason="instance 1 of cell 'third' comes")),
+    ]
+
+
+@pytest.mark.parametrize("when", ["opening", "joining"])
+@pytest.mark.parametrize("how", ["loss", "broken", "link"])
+def test_a_loss_while_the_cell_forms_ends_it(when: str, how: str) -> None:
+    """Nobody has anything to lose yet, and who starts it sees why at once."""
+    driver = Driver()
+    for rank in (0, 1):
+        driver.say(peer(rank), register(rank=rank, cell_size=2))
+    if when == "joining":
+        driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://store:1"))
+    if how == "loss":
+        reason = "instance 1 of cell 'main' is lost: gone"
+        actions = driver.handle(PeerWasLost(peer(1), "gone", driver.now))
+    elif how == "broken":
+        reason = "instance 0 of cell 'main' can't go on: no group"
+        actions = driver.say(peer(0), m.EpochBroken(epoch=1, reason="no group"))
+    else:
+        reason = "instance 0 of cell 'main' lost its link to instance 1: closed"
+        driver.say(peer(0), m.LinkLost(epoch=1, rank=1, reason="closed"))
+        actions = driver.wait(1, peer(0), peer(1))
+    assert Send(peer(0), m.EndEpoch(epoch=1, reason=reason)) in actions
+    assert DropText(1) in actions
+    assert driver.cluster.stats().cells == []
 
 
 def test_a_cell_goes_on_forming_without_an_instance_that_left_early() -> None:
@@ -657,7 +682,7 @@ def test_who_waits_can_be_aborted_but_not_moved(place: str) -> None:
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_a_lost_link_ends_the_cell_unless_its_end_says_why(tells: bool) -> None:
+def test_who_is_not_reached_is_lost_unless_its_end_says_why(tells: bool) -> None:
     """What one instance hears of another's end may overtake that end's own words."""
     driver = serving(10, 10)
     running(driver, "r")
@@ -669,8 +694,9 @@ def test_a_lost_link_ends_the_cell_unless_its_end_says_why(tells: bool) -> None:
     else:
         actions = driver.wait(1, peer(0), peer(1), CLIENT)
         reason = "instance 0 of cell 'main' lost its link to instance 1: it closed the connection"
-    assert Send(peer(0), m.EndEpoch(epoch=1, reason=reason)) in actions
-    assert [a.error for a in actions if isinstance(a, Deliver)] == [reason]
+    assert actions[0] == Send(peer(0), m.Suspend(epoch=1, reason=reason))
+    assert (Send(peer(1), m.EndEpoch(epoch=1, reason=reason)) in actions) == (not tells), "it may still run"
+    assert not [a for a in actions if isinstance(a, Deliver)], "its requests go on"
 
 
 def test_a_link_to_nobody_is_nothing() -> None:
