@@ -20,7 +20,7 @@ from tests.support.tiny import Expected, make_model, reference
 from tests.test_lifecycle import flags, here, until
 
 LONG = 4096
-NEW = 60
+NEW = 250
 
 
 @pytest.fixture(scope="module")
@@ -180,4 +180,28 @@ async def test_one_that_stood_still_is_expelled_and_comes_again(started: Process
             await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
             await stream.is_right(expected)
             assert [i.poll() for i in instances] == [None, None], "the same processes"
+            await at_rest(client)
+
+
+@pytest.mark.slow
+async def test_twenty_losses_in_a_row(started: Processes, model: Path) -> None:
+    """Each in mid-decode of a stream over all three; another comes in its place."""
+    ids, expected = text(model, 600, 150)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        living = dict(enumerate(cell_of(started, 3, server.address, model)))
+        await until_ready(server.address)
+        pauses: list[float] = []
+        async with client_of(server.address) as client:
+            for turn in range(20):
+                stream = Stream(client, f"turn {turn}", ids, 150, "all")
+                await stream.reach(20 + 5 * turn)
+                lost = turn % 3
+                moment = time.monotonic()
+                living[lost].signal(signal.SIGKILL)
+                await stream.is_right(expected)
+                pauses.append(stream.pause_after(moment))
+                await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
+                living[lost] = started.instance(*flags(server.address, model, "--cell-size", "3"), run_id=f"again {turn}")
+                await until(client, lambda s: len(s.instances) == 3 and s.cells[0].state == "ready")
+            print("longest pauses, s:", [round(pause, 2) for pause in pauses])
             await at_rest(client)
