@@ -231,7 +231,7 @@ class World:
             case m.Registered() | m.Pong():
                 pass
             case _:
-                assert message.epoch == instance.epoch, f"{message} reached epoch {instance.epoch}"  # type: ignore[union-attr]
+                assert getattr(message, "epoch", None) == instance.epoch, f"{message} reached epoch {instance.epoch}"
                 self.command(instance, message)
         account.validate()
 
@@ -346,9 +346,10 @@ class World:
         home.to_cluster.append(m.Released(epoch=epoch, seq=seq, generated=running.generated))
 
     def prefill(self, running: Running, members: list[Instance]) -> None:
-        """Some rows, on somebody who still has a share."""
-        rank = self.random.choice([rank for rank, left in running.shares.items() if left])
-        count = self.random.randint(1, min(running.shares[rank], len(running.missing), 9))
+        """Some rows, on somebody who still has a share. The last is the home's."""
+        lefts = running.shares | {running.home: running.shares[running.home] - (len(running.missing) > 1)}
+        rank = self.random.choice([rank for rank, left in lefts.items() if left])
+        count = self.random.randint(1, min(lefts[rank], 9))
         positions, running.missing = running.missing[:count], running.missing[count:]
         running.shares[rank] -= count
         members[rank].in_flight = [(running.admit.seq, positions[0])]
