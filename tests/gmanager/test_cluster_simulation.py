@@ -115,6 +115,8 @@ class World:
         self.now = 0.0
         self.chaos = chaos
         self.sizes = sizes
+        self.refusing = self.random.choice([0.05, 0.3])
+        """How often an instance has no room, though it seemed so."""
         self.instances: list[Instance] = []
         """All there ever were."""
         self.by_peer: dict[bytes, Instance] = {}
@@ -239,9 +241,9 @@ class World:
         account = instance.blocks
         match message:
             case m.Reserve(seq=seq, blocks=count):
-                self.answer(instance, seq, count if self.random.random() > 0.05 and account.reserve(seq, count) else None)
+                self.answer(instance, seq, count if self.random.random() > self.refusing and account.reserve(seq, count) else None)
             case m.ReserveNext(seq=seq):
-                self.answer(instance, seq, account.reserve_next(seq) if self.random.random() > 0.05 else None)
+                self.answer(instance, seq, account.reserve_next(seq) if self.random.random() > self.refusing else None)
             case m.Drop(seq=seq):
                 running = self.running.get((instance.epoch, seq))
                 if running is not None and not running.over and not self.held(instance, seq):
