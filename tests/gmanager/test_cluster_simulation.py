@@ -241,7 +241,8 @@ class World:
         account = instance.blocks
         match message:
             case m.Reserve(seq=seq, blocks=count):
-                self.answer(instance, seq, count if self.random.random() > self.refusing and account.reserve(seq, count) else None)
+                has_room = self.random.random() > self.refusing and account.reserve(seq, count)
+                self.answer(instance, seq, count if has_room else None)
             case m.ReserveNext(seq=seq):
                 self.answer(instance, seq, account.reserve_next(seq) if self.random.random() > self.refusing else None)
             case m.Drop(seq=seq):
