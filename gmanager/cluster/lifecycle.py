@@ -28,7 +28,7 @@ Change = Literal[
 ]
 
 WAITING: tuple[State, ...] = ("waiting", "encoding", "queued", "reserving")
-"""It has no KV: it waits for a ready cell, for its tokens, for memory, for the instances' grants."""
+"""It waits for a ready cell, for its tokens, for memory, for the instances' grants; what is left of its KV grows no more."""
 
 RUNNING: tuple[State, ...] = ("prefill", "decode", "moving", "preempted")
 """It is a sequence of its cell: `preempted` is one that is being released."""

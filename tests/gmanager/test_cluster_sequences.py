@@ -305,7 +305,8 @@ def lose(driver: Driver, rank: int, how: str, *others: bytes) -> list[Action]:
     """Lose an instance of the first epoch; what of that its own last words are is left out."""
     who, why = peer(rank), LOSSES[how].partition(": ")[2]
     if how == "unreachable":
-        actions, last = driver.handle(PeerWasLost(who, why, driver.now)), Forget(who)
+        actions = driver.handle(PeerWasLost(who, why, driver.now))
+        last: Action = Forget(who)
     elif how in ("leaves", "fails"):
         return driver.say(who, m.Leave(reason=why, failed=how == "fails"))
     elif how == "silent":

@@ -115,6 +115,8 @@ class World:
         self.now = 0.0
         self.chaos = chaos
         self.sizes = sizes
+        self.refusing = self.random.choice([0.05, 0.3])
+        """How often an instance has no room, though it seemed so."""
         self.instances: list[Instance] = []
         """All there ever were."""
         self.by_peer: dict[bytes, Instance] = {}
@@ -231,7 +233,7 @@ class World:
             case m.Registered() | m.Pong():
                 pass
             case _:
-                assert message.epoch == instance.epoch, f"{message} reached epoch {instance.epoch}"  # type: ignore[union-attr]
+                assert getattr(message, "epoch", None) == instance.epoch, f"{message} reached epoch {instance.epoch}"
                 self.command(instance, message)
         account.validate()
 
@@ -239,9 +241,10 @@ class World:
         account = instance.blocks
         match message:
             case m.Reserve(seq=seq, blocks=count):
-                self.answer(instance, seq, count if self.random.random() > 0.05 and account.reserve(seq, count) else None)
+                has_room = self.random.random() > self.refusing and account.reserve(seq, count)
+                self.answer(instance, seq, count if has_room else None)
             case m.ReserveNext(seq=seq):
-                self.answer(instance, seq, account.reserve_next(seq) if self.random.random() > 0.05 else None)
+                self.answer(instance, seq, account.reserve_next(seq) if self.random.random() > self.refusing else None)
             case m.Drop(seq=seq):
                 running = self.running.get((instance.epoch, seq))
                 if running is not None and not running.over and not self.held(instance, seq):
@@ -346,9 +349,10 @@ class World:
         home.to_cluster.append(m.Released(epoch=epoch, seq=seq, generated=running.generated))
 
     def prefill(self, running: Running, members: list[Instance]) -> None:
-        """Some rows, on somebody who still has a share."""
-        rank = self.random.choice([rank for rank, left in running.shares.items() if left])
-        count = self.random.randint(1, min(running.shares[rank], len(running.missing), 9))
+        """Some rows, on somebody who still has a share. The last is the home's."""
+        lefts = running.shares | {running.home: running.shares[running.home] - (len(running.missing) > 1)}
+        rank = self.random.choice([rank for rank, left in lefts.items() if left])
+        count = self.random.randint(1, min(lefts[rank], 9))
         positions, running.missing = running.missing[:count], running.missing[count:]
         running.shares[rank] -= count
         members[rank].in_flight = [(running.admit.seq, positions[0])]

@@ -116,10 +116,8 @@ def test_an_instance_comes() -> None:
     assert driver.keep(peer(0), 5, {1: [[(0, 8)]]}) == [open_store(peer(0))]
     assert driver.cluster.stats().cells[0].size == 2
     joins = driver.say(peer(0), m.StoreOpened(epoch=2, address="tcp://store:1"))
-    assert [(a.peer, a.message.rank, a.message.keep) for a in joins if isinstance(a, Send)] == [  # type: ignore[union-attr]
-        (peer(0), 0, [1]),
-        (NEW, 1, []),
-    ]
+    assert [a.peer for a in joins if isinstance(a, Send)] == [peer(0), NEW]
+    assert [(join.rank, join.keep) for join in messages(joins, m.JoinEpoch)] == [(0, [1]), (1, [])]
     assert driver.say(NEW, m.Joined(epoch=2)) == []
     assert driver.say(peer(0), m.Joined(epoch=2)) == [Send(peer(0), m.Reserve(epoch=2, seq=1, blocks=4))]
     assert [i.rank for i in driver.cluster.stats().instances] == [0, 1]
