@@ -317,6 +317,6 @@ class Instance:
 
     def validate(self) -> None:
         """The pool and the sequences agree. Raises RuntimeError otherwise."""
-        self._rmanager.shards.validate()
+        self._rmanager.validate()
         if self._epoch is not None and self._epoch.lanes is not None:
             self._epoch.lanes.scheduler.validate()

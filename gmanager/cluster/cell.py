@@ -125,6 +125,8 @@ class Cell:
         """Why the present change began, if an instance was lost."""
         self.counted: list[Counters] = []
         """What instances that are no members any more had done, as last heard."""
+        self.broke: str | None = None
+        """How the last epoch ended, if nobody was lost with it and nobody came."""
         self.attempts = 0
         """Epochs that were begun since the cell was ready."""
         self.assets: TextAssets | None = None
@@ -240,6 +242,7 @@ class Cell:
         """Begin a change: all stop stepping, and say what they keep."""
         self.phase = "suspending"
         self.began_at = now
+        self.broke = reason
         self._broken.clear()
         for rank, member in enumerate(self.members):
             member.rank = rank
@@ -272,6 +275,8 @@ class Cell:
         """The next one, with all who are here."""
         self.epoch = epoch
         self.attempts += 1
+        if self.loss is not None or self.joiners:
+            self.broke = None
         for joiner in self.joiners:
             joiner.free_blocks = joiner.spec.num_blocks
         self.members += self.joiners

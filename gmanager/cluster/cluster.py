@@ -58,6 +58,8 @@ class Cluster:
         self._members: dict[PeerId, tuple[Cell, Member]] = {}
         self._parting: dict[PeerId, float] = {}
         """Peers that are done for, and since when."""
+        self._expelled: set[PeerId] = set()
+        """Those of them that may register anew."""
         self._requests = Requests(self._out.append, clock=lambda: self._now)
         self._unbound: dict[int, tuple[Request, m.Submit]] = {}
         """Requests that wait for a cell that serves."""
@@ -103,7 +105,7 @@ class Cluster:
             cell, member = self._members[peer]
             member.heard_at = self._now
             self._on_instance(cell, member, message)
-        elif peer in self._parting and not isinstance(message, m.Register):
+        elif peer in self._parting and not (isinstance(message, m.Register) and peer in self._expelled):
             self._num_dropped += 1
         elif isinstance(message, m.Hello):
             self._on_hello(peer, message)
@@ -111,7 +113,7 @@ class Cluster:
             self._on_register(peer, message)
         elif hasattr(message, "epoch"):
             self._num_dropped += 1
-            self._part(peer, m.Expelled(reason="this instance is not registered here (any more)"))
+            self._expel(peer, "this instance is not registered here (any more)")
         else:
             self._part(peer, m.Refused(reason=f"the first message must be Hello or Register, not {_kind(message)}"))
 
@@ -129,6 +131,7 @@ class Cluster:
 
     def _on_lost(self, peer: PeerId, reason: str) -> None:
         self._parting.pop(peer, None)
+        self._expelled.discard(peer)
         if peer in self._members:
             _, member = self._members[peer]
             self._lose_member(peer, f"{member.name} is lost: {reason}")
@@ -139,6 +142,11 @@ class Cluster:
     def _part(self, peer: PeerId, last_words: m.Message) -> None:
         self._parting[peer] = self._now
         self._out.append(Send(peer, last_words))
+
+    def _expel(self, peer: PeerId, reason: str) -> None:
+        """It may register anew."""
+        self._expelled.add(peer)
+        self._part(peer, m.Expelled(reason=reason))
 
     def _lose_client(self, peer: PeerId) -> None:
         self._clients.pop(peer, None)
@@ -343,7 +351,9 @@ class Cluster:
         if cell is None:
             self._epoch += 1
             cell = self._cells[register.cell] = Cell(self._epoch, register, self._out.append)
-        self._parting.pop(peer, None)  # it was expelled, and comes again
+        if peer in self._expelled:  # it comes again
+            self._expelled.discard(peer)
+            del self._parting[peer]
         member = cell.add(peer, register, self._now, self._config.instance_lease_s)
         self._members[peer] = cell, member
         if cell.is_ready and cell.joiners:
@@ -513,10 +523,10 @@ class Cluster:
         """What of a cell takes too long."""
         took, limit = self._now - cell.began_at, self._config.form_timeout_s
         if cell.phase == "suspending" and took > SUSPEND_TIMEOUT_S:
-            self._expel(cell, cell.missing, f"did not end its epoch within {SUSPEND_TIMEOUT_S:g} s")
+            self._leave_behind(cell, cell.missing, f"did not end its epoch within {SUSPEND_TIMEOUT_S:g} s")
         elif cell.phase in ("opening", "joining") and took > limit:
             if cell.is_formed:
-                self._expel(cell, cell.missing, f"did not join within {limit:g} s")
+                self._leave_behind(cell, cell.missing, f"did not join within {limit:g} s")
                 return
             missing = [member.rank for member in cell.members if not member.joined]
             what = f"instances {missing} have not joined" if missing else "its tokenizer is not loaded"
@@ -528,7 +538,7 @@ class Cluster:
             else:
                 self._fail(cell, reason)
 
-    def _expel(self, cell: Cell, members: Collection[Member], why: str) -> None:
+    def _leave_behind(self, cell: Cell, members: Collection[Member], why: str) -> None:
         for member in members:
             if self._cells.get(cell.name) is cell:
                 self._end_membership(member, f"{member.name} {why}")
@@ -536,7 +546,7 @@ class Cluster:
     def _end_membership(self, member: Member, reason: str) -> None:
         """Go on without an instance that may still run, and may come again."""
         self._lose_member(member.peer, reason)
-        self._part(member.peer, m.Expelled(reason=reason))
+        self._expel(member.peer, reason)
 
     def _end_leases(self, now: float) -> None:
         for peer, heard_at in list(self._clients.items()):
@@ -550,6 +560,7 @@ class Cluster:
         for peer, since in list(self._parting.items()):
             if now - since > self._config.client_lease_s:
                 del self._parting[peer]
+                self._expelled.discard(peer)
                 self._out.append(Forget(peer))
 
     def _on_stop(self, reason: str) -> None:

@@ -98,6 +98,10 @@ class Request:
     """Tokens of KV per rank, as last heard."""
     home_moves: int = 0
     preemptions: int = 0
+    was_interrupted: bool = False
+    """It ran when the epoch ended, and the next has yet to begin."""
+    breaks: int = 0
+    """Epochs that broke while it ran, with nobody lost and no token of it come: it may be what breaks them."""
     move_call: MoveCall | None = None
     admitted_at: float | None = None
     """For the first time."""
@@ -350,6 +354,7 @@ class Requests:
             request.first_token_at = now
             self.observed.ttft_s.add(now - request.arrived_at)
         request.last_token_at = request.progress_at = now
+        request.breaks = 0
         request.tokens.extend(token_ids)
         self.observed.generated_tokens += len(token_ids)
 

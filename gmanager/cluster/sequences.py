@@ -56,6 +56,9 @@ from gmanager.wire.messages import (
     TokenLogprob,
 )
 
+MAX_BREAKS = 3
+"""Epochs that may break while a request runs, with nobody lost and no token of it come, until it is given up."""
+
 
 class Sequences:
     """Admission, placement and homes in a cell, through all its epochs. Pure: what is to be done is emitted."""
@@ -159,6 +162,8 @@ class Sequences:
             if request.params.max_tokens is None:  # as many as there is room for: now more or fewer
                 request.max_tokens = self._cell.room(request.prompt_tokens)
             seq = self._came_from.get(request.number, 0)
+            request.breaks += self._cell.broke is not None and request.was_interrupted
+            request.was_interrupted = False
             last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
             kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
             request.kept = {rank: runs for rank, runs in kept.items() if runs} if are_apart(kept.values()) else {}
@@ -172,6 +177,12 @@ class Sequences:
                 self._unsettled[member.rank] = None
         self._came_from.clear()
         self._parties = Parties(self._cell.epoch, self._cell.size)
+        for request in [request for request in self._waiting if request.breaks >= MAX_BREAKS]:
+            self._waiting.remove(request)
+            self._discard(request)
+            what = f"{request.breaks} epochs of cell '{self._cell.name}' broke while the request ran"
+            error = f"{what}; the last: {self._cell.broke}"
+            self._requests.finish(request, "error", error=error)
 
     def resume(self) -> None:
         """The cell steps (again)."""
@@ -180,6 +191,7 @@ class Sequences:
     def _interrupt(self, request: Request, waiting_since: float) -> None:
         self._requests.change(request, "interrupt")
         request.waiting_since = waiting_since
+        request.was_interrupted = True
         self._requests.fail_move(request, f"request {request.id!r} has no home now: the cell's membership changes")
         request.home = None
         request.held = {}

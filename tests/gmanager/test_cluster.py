@@ -64,7 +64,7 @@ def test_a_cell_forms() -> None:
     members = [m.Member(rank=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}") for rank in (0, 1)]
     assert driver.say(peer(0), one) == [Send(peer(0), m.Registered(lease_s=5.0, send_text=True))]
     assert driver.say(peer(1), m.StoreOpened(epoch=1, address="tcp://early:1")) == [
-        Send(peer(1), m.EndEpoch(epoch=1, reason="this instance is not registered here (any more)"))
+        Send(peer(1), m.Expelled(reason="this instance is not registered here (any more)"))
     ]
     driver.handle(PeerWasLost(peer(1), "it left", 0.0))
     assert driver.say(peer(1), two) == [
@@ -695,7 +695,7 @@ def test_who_is_not_reached_is_lost_unless_its_end_says_why(tells: bool) -> None
         actions = driver.wait(1, peer(0), peer(1), CLIENT)
         reason = "instance 0 of cell 'main' lost its link to instance 1: it closed the connection"
     assert actions[0] == Send(peer(0), m.Suspend(epoch=1, reason=reason))
-    assert (Send(peer(1), m.EndEpoch(epoch=1, reason=reason)) in actions) == (not tells), "it may still run"
+    assert (Send(peer(1), m.Expelled(reason=reason)) in actions) == (not tells), "it may still run"
     assert not [a for a in actions if isinstance(a, Deliver)], "its requests go on"
 
 

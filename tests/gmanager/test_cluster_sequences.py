@@ -312,7 +312,7 @@ def lose(driver: Driver, rank: int, how: str, *others: bytes) -> list[Action]:
     elif how == "silent":
         assert driver.wait(5, CLIENT, *others) == []
         actions = driver.wait(1, CLIENT, *others)
-        last = Send(who, m.EndEpoch(epoch=1, reason=f"instance {rank} of cell 'main' {LOSSES[how]}"))
+        last = Send(who, m.Expelled(reason=f"instance {rank} of cell 'main' {LOSSES[how]}"))
     else:
         actions = driver.handle(PeerGarbled(who, why, driver.now))
         last = Send(who, m.Refused(reason="can't read this: not msgpack"))
@@ -380,7 +380,7 @@ def test_messages_of_another_epoch_are_dropped_and_counted() -> None:
     after = msgspec.structs.replace(driver.cluster.stats(), counters=before.counters)
     assert after == before
     assert driver.say(peer(0), outputs(1, 0, [10])) == [deliver(1, "r", 0, [10])]
-    stranger = [Send(b"stranger", m.EndEpoch(epoch=7, reason="this instance is not registered here (any more)"))]
+    stranger = [Send(b"stranger", m.Expelled(reason="this instance is not registered here (any more)"))]
     assert driver.say(b"stranger", MESSAGES[0]) == stranger
     assert [driver.say(b"stranger", message) for message in MESSAGES] == [[]] * len(MESSAGES)
 

@@ -228,7 +228,7 @@ class World:
                 self.seen["discarded"] += seq in account.shards
                 account.discard(seq)
                 instance.tell_of_freed()
-            case m.EndEpoch() | m.Refused():
+            case m.EndEpoch() | m.Refused() | m.Expelled():
                 instance.life = "is gone"
             case m.Registered() | m.Pong():
                 pass
