@@ -194,13 +194,13 @@ class Server:
                 self._flush(peer)
                 self._bound().forget(peer)
             case Encode():
-                self._start(self._encode(action, self._tokenizers[action.epoch]))
-            case LoadText(epoch=epoch, assets=assets):
-                self._loading.add(epoch)
-                self._start(self._load_text(epoch, assets))
-            case DropText(epoch=epoch):
-                self._loading.discard(epoch)
-                tokenizer = self._tokenizers.pop(epoch, None)
+                self._start(self._encode(action, self._tokenizers[action.cell]))
+            case LoadText(cell=cell, assets=assets):
+                self._loading.add(cell)
+                self._start(self._load_text(cell, assets))
+            case DropText(cell=cell):
+                self._loading.discard(cell)
+                tokenizer = self._tokenizers.pop(cell, None)
                 if tokenizer is not None:
                     self._start(tokenizer.close())
 
@@ -262,7 +262,7 @@ class Server:
             state = self._texts.get(new.request)
         if state is None and new.token_ids:
             detokenizer = Detokenizer(
-                self._tokenizers[new.epoch],
+                self._tokenizers[new.cell],
                 new.stop_strings,
                 include_stop=new.include_stop,
                 min_tokens=new.min_tokens,
@@ -286,20 +286,20 @@ class Server:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("background task failed", exc_info=error)
 
-    async def _load_text(self, epoch: int, assets: TextAssets) -> None:
+    async def _load_text(self, cell: int, assets: TextAssets) -> None:
         try:
             tokenizer = await asyncio.to_thread(Tokenizer, assets)
         except Exception as error:
             if not isinstance(error, TextError):
-                log.exception("a tokenizer could not be loaded", epoch=epoch)
-            self._handle(TextLoaded(epoch, self._now(), str(error) or type(error).__name__))
+                log.exception("a tokenizer could not be loaded", cell=cell)
+            self._handle(TextLoaded(cell, self._now(), str(error) or type(error).__name__))
             return
-        if epoch not in self._loading:  # the cell has ended meanwhile
+        if cell not in self._loading:  # the cell has ended meanwhile
             await tokenizer.close()
             return
-        self._loading.discard(epoch)
-        self._tokenizers[epoch] = tokenizer
-        self._handle(TextLoaded(epoch, self._now()))
+        self._loading.discard(cell)
+        self._tokenizers[cell] = tokenizer
+        self._handle(TextLoaded(cell, self._now()))
 
     async def _encode(self, job: Encode, tokenizer: Tokenizer) -> None:
         submit = job.submit

@@ -1,6 +1,7 @@
 """The process groups of one epoch, one for each lane: opened from a TCPStore whose address the gManager passes on."""
 
 import socket
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,9 @@ from distattn.exchange import Group, Store
 
 # torch's stubs lack what is made here: dist.TCPStore, and the options of both groups
 dist: Any = torch.distributed
+
+_NOBODYS_TAG = 1
+"""Of a row that nobody sends; rows have tag 0."""
 
 
 def open_store(host: str, timeout_s: float) -> tuple[object, str]:
@@ -60,7 +64,7 @@ class EpochGroup:
             gloo._timeout = timeout
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
             self._group = dist.ProcessGroupGloo(self.store, rank, size, gloo)
-        self._device = device
+        self._device, self._rank, self._size = device, rank, size
         # NCCL makes its communicator in the first collective, which all ranks must join; afterwards any two may exchange
         self.barrier()
         if device.type == "cuda":
@@ -91,5 +95,9 @@ class EpochGroup:
         return group
 
     def close(self) -> None:
-        """Leave at once, without waiting for the others."""
+        """Leave at once, without waiting for the others: whoever waits for a row, here or there, is let go with an error."""
+        if self._device.type == "cpu" and self._size > 1:
+            # Gloo's abort lets nobody go; but one wait that misses its deadline closes all of a process's connections
+            with suppress(RuntimeError):
+                self._group.recv([torch.empty(1)], int(self._rank == 0), _NOBODYS_TAG).wait(timedelta(milliseconds=1))
         self._group.abort()

@@ -12,8 +12,11 @@ import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
+from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import TextAssets
 from instance.scheduler import SampledRow
+
+log = get_logger("instance")
 
 _MAX_MATCHERS = 1024
 """Kept; one that went is made anew from the sequence's tokens."""
@@ -44,16 +47,26 @@ class _Sampled:
     event: torch.cuda.Event | None
 
 
+def grammar_tokenizer(assets: TextAssets, vocab_size: int) -> LLTokenizer | None:
+    """What grammars need of the model: half a second of work. Of some it can't be had: the gManager, which tries the same,
+    takes no request that has a grammar."""
+    if assets.tokenizer_json is None:
+        log.info("no structured output", reason="the model has no tokenizer")
+        return None
+    try:
+        return LLTokenizer(assets.tokenizer_json, n_vocab=vocab_size, eos_token=assets.eos_token_ids)
+    except ValueError as error:
+        log.info("no structured output", reason=str(error))
+        return None
+
+
 class Grammars:
     """Matchers by sequence. To be used in the thread that samples."""
 
-    def __init__(self, assets: TextAssets, vocab_size: int, device: torch.device) -> None:
-        """Raises ValueError if there is no tokenizer, or llguidance can't read it."""
+    def __init__(self, tokenizer: LLTokenizer, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        if assets.tokenizer_json is None:
-            raise ValueError("the model has no tokenizer")
-        self._tokenizer = LLTokenizer(assets.tokenizer_json, n_vocab=vocab_size, eos_token=assets.eos_token_ids)
+        self._tokenizer = tokenizer
         self._executor = LLExecutor()
         self._matching: dict[int, _Matching] = {}
         """The one used longest ago first."""

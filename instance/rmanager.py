@@ -1,4 +1,13 @@
-"""rManager: grants, reserves and frees the blocks of this instance's own pool, and keeps account for the gManager."""
+"""rManager: grants, reserves and frees the blocks of this instance's own pool, and keeps account for the gManager.
+
+KV outlives an epoch:
+
+    settle    the epoch is over: what is certain stays, as shards that are *dormant*, which no step names
+    keep      the next epoch begins: all but these are freed
+    wake      a sequence is admitted again with what is left of it; or `discard`: it isn't
+"""
+
+from collections.abc import Iterable
 
 from kvstore.shard import Shard, ShardTable
 
@@ -12,6 +21,7 @@ class RManager:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.shards = ShardTable(num_blocks, block_size)
         self._changed: dict[int, None] = {}
+        self._dormant: dict[int, None] = {}
         self.freed = False
         """Whether blocks were freed since the last `take_changes`."""
 
@@ -49,17 +59,59 @@ class RManager:
     def shard(self, seq: int) -> Shard | None:
         return self.shards[seq] if seq in self.shards else None
 
+    def ranges(self, seq: int) -> list[list[tuple[int, int]]]:
+        """Those of each run of a sequence."""
+        return [list(run.ranges) for run in self.shards[seq].runs] if seq in self.shards else []
+
     def drop(self, seq: int) -> None:
-        """Give a reservation back, if no KV has been written to it."""
-        if seq in self.shards and not self.shards[seq].num_tokens:
+        """Give a reservation back, if no KV has been written to it. A dormant shard keeps its KV."""
+        if seq in self._dormant:
+            self._note_freed(self.shards.free_spare(seq))
+        elif seq in self.shards and not self.shards[seq].num_tokens:
             self.free(seq)
 
     def free(self, seq: int) -> None:
         """Give all blocks of a sequence back, if it has any."""
         if seq in self.shards:
             self.shards.free(seq)
+            self._dormant.pop(seq, None)
             self._changed[seq] = None
             self.freed = True
+
+    def settle(self, uncertain: Iterable[tuple[int, int]]) -> dict[int, list[list[tuple[int, int]]]]:
+        """End an epoch: what each sequence keeps here, as the ranges of each run. Nothing else is reserved any more.
+
+        `uncertain`: (seq, position) of tokens that may not be written. They go, with those behind them in their runs.
+        """
+        for seq, position in uncertain:
+            if seq in self.shards:
+                self._note_freed(self.shards.take_back(seq, position))
+                self._changed[seq] = None
+        for seq in list(self.shards):
+            if self.shards[seq].num_tokens:
+                self._note_freed(self.shards.free_spare(seq))
+            else:
+                self.free(seq)
+        self._dormant = dict.fromkeys(self.shards)
+        return {seq: self.ranges(seq) for seq in self._dormant}
+
+    def keep(self, seqs: Iterable[int]) -> None:
+        """Free all dormant shards but those of these sequences."""
+        wanted = set(seqs)
+        for seq in [seq for seq in self._dormant if seq not in wanted]:
+            self.free(seq)
+
+    def discard(self, seq: int) -> None:
+        """Free a sequence's shard if it is dormant."""
+        if seq in self._dormant:
+            self.free(seq)
+
+    def wake(self, seq: int, end: int) -> None:
+        """A sequence goes on: if its shard is dormant, it is one like any other again, without positions from `end` on."""
+        if seq in self._dormant:
+            del self._dormant[seq]
+            self._note_freed(self.shards.cut(seq, end))
+            self._changed[seq] = None
 
     def take_changes(self) -> dict[int, int]:
         """seq -> tokens held now, of those that changed since the last call."""
@@ -67,3 +119,13 @@ class RManager:
         self._changed = {}
         self.freed = False
         return changed
+
+    def validate(self) -> None:
+        """The shards add up, and those that are dormant hold KV. Raises RuntimeError otherwise."""
+        self.shards.validate()
+        empty = [seq for seq in self._dormant if seq not in self.shards or not self.shards[seq].num_tokens]
+        if empty:
+            raise RuntimeError(f"sequences {empty} are dormant and hold nothing")
+
+    def _note_freed(self, blocks: int) -> None:
+        self.freed = self.freed or blocks > 0

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from llguidance import LLTokenizer
 
 from distattn.attention import DistAttention
-from gmanager.wire.messages import PromptLogprobs, TextAssets, TokenLogprob, pack_tokens
+from gmanager.wire.messages import PromptLogprobs, TokenLogprob, pack_tokens
 from instance.fused import Hidden
 from instance.model import Model
 from instance.sampler import Sampler
@@ -115,10 +116,10 @@ class Runner:
         *,
         threads: int,
         max_samples: int,
-        assets: TextAssets | None = None,
+        tokenizer: LLTokenizer | None = None,
         streams: "Mapping[int, torch.cuda.Stream] | None" = None,
     ) -> None:
-        """`max_samples`: most tokens that one step samples. `assets`: without them no sequence may have a grammar.
+        """`max_samples`: most tokens that one step samples. `tokenizer`: without it no sequence may have a grammar.
 
         `streams`: on a GPU, those that steps may run on, by the number of their processors.
         """
@@ -144,8 +145,8 @@ class Runner:
         self._driver.submit(torch.set_num_threads, threads).result()
         if self._device.type == "cuda":
             self._driver.submit(torch.cuda.set_device, self._device).result()
-        if assets is not None:
-            self._driver.submit(self._sampler.use_text, assets)  # before the first step, which the loop needn't wait for
+        if tokenizer is not None:
+            self._sampler.use_text(tokenizer)
 
     def prepare_chunks(self, max_rows: int) -> None:
         """Build what steps with up to `max_rows` prompt rows need on a GPU: seconds, before the first launch."""
@@ -188,11 +189,16 @@ class Runner:
         samples, scored = step.results.samples, step.results.scored
         return StepResult({} if samples is None else _read(samples), [(rows.seq, _pack(rows, found)) for rows, found in scored])
 
+    @property
+    def threads(self) -> tuple[Executor, Executor]:
+        """That drive the device: they have ended once nothing of a closed runner runs any more."""
+        return self._driver, self._waiter
+
     def close(self) -> None:
-        """Let go of the threads. A step that waits for a lost peer is not waited for."""
-        pools: list[Executor] = [self._driver, self._waiter]
-        for pool in pools:
+        """Let go of the threads and the graphs. A step that waits for a lost peer is not waited for."""
+        for pool in self.threads:
             pool.shutdown(wait=False, cancel_futures=True)
+        self.graphs.clear()
 
     def _run(self, plan: StepPlan, processors: int) -> Launched:
         if self._device.type == "cuda":

@@ -17,16 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from llguidance import LLTokenizer
 
-from gmanager.wire.logs import get_logger
-from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, SequenceParams, TextAssets
+from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, SequenceParams
 from instance.grammars import Grammars, Masks, mask
 from instance.scheduler import SampledRow
 from instance.sequence import History
 from kernels.penalties import penalize
 from kernels.upload import upload
-
-log = get_logger("instance")
 
 _MASK = 0xFFFFFFFF
 
@@ -57,13 +55,9 @@ class Sampler:
         self._grammars: Grammars | None = None
         self._batch: _Batch | None = None
 
-    def use_text(self, assets: TextAssets) -> None:
-        """What grammars need of the model: half a second, before the first sequence that has one. Of some models they can't be
-        had: the gManager, which tries the same, takes no request that has one."""
-        try:
-            self._grammars = Grammars(assets, self._states.counts_NV.shape[1], self._device)
-        except ValueError as error:
-            log.info("no structured output", reason=str(error))
+    def use_text(self, tokenizer: LLTokenizer) -> None:
+        """From now on sequences may have grammars."""
+        self._grammars = Grammars(tokenizer, self._states.counts_NV.shape[1], self._device)
 
     def remember(self, rows: Sequence[SampledRow], tokens_S: torch.Tensor) -> None:
         """What `sample` has just given, on its way to the host: the next masks depend on it."""

@@ -24,6 +24,7 @@ from distattn.layout import HeldRun, Holding, Layout, Span, lay_out
 from gmanager.wire.messages import (
     Admit,
     HomeMoved,
+    KeptPart,
     Message,
     NeedBlock,
     Outputs,
@@ -38,10 +39,11 @@ from gmanager.wire.messages import (
     unpack_tokens,
 )
 from instance.rmanager import RManager
-from instance.sequence import Guest, History, Home
+from instance.sequence import Guest, History, Home, gaps_between
 from instance.step import (
     FAR,
     LANES,
+    MAX_GAPS,
     MAX_PROMPTS,
     Decode,
     Grouping,
@@ -113,11 +115,15 @@ class StepPlan:
 
 
 @dataclass(slots=True)
-class _Ended:
-    """Sequences whose blocks are free once the step that released them has run."""
+class _Accepted:
+    """What a step that isn't known to have run leaves to be done."""
 
-    seqs: list[int]
+    released: list[int]
+    """Sequences whose blocks are free once it has."""
     homes: list[Home] = field(default_factory=list)
+    """Of these, those that were here."""
+    written: list[tuple[int, int]] = field(default_factory=list)
+    """(seq, position) from which on it writes KV here; until it has run, that may not be there."""
 
 
 @dataclass(slots=True)
@@ -129,8 +135,8 @@ class _Steps:
     last_tokens: list[LastToken] = field(default_factory=list)
     previous_samples: dict[int, int] = field(default_factory=dict)
     """seq -> which token of the previous plan is its."""
-    ended: list[_Ended] = field(default_factory=list)
-    """Of each accepted step that is not committed."""
+    accepted: list[_Accepted] = field(default_factory=list)
+    """Each that is not committed."""
     prompts: list[int] = field(default_factory=list)
     """Sequences whose prompts the last notice proposed."""
     known: dict[int, list[Holding]] = field(default_factory=dict)
@@ -183,19 +189,27 @@ class Scheduler:
     # --- commands from the gManager -----------------------------------------------------------------------------------
 
     def admit(self, admit: Admit) -> None:
-        """Start a sequence. Ignored if its reservation is gone, or about to be: it was cancelled before this arrived."""
+        """Start a sequence, with what an epoch before left of its KV. Ignored if its blocks are gone, or about to be: it was
+        cancelled before this arrived.
+
+        Raises StepMismatch if something else is left here than is told, or the shares don't fill what is missing.
+        """
         if not self._keeps(admit.seq):
             return
-        mine = next((share.tokens for share in admit.shares if share.rank == self.rank), 0)
         prompt = unpack_tokens(admit.token_ids)
-        self._guests[admit.seq] = Guest(prompt, mine, admit.params.prompt_logprobs)
+        self._rmanager.wake(admit.seq, len(prompt) - 1)
+        gaps = self._check_kept(admit, len(prompt))
+        self._guests[admit.seq] = Guest(prompt, admit.params.prompt_logprobs)
         if admit.shares[0].rank == self.rank:
             self._homes[admit.seq] = Home(
                 seq=admit.seq,
                 arrival=admit.arrival,
                 params=admit.params,
                 prompt_tokens=len(prompt),
+                position=gaps[0][0],
+                gaps=gaps,
                 shares=list(admit.shares),
+                holdings=_holdings(admit.kept),
                 history=History.of(prompt, admit.params),
             )
 
@@ -252,12 +266,12 @@ class Scheduler:
                     Prefill(
                         seq=home.seq,
                         arrival=home.arrival,
-                        start=home.position,
-                        end=home.prompt_tokens,
+                        gaps=home.gaps[:MAX_GAPS],
                         shares=home.shares,
                         holdings=home.holdings,
                         waited=home.waited,
                         scored=home.params.prompt_logprobs is not None,
+                        later=sum(end - start for start, end in home.gaps[MAX_GAPS:]),
                     )
                 )
             elif lane == "prefill":
@@ -280,7 +294,7 @@ class Scheduler:
             paced_budget=self._pace.mixed_chunk_tokens,
             reach=self._pace.reach,
             grain=self._pace.grain,
-            ready=[] if lane == "decode" else [seq for seq, guest in self._guests.items() if guest.remaining],
+            ready=[] if lane == "decode" else list(self._guests),
             decodes=decodes,
             prefills=prefills,
             released=released,
@@ -312,7 +326,7 @@ class Scheduler:
         for seq in step.cancels:
             if seq in self._homes:
                 self._homes[seq].cancelled = True
-        ended = _Ended(seqs=step.released)
+        accepted = _Accepted(released=step.released)
         if lane == "decode":
             steps.known |= step.holdings
         for seq in step.released:
@@ -321,8 +335,8 @@ class Scheduler:
             for other in self._steps.values():
                 other.cancels.pop(seq, None)
             if (home := self._homes.pop(seq, None)) is not None:
-                ended.homes.append(home)
-        steps.ended.append(ended)
+                accepted.homes.append(home)
+        steps.accepted.append(accepted)
         if lane == "prefill" and step.spans:
             for home in map(self._homes.get, steps.prompts):
                 if home is not None:
@@ -343,10 +357,15 @@ class Scheduler:
             elif seq in self._departed:
                 del self._departed[seq]
                 self._steps[lane].last_tokens.append(LastToken(seq=seq, token=token))
-        ended = self._steps[lane].ended.pop(0)
-        for seq in ended.seqs:
+        accepted = self._steps[lane].accepted.pop(0)
+        for seq in accepted.released:
             self._rmanager.free(seq)
-        self._messages += [Released(epoch=self.epoch, seq=home.seq, generated=home.committed) for home in ended.homes]
+        self._messages += [Released(epoch=self.epoch, seq=home.seq, generated=home.committed) for home in accepted.homes]
+
+    def uncertain(self) -> list[tuple[int, int]]:
+        """(seq, position) from which on KV here may not be written: that of steps not known to have run. For
+        `RManager.settle`, when the epoch is over."""
+        return [place for steps in self._steps.values() for step in steps.accepted for place in step.written]
 
     def take_messages(self) -> list[Message]:
         """What the gManager must hear since the last call: log-probabilities of prompts, outputs, then the rest."""
@@ -357,7 +376,7 @@ class Scheduler:
 
     def validate(self) -> None:
         """Blocks add up, and with no sequence nothing is left. Raises RuntimeError otherwise."""
-        self._rmanager.shards.validate()
+        self._rmanager.validate()
         told = [part for steps in self._steps.values() for part in (steps.cancels, steps.last_tokens)]
         known = [self._homes, self._guests, self._departed, *told]
         if not len(self._rmanager.shards) and any(known):
@@ -367,8 +386,29 @@ class Scheduler:
 
     def _keeps(self, seq: int) -> bool:
         """Whether blocks of it are here, and not only until the step that released them has run."""
-        ended = [seqs for steps in self._steps.values() for seqs in steps.ended]
-        return self._rmanager.shard(seq) is not None and not any(seq in step.seqs for step in ended)
+        accepted = [step for steps in self._steps.values() for step in steps.accepted]
+        return self._rmanager.shard(seq) is not None and not any(seq in step.released for step in accepted)
+
+    def _check_kept(self, admit: Admit, prompt_tokens: int) -> list[tuple[int, int]]:
+        """The gaps in what is told of a sequence's KV. Raises StepMismatch if it is another thing than is here, or no KV that
+        the shares complete."""
+        told = [runs for part in admit.kept if part.rank == self.rank for runs in part.runs]
+        if told != (here := self._rmanager.ranges(admit.seq)):
+            raise StepMismatch(f"sequence {admit.seq}: rank {self.rank} is told that it has kept {told}, it has kept {here}")
+        kept = [piece for part in admit.kept for run in part.runs for piece in run]
+        gaps = gaps_between(kept, prompt_tokens)
+        missing = sum(end - start for start, end in gaps)
+        num_kept = sum(end - start for start, end in kept)
+        num_shared = sum(share.tokens for share in admit.shares)
+        ends_missing = bool(gaps) and gaps[-1][1] == prompt_tokens
+        if not ends_missing or num_shared != missing or num_kept + missing != prompt_tokens:
+            raise StepMismatch(
+                f"sequence {admit.seq}: {prompt_tokens} tokens, of which {num_kept} were kept, {num_shared} are shared out and "
+                f"{missing} are missing, in {gaps}"
+            )
+        if kept and admit.params.prompt_logprobs is not None:
+            raise StepMismatch(f"sequence {admit.seq}: {num_kept} tokens were kept, and log-probabilities of all are wanted")
+        return gaps
 
     def _tell_of_cancel(self, seq: int) -> None:
         """In all lanes: its home is in one of them, and may be on its way to the other, or to another instance."""
@@ -463,7 +503,8 @@ class Scheduler:
             if guest is not None:
                 if guest.num_top is not None and len(following := guest.prompt[span.start + 1 : span.stop + 1]):
                     scored.append(ScoredRows(span.seq, len(token_ids), span.start + 1, following, guest.num_top))
-                token_ids += self._take_prompt(guest, span)
+                token_ids += guest.prompt[span.start : span.stop]
+                self.tally.tokens_prefilled += span.stop - span.start
             else:
                 known = self._known_token(span, previous)
                 if known is None:
@@ -471,11 +512,14 @@ class Scheduler:
                 token_ids.append(known or 0)
             positions += range(span.start, span.stop)
             slots += self._rmanager.append(span.seq, span.start, span.stop)
+            self._steps[lane].accepted[-1].written.append((span.seq, span.start))
             if ends.get(span.seq) == span.stop:
                 home = self._homes[span.seq]
                 row = len(token_ids) - 1
                 sampled.append(SampledRow(row, span.seq, span.stop, home.params, home.generated, home.history))
         self._steps[lane].previous_samples = {row.seq: i for i, row in enumerate(sampled)}
+        for seq in step.sampled:
+            self._guests.pop(seq, None)
         self._move_on(step, spans_of)
         self._check_holdings(step)
         self.tally.steps += not step.is_empty()
@@ -491,13 +535,6 @@ class Scheduler:
             needs_logits=bool(step.sampled or step.scored),
             is_decode=_is_decode(step),
         )
-
-    def _take_prompt(self, guest: Guest, span: Span) -> list[int]:
-        guest.remaining -= span.stop - span.start
-        if not guest.remaining:
-            del self._guests[span.seq]
-        self.tally.tokens_prefilled += span.stop - span.start
-        return guest.prompt[span.start : span.stop].tolist()
 
     def _known_token(self, span: Span, previous: Mapping[int, int]) -> int | None:
         """The token of a decode row, or None while the step before computes it."""
@@ -522,7 +559,7 @@ class Scheduler:
             for span in spans:
                 if span.rank in taken:
                     taken[span.rank] -= span.stop - span.start
-            home.position = max(span.stop for span in spans)
+            home.move_on(max(span.stop for span in spans))
             home.shares = [Share(rank=r, tokens=t) for r, t in taken.items()] if home.in_prefill else []
             home.holdings = holdings
             home.generated += seq in step.sampled
@@ -534,6 +571,16 @@ class Scheduler:
             here = [] if shard is None else [HeldRun(run.start, run.end, run.num_tokens) for run in shard.runs]
             if here != named:
                 raise StepMismatch(f"sequence {seq}: the step says rank {self.rank} holds {named}, it holds {here}")
+
+
+def _holdings(kept: Sequence[KeptPart]) -> list[Holding]:
+    """What parts of a sequence's KV that were kept are to those who attend to them."""
+    held = {
+        part.rank: [HeldRun(run[0][0], run[-1][1], sum(end - start for start, end in run)) for run in part.runs]
+        for part in kept
+        if part.runs
+    }
+    return [Holding(rank, held[rank]) for rank in sorted(held)]
 
 
 def _is_decode(step: Step) -> bool:

@@ -1,6 +1,7 @@
 """What an instance knows of a sequence: as its home, or as one that takes part in its prefill."""
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from distattn.layout import Holding
@@ -8,13 +9,24 @@ from gmanager.wire.messages import SequenceParams, Share
 from instance.step import Lane
 
 
+def gaps_between(ranges: Iterable[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    """What of `[0, end)` is in none of the ranges, ascending."""
+    gaps: list[tuple[int, int]] = []
+    at = 0
+    for start, stop in sorted(ranges):
+        if at < start:
+            gaps.append((at, start))
+        at = max(at, stop)
+    if at < end:
+        gaps.append((at, end))
+    return gaps
+
+
 @dataclass(slots=True)
 class Guest:
-    """A prompt in whose prefill this instance takes part, the home included."""
+    """A prompt of which rows are yet to run: this instance takes part, the home included, or has kept some of its KV."""
 
     prompt: "array[int]"
-    remaining: int
-    """Tokens of its share that are not yet in an accepted step."""
     num_top: int | None = None
     """With the log-probability of each of its tokens: of so many likeliest ones. None: none is wanted."""
 
@@ -46,14 +58,19 @@ class Home:
 
     positions   0 .. prompt_tokens .. position
                 |  KV in accepted steps  | next row
+
+    positions   0 .. [position, end) .. [start, end) .. [start, prompt_tokens)       in prefill: KV that was kept lies between
+                     |     gaps: in no step yet     |                           |
     """
 
     seq: int
     arrival: int
     params: SequenceParams
     prompt_tokens: int
-    position: int = 0
-    """`[0, position)` are in accepted steps."""
+    position: int
+    """Of the next row: `[0, position)` are in accepted steps, or were kept."""
+    gaps: list[tuple[int, int]] = field(default_factory=list)
+    """Ranges of its prompt that are in no accepted step, ascending."""
     shares: list[Share] = field(default_factory=list)
     """What each participant still has to prefill."""
     holdings: list[Holding] = field(default_factory=list)
@@ -75,7 +92,7 @@ class Home:
 
     @property
     def in_prefill(self) -> bool:
-        return self.position < self.prompt_tokens
+        return bool(self.gaps)
 
     @property
     def lane(self) -> Lane:
@@ -90,6 +107,11 @@ class Home:
     @property
     def over(self) -> bool:
         return self.finished or self.cancelled
+
+    def move_on(self, stop: int) -> None:
+        """Rows up to there are in accepted steps."""
+        self.gaps = [(max(start, stop), end) for start, end in self.gaps if end > stop]
+        self.position = self.gaps[0][0] if self.gaps else stop
 
     def ranks(self) -> set[int]:
         """All instances that its next step concerns."""

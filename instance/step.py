@@ -21,6 +21,8 @@ STRETCH = 4
 MAX_PROMPTS = 64
 """Most prompts that have rows in one step: each may end in it, and its logits take memory."""
 
+MAX_GAPS = 32
+"""Most gaps of a prompt that have rows in one step: there may be hundreds, and notices name them."""
 
 Lane = Literal["prefill", "decode"]
 """Which rows a step has: those of prompts, or those that follow them. An instance runs steps of both kinds at once."""
@@ -45,12 +47,12 @@ class Decode(Part, array_like=True):
 
 
 class Prefill(Part):
-    """The rest of a prompt, `[start, end)`, ready to be cut into a chunk. Sent by its home, the first of `shares`."""
+    """The rest of a prompt, ready to be cut into a chunk. Sent by its home, the first of `shares`."""
 
     seq: int
     arrival: int
-    start: int
-    end: int
+    gaps: list[tuple[int, int]]
+    """The first ranges `[start, end)` that are in no step yet, ascending: one, unless KV was kept from an epoch before."""
     shares: list[Share]
     """What each participant still has to take."""
     holdings: list[Holding]
@@ -58,6 +60,22 @@ class Prefill(Part):
     """Steps with rows of the prefill lane since its party met."""
     scored: bool = False
     """Whether log-probabilities of its tokens are wanted."""
+    later: int = 0
+    """Rows in gaps after these."""
+
+    @property
+    def start(self) -> int:
+        """Position of the next row."""
+        return self.gaps[0][0]
+
+    @property
+    def rows(self) -> int:
+        """All that are left."""
+        return sum(end - start for start, end in self.gaps) + self.later
+
+    def ends_at(self, stop: int) -> bool:
+        """Whether rows up to there are all that are left."""
+        return stop == self.gaps[-1][1] and not self.later
 
 
 class Past(Part):
@@ -119,7 +137,7 @@ class Notice(Message):
     grain: int
     """Rows that cost it about as much as fewer: while a member decodes who gets the rest of a budget gets multiples of it."""
     ready: list[int]
-    """Sequences it takes part in prefilling."""
+    """Sequences of whose prefill it knows: it takes part, or holds some of their KV."""
     decodes: list[Decode]
     prefills: list[Prefill]
     released: list[int]
@@ -186,7 +204,7 @@ def derive(notices: Sequence[Notice], known: Mapping[int, list[Holding]] | None 
         holdings[prefill.seq] = held_after(prefill.holdings, chunk)
         if prefill.scored:
             scored.append(prefill.seq)
-        if max(span.stop for span in chunk) == prefill.end:
+        if prefill.ends_at(chunk[-1].stop):
             sampled.append(prefill.seq)
     return Step(
         spans=spans,
@@ -201,7 +219,7 @@ def derive(notices: Sequence[Notice], known: Mapping[int, list[Holding]] | None 
 
 
 def split_chunk(start: int, end: int, caps: Sequence[int], final_caps: Sequence[int]) -> list[tuple[int, int, int]]:
-    """The next chunk of a prompt's rest `[start, end)` as `(participant, start, stop)`, ascending.
+    """The next chunk of `[start, end)`, a gap in a prompt's KV or the rest of one, as `(participant, start, stop)`, ascending.
 
     Each of k participants takes two spans, i and 2k-1-i of 2k, so that causal work is even (contiguous spans cost 19 % more
     for 4096 tokens on two instances, DESIGN), as many rows as the others unless `caps` says less. The last row of a prompt is
@@ -251,7 +269,7 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
         prefill
         for notice in notices
         for prefill in notice.prefills
-        if all(prefill.seq in ready.get(share.rank, ()) for share in prefill.shares if share.tokens)
+        if all(prefill.seq in ready.get(rank, ()) for rank in _concerned(prefill))
     ]
     is_paced = any(notice.is_beside_decodes for notice in notices)
     rooms = {notice.rank: _Room.of(notice, is_paced=is_paced) for notice in notices}
@@ -266,16 +284,7 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     order = sorted(first + others, key=_shortest)
     last = {share.rank: prefill.seq for prefill in order for share in prefill.shares if share.tokens}
     for prefill in order:
-        room = [rooms[s.rank].rows_for(prefill, s.tokens, is_last=last.get(s.rank) == prefill.seq) for s in prefill.shares]
-        home = prefill.shares[0]
-        caps = [min(room[0], home.tokens - 1), *room[1:]] if len(room) > 1 else room
-        chunk = [
-            Span(prefill.seq, prefill.shares[i].rank, start, stop)
-            for i, start, stop in split_chunk(prefill.start, prefill.end, caps, room)
-        ]
-        for share in prefill.shares:
-            rooms[share.rank].fill(prefill, sum(s.stop - s.start for s in chunk if s.rank == share.rank))
-        if chunk:
+        if chunk := _chunk(prefill, rooms, [rank for rank, seq in last.items() if seq == prefill.seq]):
             yield prefill, chunk
 
 
@@ -308,23 +317,55 @@ class _Room:
             self.kept = min((self.budget + 1) // 2, _cost(tokens, prefill.start, self.reach))
             self.kept_rows = min((self.rows + 1) // 2, tokens)
 
-    def rows_for(self, prefill: Prefill, tokens: int, *, is_last: bool) -> int:
-        """How many of a prompt's `tokens` fit. `is_last`: nobody needs what it leaves, so it may round to a grain."""
-        is_promised = prefill.seq == self.promised
+    def rows_for(self, seq: int, start: int, tokens: int, *, is_last: bool) -> int:
+        """How many of a prompt's `tokens` fit, from position `start` on.
+
+        `is_last`: nobody needs what it leaves, so they may be rounded to a grain.
+        """
+        is_promised = seq == self.promised
         grain = self.grain if is_promised or is_last else None
-        affordable = _affordable(self.budget - (0 if is_promised else self.kept), prefill.start, self.reach, grain)
+        affordable = _affordable(self.budget - (0 if is_promised else self.kept), start, self.reach, grain)
         return min(tokens, self.rows - (0 if is_promised else self.kept_rows), affordable)
 
-    def fill(self, prefill: Prefill, rows: int) -> None:
-        """So many of a prompt's rows run; if it had a promise, that is kept."""
-        self.budget -= _cost(rows, prefill.start, self.reach)
+    def fill(self, seq: int, start: int, rows: int) -> None:
+        """So many of a prompt's rows run, from position `start` on; if it had a promise, that is kept."""
+        self.budget -= _cost(rows, start, self.reach)
         self.rows -= rows
-        if prefill.seq == self.promised:
+        if seq == self.promised:
             self.kept = self.kept_rows = 0
 
 
+def _concerned(prefill: Prefill) -> Iterable[int]:
+    """The instances that must know of a prefill before it goes on."""
+    yield from (share.rank for share in prefill.shares if share.tokens)
+    yield from (holding.rank for holding in prefill.holdings)
+
+
+def _chunk(prefill: Prefill, rooms: Mapping[int, _Room], last_at: Sequence[int]) -> list[Span]:
+    """A prompt's next rows, gap after gap as far as there is room. `last_at`: where none comes after it."""
+    left = {share.rank: share.tokens for share in prefill.shares}
+    ranks = list(left)
+    home = ranks[0]
+    chunk: list[Span] = []
+    for start, end in prefill.gaps:
+        room = [rooms[rank].rows_for(prefill.seq, start, left[rank], is_last=rank in last_at) for rank in ranks]
+        caps = [min(room[0], left[home] - 1), *room[1:]] if len(room) > 1 else room
+        spans = [
+            Span(prefill.seq, ranks[i], first, stop)
+            for i, first, stop in split_chunk(start, end, caps, room if prefill.ends_at(end) else caps)
+        ]
+        for rank in ranks:
+            rows = sum(span.stop - span.start for span in spans if span.rank == rank)
+            rooms[rank].fill(prefill.seq, start, rows)
+            left[rank] -= rows
+        chunk += spans
+        if not spans or spans[-1].stop < end:
+            break
+    return chunk
+
+
 def _shortest(prefill: Prefill) -> tuple[int, int, int]:
-    return prefill.end - prefill.start, prefill.arrival, prefill.seq
+    return prefill.rows, prefill.arrival, prefill.seq
 
 
 def _slack(prefill: Prefill, rooms: Mapping[int, _Room]) -> int:
@@ -335,9 +376,9 @@ def _slack(prefill: Prefill, rooms: Mapping[int, _Room]) -> int:
     Bender, Chakrabarti and Muthukrishnan, "Flow and stretch metrics", SODA 1998).
     """
     its = [rooms[share.rank] for share in prefill.shares if share.tokens]
-    rows = prefill.end - prefill.start
+    rows = prefill.rows
     near = min(room.reach for room in its)
-    cost = rows * (2 * near + prefill.start + prefill.end) // (2 * near)
+    cost = rows * (2 * near + prefill.start + prefill.gaps[-1][1]) // (2 * near)
     by_cost = STRETCH * cost // sum(room.budget for room in its)
     by_rows = STRETCH * rows // sum(room.rows for room in its)
     return max(by_cost, by_rows) - prefill.waited

@@ -18,8 +18,8 @@ Which run tokens continue follows from where the runs end alone (`continued`), s
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 from kvstore.pool import BlockPool
 
@@ -78,6 +78,20 @@ class Run:
         size = self.block_size
         return [self.block_ids[i // size] * size + i % size for i in range(first, self.num_tokens)]
 
+    def cut(self, position: int) -> list[int]:
+        """Forget the tokens at `position` and after it: the blocks that the others don't take."""
+        kept = bisect_left(self.ranges, (position,))
+        del self.ranges[kept:], self._before[kept:]
+        self.num_tokens = 0
+        if self.ranges:
+            start, end = self.ranges[-1]
+            self.ranges[-1] = (start, min(end, position))
+            self.num_tokens = self._before[-1] + self.end - start
+        used = -(-self.num_tokens // self.block_size)
+        freed = self.block_ids[used:]
+        del self.block_ids[used:]
+        return freed
+
     def kv_lens(self, start: int, end: int) -> list[int]:
         """For each position p of `[start, end)`: how many tokens here have a position <= p."""
         lens: list[int] = []
@@ -111,6 +125,7 @@ class Shard:
         self.spare: list[int] = []
         """Blocks that are reserved, in the order in which runs will take them."""
         self.newest_block: int | None = None
+        """One of its blocks, behind which the next should lie."""
 
     @property
     def num_tokens(self) -> int:
@@ -144,6 +159,34 @@ class Shard:
             self.runs.append(run)
         return run.append(start, end)
 
+    def cut(self, position: int) -> list[int]:
+        """Forget the tokens at `position` and after it: the blocks that no run takes any more."""
+        return self._cut_runs(self.runs, position)
+
+    def take_back(self, position: int) -> list[int]:
+        """Forget the token at `position` and those that came after it in its run, if it is here: the blocks that no run
+        takes any more.
+
+        Later tokens of a run can't stay without it: they are packed behind it.
+        """
+        return self._cut_runs([run for run in self.runs if run.overlaps(position, position + 1)], position)
+
+    def take_spare(self) -> list[int]:
+        """The blocks that no run has taken: they are reserved no longer."""
+        freed, self.spare = self.spare, []
+        self._find_newest_block()
+        return freed
+
+    def _cut_runs(self, runs: Sequence[Run], position: int) -> list[int]:
+        freed = [block for run in runs for block in run.cut(position)]
+        self.runs = [run for run in self.runs if run.num_tokens]
+        self._find_newest_block()
+        return freed
+
+    def _find_newest_block(self) -> None:
+        ids = self.block_ids
+        self.newest_block = ids[-1] if ids else None
+
     def _run_for(self, start: int) -> Run:
         """An empty one if none is continued."""
         index = continued([run.end for run in self.runs], start)
@@ -166,6 +209,10 @@ class ShardTable:
 
     def __len__(self) -> int:
         return len(self._shards)
+
+    def __iter__(self) -> Iterator[int]:
+        """The sequences of which something is here, blocks that are only reserved included."""
+        return iter(self._shards)
 
     def __getitem__(self, seq: int) -> Shard:
         return self._shards[seq]
@@ -192,6 +239,25 @@ class ShardTable:
             raise KeyError(f"sequence {seq} has no run from position {start}")
         self.pool.free(shard.runs.pop(index).block_ids)
 
+    def cut(self, seq: int, position: int) -> int:
+        """Forget the sequence's tokens at `position` and after it: how many blocks that frees. Raises KeyError if it has
+        nothing here; a shard that is left without a block goes."""
+        return self._give_back(seq, self._shards[seq].cut(position))
+
+    def take_back(self, seq: int, position: int) -> int:
+        """As `Shard.take_back`, otherwise as `cut`."""
+        return self._give_back(seq, self._shards[seq].take_back(position))
+
+    def free_spare(self, seq: int) -> int:
+        """Free the blocks that the sequence has reserved and not used, otherwise as `cut`."""
+        return self._give_back(seq, self._shards[seq].take_spare())
+
+    def _give_back(self, seq: int, block_ids: Sequence[int]) -> int:
+        self.pool.free(block_ids)
+        if not self._shards[seq].block_ids:
+            del self._shards[seq]
+        return len(block_ids)
+
     def validate(self) -> None:
         """Every block is in one run, spare in one shard or free; no position is in two runs; and no run has more or fewer
         blocks than its tokens take. Raises RuntimeError otherwise."""
@@ -202,6 +268,9 @@ class ShardTable:
         for seq, shard in self._shards.items():
             for run in shard.runs:
                 tokens = sum(end - start for start, end in run.ranges)
+                before = list(accumulate([0, *(end - start for start, end in run.ranges[:-1])]))
+                if before != run._before:
+                    raise RuntimeError(f"sequence {seq}: {run._before} tokens before ranges {run.ranges}")
                 if not tokens or tokens != run.num_tokens or run.blocks_for(0) or not _are_apart(run.ranges):
                     raise RuntimeError(
                         f"sequence {seq}: ranges {run.ranges}, {run.num_tokens} tokens in {len(run.block_ids)} blocks"

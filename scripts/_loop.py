@@ -23,6 +23,7 @@ from gmanager.wire.codec import Decoder
 from gmanager.wire.messages import Admit, Message, Outputs, SequenceParams, Share, TextAssets, pack_tokens
 from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, GPU_MIXED_CHUNK_TOKENS
+from instance.grammars import grammar_tokenizer
 from instance.lane import Lanes
 from instance.model import Model
 from instance.party import Parties, PartyMessage, Seat
@@ -91,6 +92,7 @@ class Loop:
         self.storage = storage
         processors = Processors.of(model.device, decode_processors) if on_gpu else None
         self._sharing = None if processors is None else sharing_of(model, processors)
+        tokenizer = None if assets is None else grammar_tokenizer(assets, model.vocab_size)
         self.runners: dict[Lane, Runner] = {}
         for lane in LANES:
             group = None if cell is None else cell.groups[lane].group
@@ -105,7 +107,7 @@ class Loop:
                 attention,
                 threads=torch.get_num_threads(),
                 max_samples=MAX_SAMPLES[lane],
-                assets=assets,
+                tokenizer=tokenizer,
                 streams=None if processors is None else processors.streams[lane],
             )
         if on_gpu:

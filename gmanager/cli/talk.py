@@ -71,7 +71,7 @@ def shown(text: str) -> str:
 
 async def _greet(address: str) -> None:
     async with AsyncClient(address, connect_timeout_s=CONNECT_S) as client:
-        if all(cell.state != "ready" for cell in (await client.stats()).cells):
+        if all(cell.state == "forming" for cell in (await client.stats()).cells):
             raise RequestRefused("no instances are ready to serve", "not_ready")
 
 

@@ -1,17 +1,22 @@
 """A cell's membership, from its first registration to its end.
 
     registering ──(cell_size registered)──> opening ──(StoreOpened)──> joining ──(all Joined, text loaded)──> ready
+                                               ^                                                               │
+                                               └──(all Kept)── suspending <──(an instance is lost, or comes)───┘
 
-Whoever leaves from `opening` on ends the cell; so does whoever should have sent the text and didn't.
+A cell is forming until it is ready for the first time: whoever leaves from `opening` on ends it then, and so does whoever
+should have sent the text and didn't. From then on it serves, and changes: each change of membership is a new epoch, with new
+ranks, to which those that are left bring the KV that they have kept. It is over when none is left.
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gmanager.cluster.events import LoadText, Log, Send
 from gmanager.cluster.policy import most_tokens, why_never
-from gmanager.cluster.requests import Emit
+from gmanager.cluster.requests import Emit, Runs
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
 from gmanager.wire.messages import (
@@ -20,12 +25,14 @@ from gmanager.wire.messages import (
     Counters,
     InstanceSpec,
     JoinEpoch,
+    Kept,
     OpenStore,
     Refusal,
     Register,
     Registered,
     SamplingParams,
     Submit,
+    Suspend,
     TextAssets,
     unpack_tokens,
 )
@@ -40,11 +47,16 @@ MAX_KV_TOKENS = 2**50
 MAX_TOKENS = MAX_FRAME_BYTES // 4 - 2**18
 """Most tokens of a request, whatever the model takes: all of them must fit one Admit."""
 
+SUSPEND_TIMEOUT_S = 10.0
+"""Longest that an instance may take to end an epoch: the collectives that it waits in are aborted."""
+
+MAX_ATTEMPTS = 8
+"""Epochs that may be begun, and break before all have joined, until a cell is given up."""
+
 LINK_GRACE_S = 1.0
 """A link may be lost since one of its ends left, or is dead: that is heard within this time, on the own link to it."""
 
-Phase = Literal["registering", "opening", "joining", "ready"]
-
+Phase = Literal["registering", "opening", "joining", "ready", "suspending"]
 _SAME = ("dtype", "fingerprint", "layers", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
@@ -59,9 +71,13 @@ class Member:
     """Its torchrun: the run id, and how many instances of the same run id and rank came before (torchruns that were
     given no id are all called "none")."""
     heard_at: float
+    id: int = -1
+    """In the cell, as long as it is a member; -1 before the first epoch has begun."""
     rank: int = -1
     """In the epoch; -1 before it has begun."""
     joined: bool = False
+    kept: dict[int, Runs] | None = None
+    """seq -> what it has kept of the epoch before. None: it has not said yet."""
     free_blocks: int = 0
     """As last heard. Answers to Reserve are already in it."""
     outstanding: dict[int, int] = field(default_factory=dict)
@@ -80,24 +96,39 @@ class Member:
     @property
     def name(self) -> str:
         run = self.register.run_id[:64]
-        rank = self.rank if self.rank >= 0 else f"with RANK {self.register.rank} of run {run!r}"
-        return f"instance {rank} of cell '{self.register.cell}'"
+        which = self.id if self.id >= 0 else f"with RANK {self.register.rank} of run {run!r}"
+        return f"instance {which} of cell '{self.register.cell}'"
 
     def hear_free(self, blocks: int) -> None:
         self.free_blocks = max(0, min(blocks, self.spec.num_blocks))
 
 
 class Cell:
-    """The membership of one epoch."""
+    """The members of a cell, through all its epochs."""
 
     def __init__(self, epoch: int, first: Register, emit: Emit) -> None:
         self.name = first.cell
+        self.number = epoch
+        """Its own, whatever epoch it is in: that of its first one."""
         self.epoch = epoch
-        self.size = first.cell_size
+        self.quorum = first.cell_size
+        """Instances with which it begins."""
         self.spec = first.spec
         self.phase: Phase = "registering"
+        self.is_formed = False
+        """Whether it has been ready once, so that requests are bound to it."""
         self.members: list[Member] = []
         """In order of registration; from `opening` on `members[r]` has rank r."""
+        self.joiners: list[Member] = []
+        """Registered since: members of the next epoch."""
+        self.loss: str | None = None
+        """Why the present change began, if an instance was lost."""
+        self.counted: list[Counters] = []
+        """What instances that are no members any more had done, as last heard."""
+        self.broke: str | None = None
+        """How the last epoch ended, if nobody was lost with it and nobody came."""
+        self.attempts = 0
+        """Epochs that were begun since the cell was ready."""
         self.assets: TextAssets | None = None
         self.text_loaded = False
         self.text_source: Member | None = None
@@ -108,7 +139,17 @@ class Cell:
 
     @property
     def is_ready(self) -> bool:
+        """Whether its instances step."""
         return self.phase == "ready"
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    @property
+    def everybody(self) -> list[Member]:
+        """Members and those who are about to be."""
+        return self.members + self.joiners
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -125,10 +166,12 @@ class Cell:
 
     def refusal(self, register: Register) -> str | None:
         """Why this instance can't be a member."""
-        if self.phase != "registering":
-            return f"cell '{self.name}' already has its {self.size} instances"
-        if register.cell_size != self.size:
-            return f"its cell size is {register.cell_size}, that of cell '{self.name}' is {self.size}"
+        if not self.is_formed and self.phase != "registering":
+            return f"cell '{self.name}' already has its {self.quorum} instances, and is forming"
+        if len(self.everybody) >= MAX_CELL_SIZE:
+            return f"cell '{self.name}' has {len(self.everybody)} instances, as many as may be"
+        if register.cell_size != self.quorum:
+            return f"its cell size is {register.cell_size}, that of cell '{self.name}' is {self.quorum}"
         for field_name in _SAME:
             own, theirs = getattr(register.spec, field_name), getattr(self.spec, field_name)
             if own != theirs:
@@ -172,39 +215,96 @@ class Cell:
         )
 
     def add(self, peer: PeerId, register: Register, now: float, lease_s: float) -> Member:
-        """Register an instance; with the last one the epoch begins."""
+        """Register an instance; with the last of the quorum the first epoch begins. Later ones join with the next."""
         key = (register.run_id, register.rank)
-        before = sum((m.register.run_id, m.register.rank) == key for m in self.members)
+        before = sum((m.register.run_id, m.register.rank) == key for m in self.everybody)
         member = Member(peer, register, (register.run_id, before), now)
-        self.members.append(member)
         send_text = self.text_source is None
         if send_text:
             self.text_source = member
         self._emit(Send(peer, Registered(lease_s=lease_s, send_text=send_text)))
-        fields = {"cell": self.name, "rank": register.rank, "registered": len(self.members), "of": self.size}
+        if self.is_formed:
+            taken = {m.id for m in self.everybody}
+            member.id = next(number for number in range(len(taken) + 1) if number not in taken)
+            member.kept = {}
+            self.joiners.append(member)
+            self._emit(Log(logging.INFO, "instance comes", {"cell": self.name, "instance": member.id}))
+            return member
+        self.members.append(member)
+        fields = {"cell": self.name, "rank": register.rank, "registered": len(self.members), "of": self.quorum}
         self._emit(Log(logging.INFO, "instance registered", fields))
-        if len(self.members) == self.size:
-            self._begin(now)
+        if len(self.members) == self.quorum:
+            self._rank_by_run()
+            self._open(now)
         return member
+
+    def suspend(self, now: float, reason: str) -> None:
+        """Begin a change: all stop stepping, and say what they keep."""
+        self.phase = "suspending"
+        self.began_at = now
+        self.broke = reason
+        self._broken.clear()
+        for rank, member in enumerate(self.members):
+            member.rank = rank
+            member.kept = None
+            member.joined = False
+            member.outstanding.clear()
+            self._emit(Send(member.peer, Suspend(epoch=self.epoch, reason=reason)))
+        self._emit(Log(logging.INFO, "cell changes", {"cell": self.name, "epoch": self.epoch, "reason": reason}))
+
+    def remove(self, member: Member) -> None:
+        """It is no member any more, nor about to be one."""
+        (self.joiners if member in self.joiners else self.members).remove(member)
+        self.counted.append(member.counters)
+        if self.is_formed:
+            for rank, other in enumerate(self.members):
+                other.rank = rank
+
+    def set_kept(self, member: Member, kept: Kept) -> None:
+        """A member has ended the epoch."""
+        if self.phase == "suspending":
+            member.kept = {shard.seq: shard.runs for shard in kept.shards}
+            member.hear_free(kept.free_blocks)
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether all members have ended the epoch, and the next can begin."""
+        return self.phase == "suspending" and all(member.kept is not None for member in self.members)
+
+    def begin_epoch(self, epoch: int, now: float) -> None:
+        """The next one, with all who are here."""
+        self.epoch = epoch
+        self.attempts += 1
+        if self.loss is not None or self.joiners:
+            self.broke = None
+        for joiner in self.joiners:
+            joiner.free_blocks = joiner.spec.num_blocks
+        self.members += self.joiners
+        self.joiners = []
+        for rank, member in enumerate(self.members):
+            member.rank = rank
+        self._open(now)
 
     def set_text(self, member: Member, assets: TextAssets) -> None:
         """The text assets came. Ignored but from who was asked."""
         if member is self.text_source and self.assets is None:
             self.assets = assets
-            self._emit(LoadText(self.epoch, assets))
+            self._emit(LoadText(self.number, assets))
 
     def set_text_loaded(self) -> None:
         self.text_loaded = True
         self._check_ready()
 
-    def set_store(self, member: Member, address: str) -> None:
-        """The epoch's store is open: all can join."""
+    def set_store(self, member: Member, address: str, wanted: Collection[int]) -> None:
+        """The epoch's store is open: all can join, and keep what they have of the sequences that are `wanted`."""
         if self.phase != "opening" or member.rank != 0:
             return
         self.phase = "joining"
         members = [WireMember(rank=m.rank, party_address=m.register.party_address) for m in self.members]
         for m in self.members:
-            self._emit(Send(m.peer, JoinEpoch(epoch=self.epoch, rank=m.rank, store_address=address, members=members)))
+            keep = [seq for seq in m.kept or () if seq in wanted]
+            join = JoinEpoch(epoch=self.epoch, rank=m.rank, store_address=address, members=members, keep=keep)
+            self._emit(Send(m.peer, join))
 
     def set_joined(self, member: Member) -> None:
         if self.phase == "joining":
@@ -213,8 +313,9 @@ class Cell:
 
     def set_link_lost(self, member: Member, rank: int, reason: str, now: float) -> None:
         """One member can't reach another, which may be about to say why."""
-        if 0 <= rank < self.size and rank != member.rank:
-            self._broken.setdefault(rank, (now, f"{member.name} lost its link to instance {rank}: {reason}"))
+        if self.phase != "suspending" and 0 <= rank < self.size and rank != member.rank:
+            other = self.members[rank]
+            self._broken.setdefault(rank, (now, f"{member.name} lost its link to instance {other.id}: {reason}"))
 
     def broken_link(self, now: float) -> tuple[Member, str] | None:
         """Who can't be reached since LINK_GRACE_S, and hasn't said why; and what was said of it."""
@@ -231,28 +332,43 @@ class Cell:
         return member.free_blocks != before
 
     def can_lose(self, member: Member) -> bool:
-        """Whether the cell can go on forming without this member."""
+        """Whether the cell can go on without this member."""
+        if self.is_formed:
+            return self.everybody != [member]
         return self.phase == "registering" and (self.assets is not None or member is not self.text_source)
+
+    @property
+    def missing(self) -> list[Member]:
+        """Who keeps a change waiting."""
+        if self.phase == "suspending":
+            return [member for member in self.members if member.kept is None]
+        return [member for member in self.members if not member.joined] if self.phase == "joining" else self.members[:1]
 
     def validate(self) -> None:
         """Raises RuntimeError if the membership contradicts itself."""
         if self.phase == "registering":
-            if len(self.members) >= self.size:
+            if len(self.members) >= self.quorum:
                 raise RuntimeError(f"cell '{self.name}' is complete and has no epoch")
             return
+        if self.is_suspended or (self.is_ready and self.joiners):
+            raise RuntimeError(f"cell '{self.name}' is {self.phase}, and its next epoch could begin")
+        if len({m.id for m in self.everybody}) < len(self.everybody):
+            raise RuntimeError(f"ids of cell '{self.name}' are {[m.id for m in self.everybody]}")
         if [m.rank for m in self.members] != list(range(self.size)):
             raise RuntimeError(f"ranks of cell '{self.name}' are {[m.rank for m in self.members]}")
         for m in self.members:
             if not 0 <= m.free_blocks <= m.spec.num_blocks:
                 raise RuntimeError(f"{m.name} has {m.free_blocks} of {m.spec.num_blocks} blocks free")
 
-    def _begin(self, now: float) -> None:
-        """Ranks: by torchrun in order of its first registration, then by RANK."""
+    def _rank_by_run(self) -> None:
+        """By torchrun in order of its first registration, then by RANK."""
         runs = list(dict.fromkeys(m.run for m in self.members))
         self.members.sort(key=lambda m: (runs.index(m.run), m.register.rank))
         for rank, m in enumerate(self.members):
-            m.rank = rank
+            m.id = m.rank = rank
             m.free_blocks = m.spec.num_blocks
+
+    def _open(self, now: float) -> None:
         self.phase = "opening"
         self.began_at = now
         self._emit(Send(self.members[0].peer, OpenStore(epoch=self.epoch)))
@@ -260,6 +376,9 @@ class Cell:
     def _check_ready(self) -> None:
         if self.phase == "joining" and self.text_loaded and all(m.joined for m in self.members):
             self.phase = "ready"
+            self.is_formed = True
+            self.loss = None
+            self.attempts = 0
             fields = {"cell": self.name, "epoch": self.epoch, "instances": self.size, "kv_tokens": self.total_tokens}
             self._emit(Log(logging.INFO, "cell ready", fields))
 

@@ -10,7 +10,7 @@ forgotten after a while.
 import logging
 from collections.abc import Collection
 
-from gmanager.cluster.cell import Cell, Member, malformed
+from gmanager.cluster.cell import MAX_ATTEMPTS, SUSPEND_TIMEOUT_S, Cell, Member, malformed
 from gmanager.cluster.events import (
     Action,
     DropText,
@@ -52,15 +52,17 @@ class Cluster:
         self._epoch = 0
         self._cells: dict[str, Cell] = {}
         self._sequences: dict[str, Sequences] = {}
-        """Of the ready cells, by name."""
+        """Of the cells that serve or change, by name."""
         self._clients: dict[PeerId, float] = {}
         """When each was last heard."""
         self._members: dict[PeerId, tuple[Cell, Member]] = {}
         self._parting: dict[PeerId, float] = {}
         """Peers that are done for, and since when."""
+        self._expelled: set[PeerId] = set()
+        """Those of them that may register anew."""
         self._requests = Requests(self._out.append, clock=lambda: self._now)
         self._unbound: dict[int, tuple[Request, m.Submit]] = {}
-        """Requests that wait for a ready cell."""
+        """Requests that wait for a cell that serves."""
         self._num_dropped = 0
         self._num_preemptions = 0
         """Of cells that are over."""
@@ -76,8 +78,8 @@ class Cluster:
             case PeerWasLost(peer=peer, reason=reason):
                 self._on_lost(peer, reason)
                 self._out.append(Forget(peer))
-            case TextLoaded(epoch=epoch, error=error):
-                self._on_text_loaded(epoch, error)
+            case TextLoaded(cell=number, error=error):
+                self._on_text_loaded(number, error)
             case Encoded():
                 self._on_encoded(event)
             case StopFound(request=number, generated=generated):
@@ -103,15 +105,15 @@ class Cluster:
             cell, member = self._members[peer]
             member.heard_at = self._now
             self._on_instance(cell, member, message)
-        elif peer in self._parting:
+        elif peer in self._parting and not (isinstance(message, m.Register) and peer in self._expelled):
             self._num_dropped += 1
         elif isinstance(message, m.Hello):
             self._on_hello(peer, message)
         elif isinstance(message, m.Register):
             self._on_register(peer, message)
-        elif (epoch := getattr(message, "epoch", None)) is not None:
+        elif hasattr(message, "epoch"):
             self._num_dropped += 1
-            self._part(peer, m.EndEpoch(epoch=epoch, reason="this instance is not registered here (any more)"))
+            self._expel(peer, "this instance is not registered here (any more)")
         else:
             self._part(peer, m.Refused(reason=f"the first message must be Hello or Register, not {_kind(message)}"))
 
@@ -129,6 +131,7 @@ class Cluster:
 
     def _on_lost(self, peer: PeerId, reason: str) -> None:
         self._parting.pop(peer, None)
+        self._expelled.discard(peer)
         if peer in self._members:
             _, member = self._members[peer]
             self._lose_member(peer, f"{member.name} is lost: {reason}")
@@ -139,6 +142,11 @@ class Cluster:
     def _part(self, peer: PeerId, last_words: m.Message) -> None:
         self._parting[peer] = self._now
         self._out.append(Send(peer, last_words))
+
+    def _expel(self, peer: PeerId, reason: str) -> None:
+        """It may register anew."""
+        self._expelled.add(peer)
+        self._part(peer, m.Expelled(reason=reason))
 
     def _lose_client(self, peer: PeerId) -> None:
         self._clients.pop(peer, None)
@@ -223,11 +231,11 @@ class Cluster:
         return None
 
     def _ready_cells(self, submit: m.Submit) -> list[Cell]:
-        return [cell for cell in _serving(submit.model, self._cells.values()) if cell.is_ready]
+        return [cell for cell in _serving(submit.model, self._cells.values()) if cell.is_formed]
 
     def _text(self, call: int, name: str | None) -> m.TextReply | m.CallFailed:
         for cell in self._cells.values():
-            if cell.is_ready and cell.assets is not None and name in (None, cell.name):
+            if cell.is_formed and cell.assets is not None and name in (None, cell.name):
                 return m.TextReply(call=call, assets=cell.assets)
         what = "no cell is ready" if name is None else f"no cell {name[:100]!r} is ready"
         return m.CallFailed(call=call, reason=what)
@@ -255,7 +263,7 @@ class Cluster:
                 continue
             del self._unbound[request.number]
             cell = self._choose_cell(request, submit, ready)
-            request.epoch, request.cell = cell.epoch, cell.name
+            request.cell_number, request.cell = cell.number, cell.name
             if (refusal := cell.why_unreadable(submit)) is not None:
                 self._refuse(request, refusal)
             elif request.prompt and not request.params.needs_text and request.prompt_tokens <= SCANNED_AT_ONCE:
@@ -264,7 +272,7 @@ class Cluster:
                 self._queue(request)
             else:
                 self._requests.change(request, "encode")
-                self._out.append(Encode(cell.epoch, request.number, submit))
+                self._out.append(Encode(cell.number, request.number, submit))
 
     def _choose_cell(self, request: Request, submit: m.Submit, ready: list[Cell]) -> Cell:
         """Of those that can ever serve it, the one where fewest wait; then the one with most free memory."""
@@ -285,7 +293,7 @@ class Cluster:
         cell = self._cell_of(request)
         sequences = self._sequences_of(request)
         if cell is None or sequences is None:
-            raise RuntimeError(f"request {request.number} is bound to epoch {request.epoch}, which is over")
+            raise RuntimeError(f"request {request.number} is bound to cell {request.cell_number}, which is over")
         refusal = cell.why_never(request.prompt, request.highest, request.params)
         if refusal is not None:
             self._refuse(request, refusal)
@@ -325,7 +333,7 @@ class Cluster:
             sequences.withdraw(request, state)
 
     def _cell_of(self, request: Request) -> Cell | None:
-        return next((cell for cell in self._cells.values() if cell.epoch == request.epoch), None)
+        return next((cell for cell in self._cells.values() if cell.number == request.cell_number), None)
 
     def _sequences_of(self, request: Request) -> Sequences | None:
         cell = self._cell_of(request)
@@ -343,8 +351,13 @@ class Cluster:
         if cell is None:
             self._epoch += 1
             cell = self._cells[register.cell] = Cell(self._epoch, register, self._out.append)
+        if peer in self._expelled:  # it comes again
+            self._expelled.discard(peer)
+            del self._parting[peer]
         member = cell.add(peer, register, self._now, self._config.instance_lease_s)
         self._members[peer] = cell, member
+        if cell.is_ready and cell.joiners:
+            self._change(cell, f"{member.name} comes")
 
     def _on_instance(self, cell: Cell, member: Member, message: m.Message) -> None:
         if isinstance(message, m.Ping):
@@ -358,12 +371,18 @@ class Cluster:
         elif getattr(message, "epoch", None) != cell.epoch:
             self._num_dropped += 1
         elif isinstance(message, m.StoreOpened):
-            cell.set_store(member, message.address)
+            cell.set_store(member, message.address, self._wanted(cell))
+        elif isinstance(message, m.Kept):
+            cell.set_kept(member, message)
+            self._go_on(cell)
         elif isinstance(message, m.Joined):
             cell.set_joined(member)
             self._check_ready(cell)
         elif isinstance(message, m.LinkLost):
             cell.set_link_lost(member, message.rank, message.reason, self._now)
+        elif isinstance(message, m.EpochBroken):
+            if cell.phase != "suspending":
+                self._on_broken(cell, member, message.reason)
         elif isinstance(message, m.Beat):
             is_news = cell.hear(member, message)
             if cell.is_ready:
@@ -397,8 +416,8 @@ class Cluster:
             case _:
                 self._num_dropped += 1
 
-    def _on_text_loaded(self, epoch: int, error: str | None) -> None:
-        cell = next((cell for cell in self._cells.values() if cell.epoch == epoch), None)
+    def _on_text_loaded(self, number: int, error: str | None) -> None:
+        cell = next((cell for cell in self._cells.values() if cell.number == number), None)
         if cell is None:
             return
         if error is not None:
@@ -408,38 +427,75 @@ class Cluster:
         self._check_ready(cell)
 
     def _check_ready(self, cell: Cell) -> None:
-        if cell.is_ready and cell.name not in self._sequences:
+        if not cell.is_ready:
+            return
+        if cell.name not in self._sequences:
             self._sequences[cell.name] = Sequences(cell, self._requests, self._out.append)
             self._bind_waiting()
+        self._sequences[cell.name].resume()
+        if cell.joiners:  # who came meanwhile
+            self._change(cell, f"{cell.joiners[0].name} comes")
+
+    # --- changes of membership ----------------------------------------------------------------------------------------
+
+    def _change(self, cell: Cell, reason: str) -> None:
+        """End the cell's epoch; another begins when all have said what they keep."""
+        self._sequences[cell.name].suspend(self._now)
+        cell.suspend(self._now, reason)
+
+    def _go_on(self, cell: Cell) -> None:
+        """Begin the next epoch if all is there for it."""
+        if cell.is_suspended:
+            self._epoch += 1
+            cell.begin_epoch(self._epoch, self._now)
+            self._sequences[cell.name].inherit()
+
+    def _wanted(self, cell: Cell) -> Collection[int]:
+        """Sequences whose KV is to be kept in the cell's next epoch."""
+        sequences = self._sequences.get(cell.name)
+        return () if sequences is None else sequences.kept_seqs
+
+    def _on_broken(self, cell: Cell, member: Member, reason: str) -> None:
+        """A member can't step in its epoch: most often it is another's end that it tells of."""
+        if cell.is_formed and cell.attempts < MAX_ATTEMPTS:
+            self._change(cell, f"{member.name} can't go on: {reason}")
+        else:
+            self._fail(cell, f"{member.name} can't go on: {reason}")
 
     def _lose_member(self, peer: PeerId, reason: str, level: int = logging.ERROR) -> None:
         """`level`: of the log, if the cell is over with it: no error if it was asked to end."""
         cell, member = self._members.pop(peer)
         if not cell.can_lose(member):
-            self._fail(cell, reason, lost=member, level=level)
+            self._fail(cell, cell.loss or reason, lost=member, level=level)
             return
         self._log(logging.WARNING, "instance left", cell=cell.name, reason=reason)
-        cell.members.remove(member)
-        if not cell.members:
+        was_member = member in cell.members
+        cell.remove(member)
+        if not cell.everybody:
             del self._cells[cell.name]
-            self._out.append(DropText(cell.epoch))
+            self._out.append(DropText(cell.number))
+        elif cell.is_formed and was_member:
+            cell.loss = cell.loss or reason
+            if cell.phase != "suspending":
+                self._change(cell, reason)
+            self._go_on(cell)
 
     def _fail(self, cell: Cell, reason: str, lost: Member | None = None, level: int = logging.ERROR) -> None:
         """The cell is over, and with it every request bound to it."""
         self._log(level, "cell over", cell=cell.name, epoch=cell.epoch, reason=reason)
-        for member in cell.members:
+        for member in cell.everybody:
             if member is not lost:
                 del self._members[member.peer]
                 self._part(member.peer, m.EndEpoch(epoch=cell.epoch, reason=reason))
         for request in self._requests.live():
-            if request.epoch == cell.epoch:
+            if request.cell_number == cell.number:
                 self._requests.finish(request, "error", error=reason)
         sequences = self._sequences.pop(cell.name, None)
         if sequences is not None:
             self._num_preemptions += sequences.num_preemptions
             self._num_dropped += sequences.num_dropped
         del self._cells[cell.name]
-        self._out.append(DropText(cell.epoch))
+        self._out.append(DropText(cell.number))
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -453,13 +509,7 @@ class Cluster:
         self._ticked_at = now
         self._end_leases(now)
         for cell in list(self._cells.values()):
-            late = now - cell.began_at > self._config.form_timeout_s
-            if cell.phase in ("opening", "joining") and late:
-                missing = [member.rank for member in cell.members if not member.joined]
-                what = f"instances {missing} have not joined" if missing else "its tokenizer is not loaded"
-                self._fail(cell, f"cell '{cell.name}' was not ready within {self._config.form_timeout_s:g} s: {what}")
-            elif (broken := cell.broken_link(now)) is not None:
-                self._fail(cell, broken[1])
+            self._look_after(cell)
         longest, stall = self._config.max_queue_wait_s, self._config.max_stall_s
         for request in self._requests.live():
             if request.is_running and now - request.progress_at > stall:
@@ -469,20 +519,48 @@ class Cluster:
                 what = {"waiting": "a ready cell", "encoding": "the tokenizer"}.get(request.state, "free memory")
                 self._end(request, "error", f"waited {longest:g} s for {what} (max-queue-wait)")
 
+    def _look_after(self, cell: Cell) -> None:
+        """What of a cell takes too long."""
+        took, limit = self._now - cell.began_at, self._config.form_timeout_s
+        if cell.phase == "suspending" and took > SUSPEND_TIMEOUT_S:
+            self._leave_behind(cell, cell.missing, f"did not end its epoch within {SUSPEND_TIMEOUT_S:g} s")
+        elif cell.phase in ("opening", "joining") and took > limit:
+            if cell.is_formed:
+                self._leave_behind(cell, cell.missing, f"did not join within {limit:g} s")
+                return
+            missing = [member.rank for member in cell.members if not member.joined]
+            what = f"instances {missing} have not joined" if missing else "its tokenizer is not loaded"
+            self._fail(cell, f"cell '{cell.name}' was not ready within {limit:g} s: {what}")
+        elif (broken := cell.broken_link(self._now)) is not None:
+            member, reason = broken
+            if cell.is_formed:
+                self._end_membership(member, reason)
+            else:
+                self._fail(cell, reason)
+
+    def _leave_behind(self, cell: Cell, members: Collection[Member], why: str) -> None:
+        for member in members:
+            if self._cells.get(cell.name) is cell:
+                self._end_membership(member, f"{member.name} {why}")
+
+    def _end_membership(self, member: Member, reason: str) -> None:
+        """Go on without an instance that may still run, and may come again."""
+        self._lose_member(member.peer, reason)
+        self._expel(member.peer, reason)
+
     def _end_leases(self, now: float) -> None:
         for peer, heard_at in list(self._clients.items()):
             if now - heard_at > self._config.client_lease_s:
                 self._log(logging.INFO, "client not heard", seconds=self._config.client_lease_s)
                 self._lose_client(peer)
                 self._out.append(Forget(peer))
-        for peer, (cell, member) in list(self._members.items()):
+        for peer, (_, member) in list(self._members.items()):
             if peer in self._members and now - member.heard_at > self._config.instance_lease_s:
-                reason = f"{member.name} was not heard for {self._config.instance_lease_s:g} s"
-                self._lose_member(peer, reason)
-                self._part(peer, m.EndEpoch(epoch=cell.epoch, reason=reason))  # in case it was only slow
+                self._end_membership(member, f"{member.name} was not heard for {self._config.instance_lease_s:g} s")
         for peer, since in list(self._parting.items()):
             if now - since > self._config.client_lease_s:
                 del self._parting[peer]
+                self._expelled.discard(peer)
                 self._out.append(Forget(peer))
 
     def _on_stop(self, reason: str) -> None:
@@ -512,25 +590,25 @@ class Cluster:
         self._requests.validate()
         for cell in self._cells.values():
             cell.validate()
-            if cell.is_ready != (cell.name in self._sequences):
+            if cell.is_formed != (cell.name in self._sequences):
                 raise RuntimeError(f"cell '{cell.name}' is {cell.phase}, its sequences don't know")
-            for member in cell.members:
+            for member in cell.everybody:
                 if self._members.get(member.peer) != (cell, member):
                     raise RuntimeError(f"{member.name} is no known peer")
-        if len(self._members) != sum(len(cell.members) for cell in self._cells.values()):
+        if len(self._members) != sum(len(cell.everybody) for cell in self._cells.values()):
             raise RuntimeError("there are instances without a cell")
         roles = [*self._clients, *self._members, *self._parting]
         if len(set(roles)) != len(roles):
             raise RuntimeError("a peer has two roles")
         for sequences in self._sequences.values():
             sequences.validate()
-        epochs = [cell.epoch for cell in self._cells.values() if cell.is_ready]
+        serving = [cell.number for cell in self._cells.values() if cell.is_formed]
         for request in self._requests.live():
             if request.client not in self._clients:
                 raise RuntimeError(f"request {request.number} has no client")
             unbound = request.state == "waiting"
-            if unbound != (request.number in self._unbound) or unbound == (request.epoch in epochs):
-                raise RuntimeError(f"request {request.number} is {request.state}, bound to {request.epoch}")
+            if unbound != (request.number in self._unbound) or unbound == (request.cell_number in serving):
+                raise RuntimeError(f"request {request.number} is {request.state}, bound to {request.cell_number}")
         if any(self._ready_cells(submit) for _, submit in self._unbound.values()):
             raise RuntimeError("a cell is ready and requests wait for one")
 

@@ -44,7 +44,7 @@ class PeerWasLost:
 class TextLoaded:
     """A cell's text assets are ready to use, or can't be used."""
 
-    epoch: int
+    cell: int
     now: float
     error: str | None = None
 
@@ -117,17 +117,17 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class LoadText:
-    """Make a tokenizer for the cell of this epoch. Answered by TextLoaded."""
+    """Make a tokenizer for the cell of this number. Answered by TextLoaded."""
 
-    epoch: int
+    cell: int
     assets: TextAssets
 
 
 @dataclass(frozen=True, slots=True)
 class DropText:
-    """The cell of this epoch is over."""
+    """The cell of this number is over."""
 
-    epoch: int
+    cell: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Encode:
     """Tokenise a request's text or messages and its `bad_words`, compile its grammar, look for its highest token id: all that
     takes long. Answered by Encoded."""
 
-    epoch: int
+    cell: int
     request: int
     submit: Submit
 
@@ -147,8 +147,8 @@ class Deliver:
     peer: PeerId
     request: int
     request_id: str
-    epoch: int
-    """Of the cell that generates; 0: none does."""
+    cell: int
+    """Number of the one that generates; 0: none does."""
     stop_strings: tuple[str, ...]
     include_stop: bool = False
     """Whether a stop string is part of the text."""

@@ -1,7 +1,8 @@
 """The states of a request, and every way from one to the next.
 
 waiting ──> encoding ──> queued <──> reserving ──> prefill ──> decode <──> moving       every state ──> finished
-   └────────────────────>  ^                          └────────┴─────────────┤
+   └────────────────────>  ^ ^                        └────────┴─────────────┤
+                           │ └───────── interrupted ──────────┴─────────────┤    (keeps its age, and what is left of its KV)
                            └────────────────────────────────────────── preempted        (keeps its age: first in the queue)
 """
 
@@ -11,11 +12,23 @@ from typing import Literal
 State = Literal["waiting", "encoding", "queued", "reserving", "prefill", "decode", "moving", "preempted", "finished"]
 
 Change = Literal[
-    "encode", "enqueue", "reserve", "deny", "admit", "generate", "move", "rest", "rest early", "preempt", "release", "end"
+    "encode",
+    "enqueue",
+    "reserve",
+    "deny",
+    "admit",
+    "generate",
+    "move",
+    "rest",
+    "rest early",
+    "preempt",
+    "release",
+    "interrupt",
+    "end",
 ]
 
 WAITING: tuple[State, ...] = ("waiting", "encoding", "queued", "reserving")
-"""It has no KV: it waits for a ready cell, for its tokens, for memory, for the instances' grants."""
+"""It waits for a ready cell, for its tokens, for memory, for the instances' grants; what is left of its KV grows no more."""
 
 RUNNING: tuple[State, ...] = ("prefill", "decode", "moving", "preempted")
 """It is a sequence of its cell: `preempted` is one that is being released."""
@@ -42,6 +55,11 @@ TRANSITIONS: dict[Change, Transition] = {
     "rest early": Transition(("moving",), "prefill", "the same before its first token"),
     "preempt": Transition(("prefill", "decode", "moving"), "preempted", "an older one needs its blocks"),
     "release": Transition(("preempted",), "queued", "its blocks are free; it waits to be computed anew"),
+    "interrupt": Transition(
+        ("reserving", *RUNNING),
+        "queued",
+        "its cell's membership changes; it goes on in the next epoch with what is left of its KV",
+    ),
     "end": Transition((*WAITING, *RUNNING), "finished", "its one final answer was given"),
 }
 """All there is: `Requests.change` alone makes them."""

@@ -5,7 +5,7 @@ share plus one *spare*, into which generation grows where the home is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gmanager.config import Spread
 from gmanager.wire.messages import Refusal, Share
@@ -106,6 +106,36 @@ def place(
     padding = num_blocks * block_size - tokens
     shares = [Share(rank=view.rank, tokens=sizes[view] * block_size - (0 if i else padding)) for i, view in enumerate(chosen)]
     return Placement(shares, {view.rank: sizes[view] + 1 for view in chosen})
+
+
+def place_rest(
+    views: Sequence[InstanceView],
+    *,
+    missing: int,
+    kept: Mapping[int, tuple[int, int]],
+    block_size: int,
+    spread: Spread,
+    waiting: Sequence[int] = (),
+    reach: int = LONG_PROMPT,
+) -> Placement | None:
+    """As `place`, for a sequence of whose KV some is left: `missing` tokens are to be computed. `kept`: rank -> (tokens, runs).
+
+    What one instance computes is computed where most of the sequence lies, if there is room: what nothing was lost of stays
+    where it was. Tokens that fill gaps may open one run more on an instance and leave a part-filled block behind in each of
+    those that it has, so it reserves as many blocks more.
+    """
+    more = {view.rank: 1 + kept.get(view.rank, (0, 0))[1] for view in views}
+    roomy = [replace(view, free_blocks=max(0, view.free_blocks - more[view.rank])) for view in views]
+    placement = None
+    if (spread in ("auto", 1) and missing < LONG_PROMPT) or missing <= block_size:
+        by_tokens = sorted(roomy, key=lambda view: (-kept.get(view.rank, (0, 0))[0], view.rank))
+        fits = (place([view], tokens=missing, block_size=block_size, spread=1) for view in by_tokens if view.rank in kept)
+        placement = next((one for one in fits if one is not None), None)
+    if placement is None:
+        placement = place(roomy, tokens=missing, block_size=block_size, spread=spread, waiting=waiting, reach=reach)
+    if placement is None:
+        return None
+    return Placement(placement.shares, {rank: blocks + more[rank] for rank, blocks in placement.blocks.items()})
 
 
 def _least_busy(

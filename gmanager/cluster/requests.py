@@ -6,7 +6,7 @@ This file knows no instances: `gmanager.cluster.cluster` and `sequences` say whe
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -35,6 +35,9 @@ KEEP_FINISHED = 1024
 """Finished requests whose statistics are kept."""
 
 Emit = Callable[[Action], None]
+
+Runs = Sequence[Sequence[tuple[int, int]]]
+"""What is kept of a sequence on one instance: for each run the ranges of its positions."""
 
 STORY = 32
 """Changes of state that are remembered of a request, for the error that one too many would be."""
@@ -76,12 +79,14 @@ class Request:
     """Compiled."""
     max_tokens: int = 0
     """Most tokens to generate, once prompt and cell are known; 0 if only the prompt is wanted."""
-    epoch: int = 0
+    cell_number: int = 0
     """Of the cell that serves it; 0 while there is none."""
     cell: str | None = None
     """The cell's name."""
     seq: int = 0
     """Its present admission, while it runs."""
+    kept: dict[int, Runs] = field(default_factory=dict)
+    """rank -> what is left there of its last admission's KV, while it waits after a change of membership."""
     state: State = "waiting"
     story: deque[tuple[float, Change, State]] = field(default_factory=lambda: deque(maxlen=STORY))
     """When it last changed, how, and to what."""
@@ -93,6 +98,10 @@ class Request:
     """Tokens of KV per rank, as last heard."""
     home_moves: int = 0
     preemptions: int = 0
+    was_interrupted: bool = False
+    """It ran when the epoch ended, and the next has yet to begin."""
+    breaks: int = 0
+    """Epochs that broke while it ran, with nobody lost and no token of it come: it may be what breaks them."""
     move_call: MoveCall | None = None
     admitted_at: float | None = None
     """For the first time."""
@@ -118,6 +127,11 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and generated."""
         return self.prompt_tokens + len(self.tokens)
+
+    @property
+    def missing_tokens(self) -> int:
+        """Those whose rows its next admission has to compute."""
+        return self.num_tokens - sum(map(count_tokens, self.kept.values()))
 
     @property
     def num_bytes(self) -> int:
@@ -155,6 +169,24 @@ class Request:
                 return "preempted"
             case state:
                 return state
+
+
+def count_tokens(runs: Runs) -> int:
+    """Of what is kept on one instance."""
+    return sum(end - start for run in runs for start, end in run)
+
+
+def cut(runs: Runs, end: int) -> Runs:
+    """What of it lies before a position; instances come to the same (`kvstore.shard`)."""
+    shorter = [[(start, min(stop, end)) for start, stop in run if start < end] for run in runs]
+    return [run for run in shorter if run]
+
+
+def are_apart(parts: Iterable[Runs]) -> bool:
+    """Whether all of it are positions, and none is in two places: else an instance is mad, and none of it can be used."""
+    pieces = sorted(piece for runs in parts for run in runs for piece in run)
+    edges = [0, *(edge for piece in pieces for edge in piece)]
+    return edges == sorted(edges)
 
 
 class Requests:
@@ -275,8 +307,10 @@ class Requests:
 
     def cut(self, request: Request, generated: int) -> None:
         """A stop string was found in its text: what comes after so many tokens never reaches its client."""
+        num_bytes = request.num_bytes
         self.observed.generated_tokens -= len(request.tokens[generated:])
         del request.tokens[generated:]
+        self.waiting_bytes += (request.num_bytes - num_bytes) * request.is_waiting
 
     def correct(self, number: int, generated: int) -> None:
         """A stop string was found in the text of a request that has just ended: that is why it ended."""
@@ -320,6 +354,7 @@ class Requests:
             request.first_token_at = now
             self.observed.ttft_s.add(now - request.arrived_at)
         request.last_token_at = request.progress_at = now
+        request.breaks = 0
         request.tokens.extend(token_ids)
         self.observed.generated_tokens += len(token_ids)
 
@@ -364,7 +399,7 @@ class Requests:
                 peer=request.client,
                 request=request.number,
                 request_id=request.id,
-                epoch=request.epoch,
+                cell=request.cell_number,
                 stop_strings=tuple(request.params.stop_strings),
                 include_stop=request.params.include_stop_str_in_output,
                 min_tokens=request.params.min_tokens,

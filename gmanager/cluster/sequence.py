@@ -24,6 +24,8 @@ class Sequence:
     or not have heard the Reserve before the release."""
     held: dict[int, int] = field(default_factory=dict)
     """rank -> tokens of KV, as last heard."""
+    kept: dict[int, int] = field(default_factory=dict)
+    """The same when it was admitted: what was left of its KV from an earlier epoch."""
     received: int = 0
     """Tokens of this admission that came, in order."""
     early: dict[int, SequenceOutput] = field(default_factory=dict)
@@ -49,7 +51,8 @@ class Sequence:
             return {}
         tokens = sum(share.tokens for share in self.shares)
         each = prompt_work(tokens, reach) / tokens / (PARALLEL_EFFICIENCY if len(self.shares) > 1 else 1)
-        return {share.rank: each * max(0, share.tokens - self.held.get(share.rank, 0)) for share in self.shares}
+        done = {rank: tokens - self.kept.get(rank, 0) for rank, tokens in self.held.items()}
+        return {share.rank: each * max(0, share.tokens - done.get(share.rank, 0)) for share in self.shares}
 
     def validate(self) -> None:
         """Raises RuntimeError if it contradicts itself."""

@@ -2,34 +2,49 @@
 
     waiting ──Reserve──> reservation ──all Granted: Regroup, Admit──> sequence ──Released──> gone
        ^                     │ NotGranted: Drop                          │
-       └─────────────────────┴────────────── preempted ─────────────────┘
+       └─────────────────────┴──── preempted; or the membership changes ─┘
 
 - One reservation is in flight at a time, for an admission or a home move: two half-granted ones never wait for each
   other.
 - `advance` is tried only when something has changed that could let it succeed; it never polls.
 - A sequence that waits for a block goes before any admission, and a reservation for it before any preemption.
 - After a preemption nothing is admitted until a sequence has ended: else the victim would take back what it gave.
+- KV of those that wait is given up before any that runs is preempted, and where nothing runs and the next has no room.
+- When the membership changes, all that runs goes back to the queue with what is left of its KV (`suspend`, `inherit`), and
+  is admitted again in the next epoch, where only what is missing is computed.
 - The oldest sequence is preempted only if it is alone, no instance has a block, and so nobody else can make room.
 """
 
 import logging
 from bisect import insort
+from collections.abc import Collection
 from typing import Literal
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.parties import Parties
-from gmanager.cluster.policy import Candidate, InstanceView, Placement, choose_target, choose_victim, place
-from gmanager.cluster.requests import Emit, MoveCall, Request, Requests
+from gmanager.cluster.policy import (
+    Candidate,
+    InstanceView,
+    Placement,
+    choose_target,
+    choose_victim,
+    most_tokens,
+    place,
+    place_rest,
+)
+from gmanager.cluster.requests import Emit, MoveCall, Request, Requests, are_apart, count_tokens, cut
 from gmanager.cluster.sequence import Reservation, Sequence
 from gmanager.wire.messages import (
     Admit,
     Beat,
     Cancel,
+    Discard,
     Done,
     Drop,
     Granted,
+    KeptPart,
     MoveSequence,
     Outputs,
     Released,
@@ -41,9 +56,12 @@ from gmanager.wire.messages import (
     TokenLogprob,
 )
 
+MAX_BREAKS = 3
+"""Epochs that may break while a request runs, with nobody lost and no token of it come, until it is given up."""
+
 
 class Sequences:
-    """Admission, placement and homes within one epoch. Pure: what is to be done is emitted."""
+    """Admission, placement and homes in a cell, through all its epochs. Pure: what is to be done is emitted."""
 
     def __init__(self, cell: Cell, requests: Requests, emit: Emit) -> None:
         self.num_preemptions = 0
@@ -60,6 +78,8 @@ class Sequences:
         self._unsettled: dict[int, None] = {}
         """Ranks that held KV of a released sequence and have not said since how many blocks are free."""
         self._changed = False
+        self._came_from: dict[int, int] = {}
+        """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -84,24 +104,117 @@ class Sequences:
         if was == "queued":
             self._waiting.remove(request)
             self._changed = True
+            self._discard(request)
         elif was == "reserving":
             self._give_up_reservation()
+            self._discard(request)
         elif was in RUNNING:
             self._cancel(self._sequences[request.seq])
 
     def move_home(self, request: Request, call: MoveCall) -> None:
         """A client wants another home for a request. Answered when it has moved, or can't."""
-        request.move_call = call
+        target = self._rank(call.target)
         sequence = self._sequences.get(request.seq) if request.is_running else None
-        if not 0 <= call.target < self._cell.size:
-            ranks = f"0 to {self._cell.size - 1}"
-            self._requests.fail_move(request, f"there is no instance {call.target}; cell '{self._cell.name}' has {ranks}")
+        request.move_call = call
+        if target is None:
+            ids = ", ".join(str(member.id) for member in self._cell.members)
+            self._requests.fail_move(request, f"there is no instance {call.target}; cell '{self._cell.name}' has {ids}")
         elif sequence is None or sequence.ending:
             self._requests.fail_move(request, f"request {request.id!r} has no home now: it is {request.shown_state}")
-        elif sequence.moving_to is None and sequence.home == call.target:
-            self._answer_move(sequence)
         else:
-            self._changed = True
+            if sequence.moving_to is None and sequence.home == target:
+                self._answer_move(sequence)
+            else:
+                self._changed = True
+
+    # --- changes of membership ----------------------------------------------------------------------------------------
+
+    @property
+    def kept_seqs(self) -> Collection[int]:
+        """Whose KV waits on instances for an admission."""
+        return {request.seq for request in self._waiting if request.kept}
+
+    def suspend(self, now: float) -> None:
+        """The epoch is over: all that runs or was about to goes back to the queue. What of its KV is left `inherit` says."""
+        for request in self._waiting:
+            self._came_from.setdefault(request.number, request.seq if request.kept else 0)
+        if self._reservation is not None and self._reservation.placement is not None:
+            request = self._reservation.request
+            self._came_from[request.number] = request.seq if request.kept else 0
+            self._interrupt(request, request.waiting_since)
+        for sequence in self._sequences.values():
+            request = sequence.request
+            if sequence.is_current:
+                # whose prompt is not scored is computed anew: each of its rows is needed
+                is_kept = request.state != "preempted" and not sequence.unscored
+                self._came_from[request.number] = sequence.number if is_kept else 0
+                self._interrupt(request, now)
+        self._reservation = None
+        self._parties = Parties(self._cell.epoch, self._cell.size)
+        self._sequences.clear()
+        self._unsettled.clear()
+        self._crowded = False
+        self._changed = False
+
+    def inherit(self) -> None:
+        """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
+        for request in self._waiting:
+            if request.params.max_tokens is None:  # as many as there is room for: now more or fewer
+                request.max_tokens = self._cell.room(request.prompt_tokens)
+            seq = self._came_from.get(request.number, 0)
+            request.breaks += self._cell.broke is not None and request.was_interrupted
+            request.was_interrupted = False
+            last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
+            kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
+            request.kept = {rank: runs for rank, runs in kept.items() if runs} if are_apart(kept.values()) else {}
+            request.seq = seq
+            request.held = {self._id(rank): count_tokens(runs) for rank, runs in request.kept.items()}
+        for member in self._cell.members:
+            kept_seqs = {request.seq for request in self._waiting if member.rank in request.kept}
+            said = member.kept or {}
+            member.kept = {seq: runs for seq, runs in said.items() if seq in kept_seqs}
+            if len(member.kept) < len(said):  # it frees the others with the JoinEpoch
+                self._unsettled[member.rank] = None
+        self._came_from.clear()
+        self._parties = Parties(self._cell.epoch, self._cell.size)
+        for request in [request for request in self._waiting if request.breaks >= MAX_BREAKS]:
+            self._waiting.remove(request)
+            self._discard(request)
+            what = f"{request.breaks} epochs of cell '{self._cell.name}' broke while the request ran"
+            error = f"{what}; the last: {self._cell.broke}"
+            self._requests.finish(request, "error", error=error)
+
+    def resume(self) -> None:
+        """The cell steps (again)."""
+        self._changed = True
+
+    def _interrupt(self, request: Request, waiting_since: float) -> None:
+        self._requests.change(request, "interrupt")
+        request.waiting_since = waiting_since
+        request.was_interrupted = True
+        self._requests.fail_move(request, f"request {request.id!r} has no home now: the cell's membership changes")
+        request.home = None
+        request.held = {}
+        request.kept = {}
+        insort(self._waiting, request, key=lambda waiting: waiting.number)
+
+    def _discard(self, request: Request) -> None:
+        """What is left of its KV isn't wanted any more."""
+        if self._cell.phase != "suspending":
+            for rank in request.kept:
+                member = self._cell.members[rank]
+                self._emit(Send(member.peer, Discard(epoch=self._cell.epoch, seq=request.seq)))
+                self._unsettled[rank] = None
+        request.kept = {}
+        request.held = {}
+
+    def _id(self, rank: int) -> int:
+        """Of a member: what the world outside the epoch knows it by."""
+        return self._cell.members[rank].id
+
+    def _rank(self, number: int) -> int | None:
+        """Of the member with this id, in the epoch; None if there is none."""
+        return next((member.rank for member in self._cell.members if member.id == number), None)
 
     # --- what instances say -------------------------------------------------------------------------------------------
 
@@ -111,8 +224,8 @@ class Sequences:
             if (sequence := self._sequences.get(number)) is not None:
                 held = max(0, min(tokens, member.spec.num_blocks * self._cell.spec.block_size))
                 sequence.held[member.rank] = held
-                if sequence.is_current and sequence.request.held.get(member.rank) != held:
-                    sequence.request.held[member.rank] = held
+                if sequence.is_current and sequence.request.held.get(member.id) != held:
+                    sequence.request.held[member.id] = held
                     self._requests.hear(sequence.request)
         if member.rank in self._unsettled:
             del self._unsettled[member.rank]
@@ -157,9 +270,9 @@ class Sequences:
         request = reservation.request
         if reservation.placement is not None:
             self.enqueue(request, request.waiting_since, "deny")
-        elif (call := request.move_call) is not None and call.target == member.rank:
+        elif (call := request.move_call) is not None and call.target == member.id:
             self._requests.fail_move(
-                request, f"instance {member.rank} has no room: {blocks} block asked, {max(0, free_blocks)} free"
+                request, f"instance {member.id} has no room: {blocks} block asked, {max(0, free_blocks)} free"
             )
 
     def on_outputs(self, member: Member, outputs: Outputs) -> None:
@@ -209,9 +322,9 @@ class Sequences:
         sequence.needs_block = False
         self._changed = True
         if sequence.is_current:
-            sequence.request.home = home
+            sequence.request.home = self._id(home)
             sequence.request.home_moves += 1
-            self._log(sequence, "home moved", home=home)
+            self._log(sequence, "home moved", home=self._id(home))
         if not sequence.ending:
             self._rest(sequence)
             # A call for another instance came while this move was under way: it is tried next.
@@ -235,7 +348,7 @@ class Sequences:
 
     def advance(self) -> None:
         """Start what can start now, if anything has changed."""
-        while self._changed and self._reservation is None:
+        while self._changed and self._reservation is None and self._cell.is_ready:
             self._changed = False
             oldest_first = sorted(self._sequences.values(), key=lambda s: s.request.number)
             if not any(self._try_move(sequence) for sequence in oldest_first):
@@ -248,10 +361,11 @@ class Sequences:
         if sequence.ending or sequence.moving_to is not None:
             return False
         if call is not None:
-            target = call.target
-            homes = self._homes()[target]
-            if homes >= self._cell.members[target].spec.decode_rows:
-                self._requests.fail_move(sequence.request, f"instance {target} decodes {homes} sequences, as many as it can")
+            target = self._rank(call.target)
+            homes = 0 if target is None else self._homes()[target]
+            if target is not None and homes >= self._cell.members[target].spec.decode_rows:
+                reason = f"instance {call.target} decodes {homes} sequences, as many as it can"
+                self._requests.fail_move(sequence.request, reason)
                 return False
         elif sequence.needs_block and not self._cell.members[sequence.home].free:
             target = self._make_room(sequence)
@@ -269,7 +383,7 @@ class Sequences:
         target = choose_target(views, home=sequence.home)
         if target is not None:
             return target
-        if self._blocks_come:
+        if self._blocks_come or self._give_up_kept():
             return None
         running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._sequences.values()]
         victim = choose_victim(running)
@@ -287,21 +401,63 @@ class Sequences:
     def _try_admit(self) -> None:
         if not self._waiting or self._crowded or any(s.needs_block and not s.ending for s in self._sequences.values()):
             return
-        request = self._waiting[0]
-        placement = place(
-            self.views(),
-            tokens=request.num_tokens,
-            block_size=self._cell.spec.block_size,
-            spread=request.spread,
-            waiting=[behind.num_tokens for behind in self._waiting[1:]],
-            reach=self._cell.spec.reach,
-        )
-        if placement is None or (not placement.is_even and self._blocks_come):
+        request = next(filter(self._may_fit, self._waiting), None)
+        if request is None or self._is_asked_for(request):
             return
-        del self._waiting[0]
+        placement = self._place(request)
+        if placement is None and not self._sequences and not self._blocks_come:
+            self._give_up_kept(last=request)
+        if placement is None or (not request.kept and not placement.is_even and self._blocks_come):
+            return
+        self._waiting.remove(request)
         self._requests.change(request, "reserve")
-        self._numbers += 1
-        self._reserve(Reservation(self._numbers, placement.blocks, request, placement))
+        if not request.kept:
+            self._numbers += 1
+        number = request.seq if request.kept else self._numbers
+        self._reserve(Reservation(number, placement.blocks, request, placement))
+
+    def _may_fit(self, request: Request) -> bool:
+        """Whether the present members could hold all of it, alone. The cell may have been larger when it came, and be again."""
+        blocks = [member.spec.num_blocks for member in self._cell.members]
+        needed = request.num_tokens + max(1, request.max_tokens - len(request.tokens))
+        return needed <= most_tokens(blocks, self._cell.spec.block_size)
+
+    def _is_asked_for(self, request: Request) -> bool:
+        """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
+        the next: a new sequence has a new number, this one keeps its own."""
+        return bool(request.kept) and any(request.seq in member.outstanding for member in self._cell.members)
+
+    def _place(self, request: Request) -> Placement | None:
+        views, block_size, reach = self.views(), self._cell.spec.block_size, self._cell.spec.reach
+        waiting = [behind.missing_tokens for behind in self._waiting if behind.number > request.number]
+        if not request.kept:
+            return place(
+                views,
+                tokens=request.num_tokens,
+                block_size=block_size,
+                spread=request.spread,
+                waiting=waiting,
+                reach=reach,
+            )
+        return place_rest(
+            views,
+            missing=request.missing_tokens,
+            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
+            block_size=block_size,
+            spread=request.spread,
+            waiting=waiting,
+            reach=reach,
+        )
+
+    def _give_up_kept(self, last: Request | None = None) -> bool:
+        """Free what is left of the KV of the youngest that waits, of `last` only if no other has any. Whether there was any."""
+        kept = [request for request in self._waiting if request.kept]
+        victim = next((request for request in reversed(kept) if request is not last), last if last in kept else None)
+        if victim is None:
+            return False
+        self._log_request(victim, "kept KV given up", tokens=victim.num_tokens - victim.missing_tokens)
+        self._discard(victim)
+        return True
 
     # --- reservations -------------------------------------------------------------------------------------------------
 
@@ -336,13 +492,17 @@ class Sequences:
     def _admit(self, reservation: Reservation, placement: Placement) -> None:
         request = reservation.request
         home = placement.shares[0].rank
-        sequence = Sequence(reservation.seq, request, home, sorted(placement.blocks), placement.shares)
+        kept, request.kept = request.kept, {}
+        participants = sorted({*placement.blocks, *kept})
+        sequence = Sequence(reservation.seq, request, home, participants, placement.shares)
+        sequence.kept = {rank: count_tokens(runs) for rank, runs in kept.items()}
+        sequence.held = dict(sequence.kept)
         if request.params.prompt_logprobs is not None and not request.is_scored:
             sequence.unscored = request.prompt_tokens - 1
         self._sequences[sequence.number] = sequence
         request.seq = sequence.number
-        request.home = home
-        request.held = {}
+        request.home = self._id(home)
+        request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._requests.admit(request)
         self._regroup()
         admit = Admit(
@@ -352,9 +512,13 @@ class Sequences:
             token_ids=request.packed(),
             shares=placement.shares,
             params=self._params(request),
+            kept=[KeptPart(rank=rank, runs=[list(run) for run in runs]) for rank, runs in sorted(kept.items())],
         )
         self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
-        self._log(sequence, "request admitted", home=home, kv_tokens={share.rank: share.tokens for share in placement.shares})
+        told = {"home": self._id(home), "kv_tokens": {self._id(share.rank): share.tokens for share in placement.shares}}
+        if kept:
+            told["kept"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
+        self._log(sequence, "request admitted", **told)
 
     def _params(self, request: Request) -> SequenceParams:
         params = request.params
@@ -392,7 +556,7 @@ class Sequences:
     def _answer_move(self, sequence: Sequence) -> None:
         request = sequence.request
         call = request.move_call
-        if call is not None and call.target == sequence.home:
+        if call is not None and call.target == self._id(sequence.home):
             request.move_call = None
             self._emit(Send(call.peer, Done(call=call.call)))
 
@@ -433,7 +597,7 @@ class Sequences:
         sequence.ending = True
         self._give_up_move(sequence)
         if last.held is not None:
-            request.held = {share.rank: share.tokens for share in last.held}
+            request.held = {self._id(share.rank): share.tokens for share in last.held if 0 <= share.rank < self._cell.size}
         self._requests.finish(request, reason, token_ids=token_ids, logprobs=with_logprobs)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
@@ -482,7 +646,7 @@ class Sequences:
             self.enqueue(request, now, "release")
         else:
             self._crowded = False
-            error = f"instance {sequence.home} of cell '{self._cell.name}' released the request unasked"
+            error = f"instance {self._id(sequence.home)} of cell '{self._cell.name}' released the request unasked"
             self._requests.finish(request, "error", error=error)
         if not self._sequences:
             self._crowded = False
@@ -548,10 +712,11 @@ class Sequences:
             sequence.validate()
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
-        elif self._changed:
+        elif self._changed and self._cell.is_ready:
             raise RuntimeError("something has changed and was not looked at")
 
     def _log(self, sequence: Sequence, event: str, **fields: object) -> None:
-        request = sequence.request
-        about = {"request": request.id, "number": request.number, "sequence": sequence.number}
-        self._emit(Log(logging.INFO, event, about | fields))
+        self._log_request(sequence.request, event, sequence=sequence.number, **fields)
+
+    def _log_request(self, request: Request, event: str, **fields: object) -> None:
+        self._emit(Log(logging.INFO, event, {"request": request.id, "number": request.number} | fields))

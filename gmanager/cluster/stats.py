@@ -22,7 +22,7 @@ def assemble(
         cells=[_cell(cell) for cell in cells],
         instances=instances,
         requests=requests,
-        counters=_sum([own, *(stats.counters for stats in instances)]),
+        counters=_sum([own, *(stats.counters for stats in instances), *(c for cell in cells for c in cell.counted)]),
         observed=observed,
     )
 
@@ -31,7 +31,7 @@ def _cell(cell: Cell) -> CellStats:
     return CellStats(
         name=cell.name,
         epoch=cell.epoch,
-        state="ready" if cell.is_ready else "forming",
+        state="ready" if cell.is_ready else "changing" if cell.is_formed else "forming",
         size=cell.size,
         model=cell.spec.model,
         block_size=cell.spec.block_size,
@@ -43,7 +43,8 @@ def _cell(cell: Cell) -> CellStats:
 
 def _instances(cell: Cell, sequences: Sequences) -> list[InstanceStats]:
     lent, borrowed = sequences.lent_and_borrowed()
-    return [_instance(cell, member, lent[member.rank], borrowed[member.rank]) for member in cell.members]
+    members = sorted(enumerate(cell.members), key=lambda ranked: ranked[1].id)
+    return [_instance(cell, member, lent[rank], borrowed[rank]) for rank, member in members]
 
 
 def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceStats:
@@ -51,7 +52,7 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
     free = member.free_blocks * cell.spec.block_size
     return InstanceStats(
         cell=cell.name,
-        rank=member.rank,
+        rank=member.id,
         total_tokens=total,
         used_tokens=total - free,
         free_tokens=free,

@@ -138,7 +138,7 @@ class Routes:
 
     async def health(self) -> dict[str, str]:
         """200 only when a cell can serve."""
-        if not any(cell.state == "ready" for cell in (await self._backend.stats()).cells):
+        if not any(cell.state != "forming" for cell in (await self._backend.stats()).cells):
             raise ApiError(503, "no instances are ready to serve", code="not_ready")
         return {"status": "ready"}
 

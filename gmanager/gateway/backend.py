@@ -132,7 +132,7 @@ class Backend:
     async def _refresh(self, client: AsyncClient) -> None:
         """Learn of cells that have become ready, or are gone."""
         async with self._refreshing:
-            ready = {cell.model: cell for cell in (await client.stats()).cells if cell.state == "ready"}
+            ready = {cell.model: cell for cell in (await client.stats()).cells if cell.state != "forming"}
             await self._forget(name for name, model in self._models.items() if name not in ready)
             told = {other: name for name, cell in ready.items() for other in cell.other_names}
             self._aliases = told | self._given_aliases

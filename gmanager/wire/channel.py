@@ -36,6 +36,9 @@ PIPE_MESSAGES = 64
 """ZeroMQ's own queue per peer and direction. It counts messages whatever their size, so it is kept short: a full one
 of 64 MiB frames would hold 4 GiB. What is over goes to the peer's bounded queue here."""
 
+_LOOK_AGAIN_S = (0.01, 0.1, 1.0)
+"""After word that a connection was closed."""
+
 _PROBE = b""
 """A frame that means nothing and is never delivered: to send it tells whether there is still somebody."""
 
@@ -422,7 +425,17 @@ class _ZmqListener(_ZmqEnd[M]):
         return True
 
     def _on_event(self, event: int) -> None:
-        """Somebody closed a connection. ZeroMQ doesn't say who: whoever can't be sent to any more."""
+        """Somebody closed a connection. ZeroMQ doesn't say who: whoever can't be sent to any more.
+
+        It tells of it before it takes the connection down: so he is looked for a few times.
+        """
+        self._look_for_lost()
+        for delay in _LOOK_AGAIN_S:
+            self._loop.call_later(delay, self._look_for_lost)
+
+    def _look_for_lost(self) -> None:
+        if self._shut:
+            return
         for peer in list(self._peers):
             try:
                 self._send_frame(peer, _PROBE)

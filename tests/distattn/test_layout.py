@@ -5,8 +5,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.layout import HeldRun, Holding, Layout, Reading, Span, held_after, lay_out
+from distattn.layout import HeldRun, Holding, Layout, Span, held_after, lay_out
 from kvstore.shard import ShardTable
+from tests.distattn.layout_support import read_by_rows
 
 SIZE = 3
 
@@ -26,19 +27,6 @@ class Cell:
         slots = shards[span.seq].append(span.start, span.stop)
         self.tokens[span.rank] |= {slot: (span.seq, p) for slot, p in zip(slots, range(span.start, span.stop), strict=True)}
         self.holdings[span.seq] = held_after(self.holdings.get(span.seq, []), [span])
-
-    def read_by(self, rank: int, reading: Reading, row: int) -> list[tuple[int, int]]:
-        """The tokens that one row of a reading reads at a rank."""
-        size = self.shards[rank].block_size
-        slots = [reading.block_ids[i // size] * size + i % size for i in range(reading.kv_lens[row])]
-        return [self.tokens[rank][slot] for slot in slots]
-
-    def read(self, rank: int, readings: list[Reading], num_rows: int) -> list[Counter[tuple[int, int]]]:
-        read: list[Counter[tuple[int, int]]] = [Counter() for _ in range(num_rows)]
-        for reading in readings:
-            for row in range(reading.num_rows):
-                read[reading.first_row + row].update(self.read_by(rank, reading, row))
-        return read
 
 
 @st.composite
@@ -73,24 +61,11 @@ def test_every_row_reads_all_that_it_may_once(made: tuple[Cell, list[Span]]) -> 
             runs = shards[seq].runs if seq in shards else []
             assert told == [HeldRun(run.start, run.end, run.num_tokens) for run in runs]
         layouts.append(lay_out(spans, cell.holdings, shards, rank))
-    for rank, layout in enumerate(layouts):
-        got = cell.read(rank, layout.own, layout.num_rows)
-        at = 0
-        for peer, count in layout.dispatched.items():
-            sent = layout.dispatched_rows[at : at + count]
-            at += count
-            assert len(set(sent)) == count, "a row goes to a holder once"
-            others = layouts[peer]
-            assert others.received[rank] == count
-            first = sum(n for other, n in others.received.items() if other < rank)
-            served = cell.read(peer, others.others, others.num_received)
-            for row, read in zip(sent, served[first : first + count], strict=True):
-                got[row].update(read)
-        assert at == len(layout.dispatched_rows)
+    read = read_by_rows(layouts, cell.tokens, cell.shards[0].block_size)
+    held = [token for tokens in cell.tokens for token in tokens.values()]
+    for rank, got in enumerate(read):
         rows = [(span.seq, p) for span in spans if span.rank == rank for p in range(span.start, span.stop)]
-        held = [token for tokens in cell.tokens for token in tokens.values()]
-        for (seq, position), read in zip(rows, got, strict=True):
-            assert read == Counter((s, p) for s, p in held if s == seq and p <= position)
+        assert got == [Counter((s, p) for s, p in held if s == seq and p <= position) for seq, position in rows]
 
 
 def test_readings_of_the_same_rows_follow_each_other() -> None:

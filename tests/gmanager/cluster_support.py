@@ -3,7 +3,19 @@
 from typing import Any
 
 from gmanager.cluster.cluster import Cluster
-from gmanager.cluster.events import Action, Deliver, Event, Log, PeerSaid, Send, SendAll, TextLoaded, Ticked
+from gmanager.cluster.events import (
+    Action,
+    Deliver,
+    Event,
+    Forget,
+    Log,
+    PeerSaid,
+    PeerWasLost,
+    Send,
+    SendAll,
+    TextLoaded,
+    Ticked,
+)
 from gmanager.config import GManagerConfig, Spread
 from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
@@ -13,6 +25,7 @@ CLIENT = b"client"
 OTHER = b"other client"
 HELLO = m.Hello(protocol=m.PROTOCOL)
 WELCOME = m.Welcome(lease_s=10.0)
+Runs = list[list[tuple[int, int]]]
 SEED = 7
 """What the shell draws for each Submit without a seed."""
 
@@ -120,6 +133,29 @@ class Driver:
         self.free |= {peer(rank, epoch): size for rank, size in enumerate(blocks)}
         return self.handle(TextLoaded(epoch, self.now))
 
+    def lose(self, rank: int) -> list[Action]:
+        """An instance of the first epoch is gone: what that brings about, but for its Forget."""
+        actions = self.handle(PeerWasLost(peer(rank), "gone", self.now))
+        assert actions.pop() == Forget(peer(rank))
+        return actions
+
+    def come(self, who: PeerId, blocks: int = 8, **more: Any) -> list[Action]:
+        """An instance registers with a cell that serves: what that brings about, but for its Registered."""
+        actions = self.say(who, register(rank=0, cell_size=more.pop("cell_size", 2), blocks=blocks, **more))
+        assert actions.pop(0) == Send(who, m.Registered(lease_s=5.0, send_text=False))
+        self.free[who] = blocks
+        return actions
+
+    def keep(self, who: PeerId, free: int, shards: dict[int, Runs] | None = None, epoch: int = 1) -> list[Action]:
+        """An instance has ended its epoch; `shards`: what it kept of which sequences."""
+        self.free[who] = free
+        return self.say(who, kept(free, shards, epoch))
+
+    def join(self, epoch: int, *members: PeerId) -> list[Action]:
+        """Go through an epoch's beginning; returns what the last Joined brings about."""
+        self.say(members[0], m.StoreOpened(epoch=epoch, address="tcp://store:1"))
+        return [action for who in members for action in self.say(who, m.Joined(epoch=epoch))]
+
 
 # --- words
 
@@ -157,6 +193,12 @@ def outputs(seq: int, index: int, token_ids: list[int], **more: Any) -> m.Output
 
 def beat(free: int, held: dict[int, int] | None = None, **counters: int) -> m.Beat:
     return m.Beat(epoch=1, free_blocks=free, held_tokens=held or {}, counters=m.Counters(**counters))
+
+
+def kept(free: int, shards: dict[int, Runs] | None = None, epoch: int = 1) -> m.Kept:
+    return m.Kept(
+        epoch=epoch, free_blocks=free, shards=[m.KeptShard(seq=seq, runs=runs) for seq, runs in (shards or {}).items()]
+    )
 
 
 def granted(seq: int, blocks: int, free: int) -> m.Granted:
@@ -210,7 +252,7 @@ def admit(
 
 
 def deliver(number: int, name: str, index: int, token_ids: list[int], **more: Any) -> Deliver:
-    fields: dict[str, Any] = {"peer": CLIENT, "epoch": 1, "stop_strings": (), "logprobs": None} | more
+    fields: dict[str, Any] = {"peer": CLIENT, "cell": 1, "stop_strings": (), "logprobs": None} | more
     return Deliver(request=number, request_id=name, index=index, token_ids=token_ids, **fields)
 
 
@@ -220,7 +262,7 @@ def failed(number: int, name: str, error: str, **more: Any) -> Deliver:
 
 def refused(name: str, error: str, **more: Any) -> list[Action]:
     """At the door: it never got a number."""
-    return [failed(more.pop("number", 0), name, error, **({"epoch": 0, "refusal": "invalid"} | more))]
+    return [failed(more.pop("number", 0), name, error, **({"cell": 0, "refusal": "invalid"} | more))]
 
 
 def pong(rank: int) -> Send:

@@ -154,6 +154,20 @@ async def test_peer_that_left_is_lost_after_what_it_sent(transport: Transport) -
         assert await listener.recv() == (other, m.Ping())
 
 
+async def test_a_loss_is_noticed_if_the_connection_is_taken_down_after_the_word_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeroMQ tells of the end first: who asks at once whether the peer is there may hear that it is."""
+    listener: Any = ZmqTransport().listen(ANY, UP)
+    dialer = ZmqTransport().dial(listener.address, DOWN)
+    async with closing(listener, dialer):
+        dialer.send(m.Ping())
+        peer, _ = await listener.recv()
+        real, early = listener._send_frame, [True]
+        monkeypatch.setattr(listener, "_send_frame", lambda to, frame: early.pop() if early else real(to, frame))
+        await dialer.close()
+        assert await asyncio.wait_for(listener.recv(), 5) == (peer, PeerLost("it closed the connection"))
+        assert not early
+
+
 async def test_messages_that_lie_there_come_before_the_loss(transport: Transport) -> None:
     """Nobody has read them when the connection ends; after the loss the peer may come again."""
     listener = transport.listen(ANY, UP)

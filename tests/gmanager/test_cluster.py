@@ -64,7 +64,7 @@ def test_a_cell_forms() -> None:
     members = [m.Member(rank=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}") for rank in (0, 1)]
     assert driver.say(peer(0), one) == [Send(peer(0), m.Registered(lease_s=5.0, send_text=True))]
     assert driver.say(peer(1), m.StoreOpened(epoch=1, address="tcp://early:1")) == [
-        Send(peer(1), m.EndEpoch(epoch=1, reason="this instance is not registered here (any more)"))
+        Send(peer(1), m.Expelled(reason="this instance is not registered here (any more)"))
     ]
     driver.handle(PeerWasLost(peer(1), "it left", 0.0))
     assert driver.say(peer(1), two) == [
@@ -159,16 +159,41 @@ def test_refused_instances(changes: dict[str, Any], reason: str) -> None:
     assert driver.wait(11, peer(0), peer(1)) == [Forget(b"bad")]
 
 
-@pytest.mark.parametrize("is_ready", [False, True])
-def test_a_complete_cell_takes_no_more(is_ready: bool) -> None:
+def test_a_complete_cell_takes_no_more_until_it_is_ready() -> None:
     driver = Driver()
-    if is_ready:
-        driver.ready_cell(8)
-    else:
-        driver.say(peer(0), register(rank=0, cell_size=1))
-    reason = "cell 'main' already has its 1 instances"
+    driver.say(peer(0), register(rank=0, cell_size=1))
+    reason = "cell 'main' already has its 1 instances, and is forming"
     assert driver.say(b"late", register(rank=0, cell_size=1)) == [Send(b"late", m.Refused(reason=reason))]
     assert driver.say(b"late 2", register(rank=0, cell_size=1, cell="more"))[-1] == Send(b"late 2", m.OpenStore(epoch=2))
+    driver.ready_cell(8, cell="third", epoch=3)
+    assert driver.say(b"late 3", register(rank=0, cell_size=1, cell="third")) == [
+        Send(b"late 3", m.Registered(lease_s=5.0, send_text=False)),
+        Send(peer(0, 3), m.Suspend(epoch=3, reason="instance 1 of cell 'third' comes")),
+    ]
+
+
+@pytest.mark.parametrize("when", ["opening", "joining"])
+@pytest.mark.parametrize("how", ["loss", "broken", "link"])
+def test_a_loss_while_the_cell_forms_ends_it(when: str, how: str) -> None:
+    """Nobody has anything to lose yet, and who starts it sees why at once."""
+    driver = Driver()
+    for rank in (0, 1):
+        driver.say(peer(rank), register(rank=rank, cell_size=2))
+    if when == "joining":
+        driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://store:1"))
+    if how == "loss":
+        reason = "instance 1 of cell 'main' is lost: gone"
+        actions = driver.handle(PeerWasLost(peer(1), "gone", driver.now))
+    elif how == "broken":
+        reason = "instance 0 of cell 'main' can't go on: no group"
+        actions = driver.say(peer(0), m.EpochBroken(epoch=1, reason="no group"))
+    else:
+        reason = "instance 0 of cell 'main' lost its link to instance 1: closed"
+        driver.say(peer(0), m.LinkLost(epoch=1, rank=1, reason="closed"))
+        actions = driver.wait(1, peer(0), peer(1))
+    assert Send(peer(0), m.EndEpoch(epoch=1, reason=reason)) in actions
+    assert DropText(1) in actions
+    assert driver.cluster.stats().cells == []
 
 
 def test_a_cell_goes_on_forming_without_an_instance_that_left_early() -> None:
@@ -420,7 +445,7 @@ def test_requests_that_can_never_be_served(blocks: list[int], given: m.Submit, r
     (answer,) = driver.say(CLIENT, given)
     assert isinstance(answer, Deliver)
     assert answer.error and error in (None, answer.error)
-    assert [answer] == refused("r", answer.error, number=1, epoch=1, refusal=reason)
+    assert [answer] == refused("r", answer.error, number=1, cell=1, refusal=reason)
     assert driver.cluster.is_idle
     assert driver.say(CLIENT, submit("r", 40, max_tokens=4)) != [], "the largest that fits, and the id is free again"
 
@@ -436,7 +461,7 @@ def test_a_prompt_alone_needs_no_room_beside_it() -> None:
     assert request_stats(driver, "r").generated_tokens == 0
     (answer,) = driver.say(CLIENT, submit("s", 1001, max_tokens=0))
     error = "prompt of 1,001 + max_tokens of 0 = 1,001 tokens; the model takes at most 1,000"
-    assert [answer] == refused("s", error, number=2, epoch=1, refusal="too_long")
+    assert [answer] == refused("s", error, number=2, cell=1, refusal="too_long")
 
 
 def test_the_largest_requests_that_fit() -> None:
@@ -562,7 +587,7 @@ def test_texts_that_give_no_tokens(encoded: dict[str, Any], error: str) -> None:
     driver = serving(8)
     driver.say(CLIENT, m.Submit(request_id="r", params=m.SamplingParams(), text="\u200b"))
     reason = encoded.get("refusal", "invalid")
-    assert driver.handle(Encoded(1, 0.0, **encoded)) == refused("r", error, refusal=reason, number=1, epoch=1)
+    assert driver.handle(Encoded(1, 0.0, **encoded)) == refused("r", error, refusal=reason, number=1, cell=1)
     assert driver.logs[-1].fields == {"request": "r", "reason": reason}, "the error may quote the text"
 
 
@@ -635,7 +660,7 @@ def test_nobody_waits_for_ever(place: str) -> None:
     instances = [] if place == "for a cell" else [peer(0), peer(1)]
     assert driver.wait(5, CLIENT, *instances) == []
     number, epoch = (2 if place == "for memory" else 1), (0 if place == "for a cell" else 1)
-    answer = failed(number, "w", PLACES[place], epoch=epoch)
+    answer = failed(number, "w", PLACES[place], cell=epoch)
     assert driver.wait(1, CLIENT, *instances) == [answer, *given_back]
     assert driver.wait(9, CLIENT, *instances) == []
 
@@ -648,7 +673,7 @@ def test_who_waits_can_be_aborted_but_not_moved(place: str) -> None:
         call_failed(1, f"request 'w' has no home now: {state}")
     ]
     number, epoch = (2 if place == "for memory" else 1), (0 if place == "for a cell" else 1)
-    answer = deliver(number, "w", 0, [], finish_reason="abort", epoch=epoch)
+    answer = deliver(number, "w", 0, [], finish_reason="abort", cell=epoch)
     assert driver.say(CLIENT, m.Abort(call=2, request_id="w")) == [answer, *given_back, done(2)]
     if place == "for a grant":
         assert driver.say(peer(0), granted(1, 2, 6)) == []  # it came too late: the Drop behind its Reserve undoes it
@@ -657,7 +682,7 @@ def test_who_waits_can_be_aborted_but_not_moved(place: str) -> None:
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_a_lost_link_ends_the_cell_unless_its_end_says_why(tells: bool) -> None:
+def test_who_is_not_reached_is_lost_unless_its_end_says_why(tells: bool) -> None:
     """What one instance hears of another's end may overtake that end's own words."""
     driver = serving(10, 10)
     running(driver, "r")
@@ -669,8 +694,9 @@ def test_a_lost_link_ends_the_cell_unless_its_end_says_why(tells: bool) -> None:
     else:
         actions = driver.wait(1, peer(0), peer(1), CLIENT)
         reason = "instance 0 of cell 'main' lost its link to instance 1: it closed the connection"
-    assert Send(peer(0), m.EndEpoch(epoch=1, reason=reason)) in actions
-    assert [a.error for a in actions if isinstance(a, Deliver)] == [reason]
+    assert actions[0] == Send(peer(0), m.Suspend(epoch=1, reason=reason))
+    assert (Send(peer(1), m.Expelled(reason=reason)) in actions) == (not tells), "it may still run"
+    assert not [a for a in actions if isinstance(a, Deliver)], "its requests go on"
 
 
 def test_a_link_to_nobody_is_nothing() -> None:
@@ -726,11 +752,11 @@ def test_long_prompts_are_looked_through_by_the_shell() -> None:
     short, long = [5] * (SCANNED_AT_ONCE - 1) + [5000], [5] * SCANNED_AT_ONCE + [5000]
     error = "token id 5000 at position {} is out of range: the model has 5,000 tokens"
     at_once = driver.say(CLIENT, submit("short", prompt=short, max_tokens=1))
-    assert at_once == refused("short", error.format(SCANNED_AT_ONCE - 1), number=1, epoch=1)
+    assert at_once == refused("short", error.format(SCANNED_AT_ONCE - 1), number=1, cell=1)
     (asked,) = driver.say(CLIENT, submit("long", prompt=long, max_tokens=1))
     assert isinstance(asked, Encode)
     encoded = Encoded(2, 0.0, token_ids=m.pack_tokens(long), highest=5000)
-    assert driver.handle(encoded) == refused("long", error.format(SCANNED_AT_ONCE), number=2, epoch=1)
+    assert driver.handle(encoded) == refused("long", error.format(SCANNED_AT_ONCE), number=2, cell=1)
 
 
 def test_a_prompt_goes_to_the_cell_that_has_its_tokens() -> None:

@@ -122,7 +122,7 @@ def test_home_moves_that_can_not_be() -> None:
     driver = serving(8, 8)
     running(driver, "r")
     for to in (2, -1, 2**40):
-        assert move_home(driver, 1, to) == [call_failed(1, f"there is no instance {to}; cell 'main' has 0 to 1")]
+        assert move_home(driver, 1, to) == [call_failed(1, f"there is no instance {to}; cell 'main' has 0, 1")]
     assert move_home(driver, 2, 1) == [reserve_next(1, 1)]
     no = m.NotGranted(epoch=1, seq=1, free_blocks=0)
     assert driver.say(peer(1), no) == [call_failed(2, "instance 1 has no room: 1 block asked, 0 free")]
@@ -293,47 +293,67 @@ def test_leases_start_anew_when_the_gmanager_itself_stood_still() -> None:
 
 
 LOSSES = {
-    "unreachable": "instance 1 of cell 'main' is lost: it does not read",
-    "leaves": "instance 1 of cell 'main' left: SIGTERM",
-    "fails": "instance 1 of cell 'main' failed: out of memory",
-    "silent": "instance 1 of cell 'main' was not heard for 5 s",
-    "garbles": "instance 1 of cell 'main' sent what can't be read: not msgpack",
+    "unreachable": "is lost: it does not read",
+    "leaves": "left: SIGTERM",
+    "fails": "failed: out of memory",
+    "silent": "was not heard for 5 s",
+    "garbles": "sent what can't be read: not msgpack",
 }
 
 
+def lose(driver: Driver, rank: int, how: str, *others: bytes) -> list[Action]:
+    """Lose an instance of the first epoch; what of that its own last words are is left out."""
+    who, why = peer(rank), LOSSES[how].partition(": ")[2]
+    if how == "unreachable":
+        actions = driver.handle(PeerWasLost(who, why, driver.now))
+        last: Action = Forget(who)
+    elif how in ("leaves", "fails"):
+        return driver.say(who, m.Leave(reason=why, failed=how == "fails"))
+    elif how == "silent":
+        assert driver.wait(5, CLIENT, *others) == []
+        actions = driver.wait(1, CLIENT, *others)
+        last = Send(who, m.Expelled(reason=f"instance {rank} of cell 'main' {LOSSES[how]}"))
+    else:
+        actions = driver.handle(PeerGarbled(who, why, driver.now))
+        last = Send(who, m.Refused(reason="can't read this: not msgpack"))
+    assert actions.pop() == last
+    return actions
+
+
 @pytest.mark.parametrize("how", LOSSES)
-def test_a_lost_instance_ends_its_cell(how: str) -> None:
+def test_the_loss_of_the_last_instance_ends_its_cell(how: str) -> None:
     """Every request of it ends with the reason, wherever it is. A new cell of the same name can form and serves."""
-    driver = serving(8, 8)
+    driver = serving(8)
     text = m.Submit(request_id="is encoded", params=m.SamplingParams(), text="hello")
-    running(driver, "r", spread=2, generated=2)
-    driver.say(CLIENT, m.MoveHome(call=5, request_id="r", instance=1), text, submit("waits"))
-    end = m.EndEpoch(epoch=1, reason=LOSSES[how])
-    told: list[Action] = [
-        Send(peer(0), end),
-        failed(1, "r", LOSSES[how], index=2),
-        call_failed(5, "request 'r' has ended (error)"),
-        failed(2, "is encoded", LOSSES[how]),
-        failed(3, "waits", LOSSES[how]),
+    running(driver, "r", 20, generated=2, max_tokens=4)
+    driver.say(CLIENT, text, submit("waits"))
+    reason = f"instance 0 of cell 'main' {LOSSES[how]}"
+    assert lose(driver, 0, how) == [
+        failed(1, "r", reason, index=2),
+        failed(2, "is encoded", reason),
+        failed(3, "waits", reason),
         DropText(1),
     ]
-    if how == "unreachable":
-        assert driver.handle(PeerWasLost(peer(1), "it does not read", 0.0)) == [*told, Forget(peer(1))]
-    elif how in ("leaves", "fails"):
-        leave = m.Leave(reason=end.reason.partition(": ")[2], failed=how == "fails")
-        assert driver.say(peer(1), leave) == told
-    elif how == "silent":
-        assert driver.wait(5, CLIENT, peer(0)) == []
-        assert driver.wait(1, CLIENT, peer(0)) == [*told, Send(peer(1), end)]
-    else:
-        answer = Send(peer(1), m.Refused(reason="can't read this: not msgpack"))
-        assert driver.handle(PeerGarbled(peer(1), "not msgpack", 0.0)) == [*told, answer]
     (over,) = [line for line in driver.logs if line.event == "cell over"]
     assert over.level == (logging.INFO if how == "leaves" else logging.ERROR)
     assert driver.cluster.is_idle and driver.cluster.stats().cells == []
-    assert driver.say(peer(0), outputs(1, 2, [10])) == []
     assert driver.say(CLIENT, submit("later")) == []
     assert driver.ready_cell(8, epoch=2) == [Send(peer(0, 2), m.Reserve(epoch=2, seq=1, blocks=3))]
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_the_loss_of_one_of_several_changes_its_cell(how: str) -> None:
+    """No request ends of it; only who waits for a home move is told."""
+    driver = serving(8, 8)
+    running(driver, "r", spread=2, generated=2)
+    driver.say(CLIENT, m.MoveHome(call=5, request_id="r", instance=1), submit("waits"))
+    assert lose(driver, 1, how, peer(0)) == [
+        call_failed(5, "request 'r' has no home now: the cell's membership changes"),
+        Send(peer(0), m.Suspend(epoch=1, reason=f"instance 1 of cell 'main' {LOSSES[how]}")),
+    ]
+    assert [cell.state for cell in driver.cluster.stats().cells] == ["changing"]
+    assert [request_stats(driver, name).state for name in ("r", "waits")] == ["queued", "queued"]
+    assert driver.say(peer(0), outputs(1, 2, [10])) == [], "it would be computed again"
 
 
 MESSAGES: list[m.Message] = [
@@ -360,7 +380,7 @@ def test_messages_of_another_epoch_are_dropped_and_counted() -> None:
     after = msgspec.structs.replace(driver.cluster.stats(), counters=before.counters)
     assert after == before
     assert driver.say(peer(0), outputs(1, 0, [10])) == [deliver(1, "r", 0, [10])]
-    stranger = [Send(b"stranger", m.EndEpoch(epoch=7, reason="this instance is not registered here (any more)"))]
+    stranger = [Send(b"stranger", m.Expelled(reason="this instance is not registered here (any more)"))]
     assert driver.say(b"stranger", MESSAGES[0]) == stranger
     assert [driver.say(b"stranger", message) for message in MESSAGES] == [[]] * len(MESSAGES)
 
@@ -439,7 +459,7 @@ def test_numbers_of_an_instance_that_has_gone_mad_reach_clients() -> None:
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**32])
-def test_token_ids_that_are_none_end_the_cell(wrong: int) -> None:
+def test_token_ids_that_are_none_are_an_instances_end(wrong: int) -> None:
     driver = serving(8)
     running(driver, "r", generated=1)
     reason = "can't read this: token ids must be in [0, 4294967296)"

@@ -107,6 +107,8 @@ st.register_type_strategy(float, st.floats(allow_nan=False))
 st.register_type_strategy(str, texts)
 for named in (m.InstanceSpec, m.CellStats):
     st.register_type_strategy(named, st.builds(named, other_names=st.lists(texts, max_size=2)))
+st.register_type_strategy(m.JoinEpoch, st.builds(m.JoinEpoch, keep=st.lists(counts, max_size=3)))
+st.register_type_strategy(m.Admit, st.builds(m.Admit, kept=st.lists(st.from_type(m.KeptPart), max_size=2)))
 st.register_type_strategy(
     m.SequenceParams,
     st.builds(

@@ -16,11 +16,13 @@ from gmanager.cluster.policy import (
     choose_victim,
     degree,
     place,
+    place_rest,
     prompt_work,
     why_never,
 )
 from gmanager.config import GManagerConfig, Spread, parse_spread
 from gmanager.wire.messages import Refusal
+from kvstore.shard import Shard
 
 frees = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 spreads = st.one_of(st.sampled_from(["auto", "all"]), st.integers(1, 8))
@@ -155,6 +157,75 @@ def test_auto_chooses_those_with_least_to_prefill() -> None:
     assert chosen([9000, 8000, 50], [busy, 0, 0], 20_000) == [1], "the third is free to prefill, but has no room"
     assert chosen([9000, 3000, 3000], [busy, 0, 0], 20_000) == [1, 2], "neither has room for all of it"
     assert chosen([100, 80], [busy, 0], 500) == [0, 1], "there is room only in both"
+
+
+def rest(
+    free: list[int], missing: int, kept: dict[int, tuple[int, int]], spread: Spread = "auto", homes: list[int] | None = None
+) -> tuple[list[tuple[int, int]], dict[int, int]] | None:
+    placement = place_rest(views(free, homes=homes), missing=missing, kept=kept, block_size=4, spread=spread)
+    return placement and ([(share.rank, share.tokens) for share in placement.shares], placement.blocks)
+
+
+def test_the_rest_is_computed_where_most_lies() -> None:
+    """With room for a run more, and for a part-filled block in each that there is; ranks beside it are not touched."""
+    assert rest([10, 10], 1, {1: (20, 1)}) == ([(1, 1)], {1: 4})
+    assert rest([40, 10, 10], 5, {1: (8, 1), 2: (9, 3)}) == ([(2, 5)], {2: 7})
+    assert rest([10, 10], 5, {0: (8, 1), 1: (8, 1)}) == ([(0, 5)], {0: 5}), "of equals the lowest rank"
+    assert rest([40, 40], 1, {1: (20, 1)}, spread="all") == ([(1, 1)], {1: 4}), "one block is not spread"
+    assert rest([40, 40], 9, {1: (20, 1)}, spread=2) == ([(0, 5), (1, 4)], {0: 4, 1: 4})
+
+
+def test_the_rest_goes_elsewhere_where_most_has_no_room() -> None:
+    assert rest([10, 10, 3], 5, {2: (20, 1), 1: (8, 1)}) == ([(1, 5)], {1: 5}), "where less of it lies"
+    assert rest([10, 3, 3], 5, {2: (20, 1), 1: (8, 1)}) == ([(0, 5)], {0: 4}), "where nothing does"
+    assert rest([6, 5], 13, {0: (20, 1)}) == ([(0, 5), (1, 8)], {0: 5, 1: 4}), "some of it"
+    assert rest([10, 10], 5, {0: (20, 1)}, homes=[4, 0]) == ([(1, 5)], {1: 4}), "it can't decode another"
+    assert rest([3, 2], 1, {0: (20, 1)}) is None
+    assert rest([10, 10], 5, {0: (20, 1)}, homes=[4, 4]) is None
+
+
+def test_a_long_rest_is_spread_as_a_prompt() -> None:
+    """What is short stays where most lies, however long the whole is."""
+    kept = {0: (100_000, 1)}
+    short, long = (rest([5000, 5000], missing, kept) for missing in (LONG_PROMPT - 1, LONG_PROMPT))
+    assert short is not None and [rank for rank, _ in short[0]] == [0]
+    assert long is not None and sorted(long[0]) == [(0, 4096), (1, 4096)]
+
+
+@given(frees, st.integers(1, 200), st.data(), spreads)
+def test_a_rest_fits_and_leaves_the_spare(free: list[int], missing: int, data: st.DataObject, spread: Spread) -> None:
+    parts = st.tuples(st.integers(1, 99), st.integers(1, 3))
+    kept = data.draw(st.dictionaries(st.integers(0, len(free) - 1), parts))
+    placed = rest(free, missing, kept, spread)
+    if placed is None:
+        return
+    shares, blocks = placed
+    assert sum(tokens for _, tokens in shares) == missing
+    for rank, tokens in shares:
+        assert tokens > 0
+        assert blocks[rank] == -(-tokens // 4) + 2 + kept.get(rank, (0, 0))[1] <= free[rank]
+
+
+@given(st.lists(st.sampled_from(["here", "there", "missing", "missing, of another"]), min_size=1, max_size=60), st.data())
+def test_the_blocks_of_a_rest_suffice(owners: list[str], data: st.DataObject) -> None:
+    """However the runs came to be and wherever the gaps lie: each token finds its place, and the spare is left."""
+    shard = Shard(4)
+    shard.spare = list(range(1000))
+    here = [position for position, owner in enumerate(owners) if owner == "here"]
+    pieces = [here[i : i + 3] for i in range(0, len(here), 3)]
+    for piece in data.draw(st.permutations(pieces)):
+        for position in piece:
+            shard.append(position, position + 1)
+    shard.take_spare()
+    mine = [position for position, owner in enumerate(owners) if owner == "missing"]
+    if not mine:
+        return
+    placed = rest([100], len(mine), {0: (shard.num_tokens, len(shard.runs))} if here else {})
+    assert placed is not None
+    shard.spare = list(range(1000, 1000 + placed[1][0]))
+    for position in mine:
+        shard.append(position, position + 1)
+    assert shard.spare, "the one into which generation grows"
 
 
 def never(prompt: int, max_tokens: int, total_blocks: list[int]) -> Refusal | None:

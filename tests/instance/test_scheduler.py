@@ -1,11 +1,6 @@
-"""Schedulers of several instances through whole lives of sequences, two steps deep, with a made-up device.
+"""Schedulers of several instances through whole lives of sequences, two steps deep, with a made-up device."""
 
-The device "computes" token f(seq, position) and checks that every row was fed the token of its position.
-"""
-
-from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
@@ -14,213 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn.layout import HeldRun, Holding
-from gmanager.wire.messages import (
-    Admit,
-    HomeMoved,
-    NeedBlock,
-    Outputs,
-    Released,
-    SequenceParams,
-    Share,
-    TokenLogprob,
-    pack_tokens,
-)
-from instance.rmanager import RManager
-from instance.scheduler import Pace, Scheduler, StepPlan
-from instance.step import LANES, STRETCH, Handoff, Lane, Step, StepMismatch, derive
-
-VOCAB = 50
-
-
-def token_at(seq: int, position: int) -> int:
-    return (seq * 7919 + position * 104729) % VOCAB
-
-
-@dataclass
-class FakeInstance:
-    rank: int
-    rmanager: RManager
-    scheduler: Scheduler
-    running: dict[Lane, deque[tuple[StepPlan, list[int]]]] = field(default_factory=lambda: defaultdict(deque))
-    previous: dict[Lane, list[int]] = field(default_factory=lambda: defaultdict(list))
-
-
-@dataclass
-class FakeParty:
-    """Where all instances are in one lane."""
-
-    digest: list[int] = field(default_factory=list)
-    step: int = 0
-    derived: Step | None = None
-    """Which `waiting` have yet to accept."""
-    waiting: list[FakeInstance] = field(default_factory=list)
-
-
-class FakeCell:
-    """All instances as one party in each lane, driven round by round, or in any order that devices allow (`moves_on`)."""
-
-    def __init__(self, size: int, *, blocks: int, block_size: int, chunk_tokens: int, reach: int = 20) -> None:
-        self.block_size = block_size
-        self.instances: list[FakeInstance] = []
-        for rank in range(size):
-            rmanager = RManager(blocks, block_size)
-            pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), reach)
-            scheduler = Scheduler(epoch=1, rank=rank, pace=pace, rmanager=rmanager)
-            self.instances.append(FakeInstance(rank, rmanager, scheduler))
-        self.members = list(range(size))
-        self.parties: dict[Lane, FakeParty] = {lane: FakeParty() for lane in LANES}
-        self.home: dict[int, int] = {}
-        self.outputs: dict[int, dict[int, int]] = {}
-        self.finished: dict[int, str] = {}
-        self.released: dict[int, int] = {}
-        self.needs: list[int] = []
-        self.moves = 0
-
-    def admit(self, seq: int, shares: list[Share], max_tokens: int, stop: list[int]) -> bool:
-        for share in shares:
-            rm = self.instances[share.rank].rmanager
-            if not rm.reserve(seq, -(-share.tokens // self.block_size) + 1):
-                for other in shares:
-                    self.instances[other.rank].rmanager.drop(seq)
-                return False
-        length = sum(share.tokens for share in shares)
-        admit = Admit(
-            epoch=1,
-            seq=seq,
-            arrival=seq,
-            token_ids=pack_tokens(token_at(seq, p) for p in range(length)),
-            shares=shares,
-            params=SequenceParams(
-                max_tokens=max_tokens, temperature=0, top_k=0, top_p=1, seed=0, stop_token_ids=stop, logprobs=None
-            ),
-        )
-        self.home[seq] = shares[0].rank
-        self.outputs[seq] = {}
-        for share in shares:
-            self.instances[share.rank].scheduler.admit(admit)
-        return True
-
-    def round(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
-        """One step everywhere in each lane, as `instance.server` does it. Returns whether there was anything to do.
-
-        `meanwhile`: what the gManager says while the notices are out.
-        """
-        had_work = [self._round(lane, meanwhile) for lane in self.parties]
-        return any(had_work)
-
-    def _round(self, lane: Lane, meanwhile: Callable[[], None]) -> bool:
-        if not any(i.scheduler.has_work(lane, self.members) for i in self.instances):
-            for instance in self.instances:
-                if instance.running[lane]:
-                    self.commit(instance, lane)
-            return any(i.running[lane] or i.scheduler.has_work(lane, self.members) for i in self.instances)
-        self.derive(lane, meanwhile)
-        for instance in self.instances:
-            self.accept(instance, lane)
-        for instance in self.instances:
-            if len(instance.running[lane]) == 2:
-                self.commit(instance, lane)
-        return True
-
-    def moves_on(self) -> list[Callable[[], None]]:
-        """All that may happen next in any lane at any instance: notices meet, a step is accepted, or is known to have run. That
-        one has run is known once all have accepted it: each waits for what the others compute."""
-        found: list[Callable[[], None]] = []
-        for lane, party in self.parties.items():
-            are_free = not party.waiting and all(len(i.running[lane]) < 2 for i in self.instances)
-            if are_free and any(i.scheduler.has_work(lane, self.members) for i in self.instances):
-                found.append(partial(self.derive, lane))
-            for instance in self.instances:
-                num_running = len(instance.running[lane])
-                if instance in party.waiting and num_running < 2:
-                    found.append(partial(self.accept, instance, lane))
-                rests = not party.waiting and not instance.scheduler.has_work(lane, self.members)
-                if num_running == 2 or (num_running == 1 and rests):
-                    found.append(partial(self.commit, instance, lane))
-        return found
-
-    def derive(self, lane: Lane, meanwhile: Callable[[], None] = lambda: None) -> None:
-        party = self.parties[lane]
-        notices = [
-            i.scheduler.propose(lane, self.members, party=1, step=party.step, digest=party.digest, groupings=[])
-            for i in self.instances
-        ]
-        meanwhile()
-        for instance in self.instances:
-            derived = derive(notices, instance.scheduler.known(lane))
-            assert derived == (party.derived if instance.rank else derived), "all know the same"
-            party.derived = derived
-        party.digest = party.derived.digest()
-        party.step += 1
-        party.waiting = list(self.instances)
-
-    def accept(self, instance: FakeInstance, lane: Lane) -> None:
-        party = self.parties[lane]
-        party.waiting.remove(instance)
-        assert party.derived is not None
-        self.run(instance, instance.scheduler.accept(lane, party.derived), lane)
-
-    def run(self, instance: FakeInstance, plan: StepPlan, lane: Lane) -> None:
-        ids = list(plan.token_ids_T)
-        for row, i in plan.pending:
-            ids[row] = instance.previous[lane][i]
-        assert len(ids) == len(plan.positions_T) == len(plan.slots_T) == plan.layout.num_rows
-        assert len(set(plan.slots_T)) == len(plan.slots_T)
-        sampled = []
-        for s in plan.sampled:
-            assert plan.positions_T[s.row] == s.position - 1
-            sampled.append(token_at(s.seq, s.position))
-        instance.previous[lane] = sampled
-        instance.running[lane].append((plan, sampled))
-        # which sequence a row belongs to: its token and position must fit one we know
-        for row, (token, position) in enumerate(zip(ids, plan.positions_T, strict=True)):
-            owners = [seq for seq in self.outputs if token_at(seq, position) == token]
-            assert owners, f"row {row} at position {position} was fed token {token}"
-
-    def commit(self, instance: FakeInstance, lane: Lane) -> None:
-        plan, sampled = instance.running[lane].popleft()
-        tokens = {s.seq: TokenLogprob(token_id=t, logprob=0.0, rank=1) for s, t in zip(plan.sampled, sampled, strict=True)}
-        instance.scheduler.commit(lane, tokens)
-        for message in instance.scheduler.take_messages():
-            match message:
-                case Outputs(outputs=outputs):
-                    for out in outputs:
-                        assert out.index not in self.outputs[out.seq]
-                        self.outputs[out.seq][out.index] = out.token_ids[0]
-                        if out.finish_reason:
-                            assert out.seq not in self.finished
-                            self.finished[out.seq] = out.finish_reason
-                case HomeMoved(seq=seq, home=home):
-                    assert home == instance.rank
-                    self.home[seq] = home
-                    self.moves += 1
-                case NeedBlock(seq=seq):
-                    self.needs.append(seq)
-                case Released(seq=seq, generated=generated):
-                    assert seq not in self.released
-                    self.released[seq] = generated
-        instance.scheduler.validate()
-
-    def move(self, seq: int, to: int) -> None:
-        """As the gManager: reserve at the target, then tell the home it knows of."""
-        if seq not in self.released and to != self.home[seq] and self.instances[to].rmanager.reserve_next(seq) is not None:
-            self.instances[self.home[seq]].scheduler.move(seq, to)
-
-    def cancel(self, seq: int) -> None:
-        """As the gManager: tell the home it knows of, which may have handed it on."""
-        self.instances[self.home[seq]].scheduler.cancel(seq)
-
-    def drain(self, most: int = 500) -> None:
-        for _ in range(most):
-            if not self.round():
-                return
-        raise AssertionError("the cell never came to rest")
-
-    def check_empty(self) -> None:
-        for instance in self.instances:
-            assert instance.rmanager.free_blocks == instance.rmanager.shards.pool.num_blocks
-            assert not instance.scheduler.known("decode")
-            instance.scheduler.validate()
+from gmanager.wire.messages import SequenceParams, Share
+from instance.step import STRETCH, Handoff, Step, StepMismatch, derive
+from tests.instance.scheduler_support import FakeCell, token_at
 
 
 @settings(max_examples=100)
@@ -232,6 +23,7 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
         blocks=60,
         block_size=data.draw(st.sampled_from([1, 4, 16])),
         chunk_tokens=data.draw(st.sampled_from([1, 7, 64])),
+        attends=True,
     )
     in_any_order = data.draw(st.booleans())
 
@@ -311,7 +103,7 @@ def test_a_home_moves_in_the_middle_of_a_block_and_skips_one_step() -> None:
     rows = []
     while cell.round():
         running = [i.running["decode"] for i in cell.instances]
-        rows.append([steps[-1][0].layout.num_rows if steps else 0 for steps in running])
+        rows.append([steps[-1].plan.layout.num_rows if steps else 0 for steps in running])
     assert rows[:2] == [[0, 0], [0, 1]]
     assert cell.moves == 1
     assert [cell.outputs[1][i] for i in range(8)] == [token_at(1, 6 + i) for i in range(8)]
@@ -390,7 +182,7 @@ def test_a_home_goes_on_with_the_run_that_ends_last() -> None:
     lens = []
     while cell.round():
         if running := instance.running["decode"]:
-            lens.append([reading.kv_lens for reading in running[-1][0].layout.own])
+            lens.append([reading.kv_lens for reading in running[-1].plan.layout.own])
         instance.scheduler.validate()
     assert lens[:3] == [[(4,), (5,)], [(5,), (5,)], [(6,), (5,)]]
     assert cell.outputs[1] == {i: token_at(1, 8 + i) for i in range(1, 7)}

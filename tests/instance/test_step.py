@@ -75,13 +75,12 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
                 reach=reach,
                 grain=grain,
                 is_beside_decodes=is_paced and rank == size - 1,
-                ready=[seq for seq in waiting if left[seq].get(rank)],
+                ready=[seq for seq in waiting if rank in left[seq]],
                 prefills=[
                     Prefill(
                         seq=seq,
                         arrival=seq,
-                        start=at[seq],
-                        end=prompts[seq][1],
+                        gaps=[(at[seq], prompts[seq][1])],
                         shares=[Share(rank=r, tokens=t) for r, t in left[seq].items()],
                         holdings=holdings[seq],
                     )
@@ -112,7 +111,7 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
 
 def test_a_short_prompt_gets_through_beside_a_long_one() -> None:
     def prefill(seq: int, end: int) -> Prefill:
-        return Prefill(seq=seq, arrival=seq, start=0, end=end, shares=[Share(rank=0, tokens=end)], holdings=[])
+        return Prefill(seq=seq, arrival=seq, gaps=[(0, end)], shares=[Share(rank=0, tokens=end)], holdings=[])
 
     step = derive([notice(0, budget=64, ready=[1, 2, 3], prefills=[prefill(1, 1000), prefill(2, 500), prefill(3, 20)])])
     assert step.spans == [Span(3, 0, 0, 20), Span(2, 0, 0, 44)]
@@ -130,7 +129,7 @@ def test_holdings_that_all_know_are_not_repeated() -> None:
 
 def test_a_chunk_waits_for_all_participants() -> None:
     prefill = Prefill(
-        seq=1, arrival=1, start=0, end=20, shares=[Share(rank=0, tokens=10), Share(rank=1, tokens=10)], holdings=[]
+        seq=1, arrival=1, gaps=[(0, 20)], shares=[Share(rank=0, tokens=10), Share(rank=1, tokens=10)], holdings=[]
     )
     home = notice(0, ready=[1], prefills=[prefill])
     assert derive([home, notice(1)]).is_empty()
@@ -157,13 +156,13 @@ def test_prompts_are_paced_beside_decodes_and_more_so_further_on() -> None:
     pace = {"budget": 500, "paced_budget": 60, "reach": 1000}
 
     def rows(start: int, *, is_beside_decodes: bool) -> int:
-        waiting = Prefill(seq=1, arrival=1, start=start, end=10_000, shares=home, holdings=[])
+        waiting = Prefill(seq=1, arrival=1, gaps=[(start, 10_000)], shares=home, holdings=[])
         step = derive([notice(0, ready=[1], prefills=[waiting], is_beside_decodes=is_beside_decodes, **pace)])
         return sum(span.stop - span.start for span in step.spans)
 
     assert [rows(start, is_beside_decodes=True) for start in (0, 1000, 5000)] == [60, 30, 10]
     assert rows(1000, is_beside_decodes=False) == 500
-    late = Prefill(seq=1, arrival=1, start=900_000, end=999_999, shares=[Share(rank=0, tokens=99_999)], holdings=[])
+    late = Prefill(seq=1, arrival=1, gaps=[(900_000, 999_999)], shares=[Share(rank=0, tokens=99_999)], holdings=[])
     step = derive([notice(0, ready=[1], prefills=[late], is_beside_decodes=True, **pace)])
     assert sum(span.stop - span.start for span in step.spans if span.seq == 1) == 1
 
@@ -172,13 +171,52 @@ def test_what_is_computed_again_is_a_run_beside_those_that_come_later() -> None:
     """Rank 1 is gone with [8, 12) and [16, 20); the rows that compute them again run where later positions lie already."""
     held = [Holding(0, [HeldRun(0, 16, 12)]), Holding(2, [HeldRun(20, 24, 4)])]
     shares = [Share(rank=2, tokens=2), Share(rank=0, tokens=2)]
-    gap = Prefill(seq=1, arrival=1, start=8, end=12, shares=shares, holdings=held)
+    gap = Prefill(seq=1, arrival=1, gaps=[(8, 12)], shares=shares, holdings=held)
     step = derive([notice(0, ready=[1]), notice(2, ready=[1], prefills=[gap])])
     assert step.spans == [Span(1, 2, 8, 9), Span(1, 0, 9, 11), Span(1, 2, 11, 12)]
     again = [HeldRun(9, 11, 2), HeldRun(8, 12, 2)]
     assert step.holdings[1] == [Holding(0, [HeldRun(0, 16, 12), again[0]]), Holding(2, [HeldRun(20, 24, 4), again[1]])]
     row = derive([notice(2, decodes=[Decode(seq=1, position=24, holdings=step.holdings[1])])])
     assert row.holdings[1][1] == Holding(2, [HeldRun(20, 25, 5), again[1]])
+
+
+def test_a_chunk_goes_through_several_gaps() -> None:
+    """Of the last row the home keeps one token; of those of other gaps it may have any."""
+
+    def step(budget: int, shares: list[Share], later: int = 0) -> Step:
+        gaps = Prefill(seq=1, arrival=1, gaps=[(4, 8), (20, 22), (30, 31)], shares=shares, holdings=[], later=later)
+        return derive([notice(0, budget=budget, ready=[1], prefills=[gaps]), notice(1, budget=budget, ready=[1])])
+
+    alone = [Share(rank=0, tokens=7)]
+    assert step(64, alone).spans == [Span(1, 0, 4, 8), Span(1, 0, 20, 22), Span(1, 0, 30, 31)]
+    assert step(64, alone).sampled == [1]
+    assert step(5, alone).spans == [Span(1, 0, 4, 8), Span(1, 0, 20, 21)]
+    assert step(5, alone).sampled == []
+    both = [Share(rank=0, tokens=1), Share(rank=1, tokens=6)]
+    assert step(64, both).spans == [Span(1, 1, 4, 8), Span(1, 1, 20, 22), Span(1, 0, 30, 31)]
+    later = step(64, [Share(rank=0, tokens=2), Share(rank=1, tokens=6)], later=1)
+    assert sum(span.stop - span.start for span in later.spans if span.rank == 0) == 1, "one is for the last row"
+    assert later.sampled == []
+
+
+def test_rows_of_a_later_gap_cost_what_they_do_there() -> None:
+    """Ten at the beginning for ten; then 30 are left, where a row costs three."""
+    gaps = Prefill(seq=1, arrival=1, gaps=[(0, 10), (2000, 2100)], shares=[Share(rank=0, tokens=110)], holdings=[])
+    pace = {"budget": 500, "paced_budget": 40, "reach": 1000, "is_beside_decodes": True}
+    step = derive([notice(0, ready=[1], prefills=[gaps], **pace)])
+    assert step.spans == [Span(1, 0, 0, 10), Span(1, 0, 2000, 2010)]
+
+
+def test_the_rows_left_say_which_prompt_is_short() -> None:
+    """Not where they lie: the long one has little left to compute."""
+    gaps = [(1000, 1010), (9000, 9010)]
+    long = Prefill(seq=1, arrival=1, gaps=gaps, shares=[Share(rank=0, tokens=20)], holdings=[])
+    short = Prefill(seq=2, arrival=2, gaps=[(0, 40)], shares=[Share(rank=0, tokens=40)], holdings=[])
+    step = derive([notice(0, budget=30, ready=[1, 2], prefills=[long, short])])
+    assert [(span.seq, span.start) for span in step.spans][:2] == [(1, 1000), (1, 9000)]
+    more = msgspec.structs.replace(long, shares=[Share(rank=0, tokens=50)], later=30)
+    step = derive([notice(0, budget=30, ready=[1, 2], prefills=[more, short])])
+    assert step.spans[0].seq == 2
 
 
 def test_holdings_are_told_in_few_bytes() -> None:
@@ -193,7 +231,7 @@ def test_rows_beside_decodes_come_in_grains() -> None:
     """To the nearest, and one at least; but never more than a step may have, or than the prompt has."""
 
     def rows(start: int, end: int = 10_000, budget: int = 500) -> int:
-        waiting = Prefill(seq=1, arrival=1, start=start, end=end, shares=[Share(rank=0, tokens=end - start)], holdings=[])
+        waiting = Prefill(seq=1, arrival=1, gaps=[(start, end)], shares=[Share(rank=0, tokens=end - start)], holdings=[])
         pace = {"budget": budget, "paced_budget": 300, "reach": 1000, "grain": 128}
         step = derive([notice(0, ready=[1], prefills=[waiting], is_beside_decodes=True, **pace)])
         return sum(span.stop - span.start for span in step.spans if span.seq == 1)
@@ -206,7 +244,7 @@ def test_rows_beside_decodes_come_in_grains() -> None:
 def test_a_step_has_rows_of_so_many_prompts_at_most() -> None:
     """Each may end in it, and its logits take memory: `MAX_SAMPLES` of the scheduler counts on this."""
     waiting = [
-        Prefill(seq=i, arrival=i, start=0, end=1, shares=[Share(rank=0, tokens=1)], holdings=[]) for i in range(MAX_PROMPTS + 9)
+        Prefill(seq=i, arrival=i, gaps=[(0, 1)], shares=[Share(rank=0, tokens=1)], holdings=[]) for i in range(MAX_PROMPTS + 9)
     ]
     step = derive([notice(0, budget=5000, ready=[p.seq for p in waiting], prefills=waiting)])
     assert len(step.spans) == len(step.sampled) == MAX_PROMPTS
@@ -230,8 +268,7 @@ def test_a_prompts_wait_is_bounded_whatever_comes(data: st.DataObject) -> None:
             Prefill(
                 seq=names[name],
                 arrival=names[name],
-                start=at[name],
-                end=came[name],
+                gaps=[(at[name], came[name])],
                 shares=[Share(rank=0, tokens=came[name] - at[name])],
                 holdings=[],
                 waited=now - name[0],
@@ -256,8 +293,8 @@ def test_a_short_prompt_that_comes_goes_before_a_long_one_until_that_is_late(is_
     pace = {"budget": 64, "paced_budget": 192, "reach": 1000, "is_beside_decodes": is_paced}
 
     def spans(waited: int) -> dict[int, int]:
-        long = Prefill(seq=1, arrival=1, start=0, end=640, shares=[Share(rank=0, tokens=640)], holdings=[], waited=waited)
-        short = Prefill(seq=2, arrival=2, start=0, end=62, shares=[Share(rank=0, tokens=62)], holdings=[])
+        long = Prefill(seq=1, arrival=1, gaps=[(0, 640)], shares=[Share(rank=0, tokens=640)], holdings=[], waited=waited)
+        short = Prefill(seq=2, arrival=2, gaps=[(0, 62)], shares=[Share(rank=0, tokens=62)], holdings=[])
         return {span.seq: span.stop for span in derive([notice(0, ready=[1, 2], prefills=[long, short], **pace)]).spans}
 
     assert spans(STRETCH * 9) == {2: 62, 1: 2}

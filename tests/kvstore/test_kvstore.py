@@ -105,7 +105,7 @@ def test_shards_of_any_history(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 25))):
         seq = data.draw(st.sampled_from([1, 2]))
         places = written[seq]
-        match data.draw(st.sampled_from(["append"] * 6 + ["free run", "free"])):
+        match data.draw(st.sampled_from(["append"] * 6 + ["cut", "take back", "spare", "free run", "free"])):
             case "append":
                 start = data.draw(st.integers(0, 60))
                 end = start + data.draw(st.integers(1, 9))
@@ -122,10 +122,27 @@ def test_shards_of_any_history(data: st.DataObject) -> None:
                         table[seq].append(start, end)
                 else:
                     places |= dict(zip(range(start, end), table[seq].append(start, end), strict=True))
+            case "cut" if seq in table:
+                at, free = data.draw(st.integers(0, 60)), table.pool.num_free
+                freed = table.cut(seq, at)
+                assert freed == table.pool.num_free - free
+                written[seq] = {p: slot for p, slot in places.items() if p < at}
+            case "take back" if seq in table:
+                at = data.draw(st.integers(0, 60))
+                behind = [(run, p) for run in table[seq].runs for a, b in run.ranges for p in range(a, b)]
+                gone = next((run for run, p in behind if p == at), None)
+                table.take_back(seq, at)
+                for run, p in behind:
+                    if run is gone and p >= at:
+                        del places[p]
+            case "spare" if seq in table:
+                before = len(table[seq].spare), table.pool.num_free
+                assert table.free_spare(seq) == before[0] == table.pool.num_free - before[1]
+                assert seq not in table or not table[seq].spare
             case "free run" if seq in table and table[seq].runs:
-                gone = data.draw(st.sampled_from(table[seq].runs))
-                table.free_run(seq, gone.start)
-                for start, end in gone.ranges:
+                picked = data.draw(st.sampled_from(table[seq].runs))
+                table.free_run(seq, picked.start)
+                for start, end in picked.ranges:
                     for p in range(start, end):
                         del places[p]
             case "free" if seq in table:
@@ -197,6 +214,31 @@ def test_a_run_that_goes_leaves_the_others() -> None:
     table[1].runs[0].num_tokens -= 1
     with pytest.raises(RuntimeError, match="7 tokens in 2 blocks"):
         table.validate()
+
+
+def test_what_is_cut_or_taken_back_is_room_for_others() -> None:
+    table = ShardTable(8, 4)
+    table.reserve(1, 5)
+    for start, end in [(0, 5), (12, 18), (5, 9), (18, 19)]:
+        table[1].append(start, end)
+    assert [run.block_ids for run in table[1].runs] == [[0, 1, 2], [3]]
+    assert table.take_back(1, 13) == 1, "18 went, too: it lay behind it"
+    assert [run.ranges for run in table[1].runs] == [[(0, 5), (12, 13)], [(5, 9)]]
+    assert table.take_back(1, 13) == 0
+    assert table.cut(1, 5) == 1
+    assert [run.ranges for run in table[1].runs] == [[(0, 5)]]
+    assert table[1].append(7, 8) == [5]
+    assert table.free_spare(1) == 1
+    table.validate()
+    table.reserve(1, 1)
+    assert table[1].block_ids == [0, 1, 2], "the next block lies behind the last"
+    assert table.cut(1, 0) == 2
+    assert 1 in table, "a block is reserved"
+    assert table.free_spare(1) == 1
+    assert 1 not in table
+    assert table.can_reserve(8)
+    with pytest.raises(KeyError):
+        table.cut(1, 0)
 
 
 def test_storage_is_what_it_says() -> None:

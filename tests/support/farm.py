@@ -160,7 +160,7 @@ class _Serving:
         if key not in _loaded:
             _loaded[key] = load(config)
         instance = make_instance(config, _loaded[key], ZmqTransport())
-        instance._storage.data_L2BPKD.fill_(torch.nan)
+        instance._lasting.storage.data_L2BPKD.fill_(torch.nan)
         undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
         return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)
 

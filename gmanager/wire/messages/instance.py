@@ -106,6 +106,28 @@ class NotGranted(Message):
     free_blocks: int
 
 
+class KeptShard(Part):
+    """KV of a sequence that an instance has kept over the end of an epoch: for each run, the ranges of its positions."""
+
+    seq: int
+    runs: list[list[tuple[int, int]]]
+
+
+class Kept(Message):
+    """Answer to Suspend: all KV that is certain, which was written by steps that are known to have run."""
+
+    epoch: int
+    free_blocks: int
+    shards: list[KeptShard]
+
+
+class EpochBroken(Message):
+    """The instance can't step any more, through no fault of its own that it knows of; it waits for a Suspend."""
+
+    epoch: int
+    reason: str
+
+
 class Share(Part):
     """Tokens of a sequence's KV on one instance: to be born there (Admit), or lying there (SequenceOutput)."""
 
@@ -189,6 +211,22 @@ class JoinEpoch(Message):
     rank: int
     store_address: str
     members: list[Member]
+    keep: list[int] = []
+    """Sequences whose KV from the epoch before is still wanted. Of all others the instance frees what it holds."""
+
+
+class Suspend(Message):
+    """The epoch is over and another will follow: stop stepping, keep what is certain of the KV, answer Kept, and wait for a
+    JoinEpoch."""
+
+    epoch: int
+    reason: str
+
+
+class Expelled(Message):
+    """The cell goes on without this instance, or never knew it: free all KV, and register anew."""
+
+    reason: str
 
 
 class EndEpoch(Message):
@@ -211,6 +249,21 @@ class ReserveNext(Message):
 
     epoch: int
     seq: int
+
+
+class Discard(Message):
+    """Free what was kept of a sequence that isn't admitted again."""
+
+    epoch: int
+    seq: int
+
+
+class KeptPart(Part):
+    """What is left on an instance of a sequence that is admitted again."""
+
+    rank: int
+    runs: list[list[tuple[int, int]]]
+    """As in KeptShard. None of the admitted tokens' last: its row is computed anew."""
 
 
 class Drop(Message):
@@ -262,7 +315,9 @@ class Admit(Message):
     """Age: lower is older. A re-admitted request keeps its number."""
     token_ids: bytes
     shares: list[Share]
+    """Of what is to be computed: all tokens but those of which KV was kept."""
     params: SequenceParams
+    kept: list[KeptPart] = []
 
 
 class Regroup(Message):
@@ -298,6 +353,8 @@ FromInstance = (
     | Joined
     | Leave
     | LinkLost
+    | EpochBroken
+    | Kept
     | Beat
     | Granted
     | NotGranted
@@ -312,7 +369,10 @@ ToInstance = (
     | Refused
     | OpenStore
     | JoinEpoch
+    | Suspend
+    | Expelled
     | EndEpoch
+    | Discard
     | Reserve
     | ReserveNext
     | Drop

@@ -16,7 +16,7 @@ MAX_LOGPROBS = 20
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 RequestState = Literal["queued", "reserving", "prefill", "decode", "moving", "preempted", "finished"]
-CellState = Literal["forming", "ready"]
+CellState = Literal["forming", "ready", "changing"]
 RefusalReason = Literal["invalid", "too_long", "never", "model", "full", "not_ready"]
 """Why a request never starts: it is wrong in itself; longer than the model takes; more KV than the cell will ever hold; for a
 model that nobody serves; the queue is full; no cell is ready and it was not to wait for one."""

@@ -1,0 +1,259 @@
+"""What an instance makes anew for each membership of its cell, and throws away with it.
+
+    lasting      model, pool and what it holds (rManager), sockets, a GPU's divided processors
+    of an epoch  process groups, memory that others write, CUDA graphs that name it, parties, scheduler, lanes
+
+An epoch ends in this order: the lanes are cancelled; who waits inside a kernel for another GPU is let go; graphs are dropped
+and then the groups aborted (the other order hung, two H200, NCCL 2.28); the threads that drive the device end. Then nothing
+writes to the pool any more, and what is certain of it is known.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llguidance import LLTokenizer
+
+from distattn.attention import DistAttention
+from distattn.exchange import Exchange, ExchangeError
+from gmanager.wire import messages as wire
+from gmanager.wire.channel import Listener, Transport
+from gmanager.wire.codec import Decoder
+from gmanager.wire.logs import get_logger
+from instance.cell import EpochGroup
+from instance.config import GPU_GRAIN, InstanceConfig
+from instance.errors import InstanceError, PartyBroken, PartyTimeout, StepTimeout
+from instance.lane import Lanes
+from instance.model import Model
+from instance.party import Parties, PartyMessage, Seat
+from instance.processors import Processors, sharing_of
+from instance.rmanager import RManager
+from instance.runner import Runner, Times, Traffic
+from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
+from instance.step import LANES, Lane
+from kvstore.storage import KVStorage
+
+if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
+    from distattn.peers import PeerMemory
+
+log = get_logger("instance")
+
+BREAKS = (ExchangeError, PartyTimeout, PartyBroken, StepTimeout)
+"""What another's end, or a lost link to it, looks like from here."""
+
+END_TIMEOUT_S = 8.0
+"""Longest that the device may take to let go of a step that was aborted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lasting:
+    """What an instance keeps through all epochs."""
+
+    config: InstanceConfig
+    model: Model
+    tokenizer: LLTokenizer | None
+    """For grammars."""
+    storage: KVStorage
+    rmanager: RManager
+    processors: Processors | None
+    """Of a GPU."""
+    transport: Transport
+    listener: Listener[PartyMessage]
+    party_decoder: Decoder[PartyMessage]
+
+
+class Epoch:
+    """One membership: `form` it together with the other members, `run` it, `end` it."""
+
+    def __init__(self, lasting: Lasting, join: wire.JoinEpoch) -> None:
+        self.number = join.epoch
+        self._lasting = lasting
+        self._join = join
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="join")
+        """Not the loop's own pool, whose end waits for a thread that waits for a lost peer."""
+        self._made = ExitStack()
+        """Undoes what was made, last first."""
+        self._runners: dict[Lane, Runner] = {}
+        self._lanes: Lanes | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._is_over = False
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """None: it is still being formed."""
+        return self._lanes
+
+    async def form(self, on_link_lost: Callable[[int, str], None]) -> None:
+        """Meet the other members. Raises what torch raises if they don't come, and InstanceError after `end`."""
+        loop, lasting, join = asyncio.get_running_loop(), self._lasting, self._join
+        for lane in LANES:
+            self._runners[lane] = await loop.run_in_executor(self._thread, self._make_runner, lane)
+        if self._is_over:
+            raise InstanceError("the epoch ended while it was being formed")
+        config = lasting.config
+        parties = Parties(
+            Seat(
+                epoch=join.epoch,
+                rank=join.rank,
+                addresses=[member.party_address for member in join.members],
+                listener=lasting.listener,
+                dial=lambda address: lasting.transport.dial(address, lasting.party_decoder),
+                timeout_s=config.step_timeout_s,
+                on_lost=on_link_lost,
+            )
+        )
+        pace = Pace(config.chunk_tokens, config.mixed_chunk_tokens)
+        if lasting.model.device.type == "cuda":
+            pace = replace(pace, reach=lasting.model.reach(), grain=GPU_GRAIN)
+        self._lanes = Lanes(
+            parties=parties,
+            scheduler=Scheduler(epoch=join.epoch, rank=join.rank, pace=pace, rmanager=lasting.rmanager),
+            runners=self._runners,
+            sharing=None if lasting.processors is None else sharing_of(lasting.model, lasting.processors),
+            timeout_s=config.step_timeout_s,
+        )
+
+    async def run(self, on_progress: Callable[[], None]) -> str | None:
+        """Step until the epoch breaks, and return why, if that may be another's doing; None after `end`.
+
+        Raises what is this instance's own fault.
+        """
+        if self._lanes is None:
+            raise RuntimeError("form the epoch first")
+        self._running = asyncio.create_task(self._lanes.run(on_progress))
+        await asyncio.wait([self._running])
+        if self._is_over or self._running.cancelled():
+            return None
+        error = self._running.exception()
+        first = first_error(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(first, BREAKS):
+            return str(first)
+        raise first or RuntimeError("lanes step for ever")
+
+    async def end(self) -> list[tuple[int, int]]:
+        """Stop stepping, at once. Returns (sequence, position) from which on KV may not have been written.
+
+        Raises InstanceError if the device doesn't let go.
+        """
+        await self.abandon()
+        threads = [self._thread, *(pool for runner in self._runners.values() for pool in runner.threads)]
+        ended = asyncio.gather(*(asyncio.to_thread(thread.shutdown) for thread in threads))
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await ended
+        except TimeoutError:
+            raise InstanceError(f"the device did not let go of an aborted step within {END_TIMEOUT_S:g} s") from None
+        return [] if self._lanes is None else self._lanes.scheduler.uncertain()
+
+    async def abandon(self) -> None:
+        """Stop stepping and let go of all that others may wait for; for the device nobody waits."""
+        self._is_over = True
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+        self._made.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def take_messages(self) -> list[wire.Message]:
+        """What its scheduler has for the gManager."""
+        return [] if self._lanes is None else self._lanes.scheduler.take_messages()
+
+    def counters(self) -> wire.Counters:
+        """What has been done in it."""
+        if self._lanes is None:
+            return wire.Counters()
+        tally, traffic, times = self._lanes.scheduler.tally, Traffic(), Times()
+        for loop in self._lanes:
+            traffic.add(loop.runner.traffic)
+            times.add(loop.runner.times)
+        return wire.Counters(
+            steps=tally.steps,
+            rows=tally.rows,
+            rows_dispatched=traffic.rows_dispatched,
+            tokens_prefilled=tally.tokens_prefilled,
+            tokens_generated=tally.tokens_generated,
+            home_moves=tally.home_moves,
+            query_bytes=traffic.query_bytes,
+            partial_bytes=traffic.partial_bytes,
+            step_us=times.step_ns // 1000,
+            exchange_us=times.exchange_ns // 1000,
+            attention_us=times.attention_ns // 1000,
+            notice_us=sum(loop.notice_ns for loop in self._lanes) // 1000,
+            dropped_messages=self._lanes.parties.dropped,
+        )
+
+    def _undo(self, undo: Callable[[], None]) -> None:
+        """With the epoch; at once if it is over already."""
+        if self._is_over:
+            undo()
+            raise InstanceError("the epoch ended while it was being formed")
+        self._made.callback(undo)
+
+    def _make_runner(self, lane: Lane) -> Runner:
+        """The device's side of a lane: all members of the epoch make theirs together."""
+        lasting, config, device = self._lasting, self._lasting.config, self._lasting.model.device
+        group = EpochGroup(
+            store_address=self._join.store_address,
+            host=config.host,
+            name=f"epoch-{self.number}-{lane}",
+            rank=self._join.rank,
+            size=len(self._join.members),
+            device=device,
+            timeout_s=config.step_timeout_s,
+        )
+        self._undo(group.close)
+        attention = DistAttention(lasting.storage, lasting.model.shape, Exchange(group.group, device), backend=config.backend)
+        runner = Runner(
+            lasting.model,
+            attention,
+            threads=config.threads,
+            max_samples=MAX_SAMPLES[lane],
+            tokenizer=lasting.tokenizer,
+            streams=None if lasting.processors is None else lasting.processors.streams[lane],
+        )
+        self._undo(runner.close)
+        if device.type == "cuda" and lane == "prefill":
+            runner.prepare_chunks(config.chunk_tokens)
+        elif device.type == "cuda":
+            peers = self._share_memory(group)
+            log.info("capturing CUDA graphs")
+            runner.capture(lasting.storage, peers)
+            log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
+        return runner
+
+    def _share_memory(self, group: EpochGroup) -> "PeerMemory | None":
+        """Memory that the members write for each other, where graphs can use it."""
+        from distattn.peers import PeerMemory  # it needs Triton, which an instance on the CPU does without
+        from kernels.decode_attention import MAX_ROWS
+
+        size, model = len(self._join.members), self._lasting.model
+        most_served = (size - 1) * MAX_DECODE_ROWS
+        if not self._lasting.config.shares_host or model.fused is None or not 0 < most_served <= MAX_ROWS:
+            return None
+        peers = PeerMemory(
+            store=group.store,
+            rank=self._join.rank,
+            size=size,
+            rows=MAX_DECODE_ROWS,
+            shape=model.shape,
+            device=model.device,
+        )
+        self._undo(peers.abort)
+        group.barrier()  # nobody pushes into memory that its owner has yet to clear
+        return peers
+
+
+def added(*counters: wire.Counters) -> wire.Counters:
+    """The sum of each."""
+    return wire.Counters(**{name: sum(getattr(c, name) for c in counters) for name in wire.Counters.__struct_fields__})
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that started it: what tasks raise later is its echo."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

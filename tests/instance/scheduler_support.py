@@ -1,0 +1,317 @@
+"""Schedulers of several instances with a made-up device, two steps deep.
+
+The device "computes" token f(seq, position). It checks that every row is fed the token of its position, and that it reads all
+that comes before it once, wherever that lies.
+"""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
+
+from gmanager.wire.messages import (
+    Admit,
+    HomeMoved,
+    KeptPart,
+    NeedBlock,
+    Outputs,
+    Released,
+    SequenceParams,
+    Share,
+    TokenLogprob,
+    pack_tokens,
+)
+from instance.rmanager import RManager
+from instance.scheduler import Pace, Scheduler, StepPlan
+from instance.step import LANES, Lane, Step, derive
+from tests.distattn.layout_support import Token, read_by_rows
+
+VOCAB = 50
+
+Runs = list[list[tuple[int, int]]]
+"""The ranges of each run of a sequence at an instance."""
+
+
+def token_at(seq: int, position: int) -> int:
+    return (seq * 7919 + position * 104729) % VOCAB
+
+
+def positions_of(runs: Runs) -> list[list[int]]:
+    return [[p for start, end in run for p in range(start, end)] for run in runs]
+
+
+@dataclass
+class Launched:
+    """A step on a device."""
+
+    plan: StepPlan
+    sampled: list[int]
+    rows: list[Token]
+
+
+@dataclass
+class FakeInstance:
+    rank: int
+    rmanager: RManager
+    scheduler: Scheduler
+    running: dict[Lane, deque[Launched]] = field(default_factory=lambda: defaultdict(deque))
+    previous: dict[Lane, list[int]] = field(default_factory=lambda: defaultdict(list))
+    kv: dict[int, Token] = field(default_factory=dict)
+    """What has been written to each slot."""
+    certain: set[Token] = field(default_factory=set)
+    """What steps that are known to have run have written in this epoch, and what was kept from those before."""
+
+
+@dataclass
+class FakeParty:
+    """Where all instances are in one lane."""
+
+    digest: list[int] = field(default_factory=list)
+    step: int = 0
+    derived: Step | None = None
+    """Which `waiting` have yet to accept."""
+    waiting: list[FakeInstance] = field(default_factory=list)
+
+
+class FakeCell:
+    """All instances as one party in each lane, driven round by round, or in any order that devices allow (`moves_on`)."""
+
+    def __init__(
+        self, size: int, *, blocks: int, block_size: int, chunk_tokens: int, reach: int = 20, attends: bool = False
+    ) -> None:
+        """`attends`: whether it sees what each row reads, which takes time with long prompts."""
+        self.epoch = 0
+        self.block_size = block_size
+        self.attends = attends
+        self._pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), reach)
+        self._begin_epoch([RManager(blocks, block_size) for _ in range(size)])
+        self.home: dict[int, int] = {}
+        self.outputs: dict[int, dict[int, int]] = {}
+        self.known_before: dict[int, int] = {}
+        """How many of a sequence's outputs are of epochs before."""
+        self.finished: dict[int, str] = {}
+        self.released: dict[int, int] = {}
+        self.needs: list[int] = []
+        self.moves = 0
+
+    def _begin_epoch(self, rmanagers: Sequence[RManager]) -> None:
+        self.epoch += 1
+        self.instances = [
+            FakeInstance(rank, rmanager, Scheduler(epoch=self.epoch, rank=rank, pace=self._pace, rmanager=rmanager))
+            for rank, rmanager in enumerate(rmanagers)
+        ]
+        self.members = list(range(len(rmanagers)))
+        self.parties: dict[Lane, FakeParty] = {lane: FakeParty() for lane in LANES}
+
+    def lose(self, left: Sequence[FakeInstance], wanted: Sequence[int], *, are_heard: bool = True) -> list[dict[int, Runs]]:
+        """The epoch ends wherever its steps are. The next has the instances `left`, in this order: what each keeps of the
+        sequences that are `wanted`.
+
+        `are_heard`: whether the gManager gets what they had to say.
+        """
+        all_kept: list[dict[int, Runs]] = []
+        for instance in left:
+            if are_heard:
+                self.hear(instance)
+            rmanager = instance.rmanager
+            held = {seq: [[(seq, p) for p in run] for run in positions_of(rmanager.ranges(seq))] for seq in rmanager.shards}
+            kept = rmanager.settle(instance.scheduler.uncertain())
+            for seq, runs in held.items():  # a run ends before the first of its tokens that isn't certain
+                heads = [[p for _, p in takewhile(instance.certain.__contains__, run)] for run in runs]
+                assert positions_of(kept.get(seq, [])) == [head for head in heads if head]
+            rmanager.keep(wanted)
+            rmanager.validate()
+            all_kept.append({seq: runs for seq, runs in kept.items() if seq in rmanager.shards})
+        self._begin_epoch([instance.rmanager for instance in left])
+        for old, new, kept in zip(left, self.instances, all_kept, strict=True):
+            for seq, runs in kept.items():
+                for run, positions in zip(new.rmanager.shards[seq].runs, positions_of(runs), strict=True):
+                    slots = [block * self.block_size + i for block in run.block_ids for i in range(self.block_size)]
+                    tokens = dict(zip(slots, ((seq, p) for p in positions), strict=False))
+                    assert tokens.items() <= old.kv.items()
+                    new.kv |= tokens  # all else is as good as poison
+            new.certain = set(new.kv.values())
+        assert all(sorted(outputs) == list(range(len(outputs))) for outputs in self.outputs.values())
+        self.known_before = {seq: len(outputs) for seq, outputs in self.outputs.items()}
+        return all_kept
+
+    def admit(
+        self,
+        seq: int,
+        shares: list[Share],
+        max_tokens: int,
+        stop: list[int],
+        kept: Sequence[KeptPart] = (),
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """As the gManager. `kept`: of its tokens, those that it has generated included. `meanwhile`: until the next instance
+        hears of it, each time."""
+        runs_at = {part.rank: len(part.runs) for part in kept}
+        for share in shares:
+            rm = self.instances[share.rank].rmanager
+            if not rm.reserve(seq, -(-share.tokens // self.block_size) + runs_at.get(share.rank, 0) + 1):
+                for other in shares:
+                    self.instances[other.rank].rmanager.drop(seq)
+                return False
+        length = sum(share.tokens for share in shares) + sum(b - a for part in kept for run in part.runs for a, b in run)
+        admit = Admit(
+            epoch=self.epoch,
+            seq=seq,
+            arrival=seq,
+            token_ids=pack_tokens(token_at(seq, p) for p in range(length)),
+            shares=shares,
+            kept=list(kept),
+            params=SequenceParams(
+                max_tokens=max_tokens, temperature=0, top_k=0, top_p=1, seed=0, stop_token_ids=stop, logprobs=None
+            ),
+        )
+        self.home[seq] = shares[0].rank
+        self.outputs.setdefault(seq, {})
+        for rank in dict.fromkeys([*(share.rank for share in shares), *runs_at]):
+            self.instances[rank].scheduler.admit(admit)
+            meanwhile()
+        return True
+
+    def round(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """One step everywhere in each lane, as `instance.server` does it. Returns whether there was anything to do.
+
+        `meanwhile`: what the gManager says while the notices are out.
+        """
+        had_work = [self._round(lane, meanwhile) for lane in self.parties]
+        return any(had_work)
+
+    def _round(self, lane: Lane, meanwhile: Callable[[], None]) -> bool:
+        if not any(i.scheduler.has_work(lane, self.members) for i in self.instances):
+            for instance in self.instances:
+                if instance.running[lane]:
+                    self.commit(instance, lane)
+            return any(i.running[lane] or i.scheduler.has_work(lane, self.members) for i in self.instances)
+        self.derive(lane, meanwhile)
+        for instance in self.instances:
+            self.accept(instance, lane)
+        for instance in self.instances:
+            if len(instance.running[lane]) == 2:
+                self.commit(instance, lane)
+        return True
+
+    def moves_on(self) -> list[Callable[[], None]]:
+        """All that may happen next in any lane at any instance: notices meet, a step is accepted, or is known to have run. That
+        one has run is known once all have accepted it: each waits for what the others compute."""
+        found: list[Callable[[], None]] = []
+        for lane, party in self.parties.items():
+            are_free = not party.waiting and all(len(i.running[lane]) < 2 for i in self.instances)
+            if are_free and any(i.scheduler.has_work(lane, self.members) for i in self.instances):
+                found.append(partial(self.derive, lane))
+            for instance in self.instances:
+                num_running = len(instance.running[lane])
+                if instance in party.waiting and num_running < 2:
+                    found.append(partial(self.accept, instance, lane))
+                rests = not party.waiting and not instance.scheduler.has_work(lane, self.members)
+                if num_running == 2 or (num_running == 1 and rests):
+                    found.append(partial(self.commit, instance, lane))
+        return found
+
+    def derive(self, lane: Lane, meanwhile: Callable[[], None] = lambda: None) -> None:
+        party = self.parties[lane]
+        notices = [
+            i.scheduler.propose(lane, self.members, party=1, step=party.step, digest=party.digest, groupings=[])
+            for i in self.instances
+        ]
+        meanwhile()
+        for instance in self.instances:
+            derived = derive(notices, instance.scheduler.known(lane))
+            assert derived == (party.derived if instance.rank else derived), "all know the same"
+            party.derived = derived
+        party.digest = party.derived.digest()
+        party.step += 1
+        party.waiting = list(self.instances)
+
+    def accept(self, instance: FakeInstance, lane: Lane) -> None:
+        party = self.parties[lane]
+        party.waiting.remove(instance)
+        assert party.derived is not None
+        self.run(instance, instance.scheduler.accept(lane, party.derived), party.derived, lane)
+        if self.attends and not party.waiting:
+            self.attend({i.rank: i.running[lane][-1] for i in self.instances})
+
+    def run(self, instance: FakeInstance, plan: StepPlan, step: Step, lane: Lane) -> None:
+        ids = list(plan.token_ids_T)
+        for row, i in plan.pending:
+            ids[row] = instance.previous[lane][i]
+        rows = [(span.seq, p) for span in step.spans if span.rank == instance.rank for p in range(span.start, span.stop)]
+        assert plan.positions_T == [position for _, position in rows]
+        assert ids == [token_at(*row) for row in rows]
+        assert len(ids) == len(plan.slots_T) == plan.layout.num_rows
+        assert len(set(plan.slots_T)) == len(plan.slots_T)
+        sampled = []
+        for s in plan.sampled:
+            assert rows[s.row] == (s.seq, s.position - 1)
+            sampled.append(token_at(s.seq, s.position))
+        instance.previous[lane] = sampled
+        instance.running[lane].append(Launched(plan, sampled, rows))
+        instance.certain.difference_update(rows)  # what was kept and then discarded, or cut
+
+    def attend(self, launched: Mapping[int, Launched]) -> None:
+        """A step runs on all devices: each row reads all tokens up to its own once."""
+        for instance in self.instances:
+            mine = launched[instance.rank]
+            instance.kv |= zip(mine.plan.slots_T, mine.rows, strict=True)
+        layouts = [launched[rank].plan.layout for rank in self.members]
+        read = read_by_rows(layouts, [instance.kv for instance in self.instances], self.block_size)
+        for rank, rows in enumerate(read):
+            wanted = [Counter((seq, p) for p in range(position + 1)) for seq, position in launched[rank].rows]
+            assert rows == wanted
+
+    def commit(self, instance: FakeInstance, lane: Lane) -> None:
+        done = instance.running[lane].popleft()
+        pairs = zip(done.plan.sampled, done.sampled, strict=True)
+        instance.scheduler.commit(lane, {s.seq: TokenLogprob(token_id=t, logprob=0.0, rank=1) for s, t in pairs})
+        instance.certain.update(done.rows)
+        self.hear(instance)
+        instance.scheduler.validate()
+
+    def hear(self, instance: FakeInstance) -> None:
+        """As the gManager: what an instance has to say."""
+        for message in instance.scheduler.take_messages():
+            match message:
+                case Outputs(outputs=outputs):
+                    for out in outputs:
+                        index = self.known_before.get(out.seq, 0) + out.index
+                        assert index not in self.outputs[out.seq]
+                        self.outputs[out.seq][index] = out.token_ids[0]
+                        if out.finish_reason:
+                            assert out.seq not in self.finished
+                            self.finished[out.seq] = out.finish_reason
+                case HomeMoved(seq=seq, home=home):
+                    assert home == instance.rank
+                    self.home[seq] = home
+                    self.moves += 1
+                case NeedBlock(seq=seq):
+                    self.needs.append(seq)
+                case Released(seq=seq, generated=generated):
+                    assert seq not in self.released
+                    self.released[seq] = generated
+
+    def move(self, seq: int, to: int) -> None:
+        """As the gManager: reserve at the target, then tell the home it knows of."""
+        if seq not in self.released and to != self.home[seq] and self.instances[to].rmanager.reserve_next(seq) is not None:
+            self.instances[self.home[seq]].scheduler.move(seq, to)
+
+    def cancel(self, seq: int) -> None:
+        """As the gManager: tell the home it knows of, which may have handed it on."""
+        self.instances[self.home[seq]].scheduler.cancel(seq)
+
+    def drain(self, most: int = 500) -> None:
+        for party in self.parties.values():
+            assert not party.waiting, "rounds begin when all have accepted the step before"
+        for _ in range(most):
+            if not self.round():
+                return
+        raise AssertionError("the cell never came to rest")
+
+    def check_empty(self) -> None:
+        for instance in self.instances:
+            assert instance.rmanager.free_blocks == instance.rmanager.shards.pool.num_blocks
+            assert not instance.scheduler.known("decode")
+            instance.scheduler.validate()

@@ -1,0 +1,207 @@
+"""A cell that changes while it serves: instances that are lost, and that come. Real processes, on loopback only."""
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from gmanager import AsyncClient, SamplingParams, Stats
+from gmanager.config import GManagerConfig
+from tests.support.exactness import LOGPROB_TOLERANCE, clear_prompt
+from tests.support.processes import Processes, Started, client_of, processes, until_ready
+from tests.support.service import at_rest
+from tests.support.tiny import Expected, make_model, reference
+from tests.test_lifecycle import flags, here, until
+
+LONG = 4096
+NEW = 250
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that takes long texts."""
+    path = make_model("llama", tmp_path_factory.mktemp("models") / "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
+    return path
+
+
+@pytest.fixture
+async def started(tmp_path: Path) -> AsyncIterator[Processes]:
+    async with processes(tmp_path) as ours:
+        yield ours
+
+
+def text(model: Path, length: int, new: int, seed: int = 0) -> tuple[list[int], Expected]:
+    """A prompt, and what transformers alone says after it. To be made before a gManager runs in this process."""
+    ids = clear_prompt(
+        model, lambda attempt: [(i * i * 31 + i * 17 + seed * 7919 + attempt * 101 + length) % 256 for i in range(length)], new
+    )
+    return ids, reference(model, tuple(ids), new)
+
+
+class Stream:
+    """A request that runs, and when its tokens came."""
+
+    def __init__(self, client: AsyncClient, name: str, ids: list[int], new: int, spread: Literal["all", 1]) -> None:
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.came: list[float] = []
+        self.moved = asyncio.Event()
+        self.task = asyncio.create_task(self._run(client, name, ids, new, spread))
+
+    async def _run(self, client: AsyncClient, name: str, ids: list[int], new: int, spread: Literal["all", 1]) -> None:
+        params = SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True)
+        async for chunk in client.generate(ids, params, request_id=name, spread=spread):
+            assert chunk.index == len(self.tokens)
+            self.tokens += chunk.token_ids
+            self.logprobs += [p.logprob for p in chunk.logprobs or []]
+            self.came += [time.monotonic()] * len(chunk.token_ids)
+
+    async def reach(self, count: int) -> None:
+        async with asyncio.timeout(60):
+            while len(self.tokens) < count and not self.task.done():
+                await asyncio.sleep(0.002)
+
+    async def is_right(self, expected: Expected) -> None:
+        async with asyncio.timeout(60):
+            await self.task
+        assert self.tokens == expected.token_ids
+        assert self.logprobs == pytest.approx(expected.logprobs, abs=LOGPROB_TOLERANCE)
+
+    def pause_after(self, moment: float) -> float:
+        """The longest time between two tokens since then, seconds."""
+        since = [at for at in self.came if at > moment]
+        return max(b - a for a, b in pairwise([moment, *since]))
+
+
+def cell_of(started: Processes, size: int, address: str, model: Path, *more: str) -> list[Started]:
+    return [started.instance(*flags(address, model, *more), rank=rank, world_size=size) for rank in range(size)]
+
+
+async def counted(client: AsyncClient, name: str, at_least: int) -> Stats:
+    """Statistics, once the instances' beats have brought that much of a counter."""
+    return await until(client, lambda stats: getattr(stats.counters, name) >= at_least)
+
+
+@pytest.mark.parametrize("victim", ["home", "another"])
+async def test_a_loss_costs_only_what_was_lost(started: Processes, model: Path, victim: str) -> None:
+    """One of three holders is killed in mid-decode: the stream goes on, right; only the lost part is computed again."""
+    ids, expected = text(model, LONG, NEW)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        instances = cell_of(started, 3, server.address, model, "--chunk-tokens", "256")
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            stream = Stream(client, "long", ids, NEW, "all")
+            await stream.reach(20)
+            await counted(client, "tokens_prefilled", LONG)
+            before = (await until(client, lambda s: sorted(s.requests["long"].kv_tokens) == [0, 1, 2])).requests["long"]
+            assert before.home is not None
+            lost = before.home if victim == "home" else (before.home + 1) % 3
+            instances[lost].signal(signal.SIGKILL)
+            await stream.is_right(expected)
+            stats = await until(client, lambda s: s.cells[0].state == "ready" and len(s.instances) == 2)
+            assert sorted(i.rank for i in stats.instances) == [r for r in range(3) if r != lost]
+            assert [instances[r].poll() for r in range(3) if r != lost] == [None, None], "the survivors are the same processes"
+            stats = await counted(client, "tokens_prefilled", LONG + before.kv_tokens[lost])
+            again = stats.counters.tokens_prefilled - LONG
+            assert again <= 0.4 * (LONG + NEW)
+            await at_rest(client)
+
+
+async def test_who_touched_nothing_of_it_goes_on(started: Processes, model: Path) -> None:
+    """A stream that lay wholly on a survivor pauses for the change alone; one on the lost instance is computed again."""
+    texts = [text(model, 300, 400, seed) for seed in range(3)]
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        instances = cell_of(started, 3, server.address, model)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            streams = [Stream(client, f"s{i}", ids, 400, 1) for i, (ids, _) in enumerate(texts)]
+            for stream in streams:
+                await stream.reach(30)
+            homes = [(await client.stats()).requests[f"s{i}"].home for i in range(3)]
+            assert sorted(home for home in homes if home is not None) == [0, 1, 2]
+            moment = time.monotonic()
+            instances[1].signal(signal.SIGKILL)
+            for stream, (_, expected) in zip(streams, texts, strict=True):
+                await stream.is_right(expected)
+            pauses = {home: stream.pause_after(moment) for home, stream in zip(homes, streams, strict=True)}
+            print("seconds to the next token, by home:", pauses)
+            assert max(pauses[0], pauses[2]) < 3
+            await at_rest(client)
+
+
+async def test_an_instance_joins_a_cell_that_serves(started: Processes, model: Path) -> None:
+    """Streams go on as without it, and then it is used."""
+    texts = [text(model, 300, 300, seed) for seed in range(2)]
+    wide, after = text(model, 200, 12, 7)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        started.instance(*flags(server.address, model, "--cell-size", "1"), rank=0, world_size=1)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            streams = [Stream(client, f"s{i}", ids, 300, 1) for i, (ids, _) in enumerate(texts)]
+            for stream in streams:
+                await stream.reach(10)
+            started.instance(*flags(server.address, model, "--cell-size", "1"), rank=0, world_size=1)
+            await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
+            for stream, (_, expected) in zip(streams, texts, strict=True):
+                await stream.is_right(expected)
+            both = Stream(client, "both", wide, 12, "all")
+            await both.is_right(after)
+            assert sorted((await client.stats()).requests["both"].kv_tokens) == [0, 1]
+            await at_rest(client)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+async def test_one_that_stood_still_is_expelled_and_comes_again(started: Processes, model: Path, shares: bool) -> None:
+    """SIGSTOP for longer than its lease, with and without a share in a stream."""
+    ids, expected = text(model, 300, 200)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*", instance_lease_s=2.5)) as server:
+        instances = cell_of(started, 2, server.address, model)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            stream = Stream(client, "s", ids, len(expected.token_ids), "all" if shares else 1)
+            await stream.reach(20)
+            home = (await client.stats()).requests["s"].home
+            assert home is not None
+            stopped = instances[1 - home]
+            stopped.signal(signal.SIGSTOP)
+            try:
+                await until(client, lambda s: len(s.instances) == 1 and s.cells[0].state == "ready")
+                await asyncio.sleep(1)
+            finally:
+                stopped.signal(signal.SIGCONT)
+            await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
+            await stream.is_right(expected)
+            assert [i.poll() for i in instances] == [None, None], "the same processes"
+            await at_rest(client)
+
+
+@pytest.mark.slow
+async def test_twenty_losses_in_a_row(started: Processes, model: Path) -> None:
+    """Each in mid-decode of a stream over all three; another comes in its place."""
+    ids, expected = text(model, 600, 150)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        living = dict(enumerate(cell_of(started, 3, server.address, model)))
+        await until_ready(server.address)
+        pauses: list[float] = []
+        async with client_of(server.address) as client:
+            for turn in range(20):
+                stream = Stream(client, f"turn {turn}", ids, 150, "all")
+                await stream.reach(20 + 5 * turn)
+                lost = turn % 3
+                moment = time.monotonic()
+                living[lost].signal(signal.SIGKILL)
+                await stream.is_right(expected)
+                pauses.append(stream.pause_after(moment))
+                await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
+                living[lost] = started.instance(*flags(server.address, model, "--cell-size", "3"), run_id=f"again {turn}")
+                await until(client, lambda s: len(s.instances) == 3 and s.cells[0].state == "ready")
+            print("longest pauses, s:", [round(pause, 2) for pause in pauses])
+            await at_rest(client)
