@@ -419,8 +419,7 @@ class Sequences:
     def _may_fit(self, request: Request) -> bool:
         """Whether the present members could hold all of it, alone. The cell may have been larger when it came, and be again."""
         blocks = [member.spec.num_blocks for member in self._cell.members]
-        needed = request.num_tokens + max(1, request.max_tokens - len(request.tokens))
-        return needed <= most_tokens(blocks, self._cell.spec.block_size)
+        return request.prompt_tokens + request.max_tokens <= most_tokens(blocks, self._cell.spec.block_size)
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
