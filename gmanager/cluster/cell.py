@@ -57,6 +57,7 @@ LINK_GRACE_S = 1.0
 """A link may be lost since one of its ends left, or is dead: that is heard within this time, on the own link to it."""
 
 Phase = Literal["registering", "opening", "joining", "ready", "suspending"]
+
 _SAME = ("dtype", "fingerprint", "layers", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
@@ -244,8 +245,7 @@ class Cell:
         self.began_at = now
         self.broke = reason
         self._broken.clear()
-        for rank, member in enumerate(self.members):
-            member.rank = rank
+        for member in self.members:
             member.kept = None
             member.joined = False
             member.outstanding.clear()
@@ -257,8 +257,7 @@ class Cell:
         (self.joiners if member in self.joiners else self.members).remove(member)
         self.counted.append(member.counters)
         if self.is_formed:
-            for rank, other in enumerate(self.members):
-                other.rank = rank
+            self._rank()
 
     def set_kept(self, member: Member, kept: Kept) -> None:
         """A member has ended the epoch."""
@@ -281,8 +280,7 @@ class Cell:
             joiner.free_blocks = joiner.spec.num_blocks
         self.members += self.joiners
         self.joiners = []
-        for rank, member in enumerate(self.members):
-            member.rank = rank
+        self._rank()
         self._open(now)
 
     def set_text(self, member: Member, assets: TextAssets) -> None:
@@ -364,9 +362,14 @@ class Cell:
         """By torchrun in order of its first registration, then by RANK."""
         runs = list(dict.fromkeys(m.run for m in self.members))
         self.members.sort(key=lambda m: (runs.index(m.run), m.register.rank))
-        for rank, m in enumerate(self.members):
-            m.id = m.rank = rank
+        self._rank()
+        for m in self.members:
+            m.id = m.rank
             m.free_blocks = m.spec.num_blocks
+
+    def _rank(self) -> None:
+        for rank, member in enumerate(self.members):
+            member.rank = rank
 
     def _open(self, now: float) -> None:
         self.phase = "opening"

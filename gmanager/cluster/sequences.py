@@ -92,7 +92,9 @@ class Sequences:
         """Requests that run."""
         return sum(sequence.is_current for sequence in self._sequences.values())
 
-    def enqueue(self, request: Request, now: float, change: Literal["enqueue", "deny", "release"] = "enqueue") -> None:
+    def enqueue(
+        self, request: Request, now: float, change: Literal["enqueue", "deny", "release", "interrupt"] = "enqueue"
+    ) -> None:
         """Let a request wait for memory, behind all older ones."""
         self._requests.change(request, change)
         request.waiting_since = now
@@ -121,11 +123,10 @@ class Sequences:
             self._requests.fail_move(request, f"there is no instance {call.target}; cell '{self._cell.name}' has {ids}")
         elif sequence is None or sequence.ending:
             self._requests.fail_move(request, f"request {request.id!r} has no home now: it is {request.shown_state}")
+        elif sequence.moving_to is None and sequence.home == target:
+            self._answer_move(sequence)
         else:
-            if sequence.moving_to is None and sequence.home == target:
-                self._answer_move(sequence)
-            else:
-                self._changed = True
+            self._changed = True
 
     # --- changes of membership ----------------------------------------------------------------------------------------
 
@@ -189,14 +190,12 @@ class Sequences:
         self._changed = True
 
     def _interrupt(self, request: Request, waiting_since: float) -> None:
-        self._requests.change(request, "interrupt")
-        request.waiting_since = waiting_since
+        self.enqueue(request, waiting_since, "interrupt")
         request.was_interrupted = True
         self._requests.fail_move(request, f"request {request.id!r} has no home now: the cell's membership changes")
         request.home = None
         request.held = {}
         request.kept = {}
-        insort(self._waiting, request, key=lambda waiting: waiting.number)
 
     def _discard(self, request: Request) -> None:
         """What is left of its KV isn't wanted any more."""

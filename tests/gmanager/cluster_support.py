@@ -231,11 +231,9 @@ def regroup(number: int, *parties: list[int]) -> list[Action]:
     return [Send(peer(rank), message) for rank in sorted(rank for party in parties for rank in party)]
 
 
-def admit(
-    seq: int, arrival: int, ids: list[int], shares: dict[int, int], max_tokens: int = 16, generated: int = 0
-) -> list[Action]:
-    """To all participants; the home's share comes first."""
-    params = m.SequenceParams(
+def sequence_params(max_tokens: int, generated: int = 0) -> m.SequenceParams:
+    """What instances are told of a request with the default parameters."""
+    return m.SequenceParams(
         max_tokens=max_tokens,
         temperature=1.0,
         top_k=0,
@@ -245,6 +243,13 @@ def admit(
         logprobs=None,
         num_generated=generated,
     )
+
+
+def admit(
+    seq: int, arrival: int, ids: list[int], shares: dict[int, int], max_tokens: int = 16, generated: int = 0
+) -> list[Action]:
+    """To all participants; the home's share comes first."""
+    params = sequence_params(max_tokens, generated)
     listed = [m.Share(rank=rank, tokens=tokens) for rank, tokens in shares.items()]
     packed = m.pack_tokens(ids)
     message = m.Admit(epoch=1, seq=seq, arrival=arrival, token_ids=packed, shares=listed, params=params)

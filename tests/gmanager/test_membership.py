@@ -14,7 +14,6 @@ from gmanager.cluster.sequences import MAX_BREAKS
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
     CLIENT,
-    SEED,
     Driver,
     Runs,
     call_failed,
@@ -28,6 +27,7 @@ from tests.gmanager.cluster_support import (
     register,
     request_stats,
     running,
+    sequence_params,
     serving,
     submit,
 )
@@ -90,16 +90,7 @@ def test_a_loss_from_the_first_word_to_the_last() -> None:
         arrival=1,
         token_ids=m.pack_tokens([5] * 10 + [9] * 4),
         shares=[m.Share(rank=0, tokens=1)],
-        params=m.SequenceParams(
-            max_tokens=12,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            seed=SEED,
-            stop_token_ids=[2],
-            logprobs=None,
-            num_generated=4,
-        ),
+        params=sequence_params(12, generated=4),
         kept=[m.KeptPart(rank=0, runs=[[(0, 6), (10, 13)]]), m.KeptPart(rank=1, runs=[[(6, 10)]])],
     )
     granted = m.Granted(epoch=2, seq=1, blocks=4, free_blocks=1)
