@@ -76,6 +76,12 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser.add_argument("--host", default="127.0.0.1", help="where this instance's own sockets listen")
     parser.add_argument("--cell", default="main", help="name of the cell to join")
     parser.add_argument("--cell-size", type=int, help="instances of the cell (WORLD_SIZE)")
+    parser.add_argument(
+        "--connect-timeout-s",
+        type=float,
+        default=120,
+        help="how long to wait for a gManager, at first or when it is lost",
+    )
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
     logs.add_flags(parser)
     args = parser.parse_args(arguments)
@@ -104,6 +110,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         cell=args.cell,
         cell_size=_given(args.cell_size, launch.world_size),
         cache_dir=args.cache_dir,
+        connect_timeout_s=args.connect_timeout_s,
         log_level=args.log_level,
         log_format=args.log_format,
     )

@@ -110,7 +110,7 @@ class InstanceConfig:
     log_level: str = "info"
     log_format: Style = "console"
     connect_timeout_s: float = 120
-    """How long to wait for a gManager that isn't there."""
+    """How long to wait for a gManager that isn't there, or that was lost."""
     step_timeout_s: float = 600
     """Longest wait for other instances, or the device, inside a step; after it the epoch ends. An instance that died or
     was stopped is noticed within seconds by its lease: this is for what isn't, and longer than any honest step."""
@@ -127,6 +127,8 @@ class InstanceConfig:
         ):
             if value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
+        if not self.connect_timeout_s > 0:
+            raise ValueError(f"--connect-timeout-s must be more than 0, got {self.connect_timeout_s:g}")
         if any(count < 8 or count % 8 for count in self.decode_processors):
             raise ValueError(f"--decode-processors must be multiples of 8, got {' '.join(map(str, self.decode_processors))}")
         if self.max_context is not None and self.max_context < 1:

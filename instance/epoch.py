@@ -34,6 +34,7 @@ from instance.rmanager import RManager
 from instance.runner import Runner, Times, Traffic
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
 from instance.step import LANES, Lane
+from instance.unheard import Unheard
 from kvstore.storage import KVStorage
 
 if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
@@ -157,9 +158,22 @@ class Epoch:
         self._made.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def take_messages(self) -> list[wire.Message]:
-        """What its scheduler has for the gManager."""
-        return [] if self._lanes is None else self._lanes.scheduler.take_messages()
+    def take_messages(self, unheard: Unheard, *, are_sent: bool) -> list[wire.Message]:
+        """What its scheduler has for the gManager. Outputs are added to `unheard`."""
+        if self._lanes is None:
+            return []
+        scheduler = self._lanes.scheduler
+        messages = scheduler.take_messages()
+        for message in messages:
+            if isinstance(message, wire.Outputs):
+                unheard.add(message, scheduler.origins, is_sent=are_sent)
+        scheduler.forget_origins()
+        return messages
+
+    def requests(self) -> dict[int, int]:
+        """seq -> number of its request, of the sequences whose home is here."""
+        origins = {} if self._lanes is None else self._lanes.scheduler.origins
+        return {seq: request for seq, (request, _) in origins.items()}
 
     def counters(self) -> wire.Counters:
         """What has been done in it."""

@@ -56,6 +56,7 @@ from instance.step import (
     Step,
     StepMismatch,
 )
+from instance.unheard import Origin
 
 MAX_DECODE_ROWS = 256
 """Most decode rows an instance brings to one step; the oldest sequences go first."""
@@ -182,6 +183,8 @@ class Scheduler:
         self._steps: dict[Lane, _Steps] = {lane: _Steps() for lane in LANES}
         self._departed: dict[int, None] = {}
         """Handed off while their last token was under way."""
+        self._origins: dict[int, Origin] = {}
+        """Of sequences whose home is here, or was when the last messages were taken."""
         self._scored: list[Message] = []
         self._outputs: list[SequenceOutput] = []
         self._messages: list[Message] = []
@@ -201,16 +204,18 @@ class Scheduler:
         gaps = self._check_kept(admit, len(prompt))
         self._guests[admit.seq] = Guest(prompt, admit.params.prompt_logprobs)
         if admit.shares[0].rank == self.rank:
-            self._homes[admit.seq] = Home(
-                seq=admit.seq,
-                arrival=admit.arrival,
-                params=admit.params,
-                prompt_tokens=len(prompt),
-                position=gaps[0][0],
-                gaps=gaps,
-                shares=list(admit.shares),
-                holdings=_holdings(admit.kept),
-                history=History.of(prompt, admit.params),
+            self._begin(
+                Home(
+                    seq=admit.seq,
+                    arrival=admit.arrival,
+                    params=admit.params,
+                    prompt_tokens=len(prompt),
+                    position=gaps[0][0],
+                    gaps=gaps,
+                    shares=list(admit.shares),
+                    holdings=_holdings(admit.kept),
+                    history=History.of(prompt, admit.params),
+                )
             )
 
     def cancel(self, seq: int) -> None:
@@ -367,12 +372,22 @@ class Scheduler:
         `RManager.settle`, when the epoch is over."""
         return [place for steps in self._steps.values() for step in steps.accepted for place in step.written]
 
+    @property
+    def origins(self) -> Mapping[int, Origin]:
+        """Of all sequences of which `take_messages` has outputs, and of those whose home is here."""
+        return self._origins
+
     def take_messages(self) -> list[Message]:
         """What the gManager must hear since the last call: log-probabilities of prompts, outputs, then the rest."""
         outputs: list[Message] = [Outputs(epoch=self.epoch, outputs=self._outputs)] if self._outputs else []
         messages = self._scored + outputs + self._messages
         self._scored, self._outputs, self._messages = [], [], []
         return messages
+
+    def forget_origins(self) -> None:
+        """The messages that were taken have been read: only sequences that are at home here go on."""
+        if len(self._origins) > len(self._homes):
+            self._origins = {seq: origin for seq, origin in self._origins.items() if seq in self._homes}
 
     def validate(self) -> None:
         """Blocks add up, and with no sequence nothing is left. Raises RuntimeError otherwise."""
@@ -383,6 +398,11 @@ class Scheduler:
             raise RuntimeError(f"no sequence holds blocks, yet these are known: {known}")
 
     # --- the parts ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, home: Home) -> None:
+        """A sequence's home is here from now on."""
+        self._homes[home.seq] = home
+        self._origins[home.seq] = home.arrival, home.params.num_generated
 
     def _keeps(self, seq: int) -> bool:
         """Whether blocks of it are here, and not only until the step that released them has run."""
@@ -469,17 +489,19 @@ class Scheduler:
                 self._tell_of_cancel(handoff.seq)
         if handoff.to != self.rank:
             return
-        self._homes[handoff.seq] = Home(
-            seq=handoff.seq,
-            arrival=handoff.arrival,
-            params=handoff.params,
-            prompt_tokens=handoff.prompt_tokens,
-            position=handoff.position,
-            holdings=handoff.holdings,
-            generated=handoff.generated,
-            committed=handoff.generated - (handoff.last_token is None),
-            last_token=handoff.last_token,
-            history=None if handoff.past is None else _unpacked(handoff.past),
+        self._begin(
+            Home(
+                seq=handoff.seq,
+                arrival=handoff.arrival,
+                params=handoff.params,
+                prompt_tokens=handoff.prompt_tokens,
+                position=handoff.position,
+                holdings=handoff.holdings,
+                generated=handoff.generated,
+                committed=handoff.generated - (handoff.last_token is None),
+                last_token=handoff.last_token,
+                history=None if handoff.past is None else _unpacked(handoff.past),
+            )
         )
         self.tally.home_moves += 1
         self._messages.append(HomeMoved(epoch=self.epoch, seq=handoff.seq, home=self.rank))

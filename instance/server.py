@@ -1,7 +1,12 @@
-"""One instance: registers, and takes part in its cell's epochs, one after the other."""
+"""One instance: registers, and takes part in its cell's epochs, one after the other.
+
+When the gManager is gone the instance goes on with what runs, and looks for one (`_find_gmanager`). What it generates meanwhile
+it keeps (`instance.unheard`) for the answer to the Suspend with which the next gManager ends that epoch.
+"""
 
 import asyncio
 import gc
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,11 +28,15 @@ from instance.party import PartyMessage
 from instance.processors import Processors
 from instance.rmanager import RManager
 from instance.step import Grouping
+from instance.unheard import Unheard
 from kvstore.storage import KVStorage
 
 log = get_logger("instance")
 
 BEAT_S = 1.0
+
+REDIAL_S = 0.2
+"""Between two gManagers that hung up."""
 
 
 class Instance:
@@ -49,7 +58,18 @@ class Instance:
         self._assets = assets
         self._spec = spec
         self._listener = transport.listen(f"tcp://{config.host}:*", party_decoder)
-        self._gmanager = transport.dial(config.gmanager, to_instance)
+        self._dial = partial(transport.dial, config.gmanager, to_instance)
+        self._gmanager = self._dial()
+        self._is_registered = False
+        self._is_alone = False
+        """The gManager that the epoch is of is gone."""
+        self._term = 0
+        """Of the gManager."""
+        self._former: wire.Former | None = None
+        """What to say of this instance to the next gManager."""
+        self._unheard = Unheard()
+        self._requests: dict[int, int] = {}
+        """seq -> number of the request, of KV that was kept over the end of an epoch in which its home was here."""
         self._rmanager = RManager(storage.num_blocks, storage.block_size)
         self._lasting = Lasting(
             config=config,
@@ -67,6 +87,8 @@ class Instance:
         self._change: asyncio.Task[None] | None = None
         """What forms and runs the present epoch, or ended the one before."""
         self._lease_s = 0.0
+        self._silence: str | None = None
+        """Why this instance has hung up."""
         self._unanswered = 0
         """Beats since something was heard of the gManager: not time, which passes for a process that is stopped, too."""
         self._dropped = 0
@@ -112,19 +134,53 @@ class Instance:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._beat())
                 while True:
-                    message = await self._gmanager.recv()
+                    try:
+                        message = await self._gmanager.recv()
+                    except PeerGone as gone:
+                        await self._find_gmanager(self._silence or str(gone))
+                        continue
                     self._unanswered = 0
                     if isinstance(message, wire.Expelled):
                         await self._come_again(message.reason)
                     else:
                         self._obey(message, tasks)
-        except* PeerGone:
-            raise InstanceError("the gManager is gone") from None
         except* Exception as group:
             raise first_error(group) from None
 
     async def _register(self) -> None:
-        """Greet the gManager; ZeroMQ delivers the greeting when there is one."""
+        """Greet the gManager; ZeroMQ delivers the greeting when there is one. Raises InstanceError."""
+        config = self._config
+        try:
+            async with asyncio.timeout(config.connect_timeout_s):
+                await self._greet()
+        except PeerGone:
+            raise InstanceError(f"the gManager at {config.gmanager} closed the connection") from None
+        except TimeoutError:
+            raise InstanceError(f"no gManager answered at {config.gmanager} within {config.connect_timeout_s:.0f} s") from None
+
+    async def _find_gmanager(self, how: str) -> None:
+        """The gManager is gone: go on without it until there is one. Raises InstanceError if none comes in time, or it doesn't
+        want this instance."""
+        config = self._config
+        log.warning("gManager lost", reason=how)
+        self._is_alone, self._is_registered, self._silence = True, False, None
+        self._unheard.cut()
+        try:
+            async with asyncio.timeout(config.connect_timeout_s):
+                while not self._is_registered:
+                    await self._gmanager.close()
+                    self._gmanager = self._dial()
+                    try:
+                        await self._greet()
+                    except PeerGone as gone:
+                        log.warning("gManager lost", reason=str(gone))
+                        await asyncio.sleep(REDIAL_S)
+        except TimeoutError:
+            what = f"the gManager is gone ({how}), and none came within {config.connect_timeout_s:.0f} s"
+            raise InstanceError(what) from None
+
+    async def _greet(self) -> None:
+        """Raises PeerGone, and InstanceError if it refuses this instance."""
         config = self._config
         self._gmanager.send(
             wire.Register(
@@ -135,21 +191,22 @@ class Instance:
                 rank=config.launch.rank,
                 party_address=self._listener.address,
                 spec=self._spec,
+                former=self._former,
             )
         )
-        try:
-            async with asyncio.timeout(config.connect_timeout_s):
-                while isinstance(answer := await self._gmanager.recv(), wire.Expelled | wire.Pong):
-                    pass  # what it said while it didn't know this instance
-        except PeerGone:
-            raise InstanceError(f"the gManager at {config.gmanager} closed the connection") from None
-        except TimeoutError:
-            raise InstanceError(f"no gManager answered at {config.gmanager} within {config.connect_timeout_s:.0f} s") from None
+        while isinstance(answer := await self._gmanager.recv(), wire.Expelled | wire.Pong):
+            if isinstance(answer, wire.Expelled) and self._former is not None:
+                await self._come_again(answer.reason)
+                return
+            # else what it said while it didn't know this instance
         if isinstance(answer, wire.Refused):
             raise InstanceError(f"the gManager refused this instance: {answer.reason}")
         if not isinstance(answer, wire.Registered):
             raise InstanceError(f"the gManager at {config.gmanager} answered the registration with {type(answer).__name__}")
-        self._lease_s = answer.lease_s
+        if answer.term < self._term:
+            raise PeerGone(f"it has term {answer.term}, and this instance has served a gManager of term {self._term}")
+        self._term, self._lease_s = answer.term, answer.lease_s
+        self._is_registered, self._unanswered = True, 0
         if answer.send_text:
             self._gmanager.send(wire.Text(assets=self._assets))
         log.info("registered", gmanager=config.gmanager, cell=config.cell)
@@ -159,13 +216,15 @@ class Instance:
         while True:
             await asyncio.sleep(BEAT_S)
             if self._unanswered * BEAT_S > self._lease_s:
-                raise InstanceError(f"nothing heard from the gManager for {self._lease_s:.0f} s")
-            self._unanswered += 1
-            self._send_beat()
+                self._silence = f"nothing was heard of it for {self._lease_s:.0f} s"
+                await self._gmanager.close()
+            elif self._is_registered:
+                self._unanswered += 1
+                self._send_beat()
 
     def _send_beat(self) -> None:
         epoch = self._epoch
-        if epoch is None or epoch.lanes is None:
+        if self._is_alone or epoch is None or epoch.lanes is None:
             self._gmanager.send(wire.Ping())
             return
         self._gmanager.send(
@@ -182,16 +241,21 @@ class Instance:
         if isinstance(message, BadMessage):
             raise InstanceError(f"what the gManager sends can't be read: {message}")
         if isinstance(message, wire.Pong):
-            return
-        if isinstance(message, wire.OpenStore):
+            self._unheard.hear(message.outputs)
+        elif isinstance(message, wire.OpenStore):
             self._store, address = open_store(self._config.host, self._config.step_timeout_s)
             self._gmanager.send(wire.StoreOpened(epoch=message.epoch, address=address))
         elif isinstance(message, wire.JoinEpoch):
+            size = len(message.members)
+            self._former = wire.Former(term=self._term, epoch=message.epoch, id=message.id, size=size)
+            self._is_alone = False
+            self._unheard.forget_left()
             self._epoch = Epoch(self._lasting, message)
             self._change = tasks.create_task(self._join(message, self._epoch, before=self._change))
         elif isinstance(message, wire.Suspend):
             over, self._epoch = self._epoch, None
-            self._change = tasks.create_task(self._suspend(message, over, before=self._change))
+            answer = self._gmanager.send  # not to another gManager than asks
+            self._change = tasks.create_task(self._suspend(message, over, answer, before=self._change))
         elif isinstance(message, wire.Discard):
             self._rmanager.discard(message.seq)
             self._tell_of_freed()
@@ -246,6 +310,7 @@ class Instance:
         self._rmanager.settle(await self._end(over, before))
         self._rmanager.keep([])
         self._rmanager.take_changes()
+        self._former, self._is_alone, self._unheard, self._requests = None, False, Unheard(), {}
         await self._register()
 
     async def _end(self, epoch: Epoch | None, before: asyncio.Task[None] | None) -> list[tuple[int, int]]:
@@ -279,40 +344,56 @@ class Instance:
         gc.freeze()  # what was loaded stays: looking through it again and again delayed steps by tens of milliseconds
         if self._epoch is not epoch:
             return  # it has ended meanwhile
-        self._gmanager.send(wire.Joined(epoch=join.epoch))
+        self._tell(wire.Joined(epoch=join.epoch))
         log.info("epoch joined", epoch=join.epoch, cell_rank=join.rank, instances=len(join.members))
         reason = await epoch.run(partial(self._on_progress, epoch))
         if reason is not None:
             self._on_broken(join.epoch, reason)
 
-    async def _suspend(self, suspend: wire.Suspend, epoch: Epoch | None, before: asyncio.Task[None] | None) -> None:
+    async def _suspend(
+        self,
+        suspend: wire.Suspend,
+        epoch: Epoch | None,
+        answer: Callable[[wire.Message], None],
+        before: asyncio.Task[None] | None,
+    ) -> None:
         """End an epoch, and say what of its KV is certain. `before`: what forms or runs it.
 
         Raises InstanceError if the device doesn't let go.
         """
         kept = self._rmanager.settle(await self._end(epoch, before))
-        shards = [wire.KeptShard(seq=seq, runs=runs) for seq, runs in kept.items()]
-        self._gmanager.send(wire.Kept(epoch=suspend.epoch, free_blocks=self._rmanager.free_blocks, shards=shards))
+        if epoch is not None:
+            epoch.take_messages(self._unheard, are_sent=False)
+            self._requests |= epoch.requests()
+        self._requests = {seq: self._requests.get(seq, 0) for seq in kept}
+        shards = [wire.KeptShard(seq=seq, runs=runs, request=self._requests[seq]) for seq, runs in kept.items()]
+        free, unheard = self._rmanager.free_blocks, self._unheard.report() if self._is_alone else []
+        answer(wire.Kept(epoch=suspend.epoch, free_blocks=free, shards=shards, unheard=unheard))
         log.info("epoch ended", epoch=suspend.epoch, reason=suspend.reason, kept_sequences=len(shards))
 
     def _on_broken(self, epoch: int, reason: str) -> None:
         """It can't go on; the gManager knows why, or will, and says what comes next."""
         log.warning("epoch broken", epoch=epoch, reason=reason)
-        self._gmanager.send(wire.EpochBroken(epoch=epoch, reason=reason))
+        self._tell(wire.EpochBroken(epoch=epoch, reason=reason))
 
     def _on_link_lost(self, epoch: int, rank: int, reason: str) -> None:
         """The gManager decides what that means: it may know why already."""
         log.warning("link lost", to_rank=rank, reason=reason)
-        self._gmanager.send(wire.LinkLost(epoch=epoch, rank=rank, reason=reason))
+        self._tell(wire.LinkLost(epoch=epoch, rank=rank, reason=reason))
 
     def _on_progress(self, epoch: Epoch) -> None:
         """A lane has moved on: tell the gManager."""
         self._tell_of_freed()
-        for message in epoch.take_messages():
+        for message in epoch.take_messages(self._unheard, are_sent=not self._is_alone):
+            self._tell(message)
+
+    def _tell(self, message: wire.Message) -> None:
+        """The gManager, of the epoch that it began."""
+        if not self._is_alone:
             self._gmanager.send(message)
 
     def _tell_of_freed(self) -> None:
-        if self._rmanager.freed:
+        if self._rmanager.freed and not self._is_alone:
             self._send_beat()  # somebody may wait for these blocks
 
     def validate(self) -> None:

@@ -5,7 +5,6 @@ Instances are forked from a process that has imported torch (`Processes.instance
 
 import asyncio
 import hashlib
-import json
 import os
 import signal
 import time
@@ -41,9 +40,8 @@ from tests.support.processes import (
     workers,
 )
 from tests.support.service import at_rest
-from tests.support.tiny import make_model
+from tests.support.tiny import make_long_model, make_model
 
-MAX_CONTEXT = 32768
 ENDLESS = SamplingParams(max_tokens=15_000, temperature=0, ignore_eos=True)
 """A minute of decoding: a request with these ends when something else ends it."""
 
@@ -59,10 +57,7 @@ LOADED = "attention_scratch"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that takes long texts."""
-    path = make_model("llama", tmp_path_factory.mktemp("models") / "llama")
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": MAX_CONTEXT}))
-    return path
+    return make_long_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -266,15 +261,15 @@ async def test_all_that_are_asked_to_end_have_done_as_asked(started: Processes, 
     assert [await instance_.exit_code() for instance_ in instances] == [0, 0]
 
 
-async def test_a_lost_gmanager_ends_its_instances(started: Processes, model: Path) -> None:
+async def test_a_lost_gmanager_ends_its_instances_if_no_other_comes(started: Processes, model: Path) -> None:
     gmanager = started.gmanager()
     address = await address_of(gmanager)
-    instances = two(started, address, model)
+    instances = two(started, address, model, "--connect-timeout-s", "2")
     await until_ready(address)
     gmanager.signal(signal.SIGKILL)
     for instance_ in instances:
         assert await instance_.exit_code() == 1
-        await instance_.says("the gManager is gone")
+        await instance_.says("the gManager is gone .*, and none came within 2 s")
 
 
 async def test_a_killed_instance_is_noticed_at_once_and_named(started: Processes, model: Path) -> None:

@@ -1,7 +1,6 @@
 """A cell that changes while it serves: instances that are lost, and that come. Real processes, on loopback only."""
 
 import asyncio
-import json
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -16,7 +15,7 @@ from gmanager.config import GManagerConfig
 from tests.support.exactness import LOGPROB_TOLERANCE, clear_prompt
 from tests.support.processes import Processes, Started, client_of, processes, until_ready
 from tests.support.service import at_rest
-from tests.support.tiny import Expected, make_model, reference
+from tests.support.tiny import Expected, make_long_model, reference
 from tests.test_lifecycle import flags, here, until
 
 LONG = 4096
@@ -26,10 +25,7 @@ NEW = 250
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that takes long texts."""
-    path = make_model("llama", tmp_path_factory.mktemp("models") / "llama")
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
-    return path
+    return make_long_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

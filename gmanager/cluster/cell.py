@@ -3,10 +3,14 @@
     registering ──(cell_size registered)──> opening ──(StoreOpened)──> joining ──(all Joined, text loaded)──> ready
                                                ^                                                               │
                                                └──(all Kept)── suspending <──(an instance is lost, or comes)───┘
+    returning ──(all are back, text loaded)────────────────────^
 
 A cell is forming until it is ready for the first time: whoever leaves from `opening` on ends it then, and so does whoever
 should have sent the text and didn't. From then on it serves, and changes: each change of membership is a new epoch, with new
 ranks, to which those that are left bring the KV that they have kept. It is over when none is left.
+
+A cell whose gManager is gone is `returning` to the next one, which knows it by the first of its members that registers. They
+still step in the epoch in which they were left; when they are all back, or some have not come in time, that one is ended.
 """
 
 import logging
@@ -23,6 +27,7 @@ from gmanager.wire.messages import (
     PROTOCOL,
     Beat,
     Counters,
+    Former,
     InstanceSpec,
     JoinEpoch,
     Kept,
@@ -34,6 +39,7 @@ from gmanager.wire.messages import (
     Submit,
     Suspend,
     TextAssets,
+    Unheard,
     unpack_tokens,
 )
 from gmanager.wire.messages import Member as WireMember
@@ -56,7 +62,10 @@ MAX_ATTEMPTS = 8
 LINK_GRACE_S = 1.0
 """A link may be lost since one of its ends left, or is dead: that is heard within this time, on the own link to it."""
 
-Phase = Literal["registering", "opening", "joining", "ready", "suspending"]
+RETURN_GRACE_S = 5.0
+"""After the first of its members that a cell waits for the others, when its gManager was gone."""
+
+Phase = Literal["registering", "returning", "opening", "joining", "ready", "suspending"]
 
 _SAME = ("dtype", "fingerprint", "layers", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
@@ -84,6 +93,12 @@ class Member:
     outstanding: dict[int, int] = field(default_factory=dict)
     """seq -> blocks of Reserves that aren't answered."""
     counters: Counters = field(default_factory=Counters)
+    num_outputs: int = 0
+    """Messages Outputs that came of it."""
+    requests: dict[int, int] = field(default_factory=dict)
+    """seq -> number of the request, as it says of what it has kept."""
+    unheard: list[Unheard] = field(default_factory=list)
+    """What it generated while there was no gManager."""
 
     @property
     def spec(self) -> InstanceSpec:
@@ -107,8 +122,10 @@ class Member:
 class Cell:
     """The members of a cell, through all its epochs."""
 
-    def __init__(self, epoch: int, first: Register, emit: Emit) -> None:
+    def __init__(self, epoch: int, first: Register, emit: Emit, *, term: int = 0) -> None:
+        """`term`: of the gManager."""
         self.name = first.cell
+        self.term = term
         self.number = epoch
         """Its own, whatever epoch it is in: that of its first one."""
         self.epoch = epoch
@@ -134,6 +151,12 @@ class Cell:
         self.text_loaded = False
         self.text_source: Member | None = None
         self.began_at = 0.0
+        self.was_left = False
+        """The epoch that is being ended is one that a gManager before had begun."""
+        self._former_size = 0
+        """Members of the epoch in which the gManager before was lost."""
+        self._left_again = 0
+        """Of these, those that were back and are gone."""
         self._broken: dict[int, tuple[float, str]] = {}
         """Ranks that another says it lost the link to: since when, and in which words."""
         self._emit = emit
@@ -167,7 +190,7 @@ class Cell:
 
     def refusal(self, register: Register) -> str | None:
         """Why this instance can't be a member."""
-        if not self.is_formed and self.phase != "registering":
+        if not self.is_formed and self.phase not in ("registering", "returning"):
             return f"cell '{self.name}' already has its {self.quorum} instances, and is forming"
         if len(self.everybody) >= MAX_CELL_SIZE:
             return f"cell '{self.name}' has {len(self.everybody)} instances, as many as may be"
@@ -223,13 +246,12 @@ class Cell:
         send_text = self.text_source is None
         if send_text:
             self.text_source = member
-        self._emit(Send(peer, Registered(lease_s=lease_s, send_text=send_text)))
-        if self.is_formed:
-            taken = {m.id for m in self.everybody}
-            member.id = next(number for number in range(len(taken) + 1) if number not in taken)
-            member.kept = {}
-            self.joiners.append(member)
-            self._emit(Log(logging.INFO, "instance comes", {"cell": self.name, "instance": member.id}))
+        self._emit(Send(peer, Registered(lease_s=lease_s, send_text=send_text, term=self.term)))
+        if register.former is not None:
+            self._take_back(member, register.former, now)
+            return member
+        if self.is_formed or self.phase == "returning":
+            self._add_joiner(member)
             return member
         self.members.append(member)
         fields = {"cell": self.name, "rank": register.rank, "registered": len(self.members), "of": self.quorum}
@@ -238,6 +260,21 @@ class Cell:
             self._rank_by_run()
             self._open(now)
         return member
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether all are back, and their epoch can be ended: what they generated is text, too."""
+        return self.phase == "returning" and self.text_loaded and len(self.members) + self._left_again >= self._former_size
+
+    def give_up_absent(self) -> None:
+        """Wait no longer for members that have not come back."""
+        self._former_size = len(self.members)
+
+    def end_return(self, now: float) -> None:
+        """End the epoch in which all were left."""
+        self.is_formed = self.was_left = True
+        self.suspend(now, "its gManager was lost, and another has come")
+        self.broke = None
 
     def suspend(self, now: float, reason: str) -> None:
         """Begin a change: all stop stepping, and say what they keep."""
@@ -254,15 +291,18 @@ class Cell:
 
     def remove(self, member: Member) -> None:
         """It is no member any more, nor about to be one."""
+        self._left_again += self.phase == "returning" and member in self.members
         (self.joiners if member in self.joiners else self.members).remove(member)
         self.counted.append(member.counters)
-        if self.is_formed:
+        if self.is_formed or self.phase == "returning":
             self._rank()
 
     def set_kept(self, member: Member, kept: Kept) -> None:
         """A member has ended the epoch."""
         if self.phase == "suspending":
             member.kept = {shard.seq: shard.runs for shard in kept.shards}
+            member.requests = {shard.seq: shard.request for shard in kept.shards if shard.request}
+            member.unheard = kept.unheard
             member.hear_free(kept.free_blocks)
 
     @property
@@ -274,6 +314,7 @@ class Cell:
         """The next one, with all who are here."""
         self.epoch = epoch
         self.attempts += 1
+        self.was_left = False
         if self.loss is not None or self.joiners:
             self.broke = None
         for joiner in self.joiners:
@@ -301,7 +342,7 @@ class Cell:
         members = [WireMember(rank=m.rank, party_address=m.register.party_address) for m in self.members]
         for m in self.members:
             keep = [seq for seq in m.kept or () if seq in wanted]
-            join = JoinEpoch(epoch=self.epoch, rank=m.rank, store_address=address, members=members, keep=keep)
+            join = JoinEpoch(epoch=self.epoch, id=m.id, rank=m.rank, store_address=address, members=members, keep=keep)
             self._emit(Send(m.peer, join))
 
     def set_joined(self, member: Member) -> None:
@@ -333,7 +374,7 @@ class Cell:
         """Whether the cell can go on without this member."""
         if self.is_formed:
             return self.everybody != [member]
-        return self.phase == "registering" and (self.assets is not None or member is not self.text_source)
+        return self.phase in ("registering", "returning") and (self.assets is not None or member is not self.text_source)
 
     @property
     def missing(self) -> list[Member]:
@@ -348,7 +389,7 @@ class Cell:
             if len(self.members) >= self.quorum:
                 raise RuntimeError(f"cell '{self.name}' is complete and has no epoch")
             return
-        if self.is_suspended or (self.is_ready and self.joiners):
+        if self.has_returned or self.is_suspended or (self.is_ready and self.joiners):
             raise RuntimeError(f"cell '{self.name}' is {self.phase}, and its next epoch could begin")
         if len({m.id for m in self.everybody}) < len(self.everybody):
             raise RuntimeError(f"ids of cell '{self.name}' are {[m.id for m in self.everybody]}")
@@ -357,6 +398,37 @@ class Cell:
         for m in self.members:
             if not 0 <= m.free_blocks <= m.spec.num_blocks:
                 raise RuntimeError(f"{m.name} has {m.free_blocks} of {m.spec.num_blocks} blocks free")
+
+    def _add_joiner(self, member: Member) -> None:
+        member.id = self._free_id()
+        member.kept = {}
+        self.joiners.append(member)
+        self._emit(Log(logging.INFO, "instance comes", {"cell": self.name, "instance": member.id}))
+
+    def _take_back(self, member: Member, former: Former, now: float) -> None:
+        """It was a member when the gManager before was lost."""
+        if self.phase == "registering":
+            self.phase = "returning"
+            self.began_at = now
+            fresh, self.members = self.members, []
+            for other in fresh:
+                self._add_joiner(other)
+        member.id = self._free_id() if any(m.id == former.id for m in self.members) else former.id
+        self.members.append(member)
+        self.members.sort(key=lambda m: m.id)
+        for joiner in self.joiners:
+            if joiner.id == member.id:
+                joiner.id = self._free_id()
+        if former.epoch >= self.epoch:
+            self.epoch, self._former_size = former.epoch, former.size
+        self._rank()
+        fields = {"cell": self.name, "instance": member.id, "epoch": former.epoch}
+        self._emit(Log(logging.INFO, "instance is back", fields))
+
+    def _free_id(self) -> int:
+        """The lowest that no member has."""
+        taken = {m.id for m in self.everybody}
+        return next(number for number in range(len(taken) + 1) if number not in taken)
 
     def _rank_by_run(self) -> None:
         """By torchrun in order of its first registration, then by RANK."""

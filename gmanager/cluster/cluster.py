@@ -10,7 +10,7 @@ forgotten after a while.
 import logging
 from collections.abc import Collection
 
-from gmanager.cluster.cell import MAX_ATTEMPTS, SUSPEND_TIMEOUT_S, Cell, Member, malformed
+from gmanager.cluster.cell import MAX_ATTEMPTS, RETURN_GRACE_S, SUSPEND_TIMEOUT_S, Cell, Member, malformed
 from gmanager.cluster.events import (
     Action,
     DropText,
@@ -44,8 +44,10 @@ STALL_S = 3.0
 class Cluster:
     """Cells, clients and requests of one gManager."""
 
-    def __init__(self, config: GManagerConfig) -> None:
+    def __init__(self, config: GManagerConfig, *, term: int = 0) -> None:
+        """`term`: of the journal; 0: there is none."""
         self._config = config
+        self._term = term
         self._out: list[Action] = []
         self._now = 0.0
         self._ticked_at: float | None = None
@@ -294,7 +296,7 @@ class Cluster:
         sequences = self._sequences_of(request)
         if cell is None or sequences is None:
             raise RuntimeError(f"request {request.number} is bound to cell {request.cell_number}, which is over")
-        refusal = cell.why_never(request.prompt, request.highest, request.params)
+        refusal = None if request.is_restored else cell.why_never(request.prompt, request.highest, request.params)
         if refusal is not None:
             self._refuse(request, refusal)
         else:
@@ -348,9 +350,12 @@ class Cluster:
             self._log(logging.WARNING, "instance refused", reason=reason)
             self._part(peer, m.Refused(reason=reason))
             return
+        if register.former is not None and cell is not None and cell.phase not in ("registering", "returning"):
+            self._expel(peer, f"cell '{cell.name}' has gone on without this instance")
+            return
         if cell is None:
             self._epoch += 1
-            cell = self._cells[register.cell] = Cell(self._epoch, register, self._out.append)
+            cell = self._cells[register.cell] = Cell(self._epoch, register, self._out.append, term=self._term)
         if peer in self._expelled:  # it comes again
             self._expelled.discard(peer)
             del self._parting[peer]
@@ -358,10 +363,12 @@ class Cluster:
         self._members[peer] = cell, member
         if cell.is_ready and cell.joiners:
             self._change(cell, f"{member.name} comes")
+        self._end_return(cell)
 
     def _on_instance(self, cell: Cell, member: Member, message: m.Message) -> None:
+        member.num_outputs += isinstance(message, m.Outputs)
         if isinstance(message, m.Ping):
-            self._out.append(Send(member.peer, m.Pong()))
+            self._out.append(Send(member.peer, m.Pong(outputs=member.num_outputs)))
         elif isinstance(message, m.Leave):
             how, level = ("failed", logging.ERROR) if message.failed else ("left", logging.INFO)
             self._lose_member(member.peer, f"{member.name} {how}: {message.reason}", level)
@@ -373,6 +380,9 @@ class Cluster:
         elif isinstance(message, m.StoreOpened):
             cell.set_store(member, message.address, self._wanted(cell))
         elif isinstance(message, m.Kept):
+            if any(not 0 <= t < 2**32 for unheard in message.unheard for t in unheard.token_ids):
+                self._on_garbled(member.peer, "token ids must be in [0, 4294967296)")
+                return
             cell.set_kept(member, message)
             self._go_on(cell)
         elif isinstance(message, m.Joined):
@@ -387,7 +397,7 @@ class Cluster:
             is_news = cell.hear(member, message)
             if cell.is_ready:
                 self._sequences[cell.name].on_beat(member, message, is_news)
-            self._out.append(Send(member.peer, m.Pong()))
+            self._out.append(Send(member.peer, m.Pong(outputs=member.num_outputs)))
         elif cell.is_ready:
             self._on_running(self._sequences[cell.name], member, message)
         else:
@@ -424,6 +434,7 @@ class Cluster:
             self._fail(cell, f"the tokenizer of cell '{cell.name}' can't be used: {error}")
             return
         cell.set_text_loaded()
+        self._end_return(cell)
         self._check_ready(cell)
 
     def _check_ready(self, cell: Cell) -> None:
@@ -446,9 +457,31 @@ class Cluster:
     def _go_on(self, cell: Cell) -> None:
         """Begin the next epoch if all is there for it."""
         if cell.is_suspended:
+            if cell.was_left:
+                self._reclaim(cell)
             self._epoch += 1
             cell.begin_epoch(self._epoch, self._now)
             self._sequences[cell.name].inherit()
+
+    def _end_return(self, cell: Cell) -> None:
+        """If all that its last gManager left of the cell is back, go on: with a change of membership like any other."""
+        if cell.has_returned:
+            self._epoch = max(self._epoch, cell.epoch)
+            self._sequences[cell.name] = Sequences(cell, self._requests, self._out.append)
+            cell.end_return(self._now)
+            self._bind_waiting()
+            self._go_on(cell)
+
+    def _reclaim(self, cell: Cell) -> None:
+        """What the members did while there was no gManager: tokens that nobody has, and KV of requests that are known here."""
+        sequences = self._sequences[cell.name]
+        for unheard in sorted((u for member in cell.members for u in member.unheard), key=lambda u: (u.request, u.index)):
+            request = self._requests.by_number(unheard.request)
+            if request is not None and request.cell_number == cell.number and request.state == "queued":
+                sequences.take_unheard(request, unheard)
+        sequences.reclaim(
+            {request: seq for seq, request in sorted(item for member in cell.members for item in member.requests.items())}
+        )
 
     def _wanted(self, cell: Cell) -> Collection[int]:
         """Sequences whose KV is to be kept in the cell's next epoch."""
@@ -474,6 +507,8 @@ class Cluster:
         if not cell.everybody:
             del self._cells[cell.name]
             self._out.append(DropText(cell.number))
+        elif cell.phase == "returning":
+            self._end_return(cell)
         elif cell.is_formed and was_member:
             cell.loss = cell.loss or reason
             if cell.phase != "suspending":
@@ -522,6 +557,9 @@ class Cluster:
     def _look_after(self, cell: Cell) -> None:
         """What of a cell takes too long."""
         took, limit = self._now - cell.began_at, self._config.form_timeout_s
+        if cell.phase == "returning" and took > RETURN_GRACE_S:
+            cell.give_up_absent()
+            self._end_return(cell)
         if cell.phase == "suspending" and took > SUSPEND_TIMEOUT_S:
             self._leave_behind(cell, cell.missing, f"did not end its epoch within {SUSPEND_TIMEOUT_S:g} s")
         elif cell.phase in ("opening", "joining") and took > limit:

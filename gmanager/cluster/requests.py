@@ -98,6 +98,8 @@ class Request:
     """Tokens of KV per rank, as last heard."""
     home_moves: int = 0
     preemptions: int = 0
+    is_restored: bool = False
+    """A gManager before this one took it in: it is not refused because its cell is smaller now."""
     was_interrupted: bool = False
     """It ran when the epoch ended, and the next has yet to begin."""
     breaks: int = 0
@@ -356,6 +358,7 @@ class Requests:
         request.last_token_at = request.progress_at = now
         request.breaks = 0
         request.tokens.extend(token_ids)
+        self.waiting_bytes += 4 * len(token_ids) * request.is_waiting
         self.observed.generated_tokens += len(token_ids)
 
     def _observe_end(self, request: Request, reason: FinishReason, refusal: RefusalReason | None) -> None:

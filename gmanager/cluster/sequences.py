@@ -17,7 +17,7 @@
 
 import logging
 from bisect import insort
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from gmanager.cluster.cell import Cell, Member
@@ -54,6 +54,7 @@ from gmanager.wire.messages import (
     SequenceOutput,
     SequenceParams,
     TokenLogprob,
+    Unheard,
 )
 
 MAX_BREAKS = 3
@@ -184,6 +185,35 @@ class Sequences:
             what = f"{request.breaks} epochs of cell '{self._cell.name}' broke while the request ran"
             error = f"{what}; the last: {self._cell.broke}"
             self._requests.finish(request, "error", error=error)
+
+    def take_unheard(self, request: Request, unheard: Unheard) -> None:
+        """Tokens of a waiting request that were generated while there was no gManager. Those that it has are passed over, and
+        those that don't follow are generated again."""
+        start = len(request.tokens) - unheard.index
+        if start < 0 or self._lacks_scores(request):
+            return
+        token_ids, reason = unheard.token_ids[start:], unheard.finish_reason
+        logprobs = unheard.logprobs[start:] if unheard.logprobs is not None and request.params.logprobs is not None else None
+        if not request.max_tokens:  # only the prompt was wanted
+            token_ids, logprobs, reason = [], None, reason and "length"
+        if reason is not None:
+            was = request.state
+            self._requests.finish(request, reason, token_ids=token_ids, logprobs=logprobs)
+            self.withdraw(request, was)
+        elif token_ids:
+            self._requests.deliver(request, token_ids, logprobs)
+
+    def reclaim(self, came_from: Mapping[int, int]) -> None:
+        """KV that was kept for another gManager: request -> sequence as which it ran."""
+        self._numbers = max(self._numbers, *(seq for member in self._cell.members for seq in member.kept or ()), 0)
+        for request in self._waiting:
+            if request.number in came_from and not self._lacks_scores(request):
+                self._came_from[request.number] = came_from[request.number]
+
+    @staticmethod
+    def _lacks_scores(request: Request) -> bool:
+        """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
+        return request.params.prompt_logprobs is not None and not request.is_scored
 
     def resume(self) -> None:
         """The cell steps (again)."""

@@ -80,13 +80,21 @@ class Driver:
         self.logs: list[Log] = []
         self.free: dict[PeerId, int] = {}
         """Blocks that instances have left, for `grant`."""
+        self.heard: dict[PeerId, int] = {}
+        """How many messages Outputs the cluster says to have of each instance; its Pongs are shown without."""
 
     def handle(self, event: Event) -> list[Action]:
         """The actions that one event brings about."""
         actions = one_by_one(self.cluster.handle(event))
         self.cluster.validate()
         self.logs += [action for action in actions if isinstance(action, Log)]
-        return [action for action in actions if not isinstance(action, Log)]
+        return [self._without_count(action) for action in actions if not isinstance(action, Log)]
+
+    def _without_count(self, action: Action) -> Action:
+        if not (isinstance(action, Send) and isinstance(action.message, m.Pong)):
+            return action
+        self.heard[action.peer] = action.message.outputs
+        return Send(action.peer, m.Pong())
 
     def say(self, who: PeerId, *messages: m.Message) -> list[Action]:
         """A peer says something."""

@@ -1,6 +1,7 @@
 """What transformers alone says of tiny random models."""
 
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,18 @@ import torch
 from _tiny import CONFIGS, VOCAB, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-__all__ = ["CONFIGS", "VOCAB", "Expected", "make_model", "make_tokenizer", "prompt_reference", "reference"]
+__all__ = ["CONFIGS", "VOCAB", "Expected", "make_long_model", "make_model", "make_tokenizer", "prompt_reference", "reference"]
+
+MAX_CONTEXT = 32768
+"""Of a model that takes long texts."""
+
+
+def make_long_model(folder: Path, max_context: int = MAX_CONTEXT) -> Path:
+    """A tiny Llama that takes texts of so many tokens."""
+    path = make_model("llama", folder / "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": max_context}))
+    return path
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from gmanager.wire.messages.instance import (
     EndEpoch,
     EpochBroken,
     Expelled,
+    Former,
     FromInstance,
     Granted,
     HomeMoved,
@@ -79,6 +80,7 @@ from gmanager.wire.messages.instance import (
     Suspend,
     Text,
     ToInstance,
+    Unheard,
 )
 from gmanager.wire.messages.requests import (
     MAX_BAD_WORD_CHARS,
@@ -125,6 +127,7 @@ __all__ = [
     "Drop",
     "EndEpoch",
     "EpochBroken",
+    "Former",
     "Expelled",
     "FinishReason",
     "FromClient",
@@ -191,6 +194,7 @@ __all__ = [
     "Submit",
     "Suspend",
     "Text",
+    "Unheard",
     "TextAssets",
     "TextReply",
     "ToClient",

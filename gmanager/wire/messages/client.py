@@ -156,6 +156,9 @@ class TextReply(Message):
 class Pong(Message):
     """Answer to Ping and Beat."""
 
+    outputs: int = 0
+    """To an instance: how many messages Outputs of it have been taken in, since it registered. It need not keep them longer."""
+
 
 FromClient = Hello | Submit | Abort | MoveHome | GetStats | GetText | Ping
 ToClient = Welcome | Refused | Output | OutputBatch | PromptOutput | Done | CallFailed | StatsReply | TextReply | Pong

@@ -36,6 +36,17 @@ class InstanceSpec(Part):
     """That requests may call the model by. A cell has those of its first instance."""
 
 
+class Former(Part):
+    """What an instance was to a gManager that is gone. It has gone on without one."""
+
+    term: int
+    """Of that gManager."""
+    epoch: int
+    id: int
+    size: int
+    """Members of the epoch."""
+
+
 class Register(Message):
     """An instance's first message."""
 
@@ -48,6 +59,8 @@ class Register(Message):
     party_address: str
     """Where its party socket listens."""
     spec: InstanceSpec
+    former: Former | None = None
+    """None: it comes as a new one."""
 
 
 class Text(Message):
@@ -111,6 +124,20 @@ class KeptShard(Part):
 
     seq: int
     runs: list[list[tuple[int, int]]]
+    request: int = 0
+    """The number of the request that runs as this sequence, if its home is (or was last) here; 0: it isn't known here."""
+
+
+class Unheard(Part):
+    """Tokens that were told to nobody, or to a gManager that is gone."""
+
+    request: int
+    """Its number."""
+    index: int
+    """Position of the first token among all that were generated for the request."""
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
 
 
 class Kept(Message):
@@ -119,6 +146,8 @@ class Kept(Message):
     epoch: int
     free_blocks: int
     shards: list[KeptShard]
+    unheard: list[Unheard] = []
+    """In order, if the instance went on without a gManager."""
 
 
 class EpochBroken(Message):
@@ -192,6 +221,8 @@ class Registered(Message):
     lease_s: float
     send_text: bool
     """The cell has no text assets yet: send Text."""
+    term: int = 0
+    """Of the gManager: each that serves from one journal has a higher one than those before it. 0: it has no journal."""
 
 
 class OpenStore(Message):
@@ -208,6 +239,8 @@ class Member(Part):
 
 class JoinEpoch(Message):
     epoch: int
+    id: int
+    """The instance's own, as long as it is a member of the cell."""
     rank: int
     store_address: str
     members: list[Member]

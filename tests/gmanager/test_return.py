@@ -1,0 +1,230 @@
+"""A cell whose gManager was lost returns to the next: what is said in which order, and what becomes of tokens and KV.
+
+As test_membership.py: blocks of 4 tokens, literal events in, literal actions out. Requests have the numbers that they had
+before: here the client submits them anew.
+"""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from gmanager.cluster.cell import RETURN_GRACE_S
+from gmanager.cluster.events import Action, LoadText, PeerWasLost, Send, TextLoaded
+from gmanager.wire import messages as m
+from tests.gmanager.cluster_support import (
+    ASSETS,
+    CLIENT,
+    HELLO,
+    Driver,
+    Runs,
+    deliver,
+    outputs,
+    peer,
+    register,
+    request_stats,
+    running,
+    sequence_params,
+    serving,
+    submit,
+)
+
+EPOCH = 7
+"""In which the gManager before was lost."""
+WHY = "its gManager was lost, and another has come"
+
+
+def back(rank: int, size: int = 2, epoch: int = EPOCH) -> m.Register:
+    """A registration of who had that rank and id, in an epoch of so many."""
+    former = m.Former(term=1, epoch=epoch, id=rank, size=size)
+    return msgspec.structs.replace(register(rank=rank, cell_size=2), former=former)
+
+
+def kept(free: int, shards: dict[int, tuple[int, Runs]], *unheard: m.Unheard, epoch: int = EPOCH) -> m.Kept:
+    """`shards`: sequence -> number of its request, and runs."""
+    parts = [m.KeptShard(seq=seq, runs=runs, request=request) for seq, (request, runs) in shards.items()]
+    return m.Kept(epoch=epoch, free_blocks=free, shards=parts, unheard=list(unheard))
+
+
+def suspend(rank: int) -> Send:
+    return Send(peer(rank), m.Suspend(epoch=EPOCH, reason=WHY))
+
+
+def waiting(*names: str, **more: Any) -> Driver:
+    """A gManager that has requests and no cell."""
+    driver = Driver()
+    driver.say(CLIENT, HELLO, *(submit(name, 10, **more) for name in names))
+    return driver
+
+
+def returning(driver: Driver, *kept_by: m.Kept) -> list[Action]:
+    """All members come back and end their epoch; what the last Kept brings about."""
+    size = len(kept_by)
+    for rank in range(size):
+        driver.say(peer(rank), back(rank, size))
+    driver.say(peer(0), m.Text(assets=ASSETS))
+    assert driver.handle(TextLoaded(1, driver.now)) == [suspend(rank) for rank in range(size)]
+    answers = [driver.say(peer(rank), message) for rank, message in enumerate(kept_by)]
+    driver.free |= {peer(rank): message.free_blocks for rank, message in enumerate(kept_by)}
+    return answers[-1]
+
+
+def admits(actions: list[Action]) -> list[m.Admit]:
+    return [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, m.Admit)]
+
+
+def test_from_the_first_word_to_the_last() -> None:
+    """10 prompt tokens lie 6 and 4; of 4 generated tokens the client has none, each was home for two."""
+    driver = waiting("r")
+    assert driver.say(peer(1), back(1)) == [Send(peer(1), m.Registered(lease_s=5.0, send_text=True))]
+    assert driver.say(peer(1), m.Text(assets=ASSETS)) == [LoadText(1, ASSETS)]
+    assert driver.handle(TextLoaded(1, 0.0)) == []
+    assert driver.say(peer(0), back(0)) == [
+        Send(peer(0), m.Registered(lease_s=5.0, send_text=False)),
+        suspend(0),
+        suspend(1),
+    ]
+    assert driver.cluster.stats().cells[0].state == "changing"
+    late = m.Unheard(request=1, index=2, token_ids=[9, 9])
+    early = m.Unheard(request=1, index=0, token_ids=[9, 9])
+    assert driver.say(peer(0), kept(5, {41: (1, [[(0, 6), (10, 13)]])}, late)) == []
+    assert driver.say(peer(1), kept(7, {41: (0, [[(6, 10)]])}, early)) == [
+        deliver(1, "r", 0, [9, 9]),
+        deliver(1, "r", 2, [9, 9]),
+        Send(peer(0), m.OpenStore(epoch=EPOCH + 1)),
+    ]
+    joins = driver.say(peer(0), m.StoreOpened(epoch=EPOCH + 1, address="tcp://store:1"))
+    told = [(a.peer, a.message.id, a.message.keep) for a in joins if isinstance(a, Send) and isinstance(a.message, m.JoinEpoch)]
+    assert told == [(peer(0), 0, [41]), (peer(1), 1, [41])]
+    driver.free |= {peer(0): 5, peer(1): 7}
+    driver.say(peer(0), m.Joined(epoch=EPOCH + 1))
+    (admit, _) = admits(driver.grant(driver.say(peer(1), m.Joined(epoch=EPOCH + 1))))
+    assert admit == m.Admit(
+        epoch=EPOCH + 1,
+        seq=41,
+        arrival=1,
+        token_ids=m.pack_tokens([5] * 10 + [9] * 4),
+        shares=[m.Share(rank=0, tokens=1)],
+        params=sequence_params(12, generated=4),
+        kept=[m.KeptPart(rank=0, runs=[[(0, 6), (10, 13)]]), m.KeptPart(rank=1, runs=[[(6, 10)]])],
+    )
+    # new sequences have numbers that none of those kept has
+    again = driver.grant(driver.say(CLIENT, submit("new", 4)))
+    assert {each.seq for each in admits(again)} == {42}
+
+
+def test_what_was_delivered_is_not_delivered_again() -> None:
+    """The instance doesn't know which of its last messages were taken in."""
+    driver = waiting("r")
+    both = [m.Unheard(request=1, index=0, token_ids=[9, 9]), m.Unheard(request=1, index=1, token_ids=[9, 9])]
+    assert returning(driver, kept(5, {3: (1, [[(0, 12)]])}, *both))[:2] == [deliver(1, "r", 0, [9, 9]), deliver(1, "r", 2, [9])]
+
+
+def test_what_does_not_follow_is_generated_again() -> None:
+    driver = waiting("r")
+    far = m.Unheard(request=1, index=3, token_ids=[9])
+    actions = returning(driver, kept(5, {3: (1, [[(0, 12)]])}, far))
+    assert actions == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    assert request_stats(driver, "r").kv_tokens == {0: 9}
+
+
+def test_a_request_that_ended_meanwhile() -> None:
+    driver = waiting("r", "other")
+    last = m.Unheard(request=1, index=0, token_ids=[9, 2], finish_reason="stop")
+    assert returning(driver, kept(5, {3: (1, [[(0, 11)]]), 4: (2, [[(0, 10)]])}, last)) == [
+        deliver(1, "r", 0, [9, 2], finish_reason="stop"),
+        Send(peer(0), m.OpenStore(epoch=EPOCH + 1)),
+    ]
+    joins = driver.say(peer(0), m.StoreOpened(epoch=EPOCH + 1, address="tcp://store:1"))
+    assert [a.message.keep for a in joins if isinstance(a, Send) and isinstance(a.message, m.JoinEpoch)] == [[4]]
+
+
+def test_requests_that_nobody_knows_leave_nothing() -> None:
+    driver = Driver()
+    unknown = m.Unheard(request=5, index=0, token_ids=[9])
+    assert returning(driver, kept(5, {3: (5, [[(0, 11)]])}, unknown)) == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    joins = driver.say(peer(0), m.StoreOpened(epoch=EPOCH + 1, address="tcp://store:1"))
+    assert [a.message.keep for a in joins if isinstance(a, Send) and isinstance(a.message, m.JoinEpoch)] == [[]]
+
+
+def test_a_prompt_that_is_not_scored_is_computed_anew() -> None:
+    """Its log-probabilities went to a gManager that is gone."""
+    driver = waiting("r", prompt_logprobs=0)
+    tokens = m.Unheard(request=1, index=0, token_ids=[9])
+    assert returning(driver, kept(5, {3: (1, [[(0, 10)]])}, tokens)) == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    assert request_stats(driver, "r").kv_tokens == {}
+
+
+def test_only_a_prompt_was_wanted() -> None:
+    """The one token that ends its sequence is nobody's."""
+    driver = waiting("r", max_tokens=0)
+    last = m.Unheard(request=1, index=0, token_ids=[9], finish_reason="length")
+    assert returning(driver, kept(5, {3: (1, [[(0, 10)]])}, last))[0] == deliver(1, "r", 0, [], finish_reason="length")
+
+
+def test_who_does_not_come_back_is_not_waited_for() -> None:
+    driver = waiting("r")
+    driver.say(peer(0), back(0), m.Text(assets=ASSETS))
+    assert driver.handle(TextLoaded(1, 0.0)) == []
+    assert suspend(0) in driver.wait(int(RETURN_GRACE_S) + 1, peer(0), CLIENT)
+    assert driver.say(peer(0), kept(5, {3: (1, [[(0, 6)]])})) == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    assert request_stats(driver, "r").kv_tokens == {0: 6}
+    # who comes too late comes as a new one
+    reason = "cell 'main' has gone on without this instance"
+    assert driver.say(peer(1), back(1)) == [Send(peer(1), m.Expelled(reason=reason))]
+    assert driver.say(peer(1), register(rank=1, cell_size=2)) == [
+        Send(peer(1), m.Registered(lease_s=5.0, send_text=False)),
+    ]
+
+
+@pytest.mark.parametrize("who", ["a member", "a joiner"])
+def test_one_that_dies_again_while_others_return(who: str) -> None:
+    driver = waiting("r")
+    driver.say(peer(0), back(0, 3 if who == "a member" else 2), m.Text(assets=ASSETS))
+    driver.handle(TextLoaded(1, 0.0))
+    if who == "a joiner":
+        driver.say(b"fresh", register(rank=0, cell_size=2))
+        driver.handle(PeerWasLost(b"fresh", "gone", 0.0))
+        assert driver.say(peer(1), back(1))[1:] == [suspend(0), suspend(1)]
+    else:
+        driver.say(b"third", back(2, 3))
+        actions = driver.handle(PeerWasLost(b"third", "gone", 0.0))
+        assert actions[:-1] == []
+        assert driver.say(peer(1), back(1, 3))[1:] == [suspend(0), suspend(1)]
+
+
+def test_new_instances_take_part_after_it() -> None:
+    """They came first; ids of those that were there stay."""
+    driver = waiting("r")
+    driver.say(b"fresh", register(rank=0, cell_size=2), m.Text(assets=ASSETS))
+    driver.say(b"fresh too", register(rank=1, cell_size=3))  # refused: another cell size
+    driver.handle(TextLoaded(1, 0.0))
+    assert driver.say(peer(0), back(0, 1))[1:] == [suspend(0)]
+    assert driver.say(peer(0), kept(5, {3: (1, [[(0, 6)]])})) == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    joins = driver.say(peer(0), m.StoreOpened(epoch=EPOCH + 1, address="tcp://store:1"))
+    told = [(a.peer, a.message.id, a.message.keep) for a in joins if isinstance(a, Send) and isinstance(a.message, m.JoinEpoch)]
+    assert told == [(peer(0), 0, [3]), (b"fresh", 1, [])]
+
+
+def test_members_of_two_epochs() -> None:
+    """One had heard of the next epoch, one had not: both have KV, which is as good."""
+    driver = waiting("r")
+    driver.say(peer(0), back(0, epoch=EPOCH), m.Text(assets=ASSETS))
+    driver.handle(TextLoaded(1, 0.0))
+    assert driver.say(peer(1), back(1, epoch=EPOCH - 1))[1:] == [suspend(0), suspend(1)]
+
+
+def test_a_returning_instance_meets_a_cell_that_has_formed() -> None:
+    driver = serving(8, 8)
+    assert driver.say(b"late", back(0)) == [
+        Send(b"late", m.Expelled(reason="cell 'main' has gone on without this instance")),
+    ]
+
+
+def test_outputs_are_acknowledged() -> None:
+    driver = serving(8)
+    running(driver, "r", generated=1)
+    driver.say(peer(0), outputs(1, 1, [9]), outputs(1, 2, [9]), m.Ping())
+    assert driver.heard == {peer(0): 3}
+    driver.say(peer(0), outputs(99, 0, [9]), m.Ping())  # of no sequence: it need not be kept either
+    assert driver.heard == {peer(0): 4}
