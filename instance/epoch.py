@@ -260,11 +260,6 @@ class Epoch:
         return peers
 
 
-def added(*counters: wire.Counters) -> wire.Counters:
-    """The sum of each."""
-    return wire.Counters(**{name: sum(getattr(c, name) for c in counters) for name in wire.Counters.__struct_fields__})
-
-
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that started it: what tasks raise later is its echo."""
     error: BaseException = group

@@ -19,7 +19,7 @@ from gmanager.wire.errors import BadMessage, PeerGone
 from gmanager.wire.logs import get_logger
 from instance.cell import open_store
 from instance.config import InstanceConfig
-from instance.epoch import Epoch, Lasting, added, first_error
+from instance.epoch import Epoch, Lasting, first_error
 from instance.errors import EpochEnded, InstanceError
 from instance.grammars import grammar_tokenizer
 from instance.lane import Lanes
@@ -232,7 +232,7 @@ class Instance:
                 epoch=epoch.number,
                 free_blocks=self._rmanager.free_blocks,
                 held_tokens=self._rmanager.take_changes(),
-                counters=added(self._counted, epoch.counters(), wire.Counters(dropped_messages=self._dropped)),
+                counters=wire.Counters.sum(self._counted, epoch.counters(), wire.Counters(dropped_messages=self._dropped)),
             )
         )
 
@@ -320,7 +320,7 @@ class Instance:
         if before is not None:
             await asyncio.wait([before])
         if epoch is not None:
-            self._counted = added(self._counted, epoch.counters())
+            self._counted = wire.Counters.sum(self._counted, epoch.counters())
         return uncertain
 
     async def _join(self, join: wire.JoinEpoch, epoch: Epoch, before: asyncio.Task[None] | None) -> None:

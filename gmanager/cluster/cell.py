@@ -141,7 +141,7 @@ class Cell:
         """Registered since: members of the next epoch."""
         self.loss: str | None = None
         """Why the present change began, if an instance was lost."""
-        self.counted: list[Counters] = []
+        self.counted = Counters()
         """What instances that are no members any more had done, as last heard."""
         self.broke: str | None = None
         """How the last epoch ended, if nobody was lost with it and nobody came."""
@@ -293,7 +293,7 @@ class Cell:
         """It is no member any more, nor about to be one."""
         self._left_again += self.phase == "returning" and member in self.members
         (self.joiners if member in self.joiners else self.members).remove(member)
-        self.counted.append(member.counters)
+        self.counted = Counters.sum(self.counted, member.counters)
         if self.is_formed or self.phase == "returning":
             self._rank()
 

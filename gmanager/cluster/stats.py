@@ -22,7 +22,7 @@ def assemble(
         cells=[_cell(cell) for cell in cells],
         instances=instances,
         requests=requests,
-        counters=_sum([own, *(stats.counters for stats in instances), *(c for cell in cells for c in cell.counted)]),
+        counters=Counters.sum(own, *(stats.counters for stats in instances), *(cell.counted for cell in cells)),
         observed=observed,
     )
 
@@ -60,9 +60,3 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
         borrowed_tokens=borrowed,
         counters=member.counters,
     )
-
-
-def _sum(counters: list[Counters]) -> Counters:
-    # No sum may leave what fits the wire, whatever an instance says.
-    sums = {name: sum(getattr(c, name) for c in counters) for name in Counters.__struct_fields__}
-    return Counters(**{name: max(0, min(total, 2**63 - 1)) for name, total in sums.items()})
