@@ -8,7 +8,7 @@ forgotten after a while.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from gmanager.cluster.cell import MAX_ATTEMPTS, RETURN_GRACE_S, SUSPEND_TIMEOUT_S, Cell, Member, malformed
 from gmanager.cluster.events import (
@@ -22,13 +22,14 @@ from gmanager.cluster.events import (
     PeerGarbled,
     PeerSaid,
     PeerWasLost,
+    Restored,
     Send,
     StopFound,
     Stopped,
     TextLoaded,
     Ticked,
 )
-from gmanager.cluster.requests import MoveCall, Request, Requests, text_bytes, wrong_with
+from gmanager.cluster.requests import NOBODY, MoveCall, Request, Requests, text_bytes, wrong_with
 from gmanager.cluster.sequences import Sequences
 from gmanager.cluster.stats import assemble
 from gmanager.config import GManagerConfig
@@ -68,6 +69,13 @@ class Cluster:
         self._num_dropped = 0
         self._num_preemptions = 0
         """Of cells that are over."""
+
+    def restore(self, requests: Iterable[Restored], now: float) -> None:
+        """Go on with the requests of the gManager before, in order of their numbers. Before any event. Raises ValueError."""
+        self._now = now
+        for restored in requests:
+            request = self._requests.restore(restored)
+            self._unbound[request.number] = request, restored.submit
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event in. The actions are to be done in this order."""
@@ -268,6 +276,8 @@ class Cluster:
             request.cell_number, request.cell = cell.number, cell.name
             if (refusal := cell.why_unreadable(submit)) is not None:
                 self._refuse(request, refusal)
+            elif request.submit is None:  # it was restored, with its tokens
+                self._queue(request)
             elif request.prompt and not request.params.needs_text and request.prompt_tokens <= SCANNED_AT_ONCE:
                 encoded = Encoded(request.number, self._now, request.prompt, highest=request.highest)
                 self._requests.set_tokens(request, encoded)
@@ -642,7 +652,7 @@ class Cluster:
             sequences.validate()
         serving = [cell.number for cell in self._cells.values() if cell.is_formed]
         for request in self._requests.live():
-            if request.client not in self._clients:
+            if request.client not in (NOBODY, *self._clients):
                 raise RuntimeError(f"request {request.number} has no client")
             unbound = request.state == "waiting"
             if unbound != (request.number in self._unbound) or unbound == (request.cell_number in serving):

@@ -6,6 +6,7 @@ A request is named by its `number` between cluster and shell: a client may use a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gmanager.config import Spread
 from gmanager.wire.messages import FinishReason, Message, RefusalReason, Submit, TextAssets, TokenLogprob
 from gmanager.wire.peer import PeerId
 
@@ -87,6 +88,20 @@ class Stopped:
 
     reason: str
     now: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """A request that a gManager before this one took in and had not ended, as its journal has it."""
+
+    number: int
+    submit: Submit
+    seed: int
+    spread: Spread
+    encoded: Encoded | None
+    """What its text and its grammar mean to the model; None: that is not known yet."""
+    token_ids: Sequence[int]
+    """Those that its client may have: all that were generated and written."""
 
 
 Event = PeerSaid | PeerGarbled | PeerWasLost | TextLoaded | Encoded | StopFound | Ticked | Stopped

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from gmanager.cluster.events import Action, Deliver, Encoded, Log, Send
+from gmanager.cluster.events import Action, Deliver, Encoded, Log, Restored, Send
 from gmanager.cluster.lifecycle import RUNNING, TRANSITIONS, WAITING, Change, State
 from gmanager.config import Spread
 from gmanager.observed import Observed
@@ -30,6 +30,9 @@ from gmanager.wire.messages import (
     pack_tokens,
 )
 from gmanager.wire.peer import PeerId
+
+NOBODY: PeerId = b""
+"""The client of a request that was restored, and that no connection has attached to."""
 
 KEEP_FINISHED = 1024
 """Finished requests whose statistics are kept."""
@@ -219,6 +222,22 @@ class Requests:
         self.waiting_bytes += request.num_bytes
         return request
 
+    def restore(self, restored: Restored) -> Request:
+        """Take a request in that a gManager before this one had. Raises ValueError if its id is that of a live one, or its
+        number is no later one's."""
+        if restored.submit.request_id in self._ids or restored.number <= self._numbers:
+            raise ValueError(f"request {restored.number}, {restored.submit.request_id!r}, can't follow {self._numbers}")
+        self._numbers = restored.number
+        request = _request(restored.number, restored.submit, NOBODY, restored.seed, restored.spread, self._clock())
+        request.tokens.extend(restored.token_ids)
+        request.is_restored = True
+        request.is_scored = bool(restored.token_ids)
+        self._live[request.number] = self._ids[request.id] = request
+        self.waiting_bytes += request.num_bytes
+        if restored.encoded is not None:
+            self.set_tokens(request, restored.encoded)
+        return request
+
     def set_tokens(self, request: Request, encoded: Encoded) -> None:
         """What its text means to the model is known; the text is not kept."""
         self.waiting_bytes -= request.num_bytes
@@ -397,6 +416,8 @@ class Requests:
         error: str | None,
         refusal: RefusalReason | None,
     ) -> None:
+        if request.client == NOBODY:
+            return
         self._emit(
             Deliver(
                 peer=request.client,

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from gmanager.cluster.cell import RETURN_GRACE_S
-from gmanager.cluster.events import Action, LoadText, PeerWasLost, Send, TextLoaded
+from gmanager.cluster.events import Action, Encoded, LoadText, PeerWasLost, Restored, Send, TextLoaded
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
     ASSETS,
@@ -29,6 +29,7 @@ from tests.gmanager.cluster_support import (
     submit,
 )
 
+NEW = b"new"
 EPOCH = 7
 """In which the gManager before was lost."""
 WHY = "its gManager was lost, and another has come"
@@ -228,3 +229,51 @@ def test_outputs_are_acknowledged() -> None:
     assert driver.heard == {peer(0): 3}
     driver.say(peer(0), outputs(99, 0, [9]), m.Ping())  # of no sequence: it need not be kept either
     assert driver.heard == {peer(0): 4}
+
+
+def restored(number: int, tokens: int = 0, prompt: int = 10, **more: Any) -> Restored:
+    """A request of the gManager before, with so many tokens."""
+    asked = submit(f"r{number}", prompt, **more)
+    known = Encoded(number, 0.0, asked.token_ids or b"", highest=5)
+    return Restored(number=number, submit=asked, seed=7, spread="auto", encoded=known, token_ids=[9] * tokens)
+
+
+def test_a_restored_request_goes_on_where_it_was() -> None:
+    """Its first two tokens are in the journal, the third was on its way."""
+    driver = Driver()
+    driver.cluster.restore([restored(4, tokens=2), restored(6)], 0.0)
+    unheard = m.Unheard(request=4, index=1, token_ids=[9, 9])
+    actions = returning(driver, kept(4, {30: (4, [[(0, 12)]]), 31: (6, [[(0, 8)]])}, unheard))
+    assert actions == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    assert request_stats(driver, "r4").generated_tokens == 3
+    assert request_stats(driver, "r4").kv_tokens == {0: 12}
+    first, *_ = admits(driver.grant(driver.join(EPOCH + 1, peer(0))))
+    assert (first.seq, first.arrival, len(first.token_ids) // 4, first.params.num_generated) == (30, 4, 13, 3)
+    # numbers go on behind all there ever were
+    driver.say(CLIENT, HELLO, submit("new"))
+    assert request_stats(driver, "new").state == "queued"
+    assert [request.number for request in driver.cluster._requests.live()] == [4, 6, 7]
+
+
+def test_a_restored_request_is_computed_anew_by_instances_that_have_nothing_of_it() -> None:
+    driver = Driver()
+    driver.cluster.restore([restored(1, tokens=2)], 0.0)
+    (admit,) = admits(driver.grant(driver.ready_cell(8)))
+    assert (len(admit.token_ids) // 4, admit.kept, admit.params.num_generated) == (12, [], 2)
+
+
+def test_a_restored_request_that_is_too_large_now_waits() -> None:
+    """A new one would be refused."""
+    driver = Driver()
+    driver.cluster.restore([restored(1, prompt=60)], 0.0)
+    driver.ready_cell(8)
+    assert request_stats(driver, "r1").state == "queued"
+    assert [i.message for i in driver.come(NEW, 20, cell_size=1) if isinstance(i, Send)]
+    driver.keep(peer(0), 8)
+    assert admits(driver.grant(driver.join(2, peer(0), NEW)))
+
+
+def test_numbers_of_restored_requests_only_grow() -> None:
+    driver = Driver()
+    with pytest.raises(ValueError, match="request 3, 'r3', can't follow 3"):
+        driver.cluster.restore([restored(3), restored(3)], 0.0)
