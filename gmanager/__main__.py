@@ -56,6 +56,20 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         metavar="SECONDS",
         help="a running request of which nothing is heard for so long fails (%(default)g)",
     )
+    parser.add_argument(
+        "--resume",
+        type=float,
+        default=default.resume_s,
+        metavar="SECONDS",
+        help="how long requests of a client that is gone go on, for it to attach again; 0: they end at once (%(default)g)",
+    )
+    parser.add_argument(
+        "--max-pause",
+        type=float,
+        default=default.max_pause_s,
+        metavar="SECONDS",
+        help="a client that does not read for so long is taken for gone (%(default)g)",
+    )
     logs.add_flags(parser)
     given = parser.parse_args(arguments)
     try:
@@ -66,6 +80,8 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
             max_queue=given.max_queue,
             max_queue_bytes=given.max_queue_bytes,
             max_stall_s=given.max_stall,
+            resume_s=given.resume,
+            max_pause_s=given.max_pause,
         )
     except ValueError as error:
         parser.error(str(error))

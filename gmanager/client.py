@@ -32,7 +32,10 @@ _Over = ServiceUnreachable | ProtocolRefused
 _Answer = m.Done | m.CallFailed | m.StatsReply | m.TextReply | _Over
 
 _DEFAULT_PARAMS = m.SamplingParams()
+MOST_UNREAD = 1024
+"""Outputs of a request that wait to be read; what comes beyond is dropped, and asked for again."""
 _PINGS_PER_LEASE = 3
+_REDIAL_S = 0.2
 _UINT32_END = 2**32
 
 
@@ -58,27 +61,67 @@ class Chunk:
 
 @dataclass(slots=True)
 class _Stream:
-    """A request that the gManager has not ended yet."""
+    """A request that the gManager has not ended yet, as far as is known here."""
 
+    first: m.Submit | m.Attach
+    """With which it began. A Submit is said again as long as no token has come: if it has arrived, it attaches."""
+    next_index: int
+    """Of the first token that has not come."""
     outputs: "asyncio.Queue[m.Output | m.PromptOutput | _Over]" = field(default_factory=asyncio.Queue)
+    is_behind: bool = False
+    """More came than was read, and was dropped: when the rest is read, it is asked for again."""
     left: bool = False
     """Nobody iterates any more. It stays known until the gManager has ended it, so that its late outputs aren't taken
     for those of a new request with the same id."""
+
+    @property
+    def again(self) -> m.Submit | m.Attach:
+        """What brings all that has not come."""
+        if self.next_index == 0 and isinstance(self.first, m.Submit):
+            return self.first
+        return m.Attach(request_id=self.first.request_id, from_index=self.next_index)
+
+    def put(self, output: m.Output) -> bool:
+        """Take what has come, unless too much lies here unread, or it does not follow: then it was sent before it was asked for
+        again. Returns whether it was taken."""
+        if self.is_behind or output.index > self.next_index:
+            return False
+        if output.index < self.next_index and output.finish_reason is None:
+            return False
+        if self.outputs.qsize() >= MOST_UNREAD:
+            self.is_behind = True
+            return False
+        self.next_index = max(self.next_index, output.index + len(output.token_ids))
+        self.outputs.put_nowait(output)
+        return True
 
 
 class AsyncClient:
     """A connection to a gManager; an async context manager.
 
     `connect_timeout_s`: how long to wait for the gManager's first answer. `transport`: ZeroMQ unless given.
-    A connection that was lost is not made anew: all that is open fails with ServiceUnreachable, make a new client.
+    `resume_s`: a connection that is lost is made anew within so long, and the iterators that are open go on where they were, if
+    the gManager still has their requests (the same one for `--resume` seconds, another one if it reads a journal). Calls that
+    are under way fail with ServiceUnreachable, and so does what is begun while there is no connection. When none is made in
+    time, or with 0, all that is open fails so, too: make a new client.
     """
 
-    def __init__(self, address: str, *, connect_timeout_s: float = 10.0, transport: Transport | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        connect_timeout_s: float = 10.0,
+        resume_s: float = 30.0,
+        transport: Transport | None = None,
+    ) -> None:
         self._address = address
         self._connect_timeout_s = connect_timeout_s
+        self._resume_s = resume_s
         self._transport: Transport = ZmqTransport() if transport is None else transport
         self._dialer: Dialer[m.ToClient] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._work: asyncio.Task[None] | None = None
+        self._lost: ServiceUnreachable | None = None
+        """Why there is no connection now, while another one is being made."""
         self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, asyncio.Future[_Answer]] = {}
         self._last_call = 0
@@ -89,17 +132,8 @@ class AsyncClient:
         """Connect. Raises AddressError, ServiceUnreachable if nobody answers, ProtocolRefused if it doesn't want us."""
         if self._dialer is not None:
             raise RuntimeError("an AsyncClient is entered once; make a new one")
-        decoder: Decoder[m.ToClient] = Decoder(m.ToClient)
-        self._dialer = self._transport.dial(self._address, decoder)
-        try:
-            lease_s = await self._greet(self._dialer)
-        except BaseException:
-            await self._dialer.close()
-            raise
-        self._tasks = [
-            asyncio.create_task(self._read(self._dialer), name="distattn-client-read"),
-            asyncio.create_task(self._ping(self._dialer, lease_s), name="distattn-client-ping"),
-        ]
+        self._dialer, lease_s = await self._dial()
+        self._work = asyncio.create_task(self._run(self._dialer, lease_s), name="distattn-client")
         return self
 
     async def __aexit__(
@@ -111,12 +145,20 @@ class AsyncClient:
             if not stream.left:
                 dialer.send(m.Abort(call=self._next_call(), request_id=request_id))
         self._fail(ServiceUnreachable("the client was closed"))
-        for task in self._tasks:
-            task.cancel()
-        try:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-        finally:
-            await dialer.close()
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.wait([self._work])
+        await self._connection().close()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there will be no connection any more."""
+        return self._over is not None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection now."""
+        return self._dialer is not None and self._over is None and self._lost is None
 
     def generate(
         self,
@@ -130,7 +172,8 @@ class AsyncClient:
     ) -> AsyncGenerator[Chunk, None]:
         """Generate from text or token ids; the request starts with the first `__anext__`.
 
-        `request_id`: unique among the service's live requests; drawn if None. `spread`: least number of instances
+        `request_id`: unique among the service's requests; drawn if None. With one that it knows, and the same arguments, the
+        tokens of that request come, from the first on. `spread`: least number of instances
         that the prompt's KV is spread over. `model`: by the name that it is served under; None: any. `wait_for_cell`: if no
         cell is ready, rather than being refused. Leaving the iterator (break, aclose, cancel) aborts the request.
 
@@ -159,6 +202,15 @@ class AsyncClient:
         turns = [_checked(turn, m.ChatMessage) for turn in messages]
         rest = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
         return self._stream(_submit(request_id, messages=turns, **rest))
+
+    def attach(self, request_id: str, from_index: int = 0) -> AsyncGenerator[Chunk, None]:
+        """Go on with a request that was begun before, from that token on: what it has generated, then what comes.
+
+        Whoever held it till then is told no more (RequestFailed). Log-probabilities of the prompt come only with `from_index`
+        0. Otherwise as `generate`: leaving the iterator aborts the request. It raises RequestRefused if the request is not
+        known.
+        """
+        return self._stream(_checked(m.Attach(request_id=request_id, from_index=from_index), m.Attach))
 
     async def abort(self, request_id: str) -> None:
         """End one of this client's requests; its iterator ends with finish_reason "abort".
@@ -193,6 +245,16 @@ class AsyncClient:
 
     # --- connection
 
+    async def _dial(self) -> tuple[Dialer[m.ToClient], float]:
+        """A new connection and its lease. Raises as `__aenter__`."""
+        decoder: Decoder[m.ToClient] = Decoder(m.ToClient)
+        dialer = self._transport.dial(self._address, decoder)
+        try:
+            return dialer, await self._greet(dialer)
+        except BaseException:
+            await dialer.close()
+            raise
+
     async def _greet(self, dialer: Dialer[m.ToClient]) -> float:
         dialer.send(m.Hello(protocol=m.PROTOCOL))
         try:
@@ -213,21 +275,71 @@ class AsyncClient:
             raise RuntimeError("use the client in `async with AsyncClient(...) as client:`")
         return self._dialer
 
-    async def _read(self, dialer: Dialer[m.ToClient]) -> None:
+    async def _run(self, dialer: Dialer[m.ToClient], lease_s: float) -> None:
+        """One connection after the other, until none can be made."""
+        try:
+            await self._connections(dialer, lease_s)
+        finally:  # whatever it was, nobody waits for ever
+            self._fail(ServiceUnreachable("the connection was given up"))
+
+    async def _connections(self, dialer: Dialer[m.ToClient], lease_s: float) -> None:
+        while True:
+            reading, pinging = (asyncio.create_task(work) for work in (self._read(dialer), self._ping(dialer, lease_s)))
+            try:
+                await asyncio.wait([reading, pinging], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (reading, pinging):
+                    task.cancel()
+                await asyncio.wait([reading, pinging])
+            error = next(task.result() for task in (reading, pinging) if not task.cancelled())
+            if isinstance(error, ProtocolRefused) or not self._resume_s:
+                self._fail(error)
+                return
+            self._lost = error
+            self._fail_calls(error)
+            await dialer.close()
+            try:
+                dialer, lease_s = await self._dial_again()
+            except (ServiceUnreachable, ProtocolRefused) as failure:
+                self._fail(error if isinstance(failure, ServiceUnreachable) else failure)
+                return
+            self._dialer, self._lost = dialer, None
+            self._resume(dialer)
+
+    async def _dial_again(self) -> tuple[Dialer[m.ToClient], float]:
+        """Raises ProtocolRefused, and ServiceUnreachable if it takes too long."""
+        try:
+            async with asyncio.timeout(self._resume_s):
+                while True:
+                    try:
+                        return await self._dial()
+                    except ServiceUnreachable:
+                        await asyncio.sleep(_REDIAL_S)
+        except TimeoutError:
+            raise ServiceUnreachable(f"nobody answers at {self._address} within {self._resume_s:g} s") from None
+
+    def _resume(self, dialer: Dialer[m.ToClient]) -> None:
+        """Ask for all that has not come."""
+        for request_id, stream in self._streams.items():
+            if stream.left:
+                dialer.send(m.Attach(request_id=request_id, from_index=stream.next_index))
+                self._leave(request_id, stream)
+            elif not stream.is_behind:
+                dialer.send(stream.again)
+
+    async def _read(self, dialer: Dialer[m.ToClient]) -> _Over:
+        """Until the connection is over; returns why."""
         while True:
             try:
                 message = await dialer.recv()
             except PeerGone as error:
-                self._fail(ServiceUnreachable(f"the gManager left: {error}"))
-                return
+                return ServiceUnreachable(f"the gManager left: {error}")
             self._silent_pings = 0
             if isinstance(message, BadMessage):
                 # An output may be among what can't be read; going on could leave a hole in a text.
-                self._fail(ProtocolRefused(f"{self._address} sent what this client can't read: {message.reason}"))
-                return
+                return ProtocolRefused(f"{self._address} sent what this client can't read: {message.reason}")
             if isinstance(message, m.Refused):
-                self._fail(ProtocolRefused(f"the gManager ended the connection: {message.reason}"))
-                return
+                return ProtocolRefused(f"the gManager ended the connection: {message.reason}")
             self._route(message)
 
     def _route(self, message: m.ToClient) -> None:
@@ -250,19 +362,20 @@ class AsyncClient:
         stream = self._streams.get(output.request_id)
         if stream is None:
             return
-        if output.finish_reason is not None:
+        was_taken = stream.left or stream.put(output)
+        if was_taken and output.finish_reason is not None:
             del self._streams[output.request_id]
-        if not stream.left:
-            stream.outputs.put_nowait(output)
 
-    async def _ping(self, dialer: Dialer[m.ToClient], lease_s: float) -> None:
+    async def _ping(self, dialer: Dialer[m.ToClient], lease_s: float) -> _Over:
+        """Until nothing was heard for the lease; returns that."""
+        self._silent_pings = 0
         # Counts pings without an answer, not time: a program that was stopped for a while, or that blocked the event
         # loop, first reads what has come meanwhile.
         while self._silent_pings < _PINGS_PER_LEASE:
             dialer.send(m.Ping())
             self._silent_pings += 1
             await asyncio.sleep(lease_s / _PINGS_PER_LEASE)
-        self._fail(ServiceUnreachable(f"the gManager at {self._address} has not been heard for {lease_s:g} s"))
+        return ServiceUnreachable(f"the gManager at {self._address} has not been heard for {lease_s:g} s")
 
     def _fail(self, error: _Over) -> None:
         """The connection is over: so is all that depends on it. The first reason stands."""
@@ -272,6 +385,9 @@ class AsyncClient:
         for stream in self._streams.values():
             stream.outputs.put_nowait(error)
         self._streams.clear()
+        self._fail_calls(error)
+
+    def _fail_calls(self, error: _Over) -> None:
         for call in self._calls.values():
             if not call.done():
                 call.set_result(error)
@@ -279,24 +395,29 @@ class AsyncClient:
 
     # --- requests and calls
 
-    async def _stream(self, submit: m.Submit) -> AsyncGenerator[Chunk, None]:
-        dialer = self._connection()
-        if self._over is not None:
-            raise _again(self._over)
-        request_id = submit.request_id
+    async def _stream(self, first: m.Submit | m.Attach) -> AsyncGenerator[Chunk, None]:
+        dialer = self._usable()
+        request_id = first.request_id
         if request_id in self._streams:
             raise RequestRefused(f"request id {request_id!r} is in use by this client", "invalid")
-        dialer.send(submit)
-        stream = self._streams[request_id] = _Stream()
+        dialer.send(first)
+        from_index = first.from_index if isinstance(first, m.Attach) else 0
+        stream = self._streams[request_id] = _Stream(first, from_index)
         scores: dict[int, m.TokenLogprob] = {}
         try:
             while True:
+                if stream.is_behind and stream.outputs.empty():
+                    stream.is_behind = False
+                    if self._lost is None:
+                        self._connection().send(stream.again)
                 output = await stream.outputs.get()
                 if isinstance(output, DistattnError):
                     raise _again(output)
                 if isinstance(output, m.PromptOutput):
                     scores |= enumerate(output.logprobs.unpack(), output.logprobs.start)
                     continue
+                if output.refusal == "unknown" and isinstance(first, m.Submit):
+                    raise RequestFailed(f"it was accepted, and is lost: {output.error}")
                 if output.refusal is not None:
                     raise RequestRefused(output.error or "refused without a reason", output.refusal)
                 yield Chunk(
@@ -315,11 +436,13 @@ class AsyncClient:
                     return
         finally:
             if self._streams.get(request_id) is stream:
-                self._leave(request_id, stream, dialer)
+                self._leave(request_id, stream)
 
-    def _leave(self, request_id: str, stream: _Stream, dialer: Dialer[m.ToClient]) -> None:
+    def _leave(self, request_id: str, stream: _Stream) -> None:
         """Abort a request that nobody iterates any more, without waiting for the answer."""
         stream.left = True
+        if self._lost is not None:
+            return  # `_resume` aborts it
         abort = m.Abort(call=self._next_call(), request_id=request_id)
 
         def on_answer(call: "asyncio.Future[_Answer]") -> None:
@@ -330,16 +453,21 @@ class AsyncClient:
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(on_answer)
         self._calls[abort.call] = answer
-        dialer.send(abort)
+        self._connection().send(abort)
 
     def _next_call(self) -> int:
         self._last_call += 1
         return self._last_call
 
-    async def _call(self, message: m.Abort | m.MoveHome | m.GetStats | m.GetText) -> m.Done | m.StatsReply | m.TextReply:
+    def _usable(self) -> Dialer[m.ToClient]:
+        """The connection. Raises ServiceUnreachable if there is none now, ProtocolRefused if there will be none."""
         dialer = self._connection()
-        if self._over is not None:
-            raise _again(self._over)
+        if (error := self._over or self._lost) is not None:
+            raise _again(error)
+        return dialer
+
+    async def _call(self, message: m.Abort | m.MoveHome | m.GetStats | m.GetText) -> m.Done | m.StatsReply | m.TextReply:
+        dialer = self._usable()
         _checked(message, type(message))
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._calls[message.call] = answer

@@ -28,6 +28,10 @@ class GManagerConfig:
     """An instance that isn't heard for so long is taken for dead. They beat once a second."""
     client_lease_s: float = 10.0
     """A client that isn't heard for so long is taken for gone."""
+    resume_s: float = 30.0
+    """So long the requests of a client that is gone go on, for it to attach to them again. 0: they end at once."""
+    max_pause_s: float = 30.0
+    """A client that doesn't read is told no more; after so long it is taken for gone."""
     form_timeout_s: float = 120.0
     """Longest time from a cell's last registration until it is ready: a process group forms in seconds, but compilers
     and slow file systems have taken a minute."""
@@ -41,10 +45,12 @@ class GManagerConfig:
         for name in ("max_queue", "max_queue_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_queue_wait_s", "max_stall_s", "instance_lease_s", "client_lease_s", "form_timeout_s"):
+        for name in ("max_queue_wait_s", "max_stall_s", "instance_lease_s", "client_lease_s", "max_pause_s", "form_timeout_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
+        if not (math.isfinite(self.resume_s) and self.resume_s >= 0):
+            raise ValueError(f"resume_s must be a number >= 0, got {self.resume_s}")
 
 
 def parse_spread(text: str) -> Spread:

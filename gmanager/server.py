@@ -14,6 +14,8 @@ from typing import Any
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
     Action,
+    ClientEmpty,
+    ClientFull,
     Deliver,
     DropText,
     Encode,
@@ -58,6 +60,12 @@ log = get_logger("gmanager")
 
 TICK_S = 1.0
 
+FULL_MESSAGES, FULL_BYTES = 4096, 4 * 2**20
+"""More of either may not wait for a client: it is told no more until all of it has left. What then grows is only the tokens of
+its requests."""
+LOOK_S = 0.05
+"""Between two looks whether it has."""
+
 MAX_BATCH = 256
 """Most outputs in one message: with all log-probabilities that can be asked for it is far below a frame's limit."""
 
@@ -87,6 +95,8 @@ class Server:
         self._texts: dict[int, _RequestText] = {}
         self._outbox: dict[PeerId, list[Output]] = {}
         """Of the events that are being handled."""
+        self._full: set[PeerId] = set()
+        """Clients that are told no more for a while."""
         self._work: set[asyncio.Task[None]] = set()
 
     @property
@@ -192,6 +202,7 @@ class Server:
                 log.log(level, event, **fields)
             case Forget(peer=peer):
                 self._flush(peer)
+                self._full.discard(peer)
                 self._bound().forget(peer)
             case Encode():
                 self._start(self._encode(action, self._tokenizers[action.cell]))
@@ -220,6 +231,19 @@ class Server:
             self._send([peer], outputs[0])
         elif outputs:
             self._send([peer], OutputBatch(outputs=outputs))
+        if outputs and peer not in self._full:
+            messages, size = self._bound().backlog(peer)
+            if messages > FULL_MESSAGES or size > FULL_BYTES:
+                self._full.add(peer)
+                self._handle(ClientFull(peer, self._now()))
+                self._start(self._until_empty(peer))
+
+    async def _until_empty(self, peer: PeerId) -> None:
+        while peer in self._full and self._bound().backlog(peer) != (0, 0):
+            await asyncio.sleep(LOOK_S)
+        if peer in self._full:
+            self._full.discard(peer)
+            self._handle(ClientEmpty(peer, self._now()))
 
     def _deliver(self, new: Deliver) -> None:
         """Add the text, and find out whether it ends here."""
@@ -237,7 +261,7 @@ class Server:
                     self._handle(StopFound(new.request, state.stopped_at, self._now()))
                 index = min(index, state.stopped_at)
                 reason = "stop" if reason == "length" else reason
-        if not (token_ids or text or reason):
+        if new.peer is None or not (token_ids or text or reason):
             return
         output = Output(
             request_id=new.request_id,
@@ -260,7 +284,9 @@ class Server:
             state = self._texts.pop(new.request, None)
         else:
             state = self._texts.get(new.request)
-        if state is None and new.token_ids:
+        if new.before is not None:
+            state = None
+        if state is None and (new.token_ids or new.before):
             detokenizer = Detokenizer(
                 self._tokenizers[new.cell],
                 new.stop_strings,
@@ -269,6 +295,7 @@ class Server:
                 skip_special_tokens=new.skip_special_tokens,
                 shown_special=new.shown_special,
             )
+            detokenizer.push(new.before or (), final=False)
             state = _RequestText(detokenizer)
             if new.finish_reason is None:
                 self._texts[new.request] = state

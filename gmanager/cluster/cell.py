@@ -18,9 +18,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gmanager.cluster.events import LoadText, Log, Send
+from gmanager.cluster.events import Emit, LoadText, Log, Send
 from gmanager.cluster.policy import most_tokens, why_never
-from gmanager.cluster.requests import Emit, Runs
+from gmanager.cluster.request import Runs
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
 from gmanager.wire.messages import (

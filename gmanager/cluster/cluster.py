@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable
 from gmanager.cluster.cell import MAX_ATTEMPTS, RETURN_GRACE_S, SUSPEND_TIMEOUT_S, Cell, Member, malformed
 from gmanager.cluster.events import (
     Action,
+    ClientEmpty,
+    ClientFull,
     DropText,
     Encode,
     Encoded,
@@ -29,7 +31,8 @@ from gmanager.cluster.events import (
     TextLoaded,
     Ticked,
 )
-from gmanager.cluster.requests import NOBODY, MoveCall, Request, Requests, text_bytes, wrong_with
+from gmanager.cluster.request import MoveCall, Request, content_of, text_bytes, wrong_with
+from gmanager.cluster.requests import Requests
 from gmanager.cluster.sequences import Sequences
 from gmanager.cluster.stats import assemble
 from gmanager.config import GManagerConfig
@@ -58,6 +61,8 @@ class Cluster:
         """Of the cells that serve or change, by name."""
         self._clients: dict[PeerId, float] = {}
         """When each was last heard."""
+        self._paused: dict[PeerId, float] = {}
+        """Those to whom nothing is told, because they don't read, and since when."""
         self._members: dict[PeerId, tuple[Cell, Member]] = {}
         self._parting: dict[PeerId, float] = {}
         """Peers that are done for, and since when."""
@@ -88,6 +93,10 @@ class Cluster:
             case PeerWasLost(peer=peer, reason=reason):
                 self._on_lost(peer, reason)
                 self._out.append(Forget(peer))
+            case ClientFull(peer=peer):
+                self._on_client_full(peer)
+            case ClientEmpty(peer=peer):
+                self._on_client_empty(peer)
             case TextLoaded(cell=number, error=error):
                 self._on_text_loaded(number, error)
             case Encoded():
@@ -136,7 +145,7 @@ class Cluster:
             _, member = self._members[peer]
             self._lose_member(peer, f"{member.name} sent what can't be read: {reason}")
         else:
-            self._lose_client(peer)
+            self._end_client(peer)
         self._part(peer, m.Refused(reason=f"can't read this: {reason}"))
 
     def _on_lost(self, peer: PeerId, reason: str) -> None:
@@ -159,10 +168,37 @@ class Cluster:
         self._part(peer, m.Expelled(reason=reason))
 
     def _lose_client(self, peer: PeerId) -> None:
-        self._clients.pop(peer, None)
+        """Its requests go on for a while: it may come back, and attach."""
+        if not self._config.resume_s:
+            self._end_client(peer)
+            return
+        self._forget_client(peer)
+        for request in self._requests.live():
+            if request.client == peer:
+                self._requests.delivery.detach(request, self._now)
+
+    def _end_client(self, peer: PeerId) -> None:
+        """It is not to come back."""
+        self._forget_client(peer)
         for request in self._requests.live():
             if request.client == peer:
                 self._end(request, "abort")
+
+    def _forget_client(self, peer: PeerId) -> None:
+        self._clients.pop(peer, None)
+        self._paused.pop(peer, None)
+        self._requests.delivery.forget(peer)
+
+    def _on_client_full(self, peer: PeerId) -> None:
+        if peer in self._clients and peer not in self._paused:
+            self._paused[peer] = self._now
+            self._requests.delivery.pause(peer, self._requests.live())
+
+    def _on_client_empty(self, peer: PeerId) -> None:
+        if self._paused.pop(peer, None) is not None:
+            owed = self._requests.delivery.go_on(peer, self._requests.live())
+            for request_id, index in owed.items():
+                self._attach(peer, request_id, index)
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
@@ -178,6 +214,8 @@ class Cluster:
         match event.message:
             case m.Submit() as submit:
                 self._on_submit(peer, submit, event.seed)
+            case m.Attach(request_id=request_id, from_index=index):
+                self._attach(peer, request_id, index)
             case m.Abort(call=call, request_id=request_id):
                 request = self._own_request(peer, call, request_id)
                 if request is not None:
@@ -196,7 +234,7 @@ class Cluster:
             case m.Hello():
                 self._out.append(Send(peer, m.Welcome(lease_s=self._config.client_lease_s)))
             case other:
-                self._lose_client(peer)
+                self._end_client(peer)
                 self._part(peer, m.Refused(reason=f"a client doesn't send {_kind(other)}"))
 
     def _own_request(self, peer: PeerId, call: int, request_id: str) -> Request | None:
@@ -204,13 +242,16 @@ class Cluster:
         request = self._requests.by_id(request_id)
         if request is not None and request.client == peer:
             return request
-        ended = request is None and self._requests.has_finished(request_id)
+        ended = request is None and self._requests.ended(request_id) is not None
         reason = f"request {request_id!r} has ended" if ended else f"this client has no request {request_id!r}"
         self._out.append(Send(peer, m.CallFailed(call=call, reason=reason)))
         return None
 
     def _on_submit(self, peer: PeerId, submit: m.Submit, seed: int) -> None:
-        refusal = wrong_with(submit) or self._refusal(submit)
+        refusal = wrong_with(submit)
+        if refusal is None and self._attach_same(peer, submit):
+            return
+        refusal = refusal or self._refusal(submit)
         if refusal is not None:
             self._requests.refuse(submit, peer, refusal)
             return
@@ -222,10 +263,36 @@ class Cluster:
         self._unbound[request.number] = request, submit
         self._bind_waiting()
 
+    def _attach_same(self, peer: PeerId, submit: m.Submit) -> bool:
+        """Whether it is a request that there is already; then its client is told of that one."""
+        known = self._requests.by_id(submit.request_id)
+        if known is None:
+            ended = self._requests.ended(submit.request_id)
+            known = ended.request if ended is not None and ended.stats.finish_reason in ("stop", "length") else None
+        if known is None or known.content != content_of(submit):
+            return False
+        self._attach(peer, submit.request_id, 0)
+        return True
+
+    def _attach(self, peer: PeerId, request_id: str, from_index: int) -> None:
+        """Tell a client of a request from that token on."""
+        request, ended = self._requests.by_id(request_id), self._requests.ended(request_id)
+        if request is not None:
+            self._requests.delivery.attach(request, peer, from_index)
+        elif ended is not None and self._has_text(ended.request):
+            self._requests.delivery.attach_ended(ended, peer, from_index)
+        else:
+            text = f"no request {request_id[:100]!r} is known here (any more)"
+            self._requests.delivery.refuse(peer, request_id, "unknown", text)
+
+    def _has_text(self, request: Request) -> bool:
+        """Whether its tokens can be turned into text."""
+        return not request.tokens or self._cell_of(request) is not None
+
     def _refusal(self, submit: m.Submit) -> m.Refusal | None:
         """Why a request isn't taken in now."""
         if self._requests.by_id(submit.request_id) is not None:
-            return m.Refusal("invalid", f"request id {submit.request_id!r} is in use by a request that has not ended")
+            return m.Refusal("invalid", f"request id {submit.request_id!r} is in use by another request, which has not ended")
         served = sorted({cell.spec.model for cell in self._cells.values()})
         if served and not _serving(submit.model, self._cells.values()):
             return m.Refusal("model", f"no model {(submit.model or '')[:100]!r} is served; there is {', '.join(served)}")
@@ -557,10 +624,12 @@ class Cluster:
             self._look_after(cell)
         longest, stall = self._config.max_queue_wait_s, self._config.max_stall_s
         for request in self._requests.live():
-            if request.is_running and now - request.progress_at > stall:
+            if request.detached_at is not None and now - request.detached_at > self._config.resume_s:
+                self._end(request, "abort")
+            elif request.is_running and now - request.progress_at > stall:
                 where = f"instance {request.home} of cell '{request.cell}'"
                 self._end(request, "error", f"{where} has not gone on with the request for {stall:g} s (max-stall)")
-            if request.is_waiting and now - request.waiting_since > longest:
+            elif request.is_waiting and now - request.waiting_since > longest:
                 what = {"waiting": "a ready cell", "encoding": "the tokenizer"}.get(request.state, "free memory")
                 self._end(request, "error", f"waited {longest:g} s for {what} (max-queue-wait)")
 
@@ -600,6 +669,11 @@ class Cluster:
         for peer, heard_at in list(self._clients.items()):
             if now - heard_at > self._config.client_lease_s:
                 self._log(logging.INFO, "client not heard", seconds=self._config.client_lease_s)
+                self._lose_client(peer)
+                self._out.append(Forget(peer))
+        for peer, since in list(self._paused.items()):
+            if now - since > self._config.max_pause_s:
+                self._log(logging.WARNING, "client does not read", seconds=self._config.max_pause_s)
                 self._lose_client(peer)
                 self._out.append(Forget(peer))
         for peer, (_, member) in list(self._members.items()):
@@ -652,7 +726,9 @@ class Cluster:
             sequences.validate()
         serving = [cell.number for cell in self._cells.values() if cell.is_formed]
         for request in self._requests.live():
-            if request.client not in (NOBODY, *self._clients):
+            if (request.client is None) != (request.detached_at is not None):
+                raise RuntimeError(f"request {request.number} has client {request.client!r}, detached {request.detached_at}")
+            if request.client not in (None, *self._clients):
                 raise RuntimeError(f"request {request.number} has no client")
             unbound = request.state == "waiting"
             if unbound != (request.number in self._unbound) or unbound == (request.cell_number in serving):

@@ -3,7 +3,7 @@
 A request is named by its `number` between cluster and shell: a client may use an id again once its request has ended.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gmanager.config import Spread
@@ -38,6 +38,22 @@ class PeerWasLost:
 
     peer: PeerId
     reason: str
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFull:
+    """More waits for a client than it should."""
+
+    peer: PeerId
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClientEmpty:
+    """Nothing waits for that client any more."""
+
+    peer: PeerId
     now: float
 
 
@@ -102,9 +118,11 @@ class Restored:
     """What its text and its grammar mean to the model; None: that is not known yet."""
     token_ids: Sequence[int]
     """Those that its client may have: all that were generated and written."""
+    logprobs: Sequence[TokenLogprob] | None = None
+    """Of each of these, if its client asked for them."""
 
 
-Event = PeerSaid | PeerGarbled | PeerWasLost | TextLoaded | Encoded | StopFound | Ticked | Stopped
+Event = PeerSaid | PeerGarbled | PeerWasLost | ClientFull | ClientEmpty | TextLoaded | Encoded | StopFound | Ticked | Stopped
 
 # --- actions ----------------------------------------------------------------------------------------------------------
 
@@ -159,7 +177,8 @@ class Encode:
 class Deliver:
     """New tokens of a request for its client: the shell adds the text. Exactly one, the last, has a `finish_reason`."""
 
-    peer: PeerId
+    peer: PeerId | None
+    """None: nobody hears it. It is turned into text all the same."""
     request: int
     request_id: str
     cell: int
@@ -172,6 +191,8 @@ class Deliver:
     skip_special_tokens: bool = True
     shown_special: frozenset[int] = frozenset()
     """These are not left out."""
+    before: list[int] | None = None
+    """Tokens that the client has: its text begins anew behind theirs. None: it goes on."""
     index: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
@@ -190,3 +211,5 @@ class Log:
 
 
 Action = Send | SendAll | Forget | LoadText | DropText | Encode | Deliver | Log
+
+Emit = Callable[[Action], None]

@@ -4,194 +4,32 @@ This file knows no instances: `gmanager.cluster.cluster` and `sequences` say whe
 """
 
 import logging
-from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import msgspec
 
-from gmanager.cluster.events import Action, Deliver, Encoded, Log, Restored, Send
-from gmanager.cluster.lifecycle import RUNNING, TRANSITIONS, WAITING, Change, State
+from gmanager.cluster.delivery import Delivery
+from gmanager.cluster.events import Emit, Encoded, Log, Restored, Send
+from gmanager.cluster.lifecycle import TRANSITIONS, Change
+from gmanager.cluster.request import Ended, Request, content_of
 from gmanager.config import Spread
 from gmanager.observed import Observed
 from gmanager.wire.messages import (
     CallFailed,
     FinishReason,
     PromptLogprobs,
-    PromptOutput,
     Refusal,
     RefusalReason,
-    RequestState,
     RequestStats,
-    SamplingParams,
     Submit,
     TokenLogprob,
-    pack_tokens,
 )
 from gmanager.wire.peer import PeerId
 
-NOBODY: PeerId = b""
-"""The client of a request that was restored, and that no connection has attached to."""
-
-KEEP_FINISHED = 1024
-"""Finished requests whose statistics are kept."""
-
-Emit = Callable[[Action], None]
-
-Runs = Sequence[Sequence[tuple[int, int]]]
-"""What is kept of a sequence on one instance: for each run the ranges of its positions."""
-
-STORY = 32
-"""Changes of state that are remembered of a request, for the error that one too many would be."""
-
-
-@dataclass(slots=True)
-class MoveCall:
-    """A client waits for a home move."""
-
-    peer: PeerId
-    call: int
-    target: int
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One request. `tokens` are all that were generated, over all its admissions."""
-
-    number: int
-    """Age: lower is older. Also its name between cluster and shell."""
-    id: str
-    params: SamplingParams
-    submit: Submit | None
-    """What its tokens are to be made of, until they are known."""
-    client: PeerId
-    seed: int
-    spread: Spread
-    arrived_at: float
-    waiting_since: float
-    progress_at: float = 0.0
-    """When something was last heard of it that was not known: a token, a change of state or of what is held of it."""
-    prompt: bytes = b""
-    """Packed token ids; empty until they are known."""
-    highest: int = 0
-    """Of its token ids; 0 until they have been looked through."""
-    bad_words: list[list[int]] = field(default_factory=list)
-    """Their tokens."""
-    grammar: str | None = None
-    """Compiled."""
-    max_tokens: int = 0
-    """Most tokens to generate, once prompt and cell are known; 0 if only the prompt is wanted."""
-    cell_number: int = 0
-    """Of the cell that serves it; 0 while there is none."""
-    cell: str | None = None
-    """The cell's name."""
-    seq: int = 0
-    """Its present admission, while it runs."""
-    kept: dict[int, Runs] = field(default_factory=dict)
-    """rank -> what is left there of its last admission's KV, while it waits after a change of membership."""
-    state: State = "waiting"
-    story: deque[tuple[float, Change, State]] = field(default_factory=lambda: deque(maxlen=STORY))
-    """When it last changed, how, and to what."""
-    is_scored: bool = False
-    """Its client has the log-probabilities of its prompt, if it asked for them."""
-    tokens: "array[int]" = field(default_factory=lambda: array("I"))
-    home: int | None = None
-    held: dict[int, int] = field(default_factory=dict)
-    """Tokens of KV per rank, as last heard."""
-    home_moves: int = 0
-    preemptions: int = 0
-    is_restored: bool = False
-    """A gManager before this one took it in: it is not refused because its cell is smaller now."""
-    was_interrupted: bool = False
-    """It ran when the epoch ended, and the next has yet to begin."""
-    breaks: int = 0
-    """Epochs that broke while it ran, with nobody lost and no token of it come: it may be what breaks them."""
-    move_call: MoveCall | None = None
-    admitted_at: float | None = None
-    """For the first time."""
-    first_token_at: float | None = None
-    last_token_at: float | None = None
-    finish_reason: FinishReason | None = None
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt) // 4
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it has no KV yet, or no longer."""
-        return self.state in WAITING
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it is a sequence of its cell, if only one that is being released."""
-        return self.state in RUNNING
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and generated."""
-        return self.prompt_tokens + len(self.tokens)
-
-    @property
-    def missing_tokens(self) -> int:
-        """Those whose rows its next admission has to compute."""
-        return self.num_tokens - sum(map(count_tokens, self.kept.values()))
-
-    @property
-    def num_bytes(self) -> int:
-        """What it takes while it waits."""
-        return len(self.prompt) + 4 * len(self.tokens) + (0 if self.submit is None else text_bytes(self.submit))
-
-    @property
-    def is_live(self) -> bool:
-        return self.finish_reason is None
-
-    def packed(self) -> bytes:
-        """All its tokens so far: the prompt of its next admission."""
-        return self.prompt + pack_tokens(self.tokens)
-
-    def stats(self) -> RequestStats:
-        return RequestStats(
-            state=self.shown_state,
-            cell=self.cell,
-            home=self.home,
-            kv_tokens={rank: tokens for rank, tokens in sorted(self.held.items()) if tokens},
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=len(self.tokens),
-            home_moves=self.home_moves,
-            preemptions=self.preemptions,
-            finish_reason=self.finish_reason,
-        )
-
-    @property
-    def shown_state(self) -> RequestState:
-        """As users see it: whatever it waits for, it is queued."""
-        match self.state:
-            case "waiting" | "encoding":
-                return "queued"
-            case "queued" if self.preemptions:
-                return "preempted"
-            case state:
-                return state
-
-
-def count_tokens(runs: Runs) -> int:
-    """Of what is kept on one instance."""
-    return sum(end - start for run in runs for start, end in run)
-
-
-def cut(runs: Runs, end: int) -> Runs:
-    """What of it lies before a position; instances come to the same (`kvstore.shard`)."""
-    shorter = [[(start, min(stop, end)) for start, stop in run if start < end] for run in runs]
-    return [run for run in shorter if run]
-
-
-def are_apart(parts: Iterable[Runs]) -> bool:
-    """Whether all of it are positions, and none is in two places: else an instance is mad, and none of it can be used."""
-    pieces = sorted(piece for runs in parts for run in runs for piece in run)
-    edges = [0, *(edge for piece in pieces for edge in piece)]
-    return edges == sorted(edges)
+KEEP_ENDED = 1024
+"""Ended requests that are kept, for statistics and for who attaches late."""
+KEEP_ENDED_BYTES = 64 * 2**20
+"""Most that their tokens and log-probabilities take together."""
 
 
 class Requests:
@@ -201,24 +39,27 @@ class Requests:
         self.observed = Observed()
         self.waiting_bytes = 0
         """What the prompts of waiting requests take."""
+        self.delivery = Delivery(emit)
         self._emit = emit
         self._clock = clock
         self._numbers = 0
         self._live: dict[int, Request] = {}
         self._ids: dict[str, Request] = {}
-        self._finished: dict[str, tuple[int, RequestStats]] = {}
+        self._ended: dict[str, Ended] = {}
+        self._ended_bytes = 0
 
     def __len__(self) -> int:
         return len(self._live)
 
     def new(self, submit: Submit, client: PeerId, seed: int, spread: Spread) -> Request:
-        """Take a request in. Its id must not be that of a live one."""
+        """Take a request in. Its id must not be that of a live one; one that has ended is forgotten."""
         if submit.request_id in self._ids:
             raise ValueError(f"request id {submit.request_id!r} is in use")
         self._numbers += 1
         now = self._clock()
         request = _request(self._numbers, submit, client, seed, spread, now)
         self._live[request.number] = self._ids[request.id] = request
+        self._forget_ended(request.id)
         self.waiting_bytes += request.num_bytes
         return request
 
@@ -228,8 +69,12 @@ class Requests:
         if restored.submit.request_id in self._ids or restored.number <= self._numbers:
             raise ValueError(f"request {restored.number}, {restored.submit.request_id!r}, can't follow {self._numbers}")
         self._numbers = restored.number
-        request = _request(restored.number, restored.submit, NOBODY, restored.seed, restored.spread, self._clock())
+        now = self._clock()
+        request = _request(restored.number, restored.submit, None, restored.seed, restored.spread, now)
+        self.delivery.detach(request, now)
         request.tokens.extend(restored.token_ids)
+        if request.logprobs is not None:
+            request.logprobs += restored.logprobs or ()
         request.is_restored = True
         request.is_scored = bool(restored.token_ids)
         self._live[request.number] = self._ids[request.id] = request
@@ -273,15 +118,15 @@ class Requests:
     def by_id(self, request_id: str) -> Request | None:
         return self._ids.get(request_id)
 
-    def has_finished(self, request_id: str) -> bool:
-        return request_id in self._finished
+    def ended(self, request_id: str) -> Ended | None:
+        """None: it lives, or nothing is known of it (any more)."""
+        return self._ended.get(request_id)
 
     def refuse(self, submit: Submit, client: PeerId, refusal: Refusal) -> None:
         """Answer a Submit that is not taken in."""
         self._log_refused(submit.request_id, refusal.reason)
         self.observed.refused[refusal.reason] += 1
-        nobody = _request(0, submit, client, 0, 1, 0.0)
-        self._answer(nobody, [], None, "error", refusal.text, refusal.reason)
+        self.delivery.refuse(client, submit.request_id, refusal.reason, refusal.text)
 
     def admit(self, request: Request) -> None:
         """It begins to run, or does so again."""
@@ -293,12 +138,12 @@ class Requests:
 
     def deliver(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """New tokens, in order; more will come."""
-        self._take(request, token_ids)
-        self._answer(request, token_ids, logprobs, None, None, None)
+        self._take(request, token_ids, logprobs)
+        self.delivery.tell(request)
 
     def deliver_scores(self, request: Request, logprobs: PromptLogprobs) -> None:
         """Log-probabilities of some of its prompt."""
-        self._emit(Send(request.client, PromptOutput(request_id=request.id, logprobs=logprobs)))
+        self.delivery.tell_scores(request, logprobs)
 
     def finish(
         self,
@@ -311,38 +156,38 @@ class Requests:
         logprobs: list[TokenLogprob] | None = None,
     ) -> None:
         """Its one final answer. What it holds on instances is for the caller to release."""
-        token_ids = token_ids or []
-        self._take(request, token_ids)
+        self._take(request, token_ids or [], logprobs)
         self._observe_end(request, reason, refusal)
         request.finish_reason = reason
         self.change(request, "end")
-        self._answer(request, token_ids, logprobs, reason, error, refusal)
+        self.delivery.tell(request, reason, error, refusal)
         self.fail_move(request, f"request {request.id!r} has ended ({reason})")
         self._log_end(request, reason, error, refusal)
         del self._live[request.number]
         del self._ids[request.id]
-        self._finished.pop(request.id, None)
-        self._finished[request.id] = (request.number, request.stats())
-        if len(self._finished) > KEEP_FINISHED:
-            del self._finished[next(iter(self._finished))]
+        self._keep_ended(Ended(request, request.stats(), error))
 
     def cut(self, request: Request, generated: int) -> None:
         """A stop string was found in its text: what comes after so many tokens never reaches its client."""
         num_bytes = request.num_bytes
         self.observed.generated_tokens -= len(request.tokens[generated:])
-        del request.tokens[generated:]
+        _cut(request, generated)
         self.waiting_bytes += (request.num_bytes - num_bytes) * request.is_waiting
 
     def correct(self, number: int, generated: int) -> None:
         """A stop string was found in the text of a request that has just ended: that is why it ended."""
-        for request_id, (kept, stats) in reversed(self._finished.items()):
-            if kept == number and stats.finish_reason is not None:
+        for request_id, ended in reversed(self._ended.items()):
+            reason = ended.stats.finish_reason
+            if ended.request.number == number and reason is not None:
                 # nobody has seen these counts: the shell asks for this before it does anything else
-                self.observed.finished[stats.finish_reason] -= 1
+                self.observed.finished[reason] -= 1
                 self.observed.finished["stop"] += 1
-                self.observed.generated_tokens -= stats.generated_tokens - generated
-                stats = msgspec.structs.replace(stats, finish_reason="stop", generated_tokens=generated)
-                self._finished[request_id] = (number, stats)
+                self.observed.generated_tokens -= ended.stats.generated_tokens - generated
+                self._ended_bytes -= ended.num_bytes
+                _cut(ended.request, generated)
+                self._ended_bytes += ended.num_bytes
+                stats = msgspec.structs.replace(ended.stats, finish_reason="stop", generated_tokens=generated)
+                self._ended[request_id] = Ended(ended.request, stats, None)
                 return
 
     def fail_move(self, request: Request, reason: str) -> None:
@@ -352,14 +197,16 @@ class Requests:
             self._emit(Send(call.peer, CallFailed(call=call.call, reason=reason)))
 
     def stats(self) -> dict[str, RequestStats]:
-        """Of the last finished requests and of all live ones."""
-        finished = {request_id: stats for request_id, (_, stats) in self._finished.items()}
-        return finished | {request.id: request.stats() for request in self._live.values()}
+        """Of the last ended requests and of all live ones."""
+        ended = {request_id: ended.stats for request_id, ended in self._ended.items()}
+        return ended | {request.id: request.stats() for request in self._live.values()}
 
     def validate(self) -> None:
         """Raises RuntimeError if the books don't agree."""
         if [request.number for request in self._ids.values()] != list(self._live):
             raise RuntimeError("live requests by id and by number differ")
+        if self._ended_bytes != sum(ended.num_bytes for ended in self._ended.values()):
+            raise RuntimeError(f"ended requests take {self._ended_bytes} bytes by count, and others by sum")
         waiting_bytes = sum(request.num_bytes for request in self._live.values() if request.is_waiting)
         if self.waiting_bytes != waiting_bytes:
             raise RuntimeError(f"waiting requests take {waiting_bytes} bytes, {self.waiting_bytes} were counted")
@@ -367,7 +214,22 @@ class Requests:
             if not request.is_live or request.state == "finished":
                 raise RuntimeError(f"request {request.number} is kept as live and has finished")
 
-    def _take(self, request: Request, token_ids: list[int]) -> None:
+    def _keep_ended(self, ended: Ended) -> None:
+        ended.request.prompt = b""
+        self._forget_ended(ended.request.id)
+        self._ended[ended.request.id] = ended
+        self._ended_bytes += ended.num_bytes
+        while len(self._ended) > KEEP_ENDED or (self._ended_bytes > KEEP_ENDED_BYTES and len(self._ended) > 1):
+            self._forget_ended(next(iter(self._ended)))
+
+    def _forget_ended(self, request_id: str) -> None:
+        ended = self._ended.pop(request_id, None)
+        if ended is not None:
+            self._ended_bytes -= ended.num_bytes
+
+    def _take(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
+        if request.logprobs is not None:
+            request.logprobs += logprobs or ()
         if not token_ids:
             return
         now = self._clock()
@@ -407,39 +269,14 @@ class Requests:
         # not the text of it, which may quote what the client wrote: it has it
         self._emit(Log(logging.INFO, "request refused", {"request": request_id, "reason": reason}))
 
-    def _answer(
-        self,
-        request: Request,
-        token_ids: list[int],
-        logprobs: list[TokenLogprob] | None,
-        reason: FinishReason | None,
-        error: str | None,
-        refusal: RefusalReason | None,
-    ) -> None:
-        if request.client == NOBODY:
-            return
-        self._emit(
-            Deliver(
-                peer=request.client,
-                request=request.number,
-                request_id=request.id,
-                cell=request.cell_number,
-                stop_strings=tuple(request.params.stop_strings),
-                include_stop=request.params.include_stop_str_in_output,
-                min_tokens=request.params.min_tokens,
-                skip_special_tokens=request.params.skip_special_tokens,
-                shown_special=frozenset(request.params.shown_special_tokens or ()),
-                index=len(request.tokens) - len(token_ids),
-                token_ids=token_ids,
-                logprobs=logprobs,
-                finish_reason=reason,
-                error=error,
-                refusal=refusal,
-            )
-        )
+
+def _cut(request: Request, generated: int) -> None:
+    del request.tokens[generated:]
+    if request.logprobs is not None:
+        del request.logprobs[generated:]
 
 
-def _request(number: int, submit: Submit, client: PeerId, seed: int, spread: Spread, now: float) -> Request:
+def _request(number: int, submit: Submit, client: PeerId | None, seed: int, spread: Spread, now: float) -> Request:
     return Request(
         number,
         submit.request_id,
@@ -452,18 +289,6 @@ def _request(number: int, submit: Submit, client: PeerId, seed: int, spread: Spr
         waiting_since=now,
         progress_at=now,
         prompt=submit.token_ids or b"",
+        logprobs=None if submit.params.logprobs is None else [],
+        content=content_of(submit),
     )
-
-
-def text_bytes(submit: Submit) -> int:
-    """Of the text that a request brings."""
-    return len(submit.text or "") + sum(len(message.content) for message in submit.messages or ())
-
-
-def wrong_with(submit: Submit) -> Refusal | None:
-    """What is wrong with a request whoever serves it."""
-    if submit.token_ids is not None and len(submit.token_ids) % 4:
-        return Refusal("invalid", f"token ids must be a multiple of 4 bytes long, got {len(submit.token_ids)}")
-    if not (submit.token_ids or submit.text or submit.messages):
-        return Refusal("invalid", "the prompt is empty")
-    return None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gmanager.cluster.policy import PARALLEL_EFFICIENCY, Placement, prompt_work
-from gmanager.cluster.requests import Request
+from gmanager.cluster.request import Request
 from gmanager.wire.messages import SequenceOutput, Share
 
 

@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 from gmanager.cluster.cell import Cell, Member
-from gmanager.cluster.events import Log, Send, SendAll
+from gmanager.cluster.events import Emit, Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.parties import Parties
 from gmanager.cluster.policy import (
@@ -34,7 +34,8 @@ from gmanager.cluster.policy import (
     place,
     place_rest,
 )
-from gmanager.cluster.requests import Emit, MoveCall, Request, Requests, are_apart, count_tokens, cut
+from gmanager.cluster.request import MoveCall, Request, are_apart, count_tokens, cut
+from gmanager.cluster.requests import Requests
 from gmanager.cluster.sequence import Reservation, Sequence
 from gmanager.wire.messages import (
     Admit,

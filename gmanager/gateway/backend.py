@@ -11,7 +11,7 @@ from gmanager.gateway.habits import Habits, habits_of
 from gmanager.gateway.reply import TAGS
 from gmanager.text.tokenizer import Tokenizer
 from gmanager.wire.channel import Transport
-from gmanager.wire.errors import CallFailed, DistattnError, TextError
+from gmanager.wire.errors import CallFailed, DistattnError, ServiceUnreachable, TextError
 from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import Stats
 
@@ -62,9 +62,7 @@ class Backend:
                     async with AsyncClient(self._address, transport=self._transport) as client:
                         self._client = client
                         log.info("connected", gmanager=self._address)
-                        while True:
-                            await self._refresh(client)
-                            await asyncio.sleep(REFRESH_S)
+                        await self._look_after(client)
                 except DistattnError as error:
                     log.warning("gManager lost", reason=str(error))
                 except Exception:  # a gateway that looks no more would answer 503 for ever
@@ -76,13 +74,27 @@ class Backend:
         finally:
             await self._forget(self._models)
 
+    async def _look_after(self, client: AsyncClient) -> None:
+        """Until the client is over. While it has no connection its streams wait for the next one. Raises DistattnError."""
+        was_connected = True
+        while True:
+            try:
+                await self._refresh(client)
+            except ServiceUnreachable as error:
+                if client.is_over:
+                    raise
+                if was_connected:
+                    log.warning("connection lost", reason=str(error))
+            was_connected = client.is_connected
+            await asyncio.sleep(REFRESH_S)
+
     @property
     def is_connected(self) -> bool:
-        return self._client is not None
+        return self._client is not None and self._client.is_connected
 
     def client(self) -> AsyncClient:
         """Raises ApiError 503 if there is no connection."""
-        if self._client is None:
+        if self._client is None or not self._client.is_connected:
             raise ApiError(503, f"the gManager at {self._address} does not answer", code="not_ready")
         return self._client
 

@@ -91,6 +91,7 @@ _REFUSED: dict[RefusalReason, tuple[int, str | None]] = {
     "model": (404, "model_not_found"),
     "full": (429, "queue_full"),
     "not_ready": (503, "not_ready"),
+    "unknown": (404, "not_found"),
 }
 
 

@@ -93,6 +93,9 @@ class Listener(Protocol[M_co]):
     def forget(self, peer: PeerId) -> None:
         """Drop all state of a peer, and what is queued for it. If it speaks again it is a new peer."""
 
+    def backlog(self, peer: PeerId) -> tuple[int, int]:
+        """Messages and bytes that wait for a peer, beyond those that the network has taken."""
+
     async def close(self) -> None:
         """Send what is queued, for at most FLUSH_S, then close."""
 
@@ -410,6 +413,10 @@ class _ZmqListener(_ZmqEnd[M]):
         for peer in peers:
             if peer not in self._lost:
                 self._post(peer, frame)
+
+    def backlog(self, peer: PeerId) -> tuple[int, int]:
+        queue = self._queues.get(peer)
+        return (0, 0) if queue is None else (len(queue.frames), queue.bytes)
 
     def forget(self, peer: PeerId) -> None:
         self._queues.pop(peer, None)

@@ -58,19 +58,19 @@ class _Pipe:
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
         self.frames: deque[bytes] = deque()
-        self._bytes = 0
+        self.num_bytes = 0
 
     def put(self, frame: bytes) -> bool:
         """False: it is full."""
-        if len(self.frames) >= self._limits.messages or self._bytes + len(frame) > self._limits.bytes:
+        if len(self.frames) >= self._limits.messages or self.num_bytes + len(frame) > self._limits.bytes:
             return False
         self.frames.append(frame)
-        self._bytes += len(frame)
+        self.num_bytes += len(frame)
         return True
 
     def get(self) -> bytes:
         frame = self.frames.popleft()
-        self._bytes -= len(frame)
+        self.num_bytes -= len(frame)
         return frame
 
 
@@ -123,6 +123,11 @@ class _MemoryListener(Generic[M]):
                 self._lose(peer, "it is not connected")
             elif not dialer._deliver(frame, self._limits):
                 self._lose(peer, "it does not read")
+
+    def backlog(self, peer: PeerId) -> tuple[int, int]:
+        dialer = self._dialers.get(peer)
+        pipe = None if dialer is None else dialer._incoming
+        return (0, 0) if pipe is None else (len(pipe.frames), pipe.num_bytes)
 
     def forget(self, peer: PeerId) -> None:
         self._lost.discard(peer)

@@ -274,8 +274,16 @@ def failed(number: int, name: str, error: str, **more: Any) -> Deliver:
 
 
 def refused(name: str, error: str, **more: Any) -> list[Action]:
-    """At the door: it never got a number."""
-    return [failed(more.pop("number", 0), name, error, **({"cell": 0, "refusal": "invalid"} | more))]
+    """At the door: it never got a number; with `number` it did."""
+    if "number" in more:
+        return [failed(more.pop("number"), name, error, **({"cell": 0, "refusal": "invalid"} | more))]
+    return [last_words(name, error, more.get("peer", CLIENT), refusal=more.get("refusal", "invalid"))]
+
+
+def last_words(name: str, error: str, who: PeerId = CLIENT, **more: Any) -> Send:
+    """To a client, of a request that it has no part in."""
+    fields = {"index": 0, "token_ids": [], "text": "", "finish_reason": "error"} | more
+    return Send(who, m.Output(request_id=name, error=error, **fields))
 
 
 def pong(rank: int) -> Send:

@@ -92,10 +92,12 @@ async def serving(transport: Transport, answer: Answer, *, lease_s: float = 5.0)
 
 
 @asynccontextmanager
-async def connected(transport: Transport, answer: Answer, *, lease_s: float = 5.0) -> AsyncIterator[tuple[Server, AsyncClient]]:
+async def connected(
+    transport: Transport, answer: Answer, *, lease_s: float = 5.0, resume_s: float = 0
+) -> AsyncIterator[tuple[Server, AsyncClient]]:
     async with (
         serving(transport, answer, lease_s=lease_s) as server,
-        AsyncClient(server.listener.address, transport=transport) as client,
+        AsyncClient(server.listener.address, transport=transport, resume_s=resume_s) as client,
     ):
         yield server, client
 

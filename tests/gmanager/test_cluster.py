@@ -616,9 +616,9 @@ def test_an_id_is_taken_until_its_request_has_ended(is_ready: bool) -> None:
     driver.say(CLIENT, HELLO)
     driver.say(OTHER, HELLO)
     driver.say(CLIENT, submit("r"))
-    error = "request id 'r' is in use by a request that has not ended"
-    assert driver.say(CLIENT, submit("r")) == refused("r", error)
-    assert driver.say(OTHER, submit("r")) == refused("r", error, peer=OTHER)
+    error = "request id 'r' is in use by another request, which has not ended"
+    assert driver.say(CLIENT, submit("r", 9)) == refused("r", error)
+    assert driver.say(OTHER, submit("r", top_k=3)) == refused("r", error, peer=OTHER)
     driver.say(CLIENT, m.Abort(call=1, request_id="r"))
     again = driver.say(OTHER, submit("r"))
     assert again == ([reserve(0, 2, 3)] if is_ready else [])
@@ -712,10 +712,8 @@ def test_prompts_that_wait_are_bounded_in_bytes() -> None:
     driver = Driver(max_queue_bytes=400)
     driver.say(CLIENT, HELLO)
     assert driver.say(CLIENT, submit("large", 150)) == []
-    (refused_,) = driver.say(CLIENT, submit("more", 1))
-    assert isinstance(refused_, Deliver)
-    assert refused_.refusal == "full"
-    assert refused_.error == ("prompts of 600 bytes are waiting, and this one has 4: 400 may wait together (max-queue-bytes)")
+    error = "prompts of 600 bytes are waiting, and this one has 4: 400 may wait together (max-queue-bytes)"
+    assert driver.say(CLIENT, submit("more", 1)) == refused("more", error, refusal="full")
     driver.say(CLIENT, m.Abort(call=1, request_id="large"))
     assert driver.say(CLIENT, submit("half", 50), submit("other half", 50)) == []
     driver.ready_cell(200)  # one of them begins to be reserved; both still wait

@@ -265,7 +265,7 @@ def test_the_only_one_takes_the_last_block_before_it_starts_anew(left: int) -> N
 def test_a_client_that_falls_silent_or_is_lost() -> None:
     """Its requests end and free what they hold; those of others go on."""
     for is_lost in (False, True):
-        driver = serving(8, 8)
+        driver = serving(8, 8, resume_s=0)
         driver.say(OTHER, HELLO, submit("theirs"))
         driver.say(peer(0), granted(1, 3, 5))
         driver.say(CLIENT, submit("waits", 28), submit("r"))

@@ -108,6 +108,7 @@ st.register_type_strategy(str, texts)
 for named in (m.InstanceSpec, m.CellStats):
     st.register_type_strategy(named, st.builds(named, other_names=st.lists(texts, max_size=2)))
 st.register_type_strategy(m.JoinEpoch, st.builds(m.JoinEpoch, keep=st.lists(counts, max_size=3)))
+st.register_type_strategy(m.Attach, st.builds(m.Attach, from_index=counts))
 st.register_type_strategy(m.Kept, st.builds(m.Kept, unheard=st.lists(st.from_type(m.Unheard), max_size=2)))
 st.register_type_strategy(m.Admit, st.builds(m.Admit, kept=st.lists(st.from_type(m.KeptPart), max_size=2)))
 st.register_type_strategy(

@@ -6,7 +6,8 @@ from typing import get_args
 import pytest
 
 from gmanager.cluster.lifecycle import RUNNING, TRANSITIONS, WAITING, Change, State
-from gmanager.cluster.requests import STORY, Request, Requests
+from gmanager.cluster.request import STORY, Request
+from gmanager.cluster.requests import Requests
 from gmanager.wire.messages import RequestState, SamplingParams, Submit
 
 STATES = get_args(State)

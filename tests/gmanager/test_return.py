@@ -244,7 +244,8 @@ def test_a_restored_request_goes_on_where_it_was() -> None:
     driver.cluster.restore([restored(4, tokens=2), restored(6)], 0.0)
     unheard = m.Unheard(request=4, index=1, token_ids=[9, 9])
     actions = returning(driver, kept(4, {30: (4, [[(0, 12)]]), 31: (6, [[(0, 8)]])}, unheard))
-    assert actions == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    opens = Send(peer(0), m.OpenStore(epoch=EPOCH + 1))
+    assert actions == [deliver(4, "r4", 0, [9, 9, 9], peer=None), opens], "turned into text, heard by nobody"
     assert request_stats(driver, "r4").generated_tokens == 3
     assert request_stats(driver, "r4").kv_tokens == {0: 12}
     first, *_ = admits(driver.grant(driver.join(EPOCH + 1, peer(0))))

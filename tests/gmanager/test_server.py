@@ -553,7 +553,7 @@ async def test_a_client_that_garbles_loses_its_requests() -> None:
 
 async def test_an_oversize_frame_ends_the_connection() -> None:
     """Before it is read. If it was a client's, its requests end with it."""
-    async with a_cell(ZmqTransport(), client_lease_s=1000.0) as (service, instance, client):
+    async with a_cell(ZmqTransport(), client_lease_s=1000.0, resume_s=0) as (service, instance, client):
         admit, bystander = await started(instance, client, "x")
         async with stranger(service) as speaker:
             await speaker.greet(SUBMIT)
@@ -568,7 +568,7 @@ async def test_an_oversize_frame_ends_the_connection() -> None:
 @pytest.mark.parametrize("how", ["silent", "closed"])
 async def test_a_client_that_vanishes_has_its_requests_aborted(how: str) -> None:
     """Nothing is generated that could show that it is gone: only its lease runs out."""
-    async with serving(ZmqTransport(), client_lease_s=1.0) as service, service.instance() as instance:
+    async with serving(ZmqTransport(), client_lease_s=1.0, resume_s=0) as service, service.instance() as instance:
         async with stranger(service) as speaker:
             await speaker.greet(SUBMIT)
             admit = await instance.admitted()

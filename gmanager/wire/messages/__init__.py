@@ -20,6 +20,7 @@ from gmanager.wire.messages.base import (
 )
 from gmanager.wire.messages.client import (
     Abort,
+    Attach,
     CallFailed,
     Done,
     FromClient,
@@ -114,6 +115,7 @@ from gmanager.wire.messages.stats import (
 
 __all__ = [
     "Abort",
+    "Attach",
     "Admit",
     "Beat",
     "CallFailed",

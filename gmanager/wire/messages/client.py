@@ -24,7 +24,10 @@ class Hello(Message):
 
 
 class Submit(Message):
-    """A new request. Exactly one of `text`, `token_ids` and `messages` is given."""
+    """A new request. Exactly one of `text`, `token_ids` and `messages` is given.
+
+    The id of a request that lives, or has ended by its tokens not long ago, with the same content attaches to that one.
+    """
 
     request_id: str
     params: SamplingParams
@@ -53,6 +56,19 @@ class Submit(Message):
         prompt = {"prompt": self.text, "messages": self.messages}
         params = {name: getattr(self.params, name) for name in ("stop", "bad_words", "structured_outputs")}
         return [name for name, value in (prompt | params).items() if value]
+
+
+class Attach(Message):
+    """Tell this client of a request, from a token on: answered by its Outputs, or by one with a refusal. Who held it till then
+    is told no more."""
+
+    request_id: str
+    from_index: int
+    """Position of the first token to be told of among those generated."""
+
+    def __post_init__(self) -> None:
+        if self.from_index < 0:
+            raise ValueError(f"from_index must not be negative, got {self.from_index}")
 
 
 class Abort(Message):
@@ -160,5 +176,5 @@ class Pong(Message):
     """To an instance: how many messages Outputs of it have been taken in, since it registered. It need not keep them longer."""
 
 
-FromClient = Hello | Submit | Abort | MoveHome | GetStats | GetText | Ping
+FromClient = Hello | Submit | Attach | Abort | MoveHome | GetStats | GetText | Ping
 ToClient = Welcome | Refused | Output | OutputBatch | PromptOutput | Done | CallFailed | StatsReply | TextReply | Pong

@@ -17,9 +17,10 @@ MAX_LOGPROBS = 20
 FinishReason = Literal["stop", "length", "abort", "error"]
 RequestState = Literal["queued", "reserving", "prefill", "decode", "moving", "preempted", "finished"]
 CellState = Literal["forming", "ready", "changing"]
-RefusalReason = Literal["invalid", "too_long", "never", "model", "full", "not_ready"]
+RefusalReason = Literal["invalid", "too_long", "never", "model", "full", "not_ready", "unknown"]
 """Why a request never starts: it is wrong in itself; longer than the model takes; more KV than the cell will ever hold; for a
-model that nobody serves; the queue is full; no cell is ready and it was not to wait for one."""
+model that nobody serves; the queue is full; no cell is ready and it was not to wait for one. Unknown: there is no request of
+that id to attach to."""
 
 
 class Refusal(NamedTuple):

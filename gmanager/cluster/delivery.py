@@ -1,0 +1,146 @@
+"""What the client of a request is told, and from where on.
+
+    follows    what comes is told at once
+    is behind  it has attached just now, or its connection was full (`pause`): it is told from its next token on, once it can be
+    is gone    the request is detached: its client may attach again, over another connection
+
+Whoever hears it, the shell turns all tokens into text, once: so a stop string ends a request also while nobody listens. For who
+was behind it begins anew, with the tokens that the client has (`Deliver.before`).
+"""
+
+from collections.abc import Iterable
+
+from gmanager.cluster.events import Deliver, Emit, Send
+from gmanager.cluster.request import Ended, Request
+from gmanager.wire.messages import FinishReason, Output, PromptLogprobs, PromptOutput, RefusalReason, TokenLogprob
+from gmanager.wire.peer import PeerId
+
+TAKEN_OVER = "another connection has attached to the request"
+
+
+class Delivery:
+    """To all clients."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._paused: dict[PeerId, dict[str, int]] = {}
+        """Whose connection is full. Of each: requests of it that have ended since, and from which token on it lacks them."""
+
+    def tell(
+        self,
+        request: Request,
+        reason: FinishReason | None = None,
+        error: str | None = None,
+        refusal: RefusalReason | None = None,
+    ) -> None:
+        """What is new of a request; with a `reason` it is the last."""
+        end = len(request.tokens)
+        client = None if request.client in self._paused else request.client
+        start, before = min(request.told, end), None
+        if client is None:
+            request.is_followed = False
+        elif not request.is_followed and (request.sent <= end or reason is not None):
+            request.is_followed = True
+            start = min(request.sent, end)
+            before = request.tokens[:start].tolist()
+            if not start:
+                for scores in request.scores:
+                    self._emit(Send(client, PromptOutput(request_id=request.id, logprobs=scores)))
+        peer = client if request.is_followed else None
+        self._deliver(request, peer, start, before, reason, error, refusal)
+        request.told = end
+        if peer is not None:
+            request.sent = end
+        elif reason is not None and request.client in self._paused:
+            self._paused[request.client][request.id] = request.sent
+
+    def tell_scores(self, request: Request, scores: PromptLogprobs) -> None:
+        """Log-probabilities of some of its prompt; all come before its first token. Kept for who attaches at its beginning."""
+        request.scores.append(scores)
+        if request.client is not None and request.is_followed:
+            self._emit(Send(request.client, PromptOutput(request_id=request.id, logprobs=scores)))
+
+    def refuse(self, peer: PeerId, request_id: str, reason: RefusalReason, text: str) -> None:
+        """Answer what is no request."""
+        self._emit(Send(peer, _last_words(request_id, 0, text, reason)))
+
+    def attach(self, request: Request, peer: PeerId, from_index: int) -> None:
+        """Tell this client of a request, from that token on; who held it till now hears that."""
+        if request.client is not None and request.client != peer:
+            self._emit(Send(request.client, _last_words(request.id, request.sent, TAKEN_OVER)))
+        request.client, request.sent = peer, from_index
+        request.is_followed, request.detached_at = False, None
+        self.tell(request)
+
+    def attach_ended(self, ended: Ended, peer: PeerId, from_index: int) -> None:
+        """The same of one that has ended."""
+        request = ended.request
+        if peer in self._paused:
+            self._paused[peer][request.id] = from_index
+            return
+        start = min(from_index, len(request.tokens))
+        if not start:
+            for scores in request.scores:
+                self._emit(Send(peer, PromptOutput(request_id=request.id, logprobs=scores)))
+        self._deliver(request, peer, start, request.tokens[:start].tolist(), ended.stats.finish_reason, ended.error, None)
+
+    def detach(self, request: Request, now: float) -> None:
+        """Its client is gone."""
+        request.client, request.is_followed, request.detached_at = None, False, now
+
+    def pause(self, peer: PeerId, live: Iterable[Request]) -> None:
+        """The connection to this client is full: it is told no more. `live`: all requests."""
+        self._paused.setdefault(peer, {})
+        for request in live:
+            if request.client == peer:
+                request.is_followed = False
+
+    def go_on(self, peer: PeerId, live: Iterable[Request]) -> dict[str, int]:
+        """It is empty again. Returns which requests of it have ended meanwhile, and from which token on it lacks them."""
+        owed = self._paused.pop(peer, {})
+        for request in live:
+            if request.client == peer:
+                self.tell(request)
+        return owed
+
+    def forget(self, peer: PeerId) -> None:
+        """It is no client any more."""
+        self._paused.pop(peer, None)
+
+    def _deliver(
+        self,
+        request: Request,
+        peer: PeerId | None,
+        start: int,
+        before: list[int] | None,
+        reason: FinishReason | None,
+        error: str | None,
+        refusal: RefusalReason | None,
+    ) -> None:
+        logprobs: list[TokenLogprob] | None = None if request.logprobs is None else request.logprobs[start:]
+        self._emit(
+            Deliver(
+                peer=peer,
+                request=request.number,
+                request_id=request.id,
+                cell=request.cell_number,
+                stop_strings=tuple(request.params.stop_strings),
+                include_stop=request.params.include_stop_str_in_output,
+                min_tokens=request.params.min_tokens,
+                skip_special_tokens=request.params.skip_special_tokens,
+                shown_special=frozenset(request.params.shown_special_tokens or ()),
+                before=before,
+                index=start,
+                token_ids=request.tokens[start:].tolist(),
+                logprobs=logprobs,
+                finish_reason=reason,
+                error=error,
+                refusal=refusal,
+            )
+        )
+
+
+def _last_words(request_id: str, index: int, error: str, refusal: RefusalReason | None = None) -> Output:
+    return Output(
+        request_id=request_id, index=index, token_ids=[], text="", finish_reason="error", error=error, refusal=refusal
+    )

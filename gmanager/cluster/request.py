@@ -1,0 +1,228 @@
+"""One request, and what is said of its tokens: what `gmanager.cluster.requests` keeps of each."""
+
+from array import array
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from gmanager.cluster.lifecycle import RUNNING, WAITING, Change, State
+from gmanager.config import Spread
+from gmanager.wire.messages import (
+    FinishReason,
+    PromptLogprobs,
+    Refusal,
+    RequestState,
+    RequestStats,
+    SamplingParams,
+    Submit,
+    TokenLogprob,
+    pack_tokens,
+)
+from gmanager.wire.peer import PeerId
+
+Runs = Sequence[Sequence[tuple[int, int]]]
+"""What is kept of a sequence on one instance: for each run the ranges of its positions."""
+
+STORY = 32
+"""Changes of state that are remembered of a request, for the error that one too many would be."""
+
+
+@dataclass(slots=True)
+class MoveCall:
+    """A client waits for a home move."""
+
+    peer: PeerId
+    call: int
+    target: int
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request. `tokens` are all that were generated, over all its admissions."""
+
+    number: int
+    """Age: lower is older. Also its name between cluster and shell."""
+    id: str
+    params: SamplingParams
+    submit: Submit | None
+    """What its tokens are to be made of, until they are known."""
+    client: PeerId | None
+    """None: it is detached, since `detached_at`."""
+    seed: int
+    spread: Spread
+    arrived_at: float
+    waiting_since: float
+    progress_at: float = 0.0
+    """When something was last heard of it that was not known: a token, a change of state or of what is held of it."""
+    prompt: bytes = b""
+    """Packed token ids; empty until they are known."""
+    highest: int = 0
+    """Of its token ids; 0 until they have been looked through."""
+    bad_words: list[list[int]] = field(default_factory=list)
+    """Their tokens."""
+    grammar: str | None = None
+    """Compiled."""
+    max_tokens: int = 0
+    """Most tokens to generate, once prompt and cell are known; 0 if only the prompt is wanted."""
+    cell_number: int = 0
+    """Of the cell that serves it; 0 while there is none."""
+    cell: str | None = None
+    """The cell's name."""
+    seq: int = 0
+    """Its present admission, while it runs."""
+    kept: dict[int, Runs] = field(default_factory=dict)
+    """rank -> what is left there of its last admission's KV, while it waits after a change of membership."""
+    state: State = "waiting"
+    story: deque[tuple[float, Change, State]] = field(default_factory=lambda: deque(maxlen=STORY))
+    """When it last changed, how, and to what."""
+    is_scored: bool = False
+    """Its client has the log-probabilities of its prompt, if it asked for them."""
+    tokens: "array[int]" = field(default_factory=lambda: array("I"))
+    logprobs: list[TokenLogprob] | None = None
+    """Of each of `tokens`, if its client asked for them."""
+    scores: list[PromptLogprobs] = field(default_factory=list)
+    """Of its prompt, likewise."""
+    told: int = 0
+    """So many tokens have been turned into text."""
+    sent: int = 0
+    """The next one that its client is to have."""
+    is_followed: bool = True
+    """Its client has all that was told."""
+    detached_at: float | None = None
+    content: int = 0
+    """Of its Submit (`content_of`): another one with the same id is the same request."""
+    home: int | None = None
+    held: dict[int, int] = field(default_factory=dict)
+    """Tokens of KV per rank, as last heard."""
+    home_moves: int = 0
+    preemptions: int = 0
+    is_restored: bool = False
+    """A gManager before this one took it in: it is not refused because its cell is smaller now."""
+    was_interrupted: bool = False
+    """It ran when the epoch ended, and the next has yet to begin."""
+    breaks: int = 0
+    """Epochs that broke while it ran, with nobody lost and no token of it come: it may be what breaks them."""
+    move_call: MoveCall | None = None
+    admitted_at: float | None = None
+    """For the first time."""
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt) // 4
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has no KV yet, or no longer."""
+        return self.state in WAITING
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is a sequence of its cell, if only one that is being released."""
+        return self.state in RUNNING
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated."""
+        return self.prompt_tokens + len(self.tokens)
+
+    @property
+    def missing_tokens(self) -> int:
+        """Those whose rows its next admission has to compute."""
+        return self.num_tokens - sum(map(count_tokens, self.kept.values()))
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes while it waits."""
+        return len(self.prompt) + 4 * len(self.tokens) + (0 if self.submit is None else text_bytes(self.submit))
+
+    @property
+    def is_live(self) -> bool:
+        return self.finish_reason is None
+
+    def packed(self) -> bytes:
+        """All its tokens so far: the prompt of its next admission."""
+        return self.prompt + pack_tokens(self.tokens)
+
+    def stats(self) -> RequestStats:
+        return RequestStats(
+            state=self.shown_state,
+            cell=self.cell,
+            home=self.home,
+            kv_tokens={rank: tokens for rank, tokens in sorted(self.held.items()) if tokens},
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=len(self.tokens),
+            home_moves=self.home_moves,
+            preemptions=self.preemptions,
+            finish_reason=self.finish_reason,
+        )
+
+    @property
+    def shown_state(self) -> RequestState:
+        """As users see it: whatever it waits for, it is queued."""
+        match self.state:
+            case "waiting" | "encoding":
+                return "queued"
+            case "queued" if self.preemptions:
+                return "preempted"
+            case state:
+                return state
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What is kept of a request that has ended, for a while."""
+
+    request: Request
+    """Without its prompt."""
+    stats: RequestStats
+    error: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes."""
+        logprobs = self.request.logprobs or ()
+        of_prompt = sum(len(scores) * (12 + 8 * scores.num_top) for scores in self.request.scores)
+        return 4 * len(self.request.tokens) + sum(100 + 64 * len(each.top_ids) for each in logprobs) + of_prompt
+
+
+def content_of(submit: Submit) -> int:
+    """A hash of what is asked for, of this process alone; the id is no part of it."""
+    asked = msgspec.structs.astuple(submit)[1:]
+    return hash((msgspec.msgpack.encode([None if isinstance(part, bytes) else part for part in asked]), submit.token_ids))
+
+
+def count_tokens(runs: Runs) -> int:
+    """Of what is kept on one instance."""
+    return sum(end - start for run in runs for start, end in run)
+
+
+def cut(runs: Runs, end: int) -> Runs:
+    """What of it lies before a position; instances come to the same (`kvstore.shard`)."""
+    shorter = [[(start, min(stop, end)) for start, stop in run if start < end] for run in runs]
+    return [run for run in shorter if run]
+
+
+def are_apart(parts: Iterable[Runs]) -> bool:
+    """Whether all of it are positions, and none is in two places: else an instance is mad, and none of it can be used."""
+    pieces = sorted(piece for runs in parts for run in runs for piece in run)
+    edges = [0, *(edge for piece in pieces for edge in piece)]
+    return edges == sorted(edges)
+
+
+def text_bytes(submit: Submit) -> int:
+    """Of the text that a request brings."""
+    return len(submit.text or "") + sum(len(message.content) for message in submit.messages or ())
+
+
+def wrong_with(submit: Submit) -> Refusal | None:
+    """What is wrong with a request whoever serves it."""
+    if submit.token_ids is not None and len(submit.token_ids) % 4:
+        return Refusal("invalid", f"token ids must be a multiple of 4 bytes long, got {len(submit.token_ids)}")
+    if not (submit.token_ids or submit.text or submit.messages):
+        return Refusal("invalid", "the prompt is empty")
+    return None
