@@ -450,3 +450,143 @@ async def test_import_is_light() -> None:
 async def test_public_names() -> None:
     assert all(hasattr(gmanager, name) for name in gmanager.__all__)
     assert {"AsyncClient", "SamplingParams", "Chunk", "ChatMessage", "Stats"} <= set(gmanager.__all__)
+
+
+# --- connections that are lost, and made anew
+
+
+@asynccontextmanager
+async def lost_and_found(
+    transport: Transport, first: Answer, second: Answer, *, resume_s: float = 10
+) -> AsyncIterator[tuple[AsyncClient, Callable[[], Any]]]:
+    """A client, and what replaces its gManager by another one at the same address."""
+    decoder: Decoder[m.FromClient] = Decoder(m.FromClient)
+    server = Server(transport.listen("tcp://127.0.0.1:*", decoder), 5.0, first)
+    address = server.listener.address
+    tasks = [asyncio.create_task(server.run())]
+    servers = [server]
+
+    async def replace() -> Server:
+        await servers[-1].listener.close()
+        servers.append(Server(transport.listen(address, decoder), 5.0, second))
+        tasks.append(asyncio.create_task(servers[-1].run()))
+        return servers[-1]
+
+    async with asyncio.timeout(20), AsyncClient(address, transport=transport, resume_s=resume_s) as client:
+        yield client, replace
+    await servers[-1].listener.close()
+    await asyncio.gather(*tasks)
+
+
+def three_of_six(server: Server, peer: bytes, message: Any) -> None:
+    if isinstance(message, m.Submit):
+        server.listener.send(peer, tokens(message.request_id, 0, 3))
+
+
+def the_rest(server: Server, peer: bytes, message: Any) -> None:
+    """Of six tokens."""
+    if isinstance(message, m.Submit | m.Attach):
+        start = message.from_index if isinstance(message, m.Attach) else 0
+        server.listener.send(peer, tokens(message.request_id, start, 6 - start, finish_reason="length"))
+
+
+async def rest_of(stream: Any) -> list[int]:
+    return [token async for chunk in stream for token in chunk.token_ids]
+
+
+async def test_streams_go_on_over_the_next_connection(transport: Transport) -> None:
+    async with lost_and_found(transport, three_of_six, the_rest) as (client, replace):
+        stream, other = client.generate("x", request_id="a"), client.generate("x", request_id="b")
+        assert (await anext(stream)).token_ids == (await anext(other)).token_ids == [0, 1, 2]
+        server = await replace()
+        assert await rest_of(stream) == await rest_of(other) == [3, 4, 5]
+        asked = {(message.request_id, message.from_index) for message in server.of(m.Attach)}
+        assert asked == {("a", 3), ("b", 3)}
+        assert client.is_connected
+
+
+async def test_what_had_no_token_yet_is_submitted_again(transport: Transport) -> None:
+    """Whether the first gManager had it is not known: with its id it is the same request."""
+    async with lost_and_found(transport, lambda *_: None, the_rest) as (client, replace):
+        reading = asyncio.create_task(rest_of(client.generate("x", request_id="a")))
+        await asyncio.sleep(0.05)
+        server = await replace()
+        assert await reading == [0, 1, 2, 3, 4, 5]
+        assert [submit.request_id for submit in server.of(m.Submit)] == ["a"]
+
+
+async def test_a_request_that_is_lost_with_its_gmanager_fails(transport: Transport) -> None:
+    def nothing_known(server: Server, peer: bytes, message: Any) -> None:
+        if isinstance(message, m.Attach):
+            words: dict[str, Any] = {"finish_reason": "error", "error": "no request 'a' is known", "refusal": "unknown"}
+            server.listener.send(peer, tokens(message.request_id, 0, 0, **words))
+
+    async with lost_and_found(transport, three_of_six, nothing_known) as (client, replace):
+        stream = client.generate("x", request_id="a")
+        await anext(stream)
+        await replace()
+        with pytest.raises(RequestFailed, match="it was accepted, and is lost: no request 'a' is known"):
+            await anext(stream)
+
+
+async def test_while_there_is_no_connection(transport: Transport) -> None:
+    """What is begun fails, what is under way too, but for streams; one that is left is aborted at the next gManager."""
+    async with lost_and_found(transport, three_of_six, the_rest) as (client, replace):
+        stream, left = client.generate("x", request_id="a"), client.generate("x", request_id="b")
+        await anext(stream)
+        await anext(left)
+        call = asyncio.create_task(client.stats())
+        await asyncio.sleep(0.05)
+        replacing = asyncio.create_task(replace())
+        with pytest.raises(ServiceUnreachable, match="the gManager left"):
+            await call
+        assert not client.is_connected
+        with pytest.raises(ServiceUnreachable, match="the gManager left"):
+            await client.stats()
+        with pytest.raises(ServiceUnreachable, match="the gManager left"):
+            await anext(client.generate("x"))
+        await left.aclose()
+        server = await replacing
+        assert await rest_of(stream) == [3, 4, 5]
+        assert [abort.request_id for abort in await server.until_heard(m.Abort)] == ["b"]
+
+
+async def test_no_other_gmanager_comes(transport: Transport) -> None:
+    async with connected(transport, start_only, resume_s=0.5) as (server, client):
+        stream = client.generate("x")
+        await anext(stream)
+        await server.listener.close()
+        with pytest.raises(ServiceUnreachable, match="the gManager left"):
+            await anext(stream)
+        assert client.is_over
+
+
+async def test_attach(transport: Transport) -> None:
+    async with connected(transport, the_rest) as (server, client):
+        stream = client.attach("r", 4)
+        assert [(chunk.index, chunk.token_ids, chunk.finish_reason) async for chunk in stream] == [(4, [4, 5], "length")]
+        assert server.of(m.Attach) == [m.Attach(request_id="r", from_index=4)]
+        with pytest.raises(ValueError, match="from_index must not be negative, got -1"):
+            client.attach("r", -1)
+
+
+async def test_an_unread_stream_takes_little_and_loses_nothing(transport: Transport) -> None:
+    """The others on the connection go on; what was dropped comes when the rest is read."""
+    total = 3 * gmanager.client.MOST_UNREAD
+
+    def answer(server: Server, peer: bytes, message: Any) -> None:
+        if isinstance(message, m.Submit | m.Attach):
+            start = message.from_index if isinstance(message, m.Attach) else 0
+            for index in range(start, total if message.request_id == "unread" else 3):
+                last = index == (total if message.request_id == "unread" else 3) - 1
+                server.listener.send(peer, tokens(message.request_id, index, finish_reason="length" if last else None))
+
+    async with connected(transport, answer) as (server, client):
+        stream = client.generate("x", request_id="unread")
+        await anext(stream)
+        assert await rest_of(client.generate("x", request_id="other")) == [0, 1, 2]
+        unread = client._streams["unread"].outputs
+        assert unread.qsize() <= gmanager.client.MOST_UNREAD
+        assert await rest_of(stream) == list(range(1, total))
+        assert server.of(m.Attach)
+        assert not client._streams

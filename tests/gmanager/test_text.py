@@ -129,6 +129,21 @@ def test_any_ids_in_any_pieces(ids: list[int], where: list[int]) -> None:
     assert whole == BACKEND.decode(ids, skip_special_tokens=True)
 
 
+@settings(max_examples=400)
+@given(any_ids | texts.map(_uncut), cuts, st.integers(0, 80), st.sampled_from([(), ("stop",), ("a", "😀東")]))
+def test_a_text_that_begins_anew_goes_on_where_it_was(
+    ids: list[int], where: list[int], at: int, stops: tuple[str, ...]
+) -> None:
+    """As for a client that comes back: what it has, however that was cut, and what a new detokenizer says behind it."""
+    at = min(at, len(ids))
+    first, again = Detokenizer(TOKENIZER, stops), Detokenizer(TOKENIZER, stops)
+    deltas = [first.push(part, final=False) for part in pieces(ids[:at], where)]
+    again.push(ids[:at], final=False)
+    rest = again.push(ids[at:], final=True)
+    whole = joined(TOKENIZER, [ids], stops)[0]
+    assert "".join(delta.text for delta in deltas) + rest.text == whole
+
+
 @settings(max_examples=200)
 @given(texts, cuts)
 def test_text_in_any_pieces(text: str, where: list[int]) -> None:
