@@ -461,14 +461,20 @@ async def lost_and_found(
 ) -> AsyncIterator[tuple[AsyncClient, Callable[[], Any]]]:
     """A client, and what replaces its gManager by another one at the same address."""
     decoder: Decoder[m.FromClient] = Decoder(m.FromClient)
-    server = Server(transport.listen("tcp://127.0.0.1:*", decoder), 5.0, first)
+
+    def listen(address: str, answer: Answer) -> Server:
+        # a context of its own, whose end waits until the address is free
+        listening = ZmqTransport() if isinstance(transport, ZmqTransport) else transport
+        return Server(listening.listen(address, decoder), 5.0, answer)
+
+    server = listen("tcp://127.0.0.1:*", first)
     address = server.listener.address
     tasks = [asyncio.create_task(server.run())]
     servers = [server]
 
     async def replace() -> Server:
         await servers[-1].listener.close()
-        servers.append(Server(transport.listen(address, decoder), 5.0, second))
+        servers.append(listen(address, second))
         tasks.append(asyncio.create_task(servers[-1].run()))
         return servers[-1]
 

@@ -42,6 +42,9 @@ BROKEN = TextAssets(tokenizer_json="{", chat_template=None, special_tokens={}, e
 class Told:
     """In place of `AsyncClient`."""
 
+    is_connected = True
+    is_over = False
+
     def __init__(self) -> None:
         self.cells: list[str] = []
         self.assets: dict[str, TextAssets | Exception] = {}
