@@ -409,6 +409,7 @@ class Cell:
         """It was a member when the gManager before was lost."""
         if self.phase == "registering":
             self.phase = "returning"
+            self.epoch = former.epoch
             self.began_at = now
             fresh, self.members = self.members, []
             for other in fresh:

@@ -39,6 +39,8 @@ from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
 
+EPOCHS_PER_TERM = 10**6
+"""So the epochs of all gManagers that serve from one journal are different ones."""
 SCANNED_AT_ONCE = 2**14
 """Token ids: to look through 4 million takes 88 ms, for which all others would wait."""
 STALL_S = 3.0
@@ -55,7 +57,7 @@ class Cluster:
         self._out: list[Action] = []
         self._now = 0.0
         self._ticked_at: float | None = None
-        self._epoch = 0
+        self._epoch = term * EPOCHS_PER_TERM
         self._cells: dict[str, Cell] = {}
         self._sequences: dict[str, Sequences] = {}
         """Of the cells that serve or change, by name."""
@@ -71,6 +73,8 @@ class Cluster:
         self._requests = Requests(self._out.append, clock=lambda: self._now)
         self._unbound: dict[int, tuple[Request, m.Submit]] = {}
         """Requests that wait for a cell that serves."""
+        self._attaching: list[tuple[PeerId, m.Attach, float]] = []
+        """What clients ask of requests that have ended, whose text nobody can make now; and since when."""
         self._num_dropped = 0
         self._num_preemptions = 0
         """Of cells that are over."""
@@ -80,7 +84,8 @@ class Cluster:
         self._now = now
         for restored in requests:
             request = self._requests.restore(restored)
-            self._unbound[request.number] = request, restored.submit
+            if request.is_live:
+                self._unbound[request.number] = request, restored.submit
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event in. The actions are to be done in this order."""
@@ -281,13 +286,23 @@ class Cluster:
             self._requests.delivery.attach(request, peer, from_index)
         elif ended is not None and self._has_text(ended.request):
             self._requests.delivery.attach_ended(ended, peer, from_index)
+        elif ended is not None:
+            self._attaching.append((peer, m.Attach(request_id=request_id, from_index=from_index), self._now))
         else:
+            self._refuse_unknown(peer, request_id)
+
+    def _refuse_unknown(self, peer: PeerId, request_id: str) -> None:
+        if peer in self._clients:
             text = f"no request {request_id[:100]!r} is known here (any more)"
             self._requests.delivery.refuse(peer, request_id, "unknown", text)
 
     def _has_text(self, request: Request) -> bool:
-        """Whether its tokens can be turned into text."""
-        return not request.tokens or self._cell_of(request) is not None
+        """Whether the tokens of one that has ended can be turned into text. If its cell is over, another of its model can."""
+        if request.tokens and self._cell_of(request) is None:
+            formed = [cell for cell in _serving(request.model, self._cells.values()) if cell.is_formed]
+            cell = next((cell for cell in formed if cell.name == request.cell), formed[0] if formed else None)
+            request.cell_number = 0 if cell is None else cell.number
+        return not request.tokens or bool(request.cell_number)
 
     def _refusal(self, submit: m.Submit) -> m.Refusal | None:
         """Why a request isn't taken in now."""
@@ -334,6 +349,10 @@ class Cluster:
         """Give each request that waits for a ready cell to one."""
         if not self._sequences:
             return
+        attaching, self._attaching = self._attaching, []
+        for peer, message, _ in attaching:
+            if peer in self._clients:
+                self._attach(peer, message.request_id, message.from_index)
         for request, submit in list(self._unbound.values()):
             ready = self._ready_cells(submit)
             if not ready:
@@ -345,6 +364,8 @@ class Cluster:
                 self._refuse(request, refusal)
             elif request.submit is None:  # it was restored, with its tokens
                 self._queue(request)
+                if request.is_live:
+                    self._requests.delivery.tell(request)
             elif request.prompt and not request.params.needs_text and request.prompt_tokens <= SCANNED_AT_ONCE:
                 encoded = Encoded(request.number, self._now, request.prompt, highest=request.highest)
                 self._requests.set_tokens(request, encoded)
@@ -622,6 +643,9 @@ class Cluster:
         self._end_leases(now)
         for cell in list(self._cells.values()):
             self._look_after(cell)
+        for waiting in [waiting for waiting in self._attaching if now - waiting[2] > self._config.resume_s]:
+            self._attaching.remove(waiting)
+            self._refuse_unknown(waiting[0], waiting[1].request_id)
         longest, stall = self._config.max_queue_wait_s, self._config.max_stall_s
         for request in self._requests.live():
             if request.detached_at is not None and now - request.detached_at > self._config.resume_s:

@@ -35,6 +35,11 @@ class Delivery:
     ) -> None:
         """What is new of a request; with a `reason` it is the last."""
         end = len(request.tokens)
+        if end and not request.cell_number:  # it was restored, and nobody is there yet who could make text of its tokens
+            if reason is not None:
+                self._deliver(request, request.client, min(request.sent, end), None, reason, error, refusal, is_silent=True)
+            request.is_followed = False
+            return
         client = None if request.client in self._paused else request.client
         start, before = min(request.told, end), None
         if client is None:
@@ -82,7 +87,8 @@ class Delivery:
         if not start:
             for scores in request.scores:
                 self._emit(Send(peer, PromptOutput(request_id=request.id, logprobs=scores)))
-        self._deliver(request, peer, start, request.tokens[:start].tolist(), ended.stats.finish_reason, ended.error, None)
+        before, reason = request.tokens[:start].tolist(), ended.stats.finish_reason
+        self._deliver(request, peer, start, before, reason, ended.error, ended.refusal)
 
     def detach(self, request: Request, now: float) -> None:
         """Its client is gone."""
@@ -116,7 +122,10 @@ class Delivery:
         reason: FinishReason | None,
         error: str | None,
         refusal: RefusalReason | None,
+        *,
+        is_silent: bool = False,
     ) -> None:
+        """`is_silent`: without its tokens."""
         logprobs: list[TokenLogprob] | None = None if request.logprobs is None else request.logprobs[start:]
         self._emit(
             Deliver(
@@ -131,8 +140,8 @@ class Delivery:
                 shown_special=frozenset(request.params.shown_special_tokens or ()),
                 before=before,
                 index=start,
-                token_ids=request.tokens[start:].tolist(),
-                logprobs=logprobs,
+                token_ids=[] if is_silent else request.tokens[start:].tolist(),
+                logprobs=None if is_silent else logprobs,
                 finish_reason=reason,
                 error=error,
                 refusal=refusal,

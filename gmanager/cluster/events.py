@@ -108,7 +108,7 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """A request that a gManager before this one took in and had not ended, as its journal has it."""
+    """A request that a gManager before this one took in, as its journal has it."""
 
     number: int
     submit: Submit
@@ -120,6 +120,9 @@ class Restored:
     """Those that its client may have: all that were generated and written."""
     logprobs: Sequence[TokenLogprob] | None = None
     """Of each of these, if its client asked for them."""
+    finish_reason: FinishReason | None = None
+    """It has ended so; kept for clients that have yet to hear of it."""
+    error: str | None = None
 
 
 Event = PeerSaid | PeerGarbled | PeerWasLost | ClientFull | ClientEmpty | TextLoaded | Encoded | StopFound | Ticked | Stopped

@@ -13,6 +13,7 @@ from gmanager.wire.messages import (
     FinishReason,
     PromptLogprobs,
     Refusal,
+    RefusalReason,
     RequestState,
     RequestStats,
     SamplingParams,
@@ -91,6 +92,8 @@ class Request:
     is_followed: bool = True
     """Its client has all that was told."""
     detached_at: float | None = None
+    model: str | None = None
+    """As it was asked for."""
     content: int = 0
     """Of its Submit (`content_of`): another one with the same id is the same request."""
     home: int | None = None
@@ -180,7 +183,8 @@ class Ended:
     request: Request
     """Without its prompt."""
     stats: RequestStats
-    error: str | None
+    error: str | None = None
+    refusal: RefusalReason | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -64,8 +64,8 @@ class Requests:
         return request
 
     def restore(self, restored: Restored) -> Request:
-        """Take a request in that a gManager before this one had. Raises ValueError if its id is that of a live one, or its
-        number is no later one's."""
+        """Take a request in that a gManager before this one had; what has ended is known, no more. Raises ValueError if its id
+        is that of a live one, or its number is no later one's."""
         if restored.submit.request_id in self._ids or restored.number <= self._numbers:
             raise ValueError(f"request {restored.number}, {restored.submit.request_id!r}, can't follow {self._numbers}")
         self._numbers = restored.number
@@ -77,6 +77,10 @@ class Requests:
             request.logprobs += restored.logprobs or ()
         request.is_restored = True
         request.is_scored = bool(restored.token_ids)
+        if restored.finish_reason is not None:
+            request.finish_reason, request.state, request.detached_at = restored.finish_reason, "finished", None
+            self._keep_ended(Ended(request, request.stats(), restored.error))
+            return request
         self._live[request.number] = self._ids[request.id] = request
         self.waiting_bytes += request.num_bytes
         if restored.encoded is not None:
@@ -165,7 +169,7 @@ class Requests:
         self._log_end(request, reason, error, refusal)
         del self._live[request.number]
         del self._ids[request.id]
-        self._keep_ended(Ended(request, request.stats(), error))
+        self._keep_ended(Ended(request, request.stats(), error, refusal))
 
     def cut(self, request: Request, generated: int) -> None:
         """A stop string was found in its text: what comes after so many tokens never reaches its client."""
@@ -187,7 +191,7 @@ class Requests:
                 _cut(ended.request, generated)
                 self._ended_bytes += ended.num_bytes
                 stats = msgspec.structs.replace(ended.stats, finish_reason="stop", generated_tokens=generated)
-                self._ended[request_id] = Ended(ended.request, stats, None)
+                self._ended[request_id] = Ended(ended.request, stats)
                 return
 
     def fail_move(self, request: Request, reason: str) -> None:
@@ -290,5 +294,6 @@ def _request(number: int, submit: Submit, client: PeerId | None, seed: int, spre
         progress_at=now,
         prompt=submit.token_ids or b"",
         logprobs=None if submit.params.logprobs is None else [],
+        model=submit.model,
         content=content_of(submit),
     )

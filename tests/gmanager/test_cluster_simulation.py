@@ -3,21 +3,25 @@
 Each instance is a small model of what `instance/` does around the real account of its blocks (`RManager`): it grants and
 refuses, prefills gap after gap, generates, moves homes, gives blocks back some time after Released, and keeps KV over the end
 of an epoch. Each connection is in order; between connections there is none. In chaos instances are lost in every way there
-is, and others come, at any time.
+is, and others come, at any time; clients are lost and attach over another connection, or don't read for a while; and the
+gManager is killed, and another one goes on with what clients may have seen.
 """
 
 import logging
 import os
 import random
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import msgspec
 import pytest
 
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
     Action,
+    ClientEmpty,
+    ClientFull,
     Deliver,
     Encode,
     Encoded,
@@ -27,6 +31,7 @@ from gmanager.cluster.events import (
     Log,
     PeerSaid,
     PeerWasLost,
+    Restored,
     Send,
     StopFound,
     TextLoaded,
@@ -35,6 +40,7 @@ from gmanager.cluster.events import (
 from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
 from instance.rmanager import RManager
+from instance.unheard import Unheard
 from tests.gmanager.cluster_support import ASSETS, one_by_one, register
 
 BLOCK = 4
@@ -73,6 +79,12 @@ class Instance:
     rank: int = -1
     epoch: int = 0
     """0: none."""
+    former: m.Former | None = None
+    is_alone: bool = False
+    """The gManager of its epoch is gone."""
+    unheard: Unheard = field(default_factory=Unheard)
+    requests: dict[int, int] = field(default_factory=dict)
+    """seq -> request, of those whose home it was."""
     life: Literal["lives", "is silent", "is gone"] = "lives"
     admitted: set[int] = field(default_factory=set)
     party: tuple[int, list[int]] = (0, [])
@@ -94,7 +106,7 @@ class Instance:
 
     def beat(self) -> None:
         """Only an epoch's instance beats; others ping."""
-        if not self.epoch:
+        if not self.epoch or self.is_alone:
             self.to_cluster.append(m.Ping())
             return
         held = self.blocks.take_changes()
@@ -111,7 +123,11 @@ class World:
         self.random = random.Random(seed)
         # a steady cell is not to lose whose messages are slow
         lease = GManagerConfig().instance_lease_s if chaos else NEVER
-        self.cluster = Cluster(GManagerConfig(max_queue_wait_s=NEVER, max_stall_s=NEVER, instance_lease_s=lease))
+        self.config = GManagerConfig(
+            max_queue_wait_s=NEVER, max_stall_s=NEVER, instance_lease_s=lease, max_pause_s=NEVER, resume_s=5.0
+        )
+        self.term = 1
+        self.cluster = Cluster(self.config, term=self.term)
         self.now = 0.0
         self.chaos = chaos
         self.sizes = sizes
@@ -130,6 +146,9 @@ class World:
         self.forgotten: set[bytes] = set()
         self.reserves = 0
         self.submitted: dict[str, m.Submit] = {}
+        self.ended: dict[str, str] = {}
+        """How requests ended, whoever heard it."""
+        self.paused: set[bytes] = set()
         self.seen: Counter[str] = Counter()
         """What has happened, to know that it did."""
         self.cell_is_over = False
@@ -151,15 +170,27 @@ class World:
 
     def do(self, action: Action) -> None:
         match action:
+            case Send(peer=peer, message=m.Output() as output) if peer in self.clients:
+                assert output.finish_reason == "error"
+                assert output.refusal is not None, "nobody takes a request from another here"
+                seen = self.clients[peer].setdefault(output.request_id, [])
+                # the cell was over, and for a while there was none that could make text of the rest
+                assert not seen or (output.refusal == "unknown" and self.chaos), f"refused after it has begun: {output}"
+                self.seen["lost text"] += bool(seen)
+                self.ended[output.request_id] = output.finish_reason
+                seen.append(refused_as(peer, output))
             case Send(peer=peer, message=message):
                 if peer in self.by_peer:
                     self.by_peer[peer].from_cluster.append(message)
                     self.reserves += isinstance(message, m.Reserve | m.ReserveNext)
             case Deliver():
                 if action.finish_reason == "error":
-                    assert action.refusal is not None or self.cell_is_over, action
-                if action.peer in self.clients:
+                    was_told = self.ended.get(action.request_id) == "error"
+                    assert action.refusal is not None or self.cell_is_over or was_told, action
+                if action.peer is not None and action.peer in self.clients:
                     self.take(action)
+                if action.finish_reason is not None:
+                    self.ended[action.request_id] = action.finish_reason
             case Encode():
                 ids = m.pack_tokens([1] * len(action.submit.text or ""))
                 self.late.append(Encoded(action.request, self.now, token_ids=ids))
@@ -176,6 +207,13 @@ class World:
     def take(self, new: Deliver) -> None:
         seen = self.clients[new.peer].setdefault(new.request_id, [])
         assert not any(old.finish_reason for old in seen), "something after the final answer"
+        if self.stop is not None and self.stop.request == new.request:  # the shell has found the stop, and says so after these
+            if new.finish_reason is None:
+                return
+            new = replace(new, index=self.stop.generated, token_ids=[])
+        assert new.before is None or len(new.before) == new.index
+        if new.before is not None and not new.token_ids and new.finish_reason is None:
+            return  # only a text begins anew
         assert new.index == sum(len(old.token_ids) for old in seen), "a gap or an overlap"
         # A token's value says its position in the request: 1000 + index.
         assert new.token_ids == [1000 + new.index + i for i in range(len(new.token_ids))]
@@ -213,12 +251,17 @@ class World:
                 say(m.Text(assets=ASSETS))
             case m.OpenStore(epoch=epoch):
                 say(m.StoreOpened(epoch=epoch, address="tcp://store"))
+            case m.Pong(outputs=outputs):
+                instance.unheard.hear(outputs)
             case m.JoinEpoch(epoch=epoch, rank=rank, members=members):
                 ports = {register(rank=each.number, cell_size=1).party_address: each for each in self.instances}
                 self.epochs[epoch] = [ports[member.party_address] for member in members]
                 assert self.epochs[epoch][rank] is instance
                 assert set(message.keep) <= set(account.shards), "it is to keep what it hasn't"
                 account.keep(message.keep)
+                instance.is_alone = False
+                instance.former = m.Former(term=1, epoch=epoch, id=message.id, size=len(members))
+                instance.unheard.forget_left()
                 instance.rank, instance.epoch, instance.party = rank, epoch, (0, [rank])
                 broken = self.chaos and self.random.random() < 0.03
                 say(m.EpochBroken(epoch=epoch, reason="no group") if broken else m.Joined(epoch=epoch))
@@ -230,7 +273,7 @@ class World:
                 instance.tell_of_freed()
             case m.EndEpoch() | m.Refused() | m.Expelled():
                 instance.life = "is gone"
-            case m.Registered() | m.Pong():
+            case m.Registered():
                 pass
             case _:
                 assert getattr(message, "epoch", None) == instance.epoch, f"{message} reached epoch {instance.epoch}"
@@ -310,10 +353,16 @@ class World:
         assert epoch in (instance.epoch, 0) or not instance.epoch
         lost = instance.in_flight if self.random.random() < 0.5 else []
         kept = instance.blocks.settle(lost)
+        for (of, seq), running in self.running.items():
+            if of == instance.epoch and running.home == instance.rank:
+                instance.requests[seq] = running.admit.arrival
         instance.epoch, instance.in_flight = 0, []
         instance.admitted.clear()
-        shards = [m.KeptShard(seq=seq, runs=runs) for seq, runs in kept.items()]
-        instance.to_cluster.append(m.Kept(epoch=epoch, free_blocks=instance.blocks.free_blocks, shards=shards))
+        instance.requests = {seq: instance.requests.get(seq, 0) for seq in kept}
+        shards = [m.KeptShard(seq=seq, runs=runs, request=instance.requests[seq]) for seq, runs in kept.items()]
+        unheard = instance.unheard.report() if instance.is_alone else []
+        free = instance.blocks.free_blocks
+        instance.to_cluster.append(m.Kept(epoch=epoch, free_blocks=free, shards=shards, unheard=unheard))
 
     def step(self, key: Key) -> None:
         """One step of a sequence: all that take part in it are there."""
@@ -335,7 +384,7 @@ class World:
                 running.home, running.needy = target.rank, False
                 running.participants.add(target.rank)
                 target.admitted.add(seq)
-                target.to_cluster.append(m.HomeMoved(epoch=epoch, seq=seq, home=target.rank))
+                self.say(target, m.HomeMoved(epoch=epoch, seq=seq, home=target.rank))
         else:
             self.decode(running, home)
 
@@ -346,7 +395,7 @@ class World:
             instance.blocks.free(seq)
             instance.in_flight = [place for place in instance.in_flight if place[0] != seq]
         home.tell_of_freed()
-        home.to_cluster.append(m.Released(epoch=epoch, seq=seq, generated=running.generated))
+        self.say(home, m.Released(epoch=epoch, seq=seq, generated=running.generated))
 
     def prefill(self, running: Running, members: list[Instance]) -> None:
         """Some rows, on somebody who still has a share. The last is the home's."""
@@ -366,7 +415,7 @@ class World:
         if not home.blocks.grant(seq, position):
             if not running.needy:
                 running.needy = True
-                home.to_cluster.append(m.NeedBlock(epoch=running.admit.epoch, seq=seq))
+                self.say(home, m.NeedBlock(epoch=running.admit.epoch, seq=seq))
             return
         running.needy = False
         home.blocks.append(seq, position, position + 1)
@@ -389,7 +438,16 @@ class World:
             held=held if last else None,
         )
         running.generated += 1
-        home.to_cluster.append(m.Outputs(epoch=admit.epoch, outputs=[output]))
+        outputs = m.Outputs(epoch=admit.epoch, outputs=[output])
+        origins = {admit.seq: (admit.arrival, admit.params.num_generated)}
+        home.unheard.add(outputs, origins, is_sent=not home.is_alone)
+        self.say(home, outputs)
+
+    @staticmethod
+    def say(instance: Instance, message: m.Message) -> None:
+        """To the gManager of its epoch, if there is still that."""
+        if not instance.is_alone:
+            instance.to_cluster.append(message)
 
     def deliver_some(self, everything: bool = False) -> bool:
         """Let messages of one connection through, in one direction."""
@@ -430,7 +488,14 @@ class World:
             self.tell(PeerSaid(peer, m.MoveHome(call=2, request_id=target, instance=number), self.now))
         elif act < 0.87:
             self.gone.add(peer)
+            self.paused.discard(peer)
             self.tell(PeerWasLost(peer, "gone", self.now))
+        elif act < 0.9:
+            self.come_back(peer)
+        elif act < 0.95:
+            was_paused = peer in self.paused
+            self.paused ^= {peer}
+            self.tell(ClientEmpty(peer, self.now) if was_paused else ClientFull(peer, self.now))
         else:
             self.tell(PeerSaid(peer, m.GetStats(call=3), self.now))
 
@@ -449,7 +514,76 @@ class World:
         self.clients[peer][request_id] = []
         self.tell(PeerSaid(peer, submit, self.now, seed=7))
 
+    def come_back(self, peer: bytes) -> None:
+        """A client is lost, and dials again: it attaches to all that it has no end of."""
+        new = b"c%d" % len(self.clients)
+        mine = {name: seen for name, seen in self.clients[peer].items() if not (seen and seen[-1].finish_reason)}
+        for name in mine:
+            del self.clients[peer][name]
+        self.tell(PeerWasLost(peer, "gone", self.now))
+        self.gone.add(peer)
+        self.paused.discard(peer)
+        self.greet(new, mine)
+        self.seen["comes back"] += bool(mine)
+
+    def greet(self, peer: bytes, mine: dict[str, list[Deliver]]) -> None:
+        """A connection that attaches to these."""
+        self.clients[peer] = mine
+        self.tell(PeerSaid(peer, m.Hello(protocol=m.PROTOCOL), self.now))
+        for name, seen in mine.items():
+            index = sum(len(new.token_ids) for new in seen)
+            again: m.Submit | m.Attach = self.submitted[name] if not index else m.Attach(request_id=name, from_index=index)
+            self.tell(PeerSaid(peer, again, self.now, seed=7))
+
     # --- losses
+
+    def lose_gmanager(self) -> None:
+        """Another one comes at once. Its journal has what clients may have seen; what was under way is lost."""
+        self.seen["gManager lost"] += 1
+        requests = self.cluster._requests
+        everything = [(request, None) for request in requests.live()]
+        everything += [(ended.request, ended.error) for ended in requests._ended.values() if ended.refusal is None]
+        self.term += 1
+        self.cluster = Cluster(self.config, term=self.term)
+        restored: list[Restored] = []
+        for request, error in sorted(everything, key=lambda pair: pair[0].number):
+            known = None if request.submit is not None else Encoded(request.number, self.now, request.prompt, highest=1)
+            submit = self.submitted[request.id]
+            tokens = request.tokens.tolist()
+            restored.append(
+                Restored(
+                    number=request.number,
+                    submit=submit,
+                    seed=7,
+                    spread=request.spread,
+                    encoded=known,
+                    token_ids=tokens,
+                    finish_reason=request.finish_reason,
+                    error=error,
+                )
+            )
+        self.cluster.restore(restored, self.now)
+        self.late.clear()
+        self.stop = None
+        self.forgotten.clear()
+        self.paused.clear()
+        for peer in [peer for peer in self.clients if peer not in self.gone]:
+            ended = {name: seen for name, seen in self.clients[peer].items() if seen and seen[-1].finish_reason}
+            self.greet(peer, {name: seen for name, seen in self.clients[peer].items() if name not in ended})
+            self.clients[peer] |= ended
+        for instance in self.instances:
+            if instance.life == "is silent":
+                instance.life = "is gone"  # its connection is over
+            if instance.lives:
+                instance.to_cluster.clear()
+                instance.from_cluster.clear()
+                instance.is_alone = True
+                instance.unheard.cut()
+        for instance in self.random.sample(self.living, len(self.living)):
+            fresh = register(rank=instance.number, cell_size=len(self.sizes), blocks=instance.total, block_size=BLOCK)
+            self.tell(PeerSaid(instance.peer, msgspec.structs.replace(fresh, former=instance.former), self.now))
+            for _ in range(self.random.randint(0, 3)):
+                self.deliver_some()
 
     def lose_one(self) -> None:
         """In one of the ways there are; others may notice before the gManager does."""
@@ -496,10 +630,12 @@ class World:
                 self.tick()
             elif act < 0.55 and self.running:
                 self.step(self.random.choice(list(self.running)))
-            elif self.chaos and act > 0.996:
+            elif self.chaos and act > 0.9985:
+                self.lose_gmanager()
+            elif self.chaos and act > 0.995:
                 if self.random.random() < (1 if self.cell_state == "ready" and len(self.living) > 1 else 0.3):
                     self.lose_one()
-            elif self.chaos and act > 0.991:
+            elif self.chaos and act > 0.99:
                 if len(self.living) < 2 * len(self.sizes):
                     self.start(self.random.choice(self.sizes))
             else:
@@ -509,6 +645,9 @@ class World:
 
     def drain(self) -> None:
         """No new requests: let everything come to its end, on instances that hold what there ever was room for."""
+        for peer in list(self.paused):
+            self.paused.discard(peer)
+            self.tell(ClientEmpty(peer, self.now))
         for turn in range(2_000):
             self.start_missing()
             if turn == 100 and self.chaos:
@@ -546,6 +685,21 @@ def test_everything_ends_once_and_nothing_is_kept(seed: int, sizes: list[int], c
     assert world.reserves < 200 * max(1, len(world.submitted))
 
 
+def refused_as(peer: bytes, output: m.Output) -> Deliver:
+    return Deliver(
+        peer=peer,
+        request=0,
+        request_id=output.request_id,
+        cell=0,
+        stop_strings=(),
+        index=0,
+        token_ids=[],
+        finish_reason=output.finish_reason,
+        error=output.error,
+        refusal=output.refusal,
+    )
+
+
 def check_answer(submit: m.Submit, seen: list[Deliver]) -> None:
     tokens = sum(len(new.token_ids) for new in seen)
     if seen[-1].finish_reason == "length" and submit.params.max_tokens is not None:
@@ -576,4 +730,8 @@ def test_chaos_reaches_what_it_is_for() -> None:
     assert seen["admitted again with gaps"] > 3, seen
     assert seen["discarded"] > 0, seen
     assert seen["cell changes"] > 20, seen
+    assert seen["gManager lost"] > 3, seen
+    assert seen["instance is back"] > 5, seen
+    assert seen["comes back"] > 3, seen
+    assert seen["lost text"] < 5, seen
     assert all(seen[how] for how in ("lost", "leaves", "silent", "unreachable", "broken")), seen

@@ -128,12 +128,17 @@ def test_a_request_that_was_refused_may_come_again() -> None:
     assert isinstance(driver.say(CLIENT, now)[0].message, m.Reserve)  # type: ignore[union-attr]
 
 
-def test_the_text_of_one_whose_cell_is_over_can_not_be_made() -> None:
+def test_the_text_of_one_whose_cell_is_over_is_waited_for() -> None:
     driver = serving(8)
     running(driver, "r", generated=1, max_tokens=2)
     driver.say(peer(0), outputs(1, 1, [7], finish_reason="length"))
     driver.lose(0)
-    assert driver.say(CLIENT, attach("r", 0)) == [unknown("r")]
+    assert driver.say(CLIENT, attach("r", 0)) == []
+    assert driver.wait(30, CLIENT) == []
+    assert driver.wait(1, CLIENT) == [unknown("r")]
+    # but for another cell of its model
+    driver.say(CLIENT, attach("r", 0))
+    assert driver.ready_cell(8, epoch=2)[0] == deliver(1, "r", 0, [9, 7], before=[], cell=2, finish_reason="length")
 
 
 def test_ended_requests_are_kept_within_bounds() -> None:
