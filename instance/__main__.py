@@ -1,4 +1,4 @@
-"""Start one instance: `torchrun --nproc-per-node N -m instance --gmanager tcp://... --model ...`.
+"""Start one instance: `torchrun --nproc-per-node 1 -m instance --gmanager tcp://... --cell-size N --model ...`.
 
 Exit codes: 0 when asked to end (SIGTERM, SIGINT), 1 when something broke or the cell ended, 2 for wrong settings.
 """
@@ -57,6 +57,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
     parser.add_argument("--max-context", type=int, help="tokens of the longest sequence served (as the model's config says)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--gpu", type=int, help="index of its GPU, among those that are seen (LOCAL_RANK)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=int, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
     parser.add_argument(
@@ -72,10 +73,11 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         metavar="N",
         help=f"GPU processors that decodes may have beside prompts ({' '.join(map(str, SPLITS))})",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (this machine's cores, shared by its instances)")
+    parser.add_argument("--threads", type=int, help="CPU threads (this machine's cores, shared by --cell-size)")
     parser.add_argument("--host", default="127.0.0.1", help="where this instance's own sockets listen")
     parser.add_argument("--cell", default="main", help="name of the cell to join")
-    parser.add_argument("--cell-size", type=int, help="instances of the cell (WORLD_SIZE)")
+    parser.add_argument("--cell-size", type=int, help="with how many instances the cell begins (WORLD_SIZE)")
+    parser.add_argument("--id", type=int, help="number in the cell that it gets if that is free (the lowest that is)")
     parser.add_argument(
         "--connect-timeout-s",
         type=float,
@@ -86,8 +88,14 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     logs.add_flags(parser)
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    if gpu and torch.cuda.device_count() <= launch.local_rank:
-        raise ValueError(f"LOCAL_RANK {launch.local_rank} finds no CUDA device: {torch.cuda.device_count()} are seen")
+    for flag, given, place in (("--gpu", args.gpu, launch.local_rank), ("--id", args.id, launch.rank)):
+        if given is not None and place > 0:
+            raise ValueError(f"{flag} {given} is one instance's, and this torchrun has several: start one torchrun for each")
+    index = _given(args.gpu, launch.local_rank)
+    if gpu and torch.cuda.device_count() <= index:
+        name = "LOCAL_RANK" if args.gpu is None else "--gpu"
+        raise ValueError(f"{name} {index} finds no CUDA device: {torch.cuda.device_count()} are seen")
+    cell_size = _given(args.cell_size, launch.world_size)
     chunk_tokens = _given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if gpu else settings.CPU_CHUNK_TOKENS)
     names = list(dict.fromkeys(args.served_model_name or ()))
     return InstanceConfig(
@@ -99,16 +107,18 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         kv_memory=_given(args.kv_memory, settings.GPU_KV_MEMORY) if gpu and args.kv_tokens is None else args.kv_memory,
         launch=launch,
         device="cuda" if gpu else "cpu",
+        gpu=index if gpu else 0,
         dtype=args.dtype,
         max_context=args.max_context,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),
         decode_processors=tuple(sorted(set(args.decode_processors))),
-        threads=_given(args.threads, settings.default_threads(launch.world_size)),
+        threads=_given(args.threads, settings.default_threads(cell_size)),
         host=args.host,
         cell=args.cell,
-        cell_size=_given(args.cell_size, launch.world_size),
+        cell_size=cell_size,
+        id=args.id,
         cache_dir=args.cache_dir,
         connect_timeout_s=args.connect_timeout_s,
         log_level=args.log_level,
@@ -152,7 +162,7 @@ def main() -> int:
     except ValueError as error:
         print(f"instance: {error}", file=sys.stderr)
         return 2
-    logs.configure(config.log_level, config.log_format, program="instance", rank=config.launch.rank)
+    logs.configure(config.log_level, config.log_format, program="instance", rank=_given(config.id, config.launch.rank))
     # torchrun gives each worker a session of its own: who kills torchrun's would leave them, and their GPUs' memory taken
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     logging.getLogger("httpx").setLevel(logging.WARNING)

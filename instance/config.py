@@ -38,10 +38,8 @@ class Launch:
     rank: int
     """Among all processes of this torchrun, [0, world_size)."""
     local_rank: int
-    """Among those on this machine: which GPU is ours."""
+    """Among those on this machine: which GPU is ours, unless that is said."""
     world_size: int
-    local_world_size: int
-    """Processes of this torchrun on this machine."""
     run_id: str
     """The same in all processes of one torchrun."""
 
@@ -52,7 +50,7 @@ class Launch:
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> "Launch":
         """Raises ValueError if the process was not started by torchrun."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
         missing = [name for name in names if name not in environment]
         if missing:
             raise ValueError(
@@ -62,7 +60,6 @@ class Launch:
             rank=int(environment["RANK"]),
             local_rank=int(environment["LOCAL_RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
-            local_world_size=int(environment["LOCAL_WORLD_SIZE"]),
             run_id=environment["TORCHELASTIC_RUN_ID"],
         )
 
@@ -86,6 +83,8 @@ class InstanceConfig:
     puts the tokens into a new config, because they are known only beside the loaded model."""
     launch: Launch
     device: Literal["cpu", "cuda"]
+    gpu: int = 0
+    """CUDA: index of the device, among those that this process sees."""
     dtype: DType = "auto"
     """auto: what the checkpoint says."""
     max_context: int | None = None
@@ -104,7 +103,9 @@ class InstanceConfig:
     """Where this instance's own sockets listen."""
     cell: str = "main"
     cell_size: int
-    """Instances of the cell."""
+    """Instances with which the cell begins."""
+    id: int | None = None
+    """Number in the cell that it would have, if that is free; None: the lowest that is."""
     cache_dir: Path | None = None
     """Where converted checkpoints lie; None: the user's cache directory."""
     log_level: str = "info"
@@ -127,6 +128,9 @@ class InstanceConfig:
         ):
             if value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
+        for flag, number in (("--gpu", self.gpu), ("--id", self.id)):
+            if number is not None and number < 0:
+                raise ValueError(f"{flag} must not be negative, got {number}")
         if not self.connect_timeout_s > 0:
             raise ValueError(f"--connect-timeout-s must be more than 0, got {self.connect_timeout_s:g}")
         if any(count < 8 or count % 8 for count in self.decode_processors):
@@ -151,11 +155,6 @@ class InstanceConfig:
         return "triton" if self.device == "cuda" else "torch"
 
     @property
-    def shares_host(self) -> bool:
-        """Whether all instances of the cell are of this torchrun and on this machine, and so reach each other's memory."""
-        return self.cell_size == self.launch.local_world_size == self.launch.world_size
-
-    @property
     def num_blocks(self) -> int:
         """Blocks of the pool. Raises RuntimeError while only `kv_memory` is known."""
         if self.kv_tokens is None:
@@ -177,6 +176,6 @@ class InstanceConfig:
             raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
 
 
-def default_threads(world_size: int) -> int:
-    """The cores this process may use, shared by the instances of one torchrun."""
-    return max(1, len(os.sched_getaffinity(0)) // world_size)
+def default_threads(cell_size: int) -> int:
+    """The cores this process may use, shared as if all instances of the cell ran on them."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, cell_size))

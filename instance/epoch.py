@@ -9,7 +9,7 @@ writes to the pool any more, and what is certain of it is known.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -245,7 +245,7 @@ class Epoch:
 
         size, model = len(self._join.members), self._lasting.model
         most_served = (size - 1) * MAX_DECODE_ROWS
-        if not self._lasting.config.shares_host or model.fused is None or not 0 < most_served <= MAX_ROWS:
+        if not share_host(self._join.members) or model.fused is None or not 0 < most_served <= MAX_ROWS:
             return None
         peers = PeerMemory(
             store=group.store,
@@ -258,6 +258,11 @@ class Epoch:
         self._undo(peers.abort)
         group.barrier()  # nobody pushes into memory that its owner has yet to clear
         return peers
+
+
+def share_host(members: Sequence[wire.Member]) -> bool:
+    """Whether all can map each other's GPU memory, and so push rows into it."""
+    return len({member.host for member in members}) == 1
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -191,6 +191,7 @@ class Instance:
                 rank=config.launch.rank,
                 party_address=self._listener.address,
                 spec=self._spec,
+                wanted_id=config.id,
                 former=self._former,
             )
         )

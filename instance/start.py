@@ -11,6 +11,7 @@ from gmanager.wire.messages import InstanceSpec, TextAssets
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig
 from instance.exact import refuse_inexact
+from instance.host import host_of_this_process, visible_gpus
 from instance.memory import TooLittleMemory, check_weights, checkpoint_bytes, measure
 from instance.model import Model, UnsupportedModel, load_model, load_text_assets
 from instance.needs import Needs, refuse_shape
@@ -131,7 +132,7 @@ def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceCon
 
 def device_of(config: InstanceConfig) -> torch.device:
     """The device that this process drives."""
-    return torch.device("cpu") if config.device == "cpu" else torch.device("cuda", config.launch.local_rank)
+    return torch.device("cpu") if config.device == "cpu" else torch.device("cuda", config.gpu)
 
 
 def _needs(config: InstanceConfig, model: Model) -> Needs:
@@ -180,6 +181,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
         decode_rows=MAX_DECODE_ROWS,
         reach=model.reach(),
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        host=host_of_this_process(visible_gpus() if model.device.type == "cuda" else []),
         other_names=list(config.other_names),
     )
 

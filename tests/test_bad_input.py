@@ -403,6 +403,9 @@ async def test_instances_that_can_not_be_members(service: Service) -> None:
         ({"cell_size": 0}, "cell size must be between 1 and 4096, got 0"),
         ({"cell_size": 2**40}, "cell size must be between 1 and 4096"),
         ({"rank": -1}, "RANK must not be negative"),
+        ({"wanted_id": -1}, "an instance's number must be in [0, 4096), got -1"),
+        ({"wanted_id": 4096}, "an instance's number must be in [0, 4096), got 4096"),
+        ({"host": "x" * 65}, "a host is named with at most 64 characters, got 65"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"block_size": -16}, "block_size must be at least 1, got -16"),
     ]

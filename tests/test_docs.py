@@ -16,7 +16,7 @@ from gmanager.cli.app import app
 from instance.config import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = Launch(rank=0, local_rank=0, world_size=8, local_world_size=8, run_id="docs")
+LAUNCH = Launch(rank=0, local_rank=0, world_size=8, run_id="docs")
 PROGRAMS: dict[str, Callable[[list[str]], object]] = {
     "python -m gmanager ": gmanager.__main__.parse,
     "python -m gmanager.gateway ": gmanager.gateway.__main__.parse,

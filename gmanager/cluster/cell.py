@@ -47,6 +47,7 @@ from gmanager.wire.peer import PeerId
 
 MAX_CELL_NAME = 64
 MAX_CELL_SIZE = 4096
+MAX_HOST = 64
 MAX_KV_TOKENS = 2**50
 """Most tokens of KV of one instance. Those of a whole cell fit the wire's integers."""
 
@@ -257,7 +258,7 @@ class Cell:
         fields = {"cell": self.name, "rank": register.rank, "registered": len(self.members), "of": self.quorum}
         self._emit(Log(logging.INFO, "instance registered", fields))
         if len(self.members) == self.quorum:
-            self._rank_by_run()
+            self._number()
             self._open(now)
         return member
 
@@ -339,7 +340,7 @@ class Cell:
         if self.phase != "opening" or member.rank != 0:
             return
         self.phase = "joining"
-        members = [WireMember(rank=m.rank, party_address=m.register.party_address) for m in self.members]
+        members = [WireMember(rank=m.rank, party_address=m.register.party_address, host=m.spec.host) for m in self.members]
         for m in self.members:
             keep = [seq for seq in m.kept or () if seq in wanted]
             join = JoinEpoch(epoch=self.epoch, id=m.id, rank=m.rank, store_address=address, members=members, keep=keep)
@@ -400,7 +401,7 @@ class Cell:
                 raise RuntimeError(f"{m.name} has {m.free_blocks} of {m.spec.num_blocks} blocks free")
 
     def _add_joiner(self, member: Member) -> None:
-        member.id = self._free_id()
+        member.id = self._free_id(member.register.wanted_id)
         member.kept = {}
         self.joiners.append(member)
         self._emit(Log(logging.INFO, "instance comes", {"cell": self.name, "instance": member.id}))
@@ -426,19 +427,23 @@ class Cell:
         fields = {"cell": self.name, "instance": member.id, "epoch": former.epoch}
         self._emit(Log(logging.INFO, "instance is back", fields))
 
-    def _free_id(self) -> int:
-        """The lowest that no member has."""
+    def _free_id(self, wanted: int | None = None) -> int:
+        """The wanted one, if no member has it, or the lowest such."""
         taken = {m.id for m in self.everybody}
+        if wanted is not None and wanted not in taken:
+            return wanted
         return next(number for number in range(len(taken) + 1) if number not in taken)
 
-    def _rank_by_run(self) -> None:
-        """By torchrun in order of its first registration, then by RANK."""
+    def _number(self) -> None:
+        """Ids of the first epoch, and its ranks in their order: to each the one it wants, to the others those that are left, by
+        torchrun in order of its first registration, then by RANK."""
         runs = list(dict.fromkeys(m.run for m in self.members))
         self.members.sort(key=lambda m: (runs.index(m.run), m.register.rank))
-        self._rank()
-        for m in self.members:
-            m.id = m.rank
+        for m in sorted(self.members, key=lambda m: m.register.wanted_id is None):
+            m.id = self._free_id(m.register.wanted_id)
             m.free_blocks = m.spec.num_blocks
+        self.members.sort(key=lambda m: m.id)
+        self._rank()
 
     def _rank(self) -> None:
         for rank, member in enumerate(self.members):
@@ -469,6 +474,10 @@ def malformed(register: Register) -> str | None:
         return f"cell size must be between 1 and {MAX_CELL_SIZE}, got {register.cell_size}"
     if register.rank < 0:
         return f"RANK must not be negative, got {register.rank}"
+    if register.wanted_id is not None and not 0 <= register.wanted_id < MAX_CELL_SIZE:
+        return f"an instance's number must be in [0, {MAX_CELL_SIZE}), got {register.wanted_id}"
+    if len(register.spec.host) > MAX_HOST:
+        return f"a host is named with at most {MAX_HOST} characters, got {len(register.spec.host)}"
     for field_name in _POSITIVE:
         value = getattr(register.spec, field_name)
         if value < 1:

@@ -31,7 +31,15 @@ SEED = 7
 
 
 def register(
-    *, rank: int, cell_size: int, blocks: int = 8, block_size: int = 4, run_id: str = "run", cell: str = "main", **spec: object
+    *,
+    rank: int,
+    cell_size: int,
+    blocks: int = 8,
+    block_size: int = 4,
+    run_id: str = "run",
+    cell: str = "main",
+    wanted_id: int | None = None,
+    **spec: object,
 ) -> m.Register:
     """A registration; `spec` overrides fields of the InstanceSpec."""
     fields: dict[str, object] = {
@@ -48,6 +56,7 @@ def register(
         "decode_rows": 256,
         "reach": 8192,
         "device": "cpu",
+        "host": "here",
     }
     return m.Register(
         protocol=m.PROTOCOL,
@@ -57,6 +66,7 @@ def register(
         rank=rank,
         party_address=f"tcp://127.0.0.1:{9000 + rank}",
         spec=m.InstanceSpec(**(fields | spec)),  # type: ignore[arg-type]
+        wanted_id=wanted_id,
     )
 
 

@@ -61,7 +61,7 @@ from tests.gmanager.cluster_support import (
 def test_a_cell_forms() -> None:
     driver = Driver()
     one, two = register(rank=0, cell_size=2), register(rank=1, cell_size=2)
-    members = [m.Member(rank=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}") for rank in (0, 1)]
+    members = [m.Member(rank=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}", host="here") for rank in (0, 1)]
     assert driver.say(peer(0), one) == [Send(peer(0), m.Registered(lease_s=5.0, send_text=True))]
     assert driver.say(peer(1), m.StoreOpened(epoch=1, address="tcp://early:1")) == [
         Send(peer(1), m.Expelled(reason="this instance is not registered here (any more)"))
@@ -120,6 +120,36 @@ def test_ranks(registrations: list[tuple[str, int]], ranks: list[int]) -> None:
     joins = driver.say(opener, m.StoreOpened(epoch=1, address="tcp://store:1"))
     told = {a.peer: a.message.rank for a in joins if isinstance(a, Send) and isinstance(a.message, m.JoinEpoch)}
     assert [told[peer(number)] for number in range(size)] == ranks
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ids"),
+    [
+        ([1, 0], [1, 0]),  # one torchrun each: the order of registration is nobody's
+        ([None, 0, None], [1, 0, 2]),
+        ([2, 2, None], [2, 0, 1]),  # taken: the lowest that is free
+        ([7, None], [7, 0]),
+    ],
+)
+def test_instances_get_the_numbers_that_they_want(wanted: list[int | None], ids: list[int]) -> None:
+    driver = Driver()
+    for number, wants in enumerate(wanted):
+        last = driver.say(peer(number), register(rank=0, cell_size=len(ids), run_id=f"run {number}", wanted_id=wants))
+    opener = peer(ids.index(0))
+    assert last[-1] == Send(opener, m.OpenStore(epoch=1))
+    joins = driver.say(opener, m.StoreOpened(epoch=1, address="tcp://store:1"))
+    told = {a.peer: a.message for a in joins if isinstance(a, Send) and isinstance(a.message, m.JoinEpoch)}
+    assert [told[peer(number)].id for number in range(len(ids))] == ids
+    assert [told[peer(number)].rank for number in range(len(ids))] == [sorted(ids).index(each) for each in ids]
+
+
+def test_members_are_told_each_others_hosts() -> None:
+    driver = Driver()
+    driver.say(peer(0), register(rank=0, cell_size=2, host="a"))
+    driver.say(peer(1), register(rank=1, cell_size=2, host="b"))
+    joins = driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://store:1"))
+    (members,) = {tuple(a.message.members) for a in joins if isinstance(a, Send) and isinstance(a.message, m.JoinEpoch)}
+    assert [member.host for member in members] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from instance.needs import Needs
 from instance.start import load, size_pool
 from tests.support.tiny import make_model
 
-LAUNCH = Launch(rank=1, local_rank=1, world_size=2, local_world_size=2, run_id="x")
+LAUNCH = Launch(rank=1, local_rank=1, world_size=2, run_id="x")
 NEEDED = ["--gmanager", "tcp://127.0.0.1:5570", "--model", "m", "--kv-tokens", "100"]
 
 
@@ -37,12 +37,10 @@ def config(**other: Any) -> InstanceConfig:
 
 
 def test_only_torchruns_names_are_read() -> None:
-    environment = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "r"}
-    launch = Launch(rank=1, local_rank=0, world_size=3, local_world_size=1, run_id="r")
+    environment = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "r"}
+    launch = Launch(rank=1, local_rank=0, world_size=3, run_id="r")
     assert Launch.from_environment(environment | {"MASTER_ADDR": "nowhere"}) == launch
-    with pytest.raises(
-        ValueError, match="start instances with torchrun .* WORLD_SIZE, LOCAL_WORLD_SIZE, TORCHELASTIC_RUN_ID not set"
-    ):
+    with pytest.raises(ValueError, match="start instances with torchrun .* WORLD_SIZE, TORCHELASTIC_RUN_ID not set"):
         Launch.from_environment({"RANK": "1", "LOCAL_RANK": "0"})
     with pytest.raises(ValueError, match="got 3 of 3"):
         Launch.from_environment(environment | {"RANK": "3"})
@@ -53,6 +51,26 @@ def test_auto_is_resolved_once() -> None:
     assert (parsed.block_size, parsed.chunk_tokens, parsed.cell_size, parsed.backend) == (16, 512, 2, "torch")
     assert parsed.num_blocks == 6  # 100 tokens, rounded down to blocks
     assert parsed.threads >= 1
+
+
+def test_one_torchrun_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU and its number are said; cores are shared by the cell. In a torchrun of several each has those of its rank."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    alone = Launch(rank=0, local_rank=0, world_size=1, run_id="x")
+    on_gpu = [*NEEDED, "--device", "cuda"]
+    parsed = parse([*on_gpu, "--gpu", "3", "--id", "5", "--cell-size", "4096"], alone)
+    assert (parsed.gpu, parsed.id, parsed.cell_size, parsed.threads) == (3, 5, 4096, 1)
+    assert start.device_of(parsed) == torch.device("cuda", 3)
+    assert (parse(on_gpu, LAUNCH).gpu, parse(on_gpu, LAUNCH).id) == (1, None)
+    with pytest.raises(ValueError, match="--gpu 4 finds no CUDA device: 4 are seen"):
+        parse([*on_gpu, "--gpu", "4"], alone)
+    with pytest.raises(ValueError, match="LOCAL_RANK 4 finds no CUDA device"):
+        parse(on_gpu, Launch(rank=4, local_rank=4, world_size=5, run_id="x"))
+    for flag in ("--gpu", "--id"):
+        with pytest.raises(ValueError, match=f"{flag} 0 is one instance's, and this torchrun has several"):
+            parse([*on_gpu, flag, "0"], LAUNCH)
+        with pytest.raises(ValueError, match=f"{flag} must not be negative, got -1"):
+            parse([*on_gpu, flag, "-1"], alone)
 
 
 def test_names() -> None:

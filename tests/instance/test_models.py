@@ -255,7 +255,7 @@ def test_an_instance_compares_what_it_loads(tmp_path: Path, monkeypatch: pytest.
         gmanager="tcp://127.0.0.1:5570",
         model=str(make_model("llama", tmp_path)),
         kv_tokens=64,
-        launch=Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, run_id="test"),
+        launch=Launch(rank=0, local_rank=0, world_size=1, run_id="test"),
         device="cpu",
         cell_size=1,
         max_context=100,

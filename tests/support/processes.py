@@ -111,7 +111,6 @@ class Processes:
         """`python -m instance` as torchrun starts it (without a run id: as torchrun does not), less the time to import."""
         _preload()
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        environment["LOCAL_WORLD_SIZE"] = str(world_size)
         if run_id is not None:
             environment["TORCHELASTIC_RUN_ID"] = run_id
         log = self._log("instance")
@@ -289,7 +288,7 @@ def _run_instance(flags: tuple[str, ...], environment: Mapping[str, str], log: P
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)
     os.environ.update(environment)
     sys.argv = ["instance", *flags]

@@ -32,6 +32,8 @@ class InstanceSpec(Part):
     reach: int
     """Tokens at which attending to them costs a row as much as the rest of the model."""
     device: str
+    host: str
+    """The same in instances that can map each other's GPU memory."""
     other_names: list[str] = []
     """That requests may call the model by. A cell has those of its first instance."""
 
@@ -59,6 +61,8 @@ class Register(Message):
     party_address: str
     """Where its party socket listens."""
     spec: InstanceSpec
+    wanted_id: int | None = None
+    """The number in the cell that it would have, if that is free."""
     former: Former | None = None
     """None: it comes as a new one."""
 
@@ -235,6 +239,8 @@ class Member(Part):
     rank: int
     """Rank in the cell's epoch: 0 .. size-1."""
     party_address: str
+    host: str
+    """As its InstanceSpec says."""
 
 
 class JoinEpoch(Message):
