@@ -1,9 +1,10 @@
-"""torchrun without its tracebacks: `python -m instance.torchrun --standalone --nproc-per-node N -m instance ...`.
+"""torchrun without its tracebacks: `python -m instance.torchrun --standalone --nproc-per-node 1 -m instance ...`.
 
 An instance says itself why it ends; what torchrun adds to that names its own source. Exit codes: 0 when asked to end, 1 when an
 instance failed.
 """
 
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -12,6 +13,8 @@ from torch.distributed.run import main as torchrun
 
 
 def main() -> int:
+    # as torchrun itself sets for several processes: what the model may use is said by --threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         torchrun()
     except SignalException:

@@ -28,7 +28,8 @@ import uvloop
 from _measure import facts, show
 
 from gmanager import AsyncClient, DistattnError, SamplingParams
-from gmanager.cli.service import ServiceConfig, ServiceError, running
+from gmanager.cli.process import ServiceError
+from gmanager.cli.service import ServiceConfig, running
 
 SETTLED = 200
 """Short requests after which the gateway's memory is read first: it has imported and allocated what it will."""
@@ -274,8 +275,8 @@ async def bench(args: argparse.Namespace, model: str, logs: Path) -> int:
         http="127.0.0.1:0",
     )
     async with running(config) as service:
-        pid = service.processes[1].pid
-        assert service.url is not None
+        assert service.gateway is not None and service.url is not None
+        pid = service.gateway.pid
         connections = Connections(service.url)
         async with AsyncClient(service.address) as client:
             name = (await client.stats()).cells[0].model

@@ -34,7 +34,8 @@ from _setup import CACHE, ROOT
 from gmanager import AsyncClient, CellStats, DistattnError
 from gmanager.cli.assets import MODEL, FetchError, fetch
 from gmanager.cli.needle import processor
-from gmanager.cli.service import NO_BARS, SLACK, ServiceConfig, ServiceError
+from gmanager.cli.process import NO_BARS, ServiceError
+from gmanager.cli.service import SLACK, ServiceConfig
 
 REPORT = "bench_serve.json"
 

@@ -133,12 +133,19 @@ async def here(config: GManagerConfig) -> AsyncIterator[Server]:
 
 
 async def test_torchrun_serves_and_ends_when_asked(started: Processes, model: Path) -> None:
-    """The README's commands. SIGTERM to torchrun ends its instances, which leave in order; the gManager stays."""
+    """One torchrun for all: the loss of one instance restarts all. SIGTERM to torchrun ends them, and they leave in order; the
+    gManager stays."""
     gmanager = started.gmanager("--spread", "all")
     address = await address_of(gmanager)
-    torchrun = started.torchrun(*flags(address, model), nproc=2, launch=["--standalone"])
+    torchrun = started.torchrun(*flags(address, model), nproc=2, launch=["--standalone", "--max-restarts", "1"])
     await until_ready(address)
+    lost = workers(torchrun)
+    os.kill(lost[1], signal.SIGKILL)
+    async with client_of(address) as client:
+        await until(client, lambda s: not s.cells)
+    await until_ready(address, epoch=2)
     instances = workers(torchrun)
+    assert not {*lost.values()} & {*instances.values()}, "all were started again"
     assert sorted(instances) == [0, 1]
     for pid in (gmanager.pid, *instances.values()):
         assert listening_addresses(pid) == {"127.0.0.1"}

@@ -1,40 +1,27 @@
-"""Start a gManager, a torchrun of instances and a gateway on this machine, wait until they serve, and stop them again."""
+"""Start a gManager, a gateway and a torchrun for each instance on this machine, wait until they serve, and stop them again."""
 
 import asyncio
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Never, TypeVar
 
-from gmanager.cli.said import last_words, stage_of_instances, why_instances_ended
+from gmanager.cli.process import Process, ProcessEnded, ServiceError, stop_all
+from gmanager.cli.said import is_echo, stage_of_instances, why_instance_ended
 from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
 
 T = TypeVar("T")
 
-STOP_S = 15.0
-"""Between asking a process to end and killing it."""
-
-_LEASH = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Becomes a program that is asked to end when the process that started it is gone, however that came."""
-
-NO_BARS = {"TQDM_DISABLE": "1"}
-"""Environment in which libraries draw no progress bars of their own."""
-
 BLOCK_SIZE = {"cpu": 16, "cuda": 64}
 """Tokens in a block of an instance, by its device; the instances' own default."""
+
+ECHO_S = 2.0
+"""Who is killed ends the others of its cell while that forms: its torchrun says so within that time."""
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -48,17 +35,6 @@ def pool_tokens(contexts: Sequence[int], instances: int) -> int:
     if instances == 1:
         return longest + SLACK
     return -(-5 * longest // (4 * instances))
-
-
-class ServiceError(Exception):
-    """The service did not come up, or went down; the message says why."""
-
-
-class ProcessEnded(ServiceError):
-    """One of the processes is gone; the message is one line: what it said itself of the reason, and where its log is."""
-
-    def __init__(self, process: "Process", code: int) -> None:
-        super().__init__(f"{process.why(code)} (log: {process.log})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +88,32 @@ class ServiceConfig:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Service:
     """A running one."""
 
-    address: str
+    gmanager: Process
+    address: str = ""
     """Of the gManager."""
+    gateway: Process | None = None
     url: str | None = None
     """Of the gateway."""
-    processes: list["Process"] = field(default_factory=list)
+    instances: list[Process] = field(default_factory=list)
+    """The torchrun of each, by its number in the cell."""
+
+    @property
+    def processes(self) -> list[Process]:
+        """In the order in which they were started."""
+        return [self.gmanager, *([] if self.gateway is None else [self.gateway]), *self.instances]
+
+    async def check(self) -> None:
+        """Raises ProcessEnded if a process has ended; if several have, by what the others ended."""
+        ended = [process for process in self.processes if process.code is not None]
+        if ended and all(is_echo(process.why()) for process in ended):
+            await asyncio.sleep(ECHO_S)
+            ended = [process for process in self.processes if process.code is not None]
+        if ended:
+            raise ProcessEnded(min(ended, key=lambda process: is_echo(process.why())))
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is given up if one of the processes ends. Raises ServiceError, and what `work` raises."""
@@ -137,108 +130,62 @@ class Service:
 
     async def _watch(self) -> Never:
         while True:
-            for process in self.processes:
-                process.check()
+            await self.check()
             await asyncio.sleep(0.5)
 
-
-class Process:
-    """A child in a process group of its own, its output in a file. It does not outlive this process."""
-
-    def __init__(
-        self, name: str, command: Sequence[str], log: Path, explain: Callable[[str], str | None] = lambda text: None
-    ) -> None:
-        """`explain`: the reason of its end in a sentence, from its log, if that has it."""
-        self.name = name
-        self.log = log
-        self._explain = explain
-        leash = [sys.executable, "-ISc", _LEASH, str(os.getpid())]
-        with log.open("wb") as out:
-            self._child = subprocess.Popen(
-                [*leash, *command],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                env=os.environ | NO_BARS,
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
-    def check(self) -> None:
-        """Raises ServiceError if it has ended."""
-        code = self._child.poll()
-        if code is not None:
-            raise ProcessEnded(self, code)
-
-    def text(self) -> str:
-        """What it has printed so far."""
-        return self.log.read_text(errors="replace")
-
-    def tail(self, lines: int = 15) -> str:
-        return "\n".join(self.text().splitlines()[-lines:])
-
-    def why(self, code: int) -> str:
-        """How it ended, with that exit code."""
-        if code < 0:  # who is killed doesn't say why
-            return f"{self.name} was killed by {signal.Signals(-code).name}"
-        words = last_words(self.text())
-        return self._explain(self.text()) or f"{self.name} ended with exit code {code}{f': {words}' if words else ''}"
-
     def stop(self) -> None:
-        """Ask it to end, wait, and kill what is left of its group."""
-        if self._child.poll() is None:
-            self._child.send_signal(signal.SIGTERM)
-            try:
-                self._child.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                print(f"{self.name} did not end within {STOP_S:.0f} s and is killed", file=sys.stderr)
-        try:
-            os.killpg(self._child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return  # nothing was left
-        self._child.wait()
+        """End all: the instances first, which tell the gManager that they leave."""
+        stop_all(self.instances)
+        stop_all([] if self.gateway is None else [self.gateway])
+        stop_all([self.gmanager])
 
 
 @asynccontextmanager
 async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda stage: None) -> AsyncIterator[Service]:
     """A service that is ready when entered, and gone when left. `tell` hears what is being waited for. Raises ServiceError."""
     config.logs.mkdir(parents=True, exist_ok=True)
-    service = Service("")
-    python = [sys.executable, "-m"]
+    tell("starting the gManager")
+    service = Service(gmanager=Process("the gManager", _gmanager(config, config.bind), config.logs / "gmanager.log"))
     try:
-        tell("starting the gManager")
-        command = [*python, "gmanager", "--bind", config.bind, "--spread", config.spread]
-        gmanager = Process("the gManager", command, config.logs / "gmanager.log")
-        service.processes.append(gmanager)
-        service.address = await _said(gmanager, "tcp://")
+        service.address = await _said(service.gmanager, "tcp://")
+        service.gmanager.command = _gmanager(config, service.address)
         if config.http is not None:
-            command = [*python, "gmanager.gateway", "--gmanager", service.address, "--bind", config.http, *config.gateway_flags]
-            keys = [] if config.api_key_file is None else ["--api-key-file", str(config.api_key_file)]
-            gateway = Process("the gateway", [*command, *keys], config.logs / "gateway.log")
-            service.processes.append(gateway)
-            service.url = await _said(gateway, "http://")
-        instances = Process(
-            "the torchrun of the instances",
-            _instances(config, service.address),
-            config.logs / "instances.log",
-            why_instances_ended,
-        )
-        service.processes.append(instances)
+            command = _gateway(config, service.address, config.http)
+            service.gateway = Process("the gateway", command, config.logs / "gateway.log")
+            service.url = await _said(service.gateway, "http://")
+            service.gateway.command = _gateway(config, service.address, service.url.removeprefix("http://"))
+        for number in range(config.instances):
+            name = f"instance {number}"
+            log = config.logs / f"instance-{number}.log"
+            command = _instance(config, service.address, number)
+            process = Process(f"the torchrun of {name}", command, log, partial(why_instance_ended, name))
+            service.instances.append(process)
         await _ready(service, config, tell)
         yield service
     finally:
-        for process in reversed(service.processes):
-            process.stop()
+        service.stop()
 
 
-def _instances(config: ServiceConfig, address: str) -> list[str]:
-    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", f"--nproc-per-node={config.instances}"]
+def _gmanager(config: ServiceConfig, bind: str) -> list[str]:
+    return [sys.executable, "-m", "gmanager", "--bind", bind, "--spread", config.spread]
+
+
+def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:
+    keys = [] if config.api_key_file is None else ["--api-key-file", str(config.api_key_file)]
+    command = [sys.executable, "-m", "gmanager.gateway", "--gmanager", address, "--bind", bind]
+    return [*command, *config.gateway_flags, *keys]
+
+
+def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
+    """A torchrun for each, so that the loss of one doesn't end the others. Who is lost is started again by `Upkeep`, which sees
+    why it ended, and not by torchrun, which would start one with wrong settings again, too."""
+    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", "--nproc-per-node=1"]
     flags = {
         "--gmanager": address,
         "--model": config.model,
+        "--cell-size": config.instances,
+        "--id": number,
+        "--gpu": number if config.device == "cuda" else None,
         "--kv-tokens": config.kv_tokens,
         "--kv-memory": config.kv_memory,
         "--device": config.device,
@@ -269,19 +216,18 @@ async def _said(process: Process, beginning: str) -> str:
 async def _ready(service: Service, config: ServiceConfig, tell: Callable[[str], None]) -> None:
     deadline = time.monotonic() + config.ready_timeout_s
     what = f"{config.instances} instance{'s' if config.instances > 1 else ''} ({config.device})"
-    instances = service.processes[-1]
     async with AsyncClient(service.address) as client:
         while True:
-            for process in service.processes:
-                process.check()
+            await service.check()
             try:
                 cells = (await client.stats()).cells
             except DistattnError as error:
                 raise ServiceError(f"the gManager does not answer: {error}") from error
             if any(cell.state == "ready" for cell in cells):
                 return
-            stage = stage_of_instances(instances.text(), config.instances)
+            stage = stage_of_instances([instance.text() for instance in service.instances])
             tell(f"{what} {stage}{f' {config.model}' if stage in ('load', 'convert') else ''}")
             if time.monotonic() > deadline:
-                raise ServiceError(f"not ready after {config.ready_timeout_s:.0f} s:\n{instances.tail()}")
+                tails = "\n".join(instance.tail() for instance in service.instances)
+                raise ServiceError(f"not ready after {config.ready_timeout_s:.0f} s:\n{tails}")
             await asyncio.sleep(0.1)

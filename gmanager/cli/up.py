@@ -15,9 +15,11 @@ from pathlib import Path
 from rich.console import Console
 
 from gmanager.cli.assets import MODEL, FetchError, cache_dir, fetch
+from gmanager.cli.process import ProcessEnded, ServiceError
 from gmanager.cli.progress import shown_running
-from gmanager.cli.service import ProcessEnded, Service, ServiceConfig, ServiceError
+from gmanager.cli.service import Service, ServiceConfig
 from gmanager.cli.starts import in_use, logs_of_this_start
+from gmanager.cli.upkeep import keep_up
 from gmanager.client import AsyncClient
 from gmanager.config import GManagerConfig
 from gmanager.gateway.config import GatewayConfig, parse_address, parse_aliases, read_keys
@@ -253,7 +255,7 @@ async def _run(config: ServiceConfig, console: Console) -> None:
             tokens = sum(cell.total_tokens for cell in (await client.stats()).cells)
             reads_text = (await client.text_assets()).tokenizer_json is not None
         _announce(console, config, service, tokens, time.monotonic() - began, reads_text=reads_text)
-        await service.during(asyncio.Event().wait())
+        await keep_up(service, lambda line: console.print(line, markup=False, soft_wrap=True))
 
 
 def _announce(

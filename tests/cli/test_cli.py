@@ -1,5 +1,6 @@
 """The `distattn` command in real processes: it says what is wrong before it starts anything, and leaves nothing behind."""
 
+import asyncio
 import json
 import os
 import re
@@ -10,13 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from gmanager import AsyncClient, SamplingParams
 from tests.support.tiny import make_model
+from tests.test_membership import text
 
 DISTATTN = [str(Path(sys.executable).with_name("distattn"))]
 """As the package has installed it."""
@@ -144,7 +148,7 @@ def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
         assert before[0].endswith("s  starting the gManager\n")
         assert before[1].endswith("s  2 instances (cpu) start\n")
         assert len(before) == len(set(before))
-        assert "it/s" not in logs_in(tmp_path, "instances.log"), "a bar of a library"
+        assert "it/s" not in logs_in(tmp_path, "instance-0.log"), "a bar of a library"
         asked = ["--gmanager", address, "--max-tokens", "5", "--temperature", "0"]
         answer = run("generate", "hello", *asked)
         assert (answer.returncode, answer.stderr) == (0, "")
@@ -174,33 +178,79 @@ def test_a_service_from_up_to_ctrl_c(model: Path, tmp_path: Path) -> None:
         started.child.send_signal(signal.SIGINT)
         assert started.end()[-1] == "stopping\n"
         assert started.child.returncode == 0
-    for name in ("gmanager.log", "gateway.log", "instances.log"):
+    for name in ("gmanager.log", "gateway.log", "instance-0.log", "instance-1.log"):
         log = logs_in(tmp_path, name)
         assert "Traceback" not in log
         assert "level=error" not in log
     assert 'event="cell over"' in logs_in(tmp_path, "gmanager.log")
 
 
-@pytest.mark.parametrize("who", ["the gateway", "an instance", "torchrun"])
-def test_what_is_killed_is_told_in_one_line_and_all_is_stopped(who: str, model: Path, tmp_path: Path) -> None:
+def test_what_dies_comes_back_and_each_event_is_told(model: Path, tmp_path: Path) -> None:
+    """kill -9 of an instance in mid-stream, of the gateway, and of a torchrun; then Ctrl-C."""
+    ids, expected = text(model, 100, 300)
+    with up(model, tmp_path, "--instances", "2") as (started, address, url):
+        started.wait_for("Ctrl-C stops it")
+        (victim,) = (pid for pid in instances_of(address) if b"\0--id=1\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        (survivor,) = (pid for pid in instances_of(address) if pid != victim)
+        assert asyncio.run(stream(address, ids, 300, lambda: os.kill(victim, signal.SIGKILL))) == expected.token_ids
+        line = started.wait_for("instance 1 was killed by SIGKILL")
+        assert re.search(r" by SIGKILL \(log: \S+/instance-1.log\); it is started again( in 1 s)?\n$", line)
+        started.wait_for("instance 1 of cell 'main' is lost: ")
+        started.wait_for("1 of 2 instances serve, 1,024 tokens of KV")
+        started.wait_for("instance 1 of cell 'main' comes\n")
+        started.wait_for("2 of 2 instances serve, 2,048 tokens of KV")
+        assert survivor in instances_of(address)
+        assert asyncio.run(stream(address, ids, 300, lambda: None)) == expected.token_ids
+
+        (gateway,) = gateways_of(address)
+        os.kill(gateway, signal.SIGKILL)
+        started.wait_for("the gateway was killed by SIGKILL (log: ")
+        os.kill(parent_of(survivor), signal.SIGKILL)
+        started.wait_for("the torchrun of instance 0 was killed by SIGKILL (log: ")
+        deadline = time.monotonic() + 30
+        while not answers_http(f"{url}/v1/models") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert answers_http(f"{url}/v1/models"), "at the same address"
+        assert "loading" in logs_in(tmp_path, "instance-1.log").partition("registered")[2], "both starts are in its log"
+        started.child.send_signal(signal.SIGINT)  # while instance 0 is coming back
+        lines = started.end()
+        assert lines[-1] == "stopping\n"
+        assert started.child.returncode == 0
+        happened = lines[lines.index(line) - 3 :]
+        assert sum(" was killed by " in said for said in happened) == 3, "one line each"
+
+
+async def stream(address: str, ids: list[int], new: int, meanwhile: Callable[[], None]) -> list[int]:
+    """The tokens of a request over all instances; `meanwhile` is called when it has 20."""
+    tokens: list[int] = []
+    called = False
+    async with AsyncClient(address) as client:
+        params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+        async for chunk in client.generate(ids, params, spread="all"):
+            tokens += chunk.token_ids
+            if len(tokens) >= 20 and not called:
+                called = True
+                meanwhile()
+    return tokens
+
+
+def answers_http(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def test_the_end_of_the_gmanager_is_told_in_one_line_and_all_is_stopped(model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path) as (started, address, _):
         started.wait_for("Ctrl-C stops it")
         before = len(started.lines)
-        if who == "the gateway":
-            (victim,) = gateways_of(address)
-        else:
-            (victim,) = instances_of(address)
-            if who == "torchrun":
-                victim = parent_of(victim)
+        (victim,) = (pid for pid in processes_of(address) if b"\0gmanager\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(victim, signal.SIGKILL)
         (line,) = started.end()[before:]
         assert started.child.returncode == 1
-        if who == "the gateway":
-            assert line.startswith("distattn: the gateway was killed by SIGKILL (log: ")
-        elif who == "torchrun":
-            assert line.startswith("distattn: the torchrun of the instances was killed by SIGKILL (log: ")
-        else:
-            assert line.startswith("distattn: instance 0 was killed by SIGKILL (log: ")
+        assert line.startswith("distattn: the gManager was killed by SIGKILL (log: ")
         assert line.endswith("; all is stopped\n")
 
 
@@ -223,9 +273,9 @@ def test_an_instance_says_itself_why_it_can_not_start(model: Path, tmp_path: Pat
     with up(broken, tmp_path / "logs", "--instances", "2") as (started, _, _):
         line = started.end()[-1]
         assert started.child.returncode == 1
-    assert line.startswith(f"distattn: an instance ended: {broken}/tokenizer.json can't be read: ")
-    assert line.endswith("/instances.log); all is stopped\n")
-    assert "Traceback" not in logs_in(tmp_path / "logs", "instances.log")
+    assert re.match(rf"distattn: instance [01] ended: {broken}/tokenizer.json can't be read: ", line)
+    assert re.search(r"/instance-[01].log\); all is stopped\n$", line)
+    assert "Traceback" not in logs_in(tmp_path / "logs", "instance-0.log") + logs_in(tmp_path / "logs", "instance-1.log")
 
 
 def test_a_model_without_a_tokenizer_and_with_less_context(model: Path, tmp_path: Path) -> None:

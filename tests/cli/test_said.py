@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from gmanager.cli.said import fields, last_words, stage_of_instances, why_instances_ended
+from gmanager.cli.said import fields, is_echo, last_words, stage_of_instances, told_of_cells, why_instance_ended
 from gmanager.cli.service import BLOCK_SIZE, DTYPES
 from gmanager.wire import logs
 from instance import config
@@ -18,15 +18,15 @@ GONE = ENDS.format(rank=1, reason="the gManager ended the cell: instance 0 of ce
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ([ENDS.format(rank=0, reason="/m has no tokenizer"), FAILED.format(code=2)], "an instance ended: /m has no tokenizer"),
+        ([ENDS.format(rank=0, reason="/m has no tokenizer"), FAILED.format(code=2)], "instance 3 ended: /m has no tokenizer"),
         (
             ["instance: --kv-tokens 8 is less than one block", FAILED.format(code=2)],
-            "an instance ended: --kv-tokens 8 is less than one block",
+            "instance 3 ended: --kv-tokens 8 is less than one block",
         ),
-        (["instance: error: unrecognized arguments: --x"], "an instance ended: unrecognized arguments: --x"),
-        ([ENDS.format(rank=0, reason="the first"), GONE, FAILED.format(code=1)], "an instance ended: the first"),
-        ([GONE, FAILED.format(code=-9)], "instance 0 was killed by SIGKILL"),
-        ([GONE, FAILED.format(code=-15)], "an instance ended: the gManager ended the cell: instance 0 of cell 'main' is lost"),
+        (["instance: error: unrecognized arguments: --x"], "instance 3 ended: unrecognized arguments: --x"),
+        ([ENDS.format(rank=0, reason="the first"), GONE, FAILED.format(code=1)], "instance 3 ended: the first"),
+        ([GONE, FAILED.format(code=-9)], "instance 3 was killed by SIGKILL"),
+        ([GONE, FAILED.format(code=-15)], "instance 3 ended: the gManager ended the cell: instance 0 of cell 'main' is lost"),
         (
             [
                 "ImportError: libx.so",
@@ -34,14 +34,39 @@ GONE = ENDS.format(rank=1, reason="the gManager ended the cell: instance 0 of ce
                 FAILED.format(code=1),
                 "later",
             ],
-            "instance 0 ended with exit code 1: ImportError: libx.so",
+            "instance 3 ended with exit code 1: ImportError: libx.so",
         ),
         (["*****", "host: localhost"], None),
         ([], None),
     ],
 )
-def test_why_instances_ended(lines: list[str], sentence: str | None) -> None:
-    assert why_instances_ended("\n".join(lines)) == sentence
+def test_why_an_instance_ended(lines: list[str], sentence: str | None) -> None:
+    assert why_instance_ended("instance 3", "\n".join(lines)) == sentence
+
+
+def test_who_ends_because_of_another_is_an_echo() -> None:
+    assert is_echo(why_instance_ended("instance 1", GONE) or "")
+    assert not is_echo(why_instance_ended("instance 1", ENDS.format(rank=1, reason="no room")) or "")
+
+
+LINE = "timestamp=1 level=info program=gmanager {}"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('event="instance comes" cell=main instance=2', "instance 2 of cell 'main' comes"),
+        ('event="instance left" cell=main reason="instance 1 is lost: gone"', "instance 1 is lost: gone"),
+        ('event="cell changes" cell=main epoch=1 reason="instance 1 could not step"', "instance 1 could not step"),
+        ('event="instance refused" reason="its model is big"', "an instance was refused: its model is big"),
+        ('event="cell ready" cell=main epoch=2 instances=2 kv_tokens=2048', "2 of 3 instances serve, 2,048 tokens of KV"),
+        ('event="cell over" cell=main epoch=2 reason="none is left"', "cell 'main' is over: none is left"),
+        ('event="request admitted" request="event=\\"cell over\\"" number=1', None),
+        ("", None),
+    ],
+)
+def test_what_is_told_of_cells(line: str, sentence: str | None) -> None:
+    assert told_of_cells(LINE.format(line), 3) == sentence
 
 
 def test_what_is_logged_is_read_again() -> None:
@@ -68,19 +93,19 @@ def test_what_is_checked_before_is_what_instances_check() -> None:
 
 
 def test_the_stage_is_that_of_the_instance_that_is_furthest_behind() -> None:
-    def log(*events: tuple[int, str]) -> str:
-        return "\n".join(f'level=info program=instance rank={rank} event="{event}"' for rank, event in events)
+    def log(*events: str) -> str:
+        return "\n".join(f'level=info program=instance rank=0 event="{event}"' for event in events)
 
-    assert stage_of_instances("", 2) == stage_of_instances("*****\nevent=loading", 2) == "start"
-    both: list[tuple[int, str]] = [(0, "loading"), (1, "loading")]
-    assert stage_of_instances(log(both[0], (0, "KV pool")), 2) == "start", "the other has yet to begin: no stage comes twice"
-    assert stage_of_instances(log(*both), 2) == "load"
-    assert stage_of_instances(log(*both, (1, "converting")), 2) == "convert", "the other waits for it"
-    assert stage_of_instances(log(*both, (0, "KV pool")), 2) == "load"
-    both += [(0, "KV pool"), (1, "KV pool")]
-    assert stage_of_instances(log(*both), 2) == "warm up"
-    both += [(0, "registered"), (1, "registered")]
-    assert stage_of_instances(log(*both), 2) == "form a cell"
-    both += [(0, "capturing CUDA graphs"), (1, "capturing CUDA graphs")]
-    assert stage_of_instances(log(*both), 2) == "capture CUDA graphs"
-    assert stage_of_instances(log(*both, (0, "epoch joined"), (1, "epoch joined")), 2) == "form a cell"
+    assert stage_of_instances(["", ""]) == stage_of_instances(["*****\nevent=loading", log("loading")]) == "start"
+    assert stage_of_instances([log("loading", "KV pool"), ""]) == "start", "the other has yet to begin: no stage comes twice"
+    assert stage_of_instances([log("loading"), log("loading")]) == "load"
+    assert stage_of_instances([log("loading"), log("loading", "converting")]) == "convert", "the other waits for it"
+    assert stage_of_instances([log("loading", "KV pool"), log("loading")]) == "load"
+    both = ["loading", "KV pool"]
+    assert stage_of_instances([log(*both), log(*both)]) == "warm up"
+    both.append("registered")
+    assert stage_of_instances([log(*both), log(*both)]) == "form a cell"
+    both.append("capturing CUDA graphs")
+    assert stage_of_instances([log(*both), log(*both)]) == "capture CUDA graphs"
+    both.append("epoch joined")
+    assert stage_of_instances([log(*both), log(*both)]) == "form a cell"
