@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from gmanager.cluster.cell import RETURN_GRACE_S
-from gmanager.cluster.events import Action, Encoded, LoadText, PeerWasLost, Restored, Send, TextLoaded
+from gmanager.cluster.events import Action, Deliver, Encoded, LoadText, PeerWasLost, Restored, Send, TextLoaded
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
     ASSETS,
@@ -64,7 +64,10 @@ def returning(driver: Driver, *kept_by: m.Kept) -> list[Action]:
     for rank in range(size):
         driver.say(peer(rank), back(rank, size))
     driver.say(peer(0), m.Text(assets=ASSETS))
-    assert driver.handle(TextLoaded(1, driver.now)) == [suspend(rank) for rank in range(size)]
+    told = driver.handle(TextLoaded(1, driver.now))
+    texts = [action for action in told if isinstance(action, Deliver)]
+    assert told == [*(suspend(rank) for rank in range(size)), *texts]
+    assert all(text.peer is None for text in texts), "text of restored requests, which nobody has attached to"
     answers = [driver.say(peer(rank), message) for rank, message in enumerate(kept_by)]
     driver.free |= {peer(rank): message.free_blocks for rank, message in enumerate(kept_by)}
     return answers[-1]
@@ -245,7 +248,7 @@ def test_a_restored_request_goes_on_where_it_was() -> None:
     unheard = m.Unheard(request=4, index=1, token_ids=[9, 9])
     actions = returning(driver, kept(4, {30: (4, [[(0, 12)]]), 31: (6, [[(0, 8)]])}, unheard))
     opens = Send(peer(0), m.OpenStore(epoch=EPOCH + 1))
-    assert actions == [deliver(4, "r4", 0, [9, 9, 9], peer=None), opens], "turned into text, heard by nobody"
+    assert actions == [deliver(4, "r4", 2, [9], peer=None), opens], "turned into text, heard by nobody"
     assert request_stats(driver, "r4").generated_tokens == 3
     assert request_stats(driver, "r4").kv_tokens == {0: 12}
     first, *_ = admits(driver.grant(driver.join(EPOCH + 1, peer(0))))
