@@ -339,7 +339,8 @@ class AsyncClient:
                 # An output may be among what can't be read; going on could leave a hole in a text.
                 return ProtocolRefused(f"{self._address} sent what this client can't read: {message.reason}")
             if isinstance(message, m.Refused):
-                return ProtocolRefused(f"the gManager ended the connection: {message.reason}")
+                kind = ServiceUnreachable if message.may_return else ProtocolRefused
+                return kind(f"the gManager ended the connection: {message.reason}")
             self._route(message)
 
     def _route(self, message: m.ToClient) -> None:

@@ -139,7 +139,9 @@ class Cluster:
             self._num_dropped += 1
             self._expel(peer, "this instance is not registered here (any more)")
         else:
-            self._part(peer, m.Refused(reason=f"the first message must be Hello or Register, not {_kind(message)}"))
+            # a client that was taken for gone, and goes on where it stood still, is to come again
+            reason = f"the first message must be Hello or Register, not {_kind(message)}"
+            self._part(peer, m.Refused(reason=reason, may_return=isinstance(message, m.FromClient)))
 
     def _on_garbled(self, peer: PeerId, reason: str) -> None:
         self._num_dropped += 1

@@ -557,6 +557,25 @@ async def test_while_there_is_no_connection(transport: Transport) -> None:
         assert [abort.request_id for abort in await server.until_heard(m.Abort)] == ["b"]
 
 
+async def test_who_was_taken_for_gone_comes_again(transport: Transport) -> None:
+    """As a client that was stopped for longer than its lease, and goes on: it gave up, and its stream failed."""
+
+    def answer(server: Server, peer: bytes, message: Any) -> None:
+        if isinstance(message, m.Submit):
+            server.listener.send(peer, tokens(message.request_id, 0, 3))
+            server.listener.send(peer, m.Refused(reason="who are you", may_return=True))
+        the_rest(server, peer, message if isinstance(message, m.Attach) else None)
+
+    async with connected(transport, answer, resume_s=10) as (server, client):
+        assert await rest_of(client.generate("x", request_id="a")) == [0, 1, 2, 3, 4, 5]
+        assert server.of(m.Attach) == [m.Attach(request_id="a", from_index=3)]
+    async with connected(transport, answer) as (_, client):
+        stream = client.generate("x", request_id="a")
+        await anext(stream)
+        with pytest.raises(ServiceUnreachable, match="the gManager ended the connection: who are you"):
+            await anext(stream)
+
+
 async def test_no_other_gmanager_comes(transport: Transport) -> None:
     async with connected(transport, start_only, resume_s=0.5) as (server, client):
         stream = client.generate("x")

@@ -249,6 +249,8 @@ def test_who_never_reads_is_dropped_and_can_come_back() -> None:
     assert driver.wait(5, CLIENT, peer(0)) == []
     assert driver.wait(1, CLIENT, peer(0)) == [Forget(CLIENT)]
     assert driver.handle(ClientEmpty(CLIENT, driver.now)) == []
+    reason = "the first message must be Hello or Register, not Ping"
+    assert driver.say(CLIENT, m.Ping()) == [Send(CLIENT, m.Refused(reason=reason, may_return=True))]
     driver.say(OTHER, HELLO)
     assert driver.say(OTHER, attach("r", 1)) == [deliver(1, "r", 1, [], peer=OTHER, before=[9])]
 

@@ -321,6 +321,102 @@ def joined(chunks: list[Chunk]) -> tuple[str, list[int], str | None]:
     return "".join(chunk.text for chunk in chunks), tokens, chunks[-1].finish_reason
 
 
+# --- clients that are cut off, or don't read
+
+
+class Relay:
+    """What lies between a client and its gManager, and can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._writers: list[asyncio.StreamWriter] = []
+        self._work: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    @asynccontextmanager
+    async def to(cls, address: str) -> AsyncIterator[tuple["Relay", str]]:
+        relay = cls(int(address.rpartition(":")[2]))
+        server = await asyncio.start_server(relay._join, "127.0.0.1", 0)
+        try:
+            yield relay, f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+            relay.cut()
+            await asyncio.gather(*relay._work, return_exceptions=True)
+
+    def cut(self) -> None:
+        """End all connections that there are."""
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [writer, far_writer]
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(self._carry(source, sink))
+            self._work.add(task)
+            task.add_done_callback(self._work.discard)
+
+    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(2**16):
+            sink.write(data)
+
+
+async def test_a_connection_that_is_cut_three_times_in_mid_stream() -> None:
+    """The gManager goes on; each token comes once, in order, and no half of a character is lost."""
+    text = "déjà 東京 😀 vu " * 20
+    steps = ids(text)
+    transport = ZmqTransport()
+    async with (
+        a_cell(transport) as (service, instance, _),
+        Relay.to(service.server.address) as (relay, address),
+        AsyncClient(address, transport=transport) as client,
+    ):
+        admit, stream = await started(instance, client, "x", max_tokens=len(steps))
+        chunks: list[Chunk] = []
+        for number, token in enumerate(steps, 1):
+            instance.generate(admit.seq, [token], "length" if number == len(steps) else None)
+            if number % (len(steps) // 4) == 0:
+                while sum(len(chunk.token_ids) for chunk in chunks) < number // 2:
+                    chunks.append(await stream.next())
+                relay.cut()
+        chunks += await stream.rest()
+        assert joined(chunks) == (text, steps, "length")
+
+
+async def test_who_does_not_read_costs_little_and_slows_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for it is bounded, however much is generated; then it has everything, in order."""
+    monkeypatch.setattr("gmanager.server.FULL_MESSAGES", 50)
+    transport = MemoryTransport()
+    async with a_cell(transport) as (service, instance, client):
+        decoder: Decoder[m.ToClient] = Decoder(m.ToClient)
+        idle = transport.dial(service.server.address, decoder)
+        for message in (HELLO, m.Submit(request_id="unread", params=SamplingParams(max_tokens=1000), text="x")):
+            idle.send(message)
+        unread = await instance.admitted()
+        admit, stream = await started(instance, client, "y", max_tokens=1000)
+        chunks = []
+        for number in range(1000):
+            reason: Literal["length"] | None = "length" if number == 999 else None
+            instance.generate(unread.seq, "a", reason)
+            instance.generate(admit.seq, "b", reason)
+            chunks.append(await stream.next())
+            assert max(service.server._bound().backlog(peer)[0] for peer in service.server._full or [b""]) <= 52
+        assert service.server._full
+        assert joined(chunks) == ("b" * 1000, ids("b") * 1000, "length")
+        heard: list[m.Output] = []
+        async with asyncio.timeout(DEADLINE_S):
+            while not (heard and heard[-1].finish_reason):
+                message = await idle.recv()
+                if isinstance(message, m.Output | m.OutputBatch):
+                    heard += [message] if isinstance(message, m.Output) else message.outputs
+        assert [token for output in heard for token in output.token_ids] == ids("a") * 1000
+        assert "".join(output.text for output in heard) == "a" * 1000
+        assert len(heard) < 100
+        await idle.close()
+
+
 # --- text
 
 

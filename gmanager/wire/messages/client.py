@@ -115,6 +115,8 @@ class Refused(Message):
     """The peer can't be served at all (wrong protocol, first message not a greeting, garbage); the connection is over."""
 
     reason: str
+    may_return: bool = False
+    """It was taken for gone and has not noticed: it may dial again, and attach to its requests."""
 
 
 class Output(Message):
