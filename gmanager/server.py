@@ -95,8 +95,8 @@ class Server:
         self._texts: dict[int, _RequestText] = {}
         self._outbox: dict[PeerId, list[Output]] = {}
         """Of the events that are being handled."""
-        self._full: set[PeerId] = set()
-        """Clients that are told no more for a while."""
+        self._full: dict[PeerId, dict[str, int]] = {}
+        """Clients that are told no more for a while. Of each what was not queued: requests, and from which token on."""
         self._work: set[asyncio.Task[None]] = set()
 
     @property
@@ -202,7 +202,7 @@ class Server:
                 log.log(level, event, **fields)
             case Forget(peer=peer):
                 self._flush(peer)
-                self._full.discard(peer)
+                self._full.pop(peer, None)
                 self._bound().forget(peer)
             case Encode():
                 self._start(self._encode(action, self._tokenizers[action.cell]))
@@ -234,7 +234,7 @@ class Server:
         if outputs and peer not in self._full:
             messages, size = self._bound().backlog(peer)
             if messages > FULL_MESSAGES or size > FULL_BYTES:
-                self._full.add(peer)
+                self._full[peer] = {}
                 self._handle(ClientFull(peer, self._now()))
                 self._start(self._until_empty(peer))
 
@@ -242,8 +242,7 @@ class Server:
         while peer in self._full and self._bound().backlog(peer) != (0, 0):
             await asyncio.sleep(LOOK_S)
         if peer in self._full:
-            self._full.discard(peer)
-            self._handle(ClientEmpty(peer, self._now()))
+            self._handle(ClientEmpty(peer, self._now(), self._full.pop(peer)))
 
     def _deliver(self, new: Deliver) -> None:
         """Add the text, and find out whether it ends here."""
@@ -263,6 +262,9 @@ class Server:
                 reason = "stop" if reason == "length" else reason
         if new.peer is None or not (token_ids or text or reason):
             return
+        if new.peer in self._full:
+            self._full[new.peer].setdefault(new.request_id, index)
+            return
         output = Output(
             request_id=new.request_id,
             index=index,
@@ -275,7 +277,7 @@ class Server:
         )
         waiting = self._outbox.setdefault(new.peer, [])
         waiting.append(output)
-        if len(waiting) == MAX_BATCH:
+        if len(waiting) == MAX_BATCH or len(token_ids) > MAX_BATCH:
             self._flush(new.peer)
 
     def _text_of(self, new: Deliver) -> _RequestText | None:

@@ -8,7 +8,7 @@ forgotten after a while.
 """
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from gmanager.cluster.cell import MAX_ATTEMPTS, RETURN_GRACE_S, SUSPEND_TIMEOUT_S, Cell, Member, malformed
 from gmanager.cluster.events import (
@@ -100,8 +100,8 @@ class Cluster:
                 self._out.append(Forget(peer))
             case ClientFull(peer=peer):
                 self._on_client_full(peer)
-            case ClientEmpty(peer=peer):
-                self._on_client_empty(peer)
+            case ClientEmpty(peer=peer, lacks=lacks):
+                self._on_client_empty(peer, lacks)
             case TextLoaded(cell=number, error=error):
                 self._on_text_loaded(number, error)
             case Encoded():
@@ -201,9 +201,9 @@ class Cluster:
             self._paused[peer] = self._now
             self._requests.delivery.pause(peer, self._requests.live())
 
-    def _on_client_empty(self, peer: PeerId) -> None:
+    def _on_client_empty(self, peer: PeerId, lacks: Mapping[str, int]) -> None:
         if self._paused.pop(peer, None) is not None:
-            owed = self._requests.delivery.go_on(peer, self._requests.live())
+            owed = self._requests.delivery.go_on(peer, self._requests.live(), lacks)
             for request_id, index in owed.items():
                 self._attach(peer, request_id, index)
 

@@ -8,13 +8,15 @@ Whoever hears it, the shell turns all tokens into text, once: so a stop string e
 was behind it begins anew, with the tokens that the client has (`Deliver.before`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from gmanager.cluster.events import Deliver, Emit, Send
 from gmanager.cluster.request import Ended, Request
 from gmanager.wire.messages import FinishReason, Output, PromptLogprobs, PromptOutput, RefusalReason, TokenLogprob
 from gmanager.wire.peer import PeerId
 
+MOST_AT_ONCE = 4096
+"""Tokens: with all log-probabilities that can be asked for they are far below a frame's limit."""
 TAKEN_OVER = "another connection has attached to the request"
 
 
@@ -101,13 +103,16 @@ class Delivery:
             if request.client == peer:
                 request.is_followed = False
 
-    def go_on(self, peer: PeerId, live: Iterable[Request]) -> dict[str, int]:
-        """It is empty again. Returns which requests of it have ended meanwhile, and from which token on it lacks them."""
+    def go_on(self, peer: PeerId, live: Iterable[Request], lacks: Mapping[str, int]) -> dict[str, int]:
+        """It is empty again. `lacks`: what was told and did not get so far, and from which token on. Returns which requests of
+        it have ended meanwhile, and from which token on it lacks them."""
         owed = self._paused.pop(peer, {})
+        left = dict(lacks)
         for request in live:
             if request.client == peer:
+                request.sent = min(request.sent, left.pop(request.id, request.sent))
                 self.tell(request)
-        return owed
+        return owed | {request_id: min(index, owed.get(request_id, index)) for request_id, index in left.items()}
 
     def forget(self, peer: PeerId) -> None:
         """It is no client any more."""
@@ -126,7 +131,24 @@ class Delivery:
         is_silent: bool = False,
     ) -> None:
         """`is_silent`: without its tokens."""
-        logprobs: list[TokenLogprob] | None = None if request.logprobs is None else request.logprobs[start:]
+        end = start if is_silent else len(request.tokens)
+        while end - start > MOST_AT_ONCE:
+            self._emit_tokens(request, peer, start, start + MOST_AT_ONCE, before)
+            start, before = start + MOST_AT_ONCE, None
+        self._emit_tokens(request, peer, start, end, before, reason, error, refusal)
+
+    def _emit_tokens(
+        self,
+        request: Request,
+        peer: PeerId | None,
+        start: int,
+        end: int,
+        before: list[int] | None,
+        reason: FinishReason | None = None,
+        error: str | None = None,
+        refusal: RefusalReason | None = None,
+    ) -> None:
+        logprobs: list[TokenLogprob] | None = None if request.logprobs is None else request.logprobs[start:end]
         self._emit(
             Deliver(
                 peer=peer,
@@ -140,8 +162,8 @@ class Delivery:
                 shown_special=frozenset(request.params.shown_special_tokens or ()),
                 before=before,
                 index=start,
-                token_ids=[] if is_silent else request.tokens[start:].tolist(),
-                logprobs=None if is_silent else logprobs,
+                token_ids=request.tokens[start:end].tolist(),
+                logprobs=logprobs,
                 finish_reason=reason,
                 error=error,
                 refusal=refusal,

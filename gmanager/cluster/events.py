@@ -4,7 +4,7 @@ A request is named by its `number` between cluster and shell: a client may use a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gmanager.config import Spread
 from gmanager.wire.messages import FinishReason, Message, RefusalReason, Submit, TextAssets, TokenLogprob
@@ -55,6 +55,8 @@ class ClientEmpty:
 
     peer: PeerId
     now: float
+    lacks: Mapping[str, int] = field(default_factory=dict)
+    """Requests of which something was not even queued for it, and from which token on."""
 
 
 @dataclass(frozen=True, slots=True)

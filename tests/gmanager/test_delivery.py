@@ -3,9 +3,11 @@
 As test_cluster.py: blocks of 4 tokens, literal events in, literal actions out.
 """
 
+from dataclasses import replace
+
 import pytest
 
-from gmanager.cluster.delivery import TAKEN_OVER
+from gmanager.cluster.delivery import MOST_AT_ONCE, TAKEN_OVER
 from gmanager.cluster.events import ClientEmpty, ClientFull, Forget, PeerWasLost, Send, StopFound
 from gmanager.cluster.requests import KEEP_ENDED, KEEP_ENDED_BYTES
 from gmanager.wire import messages as m
@@ -266,3 +268,30 @@ def test_calls_are_answered_all_the_same() -> None:
 def test_an_index_that_makes_no_sense_is_never_built(index: int) -> None:
     with pytest.raises(ValueError, match="from_index must not be negative"):
         attach("r", index)
+
+
+def test_much_comes_in_pieces() -> None:
+    """One answer with all of it may not fit a frame."""
+    driver = serving(8)
+    running(driver, "r", generated=1)
+    request = driver.cluster._requests.by_id("r")
+    assert request is not None
+    request.tokens.extend([7] * (2 * MOST_AT_ONCE))
+    lost(driver)
+    driver.say(OTHER, HELLO)
+    pieces = driver.say(OTHER, attach("r", 1))
+    first, second = (deliver(1, "r", 1 + i * MOST_AT_ONCE, [7] * MOST_AT_ONCE, peer=OTHER) for i in range(2))
+    assert pieces == [replace(first, before=[9]), second]
+
+
+def test_what_was_told_and_got_no_further_is_told_again() -> None:
+    """The shell queues nothing for a client that is full, and says so when it is empty."""
+    driver = serving(8, 8)
+    running(driver, "a", generated=2)
+    running(driver, "b", generated=1, max_tokens=3)
+    driver.say(peer(1), outputs(2, 1, [7, 8], finish_reason="length"))
+    driver.handle(ClientFull(CLIENT, driver.now))
+    assert driver.handle(ClientEmpty(CLIENT, driver.now, {"a": 1, "b": 2})) == [
+        deliver(1, "a", 1, [9], before=[9]),
+        deliver(2, "b", 2, [8], before=[9, 7], finish_reason="length"),
+    ]
