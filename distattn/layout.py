@@ -75,6 +75,26 @@ def held_after(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holdi
     return [after[rank] for rank in sorted(after)]
 
 
+def run_from(holdings: Sequence[Holding], rank: int, start: int) -> HeldRun | None:
+    """The run of `rank` that begins at position `start`."""
+    held = (run for holding in holdings if holding.rank == rank for run in holding.runs)
+    return next((run for run in held if run.start == start), None)
+
+
+def held_after_flip(holdings: Sequence[Holding], source: int, target: int, start: int) -> list[Holding]:
+    """Holdings once the run of `source` that begins at position `start` is the newest one of `target`, by rank.
+
+    Raises KeyError if there is none. `ShardTable.detach` and `adopt` come to the same.
+    """
+    run = run_from(holdings, source, start)
+    if run is None:
+        raise KeyError(f"rank {source} has no run from position {start}")
+    held = {holding.rank: holding.runs for holding in holdings}
+    held[source] = [other for other in held[source] if other != run]
+    held[target] = [*held.get(target, ()), run]
+    return [Holding(rank, held[rank]) for rank in sorted(held) if held[rank]]
+
+
 class Reading(msgspec.Struct, frozen=True):
     """Consecutive rows that attend to the run in `block_ids`; row `first_row + i` sees its first `kv_lens[i]` tokens.
 

@@ -5,9 +5,17 @@ KV outlives an epoch:
     settle    the epoch is over: what is certain stays, as shards that are *dormant*, which no step names
     keep      the next epoch begins: all but these are freed
     wake      a sequence is admitted again with what is left of it; or `discard`: it isn't
+
+A run that moves to another instance:
+
+    there   reserve    as a number of its own, not the sequence's, which may end while its KV is being copied
+            note_copy  it is here, and right
+            adopt      in the step that flips it: it is the sequence's
+    here    detach     in the same step: no later step reads it
+            let_go     that step has run: its blocks are free
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvstore.shard import Shard, ShardTable
 
@@ -22,6 +30,8 @@ class RManager:
         self.shards = ShardTable(num_blocks, block_size)
         self._changed: dict[int, None] = {}
         self._dormant: dict[int, None] = {}
+        self._copies: dict[int, list[tuple[int, int]]] = {}
+        """move -> positions of the copy that is here."""
         self.freed = False
         """Whether blocks were freed since the last `take_changes`."""
 
@@ -75,14 +85,41 @@ class RManager:
         if seq in self.shards:
             self.shards.free(seq)
             self._dormant.pop(seq, None)
+            self._copies.pop(seq, None)
             self._changed[seq] = None
             self.freed = True
+
+    def note_copy(self, move: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """What is reserved as `move` holds a copy of tokens at these positions. Nothing happens if it was dropped."""
+        if move in self.shards:
+            self._copies[move] = list(ranges)
+
+    def adopt(self, move: int, seq: int) -> bool:
+        """A copy becomes a run of its sequence. False: there is none. Raises ValueError as `ShardTable.adopt`."""
+        ranges = self._copies.pop(move, None)
+        if ranges is None:
+            return False
+        self.shards.adopt(move, seq, ranges)
+        self._changed[seq] = None
+        return True
+
+    def detach(self, move: int, seq: int, start: int) -> None:
+        """A run is another instance's from the present step on. Raises KeyError if there is none that begins there."""
+        self.shards.detach(move, seq, start)
+        self._changed[seq] = None
+
+    def let_go(self, move: int) -> None:
+        """No step reads a detached run any more. Raises KeyError if there is none."""
+        self.shards.let_go(move)
+        self.freed = True
 
     def settle(self, uncertain: Iterable[tuple[int, int]]) -> dict[int, list[list[tuple[int, int]]]]:
         """End an epoch: what each sequence keeps here, as the ranges of each run. Nothing else is reserved any more.
 
-        `uncertain`: (seq, position) of tokens that may not be written. They go, with those behind them in their runs.
+        `uncertain`: (seq, position) of tokens that may not be written. They go, with those behind them in their runs. What was
+        detached and not let go stays here, too: whoever adopted it may be lost.
         """
+        self._changed |= dict.fromkeys(self.shards.attach_again())
         for seq, position in uncertain:
             if seq in self.shards:
                 self._note_freed(self.shards.take_back(seq, position))
@@ -106,11 +143,16 @@ class RManager:
         if seq in self._dormant:
             self.free(seq)
 
-    def wake(self, seq: int, end: int) -> None:
-        """A sequence goes on: if its shard is dormant, it is one like any other again, without positions from `end` on."""
+    def wake(self, seq: int, end: int, starts: Iterable[int] | None = None) -> None:
+        """A sequence goes on: if its shard is dormant, it is one like any other again, without positions from `end` on.
+
+        `starts`: where the runs that stay begin, if another instance has the others, too; None: all stay.
+        """
         if seq in self._dormant:
             del self._dormant[seq]
             self._note_freed(self.shards.cut(seq, end))
+            if starts is not None and seq in self.shards:
+                self._note_freed(self.shards.keep_runs(seq, set(starts)))
             self._changed[seq] = None
 
     def take_changes(self) -> dict[int, int]:

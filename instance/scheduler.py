@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distattn.layout import HeldRun, Holding, Layout, Span, lay_out
+from distattn.layout import HeldRun, Holding, Layout, Span, held_after_flip, lay_out, run_from
 from gmanager.wire.messages import (
     Admit,
+    FlipRun,
     HomeMoved,
     KeptPart,
     Message,
@@ -30,14 +31,15 @@ from gmanager.wire.messages import (
     Outputs,
     PromptLogprobs,
     Released,
+    RunMoved,
     Scored,
     SequenceOutput,
     SequenceParams,
     Share,
     TokenLogprob,
-    pack_tokens,
     unpack_tokens,
 )
+from instance.handoff import handoff_of, home_of
 from instance.rmanager import RManager
 from instance.sequence import Guest, History, Home, gaps_between
 from instance.step import (
@@ -46,12 +48,12 @@ from instance.step import (
     MAX_GAPS,
     MAX_PROMPTS,
     Decode,
+    Flip,
     Grouping,
     Handoff,
     Lane,
     LastToken,
     Notice,
-    Past,
     Prefill,
     Step,
     StepMismatch,
@@ -125,6 +127,10 @@ class _Accepted:
     """Of these, those that were here."""
     written: list[tuple[int, int]] = field(default_factory=list)
     """(seq, position) from which on it writes KV here; until it has run, that may not be there."""
+    detached: list[int] = field(default_factory=list)
+    """Moves of runs that were here: steps before this one read them."""
+    flipped: list[Flip] = field(default_factory=list)
+    """Of sequences whose home is here."""
 
 
 @dataclass(slots=True)
@@ -200,7 +206,8 @@ class Scheduler:
         if not self._keeps(admit.seq):
             return
         prompt = unpack_tokens(admit.token_ids)
-        self._rmanager.wake(admit.seq, len(prompt) - 1)
+        starts = [runs[0][0] for part in admit.kept if part.rank == self.rank for runs in part.runs]
+        self._rmanager.wake(admit.seq, len(prompt) - 1, starts)
         gaps = self._check_kept(admit, len(prompt))
         self._guests[admit.seq] = Guest(prompt, admit.params.prompt_logprobs)
         if admit.shares[0].rank == self.rank:
@@ -230,13 +237,29 @@ class Scheduler:
         if seq in self._homes and to != self.rank:
             self._homes[seq].move_to = to
 
+    def flip(self, told: FlipRun) -> None:
+        """Let a run whose copy is complete change hands with the sequence's next step. Ignored if the sequence has ended, or
+        is not at home here.
+
+        Raises StepMismatch if no such run is known.
+        """
+        home = self._homes.get(told.seq)
+        if home is None or home.over:
+            return
+        if home.in_prefill or told.source == self.rank or run_from(home.holdings, told.source, told.start) is None:
+            raise StepMismatch(
+                f"sequence {told.seq}: rank {told.source} is to give its run from position {told.start} away; "
+                f"known are {home.holdings}"
+            )
+        home.flip = Flip(move=told.move, seq=told.seq, source=told.source, target=told.target, start=told.start)
+
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def has_work(self, lane: Lane, members: Sequence[int]) -> bool:
         """Whether a notice from here would ask for anything, in a party of these members."""
         steps = self._steps[lane]
         return bool(steps.cancels or steps.last_tokens) or any(
-            home.over or home.in_prefill or (lane == "decode" and (home.move_to is not None or self._can_decode(home)))
+            home.over or home.in_prefill or (lane == "decode" and self._has_next(home))
             for home in self._homes.values()
             if home.lane == lane and home.ranks() <= set(members)
         )
@@ -261,6 +284,7 @@ class Scheduler:
         prefills: list[Prefill] = []
         released: list[int] = []
         handoffs: list[Handoff] = []
+        flips: list[Flip] = []
         for home in sorted(self._homes.values(), key=lambda home: (home.arrival, home.seq)):
             if home.lane != lane or not home.ranks() <= set(members):
                 continue  # or its party has not met yet
@@ -282,10 +306,15 @@ class Scheduler:
             elif lane == "prefill":
                 continue  # its first token is under way
             elif home.move_to is not None:
-                handoffs.append(_handoff(home, home.move_to))
-            elif len(decodes) < MAX_DECODE_ROWS and self._grant(home):
-                is_known = self._steps[lane].known.get(home.seq) == home.holdings
-                decodes.append(Decode(seq=home.seq, position=home.position, holdings=None if is_known else home.holdings))
+                handoffs.append(handoff_of(home, home.move_to))
+            else:
+                holdings = home.holdings
+                if home.flip is not None:
+                    flips.append(home.flip)
+                    holdings = held_after_flip(holdings, home.flip.source, home.flip.target, home.flip.start)
+                if len(decodes) < MAX_DECODE_ROWS and self._grant(home):
+                    is_known = self._steps[lane].known.get(home.seq) == holdings
+                    decodes.append(Decode(seq=home.seq, position=home.position, holdings=None if is_known else holdings))
         self._steps[lane].prompts = [prefill.seq for prefill in prefills]
         return Notice(
             epoch=self.epoch,
@@ -306,6 +335,7 @@ class Scheduler:
             cancels=sorted(self._steps[lane].cancels),
             handoffs=handoffs,
             last_tokens=list(self._steps[lane].last_tokens),
+            flips=flips,
             groupings=groupings,
         )
 
@@ -332,6 +362,8 @@ class Scheduler:
             if seq in self._homes:
                 self._homes[seq].cancelled = True
         accepted = _Accepted(released=step.released)
+        for flip in step.flips:
+            self._change_hands(flip, accepted)
         if lane == "decode":
             steps.known |= step.holdings
         for seq in step.released:
@@ -365,6 +397,9 @@ class Scheduler:
         accepted = self._steps[lane].accepted.pop(0)
         for seq in accepted.released:
             self._rmanager.free(seq)
+        for move in accepted.detached:
+            self._rmanager.let_go(move)
+        self._messages += [RunMoved(epoch=self.epoch, seq=flip.seq, move=flip.move) for flip in accepted.flipped]
         self._messages += [Released(epoch=self.epoch, seq=home.seq, generated=home.committed) for home in accepted.homes]
 
     def uncertain(self) -> list[tuple[int, int]]:
@@ -435,6 +470,10 @@ class Scheduler:
         for steps in self._steps.values():
             steps.cancels[seq] = None
 
+    def _has_next(self, home: Home) -> bool:
+        """Whether there is something to propose for it in the decode lane."""
+        return home.move_to is not None or home.flip is not None or self._can_decode(home)
+
     def _can_decode(self, home: Home) -> bool:
         """Whether it has a row to propose, or a lack of room to tell of."""
         if home.generated >= home.params.max_tokens:
@@ -480,6 +519,20 @@ class Scheduler:
             )
         )
 
+    def _change_hands(self, flip: Flip, accepted: _Accepted) -> None:
+        """A run is another instance's from this step on. What the party knew to be held is no more: the home says it again."""
+        for steps in self._steps.values():
+            steps.known.pop(flip.seq, None)
+        if (home := self._homes.get(flip.seq)) is not None:
+            home.holdings = held_after_flip(home.holdings, flip.source, flip.target, flip.start)
+            home.flip = None
+            accepted.flipped.append(flip)
+        if flip.source == self.rank:
+            self._rmanager.detach(flip.move, flip.seq, flip.start)
+            accepted.detached.append(flip.move)
+        if flip.target == self.rank and not self._rmanager.adopt(flip.move, flip.seq):
+            raise StepMismatch(f"sequence {flip.seq}: rank {self.rank} is to take move {flip.move} over, and has no such copy")
+
     def _hand_over(self, handoff: Handoff, *, awaits_token: bool) -> None:
         old = self._homes.pop(handoff.seq, None)
         if old is not None:
@@ -489,20 +542,7 @@ class Scheduler:
                 self._tell_of_cancel(handoff.seq)
         if handoff.to != self.rank:
             return
-        self._begin(
-            Home(
-                seq=handoff.seq,
-                arrival=handoff.arrival,
-                params=handoff.params,
-                prompt_tokens=handoff.prompt_tokens,
-                position=handoff.position,
-                holdings=handoff.holdings,
-                generated=handoff.generated,
-                committed=handoff.generated - (handoff.last_token is None),
-                last_token=handoff.last_token,
-                history=None if handoff.past is None else _unpacked(handoff.past),
-            )
-        )
+        self._begin(home_of(handoff))
         self.tally.home_moves += 1
         self._messages.append(HomeMoved(epoch=self.epoch, seq=handoff.seq, home=self.rank))
 
@@ -613,27 +653,3 @@ def _is_decode(step: Step) -> bool:
         and all(span.stop - span.start == 1 for span in step.spans)
         and max(rows.values(), default=0) <= MAX_DECODE_ROWS
     )
-
-
-def _handoff(home: Home, to: int) -> Handoff:
-    return Handoff(
-        seq=home.seq,
-        to=to,
-        arrival=home.arrival,
-        position=home.position,
-        prompt_tokens=home.prompt_tokens,
-        generated=home.generated,
-        last_token=home.last_token if home.committed == home.generated else None,
-        params=home.params,
-        holdings=home.holdings,
-        past=None if home.history is None else _packed(home.history),
-    )
-
-
-def _packed(history: History) -> Past:
-    prompt, generated = pack_tokens(history.prompt), pack_tokens(history.generated)
-    return Past(prompt=prompt, generated=generated, num_before=history.num_before)
-
-
-def _unpacked(past: Past) -> History:
-    return History(unpack_tokens(past.prompt), unpack_tokens(past.generated), past.num_before)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from distattn.layout import Holding
 from gmanager.wire.messages import SequenceParams, Share
-from instance.step import Lane
+from instance.step import Flip, Lane
 
 
 def gaps_between(ranges: Iterable[tuple[int, int]], end: int) -> list[tuple[int, int]]:
@@ -85,6 +85,8 @@ class Home:
     finished: bool = False
     cancelled: bool = False
     move_to: int | None = None
+    flip: Flip | None = None
+    """Of a run of which a copy is complete, for its next step."""
     waited: int = 0
     """Steps of the prefill lane since it came, until its prompt is in them."""
     waits_for_block: bool = False
@@ -116,4 +118,6 @@ class Home:
     def ranks(self) -> set[int]:
         """All instances that its next step concerns."""
         ranks = {share.rank for share in self.shares} | {holding.rank for holding in self.holdings}
+        if self.flip is not None:
+            ranks.add(self.flip.target)
         return ranks if self.move_to is None else ranks | {self.move_to}

@@ -1,8 +1,8 @@
 """From notices to a step: pure, and the same on every member of a party.
 
 A **notice** is what one instance tells its party about its next step. `derive` turns the notices of all members into the
-**step**: which rows run where, who holds what, which sequences end, which change home. It uses counts, never token values,
-and nothing but its arguments.
+**step**: which rows run where, who holds what, which sequences end, which change home, which runs change hands. It uses
+counts, never token values, and nothing but its arguments.
 """
 
 import zlib
@@ -111,6 +111,17 @@ class LastToken(Part):
     token: TokenLogprob
 
 
+class Flip(Part):
+    """A run of a sequence whose copy is complete: from this step on it is another instance's. Said by the home."""
+
+    move: int
+    seq: int
+    source: int
+    target: int
+    start: int
+    """Position of the run's first token."""
+
+
 class Grouping(Part):
     """The newest party of an instance that somebody has heard of."""
 
@@ -146,6 +157,8 @@ class Notice(Message):
     """Commands to end a sequence, for whoever is its home now."""
     handoffs: list[Handoff]
     last_tokens: list[LastToken]
+    flips: list[Flip]
+    """What its decode rows in the same notice say is held is after these."""
     groupings: list[Grouping]
     """Parties that are to follow this one, for the leader to know (`instance.party`); no part of the step."""
 
@@ -165,6 +178,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     cancels: list[int]
     handoffs: list[Handoff]
     last_tokens: list[LastToken]
+    flips: list[Flip]
+    """Before its rows run."""
 
     def digest(self) -> list[int]:
         """A checksum for each field, in the order of `__struct_fields__`."""
@@ -215,6 +230,7 @@ def derive(notices: Sequence[Notice], known: Mapping[int, list[Holding]] | None 
         cancels=sorted({seq for notice in notices for seq in notice.cancels}),
         handoffs=[handoff for notice in notices for handoff in notice.handoffs],
         last_tokens=[token for notice in notices for token in notice.last_tokens],
+        flips=[flip for notice in notices for flip in notice.flips],
     )
 
 

@@ -18,7 +18,7 @@ Which run tokens continue follows from where the runs end alone (`continued`), s
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 from kvstore.pool import BlockPool
@@ -77,6 +77,19 @@ class Run:
         self.num_tokens += end - start
         size = self.block_size
         return [self.block_ids[i // size] * size + i % size for i in range(first, self.num_tokens)]
+
+    @classmethod
+    def of(cls, block_size: int, ranges: Sequence[tuple[int, int]], block_ids: Sequence[int]) -> "Run":
+        """Tokens at these positions, ascending, that were written into these blocks. Raises ValueError if the blocks are too
+        few or too many for them."""
+        run = cls(block_size)
+        tokens = sum(end - start for start, end in ranges)
+        if not tokens or -(-tokens // block_size) != len(block_ids):
+            raise ValueError(f"{tokens} tokens don't take {len(block_ids)} blocks of {block_size}")
+        run.block_ids = list(block_ids)
+        for start, end in ranges:
+            run.append(start, end)
+        return run
 
     def cut(self, position: int) -> list[int]:
         """Forget the tokens at `position` and after it: the blocks that the others don't take."""
@@ -174,16 +187,17 @@ class Shard:
     def take_spare(self) -> list[int]:
         """The blocks that no run has taken: they are reserved no longer."""
         freed, self.spare = self.spare, []
-        self._find_newest_block()
+        self.find_newest_block()
         return freed
 
     def _cut_runs(self, runs: Sequence[Run], position: int) -> list[int]:
         freed = [block for run in runs for block in run.cut(position)]
         self.runs = [run for run in self.runs if run.num_tokens]
-        self._find_newest_block()
+        self.find_newest_block()
         return freed
 
-    def _find_newest_block(self) -> None:
+    def find_newest_block(self) -> None:
+        """After blocks have come or gone."""
         ids = self.block_ids
         self.newest_block = ids[-1] if ids else None
 
@@ -203,6 +217,9 @@ class ShardTable:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self._shards: dict[int, Shard] = {}
+        self._detached: dict[int, tuple[int, Run, list[int]]] = {}
+        """move -> a run that is another instance's now, its sequence, and blocks that were spare beside it: steps that read
+        them may still run."""
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._shards
@@ -231,13 +248,69 @@ class ShardTable:
         """Give all blocks of the sequence back. Raises KeyError if it has none here."""
         self.pool.free(self._shards.pop(seq).block_ids)
 
-    def free_run(self, seq: int, start: int) -> None:
-        """Give the blocks of its run that begins at position `start` back. Raises KeyError if it has none such here."""
-        shard = self._shards[seq]
-        index = next((i for i, run in enumerate(shard.runs) if run.start == start), None)
-        if index is None:
+    def find_run(self, seq: int, start: int) -> Run | None:
+        """The sequence's run here that begins at position `start`."""
+        shard = self._shards.get(seq)
+        return next((run for run in shard.runs if run.start == start), None) if shard is not None else None
+
+    def adopt(self, move: int, seq: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """What is reserved as `move` holds tokens of a sequence at these positions now: it becomes that one's newest run.
+
+        Raises KeyError if nothing is reserved, ValueError if it is too little or too much, or one of the positions is here.
+        """
+        blocks = self._shards[move].spare
+        run = Run.of(self.block_size, ranges, blocks)
+        shard = self._shards.get(seq) or Shard(self.block_size)
+        if any(other.overlaps(start, end) for other in shard.runs for start, end in ranges):
+            raise ValueError(f"sequence {seq} has some of the positions {ranges} already")
+        del self._shards[move]
+        shard.runs.append(run)
+        shard.newest_block = shard.newest_block if shard.newest_block is not None else blocks[-1]
+        self._shards[seq] = shard
+
+    def detach(self, move: int, seq: int, start: int) -> None:
+        """The sequence's run from position `start` is no part of its shard any more; its blocks stay until `let_go`. With the
+        last run what is reserved for the sequence goes as well.
+
+        Raises KeyError if it has none such here.
+        """
+        run = self.find_run(seq, start)
+        if run is None:
             raise KeyError(f"sequence {seq} has no run from position {start}")
-        self.pool.free(shard.runs.pop(index).block_ids)
+        shard = self._shards[seq]
+        shard.runs.remove(run)
+        spare = [] if shard.runs else shard.take_spare()
+        shard.find_newest_block()
+        if not shard.block_ids:
+            del self._shards[seq]
+        self._detached[move] = seq, run, spare
+
+    def let_go(self, move: int) -> None:
+        """Give the blocks of a detached run back. Raises KeyError if there is none."""
+        _, run, spare = self._detached.pop(move)
+        self.pool.free(run.block_ids + spare)
+
+    def attach_again(self) -> list[int]:
+        """Undo what was detached and not let go: the sequences. Whose positions have come here again since is let go."""
+        detached, self._detached = self._detached, {}
+        for seq, run, spare in detached.values():
+            shard = self._shards.get(seq) or Shard(self.block_size)
+            self.pool.free(spare)
+            if any(other.overlaps(start, end) for other in shard.runs for start, end in run.ranges):
+                self.pool.free(run.block_ids)
+                continue
+            shard.runs.append(run)
+            shard.find_newest_block()
+            self._shards[seq] = shard
+        return [seq for seq, _, _ in detached.values()]
+
+    def keep_runs(self, seq: int, starts: Collection[int]) -> int:
+        """Free the sequence's runs that begin at other positions than these: how many blocks. Otherwise as `cut`."""
+        shard = self._shards[seq]
+        gone = [run for run in shard.runs if run.start not in starts]
+        shard.runs = [run for run in shard.runs if run.start in starts]
+        shard.find_newest_block()
+        return self._give_back(seq, [block for run in gone for block in run.block_ids])
 
     def cut(self, seq: int, position: int) -> int:
         """Forget the sequence's tokens at `position` and after it: how many blocks that frees. Raises KeyError if it has
@@ -262,7 +335,8 @@ class ShardTable:
         """Every block is in one run, spare in one shard or free; no position is in two runs; and no run has more or fewer
         blocks than its tokens take. Raises RuntimeError otherwise."""
         self.pool.validate()
-        held: Sequence[int] = [block for shard in self._shards.values() for block in shard.block_ids]
+        held = [block for shard in self._shards.values() for block in shard.block_ids]
+        held += [block for _, run, spare in self._detached.values() for block in run.block_ids + spare]
         if len(set(held)) != len(held) or len(held) + self.pool.num_free != self.pool.num_blocks:
             raise RuntimeError(f"{len(held)} blocks held, {self.pool.num_free} free of {self.pool.num_blocks}")
         for seq, shard in self._shards.items():

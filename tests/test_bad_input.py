@@ -167,7 +167,7 @@ def register(service: Service, *, cell: str = "fake", **changes: Any) -> m.Regis
 
 def notice(**changes: Any) -> Notice:
     """A notice without rows, of an epoch that never was unless `changes` say which."""
-    lists = ("digest", "ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "groupings")
+    lists = ("digest", "ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "flips", "groupings")
     return Notice(
         **(
             {"epoch": 99, "lane": "prefill", "party": 0, "step": 0, "rank": 0, "is_beside_decodes": False}

@@ -12,11 +12,13 @@ from itertools import takewhile
 
 from gmanager.wire.messages import (
     Admit,
+    FlipRun,
     HomeMoved,
     KeptPart,
     NeedBlock,
     Outputs,
     Released,
+    RunMoved,
     SequenceParams,
     Share,
     TokenLogprob,
@@ -63,6 +65,18 @@ class FakeInstance:
     """What steps that are known to have run have written in this epoch, and what was kept from those before."""
 
 
+@dataclass(frozen=True)
+class Copy:
+    """Of a run, at its target."""
+
+    move: int
+    seq: int
+    source: int
+    target: int
+    start: int
+    tokens: list[Token]
+
+
 @dataclass
 class FakeParty:
     """Where all instances are in one lane."""
@@ -94,6 +108,10 @@ class FakeCell:
         self.released: dict[int, int] = {}
         self.needs: list[int] = []
         self.moves = 0
+        self.copy_numbers = 1000
+        self.copies: dict[int, Copy] = {}
+        """By sequence: those that nobody has dropped, and that have not changed hands."""
+        self.flips = 0
 
     def _begin_epoch(self, rmanagers: Sequence[RManager]) -> None:
         self.epoch += 1
@@ -102,6 +120,13 @@ class FakeCell:
             for rank, rmanager in enumerate(rmanagers)
         ]
         self.members = list(range(len(rmanagers)))
+        self.copies = {}
+        self.told: set[int] = set()
+        """Moves that a home was told to flip."""
+        self.moving: set[int] = set()
+        """Sequences whose home was told to move, and has not."""
+        self.written: set[int] = set()
+        """Those whose present home has generated a token: what others hold of them grows no more, and is written."""
         self.parties: dict[Lane, FakeParty] = {lane: FakeParty() for lane in LANES}
 
     def lose(self, left: Sequence[FakeInstance], wanted: Sequence[int], *, are_heard: bool = True) -> list[dict[int, Runs]]:
@@ -119,7 +144,11 @@ class FakeCell:
             kept = rmanager.settle(instance.scheduler.uncertain())
             for seq, runs in held.items():  # a run ends before the first of its tokens that isn't certain
                 heads = [[p for _, p in takewhile(instance.certain.__contains__, run)] for run in runs]
-                assert positions_of(kept.get(seq, [])) == [head for head in heads if head]
+                stays = [head for head in heads if head]
+                now = positions_of(kept.get(seq, []))
+                assert now[: len(stays)] == stays
+                detached = {(seq, p) for run in now[len(stays) :] for p in run}
+                assert detached <= instance.certain
             rmanager.keep(wanted)
             rmanager.validate()
             all_kept.append({seq: runs for seq, runs in kept.items() if seq in rmanager.shards})
@@ -280,6 +309,8 @@ class FakeCell:
                         index = self.known_before.get(out.seq, 0) + out.index
                         assert index not in self.outputs[out.seq]
                         self.outputs[out.seq][index] = out.token_ids[0]
+                        if self.home.get(out.seq) == instance.rank:
+                            self.written.add(out.seq)
                         if out.finish_reason:
                             assert out.seq not in self.finished
                             self.finished[out.seq] = out.finish_reason
@@ -287,6 +318,11 @@ class FakeCell:
                     assert home == instance.rank
                     self.home[seq] = home
                     self.moves += 1
+                    self.moving.discard(seq)
+                    self.written.discard(seq)
+                case RunMoved(seq=seq, move=move):
+                    assert self.copies.pop(seq).move == move
+                    self.flips += 1
                 case NeedBlock(seq=seq):
                     self.needs.append(seq)
                 case Released(seq=seq, generated=generated):
@@ -295,8 +331,46 @@ class FakeCell:
 
     def move(self, seq: int, to: int) -> None:
         """As the gManager: reserve at the target, then tell the home it knows of."""
-        if seq not in self.released and to != self.home[seq] and self.instances[to].rmanager.reserve_next(seq) is not None:
+        if seq in self.released or seq in self.copies or to == self.home[seq]:
+            return
+        if self.instances[to].rmanager.reserve_next(seq) is not None:
+            self.moving.add(seq)
             self.instances[self.home[seq]].scheduler.move(seq, to)
+
+    def copy(self, seq: int, source: int, target: int, which: int) -> None:
+        """As the gManager and two instances: one of the runs of `source` is copied, if it is one that can be."""
+        runs = self.instances[source].rmanager.ranges(seq)
+        can_be = seq in self.written and seq not in self.moving and seq not in self.released and seq not in self.copies
+        if not can_be or self.home[seq] == source or source == target or not runs:
+            return
+        run = self.instances[source].rmanager.shards[seq].runs[which % len(runs)]
+        to = self.instances[target]
+        self.copy_numbers += 1
+        move = self.copy_numbers
+        if not to.rmanager.reserve(move, len(run.block_ids)):
+            return
+        tokens = [(seq, p) for start, end in run.ranges for p in range(start, end)]
+        assert set(tokens) <= self.instances[source].certain
+        slots = [block * self.block_size + i for block in to.rmanager.shards[move].block_ids for i in range(self.block_size)]
+        to.kv |= dict(zip(slots, tokens, strict=False))
+        to.rmanager.note_copy(move, run.ranges)
+        self.copies[seq] = Copy(move, seq, source, target, run.start, tokens)
+
+    def flip(self, seq: int) -> None:
+        """As the gManager: a copy is complete."""
+        copy = self.copies.get(seq)
+        if copy is not None and copy.move not in self.told:
+            self.told.add(copy.move)
+            self.instances[copy.target].certain.update(copy.tokens)
+            told = FlipRun(epoch=self.epoch, move=copy.move, seq=seq, source=copy.source, target=copy.target, start=copy.start)
+            self.instances[self.home[seq]].scheduler.flip(told)
+
+    def drop_copies(self) -> None:
+        """As the gManager: of sequences that have ended."""
+        for seq, copy in list(self.copies.items()):
+            if seq in self.released:
+                self.instances[copy.target].rmanager.drop(copy.move)
+                del self.copies[seq]
 
     def cancel(self, seq: int) -> None:
         """As the gManager: tell the home it knows of, which may have handed it on."""

@@ -62,8 +62,13 @@ def admit_again(
     go_on: Callable[[int], None],
 ) -> int:
     """A sequence with so many tokens goes on from what each rank has kept: how many are computed again."""
-    parts = [KeptPart(rank=r, runs=cut(all_[seq], tokens - 1)) for r, all_ in enumerate(kept) if seq in all_]
-    parts = [part for part in parts if part.runs and data.draw(st.integers(0, 9))]
+    parts: list[KeptPart] = []
+    taken: set[int] = set()
+    for rank, all_ in enumerate(kept):
+        runs = [run for run in cut(all_.get(seq, []), tokens - 1) if taken.isdisjoint(positions_of([run])[0])]
+        if runs and data.draw(st.integers(0, 9)):
+            parts.append(KeptPart(rank=rank, runs=runs))
+            taken.update(p for run in positions_of(runs) for p in run)  # a run may be here and where it was to go
     for rank in set(cell.members) - {part.rank for part in parts}:
         cell.instances[rank].rmanager.discard(seq)
     missing = tokens - sum(len(run) for part in parts for run in positions_of(part.runs))
@@ -82,6 +87,7 @@ def check_ends(cell: FakeCell, wanted: Mapping[int, tuple[int, int]]) -> None:
         assert cell.outputs[seq] == {i: token_at(seq, length + i) for i in range(max_tokens)}
         for instance in cell.instances:
             instance.rmanager.drop(seq)  # reserved for a move that never came
+    cell.drop_copies()
     assert cell.finished == dict.fromkeys(wanted, "length")
     assert not cell.needs
     cell.check_empty()
@@ -139,6 +145,12 @@ def test_losses_change_no_token(data: st.DataObject) -> None:
             live = [seq for seq in wanted if seq not in cell.finished]
             if live and data.draw(st.booleans()):
                 cell.move(data.draw(st.sampled_from(live)), data.draw(st.sampled_from(cell.members)))
+            for moved in live:
+                if data.draw(st.booleans()):
+                    source, target = data.draw(st.permutations(cell.members))[:2] if len(cell.members) > 1 else (0, 0)
+                    cell.copy(moved, source, target, data.draw(st.integers(0, 2)))
+                if data.draw(st.booleans()):
+                    cell.flip(moved)
         go_on(6)
         return sum(length for length, _ in list(wanted.values())[-come:]) if come else 0
 
@@ -210,7 +222,7 @@ def waking() -> Scheduler:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"kept": []}, r"rank 0 is told that it has kept \[\], it has kept \[\[\(2, 4\)\]\]"),
+        ({"kept": []}, "6 tokens, of which 0 were kept, 4 are shared out and 6 are missing"),
         ({"kept": [KeptPart(rank=0, runs=[[(2, 3)], [(3, 4)]])]}, r"told that it has kept \[\[\(2, 3\)\], \[\(3, 4\)\]\]"),
         ({"token_ids": pack_tokens(range(4))}, r"it has kept \[\[\(2, 3\)\]\]"),
         ({"shares": [Share(rank=0, tokens=3)]}, "6 tokens, of which 2 were kept, 3 are shared out and 4 are missing"),

@@ -59,7 +59,7 @@ async def instances(size: int, timeout_s: float = 5) -> AsyncIterator[list[Parti
 
 
 def notice(party: Party, rank: int, lane: Lane = "decode", **fields: object) -> Notice:
-    lists = ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens")
+    lists = ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "flips")
     return Notice(
         epoch=1,
         lane=lane,

@@ -141,3 +141,53 @@ def test_what_frees_blocks_says_so() -> None:
     rmanager._dormant[1] = None
     with pytest.raises(RuntimeError, match=r"sequences \[1\] are dormant and hold nothing"):
         rmanager.validate()
+
+
+def test_a_run_moves_from_one_pool_to_another() -> None:
+    """Its blocks stay where they were until the step that flips it has run; those of the copy aren't the sequence's before."""
+    here, there = RManager(8, 4), RManager(8, 4)
+    here.reserve(1, 3)
+    here.append(1, 0, 10)
+    assert there.reserve(50, 3)
+    assert not there.adopt(50, 1), "nothing was copied"
+    there.note_copy(50, here.ranges(1)[0])
+    there.note_copy(51, [(0, 4)])
+    there.take_changes()
+    here.take_changes()
+    assert there.adopt(50, 1)
+    here.detach(50, 1, 0)
+    assert (here.take_changes(), there.take_changes()) == ({1: 0}, {1: 10})
+    assert here.free_blocks == 5
+    here.validate()
+    here.let_go(50)
+    assert here.freed
+    assert here.free_blocks == 8
+    there.drop(50)
+    assert there.ranges(1) == [[(0, 10)]]
+    for account in (here, there):
+        account.free(1)
+        account.validate()
+        assert account.free_blocks == 8
+
+
+def test_a_copy_that_nobody_adopts_goes() -> None:
+    account = RManager(8, 4)
+    for move in (50, 51):
+        account.reserve(move, 2)
+        account.note_copy(move, [(0, 8)])
+    account.drop(50)
+    assert not account.adopt(50, 1)
+    assert account.settle([]) == {}
+    assert not account.adopt(51, 1)
+    assert account.free_blocks == 8
+
+
+def test_an_epoch_that_ends_in_a_flip_leaves_the_run_here() -> None:
+    account = RManager(8, 4)
+    account.reserve(1, 3)
+    account.append(1, 0, 6)
+    account.detach(50, 1, 0)
+    assert account.settle([]) == {1: [[(0, 6)]]}
+    account.wake(1, 20, [])
+    account.validate()
+    assert account.free_blocks == 8

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn.layout import HeldRun, Holding
-from gmanager.wire.messages import SequenceParams, Share
+from gmanager.wire.messages import FlipRun, SequenceParams, Share
 from instance.step import STRETCH, Handoff, Step, StepMismatch, derive
 from tests.instance.scheduler_support import FakeCell, token_at
 
@@ -51,6 +51,12 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
         if live and data.draw(st.booleans()):
             moved, to = data.draw(st.sampled_from(live)), data.draw(st.integers(0, size - 1))
             commands.append(partial(cell.move, moved, to))
+        for seq_ in live:
+            source, target = data.draw(st.permutations(range(max(2, size))))[:2]
+            if max(source, target) < size and data.draw(st.booleans()):
+                cell.copy(seq_, source, target, data.draw(st.integers(0, 2)))
+            if data.draw(st.booleans()):
+                commands.append(partial(cell.flip, seq_))
         if live and data.draw(st.integers(0, 4)) == 0:
             gone = data.draw(st.sampled_from(live))
             cancelled.add(gone)
@@ -65,6 +71,8 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
             if not (moves := cell.moves_on()):
                 break
             moves[data.draw(st.integers(0, 3)) % len(moves)]()
+    for seq in wanted:
+        cell.flip(seq)
     cell.drain()
     for need in list(dict.fromkeys(cell.needs)):  # nobody moves them here: give up
         cancelled.add(need)
@@ -89,6 +97,7 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
         for seq in wanted:
             if seq in cell.released:
                 instance.rmanager.drop(seq)
+    cell.drop_copies()
     assert set(cell.released) == set(wanted)
     cell.check_empty()
 
@@ -107,6 +116,45 @@ def test_a_home_moves_in_the_middle_of_a_block_and_skips_one_step() -> None:
     assert rows[:2] == [[0, 0], [0, 1]]
     assert cell.moves == 1
     assert [cell.outputs[1][i] for i in range(8)] == [token_at(1, 6 + i) for i in range(8)]
+    cell.check_empty()
+
+
+def test_a_run_changes_hands_while_rows_are_under_way() -> None:
+    """Its blocks at the source are free only when the steps that read them have run; rows go on without a pause."""
+    cell = FakeCell(3, blocks=8, block_size=4, chunk_tokens=64, attends=True)
+    assert cell.admit(1, [Share(rank=0, tokens=6), Share(rank=1, tokens=6)], 12, [])
+    for _ in range(4):
+        cell.round()
+    source, target = cell.instances[1].rmanager, cell.instances[2].rmanager
+    cell.copy(1, 1, 2, 0)
+    before = source.free_blocks
+    cell.flip(1)
+    cell.round()
+    assert source.free_blocks == before, "the step before reads them"
+    assert (source.ranges(1), [h.rank for h in cell.instances[0].scheduler.known("decode")[1]]) == ([], [0, 2])
+    cell.round()
+    assert source.free_blocks == 8
+    assert sum(end - start for start, end in target.ranges(1)[0]) == 6
+    assert cell.flips == 1
+    rows = len(cell.outputs[1])
+    cell.round()
+    assert len(cell.outputs[1]) == rows + 1
+    cell.drain()
+    assert [cell.outputs[1][i] for i in range(12)] == [token_at(1, 12 + i) for i in range(12)]
+    cell.check_empty()
+
+
+def test_who_is_told_of_a_run_that_is_not_there_says_so() -> None:
+    cell = FakeCell(2, blocks=8, block_size=4, chunk_tokens=64)
+    assert cell.admit(1, [Share(rank=0, tokens=6)], 12, [])
+    for _ in range(3):
+        cell.round()
+    scheduler = cell.instances[0].scheduler
+    told = FlipRun(epoch=1, move=9, seq=1, source=1, target=0, start=0)
+    with pytest.raises(StepMismatch, match="rank 1 is to give its run from position 0 away"):
+        scheduler.flip(told)
+    scheduler.flip(msgspec.structs.replace(told, seq=2))  # it has ended
+    cell.drain()
     cell.check_empty()
 
 
@@ -198,7 +246,7 @@ def test_a_step_that_names_other_runs_is_refused() -> None:
     instance.rmanager.append(1, 0, 2)
     step = Step(
         spans=[], holdings={1: [Holding(0, [HeldRun(0, 4, 4)])]}, sampled=[], scored=[], released=[], cancels=[], handoffs=[],
-        last_tokens=[],
+        last_tokens=[], flips=[],
     )  # fmt: skip
     with pytest.raises(
         StepMismatch, match=r"rank 0 holds \[HeldRun\(start=0, end=4, tokens=4\)\], it holds \[HeldRun\(start=2"

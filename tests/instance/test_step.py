@@ -14,7 +14,8 @@ from instance.step import FAR, MAX_PROMPTS, STRETCH, Decode, Notice, Prefill, St
 
 def notice(rank: int, **fields: object) -> Notice:
     empty: dict[str, object] = {
-        name: [] for name in ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "groupings")
+        name: []
+        for name in ("ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "flips", "groupings")
     }
     pace = {"budget": 64, "paced_budget": 64, "reach": FAR, "grain": 1}
     same: dict[str, object] = {"epoch": 1, "lane": "prefill", "party": 2, "step": 3, "digest": [], **pace}

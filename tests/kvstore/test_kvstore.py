@@ -141,7 +141,12 @@ def test_shards_of_any_history(data: st.DataObject) -> None:
                 assert seq not in table or not table[seq].spare
             case "free run" if seq in table and table[seq].runs:
                 picked = data.draw(st.sampled_from(table[seq].runs))
-                table.free_run(seq, picked.start)
+                spare = len(picked.block_ids) + (len(table[seq].spare) if len(table[seq].runs) == 1 else 0)
+                table.detach(99, seq, picked.start)
+                table.validate()
+                free = table.pool.num_free
+                table.let_go(99)
+                assert table.pool.num_free == free + spare
                 for start, end in picked.ranges:
                     for p in range(start, end):
                         del places[p]
@@ -203,17 +208,66 @@ def test_a_run_that_goes_leaves_the_others() -> None:
     for start, end in [(20, 25), (3, 8), (25, 26)]:
         table[1].append(start, end)
     assert [run.block_ids for run in table[1].runs] == [[0, 1], [2, 3]]
-    table.free_run(1, 20)
+    table.detach(7, 1, 20)
+    assert table.pool.num_free == 3, "steps may read it still"
+    table.validate()
+    table.let_go(7)
     table.validate()
     assert [(run.start, run.end) for run in table[1].runs] == [(3, 8)]
     assert table.pool.num_free == 5
     with pytest.raises(KeyError, match="no run from position 20"):
-        table.free_run(1, 20)
+        table.detach(7, 1, 20)
     table[1].append(20, 23)
     assert len(table[1].runs) == 1
     table[1].runs[0].num_tokens -= 1
     with pytest.raises(RuntimeError, match="7 tokens in 2 blocks"):
         table.validate()
+
+
+def test_a_run_that_is_adopted_comes_last() -> None:
+    table = ShardTable(8, 4)
+    table.reserve(1, 2)
+    table[1].append(20, 23)
+    table.reserve(7, 2)
+    copied = list(table[7].block_ids)
+    table.adopt(7, 1, [(0, 3), (5, 9)])
+    table.validate()
+    assert 7 not in table
+    assert [run.ranges for run in table[1].runs] == [[(20, 23)], [(0, 3), (5, 9)]]
+    assert table[1].runs[1].block_ids == copied
+    assert table[1].runs[1].kv_lens(4, 7) == [3, 4, 5]
+    table[1].append(23, 24)
+    assert table[1].runs[0].num_tokens == 4
+    table.reserve(8, 1)
+    with pytest.raises(ValueError, match="5 tokens don't take 1 blocks"):
+        table.adopt(8, 1, [(30, 35)])
+    with pytest.raises(ValueError, match="already"):
+        table.adopt(8, 1, [(8, 10)])
+    with pytest.raises(KeyError):
+        table.adopt(9, 1, [(30, 31)])
+    assert len(table[8].spare) == 1, "nothing has changed"
+    table.validate()
+
+
+def test_what_is_detached_can_be_attached_again() -> None:
+    table = ShardTable(8, 4)
+    table.reserve(1, 3)
+    for start, end in [(20, 25), (3, 6)]:
+        table[1].append(start, end)
+    table.detach(7, 1, 20)
+    table.detach(8, 1, 3)
+    assert 1 not in table
+    assert table.pool.num_free == 5
+    table.validate()
+    table.reserve(1, 1)
+    table[1].append(4, 5)  # it has come again
+    assert table.attach_again() == [1, 1]
+    table.validate()
+    assert [run.ranges for run in table[1].runs] == [[(4, 5)], [(20, 25)]]
+    assert table.keep_runs(1, {20}) == 1
+    table.validate()
+    table.free(1)
+    assert table.pool.num_free == 8
 
 
 def test_what_is_cut_or_taken_back_is_room_for_others() -> None:

@@ -86,6 +86,15 @@ class MoveHome(Message):
     instance: int
 
 
+class Drain(Message):
+    """Empty an instance and let it leave its cell. Answered by Done when it has left, or CallFailed."""
+
+    call: int
+    instance: int
+    cell: str | None = None
+    """Needed if several cells have an instance of that number."""
+
+
 class GetStats(Message):
     call: int
 
@@ -178,5 +187,5 @@ class Pong(Message):
     """To an instance: how many messages Outputs of it have been taken in, since it registered. It need not keep them longer."""
 
 
-FromClient = Hello | Submit | Attach | Abort | MoveHome | GetStats | GetText | Ping
+FromClient = Hello | Submit | Attach | Abort | MoveHome | Drain | GetStats | GetText | Ping
 ToClient = Welcome | Refused | Output | OutputBatch | PromptOutput | Done | CallFailed | StatsReply | TextReply | Pong

@@ -218,6 +218,35 @@ class Released(Message):
     """Tokens that were output in this admission, by all its homes."""
 
 
+class RunOffered(Message):
+    """Answer to OfferRun: a run of a sequence that no step writes to any more."""
+
+    epoch: int
+    move: int
+    ranges: list[tuple[int, int]]
+    """Its positions; none: nothing of the sequence is here."""
+
+
+class Copied(Message):
+    """Sent by the target of a CopyRun: the copy is complete and its checksum is right, or why not."""
+
+    epoch: int
+    move: int
+    error: str | None = None
+
+
+class RunMoved(Message):
+    """Sent by the home: the step in which a run changed hands has run."""
+
+    epoch: int
+    seq: int
+    move: int
+
+
+class AskDrain(Message):
+    """An instance that is to end asks to be emptied first. Answered by Drained or NotDrained."""
+
+
 # --- gManager -> instance ---------------------------------------------------------------------------------------------
 
 
@@ -303,6 +332,50 @@ class KeptPart(Part):
     rank: int
     runs: list[list[tuple[int, int]]]
     """As in KeptShard. None of the admitted tokens' last: its row is computed anew."""
+
+
+class OfferRun(Message):
+    """Say what run of a sequence could be moved away. To an instance that is not its home. Answered by RunOffered."""
+
+    epoch: int
+    move: int
+    seq: int
+
+
+class CopyRun(Message):
+    """To both: copy the run at these positions from `source` to the blocks that `target` has reserved as `move`. Answered by
+    `target` with Copied."""
+
+    epoch: int
+    move: int
+    seq: int
+    source: int
+    target: int
+    ranges: list[tuple[int, int]]
+
+
+class FlipRun(Message):
+    """To the home: with the sequence's next step the run of `source` from position `start` is `target`'s, which has its copy.
+    Answered by RunMoved, or by Released if the sequence ends first."""
+
+    epoch: int
+    move: int
+    seq: int
+    source: int
+    target: int
+    start: int
+
+
+class Drained(Message):
+    """The instance is no member of the cell any more: end."""
+
+    reason: str
+
+
+class NotDrained(Message):
+    """Answer to AskDrain: it will not be emptied; it may end all the same."""
+
+    reason: str
 
 
 class Drop(Message):
@@ -402,6 +475,10 @@ FromInstance = (
     | NeedBlock
     | HomeMoved
     | Released
+    | RunOffered
+    | Copied
+    | RunMoved
+    | AskDrain
 )
 ToInstance = (
     Registered
@@ -418,6 +495,11 @@ ToInstance = (
     | Admit
     | Regroup
     | MoveSequence
+    | OfferRun
+    | CopyRun
+    | FlipRun
     | Cancel
+    | Drained
+    | NotDrained
     | Pong
 )
