@@ -226,6 +226,15 @@ class AsyncClient:
         """
         await self._call(m.MoveHome(call=self._next_call(), request_id=request_id, instance=instance))
 
+    async def drain(self, instance: int, cell: str | None = None) -> None:
+        """Empty an instance (its number in its cell): what it holds moves to the others, or is computed again; returns when it
+        has left. `cell`: needed if several cells have one of that number.
+
+        Raises CallFailed with the reason if it can't be (an unknown instance, the last of its cell) or is lost meanwhile,
+        ServiceUnreachable.
+        """
+        await self._call(m.Drain(call=self._next_call(), instance=instance, cell=cell))
+
     async def stats(self) -> m.Stats:
         """The service's state. Raises ServiceUnreachable."""
         answer = await self._call(m.GetStats(call=self._next_call()))
@@ -467,7 +476,9 @@ class AsyncClient:
             raise _again(error)
         return dialer
 
-    async def _call(self, message: m.Abort | m.MoveHome | m.GetStats | m.GetText) -> m.Done | m.StatsReply | m.TextReply:
+    async def _call(
+        self, message: m.Abort | m.MoveHome | m.Drain | m.GetStats | m.GetText
+    ) -> m.Done | m.StatsReply | m.TextReply:
         dialer = self._usable()
         _checked(message, type(message))
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()

@@ -1,6 +1,6 @@
 """Start one instance: `torchrun --nproc-per-node 1 -m instance --gmanager tcp://... --cell-size N --model ...`.
 
-Exit codes: 0 when asked to end (SIGTERM, SIGINT), 1 when something broke or the cell ended, 2 for wrong settings.
+Exit codes: 0 when asked to end (SIGTERM, SIGINT, a drain), 1 when something broke or the cell ended, 2 for wrong settings.
 """
 
 import argparse
@@ -24,10 +24,11 @@ from gmanager.wire.errors import AddressError
 from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
-from instance.errors import EpochEnded, InstanceError
+from instance.errors import EpochEnded, InstanceError, WasDrained
 from instance.memory import TooLittleMemory
 from instance.model import UnsupportedModel
 from instance.processors import queues_of_their_own
+from instance.server import Instance
 from instance.sharing import SPLITS
 from instance.start import load, make_instance
 
@@ -74,6 +75,18 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         help=f"GPU processors that decodes may have beside prompts ({' '.join(map(str, SPLITS))})",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (this machine's cores, shared by --cell-size)")
+    parser.add_argument(
+        "--copy-tokens",
+        type=int,
+        default=16,
+        help="tokens of KV that are copied beside each step, when runs move to other instances",
+    )
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=20,
+        help="after SIGTERM: how long to wait until what is here has moved to others; 0: not at all",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="where this instance's own sockets listen")
     parser.add_argument("--cell", default="main", help="name of the cell to join")
     parser.add_argument("--cell-size", type=int, help="with how many instances the cell begins (WORLD_SIZE)")
@@ -115,6 +128,8 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),
         decode_processors=tuple(sorted(set(args.decode_processors))),
         threads=_given(args.threads, settings.default_threads(cell_size)),
+        copy_tokens=args.copy_tokens,
+        grace_s=args.grace_s,
         host=args.host,
         cell=args.cell,
         cell_size=cell_size,
@@ -131,9 +146,16 @@ async def serve(config: InstanceConfig) -> None:
     loop = asyncio.get_running_loop()
     asked: asyncio.Future[str] = loop.create_future()
 
+    instance: Instance | None = None
+
     def on_signal(number: signal.Signals) -> None:
-        if not asked.done():
+        """The first SIGTERM leaves time to be emptied; a second one, or Ctrl-C, doesn't."""
+        is_first = not asked.done()
+        if is_first:
             asked.set_result(number.name)
+        if instance is not None:
+            end = instance.leave if is_first and number == signal.SIGTERM else instance.stop
+            end(number.name)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
@@ -146,9 +168,10 @@ async def serve(config: InstanceConfig) -> None:
         log.info("asked to end while the model was being loaded", signal=asked.result())
         return
     instance = make_instance(config, loading.result(), ZmqTransport())
-    asked.add_done_callback(lambda done: instance.stop(done.result()))
     try:
         await instance.run()
+    except WasDrained as left:
+        log.info("drained", reason=str(left))
     except (InstanceError, ExchangeError) as error:
         if not asked.done():
             raise

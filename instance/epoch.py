@@ -19,12 +19,14 @@ from llguidance import LLTokenizer
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange, ExchangeError
+from distattn.transfer import StepBudget, Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, Transport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, InstanceConfig
+from instance.copies import Copies
 from instance.errors import InstanceError, PartyBroken, PartyTimeout, StepTimeout
 from instance.lane import Lanes
 from instance.model import Model
@@ -79,6 +81,7 @@ class Epoch:
         """Undoes what was made, last first."""
         self._runners: dict[Lane, Runner] = {}
         self._lanes: Lanes | None = None
+        self._copies: Copies | None = None
         self._running: asyncio.Task[None] | None = None
         self._is_over = False
 
@@ -87,11 +90,23 @@ class Epoch:
         """None: it is still being formed."""
         return self._lanes
 
+    @property
+    def copies(self) -> Copies | None:
+        """None: it is still being formed, or has one member."""
+        return self._copies
+
+    @property
+    def size(self) -> int:
+        """Members."""
+        return len(self._join.members)
+
     async def form(self, on_link_lost: Callable[[int, str], None]) -> None:
         """Meet the other members. Raises what torch raises if they don't come, and InstanceError after `end`."""
         loop, lasting, join = asyncio.get_running_loop(), self._lasting, self._join
         for lane in LANES:
             self._runners[lane] = await loop.run_in_executor(self._thread, self._make_runner, lane)
+        if self.size > 1:
+            self._copies = await loop.run_in_executor(self._thread, self._make_copies)
         if self._is_over:
             raise InstanceError("the epoch ended while it was being formed")
         config = lasting.config
@@ -114,6 +129,7 @@ class Epoch:
             scheduler=Scheduler(epoch=join.epoch, rank=join.rank, pace=pace, rmanager=lasting.rmanager),
             runners=self._runners,
             sharing=None if lasting.processors is None else sharing_of(lasting.model, lasting.processors),
+            budget=None if self._copies is None else self._copies.budget,
             timeout_s=config.step_timeout_s,
         )
 
@@ -141,6 +157,8 @@ class Epoch:
         """
         await self.abandon()
         threads = [self._thread, *(pool for runner in self._runners.values() for pool in runner.threads)]
+        if self._copies is not None:
+            threads.append(self._copies.thread)
         ended = asyncio.gather(*(asyncio.to_thread(thread.shutdown) for thread in threads))
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
@@ -183,7 +201,7 @@ class Epoch:
         for loop in self._lanes:
             traffic.add(loop.runner.traffic)
             times.add(loop.runner.times)
-        return wire.Counters(
+        lanes = wire.Counters(
             steps=tally.steps,
             rows=tally.rows,
             rows_dispatched=traffic.rows_dispatched,
@@ -198,6 +216,7 @@ class Epoch:
             notice_us=sum(loop.notice_ns for loop in self._lanes) // 1000,
             dropped_messages=self._lanes.parties.dropped,
         )
+        return lanes if self._copies is None else wire.Counters.sum(lanes, self._copies.counters())
 
     def _undo(self, undo: Callable[[], None]) -> None:
         """With the epoch; at once if it is over already."""
@@ -206,19 +225,35 @@ class Epoch:
             raise InstanceError("the epoch ended while it was being formed")
         self._made.callback(undo)
 
-    def _make_runner(self, lane: Lane) -> Runner:
-        """The device's side of a lane: all members of the epoch make theirs together."""
-        lasting, config, device = self._lasting, self._lasting.config, self._lasting.model.device
+    def _make_group(self, name: str) -> EpochGroup:
+        """Between all members, who make theirs of that name together."""
+        config = self._lasting.config
         group = EpochGroup(
             store_address=self._join.store_address,
             host=config.host,
-            name=f"epoch-{self.number}-{lane}",
+            name=f"epoch-{self.number}-{name}",
             rank=self._join.rank,
-            size=len(self._join.members),
-            device=device,
+            size=self.size,
+            device=self._lasting.model.device,
             timeout_s=config.step_timeout_s,
         )
         self._undo(group.close)
+        return group
+
+    def _make_copies(self) -> Copies:
+        """This instance's end of block moves."""
+        lasting, device = self._lasting, self._lasting.model.device
+        group = self._make_group("transfer")
+        budget = StepBudget(lasting.config.copy_tokens)
+        transfers = Transfers(lasting.storage, Exchange(group.group, device), budget)
+        copies = Copies(self._join.rank, lasting.rmanager, transfers, budget)
+        self._undo(copies.close)
+        return copies
+
+    def _make_runner(self, lane: Lane) -> Runner:
+        """The device's side of a lane: all members of the epoch make theirs together."""
+        lasting, config, device = self._lasting, self._lasting.config, self._lasting.model.device
+        group = self._make_group(lane)
         attention = DistAttention(lasting.storage, lasting.model.shape, Exchange(group.group, device), backend=config.backend)
         runner = Runner(
             lasting.model,
@@ -243,7 +278,7 @@ class Epoch:
         from distattn.peers import PeerMemory  # it needs Triton, which an instance on the CPU does without
         from kernels.decode_attention import MAX_ROWS
 
-        size, model = len(self._join.members), self._lasting.model
+        size, model = self.size, self._lasting.model
         most_served = (size - 1) * MAX_DECODE_ROWS
         if not share_host(self._join.members) or model.fused is None or not 0 < most_served <= MAX_ROWS:
             return None

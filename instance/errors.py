@@ -9,6 +9,10 @@ class EpochEnded(InstanceError):
     """The gManager ended the cell."""
 
 
+class WasDrained(InstanceError):
+    """The instance is no member of its cell any more: what could be moved from it is elsewhere."""
+
+
 class PartyTimeout(InstanceError):
     """Members did not bring their notices in time."""
 

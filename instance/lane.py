@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from distattn.transfer import StepBudget
 from instance.errors import StepTimeout
 from instance.party import Parties, Party
 from instance.runner import Launched, Runner, StepResult
@@ -27,11 +28,14 @@ class Lanes:
         scheduler: Scheduler,
         runners: Mapping[Lane, Runner],
         sharing: Sharing | None,
+        budget: StepBudget | None,
         timeout_s: float,
     ) -> None:
-        """`sharing`: of a GPU's processors. `timeout_s`: longest that the device may take for a step."""
+        """`sharing`: of a GPU's processors. `budget`: of what is copied beside steps. `timeout_s`: longest that the device may
+        take for a step."""
         self.parties = parties
         self.scheduler = scheduler
+        self._budget = budget
         self._sharing = sharing
         self._loops = {
             lane: LaneLoop(lane, parties[lane], scheduler, runner, self._processors, timeout_s)
@@ -52,6 +56,8 @@ class Lanes:
 
         def progress() -> None:
             self.parties.wake()  # what a lane has done may be work for the other
+            if self._budget is not None:
+                self._budget.tell(sum(loop.steps_run for loop in self), is_busy=any(loop.is_running for loop in self))
             on_progress()
 
         async with asyncio.TaskGroup() as tasks:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distattn.exchange import ExchangeError
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Transport
 from gmanager.wire.codec import Decoder
@@ -19,8 +20,9 @@ from gmanager.wire.errors import BadMessage, PeerGone
 from gmanager.wire.logs import get_logger
 from instance.cell import open_store
 from instance.config import InstanceConfig
+from instance.copies import Copies
 from instance.epoch import Epoch, Lasting, first_error
-from instance.errors import EpochEnded, InstanceError
+from instance.errors import EpochEnded, InstanceError, WasDrained
 from instance.grammars import grammar_tokenizer
 from instance.lane import Lanes
 from instance.model import Model
@@ -95,6 +97,8 @@ class Instance:
         self._counted = wire.Counters()
         """In epochs that are over."""
         self._stop_reason: asyncio.Future[str] | None = None
+        self._is_leaving = False
+        """It has asked to be emptied, and ends then."""
         self._store: object = None
         """Of the epoch, if it was opened here: it serves as long as it is kept."""
 
@@ -102,6 +106,17 @@ class Instance:
         """End `run` soon; the gManager is told."""
         if self._stop_reason is not None and not self._stop_reason.done():
             self._stop_reason.set_result(reason)
+
+    def leave(self, reason: str) -> None:
+        """End `run` once the others have what is here, or the grace time is over; at once if nobody can see to that."""
+        grace_s = self._config.grace_s
+        if not grace_s or self._is_leaving or self._is_alone or not self._is_registered or self._former is None:
+            self.stop(reason)
+            return
+        self._is_leaving = True
+        log.info("asks to be drained", reason=reason, grace_s=grace_s)
+        self._gmanager.send(wire.AskDrain())
+        asyncio.get_running_loop().call_later(grace_s, self.stop, f"{reason}, and {grace_s:g} s have passed")
 
     async def run(self) -> None:
         """Serve. Raises InstanceError (or what broke), after telling the gManager."""
@@ -114,7 +129,7 @@ class Instance:
             if work.done():
                 failure = work.exception()
         finally:
-            if not isinstance(failure, EpochEnded):
+            if not isinstance(failure, EpochEnded | WasDrained):
                 reason = str(failure or (self._stop_reason.done() and self._stop_reason.result()) or "cancelled")
                 self._gmanager.send(wire.Leave(reason=reason, failed=failure is not None))
             work.cancel()
@@ -163,6 +178,8 @@ class Instance:
         want this instance."""
         config = self._config
         log.warning("gManager lost", reason=how)
+        if self._is_leaving:
+            raise InstanceError(f"the gManager is gone ({how}) that was to drain this instance")
         self._is_alone, self._is_registered, self._silence = True, False, None
         self._unheard.cut()
         try:
@@ -260,6 +277,10 @@ class Instance:
         elif isinstance(message, wire.Discard):
             self._rmanager.discard(message.seq)
             self._tell_of_freed()
+        elif isinstance(message, wire.Drained):
+            raise WasDrained(message.reason)
+        elif isinstance(message, wire.NotDrained):
+            self.stop(f"asked to end, and not drained: {message.reason}")
         elif isinstance(message, wire.EndEpoch):
             raise EpochEnded(f"the gManager ended the cell: {message.reason}")
         elif isinstance(message, wire.Refused):
@@ -267,9 +288,32 @@ class Instance:
         elif self._epoch is None or self._epoch.lanes is None or getattr(message, "epoch", None) != self._epoch.number:
             self._dropped += 1
             log.warning("message dropped", message_type=type(message).__name__)
+        elif isinstance(message, wire.OfferRun | wire.CopyRun):
+            self._move_run(self._epoch, message, tasks)
         else:
             self._command(self._epoch.lanes, message)
             self._epoch.lanes.parties.wake()
+
+    def _move_run(self, epoch: Epoch, message: wire.OfferRun | wire.CopyRun, tasks: asyncio.TaskGroup) -> None:
+        if epoch.copies is None:
+            raise InstanceError(f"{type(message).__name__} came, and this instance is alone in its cell")
+        if isinstance(message, wire.OfferRun):
+            self._tell(epoch.copies.offer(message))
+        else:
+            tasks.create_task(self._copy(epoch, epoch.copies, message))
+
+    async def _copy(self, epoch: Epoch, copies: Copies, message: wire.CopyRun) -> None:
+        """A part in a copy. If the other can't be reached, the epoch can't go on either."""
+        if self._epoch is not epoch:
+            return
+        try:
+            answer = await copies.copy(message)
+        except ExchangeError as error:
+            if self._epoch is epoch:
+                self._on_broken(epoch.number, str(error))
+            return
+        if answer is not None and self._epoch is epoch:
+            self._tell(answer)
 
     def _command(self, lanes: Lanes, message: wire.Message) -> None:
         scheduler = lanes.scheduler
@@ -287,6 +331,8 @@ class Instance:
                 lanes.parties.learn([Grouping(number=number, members=members) for members in parties])
             case wire.MoveSequence(seq=seq, to=to):
                 scheduler.move(seq, to)
+            case wire.FlipRun():
+                scheduler.flip(message)
             case wire.Cancel(seq=seq):
                 scheduler.cancel(seq)
             case _:
@@ -306,6 +352,8 @@ class Instance:
         Raises InstanceError if the device doesn't let go.
         """
         log.warning("expelled", reason=reason)
+        if self._is_leaving:
+            raise InstanceError(f"expelled while it was being drained: {reason}")
         over, self._epoch = self._epoch, None
         before, self._change = self._change, None
         self._rmanager.settle(await self._end(over, before))

@@ -49,7 +49,7 @@ def test_gmanager() -> None:
 
 def test_client() -> None:
     methods = {name for name, _ in inspect.getmembers(AsyncClient, inspect.isfunction) if not name.startswith("_")}
-    assert methods == {"generate", "chat", "attach", "abort", "move_home", "stats", "text_assets"}
+    assert methods == {"generate", "chat", "attach", "abort", "move_home", "drain", "stats", "text_assets"}
     more = ["params", "request_id", "spread", "model", "wait_for_cell"]
     assert list(inspect.signature(AsyncClient.generate).parameters) == ["self", "prompt", *more]
     assert list(inspect.signature(AsyncClient.chat).parameters) == ["self", "messages", *more]
@@ -86,7 +86,7 @@ def test_chunk_and_stats() -> None:
     assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", *of_prompt, "finish_reason", "error"]
     assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters", "observed"]
     kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
-    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters"]
+    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters", "is_draining"]
     assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))
     tokens = ["steps", "rows", "rows_dispatched", "tokens_prefilled", "tokens_generated"]
     moves = ["home_moves", "preemptions", "blocks_copied", "query_bytes", "partial_bytes", "kv_bytes"]

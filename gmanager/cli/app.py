@@ -141,6 +141,18 @@ def top(
 
 
 @app.command()
+def drain(
+    instance: Annotated[int, typer.Argument(help="its number, as status shows it")],
+    gmanager: GManager = ADDRESS,
+    cell: Annotated[str | None, typer.Option(help="needed if several cells have one of that number")] = None,
+) -> None:
+    """Empty an instance and let it end: what it holds moves to the others of its cell."""
+    from gmanager.cli.watch import drain_instance
+
+    drain_instance(gmanager, instance, cell)
+
+
+@app.command()
 def needle(
     gmanager: GManager = ADDRESS,
     contexts: Annotated[list[int] | None, typer.Option("--context", min=1, help="prompt tokens; may be given again")] = None,

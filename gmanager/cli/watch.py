@@ -95,6 +95,17 @@ async def _stats(address: str) -> Stats:
         return await client.stats()
 
 
+def drain_instance(address: str, instance: int, cell: str | None) -> None:
+    """Wait until it has left. Raises DistattnError."""
+    asyncio.run(_drain(address, instance, cell))
+    print(f"instance {instance} has left")
+
+
+async def _drain(address: str, instance: int, cell: str | None) -> None:
+    async with AsyncClient(address, connect_timeout_s=CONNECT_S) as client:
+        await client.drain(instance, cell)
+
+
 def watch(address: str, interval_s: float) -> None:
     """Show it again and again, until q or Ctrl-C. Raises DistattnError."""
     with contextlib.suppress(KeyboardInterrupt):
@@ -188,7 +199,7 @@ def _instances(stats: Stats, live: dict[str, RequestStats], width: int) -> Table
     length = max(8, width - 62)
     for instance in stats.instances:
         table.add_row(
-            f"{instance.cell} {instance.rank}",
+            f"{instance.cell} {instance.rank}{' drains' if instance.is_draining else ''}",
             bar(segments(instance, live), instance.total_tokens, length),
             f"{instance.used_tokens:,} ({100 * instance.used_tokens / max(1, instance.total_tokens):.0f} %)",
             f"{instance.free_tokens:,}",

@@ -100,6 +100,12 @@ class Member:
     """seq -> number of the request, as it says of what it has kept."""
     unheard: list[Unheard] = field(default_factory=list)
     """What it generated while there was no gManager."""
+    is_draining: bool = False
+    """It gets nothing new, and leaves when what it has is elsewhere, or can't be."""
+    is_asking: bool = False
+    """It has asked for that itself, and waits for the answer."""
+    drain_calls: list[tuple[PeerId, int]] = field(default_factory=list)
+    """Clients' calls that are answered when it has left."""
 
     @property
     def spec(self) -> InstanceSpec:
@@ -185,6 +191,16 @@ class Cell:
         return sum(member.spec.num_blocks for member in self.members) * self.spec.block_size
 
     @property
+    def is_draining(self) -> bool:
+        """Whether a member is."""
+        return any(member.is_draining for member in self.members)
+
+    @property
+    def lasting_blocks(self) -> list[int]:
+        """Blocks of each member that isn't being drained."""
+        return [member.spec.num_blocks for member in self.members if not member.is_draining]
+
+    @property
     def max_tokens(self) -> int:
         """Most tokens of a request, prompt and generated, whatever memory there is."""
         return min(self.spec.max_context, MAX_TOKENS)
@@ -217,8 +233,8 @@ class Cell:
 
     def room(self, prompt_tokens: int) -> int:
         """Most tokens that can be generated after a prompt of that length; 1 if there is no room, to be refused for that."""
-        blocks = [member.spec.num_blocks for member in self.members]
-        return max(1, min(self.max_tokens, most_tokens(blocks, self.spec.block_size)) - prompt_tokens)
+        most = most_tokens(self.lasting_blocks, self.spec.block_size)
+        return max(1, min(self.max_tokens, most) - prompt_tokens)
 
     def why_never(self, prompt: bytes, highest: int, params: SamplingParams) -> Refusal | None:
         """Why a request with this packed prompt can't be served here, even alone; None if it can. `highest`: of its ids."""
@@ -235,7 +251,7 @@ class Cell:
             max_tokens=params.max_tokens,
             max_context=self.max_tokens,
             cell=self.name,
-            total_blocks=[member.spec.num_blocks for member in self.members],
+            total_blocks=self.lasting_blocks,
             block_size=self.spec.block_size,
         )
 

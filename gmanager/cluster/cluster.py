@@ -10,6 +10,7 @@ forgotten after a while.
 import logging
 from collections.abc import Collection, Iterable, Mapping
 
+from gmanager.cluster import drains
 from gmanager.cluster.cell import MAX_ATTEMPTS, RETURN_GRACE_S, SUSPEND_TIMEOUT_S, Cell, Member, malformed
 from gmanager.cluster.events import (
     Action,
@@ -114,6 +115,9 @@ class Cluster:
                 self._on_stop(reason)
         for sequences in self._sequences.values():
             sequences.advance()
+        for cell in list(self._cells.values()):
+            if cell.is_ready and (member := self._sequences[cell.name].emptied()) is not None:
+                self._let_go(cell, member)
         actions = self._out[:]
         self._out.clear()
         return actions
@@ -192,6 +196,7 @@ class Cluster:
                 self._end(request, "abort")
 
     def _forget_client(self, peer: PeerId) -> None:
+        drains.forget([member for _, member in self._members.values()], peer)
         self._clients.pop(peer, None)
         self._paused.pop(peer, None)
         self._requests.delivery.forget(peer)
@@ -232,6 +237,8 @@ class Cluster:
                 request = self._own_request(peer, call, request_id)
                 if request is not None:
                     self._move_home(request, MoveCall(peer, call, instance))
+            case m.Drain() as drain:
+                self._on_drain(peer, drain)
             case m.GetStats(call=call):
                 self._out.append(Send(peer, m.StatsReply(call=call, stats=self.stats())))
             case m.GetText(call=call, cell=name):
@@ -333,6 +340,23 @@ class Cluster:
                 return m.TextReply(call=call, assets=cell.assets)
         what = "no cell is ready" if name is None else f"no cell {name[:100]!r} is ready"
         return m.CallFailed(call=call, reason=what)
+
+    def _on_drain(self, peer: PeerId, drain: m.Drain) -> None:
+        """A client wants an instance to leave. Answered when it has."""
+        found = drains.find(self._cells.values(), drain)
+        reason = found if isinstance(found, str) else drains.why_not(*found)
+        if isinstance(found, str) or reason is not None:
+            self._out.append(Send(peer, m.CallFailed(call=drain.call, reason=reason or "")))
+            return
+        cell, member = found
+        member.drain_calls.append((peer, drain.call))
+        self._begin_drain(cell, member)
+
+    def _begin_drain(self, cell: Cell, member: Member) -> None:
+        if not member.is_draining:
+            self._log(logging.INFO, "instance drains", cell=cell.name, instance=member.id)
+            member.is_draining = True
+            self._sequences[cell.name].resume()
 
     def _move_home(self, request: Request, call: MoveCall) -> None:
         sequences = self._sequences_of(request)
@@ -475,6 +499,13 @@ class Cluster:
             self._parting[member.peer] = self._now
         elif isinstance(message, m.Text):
             cell.set_text(member, message.assets)
+        elif isinstance(message, m.AskDrain):
+            reason = drains.why_not(cell, member)
+            member.is_asking = reason is None
+            if reason is not None:
+                self._out.append(Send(member.peer, m.NotDrained(reason=reason)))
+                return
+            self._begin_drain(cell, member)
         elif getattr(message, "epoch", None) != cell.epoch:
             self._num_dropped += 1
         elif isinstance(message, m.StoreOpened):
@@ -523,6 +554,8 @@ class Cluster:
                 sequences.on_home_moved(seq, home)
             case m.Released() as released:
                 sequences.on_released(released, self._now)
+            case m.RunOffered() | m.Copied() | m.RunMoved():
+                sequences.on_move(member, message)
             case _:
                 self._num_dropped += 1
 
@@ -604,6 +637,9 @@ class Cluster:
         self._log(logging.WARNING, "instance left", cell=cell.name, reason=reason)
         was_member = member in cell.members
         cell.remove(member)
+        drains.answer(member, self._out.append, reason)
+        if cell.is_formed:
+            drains.call_off(cell, self._out.append)
         if not cell.everybody:
             del self._cells[cell.name]
             self._out.append(DropText(cell.number))
@@ -615,9 +651,22 @@ class Cluster:
                 self._change(cell, reason)
             self._go_on(cell)
 
+    def _let_go(self, cell: Cell, member: Member) -> None:
+        """A member that was drained leaves; what it still has is computed again, as after a loss."""
+        reason = f"{member.name} was drained"
+        del self._members[member.peer]
+        cell.remove(member)
+        cell.loss = cell.loss or reason
+        self._part(member.peer, m.Drained(reason=reason))
+        drains.answer(member, self._out.append, None)
+        self._change(cell, reason)
+        self._go_on(cell)
+
     def _fail(self, cell: Cell, reason: str, lost: Member | None = None, level: int = logging.ERROR) -> None:
         """The cell is over, and with it every request bound to it."""
         self._log(level, "cell over", cell=cell.name, epoch=cell.epoch, reason=reason)
+        for member in cell.everybody:
+            drains.answer(member, self._out.append, reason)
         for member in cell.everybody:
             if member is not lost:
                 del self._members[member.peer]

@@ -4,7 +4,7 @@ A block holds `block_size` tokens of KV on one instance. Every participant of a 
 share plus one *spare*, into which generation grows where the home is.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gmanager.config import Spread
@@ -270,6 +270,16 @@ def choose_target(views: Iterable[InstanceView], *, home: int, reserve: int = RE
         for view in views
         if view.rank != home and view.free_blocks >= reserve and view.homes < view.max_homes
     ]
+    return min(rooms)[2] if rooms else None
+
+
+def choose_holder(views: Iterable[InstanceView], *, blocks: int, holders: Collection[int]) -> int | None:
+    """Where a run of so many blocks goes that has to leave its instance: of those with room to one that holds something of the
+    sequence already, because each more holder is one more for its rows to visit; then to the one with most free blocks.
+
+    Ties: lowest rank. None if there is none.
+    """
+    rooms = [(view.rank not in holders, -view.free_blocks, view.rank) for view in views if view.free_blocks >= blocks]
     return min(rooms)[2] if rooms else None
 
 

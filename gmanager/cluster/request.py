@@ -2,7 +2,7 @@
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -211,11 +211,24 @@ def cut(runs: Runs, end: int) -> Runs:
     return [run for run in shorter if run]
 
 
-def are_apart(parts: Iterable[Runs]) -> bool:
-    """Whether all of it are positions, and none is in two places: else an instance is mad, and none of it can be used."""
-    pieces = sorted(piece for runs in parts for run in runs for piece in run)
+def held_once(parts: Mapping[int, Runs]) -> dict[int, Runs]:
+    """What can be used of what each rank has: of a run that two of them have, which was on its way from one to the other when
+    the epoch ended, the longer one, for the target may have written more behind it.
+
+    Nothing, if something else is twice at one position, or is none: an instance is mad.
+    """
+    longest: dict[int, tuple[int, Sequence[tuple[int, int]]]] = {}
+    runs = [(rank, run) for rank, its in parts.items() for run in its]
+    for rank, run in sorted(runs, key=lambda found: -found[1][-1][1]):
+        longer = longest.setdefault(run[0][0], (rank, run))
+        if cut([longer[1]], run[-1][1]) != [run] or (longer[0] == rank and longer[1] is not run):
+            return {}
+    pieces = sorted(piece for _, run in longest.values() for piece in run)
     edges = [0, *(edge for piece in pieces for edge in piece)]
-    return edges == sorted(edges)
+    if edges != sorted(edges):
+        return {}
+    chosen = {rank: [run for run in its if longest[run[0][0]][1] is run] for rank, its in parts.items()}
+    return {rank: its for rank, its in chosen.items() if its}
 
 
 def text_bytes(submit: Submit) -> int:

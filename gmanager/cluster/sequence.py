@@ -37,6 +37,8 @@ class Sequence:
     ending: bool = False
     """It was cancelled, or has ended: Released will come."""
     needs_block: bool = False
+    is_written: bool = False
+    """A token has come of its present home: all KV that other instances hold of it is written, and grows no more."""
     moving_to: int | None = None
     """MoveSequence was sent, HomeMoved has not come."""
 

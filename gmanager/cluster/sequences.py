@@ -23,6 +23,7 @@ from typing import Literal
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
+from gmanager.cluster.moves import Moves
 from gmanager.cluster.parties import Parties
 from gmanager.cluster.policy import (
     Candidate,
@@ -34,13 +35,14 @@ from gmanager.cluster.policy import (
     place,
     place_rest,
 )
-from gmanager.cluster.request import MoveCall, Request, are_apart, count_tokens, cut
+from gmanager.cluster.request import MoveCall, Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.sequence import Reservation, Sequence
 from gmanager.wire.messages import (
     Admit,
     Beat,
     Cancel,
+    Copied,
     Discard,
     Done,
     Drop,
@@ -51,6 +53,8 @@ from gmanager.wire.messages import (
     Released,
     Reserve,
     ReserveNext,
+    RunMoved,
+    RunOffered,
     Scored,
     SequenceOutput,
     SequenceParams,
@@ -80,6 +84,7 @@ class Sequences:
         self._unsettled: dict[int, None] = {}
         """Ranks that held KV of a released sequence and have not said since how many blocks are free."""
         self._changed = False
+        self._moves = Moves(cell, self, emit)
         self._came_from: dict[int, int] = {}
         """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
 
@@ -153,6 +158,7 @@ class Sequences:
                 self._came_from[request.number] = sequence.number if is_kept else 0
                 self._interrupt(request, now)
         self._reservation = None
+        self._moves = Moves(self._cell, self, self._emit)
         self._parties = Parties(self._cell.epoch, self._cell.size)
         self._sequences.clear()
         self._unsettled.clear()
@@ -169,7 +175,7 @@ class Sequences:
             request.was_interrupted = False
             last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
             kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
-            request.kept = {rank: runs for rank, runs in kept.items() if runs} if are_apart(kept.values()) else {}
+            request.kept = held_once(kept)
             request.seq = seq
             request.held = {self._id(rank): count_tokens(runs) for rank, runs in request.kept.items()}
         for member in self._cell.members:
@@ -179,6 +185,7 @@ class Sequences:
             if len(member.kept) < len(said):  # it frees the others with the JoinEpoch
                 self._unsettled[member.rank] = None
         self._came_from.clear()
+        self._moves = Moves(self._cell, self, self._emit)
         self._parties = Parties(self._cell.epoch, self._cell.size)
         for request in [request for request in self._waiting if request.breaks >= MAX_BREAKS]:
             self._waiting.remove(request)
@@ -270,6 +277,9 @@ class Sequences:
             return
         blocks = max(0, min(granted.blocks, asked))
         member.hear_free(granted.free_blocks)
+        if self._moves.is_reserving(seq):
+            self._changed |= self._moves.on_granted(member)
+            return
         reservation = self._reservation
         if reservation is None or reservation.seq != seq:
             # It was given up, and a Drop is on its way.
@@ -293,6 +303,9 @@ class Sequences:
         # Whatever it says, it has less than was asked: so the next try asks for less, and there is no endless loop.
         member.hear_free(min(free_blocks, blocks - 1))
         self._changed = True
+        if self._moves.is_reserving(seq):
+            self._moves.on_not_granted()
+            return
         reservation = self._reservation
         if reservation is None or reservation.seq != seq:
             return
@@ -315,6 +328,9 @@ class Sequences:
                 # A home tells of a lack of room after the tokens of all rows before it: blocks have become free.
                 sequence.needs_block = False
                 self._changed = True
+            if member.rank == sequence.home and not sequence.is_written:
+                sequence.is_written = True
+                self._changed |= self._cell.is_draining
             sequence.early[output.index] = output
             self._take_outputs(sequence)
 
@@ -348,6 +364,7 @@ class Sequences:
             self.num_dropped += 1
             return
         sequence.home = home
+        sequence.is_written = False
         sequence.moving_to = None
         sequence.needs_block = False
         self._changed = True
@@ -359,6 +376,16 @@ class Sequences:
             self._rest(sequence)
             # A call for another instance came while this move was under way: it is tried next.
             self._answer_move(sequence)
+
+    def on_move(self, member: Member, message: RunOffered | Copied | RunMoved) -> None:
+        """What an instance says of the move of a run."""
+        match message:
+            case RunOffered():
+                self._changed |= self._moves.on_offered(member, message)
+            case Copied():
+                self._changed |= self._moves.on_copied(member, message)
+            case RunMoved():
+                self._changed |= self._moves.on_moved(member, message)
 
     def on_released(self, released: Released, now: float) -> None:
         sequence = self._sequences.get(released.seq)
@@ -382,23 +409,41 @@ class Sequences:
             self._changed = False
             oldest_first = sorted(self._sequences.values(), key=lambda s: s.request.number)
             if not any(self._try_move(sequence) for sequence in oldest_first):
+                self._moves.start(oldest_first)
                 self._try_admit()
+
+    def emptied(self) -> Member | None:
+        """A member that is being drained and has nothing left, or nothing that could go elsewhere now."""
+        is_quiet = self._cell.is_ready and self._reservation is None and self._moves.is_idle and not self._changed
+        draining = [member for member in self._cell.members if member.is_draining and not member.outstanding]
+        return next(filter(self._is_emptied, draining), None) if is_quiet else None
+
+    def _is_emptied(self, member: Member) -> bool:
+        its = [sequence for sequence in self._sequences.values() if member.rank in sequence.participants]
+        # prompts run to their end, and who has just come to another home says a word from there first
+        waits = [s for s in its if s.ending or s.moving_to is not None or not s.is_written]
+        return not its or not (waits or self._blocks_come)
 
     def _try_move(self, sequence: Sequence) -> bool:
         """Whether a reservation for its next home was begun."""
         call = sequence.request.move_call
         target: int | None = None
-        if sequence.ending or sequence.moving_to is not None:
+        if sequence.ending or sequence.moving_to is not None or self._moves.concerns(sequence):
             return False
         if call is not None:
             target = self._rank(call.target)
             homes = 0 if target is None else self._homes()[target]
+            if target is not None and self._cell.members[target].is_draining:
+                self._requests.fail_move(sequence.request, f"instance {call.target} is being drained")
+                return False
             if target is not None and homes >= self._cell.members[target].spec.decode_rows:
                 reason = f"instance {call.target} decodes {homes} sequences, as many as it can"
                 self._requests.fail_move(sequence.request, reason)
                 return False
         elif sequence.needs_block and not self._cell.members[sequence.home].free:
             target = self._make_room(sequence)
+        elif self._cell.members[sequence.home].is_draining and sequence.is_written:
+            target = choose_target(self.views(), home=sequence.home, reserve=1)
         if target is None:
             return False
         self._requests.change(sequence.request, "move")
@@ -441,15 +486,13 @@ class Sequences:
             return
         self._waiting.remove(request)
         self._requests.change(request, "reserve")
-        if not request.kept:
-            self._numbers += 1
-        number = request.seq if request.kept else self._numbers
+        number = request.seq if request.kept else self.next_number()
         self._reserve(Reservation(number, placement.blocks, request, placement))
 
     def _may_fit(self, request: Request) -> bool:
         """Whether the present members could hold all of it, alone. The cell may have been larger when it came, and be again."""
-        blocks = [member.spec.num_blocks for member in self._cell.members]
-        return request.prompt_tokens + request.max_tokens <= most_tokens(blocks, self._cell.spec.block_size)
+        most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
+        return request.prompt_tokens + request.max_tokens <= most
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
@@ -660,6 +703,8 @@ class Sequences:
         if sequence.released is None or sequence.received < sequence.released:
             return
         self._give_up_move(sequence)
+        self._moves.forget(sequence)
+        self._moves.room_came()
         del self._sequences[sequence.number]
         self._changed = True
         self._unsettled |= dict.fromkeys(rank for rank in sequence.participants if rank != sequence.home)
@@ -687,6 +732,29 @@ class Sequences:
             for rank in ranks:
                 self._emit(Send(self._cell.members[rank].peer, regroup))
 
+    # --- for moves of runs --------------------------------------------------------------------------------------------
+
+    def next_number(self) -> int:
+        """Of a sequence or a move: no two have the same, in all epochs."""
+        self._numbers += 1
+        return self._numbers
+
+    def join(self, sequence: Sequence, rank: int) -> None:
+        """An instance takes part in a sequence from now on."""
+        if rank not in sequence.participants:
+            insort(sequence.participants, rank)
+            self._regroup()
+
+    def part(self, sequence: Sequence, rank: int) -> None:
+        """An instance holds nothing of a sequence any more: what it has reserved for it goes, too."""
+        sequence.participants.remove(rank)
+        sequence.held.pop(rank, None)
+        if sequence.is_current:
+            sequence.request.held.pop(self._id(rank), None)
+        self._unsettled[rank] = None
+        self._emit(Send(self._cell.members[rank].peer, Drop(epoch=self._cell.epoch, seq=sequence.number)))
+        self._regroup()
+
     # --- for others to see --------------------------------------------------------------------------------------------
 
     def _homes(self) -> list[int]:
@@ -704,10 +772,10 @@ class Sequences:
         return [
             InstanceView(
                 rank=m.rank,
-                free_blocks=m.free,
-                total_blocks=m.spec.num_blocks,
+                free_blocks=0 if m.is_draining else m.free,
+                total_blocks=0 if m.is_draining else m.spec.num_blocks,
                 homes=homes[m.rank],
-                max_homes=m.spec.decode_rows,
+                max_homes=0 if m.is_draining else m.spec.decode_rows,
                 backlog=backlogs[m.rank],
             )
             for m in self._cell.members
@@ -726,7 +794,7 @@ class Sequences:
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits, runs or is being reserved or released."""
-        busy = self._waiting or self._sequences or self._reservation
+        busy = self._waiting or self._sequences or self._reservation or not self._moves.is_idle
         return not busy and not any(m.outstanding for m in self._cell.members)
 
     def validate(self) -> None:

@@ -59,4 +59,5 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
         lent_tokens=lent,
         borrowed_tokens=borrowed,
         counters=member.counters,
+        is_draining=member.is_draining,
     )

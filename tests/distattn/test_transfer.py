@@ -23,9 +23,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def storage_of(seed: int, dtype: torch.dtype = torch.bfloat16) -> KVStorage:
-    storage = KVStorage(
-        num_layers=3, num_blocks=BLOCKS, block_size=SIZE, num_kv_heads=2, head_dim=8, dtype=dtype, device=CPU
-    )
+    storage = KVStorage(num_layers=3, num_blocks=BLOCKS, block_size=SIZE, num_kv_heads=2, head_dim=8, dtype=dtype, device=CPU)
     storage.data_L2BPKD.copy_(torch.randn(storage.data_L2BPKD.shape, generator=torch.Generator().manual_seed(seed)))
     storage.data_L2BPKD[:, :, ::7] = torch.nan  # what no step has written may be anything
     return storage

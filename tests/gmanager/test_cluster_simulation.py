@@ -67,6 +67,7 @@ class Running:
     cancelled: bool = False
     needy: bool = False
     move_to: int | None = None
+    flip: m.FlipRun | None = None
     over: bool = False
 
 
@@ -90,6 +91,8 @@ class Instance:
     party: tuple[int, list[int]] = (0, [])
     in_flight: list[tuple[int, int]] = field(default_factory=list)
     """(seq, position) that its last step wrote."""
+    detached: list[int] = field(default_factory=list)
+    """Moves of runs that steps which may still run here read."""
     to_cluster: deque[m.Message] = field(default_factory=deque)
     from_cluster: deque[m.Message] = field(default_factory=deque)
 
@@ -117,9 +120,16 @@ class Instance:
         if self.blocks.freed:
             self.beat()
 
+    def let_go(self) -> None:
+        """All its steps have run."""
+        for move in self.detached:
+            self.blocks.let_go(move)
+        self.detached.clear()
+        self.tell_of_freed()
+
 
 class World:
-    def __init__(self, seed: int, *, sizes: list[int], chaos: bool) -> None:
+    def __init__(self, seed: int, *, sizes: list[int], chaos: bool, drains: bool = False) -> None:
         self.random = random.Random(seed)
         # a steady cell is not to lose whose messages are slow
         lease = GManagerConfig().instance_lease_s if chaos else NEVER
@@ -130,6 +140,7 @@ class World:
         self.cluster = Cluster(self.config, term=self.term)
         self.now = 0.0
         self.chaos = chaos
+        self.drains = chaos or drains
         self.sizes = sizes
         self.refusing = self.random.choice([0.05, 0.3])
         """How often an instance has no room, though it seemed so."""
@@ -218,7 +229,13 @@ class World:
         # A token's value says its position in the request: 1000 + index.
         assert new.token_ids == [1000 + new.index + i for i in range(len(new.token_ids))]
         seen.append(new)
-        if new.token_ids and not new.finish_reason and self.random.random() < 0.02 and self.stop is None:
+        if (
+            new.token_ids
+            and not new.finish_reason
+            and self.random.random() < 0.02
+            and self.stop is None
+            and not (self.drains and not self.chaos)
+        ):
             self.stop = StopFound(new.request, new.index + len(new.token_ids), self.now)
 
     # --- instances
@@ -273,6 +290,13 @@ class World:
                 instance.tell_of_freed()
             case m.EndEpoch() | m.Refused() | m.Expelled():
                 instance.life = "is gone"
+            case m.Drained():
+                self.seen["drained"] += 1
+                self.seen["drained empty"] += not len(account.shards)
+                instance.life = "is gone"
+            case m.NotDrained():
+                say(m.Leave(reason="SIGTERM", failed=False))
+                instance.life = "is silent"
             case m.Registered():
                 pass
             case _:
@@ -291,7 +315,7 @@ class World:
             case m.Drop(seq=seq):
                 running = self.running.get((instance.epoch, seq))
                 if running is not None and not running.over and not self.held(instance, seq):
-                    assert instance.rank not in running.shares, "a share was dropped"
+                    assert instance.rank not in running.shares or not running.missing, "a share was dropped"
                 account.drop(seq)
                 instance.tell_of_freed()
             case m.Regroup(number=number, parties=parties):
@@ -305,6 +329,22 @@ class World:
                 running = self.running.get((instance.epoch, seq))
                 if running is not None and running.home == instance.rank:
                     running.move_to = to
+            case m.OfferRun(epoch=epoch, move=move, seq=seq):
+                held = account.ranges(seq)
+                ranges = self.random.choice(held) if held else []
+                instance.to_cluster.append(m.RunOffered(epoch=epoch, move=move, ranges=ranges))
+            case m.CopyRun(epoch=epoch, move=move, target=target, ranges=ranges):
+                if target == instance.rank:
+                    error = "a bit has changed" if self.random.random() < self.refusing else None
+                    if error is None:
+                        account.note_copy(move, ranges)
+                    instance.to_cluster.append(m.Copied(epoch=epoch, move=move, error=error))
+            case m.FlipRun(seq=seq, target=target):
+                assert target in instance.party[1], "a run goes to who is not in the party"
+                running = self.running.get((instance.epoch, seq))
+                if running is not None:
+                    assert running.home == instance.rank
+                    running.flip = message
             case m.Cancel(seq=seq):
                 if (running := self.running.get((instance.epoch, seq))) is not None:
                     running.cancelled = True
@@ -334,7 +374,9 @@ class World:
         account, tokens = instance.blocks, len(admit.token_ids) // 4
         if account.shard(admit.seq) is None:
             return  # released before this came
-        account.wake(admit.seq, tokens - 1)
+        starts = [run[0][0] for run in told.get(instance.rank, [])]
+        self.seen["left out"] += len(starts) < len(account.ranges(admit.seq))
+        account.wake(admit.seq, tokens - 1, starts)
         assert told.get(instance.rank, []) == [list(run) for run in account.ranges(admit.seq)]
         instance.admitted.add(admit.seq)
         kept = [p for runs in told.values() for run in runs for start, end in run for p in range(start, end)]
@@ -357,6 +399,7 @@ class World:
             if of == instance.epoch and running.home == instance.rank:
                 instance.requests[seq] = running.admit.arrival
         instance.epoch, instance.in_flight = 0, []
+        instance.detached.clear()
         instance.admitted.clear()
         instance.requests = {seq: instance.requests.get(seq, 0) for seq in kept}
         shards = [m.KeptShard(seq=seq, runs=runs, request=instance.requests[seq]) for seq, runs in kept.items()]
@@ -367,6 +410,9 @@ class World:
     def step(self, key: Key) -> None:
         """One step of a sequence: all that take part in it are there."""
         running, (epoch, seq) = self.running[key], key
+        if self.random.random() < 0.5:
+            for instance in self.living:
+                instance.let_go()
         members = self.epochs[epoch]
         taking_part = [members[rank] for rank in running.participants]
         if running.over or not all(instance.lives and instance.epoch == epoch for instance in taking_part):
@@ -374,6 +420,8 @@ class World:
         home = members[running.home]
         if running.cancelled or running.generated == running.admit.params.max_tokens:
             self.release(running, home, taking_part)
+        elif running.flip is not None:
+            self.change_hands(running, members)
         elif not all(seq in instance.admitted for instance in taking_part if instance.rank != running.move_to):
             return
         elif running.missing:
@@ -387,6 +435,28 @@ class World:
                 self.say(target, m.HomeMoved(epoch=epoch, seq=seq, home=target.rank))
         else:
             self.decode(running, home)
+
+    def change_hands(self, running: Running, members: list[Instance]) -> None:
+        """A run that was copied is another's from this step on."""
+        flip, running.flip = running.flip, None
+        assert flip is not None
+        source, target, home = members[flip.source], members[flip.target], members[running.home]
+        if not (source.lives and target.lives and source.epoch == target.epoch == flip.epoch):
+            running.flip = flip  # the party never meets
+            return
+        found = source.blocks.shards.find_run(flip.seq, flip.start)
+        assert found is not None
+        ranges = list(found.ranges)
+        source.blocks.detach(flip.move, flip.seq, flip.start)
+        source.detached.append(flip.move)
+        assert target.blocks.adopt(flip.move, flip.seq)
+        assert ranges in target.blocks.ranges(flip.seq), "it has grown since it was copied"
+        running.participants.add(target.rank)
+        target.admitted.add(flip.seq)
+        if not self.held(source, flip.seq):
+            running.participants.discard(source.rank)
+        home.to_cluster.append(m.RunMoved(epoch=flip.epoch, seq=flip.seq, move=flip.move))
+        self.seen["runs moved"] += 1
 
     def release(self, running: Running, home: Instance, holders: list[Instance]) -> None:
         running.over = True
@@ -505,6 +575,9 @@ class World:
         length = self.random.choice([1, 3, BLOCK, 7, self.random.randint(1, total)])
         params = m.SamplingParams(max_tokens=self.random.choice([None, 1, 2, 9, self.random.randint(1, total)]))
         spread = self.random.choice([None, "auto", "all", 1, 2, 9])
+        if self.drains and not self.chaos:  # what runs long, on many
+            length, spread = self.random.randint(10, 30), "all"
+            params = m.SamplingParams(max_tokens=self.random.randint(40, 90))
         if self.random.random() < 0.3:
             submit = m.Submit(request_id=request_id, params=params, text="s" * length, spread=spread)
         else:
@@ -590,7 +663,7 @@ class World:
         if not self.living:
             return
         victim = self.random.choice(self.living)
-        how = self.random.choice(["lost", "leaves", "silent", "unreachable", "broken"])
+        how = self.random.choice(["lost", "leaves", "silent", "unreachable", "broken", "asks", "asks"])
         others = [i for i in self.living if i is not victim and i.epoch and i.epoch == victim.epoch]
         if how == "lost":
             victim.life = "is gone"
@@ -602,7 +675,9 @@ class World:
             victim.life = "is silent"
         elif how == "broken" and victim.epoch:
             victim.to_cluster.append(m.EpochBroken(epoch=victim.epoch, reason="a step timed out"))
-        if how != "broken":
+        elif how == "asks":
+            victim.to_cluster.append(m.AskDrain())
+        if how not in ("broken", "asks"):
             for other in others:
                 if self.random.random() < 0.5:
                     other.to_cluster.append(m.LinkLost(epoch=other.epoch, rank=victim.rank, reason="it is closed"))
@@ -613,6 +688,7 @@ class World:
     def tick(self) -> None:
         self.now += 1.0
         for instance in self.living:
+            instance.let_go()
             instance.beat()
         for peer in self.clients:
             if peer not in self.gone:
@@ -624,19 +700,22 @@ class World:
             if not self.living:
                 self.start_missing()
             act = self.random.random()
-            if act < (0.05 if self.chaos else 0.12):  # what waits has nothing to lose
+            if act < (0.05 if self.chaos else 0.02 if self.drains else 0.12):  # what waits has nothing to lose
                 self.client_acts()
-            elif act < (0.09 if self.chaos else 0.2):
+            elif act < (0.09 if self.chaos else 0.04 if self.drains else 0.2):
                 self.tick()
-            elif act < 0.55 and self.running:
+            elif act < (0.5 if self.drains and not self.chaos else 0.55) and self.running:  # moves take many messages
                 self.step(self.random.choice(list(self.running)))
             elif self.chaos and act > 0.9985:
                 self.lose_gmanager()
             elif self.chaos and act > 0.995:
                 if self.random.random() < (1 if self.cell_state == "ready" and len(self.living) > 1 else 0.3):
                     self.lose_one()
-            elif self.chaos and act > 0.99:
-                if len(self.living) < 2 * len(self.sizes):
+            elif self.drains and act > 0.994 and self.running and (clients := sorted(set(self.clients) - self.gone)):
+                drain = m.Drain(call=4, instance=self.random.randrange(len(self.sizes) + 1))
+                self.tell(PeerSaid(self.random.choice(clients), drain, self.now))
+            elif self.drains and act > 0.987:
+                if len(self.living) < len(self.sizes) * (2 if self.chaos else 1):
                     self.start(self.random.choice(self.sizes))
             else:
                 self.deliver_some()
@@ -650,7 +729,7 @@ class World:
             self.tell(ClientEmpty(peer, self.now))
         for turn in range(2_000):
             self.start_missing()
-            if turn == 100 and self.chaos:
+            if turn == 100 and self.drains:
                 self.start(2 * sum(self.sizes) + 1)
             while self.deliver_some(everything=True):
                 pass
@@ -734,4 +813,18 @@ def test_chaos_reaches_what_it_is_for() -> None:
     assert seen["instance is back"] > 5, seen
     assert seen["comes back"] > 3, seen
     assert seen["lost text"] < 5, seen
-    assert all(seen[how] for how in ("lost", "leaves", "silent", "unreachable", "broken")), seen
+    assert all(seen[how] for how in ("lost", "leaves", "silent", "unreachable", "broken", "asks")), seen
+    assert seen["drained"] > 5, seen
+
+
+def test_drains_reach_what_they_are_for() -> None:
+    """Instances come and are drained, and none is lost."""
+    seen: Counter[str] = Counter()
+    for seed in range(4):
+        world = World(seed, sizes=[20, 20, 20], chaos=False, drains=True)
+        world.run(2500)
+        world.drain()
+        seen += world.seen
+    assert seen["drained"] > 5, seen
+    assert seen["drained empty"] > 3, seen
+    assert seen["runs moved"] > 2, seen

@@ -399,6 +399,15 @@ def test_kept_kv_is_cut_before_the_last_token() -> None:
     assert [a.peer for a in actions if isinstance(a, Send) and isinstance(a.message, m.Admit)] == [peer(0)]
 
 
+def test_a_run_that_was_on_its_way_is_used_once() -> None:
+    """The target had adopted it, and written behind it; the source had not given it up."""
+    driver = serving(8, 8, 8)
+    running(driver, "r", 8, spread=2, generated=3)
+    actions = changed(driver, (8, {1: [[(4, 8)], [(0, 2)]]}), (8, {1: [[(0, 3)]]}))
+    (admit, _) = messages(driver.grant(actions), m.Admit)
+    assert admit.kept == [m.KeptPart(rank=0, runs=[[(4, 8)]]), m.KeptPart(rank=1, runs=[[(0, 3)]])]
+
+
 @pytest.mark.parametrize(
     "shards",
     [[{1: [[(0, 5)]]}, {1: [[(4, 8)]]}], [{1: [[(-9, 5)]]}, {}], [{1: [[(5, 3)]]}, {}], [{1: [[(0, 5)], [(2, 3)]]}, {}]],

@@ -51,6 +51,8 @@ class InstanceStats(Part):
     borrowed_tokens: int
     """KV that others hold of sequences whose home it is."""
     counters: Counters
+    is_draining: bool = False
+    """It gets nothing new, and leaves when what it holds is elsewhere."""
 
 
 class RequestStats(Part):

@@ -1,0 +1,205 @@
+"""Block moves in a cell: runs of sequences that leave an instance which is being drained, one after the other.
+
+    offering ──RunOffered──> reserving ──Granted──> copying ──Copied──> flipping ──RunMoved──> over
+        │ nothing is there        │ NotGranted        │ why not             │ Released
+        │                         └─ nothing has changed: Drop ─────────────┴──> over
+        └──> the instance leaves the sequence's participants
+
+- One move is under way at a time, so the transfers of two instances never wait for each other.
+- A run is moved only while its sequence decodes elsewhere, and a token has come of its present home: so no step writes to it,
+  and all that it holds is written. Its home doesn't move meanwhile.
+- Blocks of a copy are reserved as a number of its own: what becomes of the sequence meanwhile is nothing to them.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.events import Emit, Log, Send
+from gmanager.cluster.policy import InstanceView, choose_holder
+from gmanager.cluster.sequence import Sequence as SequenceState
+from gmanager.wire.messages import Copied, CopyRun, Drop, FlipRun, OfferRun, Reserve, RunMoved, RunOffered
+
+MAX_COPIES = 3
+"""Tries to copy a run, until it is left to be computed again."""
+
+
+class Ground(Protocol):
+    """What moves need of the cell's sequences."""
+
+    num_dropped: int
+
+    def next_number(self) -> int: ...
+
+    def views(self) -> list[InstanceView]: ...
+
+    def join(self, sequence: SequenceState, rank: int) -> None:
+        """An instance takes part from now on."""
+
+    def part(self, sequence: SequenceState, rank: int) -> None:
+        """An instance holds nothing of it any more."""
+
+
+@dataclass(slots=True)
+class Move:
+    """One run on its way."""
+
+    number: int
+    sequence: SequenceState
+    source: int
+    stage: Literal["offering", "reserving", "copying", "flipping"] = "offering"
+    target: int = -1
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+    is_vain: bool = False
+    """Its sequence is gone."""
+
+
+class Moves:
+    """Those of one epoch. Pure: what is to be done is emitted; methods return whether something has changed."""
+
+    def __init__(self, cell: Cell, ground: Ground, emit: Emit) -> None:
+        self._cell = cell
+        self._ground = ground
+        self._emit = emit
+        self._move: Move | None = None
+        self._homeless: set[tuple[int, int]] = set()
+        """(sequence, rank) of runs that no instance had room for, until one may have again."""
+        self._failures: dict[tuple[int, int], int] = {}
+        """The same, and how many copies failed."""
+
+    @property
+    def is_idle(self) -> bool:
+        return self._move is None
+
+    def concerns(self, sequence: SequenceState) -> bool:
+        """Whether a run of it is on its way."""
+        return self._move is not None and self._move.sequence is sequence
+
+    def is_reserving(self, number: int) -> bool:
+        """Whether an answer to a Reserve of this number is one to a move."""
+        return self._move is not None and self._move.number == number
+
+    def start(self, oldest_first: Sequence[SequenceState]) -> None:
+        """Begin the next move, if there is one to begin."""
+        if self._move is not None:
+            return
+        for sequence in oldest_first:
+            for rank in sequence.participants:
+                if self._can_move(sequence, rank):
+                    self._move = Move(self._ground.next_number(), sequence, rank)
+                    asked = OfferRun(epoch=self._cell.epoch, move=self._move.number, seq=sequence.number)
+                    self._emit(Send(self._cell.members[rank].peer, asked))
+                    return
+
+    def _can_move(self, sequence: SequenceState, rank: int) -> bool:
+        if not self._cell.members[rank].is_draining or rank == sequence.home or (sequence.number, rank) in self._homeless:
+            return False
+        failures = self._failures.get((sequence.number, rank), 0)
+        return sequence.is_written and sequence.moving_to is None and not sequence.ending and failures < MAX_COPIES
+
+    def room_came(self) -> None:
+        """Blocks are free, or will be."""
+        self._homeless.clear()
+
+    def on_offered(self, member: Member, offered: RunOffered) -> bool:
+        move = self._expected(offered.move, "offering", member.rank, "source")
+        if move is None:
+            return False
+        sequence = move.sequence
+        if move.is_vain or sequence.ending:
+            return self._end()
+        if not offered.ranges:
+            self._ground.part(sequence, move.source)
+            return self._end()
+        tokens = sum(end - start for start, end in offered.ranges)
+        blocks = -(-tokens // self._cell.spec.block_size)
+        target = choose_holder(self._ground.views(), blocks=blocks, holders=sequence.participants)
+        if target is None:
+            self._homeless.add((sequence.number, move.source))
+            return self._end()
+        move.stage, move.target, move.ranges = "reserving", target, offered.ranges
+        self._cell.members[target].outstanding[move.number] = blocks
+        self._tell(target, Reserve(epoch=self._cell.epoch, seq=move.number, blocks=blocks))
+        return False
+
+    def on_granted(self, member: Member) -> bool:
+        """The answer that `is_reserving` expects."""
+        move = self._move
+        if move is None:
+            raise RuntimeError("nothing is reserved for a move")
+        if move.is_vain or move.sequence.ending:
+            return self._end(drop=True)
+        move.stage = "copying"
+        asked = CopyRun(
+            epoch=self._cell.epoch,
+            move=move.number,
+            seq=move.sequence.number,
+            source=move.source,
+            target=move.target,
+            ranges=move.ranges,
+        )
+        self._tell(move.source, asked)
+        self._tell(move.target, asked)
+        return False
+
+    def on_not_granted(self) -> bool:
+        return self._end()
+
+    def on_copied(self, member: Member, copied: Copied) -> bool:
+        move = self._expected(copied.move, "copying", member.rank, "target")
+        if move is None:
+            return False
+        sequence = move.sequence
+        if copied.error is not None:
+            key = sequence.number, move.source
+            self._failures[key] = self._failures.get(key, 0) + 1
+            fields = {"move": move.number, "sequence": sequence.number, "tries": self._failures[key], "reason": copied.error}
+            self._emit(Log(logging.ERROR, "copy of KV failed", fields))
+        if copied.error is not None or move.is_vain or sequence.ending:
+            return self._end(drop=True)
+        move.stage = "flipping"
+        self._ground.join(sequence, move.target)
+        told = FlipRun(
+            epoch=self._cell.epoch,
+            move=move.number,
+            seq=sequence.number,
+            source=move.source,
+            target=move.target,
+            start=move.ranges[0][0],
+        )
+        self._tell(sequence.home, told)
+        return False
+
+    def on_moved(self, member: Member, moved: RunMoved) -> bool:
+        move = self._expected(moved.move, "flipping", member.rank, "home")
+        if move is None:
+            return False
+        return self._end()
+
+    def forget(self, sequence: SequenceState) -> None:
+        """It is released: its copy, if there is one, is nobody's."""
+        if self._move is not None and self._move.sequence is sequence:
+            self._move.is_vain = True
+            if self._move.stage == "flipping":
+                self._end(drop=True)
+
+    def _expected(self, number: int, stage: str, rank: int, who: Literal["source", "target", "home"]) -> Move | None:
+        """The move, if that is what it waits for."""
+        move = self._move
+        if move is not None and move.number == number and move.stage == stage:
+            ranks = {"source": move.source, "target": move.target, "home": move.sequence.home}
+            if ranks[who] == rank:
+                return move
+        self._ground.num_dropped += 1
+        return None
+
+    def _end(self, *, drop: bool = False) -> bool:
+        move, self._move = self._move, None
+        if move is not None and drop:
+            self._tell(move.target, Drop(epoch=self._cell.epoch, seq=move.number))
+        return True
+
+    def _tell(self, rank: int, message: Reserve | CopyRun | FlipRun | Drop) -> None:
+        self._emit(Send(self._cell.members[rank].peer, message))

@@ -1,0 +1,114 @@
+"""Instances that are emptied while they serve. Real processes, on loopback only."""
+
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from gmanager import CallFailed
+from gmanager.config import GManagerConfig
+from tests.support.processes import Processes, client_of, processes, until_ready
+from tests.support.service import at_rest
+from tests.support.tiny import make_long_model
+from tests.test_lifecycle import here, until
+from tests.test_membership import Stream, cell_of, text
+
+LOAD = 8
+NEW = 250
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that takes long texts."""
+    return make_long_model(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+async def started(tmp_path: Path) -> AsyncIterator[Processes]:
+    async with processes(tmp_path) as ours:
+        yield ours
+
+
+async def test_a_drain_under_load_changes_no_token(started: Processes, model: Path) -> None:
+    """One of three that eight requests are spread over: their KV there is moved, and nothing is prefilled again."""
+    texts = [text(model, 150 + 40 * i, NEW, i) for i in range(LOAD)]
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        instances = cell_of(started, 3, server.address, model)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            streams = [Stream(client, f"s{i}", ids, NEW, "all") for i, (ids, _) in enumerate(texts)]
+            for stream in streams:
+                await stream.reach(10)
+            before = await until(client, lambda s: all(1 in s.requests[f"s{i}"].kv_tokens for i in range(LOAD)))
+            moment = time.monotonic()
+            await client.drain(1)
+            took = time.monotonic() - moment
+            assert not any(stream.task.done() for stream in streams), "there is no load any more"
+            assert await instances[1].exit_code() == 0
+            for stream, (_, expected) in zip(streams, texts, strict=True):
+                await stream.is_right(expected)
+            pauses = [stream.pause_after(moment) for stream in streams]
+            print(f"drained in {took:.2f} s; longest pause {max(pauses):.2f} s")
+            assert max(pauses) < 3
+            stats = await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
+            assert [i.rank for i in stats.instances] == [0, 2]
+            moved = sum(before.requests[f"s{i}"].kv_tokens[1] for i in range(LOAD))
+            assert "event=drained" in instances[1].text
+            stats = await until(client, lambda s: s.counters.blocks_copied >= moved // 16)
+            again = stats.counters.tokens_prefilled - sum(len(ids) for ids, _ in texts)
+            print(
+                f"{moved} tokens lay there, {stats.counters.blocks_copied} blocks were copied, {again} tokens prefilled again"
+            )
+            assert again <= 4 * LOAD, "at most the newest tokens, whose rows were under way"
+            with pytest.raises(CallFailed, match=r"there is no instance 1; cell 'main' has 0, 2"):
+                await client.drain(1)
+            await at_rest(client)
+
+
+async def test_what_has_no_room_elsewhere_is_computed_again(started: Processes, model: Path) -> None:
+    """Of 38 blocks on each of the others 7 are free, and the run that is to go has 10."""
+    texts = [text(model, length, 100, length) for length in (300, 301, 480)]
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        instances = cell_of(started, 3, server.address, model, "--kv-tokens", "608")
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            streams = []
+            for name, (ids, _) in zip("abc", texts, strict=True):
+                streams.append(Stream(client, name, ids, 100, "all" if name == "c" else 1))
+                await streams[-1].reach(3)
+            requests = (await client.stats()).requests
+            (third,) = {0, 1, 2} - {requests["a"].home, requests["b"].home}
+            await client.drain(third)
+            assert await instances[third].exit_code() == 0
+            for stream, (_, expected) in zip(streams, texts, strict=True):
+                await stream.is_right(expected)
+            # of the last beats, which the one that left didn't live to send
+            least = 300 + 301 + 2 * 160 + 160
+            await until(client, lambda s: sum(i.counters.tokens_prefilled for i in s.instances) >= least)
+            await at_rest(client)
+
+
+async def test_sigterm_empties_an_instance_and_the_last_one_leaves_at_once(started: Processes, model: Path) -> None:
+    ids, expected = text(model, 400, 200)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
+        instances = cell_of(started, 2, server.address, model)
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            stream = Stream(client, "s", ids, 200, "all")
+            await stream.reach(10)
+            prefilled = (await until(client, lambda s: s.counters.tokens_prefilled >= 400)).counters.tokens_prefilled
+            instances[1].signal(signal.SIGTERM)
+            assert await instances[1].exit_code(25) == 0
+            await stream.is_right(expected)
+            stats = await until(client, lambda s: len(s.instances) == 1 and s.cells[0].state == "ready")
+            assert stats.counters.tokens_prefilled - prefilled <= 4
+            assert stats.counters.blocks_copied > 0
+            with pytest.raises(CallFailed, match="instance 0 is the last of cell 'main'"):
+                await client.drain(0)
+            await at_rest(client)
+        moment = time.monotonic()
+        instances[0].signal(signal.SIGTERM)
+        assert await instances[0].exit_code() == 0
+        assert time.monotonic() - moment < 3
