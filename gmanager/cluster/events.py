@@ -108,6 +108,46 @@ class Stopped:
     now: float
 
 
+# --- what a gManager that follows this one has to know ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """A request was taken in."""
+
+    number: int
+    submit: Submit
+    seed: int
+    spread: Spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """The next tokens of a request; `index`: position of the first among all that were generated for it."""
+
+    number: int
+    index: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob] | None = None
+    """One for each, if they were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A request's one final answer. Said again, the last word counts: a stop string is found in the text, which comes later."""
+
+    number: int
+    finish_reason: FinishReason
+    generated: int
+    """How many tokens count."""
+    error: str | None = None
+    refusal: RefusalReason | None = None
+
+
+Entry = Accepted | Encoded | Generated | Finished
+"""Of the journal. Of a request: Accepted, Encoded once its tokens are known, Generated in order, Finished."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """A request that a gManager before this one took in, as its journal has it."""
@@ -125,6 +165,7 @@ class Restored:
     finish_reason: FinishReason | None = None
     """It has ended so; kept for clients that have yet to hear of it."""
     error: str | None = None
+    refusal: RefusalReason | None = None
 
 
 Event = PeerSaid | PeerGarbled | PeerWasLost | ClientFull | ClientEmpty | TextLoaded | Encoded | StopFound | Ticked | Stopped

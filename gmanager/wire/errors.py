@@ -11,6 +11,8 @@ DistattnError
 ├── CallFailed                an abort, a home move or another call could not be done
 ├── ServiceUnreachable        nobody answers at the address, or no longer
 ├── ProtocolRefused           the gManager doesn't serve this client
+├── JournalError              a journal can't be used: locked, of a newer schema, damaged, no journal at all
+│   └── Fenced                another gManager has taken it over
 └── TextError                 text can't be turned into tokens
     ├── StructureError        nor can what a text must be, into a grammar
     └── TextUnavailable       not now, and it isn't the text's fault
@@ -80,6 +82,14 @@ class ServiceUnreachable(DistattnError):
 
 class ProtocolRefused(DistattnError):
     """The gManager doesn't serve this client: it speaks another protocol version, or takes the connection for over."""
+
+
+class JournalError(DistattnError):
+    """A journal can't be used: another process has it, its schema is newer, it is damaged, or no journal at all."""
+
+
+class Fenced(JournalError):
+    """Another gManager has taken the journal over: this one must say and write nothing more."""
 
 
 class TextError(DistattnError):
