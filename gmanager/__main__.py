@@ -4,15 +4,18 @@ import argparse
 import asyncio
 import signal
 import sys
+from pathlib import Path
 
 import uvloop
 
 from gmanager.config import GManagerConfig, parse_spread
+from gmanager.journal import Journal
 from gmanager.server import Server
 from gmanager.wire import logs
-from gmanager.wire.errors import AddressError
+from gmanager.wire.errors import AddressError, Fenced, JournalError
 
 BAD_USAGE = 2
+FENCED = 1
 
 
 def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str, logs.Style]]:
@@ -70,6 +73,12 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         metavar="SECONDS",
         help="a client that does not read for so long is taken for gone (%(default)g)",
     )
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        metavar="FILE",
+        help="file that keeps requests and their tokens, for a gManager that follows this one (none)",
+    )
     logs.add_flags(parser)
     given = parser.parse_args(arguments)
     try:
@@ -82,6 +91,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
             max_stall_s=given.max_stall,
             resume_s=given.resume,
             max_pause_s=given.max_pause,
+            journal=given.journal,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -89,8 +99,8 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
 
 
 async def serve(config: GManagerConfig) -> None:
-    """Serve until SIGTERM or SIGINT. Raises AddressError."""
-    server = Server(config)
+    """Serve until SIGTERM or SIGINT. Raises AddressError, JournalError; Fenced is the one that comes late."""
+    server = Server(config, journal=None if config.journal is None else Journal.open(config.journal))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
@@ -100,12 +110,16 @@ async def serve(config: GManagerConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 after SIGTERM or SIGINT, BAD_USAGE if the address can't be taken."""
+    """Exit code: 0 after SIGTERM or SIGINT, BAD_USAGE if address or journal can't be taken, FENCED if another one has the
+    journal."""
     config, (log_level, log_format) = parse(arguments)
     logs.configure(log_level, log_format, program="gmanager")
     try:
         uvloop.run(serve(config))
-    except AddressError as error:
+    except Fenced as error:
+        print(f"gmanager: {error}", file=sys.stderr)
+        return FENCED
+    except (AddressError, JournalError) as error:
         print(f"gmanager: {error}", file=sys.stderr)
         return BAD_USAGE
     return 0

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Spread = int | Literal["auto", "all"]
@@ -32,6 +33,8 @@ class GManagerConfig:
     """So long the requests of a client that is gone go on, for it to attach to them again. 0: they end at once."""
     max_pause_s: float = 30.0
     """A client that doesn't read is told no more; after so long it is taken for gone."""
+    journal: Path | None = None
+    """The file in which requests and their tokens are kept, for the gManager that follows; None: none are."""
     form_timeout_s: float = 120.0
     """Longest time from a cell's last registration until it is ready: a process group forms in seconds, but compilers
     and slow file systems have taken a minute."""

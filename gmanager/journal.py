@@ -49,7 +49,7 @@ class Journal:
         self._failure: str | None = None
         self._error: Exception | None = None
         self._is_closing = False
-        self._tell: Callable[[], None] = lambda: None
+        self._tell: Callable[[], object] = lambda: None
         self._writer: threading.Thread | None = None
 
     @classmethod
@@ -75,20 +75,22 @@ class Journal:
             raise RuntimeError("a journal is read before it is written")
         return self._file.read()
 
-    def start(self, tell: Callable[[], None]) -> None:
+    def start(self, tell: Callable[[], object]) -> None:
         """Begin to write. `tell` is called by the writer's thread when `committed`, `failure` or `error` has changed."""
         self._tell = tell
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
         self._writer.start()
 
-    def append(self, entry: Entry) -> int:
-        """Have it written soon; does not wait. The answer is its place: it is written once `committed` has come to that. Raises
-        ValueError for tokens that don't follow those before."""
-        with self._wake:
-            self._batch.add(entry)
-            self._appended += 1
-            self._wake.notify()
-            return self._appended
+    def append(self, *entries: Entry) -> int:
+        """Have them written soon, in one commit; does not wait. The answer is the last one's place: it is written once
+        `committed` has come to that. Raises ValueError for tokens that don't follow those before."""
+        if entries:
+            with self._wake:
+                for entry in entries:
+                    self._batch.add(entry)
+                self._appended += len(entries)
+                self._wake.notify()
+        return self._appended
 
     @property
     def appended(self) -> int:

@@ -1,6 +1,8 @@
 """The shell around the cluster: sockets, text and time. It decides nothing.
 
 recv ──> event ──> Cluster.handle ──> actions ──> send, tokenise, detokenise ──> (events)
+
+With a journal, what an event changes is written before clients hear of it: their messages are held until it is committed.
 """
 
 import asyncio
@@ -9,6 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gmanager.cluster.cluster import Cluster
@@ -22,6 +25,7 @@ from gmanager.cluster.events import (
     Encoded,
     Event,
     Forget,
+    JournalChanged,
     LoadText,
     Log,
     PeerGarbled,
@@ -33,8 +37,11 @@ from gmanager.cluster.events import (
     Stopped,
     TextLoaded,
     Ticked,
+    Write,
 )
 from gmanager.config import GManagerConfig
+from gmanager.held import Held
+from gmanager.journal import Journal
 from gmanager.text.detokenizer import Detokenizer
 from gmanager.text.grammars import compile_grammar
 from gmanager.text.tokenizer import Tokenizer
@@ -82,10 +89,16 @@ class _RequestText:
 class Server:
     """One gManager. `start`, then `run` until `stop`."""
 
-    def __init__(self, config: GManagerConfig, *, transport: Transport | None = None) -> None:
+    def __init__(self, config: GManagerConfig, *, transport: Transport | None = None, journal: Journal | None = None) -> None:
+        """`journal`: is closed at the end."""
         self._config = config
         self._transport: Transport = ZmqTransport() if transport is None else transport
-        self._cluster = Cluster(config)
+        self._journal = journal
+        self._journal_failure: str | None = None
+        """Why it can't be written: until it can, nothing is held for it."""
+        self._journal_over: asyncio.Future[None] | None = None
+        self._held = Held()
+        self._cluster = Cluster(config, term=0 if journal is None else journal.term)
         self._listener: Listener[FromClient | FromInstance] | None = None
         self._stopping = asyncio.Event()
         self._events: deque[Event] = deque()
@@ -105,21 +118,35 @@ class Server:
         return self._bound().address
 
     def start(self) -> None:
-        """Take the address. Needs a running loop. Raises AddressError."""
+        """Take the address, and up what the journal has. Needs a running loop. Raises AddressError, JournalError."""
+        loop = asyncio.get_running_loop()
         decoder: Decoder[FromClient | FromInstance] = Decoder(FromClient | FromInstance)
+        self._journal_over = loop.create_future()
+        if self._journal is not None:
+            restored = self._journal.restore()
+            self._cluster.restore(restored, self._now())
+            live = sum(request.finish_reason is None for request in restored)
+            log.info(
+                "journal read", path=str(self._journal.path), term=self._journal.term, live=live, ended=len(restored) - live
+            )
         self._listener = self._transport.listen(self._config.bind, decoder)
+        if self._journal is not None:
+            self._journal.start(partial(loop.call_soon_threadsafe, self._on_journal))
 
     def stop(self) -> None:
         """End `run` soon: whoever waits for something is told."""
         self._stopping.set()
 
     async def run(self) -> None:
-        """Serve until `stop`."""
+        """Serve until `stop`. Raises Fenced if another gManager has taken the journal over."""
         listener = self._bound()
         tasks = [asyncio.create_task(self._receive(listener)), asyncio.create_task(self._tick())]
         stopping = asyncio.create_task(self._stopping.wait())
+        ending: list[asyncio.Future[Any]] = [*tasks, stopping]
+        if self._journal_over is not None:
+            ending.append(self._journal_over)
         try:
-            done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
@@ -127,10 +154,18 @@ class Server:
                 task.cancel()
             # A second error while telling everybody that we end must not hide the first.
             try:
-                self._handle(Stopped("gManager is shutting down", self._now()))
+                if self._journal is None or self._journal.error is None:
+                    self._handle(Stopped("gManager is shutting down", self._now()))
             finally:
                 await asyncio.gather(*tasks, stopping, *self._work, return_exceptions=True)
+                await self._close_journal()
                 await listener.close()
+
+    async def _close_journal(self) -> None:
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.close)
+            if self._journal.error is None:
+                self._release(self._journal.appended)
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
@@ -161,7 +196,36 @@ class Server:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            self._on_journal()
             self._handle(Ticked(self._now()))
+
+    def _on_journal(self) -> None:
+        """It has written something, or can't, or can again; a disk that hangs says nothing, so it is asked, too."""
+        journal, over = self._journal, self._journal_over
+        if journal is None or over is None or over.done():
+            return
+        if journal.error is not None:
+            over.set_exception(journal.error)
+            return
+        failure = journal.failure
+        if (failure is None) != (self._journal_failure is None):
+            if failure is not None:
+                what = "journal can't be written: requests that run go on without it, new ones are refused"
+                log.error(what, path=str(journal.path), reason=failure)
+            else:
+                log.info("journal is written again", path=str(journal.path))
+            self._journal_failure = failure
+            self._handle(JournalChanged(failure, self._now()))
+        self._release(journal.committed if failure is None else journal.appended)
+
+    def _release(self, committed: int) -> None:
+        """Send what was held till now."""
+        peers = []
+        for peer, message in self._held.pop(committed):
+            self._send([peer], message)
+            peers.append(peer)
+        for peer in dict.fromkeys(peers):
+            self._look_at_backlog(peer)
 
     def _handle(self, event: Event) -> None:
         """One event and all that its actions bring about, in order."""
@@ -171,7 +235,10 @@ class Server:
         self._is_handling = True
         try:
             while self._events:
-                for action in self._cluster.handle(self._events.popleft()):
+                actions = self._cluster.handle(self._events.popleft())
+                if self._journal is not None:
+                    self._journal.append(*(action.entry for action in actions if isinstance(action, Write)))
+                for action in actions:
                     self._do(action)
                 if not self._events:
                     for peer in list(self._outbox):
@@ -191,9 +258,14 @@ class Server:
 
     def _do(self, action: Action) -> None:
         match action:
+            case Write():
+                pass  # with all others of its event
             case Send(peer=peer, message=message):
                 self._flush(peer)
-                self._send([peer], message)
+                if self._held.count(peer):
+                    self._hold(peer, message)
+                else:
+                    self._send([peer], message)
             case SendAll(peers=peers, message=message):
                 self._send(peers, message)
             case Deliver():
@@ -203,6 +275,7 @@ class Server:
             case Forget(peer=peer):
                 self._flush(peer)
                 self._full.pop(peer, None)
+                self._held.drop(peer)
                 self._bound().forget(peer)
             case Encode():
                 self._start(self._encode(action, self._tokenizers[action.cell]))
@@ -227,19 +300,38 @@ class Server:
     def _flush(self, peer: PeerId) -> None:
         """Send what a client is to hear of its requests: that of one step in one message."""
         outputs = self._outbox.pop(peer, [])
-        if len(outputs) == 1:
-            self._send([peer], outputs[0])
-        elif outputs:
-            self._send([peer], OutputBatch(outputs=outputs))
-        if outputs and peer not in self._full:
-            messages, size = self._bound().backlog(peer)
-            if messages > FULL_MESSAGES or size > FULL_BYTES:
-                self._full[peer] = {}
-                self._handle(ClientFull(peer, self._now()))
-                self._start(self._until_empty(peer))
+        if not outputs:
+            return
+        message = outputs[0] if len(outputs) == 1 else OutputBatch(outputs=outputs)
+        journal = self._journal
+        waits = journal is not None and self._journal_failure is None and journal.committed < journal.appended
+        if waits or self._held.count(peer):
+            self._hold(peer, message)
+        else:
+            self._send([peer], message)
+            self._look_at_backlog(peer)
+
+    def _hold(self, peer: PeerId, message: Message) -> None:
+        """Send it once all is committed that was appended till now."""
+        if self._journal is not None:
+            self._held.put(self._journal.appended, peer, message)
+            if self._held.count(peer) > FULL_MESSAGES:
+                self._pause(peer)
+
+    def _look_at_backlog(self, peer: PeerId) -> None:
+        messages, size = self._bound().backlog(peer)
+        if messages > FULL_MESSAGES or size > FULL_BYTES:
+            self._pause(peer)
+
+    def _pause(self, peer: PeerId) -> None:
+        """Tell a client no more until all that waits for it has left."""
+        if peer not in self._full:
+            self._full[peer] = {}
+            self._handle(ClientFull(peer, self._now()))
+            self._start(self._until_empty(peer))
 
     async def _until_empty(self, peer: PeerId) -> None:
-        while peer in self._full and self._bound().backlog(peer) != (0, 0):
+        while peer in self._full and (self._held.count(peer) or self._bound().backlog(peer) != (0, 0)):
             await asyncio.sleep(LOOK_S)
         if peer in self._full:
             self._handle(ClientEmpty(peer, self._now(), self._full.pop(peer)))

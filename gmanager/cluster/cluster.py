@@ -21,6 +21,7 @@ from gmanager.cluster.events import (
     Encoded,
     Event,
     Forget,
+    JournalChanged,
     Log,
     PeerGarbled,
     PeerSaid,
@@ -71,11 +72,13 @@ class Cluster:
         """Peers that are done for, and since when."""
         self._expelled: set[PeerId] = set()
         """Those of them that may register anew."""
-        self._requests = Requests(self._out.append, clock=lambda: self._now)
+        self._requests = Requests(self._out.append, clock=lambda: self._now, term=term)
         self._unbound: dict[int, tuple[Request, m.Submit]] = {}
         """Requests that wait for a cell that serves."""
         self._attaching: list[tuple[PeerId, m.Attach, float]] = []
         """What clients ask of requests that have ended, whose text nobody can make now; and since when."""
+        self._unwritten: str | None = None
+        """Why the journal can't be written."""
         self._num_dropped = 0
         self._num_preemptions = 0
         """Of cells that are over."""
@@ -109,6 +112,8 @@ class Cluster:
                 self._on_encoded(event)
             case StopFound(request=number, generated=generated):
                 self._on_stop_found(number, generated)
+            case JournalChanged(failure=failure):
+                self._unwritten = failure
             case Ticked():
                 self._on_tick()
             case Stopped(reason=reason):
@@ -317,6 +322,8 @@ class Cluster:
         """Why a request isn't taken in now."""
         if self._requests.by_id(submit.request_id) is not None:
             return m.Refusal("invalid", f"request id {submit.request_id!r} is in use by another request, which has not ended")
+        if self._unwritten is not None:
+            return m.Refusal("not_ready", f"no new requests are taken: the journal can't be written ({self._unwritten})")
         served = sorted({cell.spec.model for cell in self._cells.values()})
         if served and not _serving(submit.model, self._cells.values()):
             return m.Refusal("model", f"no model {(submit.model or '')[:100]!r} is served; there is {', '.join(served)}")

@@ -94,6 +94,14 @@ class StopFound:
 
 
 @dataclass(frozen=True, slots=True)
+class JournalChanged:
+    """The journal can't be written, for this reason; None: it can be (again), and nothing is missing in it."""
+
+    failure: str | None
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time has passed."""
 
@@ -168,9 +176,28 @@ class Restored:
     refusal: RefusalReason | None = None
 
 
-Event = PeerSaid | PeerGarbled | PeerWasLost | ClientFull | ClientEmpty | TextLoaded | Encoded | StopFound | Ticked | Stopped
+Event = (
+    PeerSaid
+    | PeerGarbled
+    | PeerWasLost
+    | ClientFull
+    | ClientEmpty
+    | TextLoaded
+    | Encoded
+    | StopFound
+    | JournalChanged
+    | Ticked
+    | Stopped
+)
 
 # --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Put it in the journal, all of one event together: clients are told of it once it is there."""
+
+    entry: Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +283,6 @@ class Log:
     fields: Mapping[str, object]
 
 
-Action = Send | SendAll | Forget | LoadText | DropText | Encode | Deliver | Log
+Action = Write | Send | SendAll | Forget | LoadText | DropText | Encode | Deliver | Log
 
 Emit = Callable[[Action], None]

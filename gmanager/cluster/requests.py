@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from gmanager.cluster.delivery import Delivery
-from gmanager.cluster.events import Emit, Encoded, Log, Restored, Send
+from gmanager.cluster.events import Accepted, Emit, Encoded, Entry, Finished, Generated, Log, Restored, Send, Write
 from gmanager.cluster.lifecycle import TRANSITIONS, Change
 from gmanager.cluster.request import Ended, Request, content_of
 from gmanager.config import Spread
@@ -30,18 +30,23 @@ KEEP_ENDED = 1024
 """Ended requests that are kept, for statistics and for who attaches late."""
 KEEP_ENDED_BYTES = 64 * 2**20
 """Most that their tokens and log-probabilities take together."""
+NUMBERS_OF_A_TERM = 2**32
+"""With a journal numbers begin anew behind a multiple of this, whichever a lost gManager gave in its last moments: instances
+may hold tokens of a request that no journal knows."""
 
 
 class Requests:
     """All live requests, what is kept of the last finished ones, and what is counted of all."""
 
-    def __init__(self, emit: Emit, clock: Callable[[], float]) -> None:
+    def __init__(self, emit: Emit, clock: Callable[[], float], *, term: int = 0) -> None:
+        """`term`: of the journal; 0: there is none, and nothing is to be written."""
         self.observed = Observed()
         self.waiting_bytes = 0
         """What the prompts of waiting requests take."""
         self.delivery = Delivery(emit)
         self._emit = emit
         self._clock = clock
+        self._term = term
         self._numbers = 0
         self._live: dict[int, Request] = {}
         self._ids: dict[str, Request] = {}
@@ -55,12 +60,13 @@ class Requests:
         """Take a request in. Its id must not be that of a live one; one that has ended is forgotten."""
         if submit.request_id in self._ids:
             raise ValueError(f"request id {submit.request_id!r} is in use")
-        self._numbers += 1
+        self._numbers = max(self._numbers, NUMBERS_OF_A_TERM * self._term) + 1
         now = self._clock()
         request = _request(self._numbers, submit, client, seed, spread, now)
         self._live[request.number] = self._ids[request.id] = request
         self._forget_ended(request.id)
         self.waiting_bytes += request.num_bytes
+        self._write(Accepted(number=request.number, submit=submit, seed=seed, spread=spread))
         return request
 
     def restore(self, restored: Restored) -> Request:
@@ -79,16 +85,21 @@ class Requests:
         request.is_scored = bool(restored.token_ids)
         if restored.finish_reason is not None:
             request.finish_reason, request.state, request.detached_at = restored.finish_reason, "finished", None
-            self._keep_ended(Ended(request, request.stats(), restored.error))
+            self._keep_ended(Ended(request, request.stats(), restored.error, restored.refusal))
             return request
         self._live[request.number] = self._ids[request.id] = request
+        self._forget_ended(request.id)
         self.waiting_bytes += request.num_bytes
         if restored.encoded is not None:
-            self.set_tokens(request, restored.encoded)
+            self._set_tokens(request, restored.encoded)
         return request
 
     def set_tokens(self, request: Request, encoded: Encoded) -> None:
         """What its text means to the model is known; the text is not kept."""
+        self._set_tokens(request, encoded)
+        self._write(encoded)
+
+    def _set_tokens(self, request: Request, encoded: Encoded) -> None:
         self.waiting_bytes -= request.num_bytes
         request.prompt, request.highest, request.submit = encoded.token_ids, encoded.highest, None
         request.bad_words, request.grammar = list(encoded.bad_words), encoded.grammar
@@ -164,6 +175,8 @@ class Requests:
         self._observe_end(request, reason, refusal)
         request.finish_reason = reason
         self.change(request, "end")
+        generated = len(request.tokens)
+        self._write(Finished(number=request.number, finish_reason=reason, generated=generated, error=error, refusal=refusal))
         self.delivery.tell(request, reason, error, refusal)
         self.fail_move(request, f"request {request.id!r} has ended ({reason})")
         self._log_end(request, reason, error, refusal)
@@ -192,6 +205,7 @@ class Requests:
                 self._ended_bytes += ended.num_bytes
                 stats = msgspec.structs.replace(ended.stats, finish_reason="stop", generated_tokens=generated)
                 self._ended[request_id] = Ended(ended.request, stats)
+                self._write(Finished(number=number, finish_reason="stop", generated=generated))
                 return
 
     def fail_move(self, request: Request, reason: str) -> None:
@@ -218,6 +232,10 @@ class Requests:
             if not request.is_live or request.state == "finished":
                 raise RuntimeError(f"request {request.number} is kept as live and has finished")
 
+    def _write(self, entry: Entry) -> None:
+        if self._term:
+            self._emit(Write(entry))
+
     def _keep_ended(self, ended: Ended) -> None:
         ended.request.prompt = b""
         self._forget_ended(ended.request.id)
@@ -236,6 +254,8 @@ class Requests:
             request.logprobs += logprobs or ()
         if not token_ids:
             return
+        scores = None if request.logprobs is None else logprobs
+        self._write(Generated(number=request.number, index=len(request.tokens), token_ids=token_ids, logprobs=scores))
         now = self._clock()
         if request.first_token_at is None:
             request.first_token_at = now

@@ -84,8 +84,8 @@ def one_by_one(actions: list[Action]) -> list[Action]:
 class Driver:
     """A cluster and its clock. The books are checked after every event; log lines are kept apart from the actions."""
 
-    def __init__(self, **config: Any) -> None:
-        self.cluster = Cluster(GManagerConfig(**config))
+    def __init__(self, *, term: int = 0, **config: Any) -> None:
+        self.cluster = Cluster(GManagerConfig(**config), term=term)
         self.now = 0.0
         self.logs: list[Log] = []
         self.free: dict[PeerId, int] = {}

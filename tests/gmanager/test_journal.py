@@ -188,7 +188,7 @@ class Told:
     accepted: Accepted
     encoded: Encoded | None = None
     tokens: list[int] = field(default_factory=list)
-    finished: Finished | None = None
+    ended: Finished | None = None
 
 
 class Interleavings(RuleBasedStateMachine):
