@@ -10,8 +10,11 @@ gManager is killed, and another one goes on with what clients may have seen.
 import logging
 import os
 import random
+import tempfile
+from array import array
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -36,8 +39,10 @@ from gmanager.cluster.events import (
     StopFound,
     TextLoaded,
     Ticked,
+    Write,
 )
 from gmanager.config import GManagerConfig
+from gmanager.journal_file import Batch, JournalFile
 from gmanager.wire import messages as m
 from instance.rmanager import RManager
 from instance.unheard import Unheard
@@ -137,6 +142,10 @@ class World:
             max_queue_wait_s=NEVER, max_stall_s=NEVER, instance_lease_s=lease, max_pause_s=NEVER, resume_s=5.0
         )
         self.term = 1
+        self.batch = Batch()
+        """What goes into the journal next."""
+        self.journal = b""
+        """Its file."""
         self.cluster = Cluster(self.config, term=self.term)
         self.now = 0.0
         self.chaos = chaos
@@ -181,6 +190,8 @@ class World:
 
     def do(self, action: Action) -> None:
         match action:
+            case Write(entry=entry):
+                self.batch.add(entry)
             case Send(peer=peer, message=m.Output() as output) if peer in self.clients:
                 assert output.finish_reason == "error"
                 assert output.refusal is not None, "nobody takes a request from another here"
@@ -610,31 +621,30 @@ class World:
 
     # --- losses
 
+    def reopened(self) -> tuple[int, list[Restored]]:
+        """The journal's next term, and what it has."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "journal"
+            if self.journal:
+                path.write_bytes(self.journal)
+            before = JournalFile(path)
+            before.write(self.batch)
+            before.close()
+            self.batch = Batch()
+            after = JournalFile(path)
+            try:
+                return after.term, after.read()
+            finally:
+                after.close()
+                self.journal = path.read_bytes()
+
     def lose_gmanager(self) -> None:
         """Another one comes at once. Its journal has what clients may have seen; what was under way is lost."""
         self.seen["gManager lost"] += 1
-        requests = self.cluster._requests
-        everything = [(request, None) for request in requests.live()]
-        everything += [(ended.request, ended.error) for ended in requests._ended.values() if ended.refusal is None]
-        self.term += 1
+        live = {request.number: request.tokens for request in self.cluster._requests.live()}
+        self.term, restored = self.reopened()
+        assert {each.number: array("I", each.token_ids) for each in restored if each.finish_reason is None} == live
         self.cluster = Cluster(self.config, term=self.term)
-        restored: list[Restored] = []
-        for request, error in sorted(everything, key=lambda pair: pair[0].number):
-            known = None if request.submit is not None else Encoded(request.number, self.now, request.prompt, highest=1)
-            submit = self.submitted[request.id]
-            tokens = request.tokens.tolist()
-            restored.append(
-                Restored(
-                    number=request.number,
-                    submit=submit,
-                    seed=7,
-                    spread=request.spread,
-                    encoded=known,
-                    token_ids=tokens,
-                    finish_reason=request.finish_reason,
-                    error=error,
-                )
-            )
         self.cluster.restore(restored, self.now)
         self.late.clear()
         self.stop = None
