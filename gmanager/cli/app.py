@@ -46,6 +46,9 @@ def up(
         list[str] | None,
         typer.Option("--served-model-name", metavar="NAME", help="what requests call the model; may be given again: also that"),
     ] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="file that keeps requests and their tokens, for when the gManager is lost (none)")
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
     allow_origins: Annotated[
         list[str] | None,
@@ -77,6 +80,7 @@ def up(
         max_context=max_context,
         dtype=dtype,
         names=tuple(dict.fromkeys(names or ())),
+        journal=journal,
         api_key_file=api_key_file,
         allow_origins=tuple(allow_origins or ()),
         aliases=tuple(aliases or ()),

@@ -58,6 +58,8 @@ class ServiceConfig:
     """Of the gManager."""
     http: str | None = None
     """HOST:PORT of a gateway; None: none is started."""
+    journal: Path | None = None
+    """Of the gManager."""
     api_key_file: Path | None = None
     gateway_flags: tuple[str, ...] = ()
     """What the gateway is told besides."""
@@ -167,7 +169,8 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
 
 
 def _gmanager(config: ServiceConfig, bind: str) -> list[str]:
-    return [sys.executable, "-m", "gmanager", "--bind", bind, "--spread", config.spread]
+    journal = [] if config.journal is None else [f"--journal={config.journal}"]
+    return [sys.executable, "-m", "gmanager", "--bind", bind, "--spread", config.spread, *journal]
 
 
 def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:

@@ -55,6 +55,7 @@ class Wanted:
     max_context: int | None
     dtype: str
     names: tuple[str, ...]
+    journal: Path | None
     api_key_file: Path | None
     allow_origins: tuple[str, ...]
     aliases: tuple[str, ...]
@@ -111,6 +112,8 @@ def check(wanted: Wanted) -> ServiceConfig:
         raise CannotStart(str(error)) from error
     except OSError as error:
         raise CannotStart(f"{wanted.api_key_file} can't be read (--api-key-file): {error.strerror}") from error
+    if wanted.journal is not None and not wanted.journal.expanduser().absolute().parent.is_dir():
+        raise CannotStart(f"{wanted.journal} can't be made (--journal): there is no such directory")
     kv_tokens = wanted.kv_tokens
     if device == "cpu" and kv_tokens is None and wanted.kv_memory is None:
         kv_tokens = CPU_KV_TOKENS
@@ -130,6 +133,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             ready_timeout_s=3600,
             bind=wanted.bind,
             http=wanted.http,
+            journal=None if wanted.journal is None else wanted.journal.expanduser().absolute(),
             api_key_file=wanted.api_key_file,
             gateway_flags=_gateway_flags(wanted),
         )
