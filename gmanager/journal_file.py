@@ -70,7 +70,7 @@ class Tail:
     """Consecutive tokens of a request, from `start` on."""
 
     start: int
-    token_ids: "array[int]" = field(default_factory=lambda: array("I"))
+    token_ids: "array[int]"
     logprobs: list[TokenLogprob] | None = None
 
     def add(self, new: Generated) -> None:
@@ -95,17 +95,18 @@ class Batch:
         self.tails: dict[int, Tail] = {}
 
     def add(self, entry: Entry) -> None:
-        match entry:
-            case Accepted():
-                self.accepted.append((entry, time.time()))
-            case Encoded():
-                self.encoded.append(entry)
-            case Generated(number=number, index=index):
-                if number not in self.tails:
-                    self.tails[number] = Tail(index)
-                self.tails[number].add(entry)
-            case Finished(number=number):
-                self.ended[number] = entry
+        """Raises ValueError for tokens that don't follow those before."""
+        if isinstance(entry, Generated):  # nearly all are
+            tail = self.tails.get(entry.number)
+            if tail is None:
+                tail = self.tails[entry.number] = Tail(entry.index, array("I"))
+            tail.add(entry)
+        elif isinstance(entry, Accepted):
+            self.accepted.append((entry, time.time()))
+        elif isinstance(entry, Encoded):
+            self.encoded.append(entry)
+        else:
+            self.ended[entry.number] = entry
 
     def extend(self, later: "Batch") -> None:
         """Take in what came after."""
