@@ -102,6 +102,8 @@ class Service:
     """Of the gateway."""
     instances: list[Process] = field(default_factory=list)
     """The torchrun of each, by its number in the cell."""
+    keeps_journal: bool = False
+    """Another gManager can go on with what this one knows."""
 
     @property
     def processes(self) -> list[Process]:
@@ -147,7 +149,8 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
     """A service that is ready when entered, and gone when left. `tell` hears what is being waited for. Raises ServiceError."""
     config.logs.mkdir(parents=True, exist_ok=True)
     tell("starting the gManager")
-    service = Service(gmanager=Process("the gManager", _gmanager(config, config.bind), config.logs / "gmanager.log"))
+    gmanager = Process("the gManager", _gmanager(config, config.bind), config.logs / "gmanager.log")
+    service = Service(gmanager=gmanager, keeps_journal=config.journal is not None)
     try:
         service.address = await _said(service.gmanager, "tcp://")
         service.gmanager.command = _gmanager(config, service.address)

@@ -44,10 +44,10 @@ class Upkeep:
         self._log.close()
 
     def look(self, now: float) -> None:
-        """Tell what has happened, and start what is due. Raises ProcessEnded if the gManager has ended."""
+        """Tell what has happened, and start what is due. Raises ProcessEnded if the gManager has ended and keeps no journal."""
         self._tell_of_cells()
-        # it is not started again: what it knew of requests is lost with it, and its instances end
-        self._service.gmanager.check()
+        if not self._service.keeps_journal:
+            self._service.gmanager.check()  # what it knew of requests is lost with it
         for process in self._service.processes:
             if process.code is not None:
                 self._look_after(process, now)
@@ -78,7 +78,7 @@ class Upkeep:
 
 
 async def keep_up(service: Service, say: Callable[[str], None]) -> Never:
-    """Look after a service. Raises ProcessEnded when its gManager ends."""
+    """Look after a service. Raises ProcessEnded when its gManager ends and keeps no journal."""
     upkeep = Upkeep(service, say)
     try:
         while True:

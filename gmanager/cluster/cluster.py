@@ -768,6 +768,8 @@ class Cluster:
                 self._out.append(Forget(peer))
 
     def _on_stop(self, reason: str) -> None:
+        if self._term:
+            return  # the next gManager of the journal goes on with all of it, as if this one had been killed
         for request in self._requests.live():
             self._end(request, "error", reason)
         for cell in list(self._cells.values()):

@@ -61,6 +61,17 @@ def place(tmp_path: Path) -> Any:
     place.upkeep.close()
 
 
+def test_a_gmanager_that_keeps_a_journal_is_started_again(place: Place) -> None:
+    place.made["the gManager"].code = -9
+    with pytest.raises(ProcessEnded, match="the gManager was killed"):
+        place.look(10)
+    place.upkeep._service.keeps_journal = True
+    (line,) = place.look(100)
+    assert "the gManager was killed" in line
+    assert line.endswith("it is started again")
+    assert place.made["the gManager"].starts == 2
+
+
 def test_pauses_grow_and_who_ran_long_is_started_at_once() -> None:
     assert pause_after(60, 0) == pause_after(61, 32) == 0
     pauses = [0.0]
