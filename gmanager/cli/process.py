@@ -109,9 +109,8 @@ class Process:
         if self.code is None:
             self._child.send_signal(signal.SIGTERM)
 
-    def stop(self) -> None:
-        """Ask it to end, wait, and kill what is left of its group."""
-        self.ask_to_end()
+    def wait_or_kill(self) -> None:
+        """Once it was asked to end: wait, and kill what is left of its group."""
         try:
             self._child.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -127,8 +126,8 @@ class Process:
 
 
 def stop_all(processes: Sequence[Process]) -> None:
-    """Stop them together: each has its time while the others have theirs."""
+    """Stop them together: each has its time while the others have theirs. Each is asked once: twice would mean at once."""
     for process in processes:
         process.ask_to_end()
     for process in processes:
-        process.stop()
+        process.wait_or_kill()

@@ -1,11 +1,13 @@
 """What is started again when, and told: processes that are made up, a log that is written line by line, and no clock."""
 
+import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from gmanager.cli.process import Process, ProcessEnded
+from gmanager.cli.process import Process, ProcessEnded, stop_all
 from gmanager.cli.service import Service
 from gmanager.cli.upkeep import Upkeep, pause_after
 
@@ -118,3 +120,26 @@ def test_changes_of_a_cell_are_told_once_and_in_whole_lines(place: Place) -> Non
     assert place.look(2) == ["1 of 2 instances serve, 1,024 tokens of KV"]
     place.log('event="request admitted" request=x\n')
     assert place.look(3) == []
+
+
+def test_all_are_asked_to_end_once(tmp_path: Path) -> None:
+    """A second SIGTERM means: at once. One that takes its time to end after the first must not hear it."""
+    program = (
+        "import signal, time\n"
+        "def asked(*_):\n"
+        "    print('asked', flush=True)\n"
+        "    global left\n"
+        "    left = 0.5\n"
+        "left = None\n"
+        "signal.signal(signal.SIGTERM, asked)\n"
+        "print('ready', flush=True)\n"
+        "while left is None or left > 0:\n"
+        "    time.sleep(0.05)\n"
+        "    left = None if left is None else left - 0.05\n"
+    )
+    processes = [Process(f"p{i}", [sys.executable, "-c", program], tmp_path / f"{i}.log") for i in range(2)]
+    while not all("ready" in process.text() for process in processes):
+        time.sleep(0.02)
+    stop_all(processes)
+    assert [process.code for process in processes] == [0, 0]
+    assert [process.text() for process in processes] == ["ready\nasked\n"] * 2
