@@ -34,6 +34,9 @@ from instance.start import load, make_instance
 
 T = TypeVar("T")
 
+REPEATED_S = 1.0
+"""A SIGTERM that soon after the first is the same one: torchrun sends it to its workers twice, milliseconds apart."""
+
 _PR_SET_PDEATHSIG = 1
 """Of Linux's prctl(2)."""
 
@@ -147,12 +150,17 @@ async def serve(config: InstanceConfig) -> None:
     asked: asyncio.Future[str] = loop.create_future()
 
     instance: Instance | None = None
+    repeats_until = 0.0
 
     def on_signal(number: signal.Signals) -> None:
         """The first SIGTERM leaves time to be emptied; a second one, or Ctrl-C, doesn't."""
+        nonlocal repeats_until
         is_first = not asked.done()
         if is_first:
             asked.set_result(number.name)
+            repeats_until = loop.time() + REPEATED_S
+        elif number == signal.SIGTERM and loop.time() < repeats_until:
+            return
         if instance is not None:
             end = instance.leave if is_first and number == signal.SIGTERM else instance.stop
             end(number.name)

@@ -1,5 +1,6 @@
 """Instances that are emptied while they serve. Real processes, on loopback only."""
 
+import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -99,7 +100,9 @@ async def test_sigterm_empties_an_instance_and_the_last_one_leaves_at_once(start
             stream = Stream(client, "s", ids, 200, "all")
             await stream.reach(10)
             prefilled = (await until(client, lambda s: s.counters.tokens_prefilled >= 400)).counters.tokens_prefilled
-            instances[1].signal(signal.SIGTERM)
+            for _ in range(2):  # as torchrun does
+                instances[1].signal(signal.SIGTERM)
+                await asyncio.sleep(0.05)
             assert await instances[1].exit_code(25) == 0
             await stream.is_right(expected)
             stats = await until(client, lambda s: len(s.instances) == 1 and s.cells[0].state == "ready")
