@@ -84,6 +84,9 @@ class _Stream:
     def put(self, output: m.Output) -> bool:
         """Take what has come, unless too much lies here unread, or it does not follow: then it was sent before it was asked for
         again. Returns whether it was taken."""
+        if output.finish_reason == "error" and not output.token_ids:  # whatever else is lacking: it is over for this client
+            self.outputs.put_nowait(output)
+            return True
         if self.is_behind or output.index > self.next_index:
             return False
         if output.index < self.next_index and output.finish_reason is None:

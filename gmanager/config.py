@@ -54,6 +54,8 @@ class GManagerConfig:
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if not (math.isfinite(self.resume_s) and self.resume_s >= 0):
             raise ValueError(f"resume_s must be a number >= 0, got {self.resume_s}")
+        if self.journal is not None and not self.resume_s:
+            raise ValueError("with a journal resume_s must be more than 0: what is restored waits so long for its clients")
 
 
 def parse_spread(text: str) -> Spread:

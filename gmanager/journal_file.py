@@ -365,7 +365,7 @@ class JournalFile:
             self._sizes[number] += len(token_ids) + len(logprobs or b"")
 
     def _note_end(self, number: int) -> None:
-        if number not in self._ended:
+        if number not in self._ended and number in self._sizes:  # else its rows are gone
             self._ended[number] = None
             self._ended_bytes += self._sizes[number]
 
@@ -393,7 +393,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise JournalError(f"journal {path} can't be used: {error}") from error
     except sqlite3.DatabaseError as error:
         raise JournalError(f"{path} is no journal, or damaged: {error}") from error
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, KeyError) as error:
         raise JournalError(f"journal {path} is damaged: {error}") from error
 
 

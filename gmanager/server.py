@@ -55,6 +55,8 @@ from gmanager.wire.messages import (
     Message,
     Output,
     OutputBatch,
+    Pong,
+    PromptOutput,
     RefusalReason,
     Submit,
     TextAssets,
@@ -262,10 +264,13 @@ class Server:
                 pass  # with all others of its event
             case Send(peer=peer, message=message):
                 self._flush(peer)
-                if self._held.count(peer):
+                is_early = isinstance(message, Pong) and message.outputs and self._is_behind
+                if is_early or self._held.count(peer):  # an instance keeps its outputs until they are written
                     self._hold(peer, message)
                 else:
                     self._send([peer], message)
+                    if isinstance(message, PromptOutput):
+                        self._look_at_backlog(peer)
             case SendAll(peers=peers, message=message):
                 self._send(peers, message)
             case Deliver():
@@ -303,13 +308,17 @@ class Server:
         if not outputs:
             return
         message = outputs[0] if len(outputs) == 1 else OutputBatch(outputs=outputs)
-        journal = self._journal
-        waits = journal is not None and self._journal_failure is None and journal.committed < journal.appended
-        if waits or self._held.count(peer):
+        if self._is_behind or self._held.count(peer):
             self._hold(peer, message)
         else:
             self._send([peer], message)
             self._look_at_backlog(peer)
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether something is to be written before more is said."""
+        journal = self._journal
+        return journal is not None and self._journal_failure is None and journal.committed < journal.appended
 
     def _hold(self, peer: PeerId, message: Message) -> None:
         """Send it once all is committed that was appended till now."""

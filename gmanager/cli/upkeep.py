@@ -55,7 +55,7 @@ class Upkeep:
     def _look_after(self, process: Process, now: float) -> None:
         """One that has ended."""
         if process.name not in self._due:
-            if process.code == 0:
+            if process.code == 0 and process is not self._service.gmanager:
                 self._due[process.name] = None
                 self._say(f"{process.name} has ended, as it was asked to; it is not started again")
                 return

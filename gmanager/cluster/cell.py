@@ -162,8 +162,8 @@ class Cell:
         """The epoch that is being ended is one that a gManager before had begun."""
         self._former_size = 0
         """Members of the epoch in which the gManager before was lost."""
-        self._left_again = 0
-        """Of these, those that were back and are gone."""
+        self._left_again: dict[int, None] = {}
+        """Ids of these that were back and are gone."""
         self._broken: dict[int, tuple[float, str]] = {}
         """Ranks that another says it lost the link to: since when, and in which words."""
         self._emit = emit
@@ -281,7 +281,7 @@ class Cell:
     @property
     def has_returned(self) -> bool:
         """Whether all are back, and their epoch can be ended: what they generated is text, too."""
-        return self.phase == "returning" and self.text_loaded and len(self.members) + self._left_again >= self._former_size
+        return self.phase == "returning" and self.text_loaded and len(self.members) + len(self._left_again) >= self._former_size
 
     def give_up_absent(self) -> None:
         """Wait no longer for members that have not come back."""
@@ -308,7 +308,8 @@ class Cell:
 
     def remove(self, member: Member) -> None:
         """It is no member any more, nor about to be one."""
-        self._left_again += self.phase == "returning" and member in self.members
+        if self.phase == "returning" and member in self.members:
+            self._left_again[member.id] = None
         (self.joiners if member in self.joiners else self.members).remove(member)
         self.counted = Counters.sum(self.counted, member.counters)
         if self.is_formed or self.phase == "returning":
@@ -432,6 +433,7 @@ class Cell:
             for other in fresh:
                 self._add_joiner(other)
         member.id = self._free_id() if any(m.id == former.id for m in self.members) else former.id
+        self._left_again.pop(member.id, None)
         self.members.append(member)
         self.members.sort(key=lambda m: m.id)
         for joiner in self.joiners:

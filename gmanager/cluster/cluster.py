@@ -89,6 +89,8 @@ class Cluster:
         for restored in requests:
             request = self._requests.restore(restored)
             if request.is_live:
+                if restored.encoded is None and request.prompt_tokens <= SCANNED_AT_ONCE:
+                    request.highest = max(m.unpack_tokens(request.prompt), default=0)
                 self._unbound[request.number] = request, restored.submit
 
     def handle(self, event: Event) -> list[Action]:
@@ -427,8 +429,8 @@ class Cluster:
         sequences = self._sequences_of(request)
         if cell is None or sequences is None:
             raise RuntimeError(f"request {request.number} is bound to cell {request.cell_number}, which is over")
-        refusal = None if request.is_restored else cell.why_never(request.prompt, request.highest, request.params)
-        if refusal is not None:
+        refusal = cell.why_never(request.prompt, request.highest, request.params)
+        if refusal is not None and not (request.is_restored and refusal.reason == "never"):
             self._refuse(request, refusal)
         else:
             given = request.params.max_tokens
@@ -617,7 +619,7 @@ class Cluster:
         sequences = self._sequences[cell.name]
         for unheard in sorted((u for member in cell.members for u in member.unheard), key=lambda u: (u.request, u.index)):
             request = self._requests.by_number(unheard.request)
-            if request is not None and request.cell_number == cell.number and request.state == "queued":
+            if request is not None and request.is_restored and request.state == "queued" and request.cell_number == cell.number:
                 sequences.take_unheard(request, unheard)
         sequences.reclaim(
             {request: seq for seq, request in sorted(item for member in cell.members for item in member.requests.items())}

@@ -109,8 +109,9 @@ class Delivery:
         owed = self._paused.pop(peer, {})
         left = dict(lacks)
         for request in live:
+            index = left.pop(request.id, request.sent)
             if request.client == peer:
-                request.sent = min(request.sent, left.pop(request.id, request.sent))
+                request.sent = min(request.sent, index)
                 self.tell(request)
         return owed | {request_id: min(index, owed.get(request_id, index)) for request_id, index in left.items()}
 

@@ -196,6 +196,8 @@ class Requests:
         for request_id, ended in reversed(self._ended.items()):
             reason = ended.stats.finish_reason
             if ended.request.number == number and reason is not None:
+                if (reason, ended.stats.generated_tokens) == ("stop", generated):
+                    return  # its text was made anew, for who attached late
                 # nobody has seen these counts: the shell asks for this before it does anything else
                 self.observed.finished[reason] -= 1
                 self.observed.finished["stop"] += 1

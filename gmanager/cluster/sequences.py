@@ -215,7 +215,7 @@ class Sequences:
         """KV that was kept for another gManager: request -> sequence as which it ran."""
         self._numbers = max(self._numbers, *(seq for member in self._cell.members for seq in member.kept or ()), 0)
         for request in self._waiting:
-            if request.number in came_from and not self._lacks_scores(request):
+            if request.is_restored and request.number in came_from and not self._lacks_scores(request):
                 self._came_from[request.number] = came_from[request.number]
 
     @staticmethod
@@ -492,7 +492,7 @@ class Sequences:
     def _may_fit(self, request: Request) -> bool:
         """Whether the present members could hold all of it, alone. The cell may have been larger when it came, and be again."""
         most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
-        return request.prompt_tokens + request.max_tokens <= most
+        return request.prompt_tokens + max(request.max_tokens, len(request.tokens) + 1) <= most
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
@@ -571,6 +571,7 @@ class Sequences:
         sequence.held = dict(sequence.kept)
         if request.params.prompt_logprobs is not None and not request.is_scored:
             sequence.unscored = request.prompt_tokens - 1
+            request.scores.clear()
         self._sequences[sequence.number] = sequence
         request.seq = sequence.number
         request.home = self._id(home)

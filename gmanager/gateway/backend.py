@@ -157,6 +157,9 @@ class Backend:
                     continue
                 try:
                     assets = await client.text_assets(cell.name)
+                    if known is not None and known.tokenizer.assets == assets:  # its membership has changed, no more
+                        self._models[name] = replace(known, cell=cell.name, epoch=cell.epoch, max_context=cell.max_context)
+                        continue
                     tokenizer = await asyncio.to_thread(Tokenizer, assets)
                 except CallFailed as error:  # it has gone since: the other cells' requests are none the worse
                     log.warning("cell not ready any more", model=name, reason=str(error))

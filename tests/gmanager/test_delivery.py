@@ -270,6 +270,26 @@ def test_an_index_that_makes_no_sense_is_never_built(index: int) -> None:
         attach("r", index)
 
 
+def test_what_another_has_taken_over_meanwhile_stays_with_it() -> None:
+    driver = serving(8)
+    running(driver, "r", generated=2)
+    driver.handle(ClientFull(CLIENT, driver.now))
+    driver.say(OTHER, HELLO)
+    driver.say(OTHER, attach("r", 2))
+    assert driver.handle(ClientEmpty(CLIENT, driver.now, {"r": 1})) == []
+    assert driver.say(peer(0), outputs(1, 2, [7])) == [deliver(1, "r", 2, [7], peer=OTHER)]
+
+
+def test_a_stop_that_is_found_again_is_written_once() -> None:
+    """Its text is made anew for who attaches late; the journal may have forgotten it."""
+    driver = serving(8)
+    driver.cluster._requests._term = 1
+    running(driver, "r", generated=2, stop=["x"])
+    driver.handle(StopFound(1, 2, driver.now))
+    driver.say(CLIENT, attach("r", 0))
+    assert driver.handle(StopFound(1, 2, driver.now)) == []
+
+
 def test_much_comes_in_pieces() -> None:
     """One answer with all of it may not fit a frame."""
     driver = serving(8)

@@ -616,3 +616,15 @@ def test_a_home_can_move_to_who_came() -> None:
     assert moved[-1] == Send(peer(1), m.MoveSequence(epoch=2, seq=1, to=1))
     assert driver.say(peer(2), m.HomeMoved(epoch=2, seq=1, home=1)) == [done(1)]
     assert request_stats(driver, "r").home == 2
+
+
+def test_one_without_max_tokens_that_has_outgrown_what_is_left_stops_nobody() -> None:
+    """Its prompt would fit, with as many tokens as there is room for; what it has generated already doesn't."""
+    driver = serving(8, 8)
+    running(driver, "long", 20, generated=10, max_tokens=None, ignore_eos=True)
+    driver.say(CLIENT, submit("short", 4, max_tokens=2))
+    driver.lose(1)
+    driver.keep(peer(0), 8)
+    admits = messages(driver.grant(driver.join(2, peer(0))), m.Admit)
+    assert [admit.arrival for admit in admits] == [2]
+    assert request_stats(driver, "long").state == "queued"

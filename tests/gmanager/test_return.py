@@ -1,7 +1,7 @@
 """A cell whose gManager was lost returns to the next: what is said in which order, and what becomes of tokens and KV.
 
 As test_membership.py: blocks of 4 tokens, literal events in, literal actions out. Requests have the numbers that they had
-before: here the client submits them anew.
+before.
 """
 
 from typing import Any
@@ -52,9 +52,11 @@ def suspend(rank: int) -> Send:
 
 
 def waiting(*names: str, **more: Any) -> Driver:
-    """A gManager that has requests and no cell."""
+    """A gManager that has requests and no cell: as restored ones to which their client has attached."""
     driver = Driver()
     driver.say(CLIENT, HELLO, *(submit(name, 10, **more) for name in names))
+    for request in driver.cluster._requests.live():
+        request.is_restored = True
     return driver
 
 
@@ -122,6 +124,26 @@ def test_what_was_delivered_is_not_delivered_again() -> None:
     driver = waiting("r")
     both = [m.Unheard(request=1, index=0, token_ids=[9, 9]), m.Unheard(request=1, index=1, token_ids=[9, 9])]
     assert returning(driver, kept(5, {3: (1, [[(0, 12)]])}, *both))[:2] == [deliver(1, "r", 0, [9, 9]), deliver(1, "r", 2, [9])]
+
+
+def test_a_new_request_of_the_same_number_is_another_one() -> None:
+    """Without a journal numbers begin anew: what an instance has of the former first request is nobody's any more."""
+    driver = Driver()
+    driver.say(CLIENT, HELLO, submit("r", 10))
+    tokens = m.Unheard(request=1, index=0, token_ids=[9, 9])
+    assert returning(driver, kept(5, {3: (1, [[(0, 12)]])}, tokens)) == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    assert request_stats(driver, "r").kv_tokens == {}
+
+
+def test_one_that_returns_twice_is_one() -> None:
+    """The other one is still waited for."""
+    driver = waiting("r")
+    driver.say(peer(0), back(0), m.Text(assets=ASSETS))
+    driver.handle(TextLoaded(1, 0.0))
+    driver.say(b"one", back(2, 3))
+    driver.handle(PeerWasLost(b"one", "gone", 0.0))
+    assert driver.say(b"again", back(2, 3))[1:] == []
+    assert driver.say(peer(1), back(1, 3))[1:] == [suspend(0), suspend(1), Send(b"again", suspend(0).message)]
 
 
 def test_what_does_not_follow_is_generated_again() -> None:
@@ -275,6 +297,15 @@ def test_a_restored_request_that_is_too_large_now_waits() -> None:
     assert [i.message for i in driver.come(NEW, 20, cell_size=1) if isinstance(i, Send)]
     driver.keep(peer(0), 8)
     assert admits(driver.grant(driver.join(2, peer(0), NEW)))
+
+
+def test_what_was_restored_and_never_read_is_looked_at_now() -> None:
+    """It came when there was no cell, as to which tokens there are."""
+    driver = Driver()
+    wrong = submit("r1", prompt=[5, 999_999])
+    driver.cluster.restore([Restored(number=1, submit=wrong, seed=7, spread="auto", encoded=None, token_ids=[])], 0.0)
+    driver.ready_cell(8)
+    assert request_stats(driver, "r1").finish_reason == "error"
 
 
 def test_numbers_of_restored_requests_only_grow() -> None:
