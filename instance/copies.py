@@ -15,7 +15,7 @@ from instance.rmanager import RManager
 class Copies:
     """What the gManager asks of this instance's end of copies, within one epoch."""
 
-    def __init__(self, rank: int, rmanager: RManager, transfers: Transfers, budget: StepBudget) -> None:
+    def __init__(self, rank: int, rmanager: RManager, transfers: Transfers, budget: StepBudget, device: torch.device) -> None:
         self._rank = rank
         self._rmanager = rmanager
         self._transfers = transfers
@@ -23,7 +23,7 @@ class Copies:
         self._offered: tuple[int, Sequence[int]] = -1, ()
         """The last move that was asked for, and the blocks of its run: a sequence that ends before it is copied takes them
         along, and what is copied then is nobody's any more."""
-        self.thread: Executor = ThreadPoolExecutor(1, "copy", torch.set_num_threads, (1,))
+        self.thread: Executor = ThreadPoolExecutor(1, "copy", _prepare_thread, (device,))
 
     def offer(self, asked: wire.OfferRun) -> wire.RunOffered:
         """A run of a sequence; none of its positions if nothing of it is here."""
@@ -65,3 +65,9 @@ class Copies:
         """Let go of who waits. What waits for the other instance comes back when the process group is closed."""
         self.budget.end()
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare_thread(device: torch.device) -> None:
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread: else a stream that is left makes a context on the first GPU

@@ -103,10 +103,10 @@ class Epoch:
     async def form(self, on_link_lost: Callable[[int, str], None]) -> None:
         """Meet the other members. Raises what torch raises if they don't come, and InstanceError after `end`."""
         loop, lasting, join = asyncio.get_running_loop(), self._lasting, self._join
+        if self.size > 1:  # first, so that its group is aborted last: when no graph is left, and nobody waits in a kernel
+            self._copies = await loop.run_in_executor(self._thread, self._make_copies)
         for lane in LANES:
             self._runners[lane] = await loop.run_in_executor(self._thread, self._make_runner, lane)
-        if self.size > 1:
-            self._copies = await loop.run_in_executor(self._thread, self._make_copies)
         if self._is_over:
             raise InstanceError("the epoch ended while it was being formed")
         config = lasting.config
@@ -246,7 +246,7 @@ class Epoch:
         group = self._make_group("transfer")
         budget = StepBudget(lasting.config.copy_tokens)
         transfers = Transfers(lasting.storage, Exchange(group.group, device), budget)
-        copies = Copies(self._join.rank, lasting.rmanager, transfers, budget)
+        copies = Copies(self._join.rank, lasting.rmanager, transfers, budget, device)
         self._undo(copies.close)
         return copies
 

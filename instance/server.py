@@ -180,7 +180,7 @@ class Instance:
         log.warning("gManager lost", reason=how)
         if self._is_leaving:
             raise InstanceError(f"the gManager is gone ({how}) that was to drain this instance")
-        self._is_alone, self._is_registered, self._silence = True, False, None
+        self._is_alone, self._is_registered, self._silence, self._unanswered = True, False, None, 0
         self._unheard.cut()
         try:
             async with asyncio.timeout(config.connect_timeout_s):
@@ -199,23 +199,11 @@ class Instance:
     async def _greet(self) -> None:
         """Raises PeerGone, and InstanceError if it refuses this instance."""
         config = self._config
-        self._gmanager.send(
-            wire.Register(
-                protocol=wire.PROTOCOL,
-                cell=config.cell,
-                cell_size=config.cell_size,
-                run_id=config.launch.run_id,
-                rank=config.launch.rank,
-                party_address=self._listener.address,
-                spec=self._spec,
-                wanted_id=config.id,
-                former=self._former,
-            )
-        )
+        self._introduce()
         while isinstance(answer := await self._gmanager.recv(), wire.Expelled | wire.Pong):
             if isinstance(answer, wire.Expelled) and self._former is not None:
-                await self._come_again(answer.reason)
-                return
+                await self._forget_cell(answer.reason)
+                self._introduce()
             # else what it said while it didn't know this instance
         if isinstance(answer, wire.Refused):
             raise InstanceError(f"the gManager refused this instance: {answer.reason}")
@@ -229,14 +217,32 @@ class Instance:
             self._gmanager.send(wire.Text(assets=self._assets))
         log.info("registered", gmanager=config.gmanager, cell=config.cell)
 
+    def _introduce(self) -> None:
+        config = self._config
+        self._gmanager.send(
+            wire.Register(
+                protocol=wire.PROTOCOL,
+                cell=config.cell,
+                cell_size=config.cell_size,
+                run_id=config.launch.run_id,
+                rank=config.launch.rank,
+                party_address=self._listener.address,
+                spec=self._spec,
+                wanted_id=config.id,
+                former=self._former,
+            )
+        )
+
     async def _beat(self) -> None:
         """Say that we live, and notice when the gManager doesn't."""
         while True:
             await asyncio.sleep(BEAT_S)
+            if not self._is_registered:
+                continue
             if self._unanswered * BEAT_S > self._lease_s:
                 self._silence = f"nothing was heard of it for {self._lease_s:.0f} s"
                 await self._gmanager.close()
-            elif self._is_registered:
+            else:
                 self._unanswered += 1
                 self._send_beat()
 
@@ -260,6 +266,9 @@ class Instance:
             raise InstanceError(f"what the gManager sends can't be read: {message}")
         if isinstance(message, wire.Pong):
             self._unheard.hear(message.outputs)
+        elif isinstance(message, wire.Registered):
+            if message.send_text:  # who was asked before is gone
+                self._gmanager.send(wire.Text(assets=self._assets))
         elif isinstance(message, wire.OpenStore):
             self._store, address = open_store(self._config.host, self._config.step_timeout_s)
             self._gmanager.send(wire.StoreOpened(epoch=message.epoch, address=address))
@@ -349,18 +358,32 @@ class Instance:
     async def _come_again(self, reason: str) -> None:
         """The cell goes on without this instance, which stood still or was cut off: as a new one it may take part again.
 
-        Raises InstanceError if the device doesn't let go.
+        Raises InstanceError if the device doesn't let go, or nobody answers.
         """
+        await self._forget_cell(reason)
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                await self._greet()
+        except PeerGone as gone:
+            await self._find_gmanager(str(gone))
+            self._is_alone = False  # it has no epoch
+        except TimeoutError:
+            raise InstanceError(f"expelled ({reason}), and nobody answered the new registration") from None
+
+    async def _forget_cell(self, reason: str) -> None:
+        """Free all that was of the cell. Raises InstanceError if the device doesn't let go."""
         log.warning("expelled", reason=reason)
         if self._is_leaving:
             raise InstanceError(f"expelled while it was being drained: {reason}")
+        self._is_registered, self._unanswered, self._former = False, 0, None
         over, self._epoch = self._epoch, None
         before, self._change = self._change, None
         self._rmanager.settle(await self._end(over, before))
         self._rmanager.keep([])
         self._rmanager.take_changes()
-        self._former, self._is_alone, self._unheard, self._requests = None, False, Unheard(), {}
-        await self._register()
+        self._is_alone, self._unheard, self._requests = False, Unheard(), {}
+        if self._is_leaving:
+            raise InstanceError("asked to end while it was expelled")
 
     async def _end(self, epoch: Epoch | None, before: asyncio.Task[None] | None) -> list[tuple[int, int]]:
         """End an epoch and what forms, runs or ends it (`before`). Returns what `Epoch.end` does, and raises as it does."""

@@ -158,6 +158,7 @@ class Cell:
         self.text_loaded = False
         self.text_source: Member | None = None
         self.began_at = 0.0
+        self._lease_s = 0.0
         self.was_left = False
         """The epoch that is being ended is one that a gManager before had begun."""
         self._former_size = 0
@@ -259,6 +260,7 @@ class Cell:
         """Register an instance; with the last of the quorum the first epoch begins. Later ones join with the next."""
         key = (register.run_id, register.rank)
         before = sum((m.register.run_id, m.register.rank) == key for m in self.everybody)
+        self._lease_s = lease_s
         member = Member(peer, register, (register.run_id, before), now)
         send_text = self.text_source is None
         if send_text:
@@ -311,6 +313,10 @@ class Cell:
         if self.phase == "returning" and member in self.members:
             self._left_again[member.id] = None
         (self.joiners if member in self.joiners else self.members).remove(member)
+        if self.phase == "returning" and member is self.text_source and self.assets is None:
+            self.text_source = self.everybody[0]  # the text of another is as good
+            again = Registered(lease_s=self._lease_s, send_text=True, term=self.term)
+            self._emit(Send(self.text_source.peer, again))
         self.counted = Counters.sum(self.counted, member.counters)
         if self.is_formed or self.phase == "returning":
             self._rank()
@@ -392,7 +398,9 @@ class Cell:
         """Whether the cell can go on without this member."""
         if self.is_formed:
             return self.everybody != [member]
-        return self.phase in ("registering", "returning") and (self.assets is not None or member is not self.text_source)
+        if self.phase == "returning":
+            return self.everybody != [member]
+        return self.phase == "registering" and (self.assets is not None or member is not self.text_source)
 
     @property
     def missing(self) -> list[Member]:

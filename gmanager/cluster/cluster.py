@@ -483,6 +483,10 @@ class Cluster:
             self._log(logging.WARNING, "instance refused", reason=reason)
             self._part(peer, m.Refused(reason=reason))
             return
+        if register.former is not None and register.former.term > self._term:
+            self._log(logging.ERROR, "instance has served a later gManager", term=register.former.term, own=self._term)
+            self._parting[peer] = self._now  # what this one says would only mislead it
+            return
         if register.former is not None and cell is not None and cell.phase not in ("registering", "returning"):
             self._expel(peer, f"cell '{cell.name}' has gone on without this instance")
             return

@@ -37,7 +37,7 @@ WHY = "its gManager was lost, and another has come"
 
 def back(rank: int, size: int = 2, epoch: int = EPOCH) -> m.Register:
     """A registration of who had that rank and id, in an epoch of so many."""
-    former = m.Former(term=1, epoch=epoch, id=rank, size=size)
+    former = m.Former(term=0, epoch=epoch, id=rank, size=size)
     return msgspec.structs.replace(register(rank=rank, cell_size=2), former=former)
 
 
@@ -238,6 +238,24 @@ def test_members_of_two_epochs() -> None:
     driver.say(peer(0), back(0, epoch=EPOCH), m.Text(assets=ASSETS))
     driver.handle(TextLoaded(1, 0.0))
     assert driver.say(peer(1), back(1, epoch=EPOCH - 1))[1:] == [suspend(0), suspend(1)]
+
+
+def test_the_text_is_asked_of_another_if_the_first_is_lost() -> None:
+    driver = waiting("r")
+    assert driver.say(peer(0), back(0, 3)) == [Send(peer(0), m.Registered(lease_s=5.0, send_text=True))]
+    driver.say(peer(1), back(1, 3))
+    again = Send(peer(1), m.Registered(lease_s=5.0, send_text=True))
+    assert driver.handle(PeerWasLost(peer(0), "gone", 0.0))[:-1] == [again]
+    driver.say(peer(1), m.Text(assets=ASSETS))
+    driver.handle(TextLoaded(1, 0.0))
+    assert driver.say(peer(2), back(2, 3))[1:] == [suspend(1), suspend(2)]
+
+
+def test_who_has_served_a_later_gmanager_is_told_nothing() -> None:
+    """A stale one could only mislead it."""
+    driver = serving(8, 8)
+    later = msgspec.structs.replace(register(rank=0, cell_size=2), former=m.Former(term=2, epoch=EPOCH, id=0, size=2))
+    assert driver.say(b"late", later) == []
 
 
 def test_a_returning_instance_meets_a_cell_that_has_formed() -> None:
