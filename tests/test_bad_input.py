@@ -319,7 +319,7 @@ async def test_ids_in_use(service: Service, llama: Path) -> None:
     with pytest.raises(RequestRefused, match="request id 'taken' is in use by this client"):
         await anext(service.client.generate([1], request_id="taken"))
     async with AsyncClient(service.server.address) as other:
-        with pytest.raises(RequestRefused, match="request id 'taken' is in use by a request that has not ended"):
+        with pytest.raises(RequestRefused, match="request id 'taken' is in use by another request, which has not ended"):
             await anext(other.generate([1], request_id="taken"))
         with pytest.raises(CallFailed, match="this client has no request 'taken'"):
             await other.abort("taken")
@@ -479,7 +479,7 @@ async def test_garbage_to_an_instance(service: Service, rank: int) -> None:
 
 
 async def test_frames_over_the_limit(service: Service) -> None:
-    """The connection ends before the frame is read; a client's requests with it."""
+    """The connection ends before the frame is read; a client's requests go on, for it to come back."""
     for instance in members(service):
         async with stranger(instance.party_address) as peer:
             peer.send(bytes(MAX_FRAME_BYTES + 1))
@@ -490,7 +490,7 @@ async def test_frames_over_the_limit(service: Service) -> None:
         client.send(bytes(MAX_FRAME_BYTES + 1))
         await client.is_thrown_out()
         stats = await until(service, lambda s: s.requests["over"].state == "finished")
-        assert stats.requests["over"].finish_reason == "abort"
+        assert stats.requests["over"].finish_reason == "length"
 
 
 async def test_noise_on_every_port(service: Service, farm: Farm, llama: Path) -> None:
