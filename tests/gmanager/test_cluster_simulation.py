@@ -824,7 +824,7 @@ def test_chaos_reaches_what_it_is_for() -> None:
     assert seen["comes back"] > 3, seen
     assert seen["lost text"] < 5, seen
     assert all(seen[how] for how in ("lost", "leaves", "silent", "unreachable", "broken", "asks")), seen
-    assert seen["drained"] > 5, seen
+    assert seen["drained"] > 2, seen
 
 
 def test_drains_reach_what_they_are_for() -> None:
