@@ -72,7 +72,7 @@ class Instance:
         self.ready = asyncio.Event()
         spec = m.InstanceSpec(
             model="scripted", fingerprint="", tokenizer="", dtype="float32", layers="fused", block_size=64, vocab_size=300,
-            max_context=CONTEXT, num_blocks=BLOCKS, chunk_tokens=64, decode_rows=256, reach=8192, device="cpu",
+            max_context=CONTEXT, num_blocks=BLOCKS, chunk_tokens=64, decode_rows=256, reach=8192, device="cpu", host="here",
         )  # fmt: skip
         register = m.Register(
             protocol=m.PROTOCOL, cell="main", cell_size=1, run_id="bench", rank=0, party_address="tcp://127.0.0.1:1", spec=spec
