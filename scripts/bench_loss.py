@@ -33,7 +33,9 @@ from gmanager.cli.service import Service, ServiceConfig, running
 
 ENDLESS = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
 AFTER = 8
-"""Tokens of both streams before the kill."""
+"""Tokens of the long stream before the kill."""
+PAUSE_S = 0.3
+"""Longer than a step of either stream, and shorter than any change of membership."""
 
 
 async def read(stream: AsyncGenerator[Chunk, None], count: int) -> float:
@@ -95,15 +97,11 @@ async def one_round(service: Service, client: AsyncClient, args: argparse.Namesp
 
 
 async def _next(stream: AsyncGenerator[Chunk, None]) -> float:
-    """When the first token comes after the longest pause that follows now: what was on its way comes at once."""
-    longest, ended = 0.0, 0.0
+    """When the first token comes after the pause: what was on its way comes before."""
     last = time.monotonic()
-    for _ in range(AFTER):
-        at = await read(stream, 1)
-        if at - last > longest:
-            longest, ended = at - last, at
+    while (at := await read(stream, 1)) - last < PAUSE_S:
         last = at
-    return ended
+    return at
 
 
 async def measure(args: argparse.Namespace, logs: Path) -> None:
