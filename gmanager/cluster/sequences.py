@@ -492,7 +492,8 @@ class Sequences:
     def _may_fit(self, request: Request) -> bool:
         """Whether the present members could hold all of it, alone. The cell may have been larger when it came, and be again."""
         most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
-        return request.prompt_tokens + max(request.max_tokens, len(request.tokens) + 1) <= most
+        generated = len(request.tokens)
+        return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
