@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -25,17 +26,16 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         description="Global manager: membership, admission and placement of a distattn service, and its clients' door.",
     )
     default = GManagerConfig()
+    add_seconds = partial(parser.add_argument, type=float, metavar="SECONDS")
     parser.add_argument("--bind", default=default.bind, help="address to listen at; port * takes a free one (%(default)s)")
     parser.add_argument(
         "--spread",
         default=str(default.spread),
         help="least number of instances a prompt's KV is spread over: auto, all or a number (%(default)s)",
     )
-    parser.add_argument(
+    add_seconds(
         "--max-queue-wait",
-        type=float,
         default=default.max_queue_wait_s,
-        metavar="SECONDS",
         help="longest time that a request waits for a ready cell or for memory (%(default)g)",
     )
     parser.add_argument(
@@ -52,25 +52,19 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         metavar="BYTES",
         help="most that the prompts of waiting requests take together; more are refused (%(default)d)",
     )
-    parser.add_argument(
+    add_seconds(
         "--max-stall",
-        type=float,
         default=default.max_stall_s,
-        metavar="SECONDS",
         help="a running request of which nothing is heard for so long fails (%(default)g)",
     )
-    parser.add_argument(
+    add_seconds(
         "--resume",
-        type=float,
         default=default.resume_s,
-        metavar="SECONDS",
         help="how long requests of a client that is gone go on, for it to attach again; 0: they end at once (%(default)g)",
     )
-    parser.add_argument(
+    add_seconds(
         "--max-pause",
-        type=float,
         default=default.max_pause_s,
-        metavar="SECONDS",
         help="a client that does not read for so long is taken for gone (%(default)g)",
     )
     parser.add_argument(

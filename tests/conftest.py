@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, and transformers does
 
 from tests.support.farm import Farm
+from tests.support.processes import Processes, processes
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: what tests start would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,3 +29,10 @@ def farm() -> Iterator[Farm]:
     workers = Farm()
     yield workers
     workers.close()
+
+
+@pytest.fixture
+async def started(tmp_path: Path) -> AsyncIterator[Processes]:
+    """What a test starts; all of it ends with the test."""
+    async with processes(tmp_path) as ours:
+        yield ours

@@ -3,14 +3,13 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from gmanager import CallFailed
 from gmanager.config import GManagerConfig
-from tests.support.processes import Processes, client_of, processes, until_ready
+from tests.support.processes import Processes, client_of, until_ready
 from tests.support.service import at_rest
 from tests.support.tiny import make_long_model
 from tests.test_lifecycle import here, until
@@ -24,12 +23,6 @@ NEW = 250
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that takes long texts."""
     return make_long_model(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-async def started(tmp_path: Path) -> AsyncIterator[Processes]:
-    async with processes(tmp_path) as ours:
-        yield ours
 
 
 async def test_a_drain_under_load_changes_no_token(started: Processes, model: Path) -> None:

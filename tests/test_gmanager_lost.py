@@ -2,12 +2,11 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Processes, client_of, free_port, processes, until_ready
+from tests.support.processes import Processes, client_of, free_port, until_ready
 from tests.support.service import at_rest
 from tests.support.tiny import make_long_model
 from tests.test_lifecycle import answers, run, two, until, until_decoding
@@ -17,12 +16,6 @@ from tests.test_membership import Stream, text
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_long_model(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-async def started(tmp_path: Path) -> AsyncIterator[Processes]:
-    async with processes(tmp_path) as ours:
-        yield ours
 
 
 async def test_without_a_journal_the_same_instances_serve_the_next(started: Processes, model: Path) -> None:

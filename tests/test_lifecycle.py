@@ -60,13 +60,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_long_model(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture
-async def started(tmp_path: Path) -> AsyncIterator[Processes]:
-    """What a test starts; all of it ends with the test."""
-    async with processes(tmp_path) as ours:
-        yield ours
-
-
 def flags(address: str, model: Path, *more: str) -> list[str]:
     """Of an instance. A later flag overrides an earlier one."""
     settings = ["--gmanager", address, "--model", str(model), "--device", "cpu", "--kv-tokens", "16384"]

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,7 @@ import pytest
 from gmanager import AsyncClient, SamplingParams, Stats
 from gmanager.config import GManagerConfig
 from tests.support.exactness import LOGPROB_TOLERANCE, clear_prompt
-from tests.support.processes import Processes, Started, client_of, processes, until_ready
+from tests.support.processes import Processes, Started, client_of, until_ready
 from tests.support.service import at_rest
 from tests.support.tiny import Expected, make_long_model, reference
 from tests.test_lifecycle import flags, here, until
@@ -26,12 +25,6 @@ NEW = 250
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that takes long texts."""
     return make_long_model(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-async def started(tmp_path: Path) -> AsyncIterator[Processes]:
-    async with processes(tmp_path) as ours:
-        yield ours
 
 
 def text(model: Path, length: int, new: int, seed: int = 0) -> tuple[list[int], Expected]:

@@ -175,6 +175,11 @@ class Cell:
         return self.phase == "ready"
 
     @property
+    def has_served(self) -> bool:
+        """Under this gManager, or the one before."""
+        return self.is_formed or self.phase == "returning"
+
+    @property
     def size(self) -> int:
         return len(self.members)
 
@@ -269,7 +274,7 @@ class Cell:
         if register.former is not None:
             self._take_back(member, register.former, now)
             return member
-        if self.is_formed or self.phase == "returning":
+        if self.has_served:
             self._add_joiner(member)
             return member
         self.members.append(member)
@@ -318,7 +323,7 @@ class Cell:
             again = Registered(lease_s=self._lease_s, send_text=True, term=self.term)
             self._emit(Send(self.text_source.peer, again))
         self.counted = Counters.sum(self.counted, member.counters)
-        if self.is_formed or self.phase == "returning":
+        if self.has_served:
             self._rank()
 
     def set_kept(self, member: Member, kept: Kept) -> None:
@@ -396,9 +401,7 @@ class Cell:
 
     def can_lose(self, member: Member) -> bool:
         """Whether the cell can go on without this member."""
-        if self.is_formed:
-            return self.everybody != [member]
-        if self.phase == "returning":
+        if self.has_served:
             return self.everybody != [member]
         return self.phase == "registering" and (self.assets is not None or member is not self.text_source)
 

@@ -45,6 +45,7 @@ EPOCHS_PER_TERM = 10**6
 """So the epochs of all gManagers that serve from one journal are different ones."""
 SCANNED_AT_ONCE = 2**14
 """Token ids: to look through 4 million takes 88 ms, for which all others would wait."""
+WRONG_TOKENS = "token ids must be in [0, 4294967296)"
 STALL_S = 3.0
 """If ticks are further apart than this, it is we who were stopped: leases start anew."""
 
@@ -89,8 +90,8 @@ class Cluster:
         for restored in requests:
             request = self._requests.restore(restored)
             if request.is_live:
-                if restored.encoded is None and request.prompt_tokens <= SCANNED_AT_ONCE:
-                    request.highest = max(m.unpack_tokens(request.prompt), default=0)
+                if restored.encoded is None:
+                    _look_through(request)
                 self._unbound[request.number] = request, restored.submit
 
     def handle(self, event: Event) -> list[Action]:
@@ -279,8 +280,7 @@ class Cluster:
         spread = self._config.spread if submit.spread is None else submit.spread
         seed = seed if submit.params.seed is None else submit.params.seed
         request = self._requests.new(submit, peer, seed, spread)
-        if request.prompt_tokens <= SCANNED_AT_ONCE:
-            request.highest = max(m.unpack_tokens(request.prompt), default=0)
+        _look_through(request)
         self._unbound[request.number] = request, submit
         self._bind_waiting()
 
@@ -524,8 +524,8 @@ class Cluster:
         elif isinstance(message, m.StoreOpened):
             cell.set_store(member, message.address, self._wanted(cell))
         elif isinstance(message, m.Kept):
-            if any(not 0 <= t < 2**32 for unheard in message.unheard for t in unheard.token_ids):
-                self._on_garbled(member.peer, "token ids must be in [0, 4294967296)")
+            if _have_wrong_tokens(message.unheard):
+                self._on_garbled(member.peer, WRONG_TOKENS)
                 return
             cell.set_kept(member, message)
             self._go_on(cell)
@@ -553,8 +553,8 @@ class Cluster:
                 sequences.on_granted(member, granted)
             case m.NotGranted(seq=seq, free_blocks=free_blocks):
                 sequences.on_not_granted(member, seq, free_blocks)
-            case m.Outputs(outputs=outputs) if any(not 0 <= t < 2**32 for output in outputs for t in output.token_ids):
-                self._on_garbled(member.peer, "token ids must be in [0, 4294967296)")
+            case m.Outputs(outputs=outputs) if _have_wrong_tokens(outputs):
+                self._on_garbled(member.peer, WRONG_TOKENS)
             case m.Outputs() as outputs:
                 sequences.on_outputs(member, outputs)
                 sequences.settle(self._now)
@@ -836,6 +836,16 @@ def _serving(model: str | None, cells: Collection[Cell]) -> list[Cell]:
         return list(cells)
     named = [cell for cell in cells if cell.spec.model == model]
     return named or [cell for cell in cells if model in cell.spec.other_names]
+
+
+def _look_through(request: Request) -> None:
+    """For its highest token id, if that takes no time."""
+    if request.prompt_tokens <= SCANNED_AT_ONCE:
+        request.highest = max(m.unpack_tokens(request.prompt), default=0)
+
+
+def _have_wrong_tokens(parts: Iterable[m.SequenceOutput | m.Unheard]) -> bool:
+    return any(not 0 <= token < 2**32 for part in parts for token in part.token_ids)
 
 
 def _kind(message: m.Message) -> str:

@@ -43,16 +43,13 @@ class Delivery:
             request.is_followed = False
             return
         client = None if request.client in self._paused else request.client
-        start, before = min(request.told, end), None
+        start = min(request.told, end)
+        before: list[int] | None = None
         if client is None:
             request.is_followed = False
         elif not request.is_followed and (request.sent <= end or reason is not None):
             request.is_followed = True
-            start = min(request.sent, end)
-            before = request.tokens[:start].tolist()
-            if not start:
-                for scores in request.scores:
-                    self._emit(Send(client, PromptOutput(request_id=request.id, logprobs=scores)))
+            start, before = self._begin_anew(request, client, request.sent)
         peer = client if request.is_followed else None
         self._deliver(request, peer, start, before, reason, error, refusal)
         request.told = end
@@ -85,12 +82,8 @@ class Delivery:
         if peer in self._paused:
             self._paused[peer][request.id] = from_index
             return
-        start = min(from_index, len(request.tokens))
-        if not start:
-            for scores in request.scores:
-                self._emit(Send(peer, PromptOutput(request_id=request.id, logprobs=scores)))
-        before, reason = request.tokens[:start].tolist(), ended.stats.finish_reason
-        self._deliver(request, peer, start, before, reason, ended.error, ended.refusal)
+        start, before = self._begin_anew(request, peer, from_index)
+        self._deliver(request, peer, start, before, ended.stats.finish_reason, ended.error, ended.refusal)
 
     def detach(self, request: Request, now: float) -> None:
         """Its client is gone."""
@@ -118,6 +111,14 @@ class Delivery:
     def forget(self, peer: PeerId) -> None:
         """It is no client any more."""
         self._paused.pop(peer, None)
+
+    def _begin_anew(self, request: Request, peer: PeerId, from_index: int) -> tuple[int, list[int]]:
+        """With which token, and behind which; at the beginning with the log-probabilities of its prompt."""
+        start = min(from_index, len(request.tokens))
+        if not start:
+            for scores in request.scores:
+                self._emit(Send(peer, PromptOutput(request_id=request.id, logprobs=scores)))
+        return start, request.tokens[:start].tolist()
 
     def _deliver(
         self,

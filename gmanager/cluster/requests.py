@@ -63,9 +63,7 @@ class Requests:
         self._numbers = max(self._numbers, NUMBERS_OF_A_TERM * self._term) + 1
         now = self._clock()
         request = _request(self._numbers, submit, client, seed, spread, now)
-        self._live[request.number] = self._ids[request.id] = request
-        self._forget_ended(request.id)
-        self.waiting_bytes += request.num_bytes
+        self._keep_live(request)
         self._write(Accepted(number=request.number, submit=submit, seed=seed, spread=spread))
         return request
 
@@ -87,9 +85,7 @@ class Requests:
             request.finish_reason, request.state, request.detached_at = restored.finish_reason, "finished", None
             self._keep_ended(Ended(request, request.stats(), restored.error, restored.refusal))
             return request
-        self._live[request.number] = self._ids[request.id] = request
-        self._forget_ended(request.id)
-        self.waiting_bytes += request.num_bytes
+        self._keep_live(request)
         if restored.encoded is not None:
             self._set_tokens(request, restored.encoded)
         return request
@@ -237,6 +233,11 @@ class Requests:
     def _write(self, entry: Entry) -> None:
         if self._term:
             self._emit(Write(entry))
+
+    def _keep_live(self, request: Request) -> None:
+        self._live[request.number] = self._ids[request.id] = request
+        self._forget_ended(request.id)
+        self.waiting_bytes += request.num_bytes
 
     def _keep_ended(self, ended: Ended) -> None:
         ended.request.prompt = b""
