@@ -24,6 +24,7 @@ from gmanager import AsyncClient, RequestFailed, SamplingParams, Stats
 from gmanager.config import GManagerConfig
 from gmanager.server import Server
 from tests.support.exactness import ask, prompt
+from tests.support.farm import DEVICE
 from tests.support.processes import (
     ENDS_WITHIN_S,
     Processes,
@@ -62,8 +63,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(address: str, model: Path, *more: str) -> list[str]:
     """Of an instance. A later flag overrides an earlier one."""
-    settings = ["--gmanager", address, "--model", str(model), "--device", "cpu", "--kv-tokens", "16384"]
-    return [*settings, "--threads", "1", "--chunk-tokens", "64", *more]
+    settings = ["--gmanager", address, "--model", str(model), "--device", DEVICE, "--kv-tokens", "16384"]
+    return [*settings, "--threads", "1", "--chunk-tokens", "64", "--block-size", "16", *more]
 
 
 def two(started: Processes, address: str, model: Path, *more: str) -> list[Started]:

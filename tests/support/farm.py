@@ -17,12 +17,26 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from instance.config import InstanceConfig, Launch
 
 Mutation = Literal["drop", "double", "shift"]
 
 DEVICE: Literal["cpu", "cuda"] = "cuda" if os.environ.get("DISTATTN_TEST_DEVICE") == "cuda" else "cpu"
-"""Where the exactness cases run: DISTATTN_TEST_DEVICE=cuda takes as many GPUs as the case has instances."""
+"""Where instances run: DISTATTN_TEST_DEVICE=cuda takes as many GPUs as the case has instances, or one for all of them."""
+
+NUM_GPUS = torch.cuda.device_count()
+
+
+def place(number: int) -> tuple[int, dict[str, str]]:
+    """GPU and environment of a test's instance.
+
+    Where there is but one GPU, all share it. NCCL refuses that to ranks of one host, so each says that it is a host of its own.
+    """
+    if DEVICE == "cpu" or NUM_GPUS > 1:
+        return number, {}
+    return 0, {"NCCL_HOSTID": f"test-{number}", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 OVER = "the test is over"
@@ -99,6 +113,7 @@ class Farm:
 def _work(index: int, pipe: Connection) -> None:
     """Main of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the test runner's; it closes the farm
+    os.environ.update(place(index)[1])
     import uvloop
 
     uvloop.run(_obey(pipe))
@@ -136,8 +151,6 @@ class _Serving:
 
     @staticmethod
     async def start(rank: int, size: int, setup: Setup, gmanager: str) -> "_Serving":
-        import torch
-
         from gmanager.wire.channel import ZmqTransport
         from instance.start import load, make_instance
 
@@ -149,7 +162,7 @@ class _Serving:
             kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[rank],
             launch=Launch(rank=rank, local_rank=rank, world_size=size, run_id="farm"),
             device=setup.device,
-            gpu=rank,
+            gpu=place(rank)[0],
             dtype=setup.dtype,
             block_size=setup.block_size,
             chunk_tokens=setup.chunk_tokens,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gmanager import AsyncClient, ServiceUnreachable
+from tests.support.farm import NUM_GPUS, place
 
 ENDS_WITHIN_S = 10.0
 """The promise: this long after a signal, or the loss of a peer, a process has ended."""
@@ -110,7 +111,8 @@ class Processes:
     def instance(self, *flags: str, rank: int = 0, world_size: int = 1, run_id: str | None = "fork") -> Started:
         """`python -m instance` as torchrun starts it (without a run id: as torchrun does not), less the time to import."""
         _preload()
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        gpu, environment = place(len(self._started) if NUM_GPUS == 1 else rank)
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(gpu), "WORLD_SIZE": str(world_size)}
         if run_id is not None:
             environment["TORCHELASTIC_RUN_ID"] = run_id
         log = self._log("instance")

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 from gmanager import AsyncClient
 from gmanager.config import GManagerConfig
 from gmanager.server import Server
-from tests.support.farm import Farm, Setup
+from tests.support.farm import NUM_GPUS, Farm, Setup
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Service:
 @asynccontextmanager
 async def serve(farm: Farm, size: int, setup: Setup, **config: Any) -> AsyncIterator[Service]:
     """Ready when entered; when left, every request must have ended and every pool be empty. `config`: of the gManager."""
-    if setup.device == "cuda" and size > torch.cuda.device_count():
+    if setup.device == "cuda" and 1 < NUM_GPUS < size:
         pytest.skip(f"needs {size} GPUs")
     server = Server(GManagerConfig(**({"bind": "tcp://127.0.0.1:*", "max_queue_wait_s": 60} | config)))
     server.start()
