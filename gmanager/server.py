@@ -398,7 +398,7 @@ class Server:
                 skip_special_tokens=new.skip_special_tokens,
                 shown_special=new.shown_special,
             )
-            detokenizer.push(new.before or (), final=False)
+            detokenizer.begin_behind(new.before or ())
             state = _RequestText(detokenizer)
             if new.finish_reason is None:
                 self._texts[new.request] = state

@@ -11,6 +11,8 @@ _PENDING_TOKENS = 16
 of a byte or more each, is also context enough: how bytes decode depends on the 3 before them."""
 _SLICE_TOKENS = 32
 _HELD_CHARS = 3
+_RECENT_TOKENS = 4 * _PENDING_TOKENS
+"""What comes after so many tokens with a text doesn't depend on those before them, but for a stop string that has begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,17 @@ class Detokenizer:
         self._held = ""
         self._stopped = False
 
+    def begin_behind(self, token_ids: Sequence[int]) -> None:
+        """Before any `push`: these were pushed to another one, and none of them completed a stop string but perhaps the last.
+        What is pushed now becomes the text that it would have become there, at a cost that doesn't grow with their number."""
+        needed = _RECENT_TOKENS + max((len(stop.text.encode()) for stop in self._stops), default=0)
+        count = needed  # each that is visible has a byte or more
+        while count < len(token_ids) and len(self._visible(token_ids[-count:])) < needed:
+            count *= 2
+        recent = token_ids[-count:]
+        self._unwatched -= len(token_ids) - len(recent)
+        self.push(recent, final=False)
+
     def push(self, token_ids: Sequence[int], *, final: bool) -> TextDelta:
         """Add tokens; `final`: no more will come, give out what was held back. After a stop nothing more comes."""
         if self._stopped:
@@ -78,9 +91,12 @@ class Detokenizer:
                 self._held = ""
         return TextDelta("".join(texts), stopped=self._stopped, num_tokens=len(token_ids))
 
+    def _visible(self, token_ids: Sequence[int]) -> list[int]:
+        return self._tokenizer.visible(token_ids, special=not self._skips_special, shown=self._shown_special)
+
     def _decode(self, token_ids: Sequence[int]) -> str:
         """The text that is certain now."""
-        new_tokens = self._tokenizer.visible(token_ids, special=not self._skips_special, shown=self._shown_special)
+        new_tokens = self._visible(token_ids)
         if not new_tokens:
             return ""
         text = self._tokenizer.decode_visible(self._window + new_tokens)
