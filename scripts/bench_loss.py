@@ -4,9 +4,9 @@
     kill -9 ──> next token of a stream that has nothing there          the pause of the change itself
             └─> next token of the long sequence                        the same, and the lost range computed again
 
-In each round the second, less the first, is compared with the time that a prompt of the lost range's length takes alone on the
-instances that are left. (The lost range attends to all of the sequence before it, that prompt only to itself.) The killed
-instance is started again for the next round.
+In each round the second, less the first, is compared with the time that a prompt of the lost range's length takes on the
+instances that are left, beside the same stream. (The lost range attends to all of the sequence before it, that prompt only to
+itself.) The killed instance is started again for the next round.
 
 Exit code 0, 1 if a stream failed or went wrong, 2 if something could not be started.
 """
@@ -18,18 +18,15 @@ import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import uvloop
-from _measure import facts, show
+from _cell import parser_of, run_with_cell, until_whole
+from _measure import show
 
 from gmanager import AsyncClient, Chunk, DistattnError, SamplingParams
-from gmanager.cli.process import ServiceError
-from gmanager.cli.service import Service, ServiceConfig, running
+from gmanager.cli.service import Service
 
 ENDLESS = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
 AFTER = 8
@@ -45,11 +42,6 @@ async def read(stream: AsyncGenerator[Chunk, None], count: int) -> float:
         if count <= 0:
             return time.monotonic()
     raise DistattnError("a stream ended before its time")
-
-
-async def until_whole(client: AsyncClient, size: int) -> None:
-    while [(cell.state, cell.size) for cell in (await client.stats()).cells] != [("ready", size)]:
-        await asyncio.sleep(0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +76,13 @@ async def one_round(service: Service, client: AsyncClient, args: argparse.Namesp
     os.kill(process.pid, signal.SIGKILL)  # a torchrun, and its instance with it
     killed = time.monotonic()
     waits = [at - killed for at in await reading]
-    await apart.aclose()
     await long.aclose()
     await until_whole(client, args.instances - 1)
     alone = client.generate(ids[: held[victim]], SamplingParams(max_tokens=1, temperature=0), spread="all")
     begun = time.monotonic()
     took = await read(alone, 1) - begun
     await alone.aclose()
+    await apart.aclose()
     process.restart()
     await until_whole(client, args.instances)
     return Round(held[victim], waits[0], waits[1], took)
@@ -104,45 +96,19 @@ async def _next(stream: AsyncGenerator[Chunk, None]) -> float:
     return at
 
 
-async def measure(args: argparse.Namespace, logs: Path) -> None:
-    config = ServiceConfig(
-        model=args.model,
-        instances=args.instances,
-        kv_tokens=2 * args.prompt_tokens,
-        device=args.device,
-        dtype="float32" if args.device == "cpu" else "auto",
-        threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
-        logs=logs,
-    )
-    async with running(config) as service, AsyncClient(service.address) as client:
-        rounds = [await one_round(service, client, args, seed) for seed in range(args.rounds)]
-    show([asdict(each) | {"ratio": each.ratio} for each in rounds], "seconds from kill -9 to the next token")
-    apart = statistics.median(each.apart for each in rounds)
-    print(f"pause {apart:.2f} s; repair {statistics.median(each.ratio for each in rounds):.2f} times the lost range alone")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a directory, a GGUF file or a hub id")
-    parser.add_argument("--instances", type=int, default=3)
-    parser.add_argument("--prompt-tokens", type=int, default=4096)
-    parser.add_argument("--vocab-size", type=int, default=256, help="random ids below it make the prompts")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    args = parser.parse_args()
+    args = parser_of(__doc__, prompt_tokens=4096).parse_args()
     if args.instances < 2 or args.rounds < 1:
-        parser.error(f"at least two instances and one round are needed, got {args.instances} and {args.rounds}")
-    print(facts())
-    with tempfile.TemporaryDirectory() as logs:
-        try:
-            uvloop.run(measure(args, Path(logs)))
-        except ServiceError as error:
-            print(f"bench_loss: {error}", file=sys.stderr)
-            return 2
-        except DistattnError as error:
-            print(f"bench_loss: {error}", file=sys.stderr)
-            return 1
-    return 0
+        sys.exit(f"bench_loss: at least two instances and one round are needed, got {args.instances} and {args.rounds}")
+
+    async def measure(service: Service, client: AsyncClient) -> bool:
+        rounds = [await one_round(service, client, args, seed) for seed in range(args.rounds)]
+        show([asdict(each) | {"ratio": each.ratio} for each in rounds], "seconds from kill -9 to the next token")
+        apart = statistics.median(each.apart for each in rounds)
+        print(f"pause {apart:.2f} s; repair {statistics.median(each.ratio for each in rounds):.2f} times the lost range alone")
+        return True
+
+    return run_with_cell(args, measure)
 
 
 if __name__ == "__main__":

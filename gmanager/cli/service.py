@@ -51,6 +51,8 @@ class ServiceConfig:
     threads: int = 1
     spread: str = "auto"
     chunk_tokens: int | None = None
+    copy_tokens: int | None = None
+    """KV that an instance copies beside a step; None: its own default."""
     cache_dir: Path | None = None
     logs: Path
     ready_timeout_s: float = 300
@@ -198,6 +200,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--dtype": config.dtype,
         "--threads": config.threads,
         "--chunk-tokens": config.chunk_tokens,
+        "--copy-tokens": config.copy_tokens,
         "--cache-dir": config.cache_dir,
         "--max-context": config.max_context,
     }
