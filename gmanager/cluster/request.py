@@ -147,6 +147,14 @@ class Request:
     def is_live(self) -> bool:
         return self.finish_reason is None
 
+    def wanted_of(
+        self, token_ids: list[int], logprobs: list[TokenLogprob] | None, reason: FinishReason | None
+    ) -> tuple[list[int], list[TokenLogprob] | None, FinishReason | None]:
+        """What its client wants of what instances generated for it."""
+        if not self.max_tokens:  # only the prompt was wanted: the one token that ends a sequence is nobody's
+            return [], None, reason and "length"
+        return token_ids, None if self.params.logprobs is None else logprobs, reason
+
     def packed(self) -> bytes:
         """All its tokens so far: the prompt of its next admission."""
         return self.prompt + pack_tokens(self.tokens)

@@ -197,10 +197,8 @@ class Sequences:
         start = len(request.tokens) - unheard.index
         if start < 0 or self._lacks_scores(request):
             return
-        token_ids, reason = unheard.token_ids[start:], unheard.finish_reason
-        logprobs = unheard.logprobs[start:] if unheard.logprobs is not None and request.params.logprobs is not None else None
-        if not request.max_tokens:  # only the prompt was wanted
-            token_ids, logprobs, reason = [], None, reason and "length"
+        logprobs = None if unheard.logprobs is None else unheard.logprobs[start:]
+        token_ids, logprobs, reason = request.wanted_of(unheard.token_ids[start:], logprobs, unheard.finish_reason)
         if reason is not None:
             was = request.state
             self._requests.finish(request, reason, token_ids=token_ids, logprobs=logprobs)
@@ -634,12 +632,12 @@ class Sequences:
         """All that is there without a gap goes to the client at once, but only after its prompt's log-probabilities."""
         if sequence.unscored and sequence.is_current:
             return
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
+        came: list[int] = []
+        came_logprobs: list[TokenLogprob] = []
         last: SequenceOutput | None = None
         while (output := sequence.early.pop(sequence.received, None)) is not None:
-            token_ids += output.token_ids
-            logprobs += output.logprobs or ()
+            came += output.token_ids
+            came_logprobs += output.logprobs or ()
             sequence.received += len(output.token_ids)
             last = output
         for index in [i for i in sequence.early if i <= sequence.received]:
@@ -648,20 +646,17 @@ class Sequences:
         if last is None or not sequence.is_current:
             return
         request = sequence.request
-        reason = last.finish_reason
-        if not request.max_tokens:  # only the prompt was wanted: the one token that ends a sequence is nobody's
-            token_ids, logprobs, reason = [], [], reason and "length"
-        with_logprobs = logprobs if request.params.logprobs is not None else None
+        token_ids, logprobs, reason = request.wanted_of(came, came_logprobs, last.finish_reason)
         if reason is None:
             if request.state == "prefill":
                 self._requests.change(request, "generate")
-            self._requests.deliver(request, token_ids, with_logprobs)
+            self._requests.deliver(request, token_ids, logprobs)
             return
         sequence.ending = True
         self._give_up_move(sequence)
         if last.held is not None:
             request.held = {self._id(share.rank): share.tokens for share in last.held if 0 <= share.rank < self._cell.size}
-        self._requests.finish(request, reason, token_ids=token_ids, logprobs=with_logprobs)
+        self._requests.finish(request, reason, token_ids=token_ids, logprobs=logprobs)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
 
