@@ -16,33 +16,23 @@
 """
 
 import logging
-from bisect import insort
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
-from gmanager.cluster.policy import (
-    Candidate,
-    Placement,
-    choose_target,
-    choose_victim,
-    most_tokens,
-    place,
-    place_rest,
-)
-from gmanager.cluster.request import MoveCall, Request, count_tokens, cut, held_once
+from gmanager.cluster.policy import Candidate, Placement, choose_target, choose_victim
+from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.running import Running
 from gmanager.cluster.sequence import Reservation, Sequence
+from gmanager.cluster.waiting import Waiting
 from gmanager.wire.messages import (
     Admit,
     Beat,
     Cancel,
     Copied,
-    Discard,
     Done,
     Drop,
     Granted,
@@ -56,13 +46,9 @@ from gmanager.wire.messages import (
     RunOffered,
     Scored,
     SequenceOutput,
-    SequenceParams,
     TokenLogprob,
     Unheard,
 )
-
-MAX_BREAKS = 3
-"""Epochs that may break while a request runs, with nobody lost and no token of it come, until it is given up."""
 
 
 class Sequences:
@@ -73,14 +59,12 @@ class Sequences:
         self._cell = cell
         self._requests = requests
         self._emit = emit
-        self._waiting: list[Request] = []
+        self._waiting = Waiting(cell, requests, emit)
         self._running = Running(cell, emit)
         self._reservation: Reservation | None = None
         self._crowded = False
         self._changed = False
         self._moves = Moves(cell, self._running, emit)
-        self._came_from: dict[int, int] = {}
-        """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -98,24 +82,19 @@ class Sequences:
         """Messages that meant nothing here."""
         return self._running.num_dropped
 
-    def enqueue(
-        self, request: Request, now: float, change: Literal["enqueue", "deny", "release", "interrupt"] = "enqueue"
-    ) -> None:
+    def enqueue(self, request: Request, now: float) -> None:
         """Let a request wait for memory, behind all older ones."""
-        self._requests.change(request, change)
-        request.waiting_since = now
-        insort(self._waiting, request, key=lambda waiting: waiting.number)
+        self._waiting.add(request, now, "enqueue")
         self._changed = True
 
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
         if was == "queued":
-            self._waiting.remove(request)
+            self._waiting.withdraw(request)
             self._changed = True
-            self._discard(request)
         elif was == "reserving":
             self._give_up_reservation()
-            self._discard(request)
+            self._waiting.discard(request)
         elif was in RUNNING:
             self._cancel(self._running[request.seq])
 
@@ -139,107 +118,44 @@ class Sequences:
     @property
     def kept_seqs(self) -> Collection[int]:
         """Whose KV waits on instances for an admission."""
-        return {request.seq for request in self._waiting if request.kept}
+        return self._waiting.kept_seqs
 
     def suspend(self, now: float) -> None:
         """The epoch is over: all that runs or was about to goes back to the queue. What of its KV is left `inherit` says."""
-        for request in self._waiting:
-            self._came_from.setdefault(request.number, request.seq if request.kept else 0)
+        self._waiting.suspend()
         if self._reservation is not None and self._reservation.placement is not None:
             request = self._reservation.request
-            self._came_from[request.number] = request.seq if request.kept else 0
-            self._interrupt(request, request.waiting_since)
+            self._waiting.take_back(request, request.seq if request.kept else 0, request.waiting_since)
         for sequence in self._running.all():
-            request = sequence.request
             if sequence.is_current:
                 # whose prompt is not scored is computed anew: each of its rows is needed
-                is_kept = request.state != "preempted" and not sequence.unscored
-                self._came_from[request.number] = sequence.number if is_kept else 0
-                self._interrupt(request, now)
+                is_kept = sequence.request.state != "preempted" and not sequence.unscored
+                self._waiting.take_back(sequence.request, sequence.number if is_kept else 0, now)
         self._reservation = None
         self._moves = Moves(self._cell, self._running, self._emit)
         self._running.clear()
         self._crowded = False
         self._changed = False
 
-    def inherit(self) -> None:
-        """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
-        for request in self._waiting:
-            if request.params.max_tokens is None:  # as many as there is room for: now more or fewer
-                request.max_tokens = self._cell.room(request.prompt_tokens)
-            seq = self._came_from.get(request.number, 0)
-            request.breaks += self._cell.broke is not None and request.was_interrupted
-            request.was_interrupted = False
-            last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
-            kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
-            request.kept = held_once(kept)
-            request.seq = seq
-            request.held = {self._id(rank): count_tokens(runs) for rank, runs in request.kept.items()}
-        for member in self._cell.members:
-            kept_seqs = {request.seq for request in self._waiting if member.rank in request.kept}
-            said = member.kept or {}
-            member.kept = {seq: runs for seq, runs in said.items() if seq in kept_seqs}
-            if len(member.kept) < len(said):  # it frees the others with the JoinEpoch
-                member.is_freeing = True
-        self._came_from.clear()
-        self._moves = Moves(self._cell, self._running, self._emit)
-        self._running.clear()
-        for request in [request for request in self._waiting if request.breaks >= MAX_BREAKS]:
-            self._waiting.remove(request)
-            self._discard(request)
-            what = f"{request.breaks} epochs of cell '{self._cell.name}' broke while the request ran"
-            error = f"{what}; the last: {self._cell.broke}"
-            self._requests.finish(request, "error", error=error)
-
     def take_unheard(self, request: Request, unheard: Unheard) -> None:
-        """Tokens of a waiting request that were generated while there was no gManager. Those that it has are passed over, and
-        those that don't follow are generated again."""
-        start = len(request.tokens) - unheard.index
-        if start < 0 or self._lacks_scores(request):
-            return
-        logprobs = None if unheard.logprobs is None else unheard.logprobs[start:]
-        token_ids, logprobs, reason = request.wanted_of(unheard.token_ids[start:], logprobs, unheard.finish_reason)
-        if reason is not None:
-            was = request.state
-            self._requests.finish(request, reason, token_ids=token_ids, logprobs=logprobs)
-            self.withdraw(request, was)
-        elif token_ids:
-            self._requests.deliver(request, token_ids, logprobs)
+        """Tokens of a waiting request that were generated while there was no gManager."""
+        self._waiting.take_unheard(request, unheard)
 
     def reclaim(self, came_from: Mapping[int, int]) -> None:
         """KV that was kept for another gManager: request -> sequence as which it ran."""
         for member in self._cell.members:
             self._running.pass_number(max(member.kept or (), default=0))
-        for request in self._waiting:
-            if request.is_restored and request.number in came_from and not self._lacks_scores(request):
-                self._came_from[request.number] = came_from[request.number]
+        self._waiting.reclaim(came_from)
 
-    @staticmethod
-    def _lacks_scores(request: Request) -> bool:
-        """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
-        return request.params.prompt_logprobs is not None and not request.is_scored
+    def inherit(self) -> None:
+        """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
+        self._waiting.inherit()
+        self._moves = Moves(self._cell, self._running, self._emit)
+        self._running.clear()
 
     def resume(self) -> None:
         """The cell steps (again)."""
         self._changed = True
-
-    def _interrupt(self, request: Request, waiting_since: float) -> None:
-        self.enqueue(request, waiting_since, "interrupt")
-        request.was_interrupted = True
-        self._requests.fail_move(request, f"request {request.id!r} has no home now: the cell's membership changes")
-        request.home = None
-        request.held = {}
-        request.kept = {}
-
-    def _discard(self, request: Request) -> None:
-        """What is left of its KV isn't wanted any more."""
-        if self._cell.phase != "suspending":
-            for rank in request.kept:
-                member = self._cell.members[rank]
-                self._emit(Send(member.peer, Discard(epoch=self._cell.epoch, seq=request.seq)))
-                member.is_freeing = True
-        request.kept = {}
-        request.held = {}
 
     def _id(self, rank: int) -> int:
         """Of a member: what the world outside the epoch knows it by."""
@@ -306,7 +222,7 @@ class Sequences:
         self._give_up_reservation()
         request = reservation.request
         if reservation.placement is not None:
-            self.enqueue(request, request.waiting_since, "deny")
+            self._waiting.add(request, request.waiting_since, "deny")
         elif (call := request.move_call) is not None and call.target == member.id:
             self._requests.fail_move(
                 request, f"instance {member.id} has no room: {blocks} block asked, {max(0, free_blocks)} free"
@@ -452,7 +368,7 @@ class Sequences:
         target = choose_target(views, home=sequence.home)
         if target is not None:
             return target
-        if self._running.blocks_come or self._give_up_kept():
+        if self._running.blocks_come or self._waiting.give_up_kept():
             return None
         running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._running.all()]
         victim = choose_victim(running)
@@ -465,61 +381,23 @@ class Sequences:
     def _try_admit(self) -> None:
         if not self._waiting or self._crowded or self._running.lacks_blocks:
             return
-        request = next(filter(self._may_fit, self._waiting), None)
+        request = self._waiting.next()
         if request is None or self._is_asked_for(request):
             return
-        placement = self._place(request)
+        placement = self._waiting.place(request, self._running.views())
         if placement is None and not self._running and not self._running.blocks_come:
-            self._give_up_kept(last=request)
+            self._waiting.give_up_kept(last=request)
         if placement is None or (not request.kept and not placement.is_even and self._running.blocks_come):
             return
-        self._waiting.remove(request)
+        self._waiting.take(request)
         self._requests.change(request, "reserve")
         number = request.seq if request.kept else self._running.next_number()
         self._reserve(Reservation(number, placement.blocks, request, placement))
-
-    def _may_fit(self, request: Request) -> bool:
-        """Whether the present members could hold all of it, alone. The cell may have been larger when it came, and be again."""
-        most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
-        generated = len(request.tokens)
-        return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
         the next: a new sequence has a new number, this one keeps its own."""
         return bool(request.kept) and any(request.seq in member.outstanding for member in self._cell.members)
-
-    def _place(self, request: Request) -> Placement | None:
-        views, block_size, reach = self._running.views(), self._cell.spec.block_size, self._cell.spec.reach
-        waiting = [behind.missing_tokens for behind in self._waiting if behind.number > request.number]
-        if not request.kept:
-            return place(
-                views,
-                tokens=request.num_tokens,
-                block_size=block_size,
-                spread=request.spread,
-                waiting=waiting,
-                reach=reach,
-            )
-        return place_rest(
-            views,
-            missing=request.missing_tokens,
-            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
-            block_size=block_size,
-            spread=request.spread,
-            waiting=waiting,
-            reach=reach,
-        )
-
-    def _give_up_kept(self, last: Request | None = None) -> bool:
-        """Free what is left of the KV of the youngest that waits, of `last` only if no other has any. Whether there was any."""
-        kept = [request for request in self._waiting if request.kept]
-        victim = next((request for request in reversed(kept) if request is not last), last if last in kept else None)
-        if victim is None:
-            return False
-        self._log_request(victim, "kept KV given up", tokens=victim.num_tokens - victim.missing_tokens)
-        self._discard(victim)
-        return True
 
     # --- reservations -------------------------------------------------------------------------------------------------
 
@@ -574,7 +452,7 @@ class Sequences:
             arrival=request.number,
             token_ids=request.packed(),
             shares=placement.shares,
-            params=self._params(request),
+            params=request.sequence_params(self._cell.eos_token_ids),
             kept=[KeptPart(rank=rank, runs=[list(run) for run in runs]) for rank, runs in sorted(kept.items())],
         )
         self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
@@ -582,29 +460,6 @@ class Sequences:
         if kept:
             told["kept"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._log(sequence, "request admitted", **told)
-
-    def _params(self, request: Request) -> SequenceParams:
-        params = request.params
-        eos = [] if params.ignore_eos else self._cell.eos_token_ids
-        return SequenceParams(
-            max_tokens=max(1, request.max_tokens - len(request.tokens)),
-            temperature=params.temperature,
-            top_k=max(0, params.top_k),
-            top_p=params.top_p,
-            seed=request.seed,
-            stop_token_ids=sorted({*(params.stop_token_ids or ()), *eos}),
-            logprobs=params.logprobs,
-            prompt_logprobs=None if request.is_scored else params.prompt_logprobs,
-            min_p=params.min_p,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
-            logit_bias=params.logit_bias or {},
-            bad_words=request.bad_words,
-            grammar=request.grammar,
-            min_tokens=max(0, params.min_tokens - len(request.tokens)),
-            num_generated=len(request.tokens),
-        )
 
     # --- homes --------------------------------------------------------------------------------------------------------
 
@@ -699,7 +554,7 @@ class Sequences:
         elif request.state == "preempted":
             request.home = None
             request.held = {}
-            self.enqueue(request, now, "release")
+            self._waiting.add(request, now, "release")
         else:
             self._crowded = False
             error = f"instance {self._id(sequence.home)} of cell '{self._cell.name}' released the request unasked"
@@ -722,18 +577,13 @@ class Sequences:
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
         self._running.validate()
-        if [r.number for r in self._waiting] != sorted({r.number for r in self._waiting}):
-            raise RuntimeError("the queue is not in order of arrival")
-        for request in self._waiting:
-            if request.state != "queued" or not request.prompt:
-                raise RuntimeError(f"request {request.number} waits and is {request.state}")
+        self._waiting.validate()
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
         elif self._changed and self._cell.is_ready:
             raise RuntimeError("something has changed and was not looked at")
 
     def _log(self, sequence: Sequence, event: str, **fields: object) -> None:
-        self._log_request(sequence.request, event, sequence=sequence.number, **fields)
-
-    def _log_request(self, request: Request, event: str, **fields: object) -> None:
-        self._emit(Log(logging.INFO, event, {"request": request.id, "number": request.number} | fields))
+        request = sequence.request
+        named = {"request": request.id, "number": request.number, "sequence": sequence.number}
+        self._emit(Log(logging.INFO, event, named | fields))
