@@ -290,15 +290,16 @@ class Cluster:
         self._attach(peer, submit.request_id, 0)
         return True
 
-    def _attach(self, peer: PeerId, request_id: str, from_index: int) -> None:
-        """Tell a client of a request from that token on."""
+    def _attach(self, peer: PeerId, request_id: str, from_index: int, since: float | None = None) -> None:
+        """Tell a client of a request from that token on. `since`: when it asked for that; None: now."""
         request, ended = self._requests.by_id(request_id), self._requests.ended(request_id)
         if request is not None:
             self._requests.delivery.attach(request, peer, from_index)
         elif ended is not None and self._has_text(ended.request):
             self._requests.delivery.attach_ended(ended, peer, from_index)
         elif ended is not None:
-            self._attaching.append((peer, m.Attach(request_id=request_id, from_index=from_index), self._now))
+            asked_at = self._now if since is None else since
+            self._attaching.append((peer, m.Attach(request_id=request_id, from_index=from_index), asked_at))
         else:
             self._refuse_unknown(peer, request_id)
 
@@ -380,9 +381,9 @@ class Cluster:
         if not self._sequences:
             return
         attaching, self._attaching = self._attaching, []
-        for peer, message, _ in attaching:
+        for peer, message, since in attaching:
             if peer in self._clients:
-                self._attach(peer, message.request_id, message.from_index)
+                self._attach(peer, message.request_id, message.from_index, since)
         for request, submit in list(self._unbound.values()):
             ready = self._ready_cells(submit)
             if not ready:
