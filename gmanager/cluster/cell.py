@@ -93,6 +93,8 @@ class Member:
     """As last heard. Answers to Reserve are already in it."""
     outstanding: dict[int, int] = field(default_factory=dict)
     """seq -> blocks of Reserves that aren't answered."""
+    is_freeing: bool = False
+    """It held KV that nobody wants any more, and has not said since how many blocks are free."""
     counters: Counters = field(default_factory=Counters)
     num_outputs: int = 0
     """Messages Outputs that came of it."""
@@ -310,6 +312,7 @@ class Cell:
             member.kept = None
             member.joined = False
             member.outstanding.clear()
+            member.is_freeing = False
             self._emit(Send(member.peer, Suspend(epoch=self.epoch, reason=reason)))
         self._emit(Log(logging.INFO, "cell changes", {"cell": self.name, "epoch": self.epoch, "reason": reason}))
 

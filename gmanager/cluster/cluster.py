@@ -66,8 +66,6 @@ class Cluster:
         """Of the cells that serve or change, by name."""
         self._clients: dict[PeerId, float] = {}
         """When each was last heard."""
-        self._paused: dict[PeerId, float] = {}
-        """Those to whom nothing is told, because they don't read, and since when."""
         self._members: dict[PeerId, tuple[Cell, Member]] = {}
         self._parting: dict[PeerId, float] = {}
         """Peers that are done for, and since when."""
@@ -206,19 +204,16 @@ class Cluster:
     def _forget_client(self, peer: PeerId) -> None:
         drains.forget([member for _, member in self._members.values()], peer)
         self._clients.pop(peer, None)
-        self._paused.pop(peer, None)
         self._requests.delivery.forget(peer)
 
     def _on_client_full(self, peer: PeerId) -> None:
-        if peer in self._clients and peer not in self._paused:
-            self._paused[peer] = self._now
-            self._requests.delivery.pause(peer, self._requests.live())
+        if peer in self._clients:
+            self._requests.delivery.pause(peer, self._requests.live(), self._now)
 
     def _on_client_empty(self, peer: PeerId, lacks: Mapping[str, int]) -> None:
-        if self._paused.pop(peer, None) is not None:
-            owed = self._requests.delivery.go_on(peer, self._requests.live(), lacks)
-            for request_id, index in owed.items():
-                self._attach(peer, request_id, index)
+        owed = self._requests.delivery.go_on(peer, self._requests.live(), lacks)
+        for request_id, index in owed.items():
+            self._attach(peer, request_id, index)
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
@@ -295,15 +290,16 @@ class Cluster:
         self._attach(peer, submit.request_id, 0)
         return True
 
-    def _attach(self, peer: PeerId, request_id: str, from_index: int) -> None:
-        """Tell a client of a request from that token on."""
+    def _attach(self, peer: PeerId, request_id: str, from_index: int, since: float | None = None) -> None:
+        """Tell a client of a request from that token on. `since`: when it asked for that; None: now."""
         request, ended = self._requests.by_id(request_id), self._requests.ended(request_id)
         if request is not None:
             self._requests.delivery.attach(request, peer, from_index)
         elif ended is not None and self._has_text(ended.request):
             self._requests.delivery.attach_ended(ended, peer, from_index)
         elif ended is not None:
-            self._attaching.append((peer, m.Attach(request_id=request_id, from_index=from_index), self._now))
+            asked_at = self._now if since is None else since
+            self._attaching.append((peer, m.Attach(request_id=request_id, from_index=from_index), asked_at))
         else:
             self._refuse_unknown(peer, request_id)
 
@@ -385,9 +381,9 @@ class Cluster:
         if not self._sequences:
             return
         attaching, self._attaching = self._attaching, []
-        for peer, message, _ in attaching:
+        for peer, message, since in attaching:
             if peer in self._clients:
-                self._attach(peer, message.request_id, message.from_index)
+                self._attach(peer, message.request_id, message.from_index, since)
         for request, submit in list(self._unbound.values()):
             ready = self._ready_cells(submit)
             if not ready:
@@ -759,11 +755,10 @@ class Cluster:
                 self._log(logging.INFO, "client not heard", seconds=self._config.client_lease_s)
                 self._lose_client(peer)
                 self._out.append(Forget(peer))
-        for peer, since in list(self._paused.items()):
-            if now - since > self._config.max_pause_s:
-                self._log(logging.WARNING, "client does not read", seconds=self._config.max_pause_s)
-                self._lose_client(peer)
-                self._out.append(Forget(peer))
+        for peer in self._requests.delivery.paused_since(now - self._config.max_pause_s):
+            self._log(logging.WARNING, "client does not read", seconds=self._config.max_pause_s)
+            self._lose_client(peer)
+            self._out.append(Forget(peer))
         for peer, (_, member) in list(self._members.items()):
             if peer in self._members and now - member.heard_at > self._config.instance_lease_s:
                 self._end_membership(member, f"{member.name} was not heard for {self._config.instance_lease_s:g} s")

@@ -9,6 +9,7 @@ was behind it begins anew, with the tokens that the client has (`Deliver.before`
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from gmanager.cluster.events import Deliver, Emit, Send
 from gmanager.cluster.request import Ended, Request
@@ -20,13 +21,22 @@ MOST_AT_ONCE = 4096
 TAKEN_OVER = "another connection has attached to the request"
 
 
+@dataclass(slots=True)
+class _Pause:
+    """The connection to a client is full."""
+
+    since: float
+    owed: dict[str, int] = field(default_factory=dict)
+    """Requests of it that have ended since, and from which token on it lacks them."""
+
+
 class Delivery:
     """To all clients."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
-        self._paused: dict[PeerId, dict[str, int]] = {}
-        """Whose connection is full. Of each: requests of it that have ended since, and from which token on it lacks them."""
+        self._paused: dict[PeerId, _Pause] = {}
+        """Those to whom nothing is told, because they don't read."""
 
     def tell(
         self,
@@ -56,7 +66,7 @@ class Delivery:
         if peer is not None:
             request.sent = end
         elif reason is not None and request.client in self._paused:
-            self._paused[request.client][request.id] = request.sent
+            self._paused[request.client].owed[request.id] = request.sent
 
     def tell_scores(self, request: Request, scores: PromptLogprobs) -> None:
         """Log-probabilities of some of its prompt; all come before its first token. Kept for who attaches at its beginning."""
@@ -80,7 +90,7 @@ class Delivery:
         """The same of one that has ended."""
         request = ended.request
         if peer in self._paused:
-            self._paused[peer][request.id] = from_index
+            self._paused[peer].owed[request.id] = from_index
             return
         start, before = self._begin_anew(request, peer, from_index)
         self._deliver(request, peer, start, before, ended.stats.finish_reason, ended.error, ended.refusal)
@@ -89,18 +99,26 @@ class Delivery:
         """Its client is gone."""
         request.client, request.is_followed, request.detached_at = None, False, now
 
-    def pause(self, peer: PeerId, live: Iterable[Request]) -> None:
+    def pause(self, peer: PeerId, live: Iterable[Request], now: float) -> None:
         """The connection to this client is full: it is told no more. `live`: all requests."""
-        self._paused.setdefault(peer, {})
+        if peer in self._paused:
+            return
+        self._paused[peer] = _Pause(now)
         for request in live:
             if request.client == peer:
                 request.is_followed = False
 
+    def paused_since(self, time: float) -> list[PeerId]:
+        """Whose connection was full before that, and is."""
+        return [peer for peer, pause in self._paused.items() if pause.since < time]
+
     def go_on(self, peer: PeerId, live: Iterable[Request], lacks: Mapping[str, int]) -> dict[str, int]:
         """It is empty again. `lacks`: what was told and did not get so far, and from which token on. Returns which requests of
-        it have ended meanwhile, and from which token on it lacks them."""
-        owed = self._paused.pop(peer, {})
-        left = dict(lacks)
+        it have ended meanwhile, and from which token on it lacks them; none if it was not paused."""
+        pause = self._paused.pop(peer, None)
+        if pause is None:
+            return {}
+        owed, left = pause.owed, dict(lacks)
         for request in live:
             index = left.pop(request.id, request.sent)
             if request.client == peer:

@@ -17,6 +17,7 @@ from gmanager.wire.messages import (
     RequestState,
     RequestStats,
     SamplingParams,
+    SequenceParams,
     Submit,
     TokenLogprob,
     pack_tokens,
@@ -147,9 +148,41 @@ class Request:
     def is_live(self) -> bool:
         return self.finish_reason is None
 
+    def wanted_of(
+        self, token_ids: list[int], logprobs: list[TokenLogprob] | None, reason: FinishReason | None
+    ) -> tuple[list[int], list[TokenLogprob] | None, FinishReason | None]:
+        """What its client wants of what instances generated for it."""
+        if not self.max_tokens:  # only the prompt was wanted: the one token that ends a sequence is nobody's
+            return [], None, reason and "length"
+        return token_ids, None if self.params.logprobs is None else logprobs, reason
+
     def packed(self) -> bytes:
         """All its tokens so far: the prompt of its next admission."""
         return self.prompt + pack_tokens(self.tokens)
+
+    def sequence_params(self, eos_token_ids: Sequence[int]) -> SequenceParams:
+        """What instances are told of it, with its next admission. `eos_token_ids`: of its cell."""
+        params = self.params
+        eos = () if params.ignore_eos else eos_token_ids
+        return SequenceParams(
+            max_tokens=max(1, self.max_tokens - len(self.tokens)),
+            temperature=params.temperature,
+            top_k=max(0, params.top_k),
+            top_p=params.top_p,
+            seed=self.seed,
+            stop_token_ids=sorted({*(params.stop_token_ids or ()), *eos}),
+            logprobs=params.logprobs,
+            prompt_logprobs=None if self.is_scored else params.prompt_logprobs,
+            min_p=params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=params.logit_bias or {},
+            bad_words=self.bad_words,
+            grammar=self.grammar,
+            min_tokens=max(0, params.min_tokens - len(self.tokens)),
+            num_generated=len(self.tokens),
+        )
 
     def stats(self) -> RequestStats:
         return RequestStats(

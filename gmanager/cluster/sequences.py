@@ -16,34 +16,23 @@
 """
 
 import logging
-from bisect import insort
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
-from gmanager.cluster.parties import Parties
-from gmanager.cluster.policy import (
-    Candidate,
-    InstanceView,
-    Placement,
-    choose_target,
-    choose_victim,
-    most_tokens,
-    place,
-    place_rest,
-)
-from gmanager.cluster.request import MoveCall, Request, count_tokens, cut, held_once
+from gmanager.cluster.policy import Candidate, Placement, choose_target, choose_victim
+from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
+from gmanager.cluster.running import Running
 from gmanager.cluster.sequence import Reservation, Sequence
+from gmanager.cluster.waiting import Waiting
 from gmanager.wire.messages import (
     Admit,
     Beat,
     Cancel,
     Copied,
-    Discard,
     Done,
     Drop,
     Granted,
@@ -57,13 +46,9 @@ from gmanager.wire.messages import (
     RunOffered,
     Scored,
     SequenceOutput,
-    SequenceParams,
     TokenLogprob,
     Unheard,
 )
-
-MAX_BREAKS = 3
-"""Epochs that may break while a request runs, with nobody lost and no token of it come, until it is given up."""
 
 
 class Sequences:
@@ -71,22 +56,15 @@ class Sequences:
 
     def __init__(self, cell: Cell, requests: Requests, emit: Emit) -> None:
         self.num_preemptions = 0
-        self.num_dropped = 0
         self._cell = cell
         self._requests = requests
         self._emit = emit
-        self._parties = Parties(cell.epoch, cell.size)
-        self._numbers = 0
-        self._waiting: list[Request] = []
-        self._sequences: dict[int, Sequence] = {}
+        self._waiting = Waiting(cell, requests, emit)
+        self._running = Running(cell, emit)
         self._reservation: Reservation | None = None
         self._crowded = False
-        self._unsettled: dict[int, None] = {}
-        """Ranks that held KV of a released sequence and have not said since how many blocks are free."""
         self._changed = False
-        self._moves = Moves(cell, self, emit)
-        self._came_from: dict[int, int] = {}
-        """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
+        self._moves = Moves(cell, self._running, emit)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -97,33 +75,33 @@ class Sequences:
     @property
     def num_running(self) -> int:
         """Requests that run."""
-        return sum(sequence.is_current for sequence in self._sequences.values())
+        return self._running.num_current
 
-    def enqueue(
-        self, request: Request, now: float, change: Literal["enqueue", "deny", "release", "interrupt"] = "enqueue"
-    ) -> None:
+    @property
+    def num_dropped(self) -> int:
+        """Messages that meant nothing here."""
+        return self._running.num_dropped
+
+    def enqueue(self, request: Request, now: float) -> None:
         """Let a request wait for memory, behind all older ones."""
-        self._requests.change(request, change)
-        request.waiting_since = now
-        insort(self._waiting, request, key=lambda waiting: waiting.number)
+        self._waiting.add(request, now, "enqueue")
         self._changed = True
 
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
         if was == "queued":
-            self._waiting.remove(request)
+            self._waiting.withdraw(request)
             self._changed = True
-            self._discard(request)
         elif was == "reserving":
             self._give_up_reservation()
-            self._discard(request)
+            self._waiting.discard(request)
         elif was in RUNNING:
-            self._cancel(self._sequences[request.seq])
+            self._cancel(self._running[request.seq])
 
     def move_home(self, request: Request, call: MoveCall) -> None:
         """A client wants another home for a request. Answered when it has moved, or can't."""
         target = self._rank(call.target)
-        sequence = self._sequences.get(request.seq) if request.is_running else None
+        sequence = self._running.get(request.seq) if request.is_running else None
         request.move_call = call
         if target is None:
             ids = ", ".join(str(member.id) for member in self._cell.members)
@@ -140,110 +118,44 @@ class Sequences:
     @property
     def kept_seqs(self) -> Collection[int]:
         """Whose KV waits on instances for an admission."""
-        return {request.seq for request in self._waiting if request.kept}
+        return self._waiting.kept_seqs
 
     def suspend(self, now: float) -> None:
         """The epoch is over: all that runs or was about to goes back to the queue. What of its KV is left `inherit` says."""
-        for request in self._waiting:
-            self._came_from.setdefault(request.number, request.seq if request.kept else 0)
+        self._waiting.suspend()
         if self._reservation is not None and self._reservation.placement is not None:
             request = self._reservation.request
-            self._came_from[request.number] = request.seq if request.kept else 0
-            self._interrupt(request, request.waiting_since)
-        for sequence in self._sequences.values():
-            request = sequence.request
+            self._waiting.take_back(request, request.seq if request.kept else 0, request.waiting_since)
+        for sequence in self._running.all():
             if sequence.is_current:
                 # whose prompt is not scored is computed anew: each of its rows is needed
-                is_kept = request.state != "preempted" and not sequence.unscored
-                self._came_from[request.number] = sequence.number if is_kept else 0
-                self._interrupt(request, now)
+                is_kept = sequence.request.state != "preempted" and not sequence.unscored
+                self._waiting.take_back(sequence.request, sequence.number if is_kept else 0, now)
         self._reservation = None
-        self._moves = Moves(self._cell, self, self._emit)
-        self._parties = Parties(self._cell.epoch, self._cell.size)
-        self._sequences.clear()
-        self._unsettled.clear()
+        self._moves = Moves(self._cell, self._running, self._emit)
+        self._running.clear()
         self._crowded = False
         self._changed = False
 
-    def inherit(self) -> None:
-        """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
-        for request in self._waiting:
-            if request.params.max_tokens is None:  # as many as there is room for: now more or fewer
-                request.max_tokens = self._cell.room(request.prompt_tokens)
-            seq = self._came_from.get(request.number, 0)
-            request.breaks += self._cell.broke is not None and request.was_interrupted
-            request.was_interrupted = False
-            last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
-            kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
-            request.kept = held_once(kept)
-            request.seq = seq
-            request.held = {self._id(rank): count_tokens(runs) for rank, runs in request.kept.items()}
-        for member in self._cell.members:
-            kept_seqs = {request.seq for request in self._waiting if member.rank in request.kept}
-            said = member.kept or {}
-            member.kept = {seq: runs for seq, runs in said.items() if seq in kept_seqs}
-            if len(member.kept) < len(said):  # it frees the others with the JoinEpoch
-                self._unsettled[member.rank] = None
-        self._came_from.clear()
-        self._moves = Moves(self._cell, self, self._emit)
-        self._parties = Parties(self._cell.epoch, self._cell.size)
-        for request in [request for request in self._waiting if request.breaks >= MAX_BREAKS]:
-            self._waiting.remove(request)
-            self._discard(request)
-            what = f"{request.breaks} epochs of cell '{self._cell.name}' broke while the request ran"
-            error = f"{what}; the last: {self._cell.broke}"
-            self._requests.finish(request, "error", error=error)
-
     def take_unheard(self, request: Request, unheard: Unheard) -> None:
-        """Tokens of a waiting request that were generated while there was no gManager. Those that it has are passed over, and
-        those that don't follow are generated again."""
-        start = len(request.tokens) - unheard.index
-        if start < 0 or self._lacks_scores(request):
-            return
-        token_ids, reason = unheard.token_ids[start:], unheard.finish_reason
-        logprobs = unheard.logprobs[start:] if unheard.logprobs is not None and request.params.logprobs is not None else None
-        if not request.max_tokens:  # only the prompt was wanted
-            token_ids, logprobs, reason = [], None, reason and "length"
-        if reason is not None:
-            was = request.state
-            self._requests.finish(request, reason, token_ids=token_ids, logprobs=logprobs)
-            self.withdraw(request, was)
-        elif token_ids:
-            self._requests.deliver(request, token_ids, logprobs)
+        """Tokens of a waiting request that were generated while there was no gManager."""
+        self._waiting.take_unheard(request, unheard)
 
     def reclaim(self, came_from: Mapping[int, int]) -> None:
         """KV that was kept for another gManager: request -> sequence as which it ran."""
-        self._numbers = max(self._numbers, *(seq for member in self._cell.members for seq in member.kept or ()), 0)
-        for request in self._waiting:
-            if request.is_restored and request.number in came_from and not self._lacks_scores(request):
-                self._came_from[request.number] = came_from[request.number]
+        for member in self._cell.members:
+            self._running.pass_number(max(member.kept or (), default=0))
+        self._waiting.reclaim(came_from)
 
-    @staticmethod
-    def _lacks_scores(request: Request) -> bool:
-        """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
-        return request.params.prompt_logprobs is not None and not request.is_scored
+    def inherit(self) -> None:
+        """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
+        self._waiting.inherit()
+        self._moves = Moves(self._cell, self._running, self._emit)
+        self._running.clear()
 
     def resume(self) -> None:
         """The cell steps (again)."""
         self._changed = True
-
-    def _interrupt(self, request: Request, waiting_since: float) -> None:
-        self.enqueue(request, waiting_since, "interrupt")
-        request.was_interrupted = True
-        self._requests.fail_move(request, f"request {request.id!r} has no home now: the cell's membership changes")
-        request.home = None
-        request.held = {}
-        request.kept = {}
-
-    def _discard(self, request: Request) -> None:
-        """What is left of its KV isn't wanted any more."""
-        if self._cell.phase != "suspending":
-            for rank in request.kept:
-                member = self._cell.members[rank]
-                self._emit(Send(member.peer, Discard(epoch=self._cell.epoch, seq=request.seq)))
-                self._unsettled[rank] = None
-        request.kept = {}
-        request.held = {}
 
     def _id(self, rank: int) -> int:
         """Of a member: what the world outside the epoch knows it by."""
@@ -258,22 +170,20 @@ class Sequences:
     def on_beat(self, member: Member, beat: Beat, is_news: bool) -> None:
         """`is_news`: the free blocks are others than before."""
         for number, tokens in beat.held_tokens.items():
-            if (sequence := self._sequences.get(number)) is not None:
+            if (sequence := self._running.get(number)) is not None:
                 held = max(0, min(tokens, member.spec.num_blocks * self._cell.spec.block_size))
                 sequence.held[member.rank] = held
                 if sequence.is_current and sequence.request.held.get(member.id) != held:
                     sequence.request.held[member.id] = held
                     self._requests.hear(sequence.request)
-        if member.rank in self._unsettled:
-            del self._unsettled[member.rank]
-            is_news = True
-        self._changed |= is_news
+        self._changed |= is_news or member.is_freeing
+        member.is_freeing = False
 
     def on_granted(self, member: Member, granted: Granted) -> None:
         seq = granted.seq
         asked = member.outstanding.pop(seq, None)
         if asked is None:
-            self.num_dropped += 1
+            self._running.num_dropped += 1
             return
         blocks = max(0, min(granted.blocks, asked))
         member.hear_free(granted.free_blocks)
@@ -293,12 +203,12 @@ class Sequences:
             if reservation.placement is not None:
                 self._admit(reservation, reservation.placement)
             else:
-                self._start_move(self._sequences[seq], member.rank)
+                self._start_move(self._running[seq], member.rank)
 
     def on_not_granted(self, member: Member, seq: int, free_blocks: int) -> None:
         blocks = member.outstanding.pop(seq, None)
         if blocks is None:
-            self.num_dropped += 1
+            self._running.num_dropped += 1
             return
         # Whatever it says, it has less than was asked: so the next try asks for less, and there is no endless loop.
         member.hear_free(min(free_blocks, blocks - 1))
@@ -312,7 +222,7 @@ class Sequences:
         self._give_up_reservation()
         request = reservation.request
         if reservation.placement is not None:
-            self.enqueue(request, request.waiting_since, "deny")
+            self._waiting.add(request, request.waiting_since, "deny")
         elif (call := request.move_call) is not None and call.target == member.id:
             self._requests.fail_move(
                 request, f"instance {member.id} has no room: {blocks} block asked, {max(0, free_blocks)} free"
@@ -320,9 +230,9 @@ class Sequences:
 
     def on_outputs(self, member: Member, outputs: Outputs) -> None:
         for output in outputs.outputs:
-            sequence = self._sequences.get(output.seq)
+            sequence = self._running.get(output.seq)
             if sequence is None or output.index < sequence.received or output.index in sequence.early:
-                self.num_dropped += 1
+                self._running.num_dropped += 1
                 continue
             if sequence.needs_block and member.rank == sequence.home:
                 # A home tells of a lack of room after the tokens of all rows before it: blocks have become free.
@@ -336,9 +246,9 @@ class Sequences:
 
     def on_scored(self, member: Member, scored: Scored) -> None:
         """Log-probabilities of some of a prompt; with the last of them the outputs that waited go to the client."""
-        sequence = self._sequences.get(scored.seq)
+        sequence = self._running.get(scored.seq)
         if sequence is None or member.rank not in sequence.participants or len(scored.logprobs) > sequence.unscored:
-            self.num_dropped += 1
+            self._running.num_dropped += 1
             return
         sequence.unscored -= len(scored.logprobs)
         if sequence.is_current:
@@ -348,20 +258,20 @@ class Sequences:
                 self._take_outputs(sequence)
 
     def on_need_block(self, member: Member, seq: int) -> None:
-        sequence = self._sequences.get(seq)
+        sequence = self._running.get(seq)
         if sequence is None or sequence.ending:
             return
         if member.rank != sequence.home:
-            self.num_dropped += 1
+            self._running.num_dropped += 1
             return
         member.hear_free(0)
         sequence.needs_block = True
         self._changed = True
 
     def on_home_moved(self, seq: int, home: int) -> None:
-        sequence = self._sequences.get(seq)
+        sequence = self._running.get(seq)
         if sequence is None or home not in sequence.participants:
-            self.num_dropped += 1
+            self._running.num_dropped += 1
             return
         sequence.home = home
         sequence.is_written = False
@@ -388,9 +298,9 @@ class Sequences:
                 self._changed |= self._moves.on_moved(member, message)
 
     def on_released(self, released: Released, now: float) -> None:
-        sequence = self._sequences.get(released.seq)
+        sequence = self._running.get(released.seq)
         if sequence is None:
-            self.num_dropped += 1
+            self._running.num_dropped += 1
             return
         sequence.ending = True
         sequence.released = released.generated
@@ -398,7 +308,7 @@ class Sequences:
 
     def settle(self, now: float) -> None:
         """Let go of what is released and whose tokens are all here."""
-        for sequence in [s for s in self._sequences.values() if s.released is not None]:
+        for sequence in [s for s in self._running.all() if s.released is not None]:
             self._settle(sequence, now)
 
     # --- decisions ----------------------------------------------------------------------------------------------------
@@ -407,7 +317,7 @@ class Sequences:
         """Start what can start now, if anything has changed."""
         while self._changed and self._reservation is None and self._cell.is_ready:
             self._changed = False
-            oldest_first = sorted(self._sequences.values(), key=lambda s: s.request.number)
+            oldest_first = self._running.oldest_first()
             if not any(self._try_move(sequence) for sequence in oldest_first):
                 self._moves.start(oldest_first)
                 self._try_admit()
@@ -419,10 +329,10 @@ class Sequences:
         return next(filter(self._is_emptied, draining), None) if is_quiet else None
 
     def _is_emptied(self, member: Member) -> bool:
-        its = [sequence for sequence in self._sequences.values() if member.rank in sequence.participants]
+        its = [sequence for sequence in self._running.all() if member.rank in sequence.participants]
         # prompts run to their end, and who has just come to another home says a word from there first
         waits = [s for s in its if s.ending or s.moving_to is not None or not s.is_written]
-        return not its or not (waits or self._blocks_come)
+        return not its or not (waits or self._running.blocks_come)
 
     def _try_move(self, sequence: Sequence) -> bool:
         """Whether a reservation for its next home was begun."""
@@ -432,7 +342,7 @@ class Sequences:
             return False
         if call is not None:
             target = self._rank(call.target)
-            homes = 0 if target is None else self._homes()[target]
+            homes = 0 if target is None else self._running.homes()[target]
             if target is not None and self._cell.members[target].is_draining:
                 self._requests.fail_move(sequence.request, f"instance {call.target} is being drained")
                 return False
@@ -443,7 +353,7 @@ class Sequences:
         elif sequence.needs_block and not self._cell.members[sequence.home].free:
             target = self._make_room(sequence)
         elif self._cell.members[sequence.home].is_draining and sequence.is_written:
-            target = choose_target(self.views(), home=sequence.home, reserve=1)
+            target = choose_target(self._running.views(), home=sequence.home, reserve=1)
         if target is None:
             return False
         self._requests.change(sequence.request, "move")
@@ -454,83 +364,40 @@ class Sequences:
 
     def _make_room(self, sequence: Sequence) -> int | None:
         """Its home has no block left for it: another home, or None if somebody must make (or is making) room first."""
-        views = self.views()
+        views = self._running.views()
         target = choose_target(views, home=sequence.home)
         if target is not None:
             return target
-        if self._blocks_come or self._give_up_kept():
+        if self._running.blocks_come or self._waiting.give_up_kept():
             return None
-        running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._sequences.values()]
+        running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._running.all()]
         victim = choose_victim(running)
         if victim is None:
             target = choose_target(views, home=sequence.home, reserve=1)
         if target is None:
-            self._preempt(sequence if victim is None else self._sequences[victim])
+            self._preempt(sequence if victim is None else self._running[victim])
         return target
 
-    @property
-    def _blocks_come(self) -> bool:
-        """Whether more blocks are about to be free than is known."""
-        return bool(self._unsettled) or any(s.ending for s in self._sequences.values())
-
     def _try_admit(self) -> None:
-        if not self._waiting or self._crowded or any(s.needs_block and not s.ending for s in self._sequences.values()):
+        if not self._waiting or self._crowded or self._running.lacks_blocks:
             return
-        request = next(filter(self._may_fit, self._waiting), None)
+        request = self._waiting.next()
         if request is None or self._is_asked_for(request):
             return
-        placement = self._place(request)
-        if placement is None and not self._sequences and not self._blocks_come:
-            self._give_up_kept(last=request)
-        if placement is None or (not request.kept and not placement.is_even and self._blocks_come):
+        placement = self._waiting.place(request, self._running.views())
+        if placement is None and not self._running and not self._running.blocks_come:
+            self._waiting.give_up_kept(last=request)
+        if placement is None or (not request.kept and not placement.is_even and self._running.blocks_come):
             return
-        self._waiting.remove(request)
+        self._waiting.take(request)
         self._requests.change(request, "reserve")
-        number = request.seq if request.kept else self.next_number()
+        number = request.seq if request.kept else self._running.next_number()
         self._reserve(Reservation(number, placement.blocks, request, placement))
-
-    def _may_fit(self, request: Request) -> bool:
-        """Whether the present members could hold all of it, alone. The cell may have been larger when it came, and be again."""
-        most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
-        generated = len(request.tokens)
-        return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
         the next: a new sequence has a new number, this one keeps its own."""
         return bool(request.kept) and any(request.seq in member.outstanding for member in self._cell.members)
-
-    def _place(self, request: Request) -> Placement | None:
-        views, block_size, reach = self.views(), self._cell.spec.block_size, self._cell.spec.reach
-        waiting = [behind.missing_tokens for behind in self._waiting if behind.number > request.number]
-        if not request.kept:
-            return place(
-                views,
-                tokens=request.num_tokens,
-                block_size=block_size,
-                spread=request.spread,
-                waiting=waiting,
-                reach=reach,
-            )
-        return place_rest(
-            views,
-            missing=request.missing_tokens,
-            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
-            block_size=block_size,
-            spread=request.spread,
-            waiting=waiting,
-            reach=reach,
-        )
-
-    def _give_up_kept(self, last: Request | None = None) -> bool:
-        """Free what is left of the KV of the youngest that waits, of `last` only if no other has any. Whether there was any."""
-        kept = [request for request in self._waiting if request.kept]
-        victim = next((request for request in reversed(kept) if request is not last), last if last in kept else None)
-        if victim is None:
-            return False
-        self._log_request(victim, "kept KV given up", tokens=victim.num_tokens - victim.missing_tokens)
-        self._discard(victim)
-        return True
 
     # --- reservations -------------------------------------------------------------------------------------------------
 
@@ -550,7 +417,7 @@ class Sequences:
         if reservation is None:
             raise RuntimeError("there is no reservation to give up")
         self._changed = True
-        sequence = self._sequences.get(reservation.seq) if reservation.placement is None else None
+        sequence = self._running.get(reservation.seq) if reservation.placement is None else None
         if sequence is not None:
             self._rest(sequence)
         for rank in reservation.blocks:
@@ -573,19 +440,19 @@ class Sequences:
         if request.params.prompt_logprobs is not None and not request.is_scored:
             sequence.unscored = request.prompt_tokens - 1
             request.scores.clear()
-        self._sequences[sequence.number] = sequence
+        self._running.add(sequence)
         request.seq = sequence.number
         request.home = self._id(home)
         request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._requests.admit(request)
-        self._regroup()
+        self._running.regroup()
         admit = Admit(
             epoch=self._cell.epoch,
             seq=sequence.number,
             arrival=request.number,
             token_ids=request.packed(),
             shares=placement.shares,
-            params=self._params(request),
+            params=request.sequence_params(self._cell.eos_token_ids),
             kept=[KeptPart(rank=rank, runs=[list(run) for run in runs]) for rank, runs in sorted(kept.items())],
         )
         self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
@@ -594,35 +461,10 @@ class Sequences:
             told["kept"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._log(sequence, "request admitted", **told)
 
-    def _params(self, request: Request) -> SequenceParams:
-        params = request.params
-        eos = [] if params.ignore_eos else self._cell.eos_token_ids
-        return SequenceParams(
-            max_tokens=max(1, request.max_tokens - len(request.tokens)),
-            temperature=params.temperature,
-            top_k=max(0, params.top_k),
-            top_p=params.top_p,
-            seed=request.seed,
-            stop_token_ids=sorted({*(params.stop_token_ids or ()), *eos}),
-            logprobs=params.logprobs,
-            prompt_logprobs=None if request.is_scored else params.prompt_logprobs,
-            min_p=params.min_p,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
-            logit_bias=params.logit_bias or {},
-            bad_words=request.bad_words,
-            grammar=request.grammar,
-            min_tokens=max(0, params.min_tokens - len(request.tokens)),
-            num_generated=len(request.tokens),
-        )
-
     # --- homes --------------------------------------------------------------------------------------------------------
 
     def _start_move(self, sequence: Sequence, target: int) -> None:
-        if target not in sequence.participants:
-            insort(sequence.participants, target)
-            self._regroup()
+        self._running.join(sequence, target)
         sequence.moving_to = target
         home = self._cell.members[sequence.home].peer
         self._emit(Send(home, MoveSequence(epoch=self._cell.epoch, seq=sequence.number, to=target)))
@@ -645,34 +487,31 @@ class Sequences:
         """All that is there without a gap goes to the client at once, but only after its prompt's log-probabilities."""
         if sequence.unscored and sequence.is_current:
             return
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
+        came: list[int] = []
+        came_logprobs: list[TokenLogprob] = []
         last: SequenceOutput | None = None
         while (output := sequence.early.pop(sequence.received, None)) is not None:
-            token_ids += output.token_ids
-            logprobs += output.logprobs or ()
+            came += output.token_ids
+            came_logprobs += output.logprobs or ()
             sequence.received += len(output.token_ids)
             last = output
         for index in [i for i in sequence.early if i <= sequence.received]:
             del sequence.early[index]  # overlaps what was taken: no instance of ours says this
-            self.num_dropped += 1
+            self._running.num_dropped += 1
         if last is None or not sequence.is_current:
             return
         request = sequence.request
-        reason = last.finish_reason
-        if not request.max_tokens:  # only the prompt was wanted: the one token that ends a sequence is nobody's
-            token_ids, logprobs, reason = [], [], reason and "length"
-        with_logprobs = logprobs if request.params.logprobs is not None else None
+        token_ids, logprobs, reason = request.wanted_of(came, came_logprobs, last.finish_reason)
         if reason is None:
             if request.state == "prefill":
                 self._requests.change(request, "generate")
-            self._requests.deliver(request, token_ids, with_logprobs)
+            self._requests.deliver(request, token_ids, logprobs)
             return
         sequence.ending = True
         self._give_up_move(sequence)
         if last.held is not None:
             request.held = {self._id(share.rank): share.tokens for share in last.held if 0 <= share.rank < self._cell.size}
-        self._requests.finish(request, reason, token_ids=token_ids, logprobs=with_logprobs)
+        self._requests.finish(request, reason, token_ids=token_ids, logprobs=logprobs)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
 
@@ -707,115 +546,44 @@ class Sequences:
         self._give_up_move(sequence)
         self._moves.forget(sequence)
         self._moves.room_came()
-        del self._sequences[sequence.number]
+        self._running.remove(sequence)
         self._changed = True
-        self._unsettled |= dict.fromkeys(rank for rank in sequence.participants if rank != sequence.home)
-        for rank in sequence.asked:
-            self._emit(Send(self._cell.members[rank].peer, Drop(epoch=self._cell.epoch, seq=sequence.number)))
-        self._regroup()
         request = sequence.request
         if not sequence.is_current:
             self._crowded = False
         elif request.state == "preempted":
             request.home = None
             request.held = {}
-            self.enqueue(request, now, "release")
+            self._waiting.add(request, now, "release")
         else:
             self._crowded = False
             error = f"instance {self._id(sequence.home)} of cell '{self._cell.name}' released the request unasked"
             self._requests.finish(request, "error", error=error)
-        if not self._sequences:
+        if not self._running:
             self._crowded = False
-
-    def _regroup(self) -> None:
-        news = self._parties.regroup(sequence.participants for sequence in self._sequences.values())
-        if news is not None:
-            ranks, regroup = news
-            for rank in ranks:
-                self._emit(Send(self._cell.members[rank].peer, regroup))
-
-    # --- for moves of runs --------------------------------------------------------------------------------------------
-
-    def next_number(self) -> int:
-        """Of a sequence or a move: no two have the same, in all epochs."""
-        self._numbers += 1
-        return self._numbers
-
-    def join(self, sequence: Sequence, rank: int) -> None:
-        """An instance takes part in a sequence from now on."""
-        if rank not in sequence.participants:
-            insort(sequence.participants, rank)
-            self._regroup()
-
-    def part(self, sequence: Sequence, rank: int) -> None:
-        """An instance holds nothing of a sequence any more: what it has reserved for it goes, too."""
-        sequence.participants.remove(rank)
-        sequence.held.pop(rank, None)
-        if sequence.is_current:
-            sequence.request.held.pop(self._id(rank), None)
-        self._unsettled[rank] = None
-        self._emit(Send(self._cell.members[rank].peer, Drop(epoch=self._cell.epoch, seq=sequence.number)))
-        self._regroup()
 
     # --- for others to see --------------------------------------------------------------------------------------------
 
-    def _homes(self) -> list[int]:
-        """Per rank: sequences whose home it is, or is about to be."""
-        homes = [0] * self._cell.size
-        for sequence in self._sequences.values():
-            homes[sequence.home if sequence.moving_to is None else sequence.moving_to] += 1
-        return homes
-
-    def views(self) -> list[InstanceView]:
-        homes, backlogs = self._homes(), [0.0] * self._cell.size
-        for sequence in self._sequences.values():
-            for rank, work in sequence.backlog(self._cell.spec.reach).items():
-                backlogs[rank] += work
-        return [
-            InstanceView(
-                rank=m.rank,
-                free_blocks=0 if m.is_draining else m.free,
-                total_blocks=0 if m.is_draining else m.spec.num_blocks,
-                homes=homes[m.rank],
-                max_homes=0 if m.is_draining else m.spec.decode_rows,
-                backlog=backlogs[m.rank],
-            )
-            for m in self._cell.members
-        ]
-
     def lent_and_borrowed(self) -> tuple[list[int], list[int]]:
         """Per rank: tokens it holds for other homes, and tokens that others hold for its sequences."""
-        lent, borrowed = [0] * self._cell.size, [0] * self._cell.size
-        for sequence in self._sequences.values():
-            for rank, tokens in sequence.held.items():
-                if rank != sequence.home:
-                    lent[rank] += tokens
-                    borrowed[sequence.home] += tokens
-        return lent, borrowed
+        return self._running.lent_and_borrowed()
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits, runs or is being reserved or released."""
-        busy = self._waiting or self._sequences or self._reservation or not self._moves.is_idle
+        busy = self._waiting or self._running or self._reservation or not self._moves.is_idle
         return not busy and not any(m.outstanding for m in self._cell.members)
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
-        self._parties.validate(sequence.participants for sequence in self._sequences.values())
-        if [r.number for r in self._waiting] != sorted({r.number for r in self._waiting}):
-            raise RuntimeError("the queue is not in order of arrival")
-        for request in self._waiting:
-            if request.state != "queued" or not request.prompt:
-                raise RuntimeError(f"request {request.number} waits and is {request.state}")
-        for sequence in self._sequences.values():
-            sequence.validate()
+        self._running.validate()
+        self._waiting.validate()
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
         elif self._changed and self._cell.is_ready:
             raise RuntimeError("something has changed and was not looked at")
 
     def _log(self, sequence: Sequence, event: str, **fields: object) -> None:
-        self._log_request(sequence.request, event, sequence=sequence.number, **fields)
-
-    def _log_request(self, request: Request, event: str, **fields: object) -> None:
-        self._emit(Log(logging.INFO, event, {"request": request.id, "number": request.number} | fields))
+        request = sequence.request
+        named = {"request": request.id, "number": request.number, "sequence": sequence.number}
+        self._emit(Log(logging.INFO, event, named | fields))

@@ -143,6 +143,20 @@ def test_the_text_of_one_whose_cell_is_over_is_waited_for() -> None:
     assert driver.ready_cell(8, epoch=2)[0] == deliver(1, "r", 0, [9, 7], before=[], cell=2, finish_reason="length")
 
 
+def test_cells_of_other_models_and_their_requests_lengthen_no_wait_for_a_text() -> None:
+    driver = serving(8)
+    running(driver, "r", generated=1, max_tokens=2, model="tiny")
+    driver.say(peer(0), outputs(1, 1, [7], finish_reason="length"))
+    driver.lose(0)
+    assert driver.say(CLIENT, attach("r", 0)) == []
+    assert driver.wait(20, CLIENT) == []
+    driver.ready_cell(8, cell="other", epoch=2, model="other")
+    assert driver.wait(5, CLIENT, peer(0, 2)) == []
+    driver.say(CLIENT, submit("of other", model="other"))
+    assert driver.wait(5, CLIENT, peer(0, 2)) == []
+    assert driver.wait(1, CLIENT, peer(0, 2)) == [unknown("r")]
+
+
 def test_ended_requests_are_kept_within_bounds() -> None:
     driver = serving(8)
     requests = driver.cluster._requests

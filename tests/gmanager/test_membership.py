@@ -10,7 +10,7 @@ import pytest
 
 from gmanager.cluster.cell import MAX_ATTEMPTS, SUSPEND_TIMEOUT_S
 from gmanager.cluster.events import Action, Deliver, DropText, Encoded, Forget, PeerWasLost, Send, StopFound
-from gmanager.cluster.sequences import MAX_BREAKS
+from gmanager.cluster.waiting import MAX_BREAKS
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
     CLIENT,

@@ -1,0 +1,196 @@
+"""Requests that wait for a cell's memory, and what is left of their KV from the epoch before.
+
+running ──take_back──> waiting ──inherit──> with what its members have kept ──take──> admitted: only the rest is computed
+                          │                        └── give_up_kept, discard: without ── take ──> all of it is computed
+                          └── withdraw, give_up_broken ──> ended
+"""
+
+import logging
+from bisect import insort
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+from gmanager.cluster.cell import Cell
+from gmanager.cluster.events import Emit, Log, Send
+from gmanager.cluster.policy import InstanceView, Placement, most_tokens, place, place_rest
+from gmanager.cluster.request import Request, count_tokens, cut, held_once
+from gmanager.cluster.requests import Requests
+from gmanager.wire.messages import Discard, Unheard
+
+MAX_BREAKS = 3
+"""Epochs that may break while a request runs, with nobody lost and no token of it come, until it is given up."""
+
+
+class Waiting:
+    """The queue of one cell, through all its epochs. Pure: what is to be done is emitted."""
+
+    def __init__(self, cell: Cell, requests: Requests, emit: Emit) -> None:
+        self._cell = cell
+        self._requests = requests
+        self._emit = emit
+        self._queue: list[Request] = []
+        """In order of arrival."""
+        self._came_from: dict[int, int] = {}
+        """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    # --- who waits ----------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, now: float, change: Literal["enqueue", "deny", "release", "interrupt"]) -> None:
+        """Behind all older ones."""
+        self._requests.change(request, change)
+        request.waiting_since = now
+        insort(self._queue, request, key=lambda waiting: waiting.number)
+
+    def next(self) -> Request | None:
+        """The oldest that the present members could hold all of, alone. The cell may have been larger when one that they can't
+        came, and be again."""
+        return next(filter(self._may_fit, self._queue), None)
+
+    def _may_fit(self, request: Request) -> bool:
+        most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
+        generated = len(request.tokens)
+        return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
+
+    def place(self, request: Request, views: list[InstanceView]) -> Placement | None:
+        """Where its next admission would lie, as instances are now; None if nowhere."""
+        block_size, reach = self._cell.spec.block_size, self._cell.spec.reach
+        waiting = [behind.missing_tokens for behind in self._queue if behind.number > request.number]
+        if not request.kept:
+            return place(
+                views,
+                tokens=request.num_tokens,
+                block_size=block_size,
+                spread=request.spread,
+                waiting=waiting,
+                reach=reach,
+            )
+        return place_rest(
+            views,
+            missing=request.missing_tokens,
+            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
+            block_size=block_size,
+            spread=request.spread,
+            waiting=waiting,
+            reach=reach,
+        )
+
+    def take(self, request: Request) -> None:
+        """It waits no longer, and brings what is left of its KV."""
+        self._queue.remove(request)
+
+    def withdraw(self, request: Request) -> None:
+        """It has ended."""
+        self._queue.remove(request)
+        self.discard(request)
+
+    # --- what is left of their KV -------------------------------------------------------------------------------------
+
+    @property
+    def kept_seqs(self) -> Collection[int]:
+        """Whose KV waits on instances for an admission."""
+        return {request.seq for request in self._queue if request.kept}
+
+    def discard(self, request: Request) -> None:
+        """What is left of its KV isn't wanted any more, whether it is in the queue or not."""
+        if self._cell.phase != "suspending":
+            for rank in request.kept:
+                member = self._cell.members[rank]
+                self._emit(Send(member.peer, Discard(epoch=self._cell.epoch, seq=request.seq)))
+                member.is_freeing = True
+        request.kept = {}
+        request.held = {}
+
+    def give_up_kept(self, last: Request | None = None) -> bool:
+        """Free what is left of the KV of the youngest, of `last` only if no other has any. Whether there was any."""
+        kept = [request for request in self._queue if request.kept]
+        victim = next((request for request in reversed(kept) if request is not last), last if last in kept else None)
+        if victim is None:
+            return False
+        fields = {"request": victim.id, "number": victim.number, "tokens": victim.num_tokens - victim.missing_tokens}
+        self._emit(Log(logging.INFO, "kept KV given up", fields))
+        self.discard(victim)
+        return True
+
+    # --- changes of membership ----------------------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """The epoch is over: note whose KV is left of it, or of one before."""
+        for request in self._queue:
+            self._came_from.setdefault(request.number, request.seq if request.kept else 0)
+
+    def take_back(self, request: Request, seq: int, waiting_since: float) -> None:
+        """It ran or was about to when the epoch ended. `seq`: sequence whose KV may be kept for it; 0: none."""
+        self._came_from[request.number] = seq
+        self.add(request, waiting_since, "interrupt")
+        request.was_interrupted = True
+        self._requests.fail_move(request, f"request {request.id!r} has no home now: the cell's membership changes")
+        request.home = None
+        request.held = {}
+        request.kept = {}
+
+    def take_unheard(self, request: Request, unheard: Unheard) -> None:
+        """Tokens that were generated while there was no gManager. Those that it has are passed over, and those that don't
+        follow are generated again."""
+        start = len(request.tokens) - unheard.index
+        if start < 0 or _lacks_scores(request):
+            return
+        logprobs = None if unheard.logprobs is None else unheard.logprobs[start:]
+        token_ids, logprobs, reason = request.wanted_of(unheard.token_ids[start:], logprobs, unheard.finish_reason)
+        if reason is not None:
+            self._requests.finish(request, reason, token_ids=token_ids, logprobs=logprobs)
+            self.withdraw(request)
+        elif token_ids:
+            self._requests.deliver(request, token_ids, logprobs)
+
+    def reclaim(self, came_from: Mapping[int, int]) -> None:
+        """KV that was kept for another gManager: request -> sequence as which it ran."""
+        for request in self._queue:
+            if request.is_restored and request.number in came_from and not _lacks_scores(request):
+                self._came_from[request.number] = came_from[request.number]
+
+    def inherit(self) -> None:
+        """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
+        for request in self._queue:
+            if request.params.max_tokens is None:  # as many as there is room for: now more or fewer
+                request.max_tokens = self._cell.room(request.prompt_tokens)
+            seq = self._came_from.get(request.number, 0)
+            request.breaks += self._cell.broke is not None and request.was_interrupted
+            request.was_interrupted = False
+            last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
+            kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
+            request.kept = held_once(kept)
+            request.seq = seq
+            request.held = {self._cell.members[rank].id: count_tokens(runs) for rank, runs in request.kept.items()}
+        for member in self._cell.members:
+            kept_seqs = {request.seq for request in self._queue if member.rank in request.kept}
+            said = member.kept or {}
+            member.kept = {seq: runs for seq, runs in said.items() if seq in kept_seqs}
+            if len(member.kept) < len(said):  # it frees the others with the JoinEpoch
+                member.is_freeing = True
+        self._came_from.clear()
+        self._give_up_broken()
+
+    def _give_up_broken(self) -> None:
+        """Those that may be what breaks epochs."""
+        for request in [request for request in self._queue if request.breaks >= MAX_BREAKS]:
+            self.withdraw(request)
+            what = f"{request.breaks} epochs of cell '{self._cell.name}' broke while the request ran"
+            error = f"{what}; the last: {self._cell.broke}"
+            self._requests.finish(request, "error", error=error)
+
+    def validate(self) -> None:
+        """Raises RuntimeError if the books contradict each other."""
+        numbers = [request.number for request in self._queue]
+        if numbers != sorted(set(numbers)):
+            raise RuntimeError("the queue is not in order of arrival")
+        for request in self._queue:
+            if request.state != "queued" or not request.prompt:
+                raise RuntimeError(f"request {request.number} waits and is {request.state}")
+
+
+def _lacks_scores(request: Request) -> bool:
+    """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
+    return request.params.prompt_logprobs is not None and not request.is_scored
