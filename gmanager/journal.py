@@ -15,6 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class Journal:
         self._writer.start()
 
     def append(self, *entries: Entry) -> int:
-        """Have them written soon, in one commit; does not wait. The answer is the last one's place: it is written once
+        """Have them written soon, in one commit; waits for none. The answer is the last one's place: it is written once
         `committed` has come to that. Raises ValueError for tokens that don't follow those before."""
         if entries:
             with self._wake:
@@ -91,6 +92,10 @@ class Journal:
                 self._appended += len(entries)
                 self._wake.notify()
         return self._appended
+
+    def together(self) -> AbstractContextManager[object]:
+        """What is appended within is in one commit."""
+        return self._wake
 
     @property
     def appended(self) -> int:

@@ -10,6 +10,7 @@ import secrets
 from array import array
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,6 +101,9 @@ class Server:
         """Why it can't be written: until it can, nothing is held for it."""
         self._journal_over: asyncio.Future[None] | None = None
         self._held = Held()
+        self._heard: dict[PeerId, deque[tuple[int, int]]] = {}
+        """Of each instance how many of its outputs were heard, and up to which entry that is in the journal: first what it was
+        told, then what it will be."""
         self._cluster = Cluster(config, term=0 if journal is None else journal.term)
         self._listener: Listener[FromClient | FromInstance] | None = None
         self._stopping = asyncio.Event()
@@ -189,6 +193,7 @@ class Server:
             if isinstance(message, BadMessage):
                 self._handle(PeerGarbled(peer, message.reason, now))
             elif isinstance(message, PeerLost):
+                self._heard.pop(peer, None)
                 self._handle(PeerWasLost(peer, message.reason, now))
             elif isinstance(message, Submit):
                 self._handle(PeerSaid(peer, message, now, seed=secrets.randbits(63)))
@@ -236,17 +241,22 @@ class Server:
             return
         self._is_handling = True
         try:
-            while self._events:
-                actions = self._cluster.handle(self._events.popleft())
-                if self._journal is not None:
-                    self._journal.append(*(action.entry for action in actions if isinstance(action, Write)))
-                for action in actions:
-                    self._do(action)
-                if not self._events:
-                    for peer in list(self._outbox):
-                        self._flush(peer)
+            # What its text brings about is written with a token: so all that is read again has been looked through.
+            with nullcontext() if self._journal is None else self._journal.together():
+                while self._events:
+                    self._handle_one(self._events.popleft())
         finally:
             self._is_handling = False
+
+    def _handle_one(self, event: Event) -> None:
+        actions = self._cluster.handle(event)
+        if self._journal is not None:
+            self._journal.append(*(action.entry for action in actions if isinstance(action, Write)))
+        for action in actions:
+            self._do(action)
+        if not self._events:
+            for peer in list(self._outbox):
+                self._flush(peer)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -264,9 +274,10 @@ class Server:
                 pass  # with all others of its event
             case Send(peer=peer, message=message):
                 self._flush(peer)
-                is_early = isinstance(message, Pong) and message.outputs and self._is_behind
-                if is_early or self._held.count(peer):  # an instance keeps its outputs until they are written
+                if self._held.count(peer):
                     self._hold(peer, message)
+                elif isinstance(message, Pong):
+                    self._send([peer], Pong(outputs=self._written(peer, message.outputs)))
                 else:
                     self._send([peer], message)
                     if isinstance(message, PromptOutput):
@@ -280,6 +291,7 @@ class Server:
             case Forget(peer=peer):
                 self._flush(peer)
                 self._full.pop(peer, None)
+                self._heard.pop(peer, None)
                 self._held.drop(peer)
                 self._bound().forget(peer)
             case Encode():
@@ -313,6 +325,18 @@ class Server:
         else:
             self._send([peer], message)
             self._look_at_backlog(peer)
+
+    def _written(self, peer: PeerId, outputs: int) -> int:
+        """How many of an instance's outputs are in the journal, as far as is known: the others it keeps. It isn't kept waiting
+        for a disk: what answers its beats is that this gManager lives."""
+        journal = self._journal
+        if journal is None or self._journal_failure is not None or not outputs:
+            return outputs
+        heard = self._heard.setdefault(peer, deque([(0, 0)]))
+        heard.append((journal.appended, outputs))
+        while len(heard) > 1 and heard[1][0] <= journal.committed:
+            heard.popleft()
+        return heard[0][1]
 
     @property
     def _is_behind(self) -> bool:

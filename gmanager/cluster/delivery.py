@@ -8,6 +8,7 @@ Whoever hears it, the shell turns all tokens into text, once: so a stop string e
 was behind it begins anew, with the tokens that the client has (`Deliver.before`).
 """
 
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -54,12 +55,15 @@ class Delivery:
             return
         client = None if request.client in self._paused else request.client
         start = min(request.told, end)
-        before: list[int] | None = None
+        before: array[int] | None = None
         if client is None:
             request.is_followed = False
         elif not request.is_followed and (request.sent <= end or reason is not None):
             request.is_followed = True
             start, before = self._begin_anew(request, client, request.sent)
+        if before is None and not request.has_text:
+            before = request.tokens[:start]
+        request.has_text = True
         peer = client if request.is_followed else None
         self._deliver(request, peer, start, before, reason, error, refusal)
         request.told = end
@@ -130,20 +134,20 @@ class Delivery:
         """It is no client any more."""
         self._paused.pop(peer, None)
 
-    def _begin_anew(self, request: Request, peer: PeerId, from_index: int) -> tuple[int, list[int]]:
+    def _begin_anew(self, request: Request, peer: PeerId, from_index: int) -> "tuple[int, array[int]]":
         """With which token, and behind which; at the beginning with the log-probabilities of its prompt."""
         start = min(from_index, len(request.tokens))
         if not start:
             for scores in request.scores:
                 self._emit(Send(peer, PromptOutput(request_id=request.id, logprobs=scores)))
-        return start, request.tokens[:start].tolist()
+        return start, request.tokens[:start]
 
     def _deliver(
         self,
         request: Request,
         peer: PeerId | None,
         start: int,
-        before: list[int] | None,
+        before: "array[int] | None",
         reason: FinishReason | None,
         error: str | None,
         refusal: RefusalReason | None,
@@ -163,7 +167,7 @@ class Delivery:
         peer: PeerId | None,
         start: int,
         end: int,
-        before: list[int] | None,
+        before: "array[int] | None",
         reason: FinishReason | None = None,
         error: str | None = None,
         refusal: RefusalReason | None = None,

@@ -3,6 +3,7 @@
 A request is named by its `number` between cluster and shell: a client may use an id again once its request has ended.
 """
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -264,7 +265,7 @@ class Deliver:
     skip_special_tokens: bool = True
     shown_special: frozenset[int] = frozenset()
     """These are not left out."""
-    before: list[int] | None = None
+    before: "array[int] | None" = None
     """Tokens that the client has: its text begins anew behind theirs. None: it goes on."""
     index: int
     token_ids: list[int]

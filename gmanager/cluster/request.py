@@ -88,6 +88,8 @@ class Request:
     """Of its prompt, likewise."""
     told: int = 0
     """So many tokens have been turned into text."""
+    has_text: bool = True
+    """The shell has that text, or there is none; False: it is to begin anew behind the tokens that were told."""
     sent: int = 0
     """The next one that its client is to have."""
     is_followed: bool = True

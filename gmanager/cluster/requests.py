@@ -77,6 +77,7 @@ class Requests:
         request = _request(restored.number, restored.submit, None, restored.seed, restored.spread, now)
         self.delivery.detach(request, now)
         request.tokens.extend(restored.token_ids)
+        request.told, request.has_text = len(request.tokens), False
         if request.logprobs is not None:
             request.logprobs += restored.logprobs or ()
         request.is_restored = True

@@ -1,5 +1,6 @@
 """What tests of the cluster share: instances' registrations, a cell made ready, and a cluster that is driven by events."""
 
+from array import array
 from typing import Any
 
 from gmanager.cluster.cluster import Cluster
@@ -276,6 +277,8 @@ def admit(
 
 def deliver(number: int, name: str, index: int, token_ids: list[int], **more: Any) -> Deliver:
     fields: dict[str, Any] = {"peer": CLIENT, "cell": 1, "stop_strings": (), "logprobs": None} | more
+    if fields.get("before") is not None:
+        fields["before"] = array("I", fields["before"])
     return Deliver(request=number, request_id=name, index=index, token_ids=token_ids, **fields)
 
 

@@ -3,6 +3,7 @@
 As test_cluster.py: blocks of 4 tokens, literal events in, literal actions out.
 """
 
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -315,7 +316,7 @@ def test_much_comes_in_pieces() -> None:
     driver.say(OTHER, HELLO)
     pieces = driver.say(OTHER, attach("r", 1))
     first, second = (deliver(1, "r", 1 + i * MOST_AT_ONCE, [7] * MOST_AT_ONCE, peer=OTHER) for i in range(2))
-    assert pieces == [replace(first, before=[9]), second]
+    assert pieces == [replace(first, before=array("I", [9])), second]
 
 
 def test_what_was_told_and_got_no_further_is_told_again() -> None:

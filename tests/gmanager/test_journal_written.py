@@ -19,6 +19,7 @@ from gmanager import RequestRefused, SamplingParams
 from gmanager import journal as journal_module
 from gmanager.cluster.events import (
     Accepted,
+    Deliver,
     Encoded,
     Entry,
     Finished,
@@ -49,7 +50,7 @@ from tests.gmanager.cluster_support import (
     submit,
 )
 from tests.gmanager.test_journal import limit_pages, state_of
-from tests.gmanager.test_server import ANY, DEADLINE_S, Service, Stream, ids, joined, started
+from tests.gmanager.test_server import ANY, DEADLINE_S, Instance, Service, Stream, ids, joined, started
 from tests.support.processes import processes
 
 FIRST = NUMBERS_OF_A_TERM + 1
@@ -235,6 +236,48 @@ async def test_a_client_hears_only_what_is_written(path: Path, transport: Memory
     (kept,) = state_of(path)
     assert kept["tokens"] == ids("abcde")
     assert kept["ended"] == Finished(number=FIRST, finish_reason="length", generated=5)
+
+
+async def test_instances_are_answered_while_the_disk_hangs(path: Path, transport: MemoryTransport, blocked: Any) -> None:
+    """What is not written they keep; that the gManager lives they hear all the same."""
+    async with journalled(path, transport) as service, service.instance() as instance, service.client() as client:
+        admit, stream = await started(instance, client, "hello", max_tokens=9)
+        instance.generate(admit.seq, "a")
+        assert (await stream.next()).text == "a"
+        assert await _said(instance, 1)
+        with blocked:
+            instance.generate(admit.seq, "b")
+            for _ in range(3):
+                instance.say(m.Ping())
+            assert not await _said(instance, 2, pongs=3)
+        assert (await stream.next()).text == "b"
+        instance.say(m.Ping())
+        assert await _said(instance, 2)
+        instance.generate(admit.seq, "c", "length")
+        await stream.rest()
+
+
+async def _said(instance: Instance, outputs: int, pongs: int = 10) -> bool:
+    """Whether one of so many answers says that so many outputs are written."""
+    async with asyncio.timeout(DEADLINE_S):
+        return outputs in [await instance.pongs.get() for _ in range(pongs)]
+
+
+async def test_a_stop_string_that_began_before_the_kill_is_found_though_nobody_listens(
+    path: Path, transport: MemoryTransport
+) -> None:
+    async with journalled(path, transport) as service, service.instance() as instance, service.client() as client:
+        admit, stream = await started(instance, client, "hello", max_tokens=20, stop="yes")
+        instance.generate(admit.seq, "aye")
+        assert (await stream.next()).text == "a"
+        (name,) = (await client.stats()).requests
+        copy = what_kill_leaves(path)
+        await stream.leave()
+    async with journalled(copy, transport) as service, service.client() as client, service.instance() as instance:
+        admit = await instance.admitted()
+        instance.generate(admit.seq, "sir")
+        await instance.cancelled(admit.seq)
+        assert joined(await Stream(client.attach(name, 0)).rest()) == ("a", ids("ayes"), "stop")
 
 
 async def test_another_gmanager_goes_on_where_one_was_killed(path: Path, transport: MemoryTransport) -> None:

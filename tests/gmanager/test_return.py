@@ -317,6 +317,14 @@ def test_a_restored_request_that_is_too_large_now_waits() -> None:
     assert admits(driver.grant(driver.join(2, peer(0), NEW)))
 
 
+def test_what_was_restored_is_not_made_text_of_again() -> None:
+    """All of it was looked through for stop strings: the next token's text begins behind it."""
+    driver = Driver()
+    driver.cluster.restore([restored(1, tokens=5)], 0.0)
+    made = [action for action in driver.ready_cell(8) if isinstance(action, Deliver)]
+    assert made == [deliver(1, "r1", 5, [], peer=None, before=[9] * 5)]
+
+
 def test_what_was_restored_and_never_read_is_looked_at_now() -> None:
     """It came when there was no cell, as to which tokens there are."""
     driver = Driver()

@@ -80,6 +80,8 @@ class Instance:
         self._tasks = [asyncio.create_task(self._obey()), asyncio.create_task(self._live())]
         self.admits: asyncio.Queue[m.Admit] = asyncio.Queue()
         self.cancels: asyncio.Queue[m.Cancel] = asyncio.Queue()
+        self.pongs: asyncio.Queue[int] = asyncio.Queue()
+        """How many of its outputs the gManager says it has."""
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.say(register(rank=0, cell_size=1, blocks=BLOCKS, cell=cell, vocab_size=300, max_context=100_000))
 
@@ -136,6 +138,8 @@ class Instance:
             match message:
                 case m.Registered():
                     self.say(m.Text(assets=self._text))
+                case m.Pong(outputs=outputs):
+                    self.pongs.put_nowait(outputs)
                 case m.OpenStore(epoch=epoch):
                     self.say(m.StoreOpened(epoch=epoch, address="tcp://127.0.0.1:1"))
                 case m.JoinEpoch(epoch=epoch):
