@@ -1,9 +1,11 @@
 """Instances that are emptied and then leave: who is meant, whether that can be, and who waits for it."""
 
+import logging
 from collections.abc import Iterable
 
 from gmanager.cluster.cell import Cell, Member
-from gmanager.cluster.events import Emit, Send
+from gmanager.cluster.events import Emit, Log, Send
+from gmanager.cluster.sequences import Sequences
 from gmanager.wire.messages import CallFailed, Done, Drain, NotDrained
 from gmanager.wire.peer import PeerId
 
@@ -31,6 +33,14 @@ def why_not(cell: Cell, member: Member) -> str | None:
         others = f": the {leaving} others are being drained" if leaving else ""
         return f"instance {member.id} is the last of cell '{cell.name}'{others}"
     return None
+
+
+def begin(cell: Cell, member: Member, sequences: Sequences, emit: Emit) -> None:
+    """Empty an instance, if that hasn't begun."""
+    if not member.is_draining:
+        emit(Log(logging.INFO, "instance drains", {"cell": cell.name, "instance": member.id}))
+        member.is_draining = True
+        sequences.resume()
 
 
 def answer(member: Member, emit: Emit, failure: str | None) -> None:

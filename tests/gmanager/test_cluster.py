@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from gmanager.cluster.cluster import SCANNED_AT_ONCE
 from gmanager.cluster.events import (
     Action,
     Deliver,
@@ -24,6 +23,7 @@ from gmanager.cluster.events import (
     StopFound,
     TextLoaded,
 )
+from gmanager.cluster.intake import SCANNED_AT_ONCE
 from gmanager.config import Spread
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (

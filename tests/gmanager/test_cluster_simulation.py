@@ -178,7 +178,7 @@ class World:
 
     def tell(self, event: Event) -> None:
         self.cell_is_over = False
-        could_go_on = any(cell.is_formed and cell.size + len(cell.joiners) > 1 for cell in self.cluster._cells.values())
+        could_go_on = any(cell.is_formed and cell.size + len(cell.joiners) > 1 for cell in self.cluster._cells)
         for action in one_by_one(self.cluster.handle(event)):
             self.do(action)
         self.cluster.validate()

@@ -60,7 +60,7 @@ FIRST = NUMBERS_OF_A_TERM + 1
 def writing(*blocks: int) -> Driver:
     """A ready cell, a client and a journal. Its epochs are counted as everywhere in these tests, from 1."""
     driver = Driver(term=1)
-    driver.cluster._epoch = 0
+    driver.cluster._membership._epoch = 0
     driver.ready_cell(*blocks)
     driver.say(CLIENT, HELLO)
     return driver
@@ -145,7 +145,7 @@ def test_what_is_restored_is_not_written_again_and_later_numbers_are_later() -> 
     driver = Driver(term=3)
     asked = submit("r", 8)
     driver.cluster.restore([restored(NUMBERS_OF_A_TERM + 5, asked)], 0.0)
-    driver.cluster._epoch = 0
+    driver.cluster._membership._epoch = 0
     assert not [action for action in driver.ready_cell(8) if isinstance(action, Write)]
     assert written(driver, HELLO) == []
     entry, _ = written(driver, submit("new", 8))
