@@ -3,7 +3,9 @@
 import asyncio
 import signal
 import time
-from itertools import pairwise
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +70,31 @@ class Stream:
         """The longest time between two tokens since then, seconds."""
         since = [at for at in self.came if at > moment]
         return max(b - a for a, b in pairwise([moment, *since]))
+
+
+@asynccontextmanager
+async def streams_meanwhile(client: AsyncClient, ids: list[int], expected: Expected) -> AsyncIterator[None]:
+    """Streams over all instances, one after the other and each of them right: one is under way all the time."""
+    over = False
+
+    def begun(turn: int) -> Stream:
+        return Stream(client, f"meanwhile {turn}", ids, len(expected.token_ids), "all")
+
+    async def go_on(stream: Stream) -> None:
+        for turn in count(1):
+            await stream.is_right(expected)
+            if over:
+                return
+            stream = begun(turn)
+
+    first = begun(0)
+    await first.reach(5)
+    going_on = asyncio.create_task(go_on(first))
+    try:
+        yield
+    finally:
+        over = True
+        await going_on
 
 
 def cell_of(started: Processes, size: int, address: str, model: Path, *more: str) -> list[Started]:

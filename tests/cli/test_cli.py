@@ -19,8 +19,11 @@ from pathlib import Path
 import pytest
 
 from gmanager import AsyncClient, SamplingParams
+from tests.support.processes import Processes, address_of, client_of, until_ready
+from tests.support.service import at_rest
 from tests.support.tiny import make_model
-from tests.test_membership import text
+from tests.test_lifecycle import two, until
+from tests.test_membership import streams_meanwhile, text
 
 DISTATTN = [str(Path(sys.executable).with_name("distattn"))]
 """As the package has installed it."""
@@ -368,6 +371,34 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             assert not logs.exists()
 
 
+async def test_drain_empties_the_one_that_is_named_and_refuses_others(started: Processes, model: Path) -> None:
+    """Under streams over all instances, which are right all the time."""
+    ids, expected = text(model, 100, 300)
+    address = await address_of(started.gmanager())
+    instances = two(started, address, model)
+    await until_ready(address)
+
+    async def drain(*words: str) -> tuple[int, str, str]:
+        done = await asyncio.to_thread(run, "drain", *words, "--gmanager", address)
+        return done.returncode, done.stdout, done.stderr
+
+    async with client_of(address) as client:
+        async with streams_meanwhile(client, ids, expected):
+            unknown = await drain("7")
+            assert unknown == (1, "", "distattn: there is no instance 7; cell 'main' has 0, 1\n")
+            assert await drain("1", "--cell", "other") == (1, "", "distattn: there is no cell 'other'\n")
+            stats = await client.stats()
+            assert (stats.epoch, [i.is_draining for i in stats.instances]) == (1, [False, False])
+            assert await drain("1") == (0, "instance 1 has left\n", "")
+            assert await instances[1].exit_code() == 0
+            stats = await until(client, lambda s: [i.rank for i in s.instances] == [0] and s.cells[0].state == "ready")
+            assert await drain("0") == (1, "", "distattn: instance 0 is the last of cell 'main'\n")
+            again = await client.stats()
+            assert (again.epoch, [i.is_draining for i in again.instances]) == (stats.epoch, [False])
+        await at_rest(client)
+    assert instances[0].poll() is None
+
+
 @pytest.mark.parametrize("given", ["hello\n", ""])
 def test_nobody_is_there(given: str) -> None:
     for command in (["status"], ["top"], ["generate", "x"], ["chat"]):
@@ -401,6 +432,6 @@ def test_size_of_what_is_not_there(tmp_path: Path) -> None:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("up", "chat", "generate", "status", "top", "needle", "size"):
+    for command in ("up", "chat", "generate", "status", "top", "drain", "needle", "size"):
         assert re.search(rf"\b{command}\b", text)
         assert run(command, "--help").returncode == 0
