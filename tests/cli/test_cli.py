@@ -130,6 +130,10 @@ def gateways_of(address: str) -> list[int]:
     return [pid for pid in processes_of(address) if b"gmanager.gateway" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+def gmanagers_of(address: str) -> list[int]:
+    return [pid for pid in processes_of(address) if b"\0gmanager\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def instances_of(address: str) -> list[int]:
     """The instances themselves, without the torchrun that has the same words in its command."""
     return [
@@ -223,6 +227,29 @@ def test_what_dies_comes_back_and_each_event_is_told(model: Path, tmp_path: Path
         assert sum(" was killed by " in said for said in happened) == 3, "one line each"
 
 
+def test_a_gmanager_with_a_journal_comes_back_under_a_stream(model: Path, tmp_path: Path) -> None:
+    """kill -9 in mid-stream: the client's stream goes on, with the same instances. One line for each event; Ctrl-C ends all."""
+    ids, expected = text(model, 100, 300)
+    with up(model, tmp_path / "logs", "--instances", "2", "--journal", str(tmp_path / "journal")) as (started, address, url):
+        started.wait_for("Ctrl-C stops it")
+        before, instances = len(started.lines), instances_of(address)
+        (victim,) = gmanagers_of(address)
+        assert asyncio.run(stream(address, ids, 300, lambda: os.kill(victim, signal.SIGKILL))) == expected.token_ids
+        started.wait_for("2 of 2 instances serve, 2,048 tokens of KV")
+        line = started.wait_for("the gManager was killed by SIGKILL")
+        assert re.search(r" by SIGKILL \(log: \S+/gmanager.log\); it is started again( in 1 s)?\n$", line)
+        assert instances_of(address) == instances, "the same processes"
+        assert gmanagers_of(address) != [victim]
+        assert asyncio.run(stream(address, ids, 300, lambda: None)) == expected.token_ids
+        assert answers_http(f"{url}/v1/models")
+        started.child.send_signal(signal.SIGINT)
+        lines = started.end()[before:]
+        assert started.child.returncode == 0
+        assert lines[:2] == [line, "the gManager of cell 'main' was lost, and another has come\n"]
+        assert lines[-1] == "stopping\n"
+        assert sum(" was killed by " in said for said in lines) == 1
+
+
 async def stream(address: str, ids: list[int], new: int, meanwhile: Callable[[], None]) -> list[int]:
     """The tokens of a request over all instances; `meanwhile` is called when it has 20."""
     tokens: list[int] = []
@@ -249,7 +276,7 @@ def test_the_end_of_the_gmanager_is_told_in_one_line_and_all_is_stopped(model: P
     with up(model, tmp_path) as (started, address, _):
         started.wait_for("Ctrl-C stops it")
         before = len(started.lines)
-        (victim,) = (pid for pid in processes_of(address) if b"\0gmanager\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        (victim,) = gmanagers_of(address)
         os.kill(victim, signal.SIGKILL)
         (line,) = started.end()[before:]
         assert started.child.returncode == 1
