@@ -3,7 +3,9 @@
 import asyncio
 import signal
 import time
-from itertools import pairwise
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +13,15 @@ import pytest
 
 from gmanager import AsyncClient, SamplingParams, Stats
 from gmanager.config import GManagerConfig
+from gmanager.wire.channel import ZmqTransport
+from instance.config import InstanceConfig, Launch
+from instance.errors import InstanceError
+from instance.start import load, make_instance
 from tests.support.exactness import LOGPROB_TOLERANCE, clear_prompt
-from tests.support.processes import Processes, Started, client_of, until_ready
+from tests.support.farm import DEVICE
+from tests.support.processes import Processes, Started, address_of, client_of, until_ready
 from tests.support.service import at_rest
-from tests.support.tiny import Expected, make_long_model, reference
+from tests.support.tiny import Expected, make_long_model, make_model, reference
 from tests.test_lifecycle import flags, here, until
 
 LONG = 4096
@@ -68,6 +75,31 @@ class Stream:
         """The longest time between two tokens since then, seconds."""
         since = [at for at in self.came if at > moment]
         return max(b - a for a, b in pairwise([moment, *since]))
+
+
+@asynccontextmanager
+async def streams_meanwhile(client: AsyncClient, ids: list[int], expected: Expected) -> AsyncIterator[None]:
+    """Streams over all instances, one after the other and each of them right: one is under way all the time."""
+    over = False
+
+    def begun(turn: int) -> Stream:
+        return Stream(client, f"meanwhile {turn}", ids, len(expected.token_ids), "all")
+
+    async def go_on(stream: Stream) -> None:
+        for turn in count(1):
+            await stream.is_right(expected)
+            if over:
+                return
+            stream = begun(turn)
+
+    first = begun(0)
+    await first.reach(5)
+    going_on = asyncio.create_task(go_on(first))
+    try:
+        yield
+    finally:
+        over = True
+        await going_on
 
 
 def cell_of(started: Processes, size: int, address: str, model: Path, *more: str) -> list[Started]:
@@ -145,6 +177,38 @@ async def test_an_instance_joins_a_cell_that_serves(started: Processes, model: P
             await both.is_right(after)
             assert sorted((await client.stats()).requests["both"].kv_tokens) == [0, 1]
             await at_rest(client)
+
+
+async def test_a_joiner_that_differs_is_refused_and_streams_go_on(started: Processes, model: Path, tmp_path: Path) -> None:
+    """One with another model, in a process of its own, and one here, which runs the same model's layers the other way."""
+    other = make_model("llama", tmp_path / "other", seed=1)
+    ids, expected = text(model, 100, 250)
+    address = await address_of(started.gmanager())
+    cell_of(started, 2, address, model)
+    launch = Launch(rank=0, local_rank=0, world_size=1, run_id="joiner")
+    sizes = {"kv_tokens": 512, "block_size": 16, "chunk_tokens": 64, "cell_size": 2, "threads": 1}
+    config = InstanceConfig(gmanager=address, model=str(model), device=DEVICE, dtype="float32", launch=launch, **sizes)
+    loaded = load(config)
+    if loaded.model.fused is None:
+        assert loaded.model.fuse(config.backend) is None
+    else:
+        loaded.model.unfuse()
+    joiner = make_instance(config, loaded, ZmqTransport())
+    await until_ready(address)
+    async with client_of(address) as client:
+        async with streams_meanwhile(client, ids, expected):
+            stranger = started.instance(*flags(address, other, "--cell-size", "2"), run_id="stranger")
+            with pytest.raises(
+                InstanceError, match="refused this instance: its way to run layers is .*, that of cell 'main' is "
+            ):
+                await joiner.run()
+            assert await stranger.exit_code(60) == 1
+            await stranger.says(
+                r"the gManager refused this instance: its model is \S+ \(\w+\), that of cell 'main' is \S+ \(\w+\)"
+            )
+            stats = await client.stats()
+            assert (stats.epoch, len(stats.instances), stats.cells[0].state) == (1, 2, "ready"), "nothing has changed"
+        await at_rest(client)
 
 
 @pytest.mark.parametrize("shares", [False, True])

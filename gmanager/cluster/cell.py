@@ -299,7 +299,7 @@ class Cell:
     def end_return(self, now: float) -> None:
         """End the epoch in which all were left."""
         self.is_formed = self.was_left = True
-        self.suspend(now, "its gManager was lost, and another has come")
+        self.suspend(now, f"the gManager of cell '{self.name}' was lost, and another has come")
         self.broke = None
 
     def suspend(self, now: float, reason: str) -> None:

@@ -19,8 +19,11 @@ from pathlib import Path
 import pytest
 
 from gmanager import AsyncClient, SamplingParams
+from tests.support.processes import Processes, address_of, client_of, until_ready
+from tests.support.service import at_rest
 from tests.support.tiny import make_model
-from tests.test_membership import text
+from tests.test_lifecycle import two, until
+from tests.test_membership import streams_meanwhile, text
 
 DISTATTN = [str(Path(sys.executable).with_name("distattn"))]
 """As the package has installed it."""
@@ -127,6 +130,10 @@ def gateways_of(address: str) -> list[int]:
     return [pid for pid in processes_of(address) if b"gmanager.gateway" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+def gmanagers_of(address: str) -> list[int]:
+    return [pid for pid in processes_of(address) if b"\0gmanager\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def instances_of(address: str) -> list[int]:
     """The instances themselves, without the torchrun that has the same words in its command."""
     return [
@@ -220,6 +227,29 @@ def test_what_dies_comes_back_and_each_event_is_told(model: Path, tmp_path: Path
         assert sum(" was killed by " in said for said in happened) == 3, "one line each"
 
 
+def test_a_gmanager_with_a_journal_comes_back_under_a_stream(model: Path, tmp_path: Path) -> None:
+    """kill -9 in mid-stream: the client's stream goes on, with the same instances. One line for each event; Ctrl-C ends all."""
+    ids, expected = text(model, 100, 300)
+    with up(model, tmp_path / "logs", "--instances", "2", "--journal", str(tmp_path / "journal")) as (started, address, url):
+        started.wait_for("Ctrl-C stops it")
+        before, instances = len(started.lines), instances_of(address)
+        (victim,) = gmanagers_of(address)
+        assert asyncio.run(stream(address, ids, 300, lambda: os.kill(victim, signal.SIGKILL))) == expected.token_ids
+        started.wait_for("2 of 2 instances serve, 2,048 tokens of KV")
+        line = started.wait_for("the gManager was killed by SIGKILL")
+        assert re.search(r" by SIGKILL \(log: \S+/gmanager.log\); it is started again( in 1 s)?\n$", line)
+        assert instances_of(address) == instances, "the same processes"
+        assert gmanagers_of(address) != [victim]
+        assert asyncio.run(stream(address, ids, 300, lambda: None)) == expected.token_ids
+        assert answers_http(f"{url}/v1/models")
+        started.child.send_signal(signal.SIGINT)
+        lines = started.end()[before:]
+        assert started.child.returncode == 0
+        assert lines[:2] == [line, "the gManager of cell 'main' was lost, and another has come\n"]
+        assert lines[-1] == "stopping\n"
+        assert sum(" was killed by " in said for said in lines) == 1
+
+
 async def stream(address: str, ids: list[int], new: int, meanwhile: Callable[[], None]) -> list[int]:
     """The tokens of a request over all instances; `meanwhile` is called when it has 20."""
     tokens: list[int] = []
@@ -246,7 +276,7 @@ def test_the_end_of_the_gmanager_is_told_in_one_line_and_all_is_stopped(model: P
     with up(model, tmp_path) as (started, address, _):
         started.wait_for("Ctrl-C stops it")
         before = len(started.lines)
-        (victim,) = (pid for pid in processes_of(address) if b"\0gmanager\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        (victim,) = gmanagers_of(address)
         os.kill(victim, signal.SIGKILL)
         (line,) = started.end()[before:]
         assert started.child.returncode == 1
@@ -368,6 +398,34 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             assert not logs.exists()
 
 
+async def test_drain_empties_the_one_that_is_named_and_refuses_others(started: Processes, model: Path) -> None:
+    """Under streams over all instances, which are right all the time."""
+    ids, expected = text(model, 100, 300)
+    address = await address_of(started.gmanager())
+    instances = two(started, address, model)
+    await until_ready(address)
+
+    async def drain(*words: str) -> tuple[int, str, str]:
+        done = await asyncio.to_thread(run, "drain", *words, "--gmanager", address)
+        return done.returncode, done.stdout, done.stderr
+
+    async with client_of(address) as client:
+        async with streams_meanwhile(client, ids, expected):
+            unknown = await drain("7")
+            assert unknown == (1, "", "distattn: there is no instance 7; cell 'main' has 0, 1\n")
+            assert await drain("1", "--cell", "other") == (1, "", "distattn: there is no cell 'other'\n")
+            stats = await client.stats()
+            assert (stats.epoch, [i.is_draining for i in stats.instances]) == (1, [False, False])
+            assert await drain("1") == (0, "instance 1 has left\n", "")
+            assert await instances[1].exit_code() == 0
+            stats = await until(client, lambda s: [i.rank for i in s.instances] == [0] and s.cells[0].state == "ready")
+            assert await drain("0") == (1, "", "distattn: instance 0 is the last of cell 'main'\n")
+            again = await client.stats()
+            assert (again.epoch, [i.is_draining for i in again.instances]) == (stats.epoch, [False])
+        await at_rest(client)
+    assert instances[0].poll() is None
+
+
 @pytest.mark.parametrize("given", ["hello\n", ""])
 def test_nobody_is_there(given: str) -> None:
     for command in (["status"], ["top"], ["generate", "x"], ["chat"]):
@@ -401,6 +459,6 @@ def test_size_of_what_is_not_there(tmp_path: Path) -> None:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("up", "chat", "generate", "status", "top", "needle", "size"):
+    for command in ("up", "chat", "generate", "status", "top", "drain", "needle", "size"):
         assert re.search(rf"\b{command}\b", text)
         assert run(command, "--help").returncode == 0

@@ -6,6 +6,7 @@ id r all the time.
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from gmanager.cluster.cell import MAX_ATTEMPTS, SUSPEND_TIMEOUT_S
@@ -114,6 +115,24 @@ def test_an_instance_comes() -> None:
     assert driver.say(peer(0), m.Joined(epoch=2)) == [Send(peer(0), m.Reserve(epoch=2, seq=1, blocks=4))]
     assert [i.rank for i in driver.cluster.stats().instances] == [0, 1]
     assert driver.cluster.stats().cells[0].total_tokens == 4 * 28
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"fingerprint": "c0de"}, "its model is tiny (c0de), that of cell 'main' is tiny (f00d)"),
+        ({"layers": "as they are"}, "its way to run layers is as they are, that of cell 'main' is fused"),
+    ],
+    ids=["another model", "another mode"],
+)
+def test_one_that_comes_and_differs_changes_nothing(changes: dict[str, str], reason: str) -> None:
+    driver = serving(8)
+    running(driver, "r", generated=1)
+    good = register(rank=0, cell_size=1)
+    bad = msgspec.structs.replace(good, spec=msgspec.structs.replace(good.spec, **changes))
+    assert driver.say(NEW, bad) == [Send(NEW, m.Refused(reason=reason))]
+    assert driver.say(peer(0), outputs(1, 1, [7])) == [deliver(1, "r", 1, [7])]
+    assert driver.cluster.stats().cells[0].state == "ready"
 
 
 def test_ids_of_those_that_left_are_given_again() -> None:

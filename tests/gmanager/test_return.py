@@ -32,7 +32,7 @@ from tests.gmanager.cluster_support import (
 NEW = b"new"
 EPOCH = 7
 """In which the gManager before was lost."""
-WHY = "its gManager was lost, and another has come"
+WHY = "the gManager of cell 'main' was lost, and another has come"
 
 
 def back(rank: int, size: int = 2, epoch: int = EPOCH) -> m.Register:
