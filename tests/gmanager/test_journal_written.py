@@ -19,7 +19,6 @@ from gmanager import RequestRefused, SamplingParams
 from gmanager import journal as journal_module
 from gmanager.cluster.events import (
     Accepted,
-    Deliver,
     Encoded,
     Entry,
     Finished,
