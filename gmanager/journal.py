@@ -69,6 +69,11 @@ class Journal:
         """Of this gManager, from 1: each that has opened the file has a higher one than all before it."""
         return self._file.term
 
+    @property
+    def identity(self) -> int:
+        """Of the file: no other journal has it."""
+        return self._file.identity
+
     def restore(self) -> list[Restored]:
         """What the gManagers before took in, by number: all that has not ended, and the last that has. Before `start`. Raises
         JournalError."""

@@ -25,7 +25,7 @@ from gmanager.cluster.events import Accepted, Encoded, Entry, Finished, Generate
 from gmanager.wire.errors import Fenced, JournalError
 from gmanager.wire.messages import Submit, TokenLogprob, pack_tokens, unpack_tokens
 
-SCHEMA = 1
+SCHEMA = 2
 APPLICATION_ID = 0x64617474
 """"datt": by which SQLite's files say whose they are."""
 
@@ -44,14 +44,16 @@ CHECKPOINT_PAGES = 4096
 """Of the write-ahead log (16 MiB), before they are copied into the file: the only time that a commit waits for the disk."""
 
 _TABLES = """
-CREATE TABLE meta (term INTEGER NOT NULL);
+CREATE TABLE meta (term INTEGER NOT NULL, identity INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE accepted (number INTEGER PRIMARY KEY, id TEXT, at REAL, seed INTEGER, spread, submit BLOB);
 CREATE TABLE encoded (number INTEGER PRIMARY KEY, token_ids BLOB, highest INTEGER, bad_words BLOB, grammar TEXT);
 CREATE TABLE ended (place INTEGER PRIMARY KEY, number INTEGER UNIQUE, generated INTEGER, reason TEXT, error TEXT, refusal TEXT);
 CREATE TABLE log (place INTEGER PRIMARY KEY, entries BLOB);
 CREATE TABLE tokens (number INTEGER, start INTEGER, token_ids BLOB, logprobs BLOB, PRIMARY KEY (number, start));
-INSERT INTO meta VALUES (0);
+INSERT INTO meta (term) VALUES (0);
 """
+_IDENTIFY = "UPDATE meta SET identity = random() & 0x7fffffffffffffff;"
+_FROM_SCHEMA_1 = f"ALTER TABLE meta ADD COLUMN identity INTEGER NOT NULL DEFAULT 0; {_IDENTIFY}"
 
 _SIZES = """
 SELECT number, length(submit) + ifnull((SELECT length(token_ids) FROM encoded e WHERE e.number = a.number), 0)
@@ -153,6 +155,7 @@ class JournalFile:
             with _explained(path):
                 self._prepare()
                 self.term = self._take_term()
+                self.identity = self._identity()
                 self._load()
         except BaseException:
             self._db.close()
@@ -248,11 +251,13 @@ class JournalFile:
         if application == APPLICATION_ID:
             if schema > SCHEMA:
                 raise JournalError(f"journal {self._path} has schema {schema}, this gManager reads up to {SCHEMA}")
+            if schema < SCHEMA:
+                self._db.executescript(f"BEGIN EXCLUSIVE; {_FROM_SCHEMA_1} PRAGMA user_version = {SCHEMA}; COMMIT;")
         elif application or schema or self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
             raise JournalError(f"{self._path} is no journal but another program's database (application id {application:#x})")
         else:
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            script = f"{_TABLES} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA};"
+            script = f"{_TABLES} {_IDENTIFY} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA};"
             self._db.executescript(f"BEGIN EXCLUSIVE; {script} COMMIT;")
         if (mode := self._pragma("journal_mode = WAL")) != "wal":
             raise JournalError(f"journal {self._path} can't have a write-ahead log here (SQLite's journal_mode stays {mode!r})")
@@ -265,6 +270,11 @@ class JournalFile:
         term: int = self._db.execute("UPDATE meta SET term = term + 1 RETURNING term").fetchall()[0][0]
         self._db.execute("PRAGMA synchronous = NORMAL")
         return term
+
+    def _identity(self) -> int:
+        """Of the file, for ever: no other has it."""
+        (identity,) = self._db.execute("SELECT identity FROM meta").fetchone()
+        return int(identity)
 
     def _load(self) -> None:
         self._sizes = dict(self._db.execute(_SIZES).fetchall())

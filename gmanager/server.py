@@ -104,7 +104,10 @@ class Server:
         self._heard: dict[PeerId, deque[tuple[int, int]]] = {}
         """Of each instance how many of its outputs were heard, and up to which entry that is in the journal: first what it was
         told, then what it will be."""
-        self._cluster = Cluster(config, term=0 if journal is None else journal.term)
+        if journal is None:
+            self._cluster = Cluster(config, identity=secrets.randbits(63))
+        else:
+            self._cluster = Cluster(config, term=journal.term, identity=journal.identity)
         self._listener: Listener[FromClient | FromInstance] | None = None
         self._stopping = asyncio.Event()
         self._events: deque[Event] = deque()

@@ -65,7 +65,7 @@ class Instance:
         self._is_registered = False
         self._is_alone = False
         """The gManager that the epoch is of is gone."""
-        self._term = 0
+        self._term, self._identity = 0, 0
         """Of the gManager."""
         self._former: wire.Former | None = None
         """What to say of this instance to the next gManager."""
@@ -209,9 +209,9 @@ class Instance:
             raise InstanceError(f"the gManager refused this instance: {answer.reason}")
         if not isinstance(answer, wire.Registered):
             raise InstanceError(f"the gManager at {config.gmanager} answered the registration with {type(answer).__name__}")
-        if answer.term < self._term:
+        if answer.identity == self._identity and answer.term < self._term:
             raise PeerGone(f"it has term {answer.term}, and this instance has served a gManager of term {self._term}")
-        self._term, self._lease_s = answer.term, answer.lease_s
+        self._term, self._identity, self._lease_s = answer.term, answer.identity, answer.lease_s
         self._is_registered, self._unanswered = True, 0
         if answer.send_text:
             self._gmanager.send(wire.Text(assets=self._assets))
@@ -241,6 +241,7 @@ class Instance:
                 continue
             if self._unanswered * BEAT_S > self._lease_s:
                 self._silence = f"nothing was heard of it for {self._lease_s:.0f} s"
+                self._gmanager.send(wire.WillReturn(reason=self._silence))
                 await self._gmanager.close()
             else:
                 self._unanswered += 1
@@ -274,7 +275,7 @@ class Instance:
             self._gmanager.send(wire.StoreOpened(epoch=message.epoch, address=address))
         elif isinstance(message, wire.JoinEpoch):
             size = len(message.members)
-            self._former = wire.Former(term=self._term, epoch=message.epoch, id=message.id, size=size)
+            self._former = wire.Former(term=self._term, identity=self._identity, epoch=message.epoch, id=message.id, size=size)
             self._is_alone = False
             self._unheard.forget_left()
             self._epoch = Epoch(self._lasting, message)

@@ -14,7 +14,7 @@ still step in the epoch in which they were left; when they are all back, or some
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -131,10 +131,11 @@ class Member:
 class Cell:
     """The members of a cell, through all its epochs."""
 
-    def __init__(self, epoch: int, first: Register, emit: Emit, *, term: int = 0) -> None:
-        """`term`: of the gManager."""
+    def __init__(self, epoch: int, first: Register, emit: Emit, *, term: int = 0, identity: int = 0) -> None:
+        """`term`, `identity`: of the gManager."""
         self.name = first.cell
-        self.term = term
+        self._term = term
+        self._identity = identity
         self.number = epoch
         """Its own, whatever epoch it is in: that of its first one."""
         self.epoch = epoch
@@ -148,6 +149,8 @@ class Cell:
         """In order of registration; from `opening` on `members[r]` has rank r."""
         self.joiners: list[Member] = []
         """Registered since: members of the next epoch."""
+        self.newcomers: list[Member] = []
+        """Members that have not served with the others yet."""
         self.loss: str | None = None
         """Why the present change began, if an instance was lost."""
         self.counted = Counters()
@@ -167,6 +170,8 @@ class Cell:
         """Members of the epoch in which the gManager before was lost."""
         self._left_again: dict[int, None] = {}
         """Ids of these that were back and are gone."""
+        self._awaited: list[Member] = []
+        """Who hung up, and comes again over another connection."""
         self._broken: dict[int, tuple[float, str]] = {}
         """Ranks that another says it lost the link to: since when, and in which words."""
         self._emit = emit
@@ -205,8 +210,8 @@ class Cell:
 
     @property
     def lasting_blocks(self) -> list[int]:
-        """Blocks of each member that isn't being drained."""
-        return [member.spec.num_blocks for member in self.members if not member.is_draining]
+        """Blocks of each that isn't being drained, and is a member or about to be one again."""
+        return [member.spec.num_blocks for member in [*self.everybody, *self._awaited] if not member.is_draining]
 
     @property
     def max_tokens(self) -> int:
@@ -244,8 +249,11 @@ class Cell:
         most = most_tokens(self.lasting_blocks, self.spec.block_size)
         return max(1, min(self.max_tokens, most) - prompt_tokens)
 
-    def why_never(self, prompt: bytes, highest: int, params: SamplingParams) -> Refusal | None:
-        """Why a request with this packed prompt can't be served here, even alone; None if it can. `highest`: of its ids."""
+    def why_never(
+        self, prompt: bytes, highest: int, params: SamplingParams, blocks: Sequence[int] | None = None
+    ) -> Refusal | None:
+        """Why a request with this packed prompt can't be served here, even alone; None if it can. `highest`: of its ids.
+        `blocks`: of each instance; None: of those that are here."""
         if highest >= self.spec.vocab_size:
             where = f"token id {highest} at position {unpack_tokens(prompt).index(highest)}"
             return Refusal("invalid", f"{where} is out of range: the model has {self.spec.vocab_size:,} tokens")
@@ -259,7 +267,7 @@ class Cell:
             max_tokens=params.max_tokens,
             max_context=self.max_tokens,
             cell=self.name,
-            total_blocks=self.lasting_blocks,
+            total_blocks=self.lasting_blocks if blocks is None else blocks,
             block_size=self.spec.block_size,
         )
 
@@ -272,7 +280,7 @@ class Cell:
         send_text = self.text_source is None
         if send_text:
             self.text_source = member
-        self._emit(Send(peer, Registered(lease_s=lease_s, send_text=send_text, term=self.term)))
+        self._emit(Send(peer, self._registered(send_text=send_text)))
         if register.former is not None:
             self._take_back(member, register.former, now)
             return member
@@ -287,6 +295,24 @@ class Cell:
             self._open(now)
         return member
 
+    def _registered(self, *, send_text: bool) -> Registered:
+        return Registered(lease_s=self._lease_s, send_text=send_text, term=self._term, identity=self._identity)
+
+    def await_return(self, member: Member, now: float, reason: str) -> None:
+        """A member has hung up and comes again, with what it has. Nothing is decided until it is here, as after the loss of a
+        gManager: most often the others hang up, too."""
+        if self.phase != "returning":
+            self.phase = "returning"
+            self.began_at = now
+            self._former_size = len(self.members)
+            self._left_again.clear()
+        self.members.remove(member)
+        self._awaited.append(member)
+        self.counted = Counters.sum(self.counted, member.counters)
+        self._rank()
+        self.loss = self.loss or reason
+        self._emit(Log(logging.WARNING, "instance is waited for", {"cell": self.name, "reason": reason}))
+
     @property
     def has_returned(self) -> bool:
         """Whether all are back, and their epoch can be ended: what they generated is text, too."""
@@ -299,6 +325,7 @@ class Cell:
     def end_return(self, now: float) -> None:
         """End the epoch in which all were left."""
         self.is_formed = self.was_left = True
+        self._awaited.clear()
         self.suspend(now, f"the gManager of cell '{self.name}' was lost, and another has come")
         self.broke = None
 
@@ -323,8 +350,7 @@ class Cell:
         (self.joiners if member in self.joiners else self.members).remove(member)
         if self.phase == "returning" and member is self.text_source and self.assets is None:
             self.text_source = self.everybody[0]  # the text of another is as good
-            again = Registered(lease_s=self._lease_s, send_text=True, term=self.term)
-            self._emit(Send(self.text_source.peer, again))
+            self._emit(Send(self.text_source.peer, self._registered(send_text=True)))
         self.counted = Counters.sum(self.counted, member.counters)
         if self.has_served:
             self._rank()
@@ -332,9 +358,12 @@ class Cell:
     def set_kept(self, member: Member, kept: Kept) -> None:
         """A member has ended the epoch."""
         if self.phase == "suspending":
-            member.kept = {shard.seq: shard.runs for shard in kept.shards}
-            member.requests = {shard.seq: shard.request for shard in kept.shards if shard.request}
-            member.unheard = kept.unheard
+            former = member.register.former
+            is_ours = former is None or former.identity == self._identity
+            member.kept = {shard.seq: shard.runs for shard in kept.shards if is_ours}
+            member.requests = {shard.seq: shard.request for shard in kept.shards if is_ours and shard.request}
+            member.unheard = kept.unheard if is_ours else []
+            member.is_freeing |= not is_ours
             member.hear_free(kept.free_blocks)
 
     @property
@@ -351,6 +380,7 @@ class Cell:
             self.broke = None
         for joiner in self.joiners:
             joiner.free_blocks = joiner.spec.num_blocks
+        self.newcomers = [member for member in self.newcomers if member in self.members] + self.joiners
         self.members += self.joiners
         self.joiners = []
         self._rank()
@@ -383,10 +413,12 @@ class Cell:
             self._check_ready()
 
     def set_link_lost(self, member: Member, rank: int, reason: str, now: float) -> None:
-        """One member can't reach another, which may be about to say why."""
+        """One member can't reach another, which may be about to say why. Between one that has served and one that has not, it
+        is the latter that can't be with the others."""
         if self.phase != "suspending" and 0 <= rank < self.size and rank != member.rank:
             other = self.members[rank]
-            self._broken.setdefault(rank, (now, f"{member.name} lost its link to instance {other.id}: {reason}"))
+            blamed = member.rank if member in self.newcomers and other not in self.newcomers else rank
+            self._broken.setdefault(blamed, (now, f"{member.name} lost its link to instance {other.id}: {reason}"))
 
     def broken_link(self, now: float) -> tuple[Member, str] | None:
         """Who can't be reached since LINK_GRACE_S, and hasn't said why; and what was said of it."""
@@ -404,6 +436,8 @@ class Cell:
 
     def can_lose(self, member: Member) -> bool:
         """Whether the cell can go on without this member."""
+        if self.is_formed and self.phase == "returning":
+            return True
         if self.has_served:
             return self.everybody != [member]
         return self.phase == "registering" and (self.assets is not None or member is not self.text_source)
@@ -448,6 +482,7 @@ class Cell:
                 self._add_joiner(other)
         member.id = self._free_id() if any(m.id == former.id for m in self.members) else former.id
         self._left_again.pop(member.id, None)
+        self._awaited = [other for other in self._awaited if other.id != member.id]
         self.members.append(member)
         self.members.sort(key=lambda m: m.id)
         for joiner in self.joiners:
@@ -492,6 +527,7 @@ class Cell:
             self.is_formed = True
             self.loss = None
             self.attempts = 0
+            self.newcomers = []
             fields = {"cell": self.name, "epoch": self.epoch, "instances": self.size, "kv_tokens": self.total_tokens}
             self._emit(Log(logging.INFO, "cell ready", fields))
 

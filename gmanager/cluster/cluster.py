@@ -47,8 +47,8 @@ STALL_S = 3.0
 class Cluster:
     """Cells, clients and requests of one gManager."""
 
-    def __init__(self, config: GManagerConfig, *, term: int = 0) -> None:
-        """`term`: of the journal; 0: there is none."""
+    def __init__(self, config: GManagerConfig, *, term: int = 0, identity: int = 0) -> None:
+        """`term`: of the journal; 0: there is none. `identity`: of the journal, or of this gManager; no other has it."""
         self._config = config
         self._term = term
         self._turn = turn = Turn()
@@ -59,7 +59,9 @@ class Cluster:
         self._parting = Parting(turn)
         self._intake = Intake(config, self._requests, self._cells, turn)
         self._clients = Clients(config, self._requests, self._intake, self._cells, self._parting, turn)
-        self._membership = Membership(config, self._requests, self._cells, self._parting, turn, self._on_formed, term=term)
+        self._membership = Membership(
+            config, self._requests, self._cells, self._parting, turn, self._on_formed, term=term, identity=identity
+        )
         self._instances = Instances(self._membership, self._cells, self._parting, turn)
 
     def restore(self, requests: Iterable[Restored], now: float) -> None:

@@ -82,7 +82,7 @@ class Intake:
                 continue
             del self._unbound[request.number]
             cell = self._choose_cell(request, submit, formed)
-            request.cell_number, request.cell = cell.number, cell.name
+            request.cell_number, request.cell, request.cell_blocks = cell.number, cell.name, cell.lasting_blocks
             if (refusal := cell.why_unreadable(submit)) is not None:
                 self._refuse(request, refusal)
             elif request.submit is None:  # it was restored, with its tokens
@@ -128,7 +128,8 @@ class Intake:
         sequences = self._cells.sequences_of(request)
         if cell is None or sequences is None:
             raise RuntimeError(f"request {request.number} is bound to cell {request.cell_number}, which is over")
-        refusal = cell.why_never(request.prompt, request.highest, request.params)
+        blocks = max(request.cell_blocks, cell.lasting_blocks, key=sum)
+        refusal = cell.why_never(request.prompt, request.highest, request.params, blocks)
         if refusal is not None and not (request.is_restored and refusal.reason == "never"):
             self._refuse(request, refusal)
         else:

@@ -19,6 +19,11 @@ from gmanager.config import GManagerConfig
 from gmanager.wire.messages import Drained, EndEpoch, Refused, Register
 from gmanager.wire.peer import PeerId
 
+NEWCOMERS_ATTEMPTS = 2
+"""Epochs that are begun with instances that have just come, until the others go on without them."""
+NEWCOMERS_S = 60.0
+"""Longest that those may take to meet the others, who serve nobody meanwhile."""
+
 EPOCHS_PER_TERM = 10**6
 """So the epochs of all gManagers that serve from one journal are different ones."""
 
@@ -36,8 +41,10 @@ class Membership:
         on_formed: Callable[[], None],
         *,
         term: int,
+        identity: int,
     ) -> None:
-        """`on_formed`: is called when requests can be bound to another cell. `term`: of the journal; 0: there is none."""
+        """`on_formed`: is called when requests can be bound to another cell. `term`: of the journal; 0: there is none.
+        `identity`: of the journal, or of this gManager."""
         self._config = config
         self._requests = requests
         self._cells = cells
@@ -45,6 +52,7 @@ class Membership:
         self._turn = turn
         self._on_formed = on_formed
         self._term = term
+        self._identity = identity
         self._epoch = term * EPOCHS_PER_TERM
         self._members: dict[PeerId, tuple[Cell, Member]] = {}
 
@@ -69,16 +77,17 @@ class Membership:
             self._turn.log(logging.WARNING, "instance refused", reason=reason)
             self._parting.part(peer, Refused(reason=reason))
             return
-        if register.former is not None and register.former.term > self._term:
-            self._turn.log(logging.ERROR, "instance has served a later gManager", term=register.former.term, own=self._term)
+        former = register.former
+        if former is not None and former.identity == self._identity and former.term > self._term:
+            self._turn.log(logging.ERROR, "instance has served a later gManager", term=former.term, own=self._term)
             self._parting.part(peer)  # what this one says would only mislead it
             return
-        if register.former is not None and cell is not None and cell.phase not in ("registering", "returning"):
+        if former is not None and cell is not None and cell.phase not in ("registering", "returning"):
             self._parting.expel(peer, f"cell '{cell.name}' has gone on without this instance")
             return
         if cell is None:
             self._epoch += 1
-            cell = Cell(self._epoch, register, self._turn.emit, term=self._term)
+            cell = Cell(self._epoch, register, self._turn.emit, term=self._term, identity=self._identity)
             self._cells.add(cell)
         self._parting.forget(peer)  # it comes again, if it was expelled
         member = cell.add(peer, register, self._turn.now, self._config.instance_lease_s)
@@ -133,19 +142,24 @@ class Membership:
             self._cells.sequences[cell.name].inherit()
 
     def _end_return(self, cell: Cell) -> None:
-        """If all that its last gManager left of the cell is back, go on: with a change of membership like any other."""
-        if cell.has_returned:
-            self._epoch = max(self._epoch, cell.epoch)
-            cell.end_return(self._turn.now)
+        """If all are back, go on: with a change of membership like any other."""
+        if not cell.has_returned:
+            return
+        if not cell.everybody:
+            self.fail(cell, f"{cell.loss}, and none of the cell came back within {RETURN_GRACE_S:g} s")
+            return
+        self._epoch = max(self._epoch, cell.epoch)
+        cell.end_return(self._turn.now)
+        if cell.name not in self._cells.sequences:  # another gManager's
             self._form(cell)
-            self.go_on(cell)
+        self.go_on(cell)
 
     def _reclaim(self, cell: Cell) -> None:
         """What the members did while there was no gManager: tokens that nobody has, and KV of requests that are known here."""
         sequences = self._cells.sequences[cell.name]
         for unheard in sorted((u for member in cell.members for u in member.unheard), key=lambda u: (u.request, u.index)):
             request = self._requests.by_number(unheard.request)
-            if request is not None and request.is_restored and request.state == "queued" and request.cell_number == cell.number:
+            if request is not None and request.state == "queued" and request.cell_number == cell.number:
                 sequences.take_unheard(request, unheard)
         sequences.reclaim(
             {request: seq for seq, request in sorted(item for member in cell.members for item in member.requests.items())}
@@ -160,10 +174,42 @@ class Membership:
 
     def on_broken(self, cell: Cell, member: Member, reason: str) -> None:
         """A member can't step in its epoch: most often it is another's end that it tells of."""
-        if cell.is_formed and cell.attempts < MAX_ATTEMPTS:
+        if cell.newcomers and cell.attempts >= NEWCOMERS_ATTEMPTS:
+            self._refuse_newcomers(cell, f"{member.name} can't go on: {reason}")
+        elif cell.is_formed and cell.attempts < MAX_ATTEMPTS:
             self._change(cell, f"{member.name} can't go on: {reason}")
         else:
             self.fail(cell, f"{member.name} can't go on: {reason}")
+
+    def _refuse_newcomers(self, cell: Cell, reason: str) -> None:
+        """Those that served before can't step with those that came since, and go on without them."""
+        for member in cell.newcomers:
+            self._turn.log(logging.ERROR, "instance refused", cell=cell.name, instance=member.id, reason=reason)
+            del self._members[member.peer]
+            self._remove(cell, member)
+            drains.answer(member, self._turn.emit, reason)
+            what = f"the others of cell '{cell.name}' can't step with it (does --host name an address that they reach?)"
+            self._parting.part(member.peer, Refused(reason=f"{what}: {reason}"))
+        cell.newcomers = []
+        if not cell.members:
+            self.fail(cell, reason)
+            return
+        if cell.phase != "suspending":
+            cell.suspend(self._turn.now, reason)
+        self.go_on(cell)
+
+    def expect_back(self, peer: PeerId, reason: str) -> None:
+        """An instance has heard nothing of this gManager and hangs up, or nothing is heard of it and it is the last: it goes on
+        with what it has. So does the cell once it is here again."""
+        cell, member = self._members[peer]
+        if not cell.is_formed or member not in cell.members or cell.phase in ("opening", "joining"):
+            self.lose(peer, reason)
+            return
+        del self._members[peer]
+        if cell.is_ready:
+            self._cells.sequences[cell.name].suspend(self._turn.now)
+        cell.await_return(member, self._turn.now, reason)
+        drains.answer(member, self._turn.emit, reason)
 
     def lose(self, peer: PeerId, reason: str, level: int = logging.ERROR) -> None:
         """An instance is gone, or done for. `level`: of the log, if the cell is over with it; no error if it was asked to."""
@@ -173,19 +219,21 @@ class Membership:
             return
         self._turn.log(logging.WARNING, "instance left", cell=cell.name, reason=reason)
         was_member = member in cell.members
-        cell.remove(member)
+        self._remove(cell, member)
         drains.answer(member, self._turn.emit, reason)
         if cell.is_formed:
             drains.call_off(cell, self._turn.emit)
-        if not cell.everybody:
+        if cell.phase == "returning" and (cell.is_formed or cell.everybody):
+            self._end_return(cell)
+        elif not cell.everybody:
             self._cells.remove(cell)
             self._turn.emit(DropText(cell.number))
-        elif cell.phase == "returning":
-            self._end_return(cell)
         elif cell.is_formed and was_member:
             cell.loss = cell.loss or reason
+            if level == logging.ERROR:
+                self._cells.sequences[cell.name].blame(member.id)
             if cell.phase != "suspending":
-                self._change(cell, reason)
+                cell.suspend(self._turn.now, reason)
             self.go_on(cell)
 
     def let_go(self) -> None:
@@ -198,12 +246,18 @@ class Membership:
         """A member that was drained leaves; what it still has is computed again, as after a loss."""
         reason = f"{member.name} was drained"
         del self._members[member.peer]
-        cell.remove(member)
+        self._remove(cell, member)
         cell.loss = cell.loss or reason
         self._parting.part(member.peer, Drained(reason=reason))
         drains.answer(member, self._turn.emit, None)
-        self._change(cell, reason)
+        cell.suspend(self._turn.now, reason)
         self.go_on(cell)
+
+    def _remove(self, cell: Cell, member: Member) -> None:
+        """From its cell. What runs with it goes back to the queue first, as long as all know who takes part in what."""
+        if cell.is_formed and member in cell.members and cell.phase not in ("suspending", "returning"):
+            self._cells.sequences[cell.name].suspend(self._turn.now)
+        cell.remove(member)
 
     def fail(self, cell: Cell, reason: str, lost: Member | None = None, level: int = logging.ERROR) -> None:
         """The cell is over, and with it every request bound to it."""
@@ -230,9 +284,15 @@ class Membership:
     def end_leases(self) -> None:
         """Go on without those that are silent."""
         lease = self._config.instance_lease_s
-        for peer, (_, member) in list(self._members.items()):
-            if peer in self._members and self._turn.now - member.heard_at > lease:
-                self._end_membership(member, f"{member.name} was not heard for {lease:g} s")
+        for peer, (cell, member) in list(self._members.items()):
+            if peer not in self._members or self._turn.now - member.heard_at <= lease:
+                continue
+            reason = f"{member.name} was not heard for {lease:g} s"
+            if cell.is_formed and cell.everybody == [member]:  # more likely it is us whom nobody reaches
+                self.expect_back(peer, reason)
+                self._parting.part(peer)
+            else:
+                self._end_membership(member, reason)
 
     def look_after(self) -> None:
         """Go on without those that keep their cell waiting."""
@@ -247,6 +307,8 @@ class Membership:
             self._end_return(cell)
         if cell.phase == "suspending" and took > SUSPEND_TIMEOUT_S:
             self._leave_behind(cell, cell.missing, f"did not end its epoch within {SUSPEND_TIMEOUT_S:g} s")
+        elif cell.phase in ("opening", "joining") and cell.newcomers and took > min(limit, NEWCOMERS_S):
+            self._refuse_newcomers(cell, f"they did not meet within {min(limit, NEWCOMERS_S):g} s")
         elif cell.phase in ("opening", "joining") and took > limit:
             if cell.is_formed:
                 self._leave_behind(cell, cell.missing, f"did not join within {limit:g} s")
@@ -256,7 +318,9 @@ class Membership:
             self.fail(cell, f"cell '{cell.name}' was not ready within {limit:g} s: {what}")
         elif (broken := cell.broken_link(self._turn.now)) is not None:
             member, reason = broken
-            if cell.is_formed:
+            if member in cell.newcomers:
+                self._refuse_newcomers(cell, reason)
+            elif cell.is_formed:
                 self._end_membership(member, reason)
             else:
                 self.fail(cell, reason)

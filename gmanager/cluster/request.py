@@ -108,8 +108,13 @@ class Request:
     """A gManager before this one took it in: it is not refused because its cell is smaller now."""
     was_interrupted: bool = False
     """It ran when the epoch ended, and the next has yet to begin."""
+    taken_part: frozenset[int] = frozenset()
+    """Ids of those that computed it or held KV of it when it was interrupted."""
     breaks: int = 0
-    """Epochs that broke while it ran, with nobody lost and no token of it come: it may be what breaks them."""
+    """Epochs that broke while it ran, or with which one of those was lost, and no token of it come: it may be what breaks
+    them."""
+    cell_blocks: list[int] = field(default_factory=list)
+    """Blocks of each instance of its cell when it was taken in there: it is not refused because fewer are left."""
     move_call: MoveCall | None = None
     admitted_at: float | None = None
     """For the first time."""

@@ -130,12 +130,17 @@ class Sequences:
             if sequence.is_current:
                 # whose prompt is not scored is computed anew: each of its rows is needed
                 is_kept = sequence.request.state != "preempted" and not sequence.unscored
-                self._waiting.take_back(sequence.request, sequence.number if is_kept else 0, now)
+                taken_part = [self._id(rank) for rank in sequence.participants]
+                self._waiting.take_back(sequence.request, sequence.number if is_kept else 0, now, taken_part)
         self._reservation = None
         self._moves = Moves(self._cell, self._running, self._emit)
         self._running.clear()
         self._crowded = False
         self._changed = False
+
+    def blame(self, lost: int) -> None:
+        """Of what was interrupted, that in which the lost instance took part may be why it is lost."""
+        self._waiting.blame(lost)
 
     def take_unheard(self, request: Request, unheard: Unheard) -> None:
         """Tokens of a waiting request that were generated while there was no gManager."""

@@ -18,7 +18,8 @@ from gmanager.cluster.requests import Requests
 from gmanager.wire.messages import Discard, Unheard
 
 MAX_BREAKS = 3
-"""Epochs that may break while a request runs, with nobody lost and no token of it come, until it is given up."""
+"""Epochs that may break while a request runs, or with which one that computes it may be lost, and no token of it come, until
+it is given up."""
 
 
 class Waiting:
@@ -121,15 +122,23 @@ class Waiting:
         for request in self._queue:
             self._came_from.setdefault(request.number, request.seq if request.kept else 0)
 
-    def take_back(self, request: Request, seq: int, waiting_since: float) -> None:
-        """It ran or was about to when the epoch ended. `seq`: sequence whose KV may be kept for it; 0: none."""
+    def take_back(self, request: Request, seq: int, waiting_since: float, taken_part: Collection[int] = ()) -> None:
+        """It ran or was about to when the epoch ended. `seq`: sequence whose KV may be kept for it; 0: none. `taken_part`: ids
+        of its participants."""
         self._came_from[request.number] = seq
         self.add(request, waiting_since, "interrupt")
-        request.was_interrupted = True
+        request.was_interrupted, request.taken_part = True, frozenset(taken_part)
         self._requests.fail_move(request, f"request {request.id!r} has no home now: the cell's membership changes")
         request.home = None
         request.held = {}
         request.kept = {}
+
+    def blame(self, lost: int) -> None:
+        """The instance of this id is lost: by each that it took part in, perhaps."""
+        for request in self._queue:
+            if request.was_interrupted and lost in request.taken_part:
+                request.breaks += 1
+                request.taken_part = frozenset()
 
     def take_unheard(self, request: Request, unheard: Unheard) -> None:
         """Tokens that were generated while there was no gManager. Those that it has are passed over, and those that don't
@@ -178,7 +187,7 @@ class Waiting:
         for request in [request for request in self._queue if request.breaks >= MAX_BREAKS]:
             self.withdraw(request)
             what = f"{request.breaks} epochs of cell '{self._cell.name}' broke while the request ran"
-            error = f"{what}; the last: {self._cell.broke}"
+            error = f"{what}; the last: {self._cell.loss or self._cell.broke}"
             self._requests.finish(request, "error", error=error)
 
     def validate(self) -> None:

@@ -288,7 +288,7 @@ class World:
                 assert set(message.keep) <= set(account.shards), "it is to keep what it hasn't"
                 account.keep(message.keep)
                 instance.is_alone = False
-                instance.former = m.Former(term=1, epoch=epoch, id=message.id, size=len(members))
+                instance.former = m.Former(term=1, identity=0, epoch=epoch, id=message.id, size=len(members))
                 instance.unheard.forget_left()
                 instance.rank, instance.epoch, instance.party = rank, epoch, (0, [rank])
                 broken = self.chaos and self.random.random() < 0.03

@@ -440,6 +440,20 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_file_of_the_first_schema_gets_an_identity_and_keeps_it(path: Path) -> None:
+    JournalFile(path).close()
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("ALTER TABLE meta DROP COLUMN identity")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    file = JournalFile(path)
+    assert (file.term, file.identity > 0) == (2, True)
+    file.close()
+    again = JournalFile(path)
+    assert (again.term, again.identity) == (3, file.identity)
+    again.close()
+
+
 def test_a_newer_schema_is_left_alone(path: Path) -> None:
     JournalFile(path).close()
     db = sqlite3.connect(path)
@@ -447,7 +461,7 @@ def test_a_newer_schema_is_left_alone(path: Path) -> None:
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()
     before = digest(path)
-    with pytest.raises(JournalError, match=f"journal {path} has schema 3, this gManager reads up to 1"):
+    with pytest.raises(JournalError, match=f"journal {path} has schema 3, this gManager reads up to 2"):
         Journal.open(path)
     assert digest(path) == before
     assert not wal_of(path).exists()

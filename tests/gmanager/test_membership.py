@@ -11,6 +11,7 @@ import pytest
 
 from gmanager.cluster.cell import MAX_ATTEMPTS, SUSPEND_TIMEOUT_S
 from gmanager.cluster.events import Action, Deliver, DropText, Encoded, Forget, PeerWasLost, Send, StopFound
+from gmanager.cluster.membership import NEWCOMERS_S
 from gmanager.cluster.waiting import MAX_BREAKS
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
@@ -647,3 +648,119 @@ def test_one_without_max_tokens_that_has_outgrown_what_is_left_stops_nobody() ->
     admits = messages(driver.grant(driver.join(2, peer(0))), m.Admit)
     assert [admit.arrival for admit in admits] == [2]
     assert request_stats(driver, "long").state == "queued"
+
+
+# --- instances that come and can't be with the others
+
+
+def coming() -> Driver:
+    """A request runs on two, and a third comes: the epoch with it is about to be joined."""
+    driver = serving(8, 8)
+    running(driver, "r", 8, spread=2, generated=1)
+    driver.come(NEW)
+    keep_all(driver, 1)
+    driver.say(peer(0), m.StoreOpened(epoch=2, address="tcp://store:1"))
+    return driver
+
+
+def keep_all(driver: Driver, epoch: int) -> list[Action]:
+    """The two end that epoch; what the last of them brings about."""
+    driver.keep(peer(0), 6, {1: [[(0, 4)]]}, epoch)
+    return driver.keep(peer(1), 6, {1: [[(4, 8)]]}, epoch)
+
+
+def refusal(reason: str) -> Send:
+    what = "the others of cell 'main' can't step with it (does --host name an address that they reach?)"
+    return Send(NEW, m.Refused(reason=f"{what}: {reason}"))
+
+
+def test_who_breaks_each_epoch_that_it_is_in_is_sent_away() -> None:
+    """Once may be chance. The others go on with what they have."""
+    driver = coming()
+    broken = "its process groups could not be formed: connection refused"
+    assert messages(driver.say(peer(0), m.EpochBroken(epoch=2, reason=broken)), m.Suspend)
+    driver.keep(NEW, 8, epoch=2)
+    assert keep_all(driver, 2) == [open_store(peer(0), 3)]
+    driver.say(peer(0), m.StoreOpened(epoch=3, address="tcp://store:1"))
+    reason = f"instance 0 of cell 'main' can't go on: {broken}"
+    actions = driver.say(peer(0), m.EpochBroken(epoch=3, reason=broken))
+    assert actions == [refusal(reason), suspend(0, reason, 3), suspend(1, reason, 3)]
+    assert keep_all(driver, 3) == [open_store(peer(0), 4)]
+    admits = messages(driver.grant(driver.join(4, peer(0), peer(1))), m.Admit)
+    assert [part.runs for part in admits[0].kept] == [[[(0, 4)]], [[(4, 8)]]]
+    assert len(driver.cluster.stats().instances) == 2
+
+
+def test_who_does_not_meet_the_others_is_sent_away() -> None:
+    driver = coming()
+    actions = driver.wait(int(NEWCOMERS_S) + 1, peer(0), peer(1), NEW, CLIENT)
+    reason = f"they did not meet within {NEWCOMERS_S:g} s"
+    assert actions == [refusal(reason), suspend(0, reason, 2), suspend(1, reason, 2)]
+
+
+def test_between_one_that_serves_and_one_that_has_just_come_the_latter_is_at_fault() -> None:
+    driver = coming()
+    driver.say(NEW, m.LinkLost(epoch=2, rank=0, reason="no route"))
+    actions = driver.wait(2, peer(0), peer(1), CLIENT)
+    reason = "instance 2 of cell 'main' lost its link to instance 0: no route"
+    assert actions == [refusal(reason), suspend(0, reason, 2), suspend(1, reason, 2)]
+
+
+def test_a_request_that_all_who_compute_it_die_of_is_given_up() -> None:
+    """What runs beside it goes on."""
+    driver = serving(8, 8, 8, 8, 8)
+    running(driver, "bad", generated=1, spread=1)
+    alive = [0, 1, 2, 3, 4]
+    for turn in range(MAX_BREAKS):
+        victim = request_stats(driver, "bad").home
+        assert victim is not None
+        driver.lose(victim)
+        alive.remove(victim)
+        for rank in alive:
+            driver.keep(peer(rank), 8, {}, turn + 1)
+        actions = driver.join(turn + 2, *map(peer, alive))
+        while any(messages(actions, kind) for kind in (m.Reserve, m.ReserveNext)):
+            actions = driver.grant(actions)
+    ended = request_stats(driver, "bad")
+    assert (ended.finish_reason, len(driver.cluster.stats().instances)) == ("error", 5 - MAX_BREAKS)
+
+
+def test_a_token_clears_a_request_of_the_losses_before_it() -> None:
+    driver = serving(8, 8, 8, 8, 8, 8)
+    running(driver, "good", generated=1, spread=1, max_tokens=16)
+    alive = [0, 1, 2, 3, 4, 5]
+    for turn in range(MAX_BREAKS + 1):
+        victim = request_stats(driver, "good").home
+        assert victim is not None
+        driver.lose(victim)
+        alive.remove(victim)
+        for rank in alive:
+            driver.keep(peer(rank), 8, {}, turn + 1)
+        actions = driver.join(turn + 2, *map(peer, alive))
+        while any(messages(actions, kind) for kind in (m.Reserve, m.ReserveNext)):
+            actions = driver.grant(actions)
+        (admit,) = messages(actions, m.Admit)
+        output = m.SequenceOutput(seq=admit.seq, index=0, token_ids=[9])
+        home = peer(alive[admit.shares[0].rank])
+        driver.say(home, m.Outputs(epoch=turn + 2, outputs=[output]))
+    assert request_stats(driver, "good").generated_tokens == MAX_BREAKS + 2
+
+
+def test_the_only_instance_is_replaced_and_new_requests_wait_for_the_next() -> None:
+    driver = serving(8)
+    driver.come(NEW, cell_size=1)
+    driver.say(CLIENT, m.Drain(call=1, instance=0))
+    driver.say(CLIENT, submit("r"))
+    assert request_stats(driver, "r").state == "queued"
+
+
+def test_a_text_that_is_encoded_while_an_instance_is_lost_waits_as_the_others_do() -> None:
+    """It would have fitted when it came."""
+    driver = serving(8, 8)
+    text = m.Submit(request_id="text", params=m.SamplingParams(max_tokens=16), text="hello")
+    driver.say(CLIENT, text)
+    driver.lose(1)
+    driver.handle(Encoded(1, driver.now, token_ids=m.pack_tokens([5] * 30), highest=5))
+    assert request_stats(driver, "text").state == "queued"
+    refused = driver.say(CLIENT, submit("new", 30, max_tokens=16))
+    assert request_stats(driver, "new").finish_reason == "error", refused

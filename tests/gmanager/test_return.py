@@ -10,7 +10,18 @@ import msgspec
 import pytest
 
 from gmanager.cluster.cell import RETURN_GRACE_S
-from gmanager.cluster.events import Action, Deliver, Encoded, LoadText, PeerWasLost, Restored, Send, TextLoaded
+from gmanager.cluster.events import (
+    Action,
+    Deliver,
+    DropText,
+    Encoded,
+    Forget,
+    LoadText,
+    PeerWasLost,
+    Restored,
+    Send,
+    TextLoaded,
+)
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
     ASSETS,
@@ -18,7 +29,9 @@ from tests.gmanager.cluster_support import (
     HELLO,
     Driver,
     Runs,
+    beat,
     deliver,
+    failed,
     outputs,
     peer,
     register,
@@ -35,10 +48,10 @@ EPOCH = 7
 WHY = "the gManager of cell 'main' was lost, and another has come"
 
 
-def back(rank: int, size: int = 2, epoch: int = EPOCH) -> m.Register:
-    """A registration of who had that rank and id, in an epoch of so many."""
-    former = m.Former(term=0, epoch=epoch, id=rank, size=size)
-    return msgspec.structs.replace(register(rank=rank, cell_size=2), former=former)
+def back(rank: int, size: int = 2, epoch: int = EPOCH, identity: int = 0) -> m.Register:
+    """A registration of who had that rank and id, in an epoch of so many. `identity`: of the gManager before."""
+    former = m.Former(term=0, identity=identity, epoch=epoch, id=rank, size=size)
+    return msgspec.structs.replace(register(rank=rank, cell_size=min(size, 2)), former=former)
 
 
 def kept(free: int, shards: dict[int, tuple[int, Runs]], *unheard: m.Unheard, epoch: int = EPOCH) -> m.Kept:
@@ -60,11 +73,11 @@ def waiting(*names: str, **more: Any) -> Driver:
     return driver
 
 
-def returning(driver: Driver, *kept_by: m.Kept) -> list[Action]:
+def returning(driver: Driver, *kept_by: m.Kept, identity: int = 0) -> list[Action]:
     """All members come back and end their epoch; what the last Kept brings about."""
     size = len(kept_by)
     for rank in range(size):
-        driver.say(peer(rank), back(rank, size))
+        driver.say(peer(rank), back(rank, size, identity=identity))
     driver.say(peer(0), m.Text(assets=ASSETS))
     told = driver.handle(TextLoaded(1, driver.now))
     texts = [action for action in told if isinstance(action, Deliver)]
@@ -127,12 +140,21 @@ def test_what_was_delivered_is_not_delivered_again() -> None:
 
 
 def test_a_new_request_of_the_same_number_is_another_one() -> None:
-    """Without a journal numbers begin anew: what an instance has of the former first request is nobody's any more."""
+    """Without a journal, or with another one: what an instance has of the former first request is nobody's any more."""
     driver = Driver()
-    driver.say(CLIENT, HELLO, submit("r", 10))
+    driver.cluster.restore([restored(1)], 0.0)
     tokens = m.Unheard(request=1, index=0, token_ids=[9, 9])
-    assert returning(driver, kept(5, {3: (1, [[(0, 12)]])}, tokens)) == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
-    assert request_stats(driver, "r").kv_tokens == {}
+    told = returning(driver, kept(5, {3: (1, [[(0, 12)]])}, tokens), identity=5)
+    assert told == [Send(peer(0), m.OpenStore(epoch=EPOCH + 1))]
+    assert (request_stats(driver, "r1").kv_tokens, request_stats(driver, "r1").generated_tokens) == ({}, 0)
+
+
+def test_who_has_served_a_later_gmanager_of_another_journal_is_welcome() -> None:
+    driver = Driver()
+    later = msgspec.structs.replace(
+        register(rank=0, cell_size=2), former=m.Former(term=2, identity=5, epoch=EPOCH, id=0, size=2)
+    )
+    assert driver.say(peer(0), later) == [Send(peer(0), m.Registered(lease_s=5.0, send_text=True))]
 
 
 def test_one_that_returns_twice_is_one() -> None:
@@ -254,7 +276,9 @@ def test_the_text_is_asked_of_another_if_the_first_is_lost() -> None:
 def test_who_has_served_a_later_gmanager_is_told_nothing() -> None:
     """A stale one could only mislead it."""
     driver = serving(8, 8)
-    later = msgspec.structs.replace(register(rank=0, cell_size=2), former=m.Former(term=2, epoch=EPOCH, id=0, size=2))
+    later = msgspec.structs.replace(
+        register(rank=0, cell_size=2), former=m.Former(term=2, identity=0, epoch=EPOCH, id=0, size=2)
+    )
     assert driver.say(b"late", later) == []
 
 
@@ -338,3 +362,117 @@ def test_numbers_of_restored_requests_only_grow() -> None:
     driver = Driver()
     with pytest.raises(ValueError, match="request 3, 'r3', can't follow 3"):
         driver.cluster.restore([restored(3), restored(3)], 0.0)
+
+
+# --- a gManager that stands still, or that nobody reaches
+
+SILENCE = "nothing was heard of it for 5 s"
+
+
+def hang_up(driver: Driver, rank: int) -> list[Action]:
+    """What an instance does that hears nothing: what that brings about."""
+    actions = driver.say(peer(rank), m.WillReturn(reason=SILENCE))
+    assert driver.handle(PeerWasLost(peer(rank), "it closed the connection", driver.now)) == [Forget(peer(rank))]
+    return actions
+
+
+def again(rank: int) -> bytes:
+    """An instance's next connection."""
+    return peer(rank, 2)
+
+
+def comes_again(driver: Driver, rank: int, size: int = 2) -> list[Action]:
+    actions = driver.say(again(rank), back(rank, size, epoch=1))
+    assert actions.pop(0) == Send(again(rank), m.Registered(lease_s=5.0, send_text=False))
+    return actions
+
+
+def suspended(rank: int) -> Send:
+    return Send(again(rank), m.Suspend(epoch=1, reason=WHY))
+
+
+def test_instances_that_hung_up_come_again_with_what_they_have() -> None:
+    """None of their requests is the worse for it; tokens of the meantime are delivered."""
+    driver = serving(8, 8)
+    running(driver, "r", 10, spread=2, generated=2)
+    assert hang_up(driver, 0) == hang_up(driver, 1) == []
+    assert comes_again(driver, 0) == []
+    assert comes_again(driver, 1) == [suspended(0), suspended(1)]
+    unheard = m.Unheard(request=1, index=1, token_ids=[9, 7])
+    assert driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 12)]])}, unheard, epoch=1)) == []
+    opens = Send(again(0), m.OpenStore(epoch=2))
+    assert driver.say(again(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1)) == [deliver(1, "r", 2, [7]), opens]
+    driver.free |= {again(0): 5, again(1): 7}
+    (admit, _) = admits(driver.grant(driver.join(2, again(0), again(1))))
+    assert (len(admit.token_ids) // 4, admit.params.num_generated) == (13, 3)
+    assert admit.kept == [m.KeptPart(rank=0, runs=[[(0, 6), (10, 12)]]), m.KeptPart(rank=1, runs=[[(6, 10)]])]
+
+
+def test_one_that_is_back_before_the_other_has_hung_up() -> None:
+    driver = serving(8, 8)
+    running(driver, "r", 10, spread=2, generated=2)
+    assert hang_up(driver, 0) == []
+    assert comes_again(driver, 0) == [suspended(0), Send(peer(1), m.Suspend(epoch=1, reason=WHY))]
+    assert hang_up(driver, 1) == []
+    assert driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 11)]])}, epoch=1)) == [], "an answer to what was asked before"
+    assert comes_again(driver, 1) == [suspended(0), suspended(1)]
+    driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 11)]])}, epoch=1))
+    driver.say(again(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1))
+    driver.free |= {again(0): 5, again(1): 7}
+    (admit, _) = admits(driver.grant(driver.join(2, again(0), again(1))))
+    assert sum(end - start for part in admit.kept for run in part.runs for start, end in run) == 11
+
+
+def test_one_that_hung_up_alone_and_stays_away_is_gone_on_without() -> None:
+    driver = serving(8, 8)
+    running(driver, "r", 10, spread=2, generated=2)
+    assert hang_up(driver, 0) == []
+    actions = driver.wait(int(RETURN_GRACE_S) + 1, peer(1), CLIENT)
+    assert actions == [Send(peer(1), m.Suspend(epoch=1, reason=WHY))]
+    assert driver.say(peer(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1)) == [Send(peer(1), m.OpenStore(epoch=2))]
+    driver.free |= {peer(1): 7}
+    (admit,) = admits(driver.grant(driver.join(2, peer(1))))
+    assert admit.kept == [m.KeptPart(rank=0, runs=[[(6, 10)]])]
+
+
+def test_if_none_comes_again_the_cell_is_over() -> None:
+    driver = serving(8)
+    running(driver, "r", generated=1)
+    assert hang_up(driver, 0) == []
+    assert driver.say(CLIENT, submit("later")) == [], "it waits as the others do"
+    error = f"instance 0 of cell 'main' hung up: {SILENCE}, and none of the cell came back within {RETURN_GRACE_S:g} s"
+    assert driver.wait(int(RETURN_GRACE_S) + 1, CLIENT) == [
+        failed(1, "r", error, index=1),
+        failed(2, "later", error),
+        DropText(1),
+    ]
+
+
+def test_one_that_died_after_it_had_come_again_is_not_waited_for_twice() -> None:
+    driver = serving(8, 8)
+    running(driver, "r", generated=1)
+    hang_up(driver, 0)
+    hang_up(driver, 1)
+    comes_again(driver, 0)
+    assert driver.handle(PeerWasLost(again(0), "gone", driver.now)) == [Forget(again(0))]
+    assert comes_again(driver, 1) == [Send(again(1), m.Suspend(epoch=1, reason=WHY))]
+
+
+def test_the_last_that_is_silent_may_come_again() -> None:
+    """More likely it is the gManager that nobody reaches: instances go on, and hang up a little later."""
+    driver = serving(8)
+    running(driver, "r", generated=1)
+    assert driver.wait(6, CLIENT) == []
+    assert driver.say(peer(0), beat(8)) == [], "it is not heard any more over the old connection"
+    assert comes_again(driver, 0, size=1) == [suspended(0)]
+    assert driver.say(again(0), kept(6, {1: (1, [[(0, 8)]])}, epoch=1)) == [Send(again(0), m.OpenStore(epoch=2))]
+
+
+def test_one_that_hangs_up_while_its_cell_forms_is_lost() -> None:
+    driver = serving(8, 8)
+    running(driver, "r", generated=1)
+    driver.lose(1)
+    driver.keep(peer(0), 8)
+    (ended, dropped) = driver.say(peer(0), m.WillReturn(reason=SILENCE))
+    reason = "instance 1 of cell 'main' is lost: gone"
+    assert (ended, dropped) == (failed(1, "r", reason, index=1), DropText(1))

@@ -92,6 +92,7 @@ from gmanager.wire.messages.instance import (
     Text,
     ToInstance,
     Unheard,
+    WillReturn,
 )
 from gmanager.wire.messages.requests import (
     MAX_BAD_WORD_CHARS,
@@ -226,4 +227,5 @@ __all__ = [
     "pack_tokens",
     "unpack_floats",
     "unpack_tokens",
+    "WillReturn",
 ]

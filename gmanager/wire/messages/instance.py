@@ -43,6 +43,8 @@ class Former(Part):
 
     term: int
     """Of that gManager."""
+    identity: int
+    """Likewise: to another one's, what this instance has means nothing."""
     epoch: int
     id: int
     size: int
@@ -85,6 +87,12 @@ class Leave(Message):
 
     reason: str
     failed: bool
+
+
+class WillReturn(Message):
+    """The instance hears nothing of the gManager. It hangs up, goes on with what it has, and comes again."""
+
+    reason: str
 
 
 class LinkLost(Message):
@@ -256,6 +264,8 @@ class Registered(Message):
     """The cell has no text assets yet: send Text."""
     term: int = 0
     """Of the gManager: each that serves from one journal has a higher one than those before it. 0: it has no journal."""
+    identity: int = 0
+    """Of its journal, or of the gManager that has none: what requests are known by means something under that alone."""
 
 
 class OpenStore(Message):
@@ -464,6 +474,7 @@ FromInstance = (
     | StoreOpened
     | Joined
     | Leave
+    | WillReturn
     | LinkLost
     | EpochBroken
     | Kept
