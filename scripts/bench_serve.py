@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
 """TTFT, TPOT and throughput of a service under a trace of requests, of one that runs (--gmanager) or of one started for it.
 
-A trace is a file of JSON lines, or the name of a built-in one:
+A trace is a file of JSON lines in one of two forms, or the name of a built-in one. Our own form:
 
     {"at_s": 0.5, "prompt_tokens": 1024, "max_tokens": 128, "name": "short"}
 
 `at_s`: when it arrives, seconds after the start. With "after_first_tokens": true it is seconds after all requests without that
-word have had their first token. Prompts are random token ids, another seed makes others; answers are greedy and don't end
-before `max_tokens`. Times are those that the client sees, from when a request was due, so that a late client hides nothing.
-TPOT is the time between consecutive tokens of one request.
+word have had their first token. And the form that Mooncake publishes, which `make_trace.py` writes:
+
+    {"timestamp": 500, "input_length": 1024, "output_length": 128, "hash_ids": [0, 1]}
+
+`timestamp`: milliseconds. A hash id stands for `--block-tokens` of the prompt, the same id for the same tokens; requests that
+begin as one before them did are the group "again". Prompts are random token ids, another seed makes others; answers are greedy
+and don't end before their length. Times are those that the client sees, from when a request was due, so that a late client
+hides nothing. TPOT is the time between consecutive tokens of one request; an objective is about the mean of a request.
+Completed requests and goodput are per second from the first that was due to the last token of all.
 
 Exit code 0, 1 if a request failed or was not finished in time, 2 if something could not be started, 130 if interrupted.
 """
@@ -24,12 +30,14 @@ import signal
 import statistics
 import sys
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from _replay import TRACES, Arrival, Timing, TraceError, read_trace, replay
+from _replay import Timing, replay
 from _setup import CACHE, ROOT
+from _trace import BLOCK_TOKENS, TRACES, Arrival, TraceError, read_trace
 
 from gmanager import AsyncClient, CellStats, DistattnError
 from gmanager.cli.assets import MODEL, FetchError, fetch
@@ -57,6 +65,9 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     count: int
     failed: int
+    """All that are not complete."""
+    refused: int
+    """Those of the failed that the service said no to."""
     ttft_p50_s: float | None
     ttft_p99_s: float | None
     tpot_p50_s: float | None
@@ -69,6 +80,37 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_per_s: float | None
     """Over `total_s`; of prompts whose first token has come."""
     output_tokens_per_s: float | None
+    completed_per_s: float | None
+    """Requests that got all their tokens, over `total_s`."""
+    goodput_per_s: float | None
+    """Those of them that met the objectives; None without objectives."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objectives:
+    """What a request must reach to count as goodput. None: anything will do. Raises ValueError if one can't be reached."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    """Mean time between its tokens."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--slo-ttft", self.ttft_s), ("--slo-tpot", self.tpot_s)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{flag} must be positive, got {value}")
+
+    def __bool__(self) -> bool:
+        return self.ttft_s is not None or self.tpot_s is not None
+
+    def met_by(self, timing: Timing) -> bool:
+        """Only a complete request can."""
+        if timing.error is not None or timing.ttft_s is None:
+            return False
+        slow = self.tpot_s is not None and timing.tpot_s is not None and timing.tpot_s > self.tpot_s
+        return not slow and (self.ttft_s is None or timing.ttft_s <= self.ttft_s)
+
+
+NO_OBJECTIVES = Objectives()
 
 
 def percentile(values: Sequence[float], percent: int) -> float | None:
@@ -78,26 +120,26 @@ def percentile(values: Sequence[float], percent: int) -> float | None:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def summarise(timings: Sequence[Timing]) -> list[Group]:
+def summarise(timings: Sequence[Timing], objectives: Objectives = NO_OBJECTIVES) -> list[Group]:
     """A group for each name, in order of appearance, and one of all.
 
     If some came after the first tokens of the others: also the others "beside" them, from when these were due until they had
     their own first tokens.
     """
     names = list(dict.fromkeys(timing.arrival.name for timing in timings))
-    groups = [_group(name, [t for t in timings if t.arrival.name == name]) for name in names]
+    groups = [_group(name, [t for t in timings if t.arrival.name == name], objectives) for name in names]
     late = [t for t in timings if t.arrival.after_first_tokens and t.ttft_s is not None]
     if late:
         early = [t for t in timings if not t.arrival.after_first_tokens]
         name = " beside ".join("/".join(dict.fromkeys(t.arrival.name for t in some)) for some in (early, late))
         window = min(t.due_s for t in late if t.due_s is not None), max(t.token_s[0] for t in late)
-        groups.append(_group(name, early, window))
+        groups.append(_group(name, early, objectives, window))
     if len(names) > 1:
-        groups.append(_group("all", timings))
+        groups.append(_group("all", timings, objectives))
     return groups
 
 
-def _group(name: str, timings: Sequence[Timing], window: tuple[float, float] | None = None) -> Group:
+def _group(name: str, timings: Sequence[Timing], objectives: Objectives, window: tuple[float, float] | None = None) -> Group:
     """With a `window`, only what came in it counts, and only the times between tokens are measured."""
     start, end = window or (-math.inf, math.inf)
     gaps = [gap for t in timings for gap in t.gaps_s(start, end)]
@@ -111,6 +153,7 @@ def _group(name: str, timings: Sequence[Timing], window: tuple[float, float] | N
         name=name,
         count=len(timings),
         failed=sum(t.error is not None for t in timings),
+        refused=sum(t.refused is not None for t in timings),
         ttft_p50_s=percentile(ttfts, 50),
         ttft_p99_s=percentile(ttfts, 99),
         tpot_p50_s=percentile(gaps, 50),
@@ -120,6 +163,8 @@ def _group(name: str, timings: Sequence[Timing], window: tuple[float, float] | N
         total_s=elapsed,
         prompt_tokens_per_s=prompts / elapsed if elapsed and prompts else None,
         output_tokens_per_s=len(came) / elapsed if elapsed else None,
+        completed_per_s=sum(t.error is None for t in timings) / elapsed if elapsed and not window else None,
+        goodput_per_s=sum(map(objectives.met_by, timings)) / elapsed if elapsed and objectives and not window else None,
     )
 
 
@@ -170,10 +215,10 @@ def print_table(title: str, groups: Sequence[Group]) -> None:
 
     table = Table(title=title)
     table.add_column("requests")
-    for name in ("count", "failed", "TTFT s p50", "p99", "TPOT ms p50", "p99", "request s p50", "p99", "total s"):
+    for name in ("count", "failed", "refused", "TTFT s p50", "p99", "TPOT ms p50", "p99", "request s p50", "p99", "total s"):
         table.add_column(name, justify="right")
-    table.add_column("prompt tok/s", justify="right")
-    table.add_column("output tok/s", justify="right")
+    for name in ("prompt tok/s", "output tok/s", "completed/s", "goodput/s"):
+        table.add_column(name, justify="right")
     for g in groups:
         seconds = [
             shown(g.ttft_p50_s, 1, 3),
@@ -183,8 +228,9 @@ def print_table(title: str, groups: Sequence[Group]) -> None:
         ]
         seconds += [shown(g.request_p50_s, 1, 3), shown(g.request_p99_s, 1, 3), shown(g.total_s, 1, 3)]
         rates = [shown(g.prompt_tokens_per_s, 1, 0), shown(g.output_tokens_per_s, 1, 1)]
-        table.add_row(g.name, str(g.count), str(g.failed), *seconds, *rates)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        rates += [shown(g.completed_per_s, 1, 3), shown(g.goodput_per_s, 1, 3)]
+        table.add_row(g.name, str(g.count), str(g.failed), str(g.refused), *seconds, *rates)
+    Console(width=None if sys.stdout.isatty() else 190).print(table)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -213,7 +259,7 @@ async def measure(address: str, trace: Sequence[Arrival], args: argparse.Namespa
         hardware={"processor": processor(), "cores": str(os.cpu_count()), "gpus": gpus(), "device": device},
         cell=cell,
         arguments={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        groups=summarise(timings),
+        groups=summarise(timings, Objectives(ttft_s=args.slo_ttft, tpot_s=args.slo_tpot)),
         counters={name: counted[1][name] - count for name, count in counted[0].items()},
         requests=timings,
     )
@@ -302,6 +348,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gmanager", help="address of a running service (default: one is started)")
     parser.add_argument("--trace", default="mixed", help=f"a file, or {', '.join(TRACES)} (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="times the tokens of each request (%(default)g)")
+    parser.add_argument(
+        "--block-tokens", type=int, default=BLOCK_TOKENS, help="what a hash id of the file stands for (%(default)d)"
+    )
+    parser.add_argument("--slo-ttft", type=float, help="seconds to the first token that count as goodput")
+    parser.add_argument("--slo-tpot", type=float, help="seconds between tokens, in a request's mean, that count as goodput")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (%(default)d)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for the whole trace (%(default)g)")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help=f"folder of {REPORT} and the service's logs")
@@ -319,9 +370,14 @@ def parse() -> argparse.Namespace:
     for flag, value in (("--scale", args.scale), ("--timeout", args.timeout)):
         if not (math.isfinite(value) and value > 0):
             parser.error(f"{flag} must be positive, got {value}")
-    for flag, value in (("--instances", args.instances), ("--vocab-size", args.vocab_size)):
+    whole = (("--instances", args.instances), ("--vocab-size", args.vocab_size), ("--block-tokens", args.block_tokens))
+    for flag, value in whole:
         if value is not None and value < 1:
             parser.error(f"{flag} must be at least 1, got {value}")
+    try:
+        Objectives(ttft_s=args.slo_ttft, tpot_s=args.slo_tpot)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -329,7 +385,7 @@ def main() -> int:
     args = parse()
     os.environ.update(NO_BARS)  # before whoever draws them is imported
     try:
-        trace = read_trace(args.trace, args.scale)
+        trace = read_trace(args.trace, args.scale, args.block_tokens)
         work = measure(args.gmanager, trace, args, "as the service runs") if args.gmanager else serve_and_measure(trace, args)
         return asyncio.run(interruptible(work))
     except (TraceError, BenchError, FetchError, ServiceError, DistattnError) as error:

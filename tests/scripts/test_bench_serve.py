@@ -15,7 +15,8 @@ from typing import Any
 
 import bench_serve
 import pytest
-from _replay import TRACES, Arrival, Timing, TraceError, make_prompt, read_trace, replay
+from _replay import Timing, replay
+from _trace import TRACES, Arrival, TraceError, make_prompt, read_trace
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +54,7 @@ def write_trace(file: Path, *lines: object) -> str:
 
 def arguments(trace: str, out: Path, **other: Any) -> argparse.Namespace:
     settings = {"trace": trace, "scale": 1.0, "seed": 1, "timeout": 60.0, "out": out, "vocab_size": None}
+    settings |= {"slo_ttft": 30.0, "slo_tpot": None}
     return argparse.Namespace(**settings | other)
 
 
@@ -154,6 +156,31 @@ def test_figures_of_a_known_run() -> None:
     assert (all_.count, all_.failed, all_.total_s) == (4, 1, 3.25)
 
 
+def test_completed_requests_and_goodput_of_a_known_run() -> None:
+    refused = timing("a", 1.0, error="RequestRefused: too long")
+    refused.refused = "never"
+    timings = [
+        timing("a", 1.0, 2.0, 2.5, 3.5),  # TTFT 1, TPOT 0.75
+        timing("a", 1.0, 4.0),  # TTFT 3; one token has no TPOT
+        timing("a", 1.0, 1.5, 5.0, error="not finished after 4 s"),
+        refused,
+    ]
+
+    def figures(**objectives: float) -> tuple[float | None, float | None]:
+        (group,) = bench_serve.summarise(timings, bench_serve.Objectives(**objectives))
+        assert (group.count, group.failed, group.refused, group.total_s) == (4, 2, 1, 4.0)
+        return group.completed_per_s, group.goodput_per_s
+
+    assert figures() == (2 / 4, None)
+    assert figures(ttft_s=3.0) == (2 / 4, 2 / 4)
+    assert figures(ttft_s=2.9) == (2 / 4, 1 / 4)
+    assert figures(tpot_s=0.75) == (2 / 4, 2 / 4)
+    assert figures(tpot_s=0.7) == (2 / 4, 1 / 4)
+    assert figures(ttft_s=2.9, tpot_s=0.7) == (2 / 4, 0)
+    (nothing,) = bench_serve.summarise([refused], bench_serve.Objectives(ttft_s=1))
+    assert (nothing.refused, nothing.completed_per_s, nothing.goodput_per_s) == (1, None, None)
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50))
 def test_percentiles_are_ordered_and_within(values: list[float]) -> None:
     p50, p99 = bench_serve.percentile(values, 50), bench_serve.percentile(values, 99)
@@ -206,6 +233,34 @@ async def test_a_trace_is_replayed_measured_and_written(
     said = capsys.readouterr().out
     assert "6 requests, 470 prompt tokens; 2 instances, 2,048 tokens of KV" in said
     assert all(word in said for word in ("TTFT", "TPOT", "prompt tok/s", "short", "long", "late", "all"))
+
+
+async def test_a_trace_in_mooncakes_form_is_replayed(service: Service, tmp_path: Path) -> None:
+    """Two questions about one document, another prompt, and one that is refused; nothing meets the objective."""
+    lines = [
+        {"timestamp": 0, "input_length": 70, "output_length": 4, "hash_ids": [0, 1, 2, 3, 4]},
+        {"timestamp": 30, "input_length": 75, "output_length": 3, "hash_ids": [0, 1, 2, 3, 5]},
+        {"timestamp": 60, "input_length": 12, "output_length": 5, "hash_ids": [6]},
+        {"timestamp": 60, "input_length": 511, "output_length": 9, "hash_ids": list(range(100, 132))},
+    ]
+    path = write_trace(tmp_path / "trace.jsonl", *lines)
+    trace = read_trace(path, block_tokens=16)
+    asked = arguments(path, tmp_path, slo_ttft=1e-6, slo_tpot=30.0)
+    assert await bench_serve.measure(service.server.address, trace, asked, "cpu") == 1
+    report = json.loads((tmp_path / "bench_serve.json").read_text())
+    assert [len(r["token_s"]) for r in report["requests"]] == [4, 3, 5, 0]
+    assert [r["refused"] for r in report["requests"]] == [None, None, None, "too_long"]
+    assert [r["due_s"] for r in report["requests"]] == [0, 0.03, 0.06, 0.06]
+    assert [r["arrival"]["hash_ids"] for r in report["requests"]] == [line["hash_ids"] for line in lines]
+    first, again, all_ = report["groups"]
+    assert [(g["name"], g["count"], g["failed"], g["refused"]) for g in (first, again, all_)] == [
+        ("first", 3, 1, 1),
+        ("again", 1, 0, 0),
+        ("all", 4, 1, 1),
+    ]
+    assert all_["completed_per_s"] == pytest.approx(3 / all_["total_s"])
+    assert all_["goodput_per_s"] == 0
+    assert None not in (again["ttft_p99_s"], again["tpot_p50_s"], again["completed_per_s"])
 
 
 async def test_a_request_that_fails_is_told_and_the_others_go_on(
@@ -264,6 +319,8 @@ def test_the_vocabulary_is_the_models(model: Path) -> None:
 def test_wrong_settings_end_at_once(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "bad.jsonl", LINES[0], "nonsense")
     cases = [
+        (bench("--slo-ttft", "0"), "bench_serve.py: error: --slo-ttft must be positive, got 0.0"),
+        (bench("--block-tokens", "0"), "bench_serve.py: error: --block-tokens must be at least 1, got 0"),
         (bench("--trace", trace), f"bench_serve.py: {trace}, line 2: JSON is malformed: "),
         (bench("--scale", "0"), "bench_serve.py: error: --scale must be positive, got 0.0"),
         (bench("--timeout", "nan"), "bench_serve.py: error: --timeout must be positive, got nan"),
