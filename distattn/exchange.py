@@ -5,6 +5,7 @@ All sizes are known from the step, so nothing is announced. Only members that sh
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ import torch
 class Work(Protocol):
     """What torch's process groups return."""
 
-    def wait(self) -> bool: ...
+    def wait(self, timeout: timedelta = ...) -> bool: ...
 
 
 class Group(Protocol):
@@ -50,11 +51,18 @@ class Transfer:
     def __init__(self, works: Sequence[tuple[str, Work]]) -> None:
         self._works = works
 
-    def wait(self) -> None:
-        """Until all rows are here and gone; on a GPU the current stream waits, not the caller. Raises ExchangeError."""
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until all rows are here and gone; on a GPU the current stream waits, not the caller. Raises ExchangeError.
+
+        `timeout_s`: for Gloo, longest wait for a message; one that is longer closes the group's connections to all. None: as
+        long as the group says.
+        """
         for who, work in self._works:
             with _named(who):
-                work.wait()
+                if timeout_s is None:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=timeout_s))
 
 
 class Exchange:

@@ -1,10 +1,16 @@
 """Copying KV from one instance's blocks to another's, beside the steps of both.
 
-Both walk the same blocks in the same order, so nothing is announced. A piece is as many blocks as the budget of a step holds,
-one at least:
+Both walk the same blocks in the same order, and tell each other in *words*, from host to host, how far they are:
 
-    source  gather piece | send         target  receive | store piece | read it again
+    source  gather block | hear "ready" | wait for budget | say "now"  | send
+    target  wait for budget | say "ready"                 | hear "now" | receive | store block | read it again
             ... and behind all a checksum, which the target compares with that of what it has read again
+
+So both begin to move a block within the time that a word takes. On a GPU that matters: what sends and what receives is a
+kernel that holds processors until the other end's runs, too, and neither is launched before both ends have their budget.
+
+A word that doesn't come within `PEER_TIMEOUT_S`, or says no, ends the copy (CopyFailed) and nothing else: words have a group
+of their own, and Gloo takes a late one's connections away from copies alone.
 
 The checksum is a CRC-32 of the bytes where they lie in host memory (zlib: above 1 GB/s a core). On a GPU that would bring all
 of the KV to the host: there it is a sum over 32-bit words, each times its place, modulo 2^64. It is exact whatever the order
@@ -14,18 +20,28 @@ Nothing here decides: who calls has made sure that no step writes what is copied
 """
 
 import threading
+import time
 import zlib
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from distattn.exchange import Exchange
+from distattn.exchange import Exchange, ExchangeError
 from kvstore.storage import KVStorage
 
-T = TypeVar("T")
+PEER_TIMEOUT_S = 10.0
+"""Longest that a copy waits for its other end. More than that one may wait for its budget, and more than the lease after which
+an instance that stands still is expelled."""
 
+PATIENCE_S = 1.0
+"""Longest that a block waits for its budget. Beside a step of a second one block more is nothing, and so whoever waits for a
+word knows how long that may honestly take."""
+
+_POLL_S = 2e-4
+_NO = -1
+"""For the number of a block: this end has no part in the copy."""
 _PRIME = 0x9E3779B1
 
 
@@ -33,8 +49,17 @@ class TransferEnded(Exception):
     """The epoch ended while a copy was under way."""
 
 
+class CopyFailed(Exception):
+    """A copy came to nothing, and that is all that has happened; the message says why."""
+
+
+Rows = Sequence[tuple[torch.Tensor, Mapping[int, int]]]
+"""As `Exchange.start` takes them."""
+
+
 class StepBudget:
-    """How much may be copied beside steps: so many tokens of KV for each step that runs, all at once while none runs.
+    """How much may be copied beside steps: so many tokens of KV for each step that runs, all at once while none runs; and a
+    block each `PATIENCE_S`, however long steps take.
 
     Shared by the thread that copies (`take`) and the loop that steps (`tell`).
     """
@@ -47,7 +72,7 @@ class StepBudget:
         self._changed = threading.Condition()
         self._left = 0
         self._most = tokens_per_step
-        """What may be saved up: enough for the piece that waits."""
+        """What may be saved up: enough for the block that waits."""
         self._steps = 0
         self._is_busy = False
         self._is_over = False
@@ -60,10 +85,10 @@ class StepBudget:
             self._changed.notify_all()
 
     def take(self, tokens: int) -> None:
-        """Wait until a piece of so many tokens may be copied. Raises TransferEnded after `end`."""
+        """Wait until a block of so many tokens may be copied. Raises TransferEnded after `end`."""
         with self._changed:
             self._most = max(tokens, self.tokens_per_step)
-            self._changed.wait_for(lambda: self._is_over or not self._is_busy or self._left >= tokens)
+            self._changed.wait_for(lambda: self._is_over or not self._is_busy or self._left >= tokens, PATIENCE_S)
             if self._is_over:
                 raise TransferEnded("the epoch ended")
             self._left = max(0, self._left - tokens)
@@ -76,71 +101,128 @@ class StepBudget:
 
 
 class Transfers:
-    """One instance's end of copies, within one epoch. Blocks the calling thread, always the same one."""
+    """One instance's end of copies, within one epoch. Blocks the calling thread, always the same one.
 
-    def __init__(self, storage: KVStorage, exchange: Exchange, budget: StepBudget) -> None:
+    Both ends raise CopyFailed if a copy comes to nothing, TransferEnded when the epoch ends, and ExchangeError if it has to
+    end: that is on a GPU, when a block that both have begun to move doesn't pass.
+    """
+
+    def __init__(
+        self,
+        storage: KVStorage,
+        exchange: Exchange,
+        words: Exchange,
+        budget: StepBudget,
+        timeout_s: float = PEER_TIMEOUT_S,
+    ) -> None:
+        """`words`: over Gloo, with a group that only copies use. `timeout_s`: longest wait for the other end."""
         self._data_L2BPKD = storage.data_L2BPKD
         self._block_size = storage.block_size
         self._block_bytes = storage.block_bytes
         self._exchange = exchange
+        self._words = words
         self._budget = budget
+        self._timeout_s = timeout_s
         self._device = storage.data_L2BPKD.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.bytes_sent = 0
         self.blocks_sent = 0
 
-    def send(self, block_ids: Sequence[int], to: int) -> None:
-        """Copy these blocks to `to`, which receives them. Raises ExchangeError, and TransferEnded when the epoch ends."""
+    def send(self, move: int, block_ids: Sequence[int] | None, to: int) -> None:
+        """Copy these blocks to `to`, which receives as many; None: there is nothing to copy, tell it so."""
+        if block_ids is None:
+            self._hear(move, to, 0)
+            self._say(move, to, _NO)
+            raise CopyFailed("nothing was offered for it here")
+        checksum = 0
+        for index, block in enumerate(block_ids):
+            with self._on_stream():
+                block_L2PKD = self._data_L2BPKD[:, :, block].clone(memory_format=torch.contiguous_format)
+                checksum = checksum_of(block_L2PKD, checksum)
+                self._hear(move, to, index)
+                self._budget.take(self._block_size)
+                self._say(move, to, index)
+                self._pass([(_bytes_of(block_L2PKD), {to: 1})], [])
+            self.blocks_sent += 1
+            self.bytes_sent += self._block_bytes
+        self._say(move, to, checksum)
 
-        def move(ids_N: torch.Tensor, checksum: int) -> int:
-            piece_L2NPKD = self._data_L2BPKD.index_select(2, ids_N)
-            self._exchange.start([(_bytes_of(piece_L2NPKD), {to: 1})], []).wait()
-            self.blocks_sent += ids_N.numel()
-            self.bytes_sent += ids_N.numel() * self._block_bytes
-            return checksum_of(piece_L2NPKD, checksum)
-
-        checksum = self._each_piece(block_ids, move)
-        self._run(lambda: self._exchange.start([(self._word(checksum), {to: 1})], []).wait())
-
-    def receive(self, block_ids: Sequence[int], source: int) -> str | None:
-        """Take what `source` sends into these blocks. Returns what is wrong with the copy; None: nothing. Raises as `send`."""
-
-        def move(ids_N: torch.Tensor, checksum: int) -> int:
-            shape = (*self._data_L2BPKD.shape[:2], ids_N.numel(), *self._data_L2BPKD.shape[3:])
-            piece_L2NPKD = torch.empty(shape, dtype=self._data_L2BPKD.dtype, device=self._device)
-            self._exchange.start([], [(_bytes_of(piece_L2NPKD), {source: 1})]).wait()
-            self._data_L2BPKD.index_copy_(2, ids_N, piece_L2NPKD)
-            return checksum_of(self._data_L2BPKD.index_select(2, ids_N), checksum)
-
-        checksum = self._each_piece(block_ids, move)
-        word = self._word(0)
-        self._run(lambda: self._exchange.start([], [(word, {source: 1})]).wait())
-        sent = int(word.item())
+    def receive(self, move: int, block_ids: Sequence[int] | None, source: int) -> str | None:
+        """Take what `source` sends into these blocks; None: they are not reserved, tell it so. Returns what is wrong with the
+        copy; None: nothing."""
+        if block_ids is None:
+            self._say(move, source, _NO)
+            raise CopyFailed("nothing is reserved for it here")
+        checksum = 0
+        for index, block in enumerate(block_ids):
+            self._budget.take(self._block_size)
+            self._say(move, source, index)
+            self._hear(move, source, index)
+            with self._on_stream():
+                place_L2PKD = self._data_L2BPKD[:, :, block]
+                block_L2PKD = torch.empty_like(place_L2PKD, memory_format=torch.contiguous_format)
+                self._pass([], [(_bytes_of(block_L2PKD), {source: 1})])
+                place_L2PKD.copy_(block_L2PKD)
+                checksum = checksum_of(place_L2PKD.clone(memory_format=torch.contiguous_format), checksum)
+        sent = self._word_of(move, source)
         return None if sent == checksum else f"the checksum of {len(block_ids)} blocks is {checksum:#x}, sent was {sent:#x}"
 
-    def _each_piece(self, block_ids: Sequence[int], move: Callable[[torch.Tensor, int], int]) -> int:
-        """The checksum after all of them."""
-        count = max(1, self._budget.tokens_per_step // self._block_size)
-        checksum = 0
-        for first in range(0, len(block_ids), count):
-            piece = block_ids[first : first + count]
-            self._budget.take(len(piece) * self._block_size)
-            ids_N = torch.tensor(piece, device=self._device)
-            checksum = self._run(partial(move, ids_N, checksum))
-        return checksum
+    def _say(self, move: int, to: int, number: int) -> None:
+        """A block's number, `_NO`, or the checksum."""
+        self._wait_for([(torch.tensor([[move, number]]), {to: 1})], [])
 
-    def _run(self, work: Callable[[], T]) -> T:
-        """On a GPU on a stream of its own, and until it has run."""
+    def _hear(self, move: int, peer: int, index: int) -> None:
+        """That the other end has come to the block of this number."""
+        number = self._word_of(move, peer)
+        if number == _NO:
+            raise CopyFailed(f"instance {peer} has no part in it")
+        if number != index:
+            raise CopyFailed(f"instance {peer} is at block {number}, this one at {index}")
+
+    def _word_of(self, move: int, peer: int) -> int:
+        word_12 = torch.empty((1, 2), dtype=torch.int64)
+        self._wait_for([], [(word_12, {peer: 1})])
+        told, number = word_12[0].tolist()
+        if told != move:
+            raise CopyFailed(f"instance {peer} copies for move {told}, this one for {move}")
+        return int(number)
+
+    def _wait_for(self, sends: Rows, receives: Rows) -> None:
+        try:
+            self._words.start(sends, receives).wait(self._timeout_s)
+        except ExchangeError as error:
+            raise CopyFailed(str(error)) from error
+
+    def _pass(self, sends: Rows, receives: Rows) -> None:
+        """Move a block. The other end does the same at this moment: it has said so."""
+        if self._stream is None:
+            try:
+                self._exchange.start(sends, receives).wait(self._timeout_s)
+            except ExchangeError as error:
+                raise CopyFailed(str(error)) from error
+            return
+        self._exchange.start(sends, receives).wait()
+        passed: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        passed.record(self._stream)
+        # An event's own wait has no deadline. Neither can the kernel be taken back alone: it ends when its communicator is
+        # aborted, and an abort while graphs are alive hung (`instance.epoch`). So here, and only here, the epoch has to end.
+        deadline = time.monotonic() + self._timeout_s
+        while not passed.query():
+            if time.monotonic() > deadline:
+                (peer,) = {rank for _, rows in (*sends, *receives) for rank in rows}
+                what = f"a block of KV that is copied to or from instance {peer} did not pass within {self._timeout_s:g} s"
+                raise ExchangeError(what)
+            time.sleep(_POLL_S)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """On a GPU on a stream of its own."""
         with torch.inference_mode():
             if self._stream is None:
-                return work()
+                yield
+                return
             with torch.cuda.stream(self._stream):
-                result = work()
-            self._stream.synchronize()
-            return result
-
-    def _word(self, value: int) -> torch.Tensor:
-        return torch.tensor([value], dtype=torch.int64, device=self._device)
+                yield
 
 
 def checksum_of(piece: torch.Tensor, before: int = 0) -> int:
@@ -149,7 +231,7 @@ def checksum_of(piece: torch.Tensor, before: int = 0) -> int:
     if piece.device.type == "cpu":
         return zlib.crc32(flat.numpy().data, before)
     padding = -flat.numel() % 4
-    words = torch.nn.functional.pad(flat, (0, padding)).view(torch.int32).long()
+    words = torch.nn.functional.pad(flat, (0, padding)).view(torch.int32)
     places = torch.arange(1, words.numel() + 1, device=piece.device)
     total = int((words * places).sum().item()) + before * _PRIME
     return (total + 2**63) % 2**64 - 2**63

@@ -1,4 +1,4 @@
-"""The process groups of one epoch, one for each lane: opened from a TCPStore whose address the gManager passes on."""
+"""The process groups of one epoch, of each lane and of copies: opened from a TCPStore whose address the gManager passes on."""
 
 import socket
 from contextlib import suppress
@@ -37,16 +37,26 @@ def open_store(host: str, timeout_s: float) -> tuple[object, str]:
 
 
 class EpochGroup:
-    """One lane's communicator between the instances of a cell, within one epoch: NCCL for CUDA, Gloo for CPU.
+    """A communicator between the instances of a cell, within one epoch: NCCL for CUDA, Gloo for CPU.
 
     The group objects are used directly, not through torch's default group: an instance may live through several epochs, and
     Gloo must listen on `host`, not on whatever the machine's name resolves to.
     """
 
     def __init__(
-        self, *, store_address: str, host: str, name: str, rank: int, size: int, device: torch.device, timeout_s: float
+        self,
+        *,
+        store_address: str,
+        host: str,
+        name: str,
+        rank: int,
+        size: int,
+        device: torch.device,
+        timeout_s: float,
+        max_channels: int | None = None,
     ) -> None:
-        """Waits for all members, whose groups have the same name.
+        """Waits for all members, whose groups have the same name. `max_channels`: for NCCL, how many processors an exchange
+        may hold, and how many sets of buffers there are.
 
         Raises torch's DistError or RuntimeError if they don't come within `timeout_s`.
         """
@@ -58,6 +68,8 @@ class EpochGroup:
             torch.cuda.set_device(device)  # of this thread
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = timeout
+            if max_channels is not None:
+                nccl.config.max_ctas = max_channels
             self._group: Any = dist.ProcessGroupNCCL(self.store, rank, size, nccl)
         else:
             gloo = dist.ProcessGroupGloo._Options()

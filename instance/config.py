@@ -101,7 +101,7 @@ class InstanceConfig:
     """CPU threads of the model."""
     copy_tokens: int = 16
     """Tokens of KV that are copied to or from this instance for each of its steps, while it steps (Infinite-LLM: 16 are free,
-    32 cost 8.6 %)."""
+    32 cost 8.6 %). The two ends of a copy need not have the same."""
     grace_s: float = 20
     """How long it may take to be emptied once it is asked to end; 0: it ends at once. Less than the 30 s after which torchrun
     kills what it has asked to end."""

@@ -6,10 +6,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
-from distattn.exchange import ExchangeError
-from distattn.transfer import StepBudget, TransferEnded, Transfers
+from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers
 from gmanager.wire import messages as wire
+from gmanager.wire.logs import get_logger
 from instance.rmanager import RManager
+
+log = get_logger("instance")
+
+CHANNELS = 4
+"""Of NCCL's, for copies: the processors that a block on its way may take from the lanes, and a bound to the memory for NCCL's
+buffers (`instance.memory`). NCCL takes up to 32 unless told otherwise."""
 
 
 class Copies:
@@ -37,22 +43,26 @@ class Copies:
     async def copy(self, asked: wire.CopyRun) -> wire.Copied | None:
         """Do this instance's part. The target's answer; None: it is the source, or the epoch has ended.
 
-        Raises ExchangeError if the other can't be reached.
+        A copy whose other end doesn't come, or can't be reached, is answered as one that failed. Raises ExchangeError if the
+        epoch can't go on.
         """
         loop = asyncio.get_running_loop()
         try:
             if asked.source == self._rank:
                 move, block_ids = self._offered
-                if move != asked.move:
-                    raise ExchangeError(f"move {asked.move} was never offered here, the last one was {move}")
-                await loop.run_in_executor(self.thread, self._transfers.send, block_ids, asked.target)
+                offered = block_ids if move == asked.move else None
+                await loop.run_in_executor(self.thread, self._transfers.send, asked.move, offered, asked.target)
                 return None
             shard = self._rmanager.shard(asked.move)
-            if shard is None:
-                raise ExchangeError(f"nothing is reserved here for move {asked.move}")
-            wrong = await loop.run_in_executor(self.thread, self._transfers.receive, tuple(shard.spare), asked.source)
+            reserved = None if shard is None else tuple(shard.spare)
+            wrong = await loop.run_in_executor(self.thread, self._transfers.receive, asked.move, reserved, asked.source)
         except TransferEnded:
             return None
+        except CopyFailed as failed:
+            wrong = str(failed)
+            log.warning("copy failed", move=asked.move, source=asked.source, target=asked.target, reason=wrong)
+            if asked.source == self._rank:
+                return None
         if wrong is None:
             self._rmanager.note_copy(asked.move, asked.ranges)
         return wire.Copied(epoch=asked.epoch, move=asked.move, error=wrong)
@@ -62,7 +72,7 @@ class Copies:
         return wire.Counters(blocks_copied=self._transfers.blocks_sent, kv_bytes=self._transfers.bytes_sent)
 
     def close(self) -> None:
-        """Let go of who waits. What waits for the other instance comes back when the process group is closed."""
+        """Let go of who waits. What waits for the other instance comes back when the process groups are closed."""
         self.budget.end()
         self.thread.shutdown(wait=False, cancel_futures=True)
 

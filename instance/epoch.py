@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from llguidance import LLTokenizer
 
 from distattn.attention import DistAttention
@@ -26,7 +27,7 @@ from gmanager.wire.codec import Decoder
 from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, InstanceConfig
-from instance.copies import Copies
+from instance.copies import CHANNELS, Copies
 from instance.errors import InstanceError, PartyBroken, PartyTimeout, StepTimeout
 from instance.lane import Lanes
 from instance.model import Model
@@ -225,7 +226,7 @@ class Epoch:
             raise InstanceError("the epoch ended while it was being formed")
         self._made.callback(undo)
 
-    def _make_group(self, name: str) -> EpochGroup:
+    def _make_group(self, name: str, device: torch.device, max_channels: int | None = None) -> EpochGroup:
         """Between all members, who make theirs of that name together."""
         config = self._lasting.config
         group = EpochGroup(
@@ -234,18 +235,26 @@ class Epoch:
             name=f"epoch-{self.number}-{name}",
             rank=self._join.rank,
             size=self.size,
-            device=self._lasting.model.device,
+            device=device,
             timeout_s=config.step_timeout_s,
+            max_channels=max_channels,
         )
         self._undo(group.close)
         return group
 
     def _make_copies(self) -> Copies:
-        """This instance's end of block moves."""
+        """This instance's end of block moves.
+
+        Its communicator is made now, though most epochs move nothing. NCCL makes one in a call that all members must join, and
+        allocates memory on the device meanwhile, which may wait for the kernels that run there. Once lanes step, one of these
+        may wait for a peer that can't launch its own before the same call is over: nobody would go on.
+        """
         lasting, device = self._lasting, self._lasting.model.device
-        group = self._make_group("transfer")
+        words = self._make_group("words", torch.device("cpu"))
+        blocks = words if device.type == "cpu" else self._make_group("blocks", device, CHANNELS)
         budget = StepBudget(lasting.config.copy_tokens)
-        transfers = Transfers(lasting.storage, Exchange(group.group, device), budget)
+        exchanges = Exchange(blocks.group, device), Exchange(words.group, torch.device("cpu"))
+        transfers = Transfers(lasting.storage, *exchanges, budget)
         copies = Copies(self._join.rank, lasting.rmanager, transfers, budget, device)
         self._undo(copies.close)
         return copies
@@ -253,7 +262,7 @@ class Epoch:
     def _make_runner(self, lane: Lane) -> Runner:
         """The device's side of a lane: all members of the epoch make theirs together."""
         lasting, config, device = self._lasting, self._lasting.config, self._lasting.model.device
-        group = self._make_group(lane)
+        group = self._make_group(lane, device)
         attention = DistAttention(lasting.storage, lasting.model.shape, Exchange(group.group, device), backend=config.backend)
         runner = Runner(
             lasting.model,

@@ -14,10 +14,22 @@ from distattn.shape import AttentionShape, PackedRows
 from instance.model import Model
 from instance.needs import Needs
 
-RESERVE_BYTES = 2 * 2**30
+COPIES_BYTES = 384 * 2**20
+"""For block moves: NCCL's buffers of their communicator, and one block on its way. By arithmetic, not measured:
+
+    a channel, to one other member   4 MiB (simple) + 4.7 MiB (LL128) + 0.5 MiB (LL) = 9.2 MiB
+    channels                         4, `instance.copies.CHANNELS`
+    others                           1 in the ring of NCCL's own collectives, and each other member
+    blocks                           3 of the 8B shape's 8 MiB, and 32 MiB for a checksum
+
+so 4 x 9.2 x (1 + 7) + 56 = 350 MiB in a cell of eight, 130 in one of two. With the 32 channels that NCCL may take by itself the
+buffers would be eight times as large."""
+
+RESERVE_BYTES = 2 * 2**30 + COPIES_BYTES
 """For what comes after the pool and can't be asked for before: CUDA graphs (one memory pool and some MiB of nodes a graph),
-NCCL's channel buffers (hundreds of MiB a communicator, and that of the epoch before may not be gone), matrix products' work
-space, kernels' code, and the allocator's waste. An allowance, not a measurement: 1.4 % of an H200."""
+NCCL's channel buffers (hundreds of MiB for each lane's communicator, and those of the epoch before may not be gone), matrix
+products' work space, kernels' code, and the allocator's waste: 2 GiB, an allowance, not a measurement: 1.4 % of an H200. And
+what block moves take, whose communicator is there in every cell of two or more, whether anything moves or not."""
 
 OTHER_BYTES = 2**30
 """In use beside the weights when nobody else uses the GPU, predicted: CUDA's context, libraries, the weights' rounding. An

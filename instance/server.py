@@ -313,7 +313,7 @@ class Instance:
             tasks.create_task(self._copy(epoch, epoch.copies, message))
 
     async def _copy(self, epoch: Epoch, copies: Copies, message: wire.CopyRun) -> None:
-        """A part in a copy. If the other can't be reached, the epoch can't go on either."""
+        """A part in a copy, which may fail alone. Only a kernel that can't be taken back ends the epoch (`Transfers`)."""
         if self._epoch is not epoch:
             return
         try:
