@@ -12,6 +12,7 @@ import httpx2 as httpx
 import pytest
 
 from gmanager import AsyncClient, RequestRefused, SamplingParams
+from tests.support.exactness import LOGPROB_TOLERANCE
 from tests.support.processes import Processes, Started, client_of, free_port, until_ready
 from tests.support.service import at_rest
 from tests.support.tiny import make_long_model
@@ -123,9 +124,10 @@ async def test_an_http_stream_goes_on_in_the_same_response(started: Processes, m
     await door.says("event=connected")
     await until_ready(gmanager.address)
     asked = {"model": str(model), "prompt": ids, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
-    asked |= {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+    asked |= {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True, "logprobs": 1}
     events: list[dict[str, Any]] = []
     tokens: list[int] = []
+    logprobs: list[float] = []
     was_killed = False
     async with (
         httpx.AsyncClient(base_url=url, timeout=60) as http,
@@ -136,12 +138,16 @@ async def test_an_http_stream_goes_on_in_the_same_response(started: Processes, m
             if not line.startswith("data: {"):
                 continue
             events.append(json.loads(line.removeprefix("data: ")))
-            tokens += [token for choice in events[-1]["choices"] for token in choice["token_ids"]]
+            for choice in events[-1]["choices"]:
+                tokens += choice["token_ids"]
+                if choice["logprobs"]:
+                    logprobs += choice["logprobs"]["token_logprobs"]
             if len(tokens) >= 50 and not was_killed:
                 was_killed = True
                 assert len(tokens) < 200, "it is to be killed in mid-stream"
                 await gmanager.lose()
     assert tokens == expected.token_ids
+    assert logprobs == pytest.approx(expected.logprobs, abs=LOGPROB_TOLERANCE)
     assert len({event["id"] for event in events}) == 1, "one response"
     assert events[-1]["usage"]["completion_tokens"] == 400
     assert [instance.poll() for instance in instances] == [None, None]

@@ -201,7 +201,7 @@ async def test_a_joiner_that_differs_is_refused_and_streams_go_on(started: Proce
             with pytest.raises(
                 InstanceError, match="refused this instance: its way to run layers is .*, that of cell 'main' is "
             ):
-                await joiner.run()
+                await asyncio.wait_for(joiner.run(), 60)
             assert await stranger.exit_code(60) == 1
             await stranger.says(
                 r"the gManager refused this instance: its model is \S+ \(\w+\), that of cell 'main' is \S+ \(\w+\)"

@@ -6,7 +6,9 @@ instance. What kill -9 leaves is a copy of the file and its write-ahead log.
 
 import asyncio
 import logging
+import re
 import shutil
+import signal
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -401,3 +403,23 @@ async def test_a_second_gmanager_on_the_same_journal_ends_at_once(tmp_path: Path
         missing = ours.gmanager("--journal", "no/such/folder/journal")
         assert await missing.exit_code() == 2
         assert "there is no directory no/such/folder" in missing.text
+
+
+async def test_a_gmanager_that_starts_on_a_full_disk_ends_at_once(tmp_path: Path) -> None:
+    """With a new journal and with one that there is, which is left as it was."""
+    code = (
+        "import resource, sys\n"
+        "from gmanager.__main__ import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    async with processes(tmp_path) as ours:
+        for term in (1, 2):
+            full = ours.python("gmanager", "-c", code, "--bind", ANY, "--journal", "the.journal")
+            assert await full.exit_code(30) == 2
+            assert re.fullmatch(r"gmanager: journal the.journal can't be used: .*disk.*\n", full.text)
+            later = ours.gmanager("--journal", "the.journal")
+            await later.says(f"journal read.* term={term} ")
+            await later.says("listens at")
+            later.signal(signal.SIGTERM)
+            assert await later.exit_code() == 0
