@@ -72,9 +72,15 @@ class Exchange:
     other must be one launch, and inside a group NCCL uses the epoch's communicator instead of one per pair.
     """
 
-    def __init__(self, group: Group, device: torch.device) -> None:
+    def __init__(self, group: Group, device: torch.device, ids: Sequence[int] | None = None) -> None:
+        """`ids`: what the world outside the epoch knows the ranks by; None: by their numbers."""
         self._group = group
+        self._ids = ids
         self._grouped = device.type == "cuda"
+
+    def name_of(self, rank: int) -> str:
+        """Of a member, for those who read of it."""
+        return f"instance {rank if self._ids is None else self._ids[rank]}"
 
     def start(
         self,
@@ -91,7 +97,7 @@ class Exchange:
         for pieces, move in ((receives, self._group.recv), (sends, self._group.send)):
             for tensor, rows in pieces:
                 for rank, part in _parts(tensor, rows):
-                    who = f"instance {rank}"
+                    who = self.name_of(rank)
                     with _named(who):
                         works.append((who, move([part], rank, 0)))
         if self._grouped:

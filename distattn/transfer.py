@@ -175,16 +175,16 @@ class Transfers:
         """That the other end has come to the block of this number."""
         number = self._word_of(move, peer)
         if number == _NO:
-            raise CopyFailed(f"instance {peer} has no part in it")
+            raise CopyFailed(f"{self._words.name_of(peer)} has no part in it")
         if number != index:
-            raise CopyFailed(f"instance {peer} is at block {number}, this one at {index}")
+            raise CopyFailed(f"{self._words.name_of(peer)} is at block {number}, this one at {index}")
 
     def _word_of(self, move: int, peer: int) -> int:
         word_12 = torch.empty((1, 2), dtype=torch.int64)
         self._wait_for([], [(word_12, {peer: 1})])
         told, number = word_12[0].tolist()
         if told != move:
-            raise CopyFailed(f"instance {peer} copies for move {told}, this one for {move}")
+            raise CopyFailed(f"{self._words.name_of(peer)} copies for move {told}, this one for {move}")
         return int(number)
 
     def _wait_for(self, sends: Rows, receives: Rows) -> None:
@@ -210,7 +210,8 @@ class Transfers:
         while not passed.query():
             if time.monotonic() > deadline:
                 (peer,) = {rank for _, rows in (*sends, *receives) for rank in rows}
-                what = f"a block of KV that is copied to or from instance {peer} did not pass within {self._timeout_s:g} s"
+                who = self._words.name_of(peer)
+                what = f"a block of KV that is copied to or from {who} did not pass within {self._timeout_s:g} s"
                 raise ExchangeError(what)
             time.sleep(_POLL_S)
 

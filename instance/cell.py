@@ -55,10 +55,10 @@ class EpochGroup:
         timeout_s: float,
         max_channels: int | None = None,
     ) -> None:
-        """Waits for all members, whose groups have the same name. `max_channels`: for NCCL, how many processors an exchange
+        """All members make theirs of the same name, and then `meet`. `max_channels`: for NCCL, how many processors an exchange
         may hold, and how many sets of buffers there are.
 
-        Raises torch's DistError or RuntimeError if they don't come within `timeout_s`.
+        Raises torch's DistError or RuntimeError if the store can't be reached within `timeout_s`.
         """
         store_host, _, port = store_address.rpartition(":")
         timeout = timedelta(seconds=timeout_s)
@@ -77,10 +77,17 @@ class EpochGroup:
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
             self._group = dist.ProcessGroupGloo(self.store, rank, size, gloo)
         self._device, self._rank, self._size = device, rank, size
+
+    def meet(self) -> "EpochGroup":
+        """Wait for all members; `close`, in another thread, ends that. Returns itself.
+
+        Raises RuntimeError if they don't come within `timeout_s`.
+        """
         # NCCL makes its communicator in the first collective, which all ranks must join; afterwards any two may exchange
         self.barrier()
-        if device.type == "cuda":
-            self._connect(rank, size)
+        if self._device.type == "cuda":
+            self._connect(self._rank, self._size)
+        return self
 
     def _connect(self, rank: int, size: int) -> None:
         """Exchange a row with every other member: NCCL connects two in their first exchange, which takes it half a second."""

@@ -239,8 +239,11 @@ class Epoch:
             timeout_s=config.step_timeout_s,
             max_channels=max_channels,
         )
-        self._undo(group.close)
-        return group
+        self._undo(group.close)  # before others are waited for: who ends the epoch meanwhile need not wait, too
+        return group.meet()
+
+    def _exchange(self, group: EpochGroup, device: torch.device) -> Exchange:
+        return Exchange(group.group, device, [member.id for member in self._join.members])
 
     def _make_copies(self) -> Copies:
         """This instance's end of block moves.
@@ -253,7 +256,7 @@ class Epoch:
         words = self._make_group("words", torch.device("cpu"))
         blocks = words if device.type == "cpu" else self._make_group("blocks", device, CHANNELS)
         budget = StepBudget(lasting.config.copy_tokens)
-        exchanges = Exchange(blocks.group, device), Exchange(words.group, torch.device("cpu"))
+        exchanges = self._exchange(blocks, device), self._exchange(words, torch.device("cpu"))
         transfers = Transfers(lasting.storage, *exchanges, budget)
         copies = Copies(self._join.rank, lasting.rmanager, transfers, budget, device)
         self._undo(copies.close)
@@ -263,7 +266,7 @@ class Epoch:
         """The device's side of a lane: all members of the epoch make theirs together."""
         lasting, config, device = self._lasting, self._lasting.config, self._lasting.model.device
         group = self._make_group(lane, device)
-        attention = DistAttention(lasting.storage, lasting.model.shape, Exchange(group.group, device), backend=config.backend)
+        attention = DistAttention(lasting.storage, lasting.model.shape, self._exchange(group, device), backend=config.backend)
         runner = Runner(
             lasting.model,
             attention,
@@ -304,7 +307,7 @@ class Epoch:
         return peers
 
 
-def share_host(members: Sequence[wire.Member]) -> bool:
+def share_host(members: Sequence[wire.MemberAddress]) -> bool:
     """Whether all can map each other's GPU memory, and so push rows into it."""
     return len({member.host for member in members}) == 1
 

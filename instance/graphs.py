@@ -93,7 +93,7 @@ class DecodeGraphs:
         """Queue the step: logits `[T, V]` of its rows, if it has any, in memory that the next step overwrites."""
         num_rows = len(plan.token_ids_T)
         graph = self._graphs[_bucket(num_rows), _is_shared(plan)]
-        _fill(graph.tables, graph.attention, plan)
+        _fill_tables(graph.tables, graph.attention, plan)
         graph.graph.replay()
         return None if graph.logits_RV is None else graph.logits_RV[:num_rows]
 
@@ -122,7 +122,7 @@ class DecodeGraphs:
             return self._decoder.logits(hidden, logits_rows_R)
 
         with torch.inference_mode():
-            _fill(tables, attention, _NOTHING)
+            _fill_tables(tables, attention, _NOTHING)
             forward()  # what is compiled or allocated once must not happen in the capture
             graph, logits_RV = self._record(forward)
         self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, logits_RV)
@@ -146,7 +146,7 @@ def _is_shared(plan: StepPlan) -> bool:
     return bool(plan.layout.dispatched or plan.layout.received)
 
 
-def _fill(tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> None:
+def _fill_tables(tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> None:
     """Write all tables of the step and send them; rows beyond its own are padding."""
     padding = [0] * (attention.num_rows - len(plan.token_ids_T))
     sources = array("i", [-1] * attention.num_rows)

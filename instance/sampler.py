@@ -296,7 +296,7 @@ class _States:
         slot, num_counted = self._known.pop(row.seq, (None, 0))
         if slot is None or num_counted != num_generated:
             slot = self._take() if slot is None else slot
-            self._fill(slot, row.seq, history, num_generated)
+            self._fill_slot(slot, row.seq, history, num_generated)
         self._known[row.seq] = slot, num_generated + 1
         return slot
 
@@ -313,7 +313,7 @@ class _States:
         taken = {slot for slot, _ in self._known.values()}
         return next(slot for slot in range(len(self.counts_NV)) if slot not in taken)
 
-    def _fill(self, slot: int, seq: int, history: History, num_generated: int) -> None:
+    def _fill_slot(self, slot: int, seq: int, history: History, num_generated: int) -> None:
         generated = history.generated[:num_generated]
         if len(generated) < num_generated:
             raise RuntimeError(f"sequence {seq}: {num_generated} tokens to count, and {len(generated)} are known")

@@ -90,7 +90,9 @@ class Instance:
         """What forms and runs the present epoch, or ended the one before."""
         self._lease_s = 0.0
         self._silence: str | None = None
-        """Why this instance has hung up."""
+        """Why this instance waits for the gManager no longer."""
+        self._patience = asyncio.timeout(None)
+        """How long it waits for the next message: until `_beat` finds that none will come."""
         self._unanswered = 0
         """Beats since something was heard of the gManager: not time, which passes for a process that is stopped, too."""
         self._dropped = 0
@@ -150,8 +152,9 @@ class Instance:
                 tasks.create_task(self._beat())
                 while True:
                     try:
-                        message = await self._gmanager.recv()
-                    except PeerGone as gone:
+                        async with asyncio.timeout(None) as self._patience:
+                            message = await self._gmanager.recv()
+                    except (PeerGone, TimeoutError) as gone:
                         await self._find_gmanager(self._silence or str(gone))
                         continue
                     self._unanswered = 0
@@ -182,19 +185,22 @@ class Instance:
             raise InstanceError(f"the gManager is gone ({how}) that was to drain this instance")
         self._is_alone, self._is_registered, self._silence, self._unanswered = True, False, None, 0
         self._unheard.cut()
+        before = self._gmanager  # stays open: one that stood still must not think us lost before it hears that we come again
         try:
             async with asyncio.timeout(config.connect_timeout_s):
                 while not self._is_registered:
-                    await self._gmanager.close()
                     self._gmanager = self._dial()
                     try:
                         await self._greet()
                     except PeerGone as gone:
                         log.warning("gManager lost", reason=str(gone))
+                        await self._gmanager.close()
                         await asyncio.sleep(REDIAL_S)
         except TimeoutError:
             what = f"the gManager is gone ({how}), and none came within {config.connect_timeout_s:.0f} s"
             raise InstanceError(what) from None
+        finally:
+            await before.close()
 
     async def _greet(self) -> None:
         """Raises PeerGone, and InstanceError if it refuses this instance."""
@@ -241,8 +247,7 @@ class Instance:
                 continue
             if self._unanswered * BEAT_S > self._lease_s:
                 self._silence = f"nothing was heard of it for {self._lease_s:.0f} s"
-                self._gmanager.send(wire.WillReturn(reason=self._silence))
-                await self._gmanager.close()
+                self._patience.reschedule(asyncio.get_running_loop().time())
             else:
                 self._unanswered += 1
                 self._send_beat()
@@ -383,6 +388,7 @@ class Instance:
         self._rmanager.keep([])
         self._rmanager.take_changes()
         self._is_alone, self._unheard, self._requests = False, Unheard(), {}
+        self._counted = wire.Counters()  # the gManager has counted what it heard of us
         if self._is_leaving:
             raise InstanceError("asked to end while it was expelled")
 

@@ -244,9 +244,9 @@ def split_chunk(start: int, end: int, caps: Sequence[int], final_caps: Sequence[
 
         k = 2:   | 0 | 1 | 1 | 0 |
     """
-    shares = _fill(end - start, final_caps)
+    shares = _share_out(end - start, final_caps)
     if sum(shares) < end - start or not shares[0]:
-        shares = _fill(end - start, caps)
+        shares = _share_out(end - start, caps)
     fronts = [share // 2 for share in shares]
     order = list(enumerate(fronts)) + [(i, shares[i] - fronts[i]) for i in reversed(range(len(shares)))]
     spans: list[tuple[int, int, int]] = []
@@ -259,7 +259,7 @@ def split_chunk(start: int, end: int, caps: Sequence[int], final_caps: Sequence[
     return spans
 
 
-def _fill(total: int, caps: Sequence[int]) -> list[int]:
+def _share_out(total: int, caps: Sequence[int]) -> list[int]:
     """`total` (or all that fits) shared as evenly as `caps` allow; what doesn't divide goes to the first."""
     shares = [0] * len(caps)
     left = min(total, sum(caps))

@@ -112,11 +112,11 @@ def split_segment(
     jobs: list[TileJob] = []
     left_over: list[Segment] = []
     row = 0
-    for num_rows in _fill(segment.num_rows, row_tiles):
+    for num_rows in _cut(segment.num_rows, row_tiles):
         first_row = segment.first_row + row
         full = segment.kv_lens[row] - is_causal  # the square begins with the row's own token
         token = 0
-        for num_tokens in _fill(full, [tokens for tokens in token_tiles if num_rows * tokens >= least_pairs]):
+        for num_tokens in _cut(full, [tokens for tokens in token_tiles if num_rows * tokens >= least_pairs]):
             jobs.append(TileJob(first_row, num_rows, token, num_tokens, is_causal=False))
             token += num_tokens
         has_square = is_causal and num_rows * num_rows >= least_pairs
@@ -452,7 +452,7 @@ def _running(state: State) -> State:
 
 def _split_rows(segment: Segment, row_tiles: Sequence[int]) -> Iterator[Segment]:
     """As `split_segment` cuts rows: the tiles, and the rows that are left."""
-    tiles = list(_fill(segment.num_rows, row_tiles))
+    tiles = list(_cut(segment.num_rows, row_tiles))
     row = 0
     for num_rows in (*tiles, segment.num_rows - sum(tiles)):
         if num_rows:
@@ -465,7 +465,7 @@ def _is_causal(segment: Segment) -> bool:
     return len(lens) > 1 and lens[0] > 0 and lens == tuple(range(lens[0], lens[0] + len(lens)))
 
 
-def _fill(total: int, tiles: Sequence[int]) -> Iterator[int]:
+def _cut(total: int, tiles: Sequence[int]) -> Iterator[int]:
     """Tiles that fit into `total` one after the other, the largest first."""
     for tile in tiles:
         while total >= tile:

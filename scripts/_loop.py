@@ -59,7 +59,7 @@ class Cell:
                 size=size,
                 device=device,
                 timeout_s=TIMEOUT_S,
-            )
+            ).meet()
             for lane in LANES
         }
         return Cell(rank, size, groups["decode"].store, groups)

@@ -19,6 +19,8 @@ from tests.support.tiny import make_long_model
 from tests.test_lifecycle import answers, run, two, until, until_decoding
 from tests.test_membership import Stream, text
 
+NEW = 600
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,6 +47,33 @@ async def test_without_a_journal_the_same_instances_serve_the_next(started: Proc
         await answers(client, model)
         stats = await until(client, lambda s: len(s.instances) == 2 and s.cells[0].epoch > 1)
         assert sorted(i.rank for i in stats.instances) == [0, 1]
+        await at_rest(client)
+
+
+@pytest.mark.parametrize("journal", [False, True])
+async def test_a_gmanager_that_stands_still_goes_on(started: Processes, model: Path, tmp_path: Path, journal: bool) -> None:
+    """For so long that the instances take it for gone: they hang up, and come again with what they have."""
+    texts = [text(model, 40 + 3 * seed, NEW, seed) for seed in range(4)]
+    address = f"tcp://127.0.0.1:{free_port()}"
+    more = ("--journal", str(tmp_path / "journal")) if journal else ()
+    gmanager = started.gmanager(*more, bind=address)
+    instances = two(started, address, model)
+    await until_ready(address)
+    async with client_of(address) as client:
+        streams = [Stream(client, f"s{i}", ids, NEW, "all" if i % 2 else 1) for i, (ids, _) in enumerate(texts)]
+        for stream in streams:
+            await stream.reach(10)
+        gmanager.signal(signal.SIGSTOP)
+        try:
+            for instance in instances:
+                await instance.says("gManager lost")
+        finally:
+            gmanager.signal(signal.SIGCONT)
+        for stream, (_, expected) in zip(streams, texts, strict=True):
+            await stream.is_right(expected)
+        stats = await client.stats()
+        assert stats.counters.tokens_prefilled <= sum(len(ids) for ids, _ in texts) + 8, "their KV was kept"
+        assert [instance.poll() for instance in instances] == [None, None]
         await at_rest(client)
 
 

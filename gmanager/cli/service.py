@@ -140,7 +140,10 @@ class Service:
             await asyncio.sleep(0.5)
 
     def stop(self) -> None:
-        """End all: the instances first, which tell the gManager that they leave."""
+        """End all: the instances first, which tell the gManager that they leave. With a journal the gManager first, whose next
+        one goes on with what runs: that instances leave would end it."""
+        if self.keeps_journal:
+            stop_all([self.gmanager])
         stop_all(self.instances)
         stop_all([] if self.gateway is None else [self.gateway])
         stop_all([self.gmanager])

@@ -31,6 +31,7 @@ from gmanager.wire.messages import (
     InstanceSpec,
     JoinEpoch,
     Kept,
+    MemberAddress,
     OpenStore,
     Refusal,
     Register,
@@ -42,7 +43,6 @@ from gmanager.wire.messages import (
     Unheard,
     unpack_tokens,
 )
-from gmanager.wire.messages import Member as WireMember
 from gmanager.wire.peer import PeerId
 
 MAX_CELL_NAME = 64
@@ -171,7 +171,7 @@ class Cell:
         self._left_again: dict[int, None] = {}
         """Ids of these that were back and are gone."""
         self._awaited: list[Member] = []
-        """Who hung up, and comes again over another connection."""
+        """Who comes again, over another connection."""
         self._broken: dict[int, tuple[float, str]] = {}
         """Ranks that another says it lost the link to: since when, and in which words."""
         self._emit = emit
@@ -295,12 +295,21 @@ class Cell:
             self._open(now)
         return member
 
+    def predecessor(self, register: Register) -> Member | None:
+        """The same instance, over a connection that it has given up."""
+        former = register.former
+        if former is None or (former.identity, former.epoch) != (self._identity, self.epoch):
+            return None
+        process = register.run_id, register.rank
+        same = (m for m in self.members if (m.id, m.register.run_id, m.register.rank) == (former.id, *process))
+        return next(same, None)
+
     def _registered(self, *, send_text: bool) -> Registered:
         return Registered(lease_s=self._lease_s, send_text=send_text, term=self._term, identity=self._identity)
 
     def await_return(self, member: Member, now: float, reason: str) -> None:
-        """A member has hung up and comes again, with what it has. Nothing is decided until it is here, as after the loss of a
-        gManager: most often the others hang up, too."""
+        """A member comes again, with what it has. Nothing is decided until it is here, as after the loss of a gManager: most
+        often the others come again, too."""
         if self.phase != "returning":
             self.phase = "returning"
             self.began_at = now
@@ -308,7 +317,6 @@ class Cell:
             self._left_again.clear()
         self.members.remove(member)
         self._awaited.append(member)
-        self.counted = Counters.sum(self.counted, member.counters)
         self._rank()
         self.loss = self.loss or reason
         self._emit(Log(logging.WARNING, "instance is waited for", {"cell": self.name, "reason": reason}))
@@ -325,6 +333,7 @@ class Cell:
     def end_return(self, now: float) -> None:
         """End the epoch in which all were left."""
         self.is_formed = self.was_left = True
+        self.counted = Counters.sum(self.counted, *(member.counters for member in self._awaited))
         self._awaited.clear()
         self.suspend(now, f"the gManager of cell '{self.name}' was lost, and another has come")
         self.broke = None
@@ -401,7 +410,9 @@ class Cell:
         if self.phase != "opening" or member.rank != 0:
             return
         self.phase = "joining"
-        members = [WireMember(rank=m.rank, party_address=m.register.party_address, host=m.spec.host) for m in self.members]
+        members = [
+            MemberAddress(rank=m.rank, id=m.id, party_address=m.register.party_address, host=m.spec.host) for m in self.members
+        ]
         for m in self.members:
             keep = [seq for seq in m.kept or () if seq in wanted]
             join = JoinEpoch(epoch=self.epoch, id=m.id, rank=m.rank, store_address=address, members=members, keep=keep)
@@ -482,7 +493,9 @@ class Cell:
                 self._add_joiner(other)
         member.id = self._free_id() if any(m.id == former.id for m in self.members) else former.id
         self._left_again.pop(member.id, None)
-        self._awaited = [other for other in self._awaited if other.id != member.id]
+        for other in [other for other in self._awaited if other.id == member.id]:
+            self._awaited.remove(other)
+            member.counters = other.counters
         self.members.append(member)
         self.members.sort(key=lambda m: m.id)
         for joiner in self.joiners:

@@ -46,9 +46,6 @@ class Instances:
             how, level = ("failed", logging.ERROR) if message.failed else ("left", logging.INFO)
             self._membership.lose(member.peer, f"{member.name} {how}: {message.reason}", level)
             self._parting.part(member.peer)
-        elif isinstance(message, m.WillReturn):
-            self._membership.expect_back(member.peer, f"{member.name} hung up: {message.reason}")
-            self._parting.part(member.peer)
         elif isinstance(message, m.Text):
             cell.set_text(member, message.assets)
         elif isinstance(message, m.AskDrain):

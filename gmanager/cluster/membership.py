@@ -72,6 +72,9 @@ class Membership:
     def register(self, peer: PeerId, register: Register) -> None:
         """An instance comes, or comes again; it is refused if it can't be a member."""
         cell = self._cells.get(register.cell)
+        if cell is not None and (before := cell.predecessor(register)) is not None:
+            self._expect_back(before.peer, f"{before.name} comes again")
+            cell = self._cells.get(register.cell)
         reason = malformed(register) or (cell.refusal(register) if cell is not None else None)
         if reason is not None:
             self._turn.log(logging.WARNING, "instance refused", reason=reason)
@@ -198,9 +201,9 @@ class Membership:
             cell.suspend(self._turn.now, reason)
         self.go_on(cell)
 
-    def expect_back(self, peer: PeerId, reason: str) -> None:
-        """An instance has heard nothing of this gManager and hangs up, or nothing is heard of it and it is the last: it goes on
-        with what it has. So does the cell once it is here again."""
+    def _expect_back(self, peer: PeerId, reason: str) -> None:
+        """An instance has given its connection up, as it heard nothing of this gManager, or nothing is heard of it and it is
+        the last: it goes on with what it has. So does the cell once it is here again."""
         cell, member = self._members[peer]
         if not cell.is_formed or member not in cell.members or cell.phase in ("opening", "joining"):
             self.lose(peer, reason)
@@ -210,6 +213,7 @@ class Membership:
             self._cells.sequences[cell.name].suspend(self._turn.now)
         cell.await_return(member, self._turn.now, reason)
         drains.answer(member, self._turn.emit, reason)
+        self._parting.part(peer)
 
     def lose(self, peer: PeerId, reason: str, level: int = logging.ERROR) -> None:
         """An instance is gone, or done for. `level`: of the log, if the cell is over with it; no error if it was asked to."""
@@ -289,8 +293,7 @@ class Membership:
                 continue
             reason = f"{member.name} was not heard for {lease:g} s"
             if cell.is_formed and cell.everybody == [member]:  # more likely it is us whom nobody reaches
-                self.expect_back(peer, reason)
-                self._parting.part(peer)
+                self._expect_back(peer, reason)
             else:
                 self._end_membership(member, reason)
 

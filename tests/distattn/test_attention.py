@@ -39,7 +39,7 @@ def cell() -> Iterator[Cell]:
             threads.map(
                 lambda rank: EpochGroup(
                     store_address=address, host="127.0.0.1", name="test", rank=rank, size=SIZE, device=CPU, timeout_s=20
-                ),
+                ).meet(),
                 range(SIZE),
             )
         )

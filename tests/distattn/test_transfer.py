@@ -85,7 +85,7 @@ class Groups:
             max_channels=max_channels,
         )
         self._made.append(group)
-        return group
+        return group.meet()
 
     def transfers(self, storage: KVStorage, budget: StepBudget, timeout_s: float) -> Transfers:
         exchanges = Exchange(self.blocks.group, self.device), Exchange(self.words.group, CPU)

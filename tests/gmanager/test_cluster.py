@@ -61,7 +61,9 @@ from tests.gmanager.cluster_support import (
 def test_a_cell_forms() -> None:
     driver = Driver()
     one, two = register(rank=0, cell_size=2), register(rank=1, cell_size=2)
-    members = [m.Member(rank=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}", host="here") for rank in (0, 1)]
+    members = [
+        m.MemberAddress(rank=rank, id=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}", host="here") for rank in (0, 1)
+    ]
     assert driver.say(peer(0), one) == [Send(peer(0), m.Registered(lease_s=5.0, send_text=True))]
     assert driver.say(peer(1), m.StoreOpened(epoch=1, address="tcp://early:1")) == [
         Send(peer(1), m.Expelled(reason="this instance is not registered here (any more)"))

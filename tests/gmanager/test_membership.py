@@ -76,7 +76,9 @@ def test_a_loss_from_the_first_word_to_the_last() -> None:
     assert driver.cluster.stats().cells[0].state == "changing"
     assert driver.keep(peer(1), 7, {1: [[(6, 10)]]}) == []
     assert driver.keep(peer(0), 5, {1: [[(0, 6), (10, 13)]]}) == [open_store(peer(0))]
-    members = [m.Member(rank=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}", host="here") for rank in (0, 1)]
+    members = [
+        m.MemberAddress(rank=rank, id=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}", host="here") for rank in (0, 1)
+    ]
     opened = m.StoreOpened(epoch=2, address="tcp://store:1")
     joins = [m.JoinEpoch(epoch=2, id=r, rank=r, store_address="tcp://store:1", members=members, keep=[1]) for r in (0, 1)]
     assert driver.say(peer(0), opened) == [Send(peer(r), join) for r, join in enumerate(joins)]

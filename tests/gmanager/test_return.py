@@ -48,10 +48,10 @@ EPOCH = 7
 WHY = "the gManager of cell 'main' was lost, and another has come"
 
 
-def back(rank: int, size: int = 2, epoch: int = EPOCH, identity: int = 0) -> m.Register:
+def back(rank: int, size: int = 2, epoch: int = EPOCH, identity: int = 0, quorum: int = 2) -> m.Register:
     """A registration of who had that rank and id, in an epoch of so many. `identity`: of the gManager before."""
     former = m.Former(term=0, identity=identity, epoch=epoch, id=rank, size=size)
-    return msgspec.structs.replace(register(rank=rank, cell_size=min(size, 2)), former=former)
+    return msgspec.structs.replace(register(rank=rank, cell_size=quorum), former=former)
 
 
 def kept(free: int, shards: dict[int, tuple[int, Runs]], *unheard: m.Unheard, epoch: int = EPOCH) -> m.Kept:
@@ -366,15 +366,6 @@ def test_numbers_of_restored_requests_only_grow() -> None:
 
 # --- a gManager that stands still, or that nobody reaches
 
-SILENCE = "nothing was heard of it for 5 s"
-
-
-def hang_up(driver: Driver, rank: int) -> list[Action]:
-    """What an instance does that hears nothing: what that brings about."""
-    actions = driver.say(peer(rank), m.WillReturn(reason=SILENCE))
-    assert driver.handle(PeerWasLost(peer(rank), "it closed the connection", driver.now)) == [Forget(peer(rank))]
-    return actions
-
 
 def again(rank: int) -> bytes:
     """An instance's next connection."""
@@ -382,7 +373,7 @@ def again(rank: int) -> bytes:
 
 
 def comes_again(driver: Driver, rank: int, size: int = 2) -> list[Action]:
-    actions = driver.say(again(rank), back(rank, size, epoch=1))
+    actions = driver.say(again(rank), back(rank, size, epoch=1, quorum=size))
     assert actions.pop(0) == Send(again(rank), m.Registered(lease_s=5.0, send_text=False))
     return actions
 
@@ -391,15 +382,15 @@ def suspended(rank: int) -> Send:
     return Send(again(rank), m.Suspend(epoch=1, reason=WHY))
 
 
-def test_instances_that_hung_up_come_again_with_what_they_have() -> None:
+def test_instances_come_again_with_what_they_have() -> None:
     """None of their requests is the worse for it; tokens of the meantime are delivered."""
     driver = serving(8, 8)
     running(driver, "r", 10, spread=2, generated=2)
-    assert hang_up(driver, 0) == hang_up(driver, 1) == []
-    assert comes_again(driver, 0) == []
-    assert comes_again(driver, 1) == [suspended(0), suspended(1)]
+    assert comes_again(driver, 0) == [suspended(0), Send(peer(1), m.Suspend(epoch=1, reason=WHY))]
     unheard = m.Unheard(request=1, index=1, token_ids=[9, 7])
-    assert driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 12)]])}, unheard, epoch=1)) == []
+    first = kept(5, {1: (1, [[(0, 6), (10, 12)]])}, unheard, epoch=1)
+    assert comes_again(driver, 1) == [suspended(0), suspended(1)], "the other is asked anew"
+    assert driver.say(again(0), first) == []
     opens = Send(again(0), m.OpenStore(epoch=2))
     assert driver.say(again(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1)) == [deliver(1, "r", 2, [7]), opens]
     driver.free |= {again(0): 5, again(1): 7}
@@ -408,39 +399,68 @@ def test_instances_that_hung_up_come_again_with_what_they_have() -> None:
     assert admit.kept == [m.KeptPart(rank=0, runs=[[(0, 6), (10, 12)]]), m.KeptPart(rank=1, runs=[[(6, 10)]])]
 
 
-def test_one_that_is_back_before_the_other_has_hung_up() -> None:
+def test_what_was_counted_of_it_is_not_counted_twice() -> None:
     driver = serving(8, 8)
-    running(driver, "r", 10, spread=2, generated=2)
-    assert hang_up(driver, 0) == []
-    assert comes_again(driver, 0) == [suspended(0), Send(peer(1), m.Suspend(epoch=1, reason=WHY))]
-    assert hang_up(driver, 1) == []
-    assert driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 11)]])}, epoch=1)) == [], "an answer to what was asked before"
-    assert comes_again(driver, 1) == [suspended(0), suspended(1)]
-    driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 11)]])}, epoch=1))
-    driver.say(again(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1))
-    driver.free |= {again(0): 5, again(1): 7}
-    (admit, _) = admits(driver.grant(driver.join(2, again(0), again(1))))
-    assert sum(end - start for part in admit.kept for run in part.runs for start, end in run) == 11
+    driver.say(peer(0), beat(8, tokens_prefilled=100))
+    comes_again(driver, 0)
+    comes_again(driver, 1)
+    assert driver.cluster.stats().counters.tokens_prefilled == 100
+    driver.say(again(0), kept(8, {}, epoch=1))
+    driver.say(again(1), kept(8, {}, epoch=1))
+    driver.join(2, again(0), again(1))
+    told = m.Beat(epoch=2, free_blocks=8, held_tokens={}, counters=m.Counters(tokens_prefilled=110))
+    driver.say(again(0), told)
+    assert driver.cluster.stats().counters.tokens_prefilled == 110
 
 
-def test_one_that_hung_up_alone_and_stays_away_is_gone_on_without() -> None:
+def test_the_connection_before_counts_no_more() -> None:
+    """Neither what comes over it nor its end."""
     driver = serving(8, 8)
     running(driver, "r", 10, spread=2, generated=2)
-    assert hang_up(driver, 0) == []
-    actions = driver.wait(int(RETURN_GRACE_S) + 1, peer(1), CLIENT)
-    assert actions == [Send(peer(1), m.Suspend(epoch=1, reason=WHY))]
-    assert driver.say(peer(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1)) == [Send(peer(1), m.OpenStore(epoch=2))]
-    driver.free |= {peer(1): 7}
-    (admit,) = admits(driver.grant(driver.join(2, peer(1))))
-    assert admit.kept == [m.KeptPart(rank=0, runs=[[(6, 10)]])]
+    comes_again(driver, 0)
+    assert driver.say(peer(0), outputs(1, 2, [9])) == []
+    assert driver.handle(PeerWasLost(peer(0), "it closed the connection", driver.now)) == [Forget(peer(0))]
+    driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 12)]])}, epoch=1))
+    assert driver.say(peer(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1)) == [Send(again(0), m.OpenStore(epoch=2))]
+
+
+def test_one_that_is_another_process_is_none_that_comes_again() -> None:
+    """Of the same id, as a mistake might have it: the member stays."""
+    driver = serving(8, 8)
+    running(driver, "r", generated=1)
+    other = msgspec.structs.replace(back(0, epoch=1), run_id="another")
+    (expelled,) = driver.say(again(0), other)
+    assert expelled == Send(again(0), m.Expelled(reason="cell 'main' has gone on without this instance"))
+    assert driver.say(peer(0), outputs(1, 1, [9])) == [deliver(1, "r", 1, [9])]
+
+
+def test_one_that_died_after_it_had_come_again_is_not_waited_for_twice() -> None:
+    driver = serving(8)
+    running(driver, "r", generated=1)
+    assert driver.wait(6, CLIENT) == []
+    assert comes_again(driver, 0, size=1) == [suspended(0)]
+    ended = driver.handle(PeerWasLost(again(0), "gone", driver.now))
+    reason = "instance 0 of cell 'main' was not heard for 5 s"
+    assert ended == [failed(1, "r", reason, index=1), DropText(1), Forget(again(0))]
+
+
+def test_the_last_that_is_silent_may_come_again() -> None:
+    """More likely it is the gManager that nobody reaches: instances go on, and dial anew a little later. New requests wait."""
+    driver = serving(8)
+    running(driver, "r", generated=1)
+    assert driver.wait(6, CLIENT) == []
+    assert driver.say(CLIENT, submit("later")) == []
+    assert driver.say(peer(0), beat(8)) == [], "it is not heard any more over the old connection"
+    assert comes_again(driver, 0, size=1) == [suspended(0)]
+    assert driver.say(again(0), kept(6, {1: (1, [[(0, 8)]])}, epoch=1)) == [Send(again(0), m.OpenStore(epoch=2))]
 
 
 def test_if_none_comes_again_the_cell_is_over() -> None:
     driver = serving(8)
     running(driver, "r", generated=1)
-    assert hang_up(driver, 0) == []
-    assert driver.say(CLIENT, submit("later")) == [], "it waits as the others do"
-    error = f"instance 0 of cell 'main' hung up: {SILENCE}, and none of the cell came back within {RETURN_GRACE_S:g} s"
+    assert driver.wait(6, CLIENT) == []
+    assert driver.say(CLIENT, submit("later")) == []
+    error = f"instance 0 of cell 'main' was not heard for 5 s, and none of the cell came back within {RETURN_GRACE_S:g} s"
     assert driver.wait(int(RETURN_GRACE_S) + 1, CLIENT) == [
         failed(1, "r", error, index=1),
         failed(2, "later", error),
@@ -448,31 +468,12 @@ def test_if_none_comes_again_the_cell_is_over() -> None:
     ]
 
 
-def test_one_that_died_after_it_had_come_again_is_not_waited_for_twice() -> None:
+def test_all_fall_silent_and_come_again() -> None:
+    """The first is gone on without, until the last is silent too."""
     driver = serving(8, 8)
-    running(driver, "r", generated=1)
-    hang_up(driver, 0)
-    hang_up(driver, 1)
-    comes_again(driver, 0)
-    assert driver.handle(PeerWasLost(again(0), "gone", driver.now)) == [Forget(again(0))]
-    assert comes_again(driver, 1) == [Send(again(1), m.Suspend(epoch=1, reason=WHY))]
-
-
-def test_the_last_that_is_silent_may_come_again() -> None:
-    """More likely it is the gManager that nobody reaches: instances go on, and hang up a little later."""
-    driver = serving(8)
-    running(driver, "r", generated=1)
-    assert driver.wait(6, CLIENT) == []
-    assert driver.say(peer(0), beat(8)) == [], "it is not heard any more over the old connection"
-    assert comes_again(driver, 0, size=1) == [suspended(0)]
-    assert driver.say(again(0), kept(6, {1: (1, [[(0, 8)]])}, epoch=1)) == [Send(again(0), m.OpenStore(epoch=2))]
-
-
-def test_one_that_hangs_up_while_its_cell_forms_is_lost() -> None:
-    driver = serving(8, 8)
-    running(driver, "r", generated=1)
-    driver.lose(1)
-    driver.keep(peer(0), 8)
-    (ended, dropped) = driver.say(peer(0), m.WillReturn(reason=SILENCE))
-    reason = "instance 1 of cell 'main' is lost: gone"
-    assert (ended, dropped) == (failed(1, "r", reason, index=1), DropText(1))
+    running(driver, "r", 10, spread=2, generated=2)
+    driver.wait(6, CLIENT)
+    assert comes_again(driver, 0) == []
+    assert comes_again(driver, 1) == [suspended(0), suspended(1)]
+    driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 11)]])}, epoch=1))
+    assert driver.say(again(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1)) == [Send(again(0), m.OpenStore(epoch=2))]

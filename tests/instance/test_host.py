@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gmanager.wire.messages import Member
+from gmanager.wire.messages import MemberAddress
 from instance.epoch import share_host
 from instance.host import host_of_this_process
 
@@ -50,8 +50,10 @@ def test_who_can_not_say_is_a_host_of_its_own(proc: Path) -> None:
 
 
 def test_rows_are_pushed_only_where_all_are_of_one_host() -> None:
-    def members(*hosts: str) -> list[Member]:
-        return [Member(rank=rank, party_address="tcp://127.0.0.1:1", host=host) for rank, host in enumerate(hosts)]
+    def members(*hosts: str) -> list[MemberAddress]:
+        return [
+            MemberAddress(rank=rank, id=rank, party_address="tcp://127.0.0.1:1", host=host) for rank, host in enumerate(hosts)
+        ]
 
     assert share_host(members("a", "a", "a"))
     assert not share_host(members("a", "a", "b"))

@@ -67,7 +67,7 @@ from gmanager.wire.messages.instance import (
     KeptShard,
     Leave,
     LinkLost,
-    Member,
+    MemberAddress,
     MoveSequence,
     NeedBlock,
     NotDrained,
@@ -92,7 +92,6 @@ from gmanager.wire.messages.instance import (
     Text,
     ToInstance,
     Unheard,
-    WillReturn,
 )
 from gmanager.wire.messages.requests import (
     MAX_BAD_WORD_CHARS,
@@ -177,7 +176,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_STOP_STRINGS",
     "MAX_STRUCTURE_CHARS",
-    "Member",
+    "MemberAddress",
     "Message",
     "MoveHome",
     "MoveSequence",
@@ -227,5 +226,4 @@ __all__ = [
     "pack_tokens",
     "unpack_floats",
     "unpack_tokens",
-    "WillReturn",
 ]

@@ -89,12 +89,6 @@ class Leave(Message):
     failed: bool
 
 
-class WillReturn(Message):
-    """The instance hears nothing of the gManager. It hangs up, goes on with what it has, and comes again."""
-
-    reason: str
-
-
 class LinkLost(Message):
     """The instance's connection to another has ended."""
 
@@ -274,9 +268,13 @@ class OpenStore(Message):
     epoch: int
 
 
-class Member(Part):
+class MemberAddress(Part):
+    """Where the others of an epoch find a member of it."""
+
     rank: int
     """Rank in the cell's epoch: 0 .. size-1."""
+    id: int
+    """In the cell, as long as it is a member."""
     party_address: str
     host: str
     """As its InstanceSpec says."""
@@ -288,7 +286,7 @@ class JoinEpoch(Message):
     """The instance's own, as long as it is a member of the cell."""
     rank: int
     store_address: str
-    members: list[Member]
+    members: list[MemberAddress]
     keep: list[int] = []
     """Sequences whose KV from the epoch before is still wanted. Of all others the instance frees what it holds."""
 
@@ -474,7 +472,6 @@ FromInstance = (
     | StoreOpened
     | Joined
     | Leave
-    | WillReturn
     | LinkLost
     | EpochBroken
     | Kept
