@@ -173,7 +173,7 @@ class Epoch:
         self._is_over = True
         if self._running is not None:
             self._running.cancel()
-            await asyncio.wait([self._running])
+            await asyncio.gather(self._running, return_exceptions=True)  # what it came to is nobody's concern any more
         self._made.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 

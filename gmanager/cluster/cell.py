@@ -332,10 +332,13 @@ class Cell:
 
     def end_return(self, now: float) -> None:
         """End the epoch in which all were left."""
+        reason = f"the gManager of cell '{self.name}' was lost, and another has come"
+        if self.is_formed and self.loss is not None:
+            reason = self.loss
         self.is_formed = self.was_left = True
         self.counted = Counters.sum(self.counted, *(member.counters for member in self._awaited))
         self._awaited.clear()
-        self.suspend(now, f"the gManager of cell '{self.name}' was lost, and another has come")
+        self.suspend(now, reason)
         self.broke = None
 
     def suspend(self, now: float, reason: str) -> None:

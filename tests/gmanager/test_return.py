@@ -378,15 +378,19 @@ def comes_again(driver: Driver, rank: int, size: int = 2) -> list[Action]:
     return actions
 
 
-def suspended(rank: int) -> Send:
-    return Send(again(rank), m.Suspend(epoch=1, reason=WHY))
+AGAIN = "instance 0 of cell 'main' comes again"
+SILENT = "instance 0 of cell 'main' was not heard for 5 s"
+
+
+def suspended(rank: int, reason: str = AGAIN) -> Send:
+    return Send(again(rank), m.Suspend(epoch=1, reason=reason))
 
 
 def test_instances_come_again_with_what_they_have() -> None:
     """None of their requests is the worse for it; tokens of the meantime are delivered."""
     driver = serving(8, 8)
     running(driver, "r", 10, spread=2, generated=2)
-    assert comes_again(driver, 0) == [suspended(0), Send(peer(1), m.Suspend(epoch=1, reason=WHY))]
+    assert comes_again(driver, 0) == [suspended(0), Send(peer(1), m.Suspend(epoch=1, reason=AGAIN))]
     unheard = m.Unheard(request=1, index=1, token_ids=[9, 7])
     first = kept(5, {1: (1, [[(0, 6), (10, 12)]])}, unheard, epoch=1)
     assert comes_again(driver, 1) == [suspended(0), suspended(1)], "the other is asked anew"
@@ -438,10 +442,9 @@ def test_one_that_died_after_it_had_come_again_is_not_waited_for_twice() -> None
     driver = serving(8)
     running(driver, "r", generated=1)
     assert driver.wait(6, CLIENT) == []
-    assert comes_again(driver, 0, size=1) == [suspended(0)]
+    assert comes_again(driver, 0, size=1) == [suspended(0, SILENT)]
     ended = driver.handle(PeerWasLost(again(0), "gone", driver.now))
-    reason = "instance 0 of cell 'main' was not heard for 5 s"
-    assert ended == [failed(1, "r", reason, index=1), DropText(1), Forget(again(0))]
+    assert ended == [failed(1, "r", SILENT, index=1), DropText(1), Forget(again(0))]
 
 
 def test_the_last_that_is_silent_may_come_again() -> None:
@@ -451,7 +454,7 @@ def test_the_last_that_is_silent_may_come_again() -> None:
     assert driver.wait(6, CLIENT) == []
     assert driver.say(CLIENT, submit("later")) == []
     assert driver.say(peer(0), beat(8)) == [], "it is not heard any more over the old connection"
-    assert comes_again(driver, 0, size=1) == [suspended(0)]
+    assert comes_again(driver, 0, size=1) == [suspended(0, SILENT)]
     assert driver.say(again(0), kept(6, {1: (1, [[(0, 8)]])}, epoch=1)) == [Send(again(0), m.OpenStore(epoch=2))]
 
 
@@ -460,7 +463,7 @@ def test_if_none_comes_again_the_cell_is_over() -> None:
     running(driver, "r", generated=1)
     assert driver.wait(6, CLIENT) == []
     assert driver.say(CLIENT, submit("later")) == []
-    error = f"instance 0 of cell 'main' was not heard for 5 s, and none of the cell came back within {RETURN_GRACE_S:g} s"
+    error = f"{SILENT}, and none of the cell came back within {RETURN_GRACE_S:g} s"
     assert driver.wait(int(RETURN_GRACE_S) + 1, CLIENT) == [
         failed(1, "r", error, index=1),
         failed(2, "later", error),
@@ -474,6 +477,6 @@ def test_all_fall_silent_and_come_again() -> None:
     running(driver, "r", 10, spread=2, generated=2)
     driver.wait(6, CLIENT)
     assert comes_again(driver, 0) == []
-    assert comes_again(driver, 1) == [suspended(0), suspended(1)]
+    assert comes_again(driver, 1) == [suspended(0, SILENT), suspended(1, SILENT)]
     driver.say(again(0), kept(5, {1: (1, [[(0, 6), (10, 11)]])}, epoch=1))
     assert driver.say(again(1), kept(7, {1: (0, [[(6, 10)]])}, epoch=1)) == [Send(again(0), m.OpenStore(epoch=2))]
