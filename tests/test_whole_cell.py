@@ -1,0 +1,132 @@
+"""A cell that changes while it serves, as a whole: whatever happens in whatever order, each request ends with the tokens that
+follow its prompt, each once and in order, or with one error that says why it had to; and nothing is left of it.
+
+See `tests.support.whole_cell` for what is real (all that decides) and what is played.
+"""
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.whole_cell import WholeCell, whole_cell
+
+MOST_INSTANCES = 5
+MOST_TOKENS = 80
+"""To be generated. Of so many, whether there is room for them or not; fewer are asked for only if there seems to be."""
+
+Happening = tuple[Any, ...]
+"""What happens, and how. Numbers choose among what there is, whatever their size."""
+
+which = st.integers(0, 7)
+LETS = st.tuples(st.just("let"), st.integers(1, 60), st.integers(0, 999))
+SUBMITS = st.tuples(
+    st.just("submit"), st.integers(1, 40), st.integers(1, MOST_TOKENS), st.sampled_from(["all", "auto", 1, 2]), st.booleans()
+)
+TIMES = st.tuples(st.just("time"), st.integers(1, 8), st.integers(0, 60), st.integers(0, 999))
+OTHERS: dict[str, st.SearchStrategy[Happening]] = {
+    "cancel": st.tuples(st.just("cancel"), which),
+    "move": st.tuples(st.just("move"), which, which),
+    "drain": st.tuples(st.just("drain"), which),
+    "leave": st.tuples(st.just("leave"), which),
+    "join": st.tuples(st.just("join"), st.integers(2, 24)),
+    "kill": st.tuples(st.just("kill"), which, st.booleans()),
+    "cut": st.tuples(st.just("cut"), which),
+    "hold": st.tuples(st.just("hold"), which),
+    "lose gManager": st.tuples(st.just("lose gManager")),
+}
+SIZES = st.sampled_from([[40, 40, 40], [20, 20, 20], [6, 6], [24, 5, 12], [9], [12, 12, 12, 12]])
+
+
+def happenings(least: int, most: int) -> st.SearchStrategy[list[Happening]]:
+    """Of some kinds: what is rare among all of them is not in an example that has few."""
+
+    def of(kinds: set[str]) -> st.SearchStrategy[list[Happening]]:
+        often = [LETS, LETS, LETS, SUBMITS, SUBMITS, TIMES]
+        return st.lists(st.one_of(*often, *(OTHERS[kind] for kind in sorted(kinds))), min_size=least, max_size=most)
+
+    return st.sets(st.sampled_from(list(OTHERS)), min_size=1).flatmap(of)
+
+
+def happen(cell: WholeCell, what: Happening) -> None:
+    """One thing, if there is what it needs."""
+    living, connections = cell.living, [each for each in cell.network.connections if not each.up_is_over]
+    match what:
+        case "let", turns, seed:
+            cell.let(turns, seed)
+        case "submit", length, max_tokens, spread, depends_on_past:
+            length = min(length, 1 + cell.capacity * length // 100)
+            if max_tokens < MOST_TOKENS:
+                max_tokens = max(1, min(max_tokens, cell.capacity - length))
+            cell.submit(length, max_tokens, spread, depends_on_past=depends_on_past)
+        case "cancel", n if cell.open:
+            cell.cancel(cell.open[n % len(cell.open)])
+        case "move", n, to if cell.open:
+            cell.move_home(cell.open[n % len(cell.open)], cell.member(to))
+        case "drain", n:
+            cell.drain(cell.member(n))
+        case "join", blocks if len(living) < MOST_INSTANCES:
+            cell.start(blocks)
+        case "kill", n, keeps_last if len(living) > (n < 6):  # seldom the last
+            cell.kill(living[n % len(living)], keeps_last=keeps_last)
+        case "cut", n if connections:
+            connections[n % len(connections)].cut()
+        case "hold", n if living:
+            living[n % len(living)].is_held ^= True
+        case "leave", n if len(living) > (n < 6):
+            cell.leave(living[n % len(living)])
+        case ("lose gManager",):
+            cell.lose_gmanager()
+        case "time", seconds, turns, seed:  # none: an instance lets the others wait, and is expelled in the end
+            for second in range(seconds):
+                cell.pass_time(1.0)
+                cell.let(turns, seed + second)
+
+
+def play(sizes: list[int], whats: list[Happening], seed: int = 0) -> WholeCell:
+    with whole_cell(sizes, seed) as cell:
+        cell.let(200, 0)
+        for what in whats:
+            happen(cell, what)
+            cell.validate()
+        cell.rest()
+    return cell
+
+
+@given(SIZES, happenings(15, 60), st.integers(0, 99))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+def test_requests_end_right_whatever_happens(sizes: list[int], whats: list[Happening], seed: int) -> None:
+    play(sizes, whats, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@given(SIZES, happenings(20, 150), st.integers(0, 99))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+def test_requests_end_right_whatever_happens_for_long(sizes: list[int], whats: list[Happening], seed: int) -> None:
+    play(sizes, whats, seed)
+
+
+def test_a_play_reaches_what_it_is_for() -> None:
+    """One of each kind, at a time at which it matters."""
+    long: Happening = ("submit", 40, 75, "all", True)
+    short: Happening = ("submit", 9, 60, 1, False)
+    cell = play(
+        [30, 30, 30],
+        [
+            *(long, short, ("let", 40, 1), ("move", 0, 2), ("let", 20, 2)),
+            *(("join", 30), ("let", 60, 3), ("time", 1, 60, 4), short),
+            *(("drain", 1), ("let", 60, 5), ("let", 60, 6), ("let", 60, 7)),
+            *(long, long, short, ("let", 60, 8), ("kill", 0, False), ("let", 40, 9), ("time", 3, 60, 10)),
+            *(("cancel", 1), ("let", 20, 11), ("lose gManager",), ("let", 40, 12), ("time", 3, 60, 13)),
+            *(("join", 30), long, ("let", 60, 14), ("hold", 1), ("time", 8, 60, 15), ("hold", 1), ("time", 2, 60, 16)),
+            *(("cut", 0), ("let", 60, 17), ("leave", 0)),
+        ],
+    )
+    seen = cell.seen
+    assert seen["HomeMoved"] and seen["RunMoved"] and seen["WasDrained"], seen
+    assert seen["admitted again with gaps"] and seen["kept tokens"] > 50, seen
+    assert seen["gManager lost"] and seen["instance is back"], seen
+    assert seen["instance left"] > 1 and seen["instance comes"], seen
+    assert seen["ended: length"] and seen["ended: abort"], seen
