@@ -9,6 +9,7 @@ import pytest
 
 from gmanager import CallFailed
 from gmanager.config import GManagerConfig
+from tests.support.farm import DEVICE
 from tests.support.processes import Processes, client_of, until_ready
 from tests.support.service import at_rest
 from tests.support.tiny import make_long_model
@@ -45,7 +46,7 @@ async def test_a_drain_under_load_changes_no_token(started: Processes, model: Pa
                 await stream.is_right(expected)
             pauses = [stream.pause_after(moment) for stream in streams]
             print(f"drained in {took:.2f} s; longest pause {max(pauses):.2f} s")
-            assert max(pauses) < 3
+            assert max(pauses) < (3 if DEVICE == "cpu" else 10)
             stats = await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
             assert [i.rank for i in stats.instances] == [0, 2]
             moved = sum(before.requests[f"s{i}"].kv_tokens[1] for i in range(LOAD))
