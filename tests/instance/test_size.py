@@ -243,7 +243,7 @@ def test_numbers_of_tokens_are_read_as_they_are_written() -> None:
         (["--gpu-memory", "80", "--kv-memory", "1"], "--kv-memory must be in (0, 1), got 1.0"),
         (["--kv-tokens", "8", "--device", "cpu"], "--kv-tokens 8 is less than one block of 16 tokens"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--gpu-memory", "20"], "--kv-memory: a GPU needs 22.2 GiB (weights 15.0 GiB, "),
+        (["--gpu-memory", "20"], "--kv-memory: a GPU needs 22.6 GiB (weights 15.0 GiB, "),
         (["--gpu-memory", "80", "--context", "1000000M"], "no number of such instances holds a context of 1,048,576,000,000"),
     ],
 )
