@@ -6,10 +6,11 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import uvloop
 
-from gmanager.config import GManagerConfig, parse_spread
+from gmanager.config import GManagerConfig, PolicyName, parse_spread
 from gmanager.journal import Journal
 from gmanager.server import Server
 from gmanager.wire import logs
@@ -32,6 +33,11 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         "--spread",
         default=str(default.spread),
         help="least number of instances a prompt's KV is spread over: auto, all or a number (%(default)s)",
+    )
+    parser.add_argument(
+        "--policy",
+        default=default.policy,
+        help=f"who decides where KV lies and what moves: {', '.join(get_args(PolicyName))} (%(default)s)",
     )
     add_seconds(
         "--max-queue-wait",
@@ -79,6 +85,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         config = GManagerConfig(
             bind=given.bind,
             spread=parse_spread(given.spread),
+            policy=given.policy,
             max_queue_wait_s=given.max_queue_wait,
             max_queue=given.max_queue,
             max_queue_bytes=given.max_queue_bytes,

@@ -3,10 +3,13 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Spread = int | Literal["auto", "all"]
-"""Least number of instances that a prompt's KV is spread over; see `gmanager.cluster.policy.place`."""
+"""Least number of instances that a prompt's KV is spread over; see `gmanager.cluster.placement.place`."""
+
+PolicyName = Literal["elastic", "static"]
+"""Who decides where KV is born and what moves; see `gmanager.cluster.policies`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +20,8 @@ class GManagerConfig:
     """Where it listens; port * takes a free one."""
     spread: Spread = "auto"
     """For requests that don't say it themselves."""
+    policy: str = "elastic"
+    """A `PolicyName`."""
     max_queue_wait_s: float = 600.0
     """Longest time that a request waits for a ready cell, or for memory, before it fails."""
     max_queue: int = 4096
@@ -45,6 +50,8 @@ class GManagerConfig:
                 raise ValueError(f"spread must be auto, all or at least 1, got {self.spread}")
         elif self.spread not in ("auto", "all"):
             raise ValueError(f"spread must be auto, all or a number, got {self.spread!r}")
+        if self.policy not in get_args(PolicyName):
+            raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, got {self.policy!r}")
         for name in ("max_queue", "max_queue_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

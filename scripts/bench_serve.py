@@ -319,6 +319,7 @@ async def serve_and_measure(trace: Sequence[Arrival], args: argparse.Namespace) 
             dtype=args.dtype or ("float32" if device == "cpu" else "auto"),
             threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
             spread=args.spread,
+            policy=args.policy,
             chunk_tokens=args.chunk_tokens,
             logs=args.out,
         )
@@ -366,6 +367,7 @@ def parse() -> argparse.Namespace:
     own.add_argument("--kv-memory", type=float, help="as the instances' flag")
     own.add_argument("--chunk-tokens", type=int, help="as the instances' flag")
     own.add_argument("--spread", default="auto", help="as the gManager's flag")
+    own.add_argument("--policy", default="elastic", help="as the gManager's flag")
     args = parser.parse_args()
     for flag, value in (("--scale", args.scale), ("--timeout", args.timeout)):
         if not (math.isfinite(value) and value > 0):

@@ -50,6 +50,7 @@ class ServiceConfig:
     dtype: str = "float32"
     threads: int = 1
     spread: str = "auto"
+    policy: str = "elastic"
     chunk_tokens: int | None = None
     copy_tokens: int | None = None
     """KV that an instance copies beside a step; None: its own default."""
@@ -178,7 +179,7 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
 
 def _gmanager(config: ServiceConfig, bind: str) -> list[str]:
     journal = [] if config.journal is None else [f"--journal={config.journal}"]
-    return [sys.executable, "-m", "gmanager", "--bind", bind, "--spread", config.spread, *journal]
+    return [sys.executable, "-m", "gmanager", "--bind", bind, "--spread", config.spread, "--policy", config.policy, *journal]
 
 
 def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:

@@ -56,6 +56,7 @@ class Wanted:
     dtype: str
     names: tuple[str, ...]
     journal: Path | None
+    policy: str
     api_key_file: Path | None
     allow_origins: tuple[str, ...]
     aliases: tuple[str, ...]
@@ -97,7 +98,7 @@ def check(wanted: Wanted) -> ServiceConfig:
     if device == "cuda" and gpus < wanted.instances:
         raise CannotStart(f"{wanted.instances} instances need as many GPUs; this machine has {gpus}")
     try:
-        GManagerConfig(bind=wanted.bind)
+        GManagerConfig(bind=wanted.bind, policy=wanted.policy)
         check_address(wanted.bind)
         host, _, port = wanted.bind.removeprefix("tcp://").rpartition(":")
         check_port(host, port, "--bind")
@@ -132,6 +133,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             logs=logs_of_this_start(wanted.logs or cache_dir() / "logs"),
             ready_timeout_s=3600,
             bind=wanted.bind,
+            policy=wanted.policy,
             http=wanted.http,
             journal=None if wanted.journal is None else wanted.journal.expanduser().absolute(),
             api_key_file=wanted.api_key_file,

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gmanager.cluster.events import Emit, LoadText, Log, Send
-from gmanager.cluster.policy import most_tokens, why_never
+from gmanager.cluster.placement import why_never
+from gmanager.cluster.policies import Policy
 from gmanager.cluster.request import Runs
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
@@ -131,9 +132,10 @@ class Member:
 class Cell:
     """The members of a cell, through all its epochs."""
 
-    def __init__(self, epoch: int, first: Register, emit: Emit, *, term: int = 0, identity: int = 0) -> None:
+    def __init__(self, epoch: int, first: Register, emit: Emit, policy: Policy, *, term: int = 0, identity: int = 0) -> None:
         """`term`, `identity`: of the gManager."""
         self.name = first.cell
+        self.policy = policy
         self._term = term
         self._identity = identity
         self.number = epoch
@@ -246,8 +248,11 @@ class Cell:
 
     def room(self, prompt_tokens: int) -> int:
         """Most tokens that can be generated after a prompt of that length; 1 if there is no room, to be refused for that."""
-        most = most_tokens(self.lasting_blocks, self.spec.block_size)
-        return max(1, min(self.max_tokens, most) - prompt_tokens)
+        return max(1, min(self.max_tokens, self.most_held(self.lasting_blocks)) - prompt_tokens)
+
+    def most_held(self, blocks: Sequence[int]) -> int:
+        """Most tokens of one sequence that instances with so many blocks each hold."""
+        return self.policy.most_tokens(blocks, self.spec.block_size)
 
     def why_never(
         self, prompt: bytes, highest: int, params: SamplingParams, blocks: Sequence[int] | None = None
@@ -262,12 +267,14 @@ class Cell:
             if (most := max(tokens, default=0)) >= self.spec.vocab_size:
                 text = f"token id {most} of {name} is out of range: the model has {self.spec.vocab_size:,} tokens"
                 return Refusal("invalid", text)
+        total_blocks = self.lasting_blocks if blocks is None else blocks
         return why_never(
             prompt=len(prompt) // 4,
             max_tokens=params.max_tokens,
             max_context=self.max_tokens,
+            most_held=self.most_held(total_blocks),
             cell=self.name,
-            total_blocks=self.lasting_blocks if blocks is None else blocks,
+            total_blocks=total_blocks,
             block_size=self.spec.block_size,
         )
 

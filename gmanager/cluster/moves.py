@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send
-from gmanager.cluster.policy import InstanceView, choose_holder
+from gmanager.cluster.placement import InstanceView, choose_holder
 from gmanager.cluster.sequence import Sequence as SequenceState
 from gmanager.wire.messages import Copied, CopyRun, Drop, FlipRun, OfferRun, Reserve, RunMoved, RunOffered
 

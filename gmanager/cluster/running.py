@@ -6,7 +6,7 @@ from collections.abc import Collection
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Send
 from gmanager.cluster.parties import Parties
-from gmanager.cluster.policy import InstanceView
+from gmanager.cluster.placement import InstanceView
 from gmanager.cluster.sequence import Sequence
 from gmanager.wire.messages import Drop
 

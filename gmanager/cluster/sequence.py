@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gmanager.cluster.policy import PARALLEL_EFFICIENCY, Placement, prompt_work
+from gmanager.cluster.placement import PARALLEL_EFFICIENCY, Placement, prompt_work
 from gmanager.cluster.request import Request
 from gmanager.wire.messages import SequenceOutput, Share
 

@@ -22,7 +22,7 @@ from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
-from gmanager.cluster.policy import Candidate, Placement, choose_target, choose_victim
+from gmanager.cluster.placement import Candidate, Placement, choose_target
 from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.running import Running
@@ -370,15 +370,16 @@ class Sequences:
     def _make_room(self, sequence: Sequence) -> int | None:
         """Its home has no block left for it: another home, or None if somebody must make (or is making) room first."""
         views = self._running.views()
-        target = choose_target(views, home=sequence.home)
+        policy = self._cell.policy
+        target = policy.next_home(views, sequence.home)
         if target is not None:
             return target
         if self._running.blocks_come or self._waiting.give_up_kept():
             return None
-        running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._running.all()]
-        victim = choose_victim(running)
+        running = [Candidate(s.number, s.request.number, s.request.num_tokens, s.home) for s in self._running.all()]
+        victim = policy.victim(running, sequence.home)
         if victim is None:
-            target = choose_target(views, home=sequence.home, reserve=1)
+            target = policy.last_resort(views, sequence.home)
         if target is None:
             self._preempt(sequence if victim is None else self._running[victim])
         return target

@@ -12,7 +12,8 @@ from typing import Literal
 
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Log, Send
-from gmanager.cluster.policy import InstanceView, Placement, most_tokens, place, place_rest
+from gmanager.cluster.placement import InstanceView, Placement
+from gmanager.cluster.policies import Outlook, Prompt
 from gmanager.cluster.request import Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
 from gmanager.wire.messages import Discard, Unheard
@@ -51,32 +52,24 @@ class Waiting:
         return next(filter(self._may_fit, self._queue), None)
 
     def _may_fit(self, request: Request) -> bool:
-        most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
+        most = self._cell.most_held(self._cell.lasting_blocks)
         generated = len(request.tokens)
         return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
     def place(self, request: Request, views: list[InstanceView]) -> Placement | None:
         """Where its next admission would lie, as instances are now; None if nowhere."""
-        block_size, reach = self._cell.spec.block_size, self._cell.spec.reach
-        waiting = [behind.missing_tokens for behind in self._queue if behind.number > request.number]
-        if not request.kept:
-            return place(
-                views,
-                tokens=request.num_tokens,
-                block_size=block_size,
-                spread=request.spread,
-                waiting=waiting,
-                reach=reach,
-            )
-        return place_rest(
-            views,
+        prompt = Prompt(
             missing=request.missing_tokens,
             kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
-            block_size=block_size,
             spread=request.spread,
-            waiting=waiting,
-            reach=reach,
         )
+        outlook = Outlook(
+            views=views,
+            block_size=self._cell.spec.block_size,
+            reach=self._cell.spec.reach,
+            waiting=[behind.missing_tokens for behind in self._queue if behind.number > request.number],
+        )
+        return self._cell.policy.place(prompt, outlook)
 
     def take(self, request: Request) -> None:
         """It waits no longer, and brings what is left of its KV."""

@@ -63,6 +63,7 @@ class Candidate:
     seq: int
     arrival: int
     tokens: int
+    home: int
 
 
 def place(
@@ -223,9 +224,17 @@ def _even_shares(caps: Sequence[int], num_blocks: int) -> list[int]:
 
 
 def why_never(
-    *, prompt: int, max_tokens: int | None, max_context: int, cell: str, total_blocks: Sequence[int], block_size: int
+    *,
+    prompt: int,
+    max_tokens: int | None,
+    max_context: int,
+    most_held: int,
+    cell: str,
+    total_blocks: Sequence[int],
+    block_size: int,
 ) -> Refusal | None:
-    """Why a request can't be served even when it is alone in the cell, with the arithmetic; None if it can.
+    """Why a request can't be served even when it is alone in the cell, with the arithmetic; None if it can. `most_held`: tokens
+    of one sequence, by the cell's policy: all that its instances hold (`most_tokens`), or what one of them does.
 
     Alone, all of its tokens must find a place when each instance keeps one block that may stay empty. That is enough
     to finish: a prompt is placed with one spare block per participant, a home that has no block left has filled its
@@ -238,7 +247,7 @@ def why_never(
     arithmetic = f"prompt of {prompt:,} + {made} = {tokens:,} tokens"
     if tokens > max_context:
         return Refusal("too_long", f"{arithmetic}; the model takes at most {max_context:,}")
-    if tokens <= most_tokens(total_blocks, block_size):
+    if tokens <= most_held:
         return None
     sizes = [blocks * block_size for blocks in total_blocks]
     count = f"{len(sizes)} instance{'s' if len(sizes) != 1 else ''}"
@@ -247,6 +256,9 @@ def why_never(
     else:
         shown = " + ".join(f"{size:,}" for size in sizes[:8])
         detail = f"{count}: {shown}{' + ...' if len(sizes) > 8 else ''}"
+    if most_held < most_tokens(total_blocks, block_size):
+        why = f"the policy keeps a request inside one instance, and the largest holds {most_held:,} ({detail})"
+        return Refusal("never", f"{arithmetic}: needs {tokens:,} tokens of KV; {why}")
     return Refusal(
         "never",
         f"{arithmetic}: needs {tokens:,} tokens of KV; cell '{cell}' holds {sum(sizes):,} ({detail}), "
