@@ -117,7 +117,7 @@ class Member:
     @property
     def free(self) -> int:
         """Blocks that a new Reserve may count on."""
-        return max(0, self.free_blocks - sum(self.outstanding.values()))
+        return max(0, self.free_blocks - sum(self.outstanding.values())) if self.outstanding else self.free_blocks
 
     @property
     def name(self) -> str:

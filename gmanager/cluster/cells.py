@@ -64,11 +64,6 @@ class Cells:
         cell = self.of(request)
         return self._sequences.get(cell.name) if cell is not None else None
 
-    @property
-    def num_running(self) -> int:
-        """Requests that run."""
-        return sum(sequences.num_running for sequences in self._sequences.values())
-
     def counters(self) -> Counters:
         """What was counted of all there are and were."""
         return Counters.sum(self._counted, *map(_counters, self._sequences.values()))

@@ -63,9 +63,8 @@ class Intake:
             return Refusal("model", f"no model {(submit.model or '')[:100]!r} is served; there is {', '.join(served)}")
         if not submit.wait_for_cell and not self._cells.formed(submit.model):
             return Refusal("not_ready", "no instances are ready to serve")
-        waiting = len(self._requests) - self._cells.num_running
-        if waiting >= self._config.max_queue:
-            return Refusal("full", f"{waiting:,} requests are waiting, as many as may (max-queue)")
+        if self._requests.num_waiting >= self._config.max_queue:
+            return Refusal("full", f"{self._requests.num_waiting:,} requests are waiting, as many as may (max-queue)")
         size = len(submit.token_ids or b"") + text_bytes(submit)
         if self._requests.waiting_bytes and self._requests.waiting_bytes + size > self._config.max_queue_bytes:
             what = f"prompts of {self._requests.waiting_bytes:,} bytes are waiting, and this one has {size:,}"

@@ -37,7 +37,7 @@ class InstanceView:
     """Sequences whose home it is."""
     max_homes: int
     """Most of them that it can decode at once."""
-    backlog: float = 0
+    backlog: int = 0
     """Prompt tokens that it still has to compute, as `prompt_work` counts them."""
 
 

@@ -43,6 +43,8 @@ class Requests:
         self.observed = Observed()
         self.waiting_bytes = 0
         """What the prompts of waiting requests take."""
+        self.num_waiting = 0
+        """How many these are."""
         self.delivery = Delivery(emit)
         self._emit = emit
         self._clock = clock
@@ -112,6 +114,7 @@ class Requests:
             )
         was_waiting = request.is_waiting
         request.state = transition.target
+        self.num_waiting += request.is_waiting - was_waiting
         self.waiting_bytes += request.num_bytes * (request.is_waiting - was_waiting)
         request.progress_at = self._clock()
         request.story.append((request.progress_at, change, request.state))
@@ -224,9 +227,10 @@ class Requests:
             raise RuntimeError("live requests by id and by number differ")
         if self._ended_bytes != sum(ended.num_bytes for ended in self._ended.values()):
             raise RuntimeError(f"ended requests take {self._ended_bytes} bytes by count, and others by sum")
-        waiting_bytes = sum(request.num_bytes for request in self._live.values() if request.is_waiting)
-        if self.waiting_bytes != waiting_bytes:
-            raise RuntimeError(f"waiting requests take {waiting_bytes} bytes, {self.waiting_bytes} were counted")
+        waiting = [request.num_bytes for request in self._live.values() if request.is_waiting]
+        if (self.num_waiting, self.waiting_bytes) != (len(waiting), sum(waiting)):
+            counted = f"{self.num_waiting} with {self.waiting_bytes} were counted"
+            raise RuntimeError(f"{len(waiting)} requests wait and take {sum(waiting)} bytes, {counted}")
         for request in self._live.values():
             if not request.is_live or request.state == "finished":
                 raise RuntimeError(f"request {request.number} is kept as live and has finished")
@@ -239,6 +243,7 @@ class Requests:
         self._live[request.number] = self._ids[request.id] = request
         self._forget_ended(request.id)
         self.waiting_bytes += request.num_bytes
+        self.num_waiting += 1
 
     def _keep_ended(self, ended: Ended) -> None:
         ended.request.prompt = b""

@@ -47,14 +47,14 @@ class Sequence:
         """Whether its request still runs in it."""
         return self.request.is_running and self.request.seq == self.number
 
-    def backlog(self, reach: int) -> dict[int, float]:
+    def backlog(self, reach: int) -> dict[int, int]:
         """rank -> what it has still to compute of the prompt, as `prompt_work` counts, by what is known to be held."""
         if self.received or self.ending:
             return {}
         tokens = sum(share.tokens for share in self.shares)
         each = prompt_work(tokens, reach) / tokens / (PARALLEL_EFFICIENCY if len(self.shares) > 1 else 1)
         done = {rank: tokens - self.kept.get(rank, 0) for rank, tokens in self.held.items()}
-        return {share.rank: each * max(0, share.tokens - done.get(share.rank, 0)) for share in self.shares}
+        return {share.rank: round(each * max(0, share.tokens - done.get(share.rank, 0))) for share in self.shares}
 
     def validate(self) -> None:
         """Raises RuntimeError if it contradicts itself."""

@@ -65,17 +65,16 @@ class Sequences:
         self._crowded = False
         self._changed = False
         self._moves = Moves(cell, self._running, emit)
+        self._restless: dict[int, Sequence] = {}
+        """Those that may want another home."""
+        self._released: dict[int, Sequence] = {}
+        """Those whose blocks are free, and whose last tokens may be on their way."""
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Requests that run."""
-        return self._running.num_current
 
     @property
     def num_dropped(self) -> int:
@@ -111,6 +110,7 @@ class Sequences:
         elif sequence.moving_to is None and sequence.home == target:
             self._answer_move(sequence)
         else:
+            self._restless[sequence.number] = sequence
             self._changed = True
 
     # --- changes of membership ----------------------------------------------------------------------------------------
@@ -135,6 +135,8 @@ class Sequences:
         self._reservation = None
         self._moves = Moves(self._cell, self._running, self._emit)
         self._running.clear()
+        self._restless.clear()
+        self._released.clear()
         self._crowded = False
         self._changed = False
 
@@ -178,6 +180,8 @@ class Sequences:
             if (sequence := self._running.get(number)) is not None:
                 held = max(0, min(tokens, member.spec.num_blocks * self._cell.spec.block_size))
                 sequence.held[member.rank] = held
+                if not sequence.received:
+                    self._running.touch(sequence)
                 if sequence.is_current and sequence.request.held.get(member.id) != held:
                     sequence.request.held[member.id] = held
                     self._requests.hear(sequence.request)
@@ -242,6 +246,7 @@ class Sequences:
             if sequence.needs_block and member.rank == sequence.home:
                 # A home tells of a lack of room after the tokens of all rows before it: blocks have become free.
                 sequence.needs_block = False
+                self._running.touch(sequence)
                 self._changed = True
             if member.rank == sequence.home and not sequence.is_written:
                 sequence.is_written = True
@@ -271,6 +276,8 @@ class Sequences:
             return
         member.hear_free(0)
         sequence.needs_block = True
+        self._running.touch(sequence)
+        self._restless[sequence.number] = sequence
         self._changed = True
 
     def on_home_moved(self, seq: int, home: int) -> None:
@@ -282,6 +289,7 @@ class Sequences:
         sequence.is_written = False
         sequence.moving_to = None
         sequence.needs_block = False
+        self._running.touch(sequence)
         self._changed = True
         if sequence.is_current:
             sequence.request.home = self._id(home)
@@ -309,11 +317,13 @@ class Sequences:
             return
         sequence.ending = True
         sequence.released = released.generated
+        self._running.touch(sequence)
+        self._released[sequence.number] = sequence
         self._settle(sequence, now)
 
     def settle(self, now: float) -> None:
         """Let go of what is released and whose tokens are all here."""
-        for sequence in [s for s in self._running.all() if s.released is not None]:
+        for sequence in list(self._released.values()):
             self._settle(sequence, now)
 
     # --- decisions ----------------------------------------------------------------------------------------------------
@@ -322,10 +332,20 @@ class Sequences:
         """Start what can start now, if anything has changed."""
         while self._changed and self._reservation is None and self._cell.is_ready:
             self._changed = False
-            oldest_first = self._running.oldest_first()
-            if not any(self._try_move(sequence) for sequence in oldest_first):
-                self._moves.start(oldest_first)
+            if self._cell.is_draining:
+                oldest_first = self._running.oldest_first()
+                if not any(self._try_move(sequence) for sequence in oldest_first):
+                    self._moves.start(oldest_first)
+                    self._try_admit()
+            elif not any(self._try_move(sequence) for sequence in self._those_who_may_move()):
                 self._try_admit()
+
+    def _those_who_may_move(self) -> list[Sequence]:
+        """For want of a block, or because a client asked, while nobody is drained: the oldest first."""
+        if self._restless:
+            wishes = {n: s for n, s in self._restless.items() if s.needs_block or s.request.move_call is not None}
+            self._restless = {n: s for n, s in wishes.items() if not s.ending and self._running.get(n) is s}
+        return sorted(self._restless.values(), key=lambda sequence: sequence.request.number)
 
     def emptied(self) -> Member | None:
         """A member that is being drained and has nothing left, or nothing that could go elsewhere now."""
@@ -347,7 +367,7 @@ class Sequences:
             return False
         if call is not None:
             target = self._rank(call.target)
-            homes = 0 if target is None else self._running.homes()[target]
+            homes = 0 if target is None else self._running.homes(target)
             if target is not None and self._cell.members[target].is_draining:
                 self._requests.fail_move(sequence.request, f"instance {call.target} is being drained")
                 return False
@@ -451,7 +471,7 @@ class Sequences:
         request.home = self._id(home)
         request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._requests.admit(request)
-        self._running.regroup()
+        self._running.regroup(sequence)
         admit = Admit(
             epoch=self._cell.epoch,
             seq=sequence.number,
@@ -472,6 +492,7 @@ class Sequences:
     def _start_move(self, sequence: Sequence, target: int) -> None:
         self._running.join(sequence, target)
         sequence.moving_to = target
+        self._running.touch(sequence)
         home = self._cell.members[sequence.home].peer
         self._emit(Send(home, MoveSequence(epoch=self._cell.epoch, seq=sequence.number, to=target)))
 
@@ -499,6 +520,8 @@ class Sequences:
         while (output := sequence.early.pop(sequence.received, None)) is not None:
             came += output.token_ids
             came_logprobs += output.logprobs or ()
+            if not sequence.received:
+                self._running.touch(sequence)
             sequence.received += len(output.token_ids)
             last = output
         for index in [i for i in sequence.early if i <= sequence.received]:
@@ -514,6 +537,7 @@ class Sequences:
             self._requests.deliver(request, token_ids, logprobs)
             return
         sequence.ending = True
+        self._running.touch(sequence)
         self._give_up_move(sequence)
         if last.held is not None:
             request.held = {self._id(share.rank): share.tokens for share in last.held if 0 <= share.rank < self._cell.size}
@@ -526,6 +550,7 @@ class Sequences:
         self._give_up_move(sequence)
         if not sequence.ending:
             sequence.ending = True
+            self._running.touch(sequence)
             home = self._cell.members[sequence.home].peer
             self._emit(Send(home, Cancel(epoch=self._cell.epoch, seq=sequence.number)))
 
@@ -553,6 +578,7 @@ class Sequences:
         self._moves.forget(sequence)
         self._moves.room_came()
         self._running.remove(sequence)
+        self._released.pop(sequence.number, None)
         self._changed = True
         request = sequence.request
         if not sequence.is_current:

@@ -8,11 +8,12 @@ running ──take_back──> waiting ──inherit──> with what its member
 import logging
 from bisect import insort
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Literal
 
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Log, Send
-from gmanager.cluster.placement import InstanceView, Placement
+from gmanager.cluster.placement import LONG_PROMPT, MOST_WEIGHED, InstanceView, Placement
 from gmanager.cluster.policies import Outlook, Prompt
 from gmanager.cluster.request import Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
@@ -63,11 +64,13 @@ class Waiting:
             kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
             spread=request.spread,
         )
+        is_long = prompt.missing >= LONG_PROMPT  # for others it doesn't matter what waits
+        behind = (waits.missing_tokens for waits in self._queue if is_long and waits.number > request.number)
         outlook = Outlook(
             views=views,
             block_size=self._cell.spec.block_size,
             reach=self._cell.spec.reach,
-            waiting=[behind.missing_tokens for behind in self._queue if behind.number > request.number],
+            waiting=list(islice(filter(LONG_PROMPT.__le__, behind), MOST_WEIGHED)),
         )
         return self._cell.policy.place(prompt, outlook)
 

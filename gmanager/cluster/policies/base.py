@@ -44,7 +44,7 @@ class Outlook:
     reach: int
     """As `placement.prompt_work` has it."""
     waiting: Sequence[int] = ()
-    """Tokens to be computed of those behind the next in the queue."""
+    """Tokens to be computed of those behind the next in the queue, if that is a long prompt, of the long ones among them."""
 
 
 class Policy:
