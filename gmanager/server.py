@@ -133,6 +133,7 @@ class Server:
         self._journal_over = loop.create_future()
         if self._journal is not None:
             restored = self._journal.restore()
+            self._cluster.restore_costs(self._journal.costs())
             self._cluster.restore(restored, self._now())
             live = sum(request.finish_reason is None for request in restored)
             log.info(

@@ -20,6 +20,7 @@ def test_gmanager() -> None:
         "AsyncClient",
         "BadMessage",
         "CallFailed",
+        "CellPerformance",
         "CellStats",
         "ChatMessage",
         "Chunk",
@@ -28,6 +29,7 @@ def test_gmanager() -> None:
         "FrameTooLarge",
         "Histogram",
         "InstanceStats",
+        "LanePerformance",
         "Observations",
         "PeerGone",
         "ProtocolRefused",
@@ -86,7 +88,7 @@ def test_chunk_and_stats() -> None:
     assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", *of_prompt, "finish_reason", "error"]
     assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters", "observed"]
     kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
-    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters", "is_draining"]
+    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters", "is_draining", "slowness"]
     assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))
     tokens = ["steps", "rows", "rows_dispatched", "tokens_prefilled", "tokens_generated"]
     moves = ["home_moves", "preemptions", "blocks_copied", "query_bytes", "partial_bytes", "kv_bytes"]

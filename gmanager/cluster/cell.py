@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gmanager.cluster.events import Emit, LoadText, Log, Send
+from gmanager.cluster.performance import PerformanceModel
 from gmanager.cluster.placement import why_never
 from gmanager.cluster.policies import Policy
 from gmanager.cluster.request import Runs
@@ -157,6 +158,7 @@ class Cell:
         """Why the present change began, if an instance was lost."""
         self.counted = Counters()
         """What instances that are no members any more had done, as last heard."""
+        self.performance = PerformanceModel(first.spec.reach)
         self.broke: str | None = None
         """How the last epoch ended, if nobody was lost with it and nobody came."""
         self.attempts = 0
@@ -371,6 +373,7 @@ class Cell:
             self.text_source = self.everybody[0]  # the text of another is as good
             self._emit(Send(self.text_source.peer, self._registered(send_text=True)))
         self.counted = Counters.sum(self.counted, member.counters)
+        self.performance.forget(member.id)
         if self.has_served:
             self._rank()
 
@@ -425,7 +428,15 @@ class Cell:
         ]
         for m in self.members:
             keep = [seq for seq in m.kept or () if seq in wanted]
-            join = JoinEpoch(epoch=self.epoch, id=m.id, rank=m.rank, store_address=address, members=members, keep=keep)
+            join = JoinEpoch(
+                epoch=self.epoch,
+                id=m.id,
+                rank=m.rank,
+                store_address=address,
+                members=members,
+                keep=keep,
+                calibrate=self.performance.is_guess,
+            )
             self._emit(Send(m.peer, join))
 
     def set_joined(self, member: Member) -> None:

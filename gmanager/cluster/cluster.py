@@ -8,7 +8,7 @@ forgotten after a while.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from gmanager.cluster.cells import Cells
 from gmanager.cluster.clients import Clients
@@ -28,11 +28,13 @@ from gmanager.cluster.events import (
     Stopped,
     TextLoaded,
     Ticked,
+    Write,
 )
 from gmanager.cluster.instances import Instances
 from gmanager.cluster.intake import Intake
 from gmanager.cluster.membership import Membership
 from gmanager.cluster.parting import Parting
+from gmanager.cluster.performance import Costs
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.stats import assemble
 from gmanager.cluster.turn import Turn
@@ -69,6 +71,10 @@ class Cluster:
         self._turn.now = now
         for restored in requests:
             self._intake.restore(restored)
+
+    def restore_costs(self, costs: Mapping[str, Costs]) -> None:
+        """Go on with what the gManager before knew of how long steps take. Before any event."""
+        self._cells.restore_costs(costs)
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event in. The actions are to be done in this order."""
@@ -167,6 +173,8 @@ class Cluster:
         self._membership.look_after()
         self._clients.end_attaching()
         self._intake.end_overdue()
+        for measured in self._cells.refit(now):
+            self._turn.emit(Write(measured))
 
     def _on_stop(self, reason: str) -> None:
         if self._term:

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gmanager.cluster.performance import Costs
 from gmanager.config import Spread
 from gmanager.wire.messages import FinishReason, Message, RefusalReason, Submit, TextAssets, TokenLogprob
 from gmanager.wire.peer import PeerId
@@ -153,7 +154,16 @@ class Finished:
     refusal: RefusalReason | None = None
 
 
-Entry = Accepted | Encoded | Generated | Finished
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What steps and copies of a kind of cell take; the last word counts."""
+
+    kind: str
+    """`cells.kind_of`."""
+    costs: Costs
+
+
+Entry = Accepted | Encoded | Generated | Finished | Measured
 """Of the journal. Of a request: Accepted, Encoded once its tokens are known, Generated in order, Finished."""
 
 

@@ -75,6 +75,7 @@ class Instances:
                 self._membership.on_broken(cell, member, message.reason)
         elif isinstance(message, m.Beat):
             is_news = cell.hear(member, message)
+            self.num_dropped += cell.performance.take(member.id, message.samples)
             if cell.is_ready:
                 self._cells.sequences[cell.name].on_beat(member, message, is_news)
             self._turn.send(member.peer, m.Pong(outputs=member.num_outputs))

@@ -157,6 +157,8 @@ class Moves:
             self._failures[key] = self._failures.get(key, 0) + 1
             fields = {"move": move.number, "sequence": sequence.number, "tries": self._failures[key], "reason": copied.error}
             self._emit(Log(logging.ERROR, "copy of KV failed", fields))
+        else:
+            self._cell.performance.take_copy(sum(end - start for start, end in move.ranges), copied.us)
         if copied.error is not None or move.is_vain or sequence.ending:
             return self._end(drop=True)
         move.stage = "flipping"

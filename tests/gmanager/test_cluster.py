@@ -79,7 +79,10 @@ def test_a_cell_forms() -> None:
     assert driver.say(peer(0), m.Joined(epoch=1)) == []  # nothing to join yet
     assert driver.say(peer(1), m.StoreOpened(epoch=1, address="tcp://not-asked:1")) == []
     assert driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://store:1")) == [
-        Send(peer(rank), m.JoinEpoch(epoch=1, id=rank, rank=rank, store_address="tcp://store:1", members=members))
+        Send(
+            peer(rank),
+            m.JoinEpoch(epoch=1, id=rank, rank=rank, store_address="tcp://store:1", members=members, calibrate=True),
+        )
         for rank in (0, 1)
     ]
     assert driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://again:1")) == []

@@ -98,14 +98,46 @@ class LinkLost(Message):
     reason: str
 
 
+MAX_STEP_SAMPLES = 16
+"""Most in one Beat."""
+
+
+class StepSample(Part, array_like=True):
+    """A step that an instance has run, for the model of how long steps take."""
+
+    lane: int
+    """0: prefill, 1: decode."""
+    rows: int
+    """Its own, that ran through the model."""
+    attended: int
+    """Tokens of KV that rows read here, the sum over all rows, those of others among them."""
+    sent: int
+    """Rows that went to others, once for each receiver."""
+    served: int
+    """Rows that came from others."""
+    us: int
+    """In which the device ran it."""
+    beside: bool
+    """Whether the other lane ran meanwhile."""
+
+
 class Beat(Message):
-    """Sent every second, and at once when blocks were freed: deltas since the last Beat."""
+    """Sent every second, and at once when blocks were freed: deltas since the last Beat.
+
+    Raises ValueError when built with too many samples.
+    """
 
     epoch: int
     free_blocks: int
     held_tokens: dict[int, int]
     """seq -> tokens of KV it now has here, for those that changed; 0: all its blocks are free again."""
     counters: Counters
+    samples: list[StepSample] = []
+    """Of the steps that have run since the last Beat, the newest of each lane."""
+
+    def __post_init__(self) -> None:
+        if len(self.samples) > MAX_STEP_SAMPLES:
+            raise ValueError(f"a Beat has at most {MAX_STEP_SAMPLES} samples of steps, got {len(self.samples)}")
 
 
 class Granted(Message):
@@ -235,6 +267,8 @@ class Copied(Message):
     epoch: int
     move: int
     error: str | None = None
+    us: int = 0
+    """How long it took, waiting for the other end included."""
 
 
 class RunMoved(Message):
@@ -289,6 +323,8 @@ class JoinEpoch(Message):
     members: list[MemberAddress]
     keep: list[int] = []
     """Sequences whose KV from the epoch before is still wanted. Of all others the instance frees what it holds."""
+    calibrate: bool = False
+    """Nothing is known of how long steps take here: measure some before Joined, in less than a second."""
 
 
 class Suspend(Message):

@@ -53,6 +53,8 @@ class InstanceStats(Part):
     counters: Counters
     is_draining: bool = False
     """It gets nothing new, and leaves when what it holds is elsewhere."""
+    slowness: float = 1.0
+    """How many times longer its steps take than its cell's `performance` says."""
 
 
 class RequestStats(Part):
@@ -69,6 +71,36 @@ class RequestStats(Part):
     finish_reason: FinishReason | None = None
 
 
+class LanePerformance(Part):
+    """How long steps of a lane take, by what has been measured: the sum of these, each for what the step has of it."""
+
+    step_us: float
+    row_us: float
+    """Of a row that runs through the model."""
+    attended_ns: float
+    """Of a token of KV that a row attends to."""
+    moved_us: float
+    """Of a row that is sent to another instance, or comes of one."""
+    exchange_us: float
+    """Of a step in which rows are."""
+    beside: float
+    """How many times longer all of it takes while the other lane runs, too."""
+    samples: int
+    """Steps that were heard of."""
+    error: float | None
+    """By which part of a step's time the newest predictions were off, each made before the step: the median. None: there is
+    none yet."""
+
+
+class CellPerformance(Part):
+    """How long steps and copies of a cell take."""
+
+    prefill: LanePerformance
+    decode: LanePerformance
+    copied_us: float
+    """Of a token whose KV is copied from one instance to another."""
+
+
 class CellStats(Part):
     name: str
     epoch: int
@@ -81,6 +113,7 @@ class CellStats(Part):
     total_tokens: int
     other_names: list[str] = []
     """By which the model may be asked for, too."""
+    performance: CellPerformance | None = None
 
 
 class Histogram(Part):
