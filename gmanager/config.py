@@ -8,7 +8,7 @@ from typing import Literal, get_args
 Spread = int | Literal["auto", "all"]
 """Least number of instances that a prompt's KV is spread over; see `gmanager.cluster.placement.place`."""
 
-PolicyName = Literal["elastic", "static"]
+PolicyName = Literal["elastic", "static", "infinite", "loong", "split"]
 """Who decides where KV is born and what moves; see `gmanager.cluster.policies`."""
 
 

@@ -236,6 +236,7 @@ class Instance:
                 spec=self._spec,
                 wanted_id=config.id,
                 former=self._former,
+                role=config.role,
             )
         )
 

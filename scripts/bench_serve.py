@@ -320,6 +320,7 @@ async def serve_and_measure(trace: Sequence[Arrival], args: argparse.Namespace) 
             threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
             spread=args.spread,
             policy=args.policy,
+            roles=() if args.roles is None else tuple(args.roles.split(",")),
             chunk_tokens=args.chunk_tokens,
             logs=args.out,
         )
@@ -368,6 +369,7 @@ def parse() -> argparse.Namespace:
     own.add_argument("--chunk-tokens", type=int, help="as the instances' flag")
     own.add_argument("--spread", default="auto", help="as the gManager's flag")
     own.add_argument("--policy", default="elastic", help="as the gManager's flag")
+    own.add_argument("--roles", help="of each instance, with commas between, for the policy split")
     args = parser.parse_args()
     for flag, value in (("--scale", args.scale), ("--timeout", args.timeout)):
         if not (math.isfinite(value) and value > 0):

@@ -51,6 +51,9 @@ def up(
         Path | None, typer.Option(help="file that keeps requests and their tokens, for when the gManager is lost (none)")
     ] = None,
     policy: Annotated[str, typer.Option(help=f"where KV lies and what moves: {', '.join(get_args(PolicyName))}")] = POLICY,
+    roles: Annotated[
+        str | None, typer.Option(help="of each instance, with commas between: mixed, prefill or decode, for the policy split")
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
     allow_origins: Annotated[
         list[str] | None,
@@ -84,6 +87,7 @@ def up(
         names=tuple(dict.fromkeys(names or ())),
         journal=journal,
         policy=policy,
+        roles=() if roles is None else tuple(roles.split(",")),
         api_key_file=api_key_file,
         allow_origins=tuple(allow_origins or ()),
         aliases=tuple(aliases or ()),

@@ -57,6 +57,7 @@ class Wanted:
     names: tuple[str, ...]
     journal: Path | None
     policy: str
+    roles: tuple[str, ...]
     api_key_file: Path | None
     allow_origins: tuple[str, ...]
     aliases: tuple[str, ...]
@@ -134,6 +135,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             ready_timeout_s=3600,
             bind=wanted.bind,
             policy=wanted.policy,
+            roles=wanted.roles,
             http=wanted.http,
             journal=None if wanted.journal is None else wanted.journal.expanduser().absolute(),
             api_key_file=wanted.api_key_file,

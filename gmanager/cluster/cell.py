@@ -564,6 +564,9 @@ class Cell:
             self.newcomers = []
             fields = {"cell": self.name, "epoch": self.epoch, "instances": self.size, "kv_tokens": self.total_tokens}
             self._emit(Log(logging.INFO, "cell ready", fields))
+            wrong = self.policy.wrong_with([member.register.role for member in self.members])
+            if wrong is not None:
+                self._emit(Log(logging.WARNING, "roles mean nothing", {"cell": self.name, "reason": wrong}))
 
 
 def malformed(register: Register) -> str | None:

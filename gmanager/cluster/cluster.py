@@ -167,6 +167,8 @@ class Cluster:
             self._clients.renew_leases()
             self._membership.renew_leases()
         self._ticked_at = now
+        for sequences in self._cells.sequences.values():
+            sequences.look_again()
         self._clients.end_leases()
         self._membership.end_leases()
         self._parting.end_leases(self._config.client_lease_s)

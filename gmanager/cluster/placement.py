@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gmanager.config import Spread
-from gmanager.wire.messages import Refusal, Share
+from gmanager.wire.messages import Refusal, Role, Share
 
 LONG_PROMPT = 8192
 """Tokens from which on a prompt may be spread over several instances by itself, to be prefilled in parallel. vLLM and SGLang
@@ -39,6 +39,16 @@ class InstanceView:
     """Most of them that it can decode at once."""
     backlog: int = 0
     """Prompt tokens that it still has to compute, as `prompt_work` counts them."""
+    role: Role = "mixed"
+    """What it was started for."""
+    rows: int = 0
+    """Sequences that decode here: rows of its own in a decode step."""
+    held: int = 0
+    """Tokens of KV here that these steps attend to, rows of other homes included."""
+    sent: int = 0
+    """Rows that go to other instances in such a step, once for each."""
+    served: int = 0
+    """Rows of other homes that come here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +114,16 @@ def place(
         return None
     by_room = sorted(chosen, key=lambda view: -view.free_blocks)
     sizes = dict(zip(by_room, _even_shares([view.free_blocks - 1 for view in by_room], num_blocks), strict=True))
-    padding = num_blocks * block_size - tokens
-    shares = [Share(rank=view.rank, tokens=sizes[view] * block_size - (0 if i else padding)) for i, view in enumerate(chosen)]
-    return Placement(shares, {view.rank: sizes[view] + 1 for view in chosen})
+    return share_out({view.rank: sizes[view] for view in chosen}, tokens, block_size)
+
+
+def share_out(blocks: Mapping[int, int], tokens: int, block_size: int) -> Placement:
+    """So many blocks for each participant, the home first, which hold the tokens exactly: its last one may be part full. Each
+    reserves a spare one, too."""
+    padding = sum(blocks.values()) * block_size - tokens
+    shares = [Share(rank=rank, tokens=count * block_size) for rank, count in blocks.items()]
+    shares[0] = Share(rank=shares[0].rank, tokens=shares[0].tokens - padding)
+    return Placement(shares, {rank: count + 1 for rank, count in blocks.items()})
 
 
 def place_rest(

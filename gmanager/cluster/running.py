@@ -24,8 +24,33 @@ class _Load:
     """Where it decodes, or is about to."""
     backlog: Mapping[int, int]
     """rank -> what is left to compute of its prompt."""
+    decodes_over: Mapping[int, int] | None
+    """rank -> tokens there that each of its rows attends to; None while its prompt runs."""
     is_ending: bool
     lacks_block: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """What the sequences that decode are to each instance, by rank; as `InstanceView` has it."""
+
+    rows: list[int]
+    held: list[int]
+    sent: list[int]
+    served: list[int]
+
+    @classmethod
+    def of(cls, size: int) -> "_Decodes":
+        return cls([0] * size, [0] * size, [0] * size, [0] * size)
+
+    def add(self, home: int, over: Mapping[int, int], sign: int) -> None:
+        """A sequence at this home, whose rows attend to so many tokens at each rank."""
+        self.rows[home] += sign
+        for rank, tokens in over.items():
+            self.held[rank] += sign * tokens
+            if rank != home:
+                self.sent[home] += sign
+                self.served[rank] += sign
 
 
 class Running:
@@ -46,6 +71,7 @@ class Running:
         """Those whose load may be another than `_loads` has."""
         self._homes = [0] * cell.size
         self._backlogs = [0] * cell.size
+        self._decodes = _Decodes.of(cell.size)
         self._num_ending = 0
         self._num_lacking = 0
 
@@ -61,6 +87,11 @@ class Running:
     def all(self) -> Collection[Sequence]:
         """In order of admission."""
         return self._sequences.values()
+
+    @property
+    def shared(self) -> Collection[Sequence]:
+        """Those that lie on several instances."""
+        return self._shared.values()
 
     def oldest_first(self) -> list[Sequence]:
         """By age of their requests."""
@@ -103,6 +134,7 @@ class Running:
         self._loads.clear()
         self._touched.clear()
         self._homes, self._backlogs = [0] * self._cell.size, [0] * self._cell.size
+        self._decodes = _Decodes.of(self._cell.size)
         self._num_ending = self._num_lacking = 0
         self._parties = Parties(self._cell.epoch, self._cell.size)
 
@@ -172,6 +204,11 @@ class Running:
                 homes=self._homes[m.rank],
                 max_homes=0 if m.is_draining else m.spec.decode_rows,
                 backlog=self._backlogs[m.rank],
+                role=m.register.role,
+                rows=self._decodes.rows[m.rank],
+                held=self._decodes.held[m.rank],
+                sent=self._decodes.sent[m.rank],
+                served=self._decodes.served[m.rank],
             )
             for m in self._cell.members
         ]
@@ -196,11 +233,14 @@ class Running:
         self._num_lacking += sign * load.lacks_block
         for rank, work in load.backlog.items():
             self._backlogs[rank] += sign * work
+        if load.decodes_over is not None:
+            self._decodes.add(load.home, load.decodes_over, sign)
 
     def _load_of(self, sequence: Sequence) -> _Load:
         return _Load(
             home=sequence.home if sequence.moving_to is None else sequence.moving_to,
             backlog=sequence.backlog(self._cell.spec.reach),
+            decodes_over=sequence.decodes_over(),
             is_ending=sequence.ending,
             lacks_block=sequence.needs_block and not sequence.ending,
         )

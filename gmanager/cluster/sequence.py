@@ -56,6 +56,17 @@ class Sequence:
         done = {rank: tokens - self.kept.get(rank, 0) for rank, tokens in self.held.items()}
         return {share.rank: round(each * max(0, share.tokens - done.get(share.rank, 0))) for share in self.shares}
 
+    def decodes_over(self) -> dict[int, int] | None:
+        """rank -> tokens there that each of its rows attends to, as last heard; None while its prompt runs."""
+        if self.ending or not self.received:
+            return None
+        return {rank: tokens for rank, tokens in self.held.items() if tokens}
+
+    def end_prompt(self) -> None:
+        """Its first token is there, and so is all KV of its prompt, whatever was heard of that."""
+        for share in self.shares:
+            self.held[share.rank] = max(self.held.get(share.rank, 0), share.tokens + self.kept.get(share.rank, 0))
+
     def validate(self) -> None:
         """Raises RuntimeError if it contradicts itself."""
         name = f"sequence {self.number}"

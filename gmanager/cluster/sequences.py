@@ -23,10 +23,12 @@ from gmanager.cluster.events import Emit, Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
 from gmanager.cluster.placement import Candidate, Placement, choose_target
+from gmanager.cluster.policies import NewHolder, NewHome
 from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.running import Running
 from gmanager.cluster.sequence import Reservation, Sequence
+from gmanager.cluster.unsettled import Unsettled
 from gmanager.cluster.waiting import Waiting
 from gmanager.wire.messages import (
     Admit,
@@ -65,6 +67,7 @@ class Sequences:
         self._crowded = False
         self._changed = False
         self._moves = Moves(cell, self._running, emit)
+        self._unsettled = Unsettled(cell)
         self._restless: dict[int, Sequence] = {}
         """Those that may want another home."""
         self._released: dict[int, Sequence] = {}
@@ -135,6 +138,7 @@ class Sequences:
         self._reservation = None
         self._moves = Moves(self._cell, self._running, self._emit)
         self._running.clear()
+        self._unsettled.clear()
         self._restless.clear()
         self._released.clear()
         self._crowded = False
@@ -160,6 +164,12 @@ class Sequences:
         self._moves = Moves(self._cell, self._running, self._emit)
         self._running.clear()
 
+    def look_again(self) -> None:
+        """Time has passed: what is shared may lie better elsewhere now."""
+        if not self._cell.is_draining:
+            self._unsettled.add(self._running.shared)
+            self._changed |= bool(self._running.shared) and self._cell.policy.relocates
+
     def resume(self) -> None:
         """The cell steps (again)."""
         self._changed = True
@@ -180,8 +190,7 @@ class Sequences:
             if (sequence := self._running.get(number)) is not None:
                 held = max(0, min(tokens, member.spec.num_blocks * self._cell.spec.block_size))
                 sequence.held[member.rank] = held
-                if not sequence.received:
-                    self._running.touch(sequence)
+                self._running.touch(sequence)
                 if sequence.is_current and sequence.request.held.get(member.id) != held:
                     sequence.request.held[member.id] = held
                     self._requests.hear(sequence.request)
@@ -250,7 +259,8 @@ class Sequences:
                 self._changed = True
             if member.rank == sequence.home and not sequence.is_written:
                 sequence.is_written = True
-                self._changed |= self._cell.is_draining
+                self._unsettled.add([sequence])
+                self._changed |= self._cell.is_draining or self._cell.policy.relocates
             sequence.early[output.index] = output
             self._take_outputs(sequence)
 
@@ -309,6 +319,8 @@ class Sequences:
                 self._changed |= self._moves.on_copied(member, message)
             case RunMoved():
                 self._changed |= self._moves.on_moved(member, message)
+                if (sequence := self._running.get(message.seq)) is not None:
+                    self._unsettled.add([sequence])
 
     def on_released(self, released: Released, now: float) -> None:
         sequence = self._running.get(released.seq)
@@ -339,6 +351,7 @@ class Sequences:
                     self._try_admit()
             elif not any(self._try_move(sequence) for sequence in self._those_who_may_move()):
                 self._try_admit()
+                self._try_improve()
 
     def _those_who_may_move(self) -> list[Sequence]:
         """For want of a block, or because a client asked, while nobody is drained: the oldest first."""
@@ -381,11 +394,25 @@ class Sequences:
             target = choose_target(self._running.views(), home=sequence.home, reserve=1)
         if target is None:
             return False
+        self._reserve_home(sequence, target)
+        return True
+
+    def _try_improve(self) -> None:
+        """Begin what the policy wants to be moved, if that can begin now."""
+        if self._reservation is not None or self._running.lacks_blocks:
+            return
+        found = self._unsettled.ask(self._moves, lambda: self._waiting.outlook(self._running.views()))
+        match found:
+            case sequence, NewHome(to=target):
+                self._reserve_home(sequence, target)
+            case sequence, NewHolder(source=source, to=target):
+                self._moves.begin(sequence, source, target)
+
+    def _reserve_home(self, sequence: Sequence, target: int) -> None:
         self._requests.change(sequence.request, "move")
         if target not in sequence.asked:
             sequence.asked.append(target)
         self._reserve(Reservation(sequence.number, {target: 1}, sequence.request, None))
-        return True
 
     def _make_room(self, sequence: Sequence) -> int | None:
         """Its home has no block left for it: another home, or None if somebody must make (or is making) room first."""
@@ -521,6 +548,7 @@ class Sequences:
             came += output.token_ids
             came_logprobs += output.logprobs or ()
             if not sequence.received:
+                sequence.end_prompt()
                 self._running.touch(sequence)
             sequence.received += len(output.token_ids)
             last = output

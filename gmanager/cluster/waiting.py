@@ -64,15 +64,24 @@ class Waiting:
             kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
             spread=request.spread,
         )
-        is_long = prompt.missing >= LONG_PROMPT  # for others it doesn't matter what waits
-        behind = (waits.missing_tokens for waits in self._queue if is_long and waits.number > request.number)
-        outlook = Outlook(
+        return self._cell.policy.place(prompt, self.outlook(views, request))
+
+    def outlook(self, views: list[InstanceView], request: Request | None = None) -> Outlook:
+        """What a policy sees. `request`: that is to be placed."""
+        spec, queue = self._cell.spec, self._queue
+        # how much waits behind a short prompt doesn't matter
+        is_long = request is not None and request.missing_tokens >= LONG_PROMPT
+        behind = (waits.missing_tokens for waits in queue if is_long and request is not None and waits.number > request.number)
+        return Outlook(
             views=views,
-            block_size=self._cell.spec.block_size,
-            reach=self._cell.spec.reach,
+            block_size=spec.block_size,
+            chunk_tokens=spec.chunk_tokens,
+            reach=spec.reach,
+            costs=self._cell.performance.costs,
             waiting=list(islice(filter(LONG_PROMPT.__le__, behind), MOST_WEIGHED)),
+            num_waiting=len(queue),
+            mean_tokens=sum(waits.num_tokens for waits in queue[:MOST_WEIGHED]) // max(1, min(len(queue), MOST_WEIGHED)),
         )
-        return self._cell.policy.place(prompt, outlook)
 
     def take(self, request: Request) -> None:
         """It waits no longer, and brings what is left of its KV."""

@@ -15,7 +15,7 @@ from array import array
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import pytest
@@ -41,6 +41,7 @@ from gmanager.cluster.events import (
     Ticked,
     Write,
 )
+from gmanager.cluster.policies import POLICIES
 from gmanager.config import GManagerConfig
 from gmanager.journal_file import Batch, JournalFile
 from gmanager.wire import messages as m
@@ -139,7 +140,12 @@ class World:
         # a steady cell is not to lose whose messages are slow
         lease = GManagerConfig().instance_lease_s if chaos else NEVER
         self.config = GManagerConfig(
-            max_queue_wait_s=NEVER, max_stall_s=NEVER, instance_lease_s=lease, max_pause_s=NEVER, resume_s=5.0
+            policy=self.random.choice(sorted(POLICIES)),
+            max_queue_wait_s=NEVER,
+            max_stall_s=NEVER,
+            instance_lease_s=lease,
+            max_pause_s=NEVER,
+            resume_s=5.0,
         )
         self.term = 1
         self.batch = Batch()
@@ -264,6 +270,7 @@ class World:
         self.instances.append(instance)
         self.by_peer[instance.peer] = instance
         message = register(rank=instance.number, cell_size=len(self.sizes), blocks=total, block_size=BLOCK)
+        message = msgspec.structs.replace(message, role=self.random.choice(get_args(m.Role)))
         self.tell(PeerSaid(instance.peer, message, self.now))
 
     def start_missing(self) -> None:
@@ -737,10 +744,11 @@ class World:
         for peer in list(self.paused):
             self.paused.discard(peer)
             self.tell(ClientEmpty(peer, self.now))
+        large = 2 * sum(self.sizes) + 1
         for turn in range(2_000):
             self.start_missing()
-            if turn == 100 and self.drains:
-                self.start(2 * sum(self.sizes) + 1)
+            if turn >= 100 and self.drains and not any(instance.total == large for instance in self.living):
+                self.start(large)  # again, if it could not be with the others
             while self.deliver_some(everything=True):
                 pass
             if self.cluster.is_idle and not self.late:

@@ -16,11 +16,11 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -43,6 +43,7 @@ from gmanager.cluster.events import (
     Ticked,
     Write,
 )
+from gmanager.cluster.policies import POLICIES
 from gmanager.config import GManagerConfig
 from gmanager.journal_file import Batch, JournalFile
 from gmanager.wire import messages as m
@@ -143,16 +144,18 @@ class Asked:
 
 class WholeCell:
     def __init__(self, sizes: list[int], seed: int = 0) -> None:
-        """`sizes`: blocks of the instances with which the cell begins. `seed`: of what aborted devices leave behind."""
+        """`sizes`: blocks of the instances with which the cell begins. `seed`: of what aborted devices leave behind, of the
+        policy and of roles."""
         self.loop = PlayedLoop()
         self.network = Network()
         self.network.open(GMANAGER, self)
-        self.cluster = Cluster(CONFIG, term=1)
+        self.chance = random.Random(seed)
+        self.config = replace(CONFIG, policy=self.chance.choice(sorted(POLICIES)))
+        self.cluster = Cluster(self.config, term=1)
         self.batch = Batch()
         """What goes into the journal next."""
         self.journal = b""
         """Its file."""
-        self.chance = random.Random(seed)
         self.sizes = sizes
         self.processes: list[Process] = []
         self.epochs: dict[int, dict[int, PlayedEpoch]] = {}
@@ -231,7 +234,7 @@ class WholeCell:
         """It is killed, and another comes at once, which knows what the journal has: all that clients have."""
         self.seen["gManager lost"] += 1
         term, restored = self.reopened()
-        self.cluster = Cluster(CONFIG, term=term)
+        self.cluster = Cluster(self.config, term=term)
         self.late.clear()
         self.peers.clear()
         for connection in self.network.connections:
@@ -284,6 +287,7 @@ class WholeCell:
             chunk_tokens=8,
             mixed_chunk_tokens=5,
             cell_size=len(self.sizes),
+            role=self.chance.choice(get_args(m.Role)),
         )
         spec = register(rank=0, cell_size=1, blocks=total, block_size=BLOCK, chunk_tokens=8).spec
         model: Any = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"), fused=None)

@@ -4,7 +4,7 @@ So do services that run one engine for each GPU behind a router; but here a requ
 room, which is better than what a router knows when the request comes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from gmanager.cluster.placement import Candidate, InstanceView, Placement, choose_victim, most_tokens
 from gmanager.cluster.policies.base import Outlook, Policy, Prompt
@@ -29,5 +29,5 @@ class Static(Policy):
     def last_resort(self, views: Sequence[InstanceView], home: int) -> int | None:
         return None
 
-    def victim(self, running: Sequence[Candidate], home: int) -> int | None:
+    def victim(self, running: Iterable[Candidate], home: int) -> int | None:
         return choose_victim(candidate for candidate in running if candidate.home == home)

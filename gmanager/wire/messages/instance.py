@@ -38,6 +38,10 @@ class InstanceSpec(Part):
     """That requests may call the model by. A cell has those of its first instance."""
 
 
+Role = Literal["mixed", "prefill", "decode"]
+"""What an instance is for, under a policy that tells them apart."""
+
+
 class Former(Part):
     """What an instance was to a gManager that is gone. It has gone on without one."""
 
@@ -67,6 +71,7 @@ class Register(Message):
     """The number in the cell that it would have, if that is free."""
     former: Former | None = None
     """None: it comes as a new one."""
+    role: Role = "mixed"
 
 
 class Text(Message):
