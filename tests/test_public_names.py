@@ -50,7 +50,7 @@ def test_gmanager() -> None:
 def test_client() -> None:
     methods = {name for name, _ in inspect.getmembers(AsyncClient, inspect.isfunction) if not name.startswith("_")}
     assert methods == {"generate", "chat", "attach", "abort", "move_home", "drain", "stats", "text_assets"}
-    more = ["params", "request_id", "spread", "model", "wait_for_cell"]
+    more = ["params", "request_id", "spread", "model", "wait_for_cell", "priority"]
     assert list(inspect.signature(AsyncClient.generate).parameters) == ["self", "prompt", *more]
     assert list(inspect.signature(AsyncClient.chat).parameters) == ["self", "messages", *more]
 

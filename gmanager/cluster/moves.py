@@ -81,11 +81,11 @@ class Moves:
         """Whether an answer to a Reserve of this number is one to a move."""
         return self._move is not None and self._move.number == number
 
-    def start(self, oldest_first: Sequence[SequenceState]) -> None:
+    def start(self, in_order: Sequence[SequenceState]) -> None:
         """Begin the next move, if there is one to begin."""
         if self._move is not None:
             return
-        for sequence in oldest_first:
+        for sequence in in_order:
             for rank in sequence.participants:
                 if self._can_move(sequence, rank):
                     self._move = Move(self._ground.next_number(), sequence, rank)

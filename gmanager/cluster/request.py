@@ -27,6 +27,10 @@ from gmanager.wire.peer import PeerId
 Runs = Sequence[Sequence[tuple[int, int]]]
 """What is kept of a sequence on one instance: for each run the ranges of its positions."""
 
+PRIORITY_S = 60.0
+"""What a level of priority is worth, in seconds of waiting. So none starves: who has waited for as many minutes as it stands
+levels behind those that come goes before them."""
+
 STORY = 32
 """Changes of state that are remembered of a request, for the error that one too many would be."""
 
@@ -60,6 +64,8 @@ class Request:
     """When something was last heard of it that was not known: a token, a change of state or of what is held of it."""
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
+    priority: int = 0
+    """Lower goes first."""
     highest: int = 0
     """Of its token ids; 0 until they have been looked through."""
     bad_words: list[list[int]] = field(default_factory=list)
@@ -125,6 +131,12 @@ class Request:
     @property
     def prompt_tokens(self) -> int:
         return len(self.prompt) // 4
+
+    @property
+    def precedence(self) -> tuple[float, int]:
+        """Its place in a queue: as if it had come `PRIORITY_S` later for each level, ties by age. It never changes, so no queue
+        is sorted again; of equal priority it is age."""
+        return self.arrived_at + PRIORITY_S * self.priority, self.number
 
     @property
     def is_waiting(self) -> bool:

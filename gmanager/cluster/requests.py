@@ -319,5 +319,6 @@ def _request(number: int, submit: Submit, client: PeerId | None, seed: int, spre
         prompt=submit.token_ids or b"",
         logprobs=None if submit.params.logprobs is None else [],
         model=submit.model,
+        priority=submit.priority,
         content=content_of(submit),
     )

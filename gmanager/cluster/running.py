@@ -36,9 +36,9 @@ class Running:
         """In order of admission."""
         return self._sequences.values()
 
-    def oldest_first(self) -> list[Sequence]:
-        """By age of their requests."""
-        return sorted(self._sequences.values(), key=lambda sequence: sequence.request.number)
+    def in_order(self) -> list[Sequence]:
+        """By priority, then age of their requests: in which they get blocks."""
+        return sorted(self._sequences.values(), key=lambda sequence: (sequence.request.priority, sequence.request.number))
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@
 - KV of those that wait is given up before any that runs is preempted, and where nothing runs and the next has no room.
 - When the membership changes, all that runs goes back to the queue with what is left of its KV (`suspend`, `inherit`), and
   is admitted again in the next epoch, where only what is missing is computed.
-- The oldest sequence is preempted only if it is alone, no instance has a block, and so nobody else can make room.
+- The first sequence, the oldest of the highest priority, is preempted only if it is alone, no instance has a block, and so
+  nobody else can make room; none is for one of a lower priority.
 """
 
 import logging
@@ -83,7 +84,7 @@ class Sequences:
         return self._running.num_dropped
 
     def enqueue(self, request: Request, now: float) -> None:
-        """Let a request wait for memory, behind all older ones."""
+        """Let a request wait for memory, behind all that precede it."""
         self._waiting.add(request, now, "enqueue")
         self._changed = True
 
@@ -322,9 +323,9 @@ class Sequences:
         """Start what can start now, if anything has changed."""
         while self._changed and self._reservation is None and self._cell.is_ready:
             self._changed = False
-            oldest_first = self._running.oldest_first()
-            if not any(self._try_move(sequence) for sequence in oldest_first):
-                self._moves.start(oldest_first)
+            in_order = self._running.in_order()
+            if not any(self._try_move(sequence) for sequence in in_order):
+                self._moves.start(in_order)
                 self._try_admit()
 
     def emptied(self) -> Member | None:
@@ -375,8 +376,9 @@ class Sequences:
             return target
         if self._running.blocks_come or self._waiting.give_up_kept():
             return None
-        running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._running.all()]
-        victim = choose_victim(running)
+        victim = choose_victim(
+            Candidate(s.number, s.request.number, s.request.num_tokens, s.request.priority) for s in self._running.all()
+        )
         if victim is None:
             target = choose_target(views, home=sequence.home, reserve=1)
         if target is None:

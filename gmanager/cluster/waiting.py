@@ -30,7 +30,7 @@ class Waiting:
         self._requests = requests
         self._emit = emit
         self._queue: list[Request] = []
-        """In order of arrival."""
+        """By precedence: priority and arrival."""
         self._came_from: dict[int, int] = {}
         """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
 
@@ -40,13 +40,13 @@ class Waiting:
     # --- who waits ----------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float, change: Literal["enqueue", "deny", "release", "interrupt"]) -> None:
-        """Behind all older ones."""
+        """Behind all that precede it."""
         self._requests.change(request, change)
         request.waiting_since = now
-        insort(self._queue, request, key=lambda waiting: waiting.number)
+        insort(self._queue, request, key=lambda waiting: waiting.precedence)
 
     def next(self) -> Request | None:
-        """The oldest that the present members could hold all of, alone. The cell may have been larger when one that they can't
+        """The first that the present members could hold all of, alone. The cell may have been larger when one that they can't
         came, and be again."""
         return next(filter(self._may_fit, self._queue), None)
 
@@ -58,7 +58,7 @@ class Waiting:
     def place(self, request: Request, views: list[InstanceView]) -> Placement | None:
         """Where its next admission would lie, as instances are now; None if nowhere."""
         block_size, reach = self._cell.spec.block_size, self._cell.spec.reach
-        waiting = [behind.missing_tokens for behind in self._queue if behind.number > request.number]
+        waiting = [behind.missing_tokens for behind in self._queue if behind.precedence > request.precedence]
         if not request.kept:
             return place(
                 views,
@@ -105,7 +105,7 @@ class Waiting:
         request.held = {}
 
     def give_up_kept(self, last: Request | None = None) -> bool:
-        """Free what is left of the KV of the youngest, of `last` only if no other has any. Whether there was any."""
+        """Free what is left of the KV of the last in the queue, of `last` only if no other has any. Whether there was any."""
         kept = [request for request in self._queue if request.kept]
         victim = next((request for request in reversed(kept) if request is not last), last if last in kept else None)
         if victim is None:
@@ -192,9 +192,9 @@ class Waiting:
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
-        numbers = [request.number for request in self._queue]
-        if numbers != sorted(set(numbers)):
-            raise RuntimeError("the queue is not in order of arrival")
+        order = [request.precedence for request in self._queue]
+        if order != sorted(set(order)):
+            raise RuntimeError("the queue is not in order of precedence")
         for request in self._queue:
             if request.state != "queued" or not request.prompt:
                 raise RuntimeError(f"request {request.number} waits and is {request.state}")

@@ -28,6 +28,7 @@ class Generation:
     prompts: Sequence[Prompt]
     params: Sequence[SamplingParams]
     spread: Spread
+    priority: int
     drops_tokens: bool
     """Only the prompts count: what is generated is no part of the answer."""
     usage: Usage = field(default_factory=Usage)
@@ -76,6 +77,7 @@ class Generation:
                 spread=self.spread,
                 model=self.model,
                 wait_for_cell=False,
+                priority=self.priority,
             )
             async with aclosing(chunks):
                 async for chunk in chunks:

@@ -190,9 +190,9 @@ def serving(*blocks: int, **config: Any) -> Driver:
 def submit(
     name: str, tokens: int = 8, *, spread: Spread | None = None, prompt: list[int] | None = None, **more: Any
 ) -> m.Submit:
-    """`more`: sampling parameters, `model`, `wait_for_cell`."""
+    """`more`: sampling parameters, `model`, `wait_for_cell`, `priority`."""
     packed = m.pack_tokens([5] * tokens if prompt is None else prompt)
-    fields = {name: more.pop(name) for name in ("model", "wait_for_cell") if name in more}
+    fields = {name: more.pop(name) for name in ("model", "wait_for_cell", "priority") if name in more}
     return m.Submit(request_id=name, params=m.SamplingParams(**more), token_ids=packed, spread=spread, **fields)
 
 

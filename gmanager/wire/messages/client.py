@@ -4,6 +4,7 @@ from typing import Literal
 
 from gmanager.wire.messages.base import Message
 from gmanager.wire.messages.requests import (
+    MOST_PRIORITY,
     ChatMessage,
     FinishReason,
     PromptLogprobs,
@@ -40,6 +41,9 @@ class Submit(Message):
     """The model that is to answer, by a name that cells serve it under; None: any."""
     wait_for_cell: bool = True
     """Whether to wait when no cell is ready; else it is refused."""
+    priority: int = 0
+    """Lower goes first, as in vLLM: in the queue for memory, and who keeps it when there is too little. A level is worth a
+    minute's waiting."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("text", "token_ids", "messages") if getattr(self, name) is not None]
@@ -49,6 +53,8 @@ class Submit(Message):
             raise ValueError(f"a request id has 1 to 256 characters, got {len(self.request_id)}")
         if isinstance(self.spread, int) and self.spread < 1:
             raise ValueError(f"spread must be at least 1, got {self.spread}")
+        if not -MOST_PRIORITY <= self.priority < MOST_PRIORITY:
+            raise ValueError(f"priority must be in [-2**31, 2**31), got {self.priority}")
 
     @property
     def text_fields(self) -> list[str]:

@@ -13,6 +13,8 @@ MAX_BAD_WORD_CHARS = 256
 MAX_BAD_WORD_TOKENS = 64
 """Of each of `bad_words`, however it is written."""
 MAX_LOGPROBS = 20
+MOST_PRIORITY = 2**31
+"""A request's priority is at least -this, and less than this."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 RequestState = Literal["queued", "reserving", "prefill", "decode", "moving", "preempted", "finished"]
