@@ -49,6 +49,10 @@ def up(
     journal: Annotated[
         Path | None, typer.Option(help="file that keeps requests and their tokens, for when the gManager is lost (none)")
     ] = None,
+    slo_ttft: Annotated[
+        float | None, typer.Option(help="seconds to a first token: who would wait longer is refused (none)")
+    ] = None,
+    slo_tpot: Annotated[float | None, typer.Option(help="seconds between tokens, in the mean: likewise (none)")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
     allow_origins: Annotated[
         list[str] | None,
@@ -81,6 +85,8 @@ def up(
         dtype=dtype,
         names=tuple(dict.fromkeys(names or ())),
         journal=journal,
+        slo_ttft_s=slo_ttft,
+        slo_tpot_s=slo_tpot,
         api_key_file=api_key_file,
         allow_origins=tuple(allow_origins or ()),
         aliases=tuple(aliases or ()),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from gmanager.cluster.lifecycle import RUNNING, WAITING, Change, State
+from gmanager.cluster.objectives import NO_OBJECTIVES, Objectives
 from gmanager.config import Spread
 from gmanager.wire.messages import (
     FinishReason,
@@ -66,6 +67,9 @@ class Request:
     """Packed token ids; empty until they are known."""
     priority: int = 0
     """Lower goes first."""
+    objectives: Objectives = NO_OBJECTIVES
+    retry_after_s: float | None = None
+    """It is refused: when one like it is expected to be taken."""
     highest: int = 0
     """Of its token ids; 0 until they have been looked through."""
     bad_words: list[list[int]] = field(default_factory=list)
@@ -147,6 +151,13 @@ class Request:
     def is_running(self) -> bool:
         """Whether it is a sequence of its cell, if only one that is being released."""
         return self.state in RUNNING
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time between its tokens so far; None: there are fewer than two."""
+        if self.first_token_at is None or self.last_token_at is None or len(self.tokens) < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (len(self.tokens) - 1)
 
     @property
     def num_tokens(self) -> int:

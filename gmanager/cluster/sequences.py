@@ -23,6 +23,7 @@ from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
+from gmanager.cluster.outlook import Outlook
 from gmanager.cluster.policy import Candidate, Placement, choose_target, choose_victim
 from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
@@ -40,6 +41,7 @@ from gmanager.wire.messages import (
     KeptPart,
     MoveSequence,
     Outputs,
+    Refusal,
     Released,
     Reserve,
     ReserveNext,
@@ -66,6 +68,7 @@ class Sequences:
         self._crowded = False
         self._changed = False
         self._moves = Moves(cell, self._running, emit)
+        self._outlook = Outlook(cell, self._running, self._waiting, requests)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -87,6 +90,12 @@ class Sequences:
         """Let a request wait for memory, behind all that precede it."""
         self._waiting.add(request, now, "enqueue")
         self._changed = True
+
+    def refusal(self, request: Request) -> Refusal | None:
+        """Why a request that is to be queued would miss its objectives; None: it may meet them."""
+        reservation = self._reservation
+        is_admission = reservation is not None and reservation.placement is not None
+        return self._outlook.refusal(request, reservation.request if reservation and is_admission else None)
 
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
@@ -235,6 +244,7 @@ class Sequences:
             )
 
     def on_outputs(self, member: Member, outputs: Outputs) -> None:
+        self._outlook.on_outputs(member, outputs)
         for output in outputs.outputs:
             sequence = self._running.get(output.seq)
             if sequence is None or output.index < sequence.received or output.index in sequence.early:
@@ -452,6 +462,7 @@ class Sequences:
         request.home = self._id(home)
         request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._requests.admit(request)
+        self._outlook.on_admitted(sequence)
         self._running.regroup()
         admit = Admit(
             epoch=self._cell.epoch,
@@ -497,6 +508,7 @@ class Sequences:
         came: list[int] = []
         came_logprobs: list[TokenLogprob] = []
         last: SequenceOutput | None = None
+        is_first = not sequence.received
         while (output := sequence.early.pop(sequence.received, None)) is not None:
             came += output.token_ids
             came_logprobs += output.logprobs or ()
@@ -507,6 +519,8 @@ class Sequences:
             self._running.num_dropped += 1
         if last is None or not sequence.is_current:
             return
+        if is_first:
+            self._outlook.on_first(sequence)
         request = sequence.request
         token_ids, logprobs, reason = request.wanted_of(came, came_logprobs, last.finish_reason)
         if reason is None:
@@ -554,6 +568,7 @@ class Sequences:
         self._moves.forget(sequence)
         self._moves.room_came()
         self._running.remove(sequence)
+        self._outlook.on_released(sequence)
         self._changed = True
         request = sequence.request
         if not sequence.is_current:

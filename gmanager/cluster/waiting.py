@@ -50,6 +50,10 @@ class Waiting:
         came, and be again."""
         return next(filter(self._may_fit, self._queue), None)
 
+    def ahead_of(self, request: Request) -> list[Request]:
+        """Those that precede it, whether it waits here (yet) or not."""
+        return [other for other in self._queue if other.precedence < request.precedence and self._may_fit(other)]
+
     def _may_fit(self, request: Request) -> bool:
         most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
         generated = len(request.tokens)
