@@ -320,6 +320,8 @@ async def serve_and_measure(trace: Sequence[Arrival], args: argparse.Namespace) 
             threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
             spread=args.spread,
             chunk_tokens=args.chunk_tokens,
+            slo_ttft_s=args.slo_ttft if args.refuse else None,
+            slo_tpot_s=args.slo_tpot if args.refuse else None,
             logs=args.out,
         )
     except ValueError as error:
@@ -366,6 +368,7 @@ def parse() -> argparse.Namespace:
     own.add_argument("--kv-memory", type=float, help="as the instances' flag")
     own.add_argument("--chunk-tokens", type=int, help="as the instances' flag")
     own.add_argument("--spread", default="auto", help="as the gManager's flag")
+    own.add_argument("--refuse", action="store_true", help="it has the objectives, too, and refuses who would miss them")
     args = parser.parse_args()
     for flag, value in (("--scale", args.scale), ("--timeout", args.timeout)):
         if not (math.isfinite(value) and value > 0):

@@ -303,3 +303,47 @@ def test_goodput_is_of_what_was_served_with_objectives() -> None:
     driver.say(peer(0), outputs(stopped, 0, [9, 9]))
     driver.handle(StopFound(4, 1, driver.now))
     assert counted(driver) == (2, 0, 0)
+
+
+# --- what it is for
+
+
+def overloaded(lengths: list[int], **config: Any) -> tuple[m.Observations, int]:
+    """Requests come every 0.05 s for each 8 tokens of their mean length, and take 0.1 s: twice as many as can be served, the
+    shortest first. What was seen, and how many were refused."""
+    driver = serving(4000, **config)
+    gap_s = 0.05 * sum(lengths) / 8 / len(lengths)
+    waiting: list[tuple[int, int]] = []
+    """Tokens and sequence of prompts."""
+    due = [(gap_s * number, tokens) for number, tokens in enumerate(lengths)]
+    under_way, done_at, num_refused = 0, 0.0, 0
+    while due or waiting or under_way:
+        if not under_way and waiting:
+            tokens, under_way = min(waiting)
+            waiting.remove((tokens, under_way))
+            done_at = driver.now + 0.1 * tokens / 8
+        if due and (not under_way or due[0][0] <= done_at):
+            at, tokens = due.pop(0)
+            driver.now = max(driver.now, at)
+            actions = driver.say(CLIENT, submit(f"r{len(due)}", tokens, max_tokens=1))
+            num_refused += refused(actions) is not None
+            waiting += [(tokens, admit.seq) for admit in admits(driver.grant(actions))]
+        elif under_way:
+            driver.now = done_at
+            driver.say(peer(0), outputs(under_way, 0, [9], finish_reason="length", held=[]))
+            driver.free[peer(0)] = 4000 - 8 * len(waiting)
+            driver.say(peer(0), beat(driver.free[peer(0)]), m.Released(epoch=1, seq=under_way, generated=1))
+            under_way = 0
+    return driver.cluster.stats().observed, num_refused
+
+
+@pytest.mark.parametrize(("lengths", "times"), [([8] * 300, 7), ([8, 16, 24] * 100, 1)], ids=["of one length", "of several"])
+def test_under_overload_some_are_in_time_rather_than_all_late(lengths: list[int], times: int) -> None:
+    """No clock but the test's own. Where the shortest go first few are late, but those for ever."""
+    without, none = overloaded(lengths)
+    assert (none, without.finished["length"]) == (0, 300)
+    in_time = sum(count for bound, count in zip(without.ttft_s.bounds, without.ttft_s.counts, strict=False) if bound <= 1)
+    seen, num_refused = overloaded(lengths, slo_ttft_s=1.0)
+    assert seen.met_slo + seen.missed_ttft == 300 - num_refused
+    assert seen.met_slo > 0.9 * (300 - num_refused), "who is taken is in time"
+    assert seen.met_slo >= times * in_time
