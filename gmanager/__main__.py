@@ -73,6 +73,13 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         default=default.max_pause_s,
         help="a client that does not read for so long is taken for gone (%(default)g)",
     )
+    add_seconds(
+        "--slo-ttft",
+        help="objective: longest time from a request's arrival to its first token; one that would miss it is refused (none)",
+    )
+    add_seconds(
+        "--slo-tpot", help="objective: longest time between its tokens, in the mean; one that would miss it is refused (none)"
+    )
     parser.add_argument(
         "--journal",
         type=Path,
@@ -93,6 +100,8 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
             resume_s=given.resume,
             max_pause_s=given.max_pause,
             journal=given.journal,
+            slo_ttft_s=given.slo_ttft,
+            slo_tpot_s=given.slo_tpot,
         )
     except ValueError as error:
         parser.error(str(error))

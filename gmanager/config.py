@@ -40,6 +40,11 @@ class GManagerConfig:
     """A client that doesn't read is told no more; after so long it is taken for gone."""
     journal: Path | None = None
     """The file in which requests and their tokens are kept, for the gManager that follows; None: none are."""
+    slo_ttft_s: float | None = None
+    """Seconds from a request's arrival to its first token that are wanted: one that would miss it is refused. None: any will
+    do. A request may say its own."""
+    slo_tpot_s: float | None = None
+    """Seconds between tokens, in a request's mean, that are wanted; likewise."""
     form_timeout_s: float = 120.0
     """Longest time from a cell's last registration until it is ready: a process group forms in seconds, but compilers
     and slow file systems have taken a minute."""
@@ -58,6 +63,10 @@ class GManagerConfig:
         for name in ("max_queue_wait_s", "max_stall_s", "instance_lease_s", "client_lease_s", "max_pause_s", "form_timeout_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        for name in ("slo_ttft_s", "slo_tpot_s"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if not (math.isfinite(self.resume_s) and self.resume_s >= 0):
             raise ValueError(f"resume_s must be a number >= 0, got {self.resume_s}")

@@ -403,6 +403,7 @@ class Server:
             finish_reason=reason,
             error=new.error,
             refusal=new.refusal,
+            retry_after_s=new.retry_after_s,
         )
         waiting = self._outbox.setdefault(new.peer, [])
         waiting.append(output)

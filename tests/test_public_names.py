@@ -52,7 +52,7 @@ def test_gmanager() -> None:
 def test_client() -> None:
     methods = {name for name, _ in inspect.getmembers(AsyncClient, inspect.isfunction) if not name.startswith("_")}
     assert methods == {"generate", "chat", "attach", "abort", "move_home", "drain", "stats", "text_assets"}
-    more = ["params", "request_id", "spread", "model", "wait_for_cell"]
+    more = ["params", "request_id", "spread", "model", "wait_for_cell", "priority", "slo_ttft_s", "slo_tpot_s"]
     assert list(inspect.signature(AsyncClient.generate).parameters) == ["self", "prompt", *more]
     assert list(inspect.signature(AsyncClient.chat).parameters) == ["self", "messages", *more]
 
@@ -95,7 +95,7 @@ def test_chunk_and_stats() -> None:
     times = ["step_us", "exchange_us", "attention_us", "notice_us"]
     assert fields(Counters) == [*tokens, *moves, *times, "dropped_messages"]
     assert fields(Histogram) == ["bounds", "counts", "total"]
-    counts = ["prompt_tokens", "generated_tokens", "finished", "refused"]
+    counts = ["prompt_tokens", "generated_tokens", "finished", "refused", "met_slo", "missed_ttft", "missed_tpot"]
     assert fields(Observations) == ["queue_s", "ttft_s", "tpot_s", "e2e_s", *counts]
 
 

@@ -54,6 +54,10 @@ def up(
     roles: Annotated[
         str | None, typer.Option(help="of each instance, with commas between: mixed, prefill or decode, for the policy split")
     ] = None,
+    slo_ttft: Annotated[
+        float | None, typer.Option(help="seconds to a first token: who would wait longer is refused (none)")
+    ] = None,
+    slo_tpot: Annotated[float | None, typer.Option(help="seconds between tokens, in the mean: likewise (none)")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
     allow_origins: Annotated[
         list[str] | None,
@@ -88,6 +92,8 @@ def up(
         journal=journal,
         policy=policy,
         roles=() if roles is None else tuple(roles.split(",")),
+        slo_ttft_s=slo_ttft,
+        slo_tpot_s=slo_tpot,
         api_key_file=api_key_file,
         allow_origins=tuple(allow_origins or ()),
         aliases=tuple(aliases or ()),

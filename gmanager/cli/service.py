@@ -66,6 +66,9 @@ class ServiceConfig:
     """HOST:PORT of a gateway; None: none is started."""
     journal: Path | None = None
     """Of the gManager."""
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
+    """The gManager's objectives; None: it has none."""
     api_key_file: Path | None = None
     gateway_flags: tuple[str, ...] = ()
     """What the gateway is told besides."""
@@ -184,8 +187,15 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
 
 
 def _gmanager(config: ServiceConfig, bind: str) -> list[str]:
-    journal = [] if config.journal is None else [f"--journal={config.journal}"]
-    return [sys.executable, "-m", "gmanager", "--bind", bind, "--spread", config.spread, "--policy", config.policy, *journal]
+    flags = {
+        "--spread": config.spread,
+        "--policy": config.policy,
+        "--journal": config.journal,
+        "--slo-ttft": config.slo_ttft_s,
+        "--slo-tpot": config.slo_tpot_s,
+    }
+    given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
+    return [sys.executable, "-m", "gmanager", "--bind", bind, *given]
 
 
 def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -58,6 +59,8 @@ class Wanted:
     journal: Path | None
     policy: str
     roles: tuple[str, ...]
+    slo_ttft_s: float | None
+    slo_tpot_s: float | None
     api_key_file: Path | None
     allow_origins: tuple[str, ...]
     aliases: tuple[str, ...]
@@ -100,6 +103,9 @@ def check(wanted: Wanted) -> ServiceConfig:
         raise CannotStart(f"{wanted.instances} instances need as many GPUs; this machine has {gpus}")
     try:
         GManagerConfig(bind=wanted.bind, policy=wanted.policy)
+        for flag, seconds in (("--slo-ttft", wanted.slo_ttft_s), ("--slo-tpot", wanted.slo_tpot_s)):
+            if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+                raise CannotStart(f"{flag} must be a positive number of seconds, got {seconds:g}")
         check_address(wanted.bind)
         host, _, port = wanted.bind.removeprefix("tcp://").rpartition(":")
         check_port(host, port, "--bind")
@@ -138,6 +144,8 @@ def check(wanted: Wanted) -> ServiceConfig:
             roles=wanted.roles,
             http=wanted.http,
             journal=None if wanted.journal is None else wanted.journal.expanduser().absolute(),
+            slo_ttft_s=wanted.slo_ttft_s,
+            slo_tpot_s=wanted.slo_tpot_s,
             api_key_file=wanted.api_key_file,
             gateway_flags=_gateway_flags(wanted),
         )

@@ -33,6 +33,7 @@ from gmanager.cluster.events import (
 from gmanager.cluster.instances import Instances
 from gmanager.cluster.intake import Intake
 from gmanager.cluster.membership import Membership
+from gmanager.cluster.objectives import Objectives
 from gmanager.cluster.parting import Parting
 from gmanager.cluster.performance import Costs
 from gmanager.cluster.requests import Requests
@@ -56,7 +57,8 @@ class Cluster:
         self._turn = turn = Turn()
         self._ticked_at: float | None = None
         self._num_dropped = 0
-        self._requests = Requests(turn.emit, clock=lambda: turn.now, term=term)
+        objectives = Objectives(ttft_s=config.slo_ttft_s, tpot_s=config.slo_tpot_s)
+        self._requests = Requests(turn.emit, clock=lambda: turn.now, term=term, objectives=objectives)
         self._cells = Cells()
         self._parting = Parting(turn)
         self._intake = Intake(config, self._requests, self._cells, turn)

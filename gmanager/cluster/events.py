@@ -283,6 +283,7 @@ class Deliver:
     finish_reason: FinishReason | None = None
     error: str | None = None
     refusal: RefusalReason | None = None
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

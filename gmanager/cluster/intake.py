@@ -134,9 +134,14 @@ class Intake:
         else:
             given = request.params.max_tokens
             request.max_tokens = cell.room(request.prompt_tokens) if given is None else given
-            sequences.enqueue(request, request.waiting_since)
+            refusal = None if request.is_restored else sequences.refusal(request)
+            if refusal is not None:
+                self._refuse(request, refusal)
+            else:
+                sequences.enqueue(request, request.waiting_since)
 
     def _refuse(self, request: Request, refusal: Refusal) -> None:
+        request.retry_after_s = refusal.retry_after_s
         self._requests.finish(request, "error", error=refusal.text, refusal=refusal.reason)
 
     # --- ends ---------------------------------------------------------------------------------------------------------

@@ -83,9 +83,9 @@ class Moves:
         """Whether an answer to a Reserve of this number is one to a move."""
         return self._move is not None and self._move.number == number
 
-    def start(self, oldest_first: Sequence[SequenceState]) -> None:
+    def start(self, in_order: Sequence[SequenceState]) -> None:
         """Begin the next move away from an instance that is drained, if there is one to begin."""
-        for sequence in oldest_first if self._move is None else ():
+        for sequence in in_order if self._move is None else ():
             for rank in sequence.participants:
                 is_leaving = self._cell.members[rank].is_draining and (sequence.number, rank) not in self._homeless
                 if is_leaving and self.can_begin(sequence, rank):

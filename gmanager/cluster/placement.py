@@ -74,6 +74,8 @@ class Candidate:
     arrival: int
     tokens: int
     home: int
+    priority: int = 0
+    """Lower goes first."""
 
 
 def place(
@@ -313,10 +315,12 @@ def choose_holder(views: Iterable[InstanceView], *, blocks: int, holders: Collec
 
 
 def choose_victim(running: Iterable[Candidate]) -> int | None:
-    """The sequence to preempt: of all but the oldest the one with fewest tokens, which is cheapest to recompute.
+    """The sequence to preempt: of all but the first, which is the oldest of the highest priority, those of the lowest priority,
+    and of these the one with fewest tokens, which is cheapest to recompute.
 
-    Ties: the youngest. None if there are fewer than two.
+    Ties: the youngest. None if there are fewer than two. So whichever of them needs room, no other gives way to one of a lower
+    priority than its own.
     """
-    by_age = sorted(running, key=lambda candidate: candidate.arrival)
-    younger = [(candidate.tokens, -candidate.arrival, candidate.seq) for candidate in by_age[1:]]
-    return min(younger)[2] if younger else None
+    in_order = sorted(running, key=lambda candidate: (candidate.priority, candidate.arrival))
+    others = [(-candidate.priority, candidate.tokens, -candidate.arrival, candidate.seq) for candidate in in_order[1:]]
+    return min(others)[3] if others else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from gmanager.cluster.lifecycle import RUNNING, WAITING, Change, State
+from gmanager.cluster.objectives import NO_OBJECTIVES, Objectives
 from gmanager.config import Spread
 from gmanager.wire.messages import (
     FinishReason,
@@ -26,6 +27,10 @@ from gmanager.wire.peer import PeerId
 
 Runs = Sequence[Sequence[tuple[int, int]]]
 """What is kept of a sequence on one instance: for each run the ranges of its positions."""
+
+PRIORITY_S = 60.0
+"""What a level of priority is worth, in seconds of waiting. So none starves: who has waited for as many minutes as it stands
+levels behind those that come goes before them."""
 
 STORY = 32
 """Changes of state that are remembered of a request, for the error that one too many would be."""
@@ -60,6 +65,11 @@ class Request:
     """When something was last heard of it that was not known: a token, a change of state or of what is held of it."""
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
+    priority: int = 0
+    """Lower goes first."""
+    objectives: Objectives = NO_OBJECTIVES
+    retry_after_s: float | None = None
+    """It is refused: when one like it is expected to be taken."""
     highest: int = 0
     """Of its token ids; 0 until they have been looked through."""
     bad_words: list[list[int]] = field(default_factory=list)
@@ -127,6 +137,12 @@ class Request:
         return len(self.prompt) // 4
 
     @property
+    def precedence(self) -> tuple[float, int]:
+        """Its place in a queue: as if it had come `PRIORITY_S` later for each level, ties by age. It never changes, so no queue
+        is sorted again; of equal priority it is age."""
+        return self.arrived_at + PRIORITY_S * self.priority, self.number
+
+    @property
     def is_waiting(self) -> bool:
         """Whether it has no KV yet, or no longer."""
         return self.state in WAITING
@@ -135,6 +151,13 @@ class Request:
     def is_running(self) -> bool:
         """Whether it is a sequence of its cell, if only one that is being released."""
         return self.state in RUNNING
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time between its tokens so far; None: there are fewer than two."""
+        if self.first_token_at is None or self.last_token_at is None or len(self.tokens) < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (len(self.tokens) - 1)
 
     @property
     def num_tokens(self) -> int:

@@ -11,6 +11,7 @@ import msgspec
 from gmanager.cluster.delivery import Delivery
 from gmanager.cluster.events import Accepted, Emit, Encoded, Entry, Finished, Generated, Log, Restored, Send, Write
 from gmanager.cluster.lifecycle import TRANSITIONS, Change
+from gmanager.cluster.objectives import NO_OBJECTIVES, Objectives
 from gmanager.cluster.request import Ended, Request, content_of
 from gmanager.config import Spread
 from gmanager.observed import Observed
@@ -38,8 +39,11 @@ may hold tokens of a request that no journal knows."""
 class Requests:
     """All live requests, what is kept of the last finished ones, and what is counted of all."""
 
-    def __init__(self, emit: Emit, clock: Callable[[], float], *, term: int = 0) -> None:
-        """`term`: of the journal; 0: there is none, and nothing is to be written."""
+    def __init__(
+        self, emit: Emit, clock: Callable[[], float], *, term: int = 0, objectives: Objectives = NO_OBJECTIVES
+    ) -> None:
+        """`term`: of the journal; 0: there is none, and nothing is to be written. `objectives`: of requests that have none of
+        their own."""
         self.observed = Observed()
         self.waiting_bytes = 0
         """What the prompts of waiting requests take."""
@@ -49,6 +53,7 @@ class Requests:
         self._emit = emit
         self._clock = clock
         self._term = term
+        self._objectives = objectives
         self._numbers = 0
         self._live: dict[int, Request] = {}
         self._ids: dict[str, Request] = {}
@@ -58,6 +63,10 @@ class Requests:
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def now(self) -> float:
+        return self._clock()
+
     def new(self, submit: Submit, client: PeerId, seed: int, spread: Spread) -> Request:
         """Take a request in. Its id must not be that of a live one; one that has ended is forgotten."""
         if submit.request_id in self._ids:
@@ -65,6 +74,7 @@ class Requests:
         self._numbers = max(self._numbers, NUMBERS_OF_A_TERM * self._term) + 1
         now = self._clock()
         request = _request(self._numbers, submit, client, seed, spread, now)
+        request.objectives = self._objectives.of(submit)
         self._keep_live(request)
         self._write(Accepted(number=request.number, submit=submit, seed=seed, spread=spread))
         return request
@@ -77,6 +87,7 @@ class Requests:
         self._numbers = restored.number
         now = self._clock()
         request = _request(restored.number, restored.submit, None, restored.seed, restored.spread, now)
+        request.objectives = self._objectives.of(restored.submit)
         self.delivery.detach(request, now)
         request.tokens.extend(restored.token_ids)
         request.told, request.has_text = len(request.tokens), False
@@ -141,7 +152,7 @@ class Requests:
         """Answer a Submit that is not taken in."""
         self._log_refused(submit.request_id, refusal.reason)
         self.observed.refused[refusal.reason] += 1
-        self.delivery.refuse(client, submit.request_id, refusal.reason, refusal.text)
+        self.delivery.refuse(client, submit.request_id, refusal)
 
     def admit(self, request: Request) -> None:
         """It begins to run, or does so again."""
@@ -279,11 +290,17 @@ class Requests:
         if refusal is not None:
             self.observed.refused[refusal] += 1
             return
+        now = self._clock()
         self.observed.finished[reason] += 1
-        self.observed.e2e_s.add(self._clock() - request.arrived_at)
-        first, last = request.first_token_at, request.last_token_at
-        if first is not None and last is not None and len(request.tokens) > 1:
-            self.observed.tpot_s.add((last - first) / (len(request.tokens) - 1))
+        self.observed.e2e_s.add(now - request.arrived_at)
+        if request.tpot_s is not None:
+            self.observed.tpot_s.add(request.tpot_s)
+        if request.objectives and reason in ("stop", "length"):
+            first = now if request.first_token_at is None else request.first_token_at  # only its prompt was wanted
+            late, slow = request.objectives.missed(first - request.arrived_at, request.tpot_s)
+            self.observed.missed_ttft += late
+            self.observed.missed_tpot += slow
+            self.observed.met_slo += not (late or slow)
 
     def _log_end(self, request: Request, reason: FinishReason, error: str | None, refusal: RefusalReason | None) -> None:
         if refusal is not None:
@@ -324,5 +341,6 @@ def _request(number: int, submit: Submit, client: PeerId | None, seed: int, spre
         prompt=submit.token_ids or b"",
         logprobs=None if submit.params.logprobs is None else [],
         model=submit.model,
+        priority=submit.priority,
         content=content_of(submit),
     )

@@ -5,7 +5,7 @@ instances' loads is remembered, and counted anew only when something of it has c
 """
 
 from bisect import insort
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from gmanager.cluster.cell import Cell
@@ -28,6 +28,11 @@ class _Load:
     """rank -> tokens there that each of its rows attends to; None while its prompt runs."""
     is_ending: bool
     lacks_block: bool
+
+
+def in_order(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """By priority, then age of their requests: in which they get blocks."""
+    return sorted(sequences, key=lambda sequence: (sequence.request.priority, sequence.request.number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,8 @@ class Running:
         self._homes = [0] * cell.size
         self._backlogs = [0] * cell.size
         self._decodes = _Decodes.of(cell.size)
+        self._prefilling: dict[int, _Load] = {}
+        """Those whose prompts run."""
         self._num_ending = 0
         self._num_lacking = 0
 
@@ -93,9 +100,9 @@ class Running:
         """Those that lie on several instances."""
         return self._shared.values()
 
-    def oldest_first(self) -> list[Sequence]:
-        """By age of their requests."""
-        return sorted(self._sequences.values(), key=lambda sequence: sequence.request.number)
+    def in_order(self) -> list[Sequence]:
+        """By priority, then age of their requests: in which they get blocks."""
+        return in_order(self._sequences.values())
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 
@@ -135,6 +142,7 @@ class Running:
         self._touched.clear()
         self._homes, self._backlogs = [0] * self._cell.size, [0] * self._cell.size
         self._decodes = _Decodes.of(self._cell.size)
+        self._prefilling.clear()
         self._num_ending = self._num_lacking = 0
         self._parties = Parties(self._cell.epoch, self._cell.size)
 
@@ -213,6 +221,11 @@ class Running:
             for m in self._cell.members
         ]
 
+    def backlogs(self, *, but: Sequence | None = None) -> list[Mapping[int, int]]:
+        """Of each prompt that runs, `but` that one: rank -> what is left to compute there."""
+        self._count()
+        return [load.backlog for number, load in self._prefilling.items() if but is None or number != but.number]
+
     def touch(self, sequence: Sequence) -> None:
         """Something has changed that its load depends on: where it is at home, what is held of its prompt, how far it is."""
         self._touched[sequence.number] = None
@@ -222,9 +235,12 @@ class Running:
         for number in self._touched:
             if (old := self._loads.pop(number, None)) is not None:
                 self._add(old, -1)
+                self._prefilling.pop(number, None)
             if (sequence := self._sequences.get(number)) is not None:
-                self._loads[number] = self._load_of(sequence)
-                self._add(self._loads[number], 1)
+                new = self._loads[number] = self._load_of(sequence)
+                self._add(new, 1)
+                if new.backlog:
+                    self._prefilling[number] = new
         self._touched.clear()
 
     def _add(self, load: _Load, sign: int) -> None:

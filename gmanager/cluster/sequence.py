@@ -1,6 +1,6 @@
 """One admission of a request, and one reservation: what `gmanager.cluster.sequences` keeps of each."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from gmanager.cluster.placement import PARALLEL_EFFICIENCY, Placement, prompt_work
@@ -41,6 +41,15 @@ class Sequence:
     """A token has come of its present home: all KV that other instances hold of it is written, and grows no more."""
     moving_to: int | None = None
     """MoveSequence was sent, HomeMoved has not come."""
+    admitted_at: float = 0.0
+    own_work: float = 0.0
+    """Of its prompt, as `prompt_work` counts, on all instances."""
+    work: float = 0.0
+    """Till its first token, with what goes before it, when it was admitted: where there is most of it."""
+    first_expected_s: float | None = None
+    """From its admission to its first token, as it was expected then."""
+    step_expected_s: float | None = None
+    """Between tokens, likewise."""
 
     @property
     def is_current(self) -> bool:
@@ -51,10 +60,8 @@ class Sequence:
         """rank -> what it has still to compute of the prompt, as `prompt_work` counts, by what is known to be held."""
         if self.received or self.ending:
             return {}
-        tokens = sum(share.tokens for share in self.shares)
-        each = prompt_work(tokens, reach) / tokens / (PARALLEL_EFFICIENCY if len(self.shares) > 1 else 1)
         done = {rank: tokens - self.kept.get(rank, 0) for rank, tokens in self.held.items()}
-        return {share.rank: round(each * max(0, share.tokens - done.get(share.rank, 0))) for share in self.shares}
+        return works_of(self.shares, reach, done)
 
     def decodes_over(self) -> dict[int, int] | None:
         """rank -> tokens there that each of its rows attends to, as last heard; None while its prompt runs."""
@@ -87,6 +94,14 @@ class Sequence:
                 raise RuntimeError(f"{name}: its request is preempted and it was not cancelled")
         elif not self.ending:
             raise RuntimeError(f"{name}: nobody wants it and it was not cancelled")
+
+
+def works_of(shares: Collection[Share], reach: int, done: Mapping[int, int] | None = None) -> dict[int, int]:
+    """rank -> what it has to compute of a prompt that is shared so, as `prompt_work` counts. `done`: tokens of it by rank."""
+    done = {} if done is None else done
+    tokens = sum(share.tokens for share in shares)
+    each = prompt_work(tokens, reach) / tokens / (PARALLEL_EFFICIENCY if len(shares) > 1 else 1)
+    return {share.rank: round(each * max(0, share.tokens - done.get(share.rank, 0))) for share in shares}
 
 
 @dataclass(slots=True, eq=False)

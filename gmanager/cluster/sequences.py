@@ -12,7 +12,8 @@
 - KV of those that wait is given up before any that runs is preempted, and where nothing runs and the next has no room.
 - When the membership changes, all that runs goes back to the queue with what is left of its KV (`suspend`, `inherit`), and
   is admitted again in the next epoch, where only what is missing is computed.
-- The oldest sequence is preempted only if it is alone, no instance has a block, and so nobody else can make room.
+- The first sequence, the oldest of the highest priority, is preempted only if it is alone, no instance has a block, and so
+  nobody else can make room; none is for one of a lower priority.
 """
 
 import logging
@@ -20,13 +21,14 @@ from collections.abc import Collection, Mapping
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
+from gmanager.cluster.forecast import Forecast
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
 from gmanager.cluster.placement import Candidate, Placement, choose_target
 from gmanager.cluster.policies import NewHolder, NewHome
 from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
-from gmanager.cluster.running import Running
+from gmanager.cluster.running import Running, in_order
 from gmanager.cluster.sequence import Reservation, Sequence
 from gmanager.cluster.unsettled import Unsettled
 from gmanager.cluster.waiting import Waiting
@@ -41,6 +43,7 @@ from gmanager.wire.messages import (
     KeptPart,
     MoveSequence,
     Outputs,
+    Refusal,
     Released,
     Reserve,
     ReserveNext,
@@ -67,6 +70,7 @@ class Sequences:
         self._crowded = False
         self._changed = False
         self._moves = Moves(cell, self._running, emit)
+        self._forecast = Forecast(cell, self._running, self._waiting, requests)
         self._unsettled = Unsettled(cell)
         self._restless: dict[int, Sequence] = {}
         """Those that may want another home."""
@@ -85,9 +89,15 @@ class Sequences:
         return self._running.num_dropped
 
     def enqueue(self, request: Request, now: float) -> None:
-        """Let a request wait for memory, behind all older ones."""
+        """Let a request wait for memory, behind all that precede it."""
         self._waiting.add(request, now, "enqueue")
         self._changed = True
+
+    def refusal(self, request: Request) -> Refusal | None:
+        """Why a request that is to be queued would miss its objectives; None: it may meet them."""
+        reservation = self._reservation
+        is_admission = reservation is not None and reservation.placement is not None
+        return self._forecast.refusal(request, reservation.request if reservation and is_admission else None)
 
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
@@ -247,6 +257,7 @@ class Sequences:
             )
 
     def on_outputs(self, member: Member, outputs: Outputs) -> None:
+        self._forecast.on_outputs(member, outputs)
         for output in outputs.outputs:
             sequence = self._running.get(output.seq)
             if sequence is None or output.index < sequence.received or output.index in sequence.early:
@@ -345,9 +356,9 @@ class Sequences:
         while self._changed and self._reservation is None and self._cell.is_ready:
             self._changed = False
             if self._cell.is_draining:
-                oldest_first = self._running.oldest_first()
-                if not any(self._try_move(sequence) for sequence in oldest_first):
-                    self._moves.start(oldest_first)
+                everybody = self._running.in_order()
+                if not any(self._try_move(sequence) for sequence in everybody):
+                    self._moves.start(everybody)
                     self._try_admit()
             elif not any(self._try_move(sequence) for sequence in self._those_who_may_move()):
                 self._try_admit()
@@ -358,7 +369,7 @@ class Sequences:
         if self._restless:
             wishes = {n: s for n, s in self._restless.items() if s.needs_block or s.request.move_call is not None}
             self._restless = {n: s for n, s in wishes.items() if not s.ending and self._running.get(n) is s}
-        return sorted(self._restless.values(), key=lambda sequence: sequence.request.number)
+        return in_order(self._restless.values())
 
     def emptied(self) -> Member | None:
         """A member that is being drained and has nothing left, or nothing that could go elsewhere now."""
@@ -423,7 +434,9 @@ class Sequences:
             return target
         if self._running.blocks_come or self._waiting.give_up_kept():
             return None
-        running = [Candidate(s.number, s.request.number, s.request.num_tokens, s.home) for s in self._running.all()]
+        running = [
+            Candidate(s.number, s.request.number, s.request.num_tokens, s.home, s.request.priority) for s in self._running.all()
+        ]
         victim = policy.victim(running, sequence.home)
         if victim is None:
             target = policy.last_resort(views, sequence.home)
@@ -498,6 +511,7 @@ class Sequences:
         request.home = self._id(home)
         request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._requests.admit(request)
+        self._forecast.on_admitted(sequence)
         self._running.regroup(sequence)
         admit = Admit(
             epoch=self._cell.epoch,
@@ -544,6 +558,7 @@ class Sequences:
         came: list[int] = []
         came_logprobs: list[TokenLogprob] = []
         last: SequenceOutput | None = None
+        is_first = not sequence.received
         while (output := sequence.early.pop(sequence.received, None)) is not None:
             came += output.token_ids
             came_logprobs += output.logprobs or ()
@@ -557,6 +572,8 @@ class Sequences:
             self._running.num_dropped += 1
         if last is None or not sequence.is_current:
             return
+        if is_first:
+            self._forecast.on_first(sequence)
         request = sequence.request
         token_ids, logprobs, reason = request.wanted_of(came, came_logprobs, last.finish_reason)
         if reason is None:
@@ -607,6 +624,7 @@ class Sequences:
         self._moves.room_came()
         self._running.remove(sequence)
         self._released.pop(sequence.number, None)
+        self._forecast.on_released(sequence)
         self._changed = True
         request = sequence.request
         if not sequence.is_current:

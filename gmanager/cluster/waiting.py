@@ -32,7 +32,7 @@ class Waiting:
         self._requests = requests
         self._emit = emit
         self._queue: list[Request] = []
-        """In order of arrival."""
+        """By precedence: priority and arrival."""
         self._came_from: dict[int, int] = {}
         """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
 
@@ -42,15 +42,19 @@ class Waiting:
     # --- who waits ----------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float, change: Literal["enqueue", "deny", "release", "interrupt"]) -> None:
-        """Behind all older ones."""
+        """Behind all that precede it."""
         self._requests.change(request, change)
         request.waiting_since = now
-        insort(self._queue, request, key=lambda waiting: waiting.number)
+        insort(self._queue, request, key=lambda waiting: waiting.precedence)
 
     def next(self) -> Request | None:
-        """The oldest that the present members could hold all of, alone. The cell may have been larger when one that they can't
+        """The first that the present members could hold all of, alone. The cell may have been larger when one that they can't
         came, and be again."""
         return next(filter(self._may_fit, self._queue), None)
+
+    def ahead_of(self, request: Request) -> list[Request]:
+        """Those that precede it, whether it waits here (yet) or not."""
+        return [other for other in self._queue if other.precedence < request.precedence and self._may_fit(other)]
 
     def _may_fit(self, request: Request) -> bool:
         most = self._cell.most_held(self._cell.lasting_blocks)
@@ -71,7 +75,9 @@ class Waiting:
         spec, queue = self._cell.spec, self._queue
         # how much waits behind a short prompt doesn't matter
         is_long = request is not None and request.missing_tokens >= LONG_PROMPT
-        behind = (waits.missing_tokens for waits in queue if is_long and request is not None and waits.number > request.number)
+        behind = (
+            waits.missing_tokens for waits in queue if is_long and request is not None and waits.precedence > request.precedence
+        )
         return Outlook(
             views=views,
             block_size=spec.block_size,
@@ -110,7 +116,7 @@ class Waiting:
         request.held = {}
 
     def give_up_kept(self, last: Request | None = None) -> bool:
-        """Free what is left of the KV of the youngest, of `last` only if no other has any. Whether there was any."""
+        """Free what is left of the KV of the last in the queue, of `last` only if no other has any. Whether there was any."""
         kept = [request for request in self._queue if request.kept]
         victim = next((request for request in reversed(kept) if request is not last), last if last in kept else None)
         if victim is None:
@@ -197,9 +203,9 @@ class Waiting:
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
-        numbers = [request.number for request in self._queue]
-        if numbers != sorted(set(numbers)):
-            raise RuntimeError("the queue is not in order of arrival")
+        order = [request.precedence for request in self._queue]
+        if order != sorted(set(order)):
+            raise RuntimeError("the queue is not in order of precedence")
         for request in self._queue:
             if request.state != "queued" or not request.prompt:
                 raise RuntimeError(f"request {request.number} waits and is {request.state}")

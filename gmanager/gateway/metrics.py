@@ -86,6 +86,10 @@ def _requests(stats: Stats) -> Iterator[Metric]:
     yield _counter("request_success", "Requests that have ended, by why.", finished, ["finished_reason"])
     refused = [((reason,), count) for reason, count in observed.refused.items()]
     yield _counter("requests_refused", "Requests that never started, by why.", refused, ["reason"])
+    yield _counter("requests_met_slo", "Requests that met their objectives.", [((), observed.met_slo)])
+    missed = [(("ttft",), observed.missed_ttft), (("tpot",), observed.missed_tpot)]
+    help_text = "Requests that were served and missed an objective; one may have missed both."
+    yield _counter("requests_missed_slo", help_text, missed, ["objective"])
     yield _counter(
         "num_preemptions", "Times that a request gave its memory back to others.", [((), stats.counters.preemptions)]
     )

@@ -588,7 +588,7 @@ class World:
             self.tell(PeerSaid(peer, m.GetStats(call=3), self.now))
 
     def submit(self, peer: bytes) -> None:
-        request_id = f"r{len(self.submitted)}"
+        request_id, priority = f"r{len(self.submitted)}", len(self.submitted) % 3 - 1
         total = sum(self.sizes) * BLOCK
         length = self.random.choice([1, 3, BLOCK, 7, self.random.randint(1, total)])
         params = m.SamplingParams(max_tokens=self.random.choice([None, 1, 2, 9, self.random.randint(1, total)]))
@@ -597,10 +597,10 @@ class World:
             length, spread = self.random.randint(10, 30), "all"
             params = m.SamplingParams(max_tokens=self.random.randint(40, 90))
         if self.random.random() < 0.3:
-            submit = m.Submit(request_id=request_id, params=params, text="s" * length, spread=spread)
+            submit = m.Submit(request_id=request_id, params=params, text="s" * length, spread=spread, priority=priority)
         else:
             ids = m.pack_tokens([1] * length)
-            submit = m.Submit(request_id=request_id, params=params, token_ids=ids, spread=spread)
+            submit = m.Submit(request_id=request_id, params=params, token_ids=ids, spread=spread, priority=priority)
         self.submitted[request_id] = submit
         self.clients[peer][request_id] = []
         self.tell(PeerSaid(peer, submit, self.now, seed=7))

@@ -281,6 +281,20 @@ def test_victims() -> None:
     assert choose_victim([Candidate(7, 1, 5, 0)]) is None
     assert choose_victim([Candidate(7, 1, 5, 0), Candidate(8, 2, 90, 0), Candidate(9, 3, 50, 0)]) == 9
     assert choose_victim([Candidate(9, 3, 50, 0), Candidate(8, 2, 50, 0), Candidate(7, 1, 5, 0)]) == 9
+    assert choose_victim([Candidate(7, 1, 5, 0, 1), Candidate(8, 2, 3, 0), Candidate(9, 3, 50, 0)]) == 7, (
+        "the oldest, of a lower level"
+    )
+    assert choose_victim([Candidate(7, 1, 5, 0, -1), Candidate(8, 2, 3, 0, 2), Candidate(9, 3, 90, 0, 2)]) == 8
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(-2, 2)), min_size=2, max_size=8))
+def test_nobody_gives_way_to_a_lower_priority(running: list[tuple[int, int]]) -> None:
+    """Whichever of them is the one that needs room."""
+    victim = choose_victim(Candidate(seq, seq, tokens, 0, priority) for seq, (tokens, priority) in enumerate(running))
+    assert victim is not None
+    assert running[victim][1] == max(priority for _, priority in running)
+    first = min(range(len(running)), key=lambda seq: (running[seq][1], seq))
+    assert victim != first, "one goes on to its end"
 
 
 @given(st.integers(1, 7), st.lists(st.lists(st.integers(0, 6), max_size=4), max_size=5))

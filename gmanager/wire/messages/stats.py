@@ -158,6 +158,12 @@ class Observations(Part):
     """That clients were given."""
     finished: dict[FinishReason, int]
     refused: dict[RefusalReason, int]
+    met_slo: int = 0
+    """Requests with objectives that got all their tokens and met what they had: goodput, once divided by time."""
+    missed_ttft: int = 0
+    """Those that got all their tokens, and the first one too late."""
+    missed_tpot: int = 0
+    """Those that got them too slowly; one may have missed both."""
 
 
 class Stats(Part):
