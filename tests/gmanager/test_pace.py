@@ -74,11 +74,12 @@ def test_margins() -> None:
 
 def test_means() -> None:
     mean = Mean()
-    for value in (1, 2, 3):
-        mean.hear(value)
-    assert mean.value is None
-    mean.hear(4)
-    assert mean.value == 2.5
+    for _ in range(LEAST):
+        assert mean.value is None
+        mean.hear(2)
+    assert mean.value == 2
+    mean.hear(5)
+    assert mean.value == 3
 
 
 def test_work_until_a_first_token() -> None:
