@@ -12,10 +12,10 @@ from gmanager.wire.messages import SequenceParams
 from instance.scheduler import SampledRow, StepPlan
 from instance.step import LANES, Lane
 
-BUDGET_S = 0.25
+BUDGET_S = 0.4
 """For the steps of one lane."""
-GROWTH = 6
-"""No step takes more times as long as the one before."""
+GROWTH = 4
+"""No step takes many more times as long as the one before."""
 LONG_TOKENS = 2048
 """Of KV, beside which a row's own cost is small or at least another."""
 DECODE_ROWS = (1, 4, 16, 64)
