@@ -25,6 +25,7 @@ from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, Transport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.logs import get_logger
+from instance.calibrate import Room
 from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, InstanceConfig
 from instance.copies import CHANNELS, Copies
@@ -136,6 +137,8 @@ class Epoch:
             budget=None if self._copies is None else self._copies.budget,
             timeout_s=config.step_timeout_s,
         )
+        if join.calibrate:
+            await self._calibrate(self._lanes)
 
     async def run(self, on_progress: Callable[[], None]) -> str | None:
         """Step until the epoch breaks, and return why, if that may be another's doing; None after `end`.
@@ -230,6 +233,21 @@ class Epoch:
             dropped_messages=self._lanes.parties.dropped,
         )
         return lanes if self._copies is None else wire.Counters.sum(lanes, self._copies.counters())
+
+    async def _calibrate(self, lanes: Lanes) -> None:
+        """See how long steps take. Raises InstanceError after `end`."""
+        config, storage = self._lasting.config, self._lasting.storage
+        room = Room(storage.num_blocks, storage.block_size, self._lasting.model.max_context, config.chunk_tokens)
+        try:
+            await lanes.calibrate(room)
+        except asyncio.CancelledError:
+            if self._is_over:  # its threads were ended
+                raise InstanceError("the epoch ended while its steps were measured") from None
+            raise
+
+    def take_samples(self) -> list[wire.StepSample]:
+        """How long the newest steps took that weren't taken yet."""
+        return [] if self._lanes is None else self._lanes.log.take()
 
     def _undo(self, undo: Callable[[], None]) -> None:
         """With the epoch; at once if it is over already."""

@@ -264,6 +264,7 @@ class Instance:
                 free_blocks=self._rmanager.free_blocks,
                 held_tokens=self._rmanager.take_changes(),
                 counters=wire.Counters.sum(self._counted, epoch.counters(), wire.Counters(dropped_messages=self._dropped)),
+                samples=epoch.take_samples(),
             )
         )
 

@@ -34,20 +34,18 @@ NUM_RECENT = 256
 """Samples of a lane that are fitted, the newest ones."""
 NUM_BUCKETS, PER_BUCKET = 64, 4
 """Older ones that are kept, too: some of each size, so that a step that is rare is not forgotten."""
-MIN_SAMPLES = 8
-"""With which a lane is fitted first."""
 MIN_NEW = 32
-"""With which it is fitted again, ..."""
+"""Samples with which a lane is fitted again, or as many as there were before: one tells how fast the machine is, ..."""
 REFIT_S = 5.0
-"""... if so much time has passed."""
+"""... and if so much time has passed."""
 MIN_ALONE, MIN_BESIDE = 16, 8
 """Steps of a lane that ran alone, and beside the other lane's, with which the two are told apart."""
 MAX_FACTOR = 16.0
 """By which an instance or a neighbour can slow a step down."""
 NUM_ERRORS = 128
 """Newest predictions whose error is told."""
-NUM_RATIOS = 32
-"""Newest steps that say how fast one instance is."""
+NUM_COMPARED, MIN_COMPARED = 32, 8
+"""Newest steps that say how fast one instance is, and fewest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +173,10 @@ class _Lane:
         self.costs = costs
         self.num_samples = 0
         """That have come."""
+        self.is_guess = True
+        """Whether nothing is known: its costs are made up."""
         self.errors: deque[float] = deque(maxlen=NUM_ERRORS)
-        """Relative ones of predictions that were made before the step was known."""
+        """Relative ones of predictions that were made before the step was known; guesses are none."""
         self._recent: deque[Step] = deque()
         self._older: dict[tuple[int, int, int, bool], tuple[Step, ...]] = {}
         """By size; that of which the last one came longest ago is first."""
@@ -201,11 +201,11 @@ class _Lane:
 
     def refit(self, now: float) -> bool:
         """Whether the costs are new ones."""
-        if self._num_new < (MIN_SAMPLES if self._fitted_at is None else MIN_NEW):
+        if self._num_new < min(MIN_NEW, max(1, self.num_samples - self._num_new)):
             return False
         if self._fitted_at is not None and now - self._fitted_at < REFIT_S:
             return False
-        self._num_new, self._fitted_at = 0, now
+        self._num_new, self._fitted_at, self.is_guess = 0, now, False
         steps = [*chain.from_iterable(self._older.values()), *self._recent]
         alone, others = [s for s in steps if not s.beside], [s for s in steps if s.beside]
         beside = self.costs.beside
@@ -234,13 +234,12 @@ class PerformanceModel:
         costs = guess(reach)
         self._lanes: dict[Lane, _Lane] = {"prefill": _Lane(costs.prefill), "decode": _Lane(costs.decode)}
         self._copied_s = costs.copied_s
-        self._copies: deque[float] = deque(maxlen=NUM_RATIOS)
+        self._copies: deque[float] = deque(maxlen=NUM_COMPARED)
         """Seconds per token of the newest ones."""
         self._steps: dict[int, deque[tuple[Lane, Step]]] = {}
         """id of an instance -> its newest ones."""
         self._factors: dict[int, float] = {}
         """id of an instance -> how many times longer these took than predicted."""
-        self._is_restored = False
 
     @property
     def costs(self) -> Costs:
@@ -253,14 +252,15 @@ class PerformanceModel:
 
     @property
     def is_guess(self) -> bool:
-        """Whether some lane's costs are only guessed."""
-        return not self._is_restored and any(not lane.num_samples for lane in self._lanes.values())
+        """Whether nothing has been heard of some lane's steps."""
+        return any(lane.is_guess and not lane.num_samples for lane in self._lanes.values())
 
     def restore(self, costs: Costs) -> None:
         """Begin with what such a cell was found to cost before."""
         self._lanes["prefill"].costs, self._lanes["decode"].costs = costs.prefill, costs.decode
         self._copied_s = costs.copied_s
-        self._is_restored = True
+        for lane in self._lanes.values():
+            lane.is_guess = False
 
     def take(self, instance: int, samples: Iterable[StepSample]) -> int:
         """Steps that have run on an instance. Returns how many of them can't have been."""
@@ -272,10 +272,10 @@ class PerformanceModel:
                 continue
             name = LANES[sample.lane]
             lane = self._lanes[name]
-            if lane.num_samples or self._is_restored:
+            if not lane.is_guess:
                 lane.errors.append(abs(lane.predict(step) * self.factor(instance) / step.seconds - 1))
             lane.take(step)
-            self._steps.setdefault(instance, deque(maxlen=NUM_RATIOS)).append((name, step))
+            self._steps.setdefault(instance, deque(maxlen=NUM_COMPARED)).append((name, step))
         self._compare(instance)
         return wrong
 
@@ -301,7 +301,7 @@ class PerformanceModel:
     def _compare(self, instance: int) -> None:
         """Its newest steps with what they should have taken."""
         steps = self._steps.get(instance, ())
-        if len(steps) >= MIN_SAMPLES:
+        if len(steps) >= MIN_COMPARED:
             ratios = [_ratio(step.seconds, self._lanes[lane].predict(step)) for lane, step in steps]
             self._factors[instance] = _bounded(median(ratios), 1 / MAX_FACTOR)
 

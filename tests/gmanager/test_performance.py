@@ -14,7 +14,6 @@ from gmanager.cluster.fitting import fit
 from gmanager.cluster.performance import (
     MAX_FACTOR,
     MIN_NEW,
-    MIN_SAMPLES,
     NUM_RECENT,
     REFIT_S,
     Costs,
@@ -83,15 +82,26 @@ def test_the_error_is_that_of_predictions_and_falls() -> None:
     draw = random.Random(2)
     model = PerformanceModel(REACH)
     assert model.error("decode") is None
-    now = feed(model, [run(decode_step(draw), LARGE, draw) for _ in range(MIN_SAMPLES)])
-    guessed = model.error("decode")
-    assert guessed is not None
-    assert guessed > 0.2, "what was guessed before the first fit"
+    now = feed(model, [run(decode_step(draw), LARGE, draw) for _ in range(2)])
+    assert model.error("decode") is None, "a guess is no prediction"
+    now = feed(model, [run(decode_step(draw), LARGE, draw) for _ in range(MAX_STEP_SAMPLES)], now=now)
+    from_two = model.error("decode")
+    assert from_two is not None
+    assert from_two > 0.05
     feed(model, [run(decode_step(draw), LARGE, draw) for _ in range(400)], now=now)
     learnt = model.error("decode")
     assert learnt is not None
-    assert learnt < 0.05
-    assert (model.error("prefill"), model.num_samples("prefill"), model.num_samples("decode")) == (None, 0, 400 + MIN_SAMPLES)
+    assert learnt < 0.04
+    assert (model.error("prefill"), model.num_samples("prefill"), model.num_samples("decode")) == (None, 0, 418)
+
+
+def test_one_step_tells_how_fast_the_machine_is() -> None:
+    model = PerformanceModel(REACH)
+    step = StepSample(lane=1, rows=4, attended=4000, sent=0, served=0, us=1, beside=False)
+    slow = guess(REACH).decode.predict(rows=4, attended=4000) * 7
+    feed(model, [StepSample(**{name: getattr(step, name) for name in step.__struct_fields__} | {"us": round(slow * 1e6)})])
+    before = guess(REACH).decode_step_s(50, 10**6, 20)
+    assert model.decode_step_s(50, 10**6, 20) == pytest.approx(7 * before, rel=0.01)
 
 
 def test_what_rare_long_steps_taught_outlasts_many_short_ones() -> None:
@@ -139,18 +149,31 @@ def test_an_instance_that_is_slower_than_the_others_has_a_factor() -> None:
     assert model.factor(2) == model.factor(None) == 1
 
 
-def test_nothing_is_fitted_between_ticks_or_from_too_little() -> None:
+def test_nothing_is_fitted_between_ticks_too_often_or_from_too_little() -> None:
     draw = random.Random(7)
     model = PerformanceModel(REACH)
     believed = model.costs
-    model.take(0, [run(decode_step(draw), LARGE, draw) for _ in range(MIN_SAMPLES - 1)])
-    assert not model.refit(100.0)
-    model.take(0, [run(decode_step(draw), LARGE, draw)])
+    assert not model.refit(0.0)
+
+    def take(count: int) -> None:
+        model.take(0, [run(decode_step(draw), LARGE, draw) for _ in range(count)])
+
+    now = 100.0
+    take(3)
     assert model.costs == believed
-    assert model.refit(100.0)
-    model.take(0, [run(decode_step(draw), LARGE, draw) for _ in range(MIN_NEW)])
-    assert not model.refit(100.0 + REFIT_S / 2)
-    assert model.refit(100.0 + REFIT_S)
+    assert model.refit(now)
+    for before in (3, 6, 12, 24):  # twice as many each time
+        now += REFIT_S
+        take(before - 1)
+        assert not model.refit(now)
+        take(1)
+        assert not model.refit(now - REFIT_S / 2)
+        assert model.refit(now)
+    now += REFIT_S
+    take(MIN_NEW - 1)
+    assert not model.refit(now)
+    take(1)
+    assert model.refit(now)
 
 
 GOOD = {"lane": 0, "rows": 3, "attended": 9, "sent": 0, "served": 0, "us": 50, "beside": False}
@@ -312,10 +335,11 @@ def test_a_cell_shows_what_its_instances_say() -> None:
     assert (before.decode.samples, before.decode.error, before.decode.step_us) == (0, None, pytest.approx(10_000))
     say_samples(driver, [run(decode_step(draw), SMALL, draw) for _ in range(200)])
     tick(driver, 1)
+    say_samples(driver, [run(decode_step(draw), SMALL, draw) for _ in range(9)])
     after = cell_stats(driver).performance
     assert after is not None
-    assert after.decode.samples == 200
-    assert after.decode.error is not None
+    assert after.decode.samples == 209
+    assert after.decode.error == pytest.approx(0.02, abs=0.02)
     assert after.decode.row_us == pytest.approx(300, rel=0.1)
     assert after.decode.attended_ns == pytest.approx(50, rel=0.1)
 

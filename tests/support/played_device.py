@@ -21,6 +21,7 @@ from distattn.transfer import StepBudget, TransferEnded
 from gmanager.wire import messages as m
 from instance.copies import Copies
 from instance.epoch import Epoch, Lasting
+from instance.lane import Lanes
 from instance.runner import StepResult, Times, Traffic
 from instance.scheduler import SampledRow, StepPlan
 from instance.step import Lane
@@ -291,6 +292,9 @@ class PlayedEpoch(Epoch):
         copies.thread = self.copying = PlayedThread(TransferEnded("the epoch ended"))
         self._undo(copies.close)
         return copies
+
+    async def _calibrate(self, lanes: Lanes) -> None:
+        """Its steps take no time."""
 
     def _make_runner(self, lane: Lane) -> Any:
         runner = self.played[lane] = PlayedRunner(self.rank, self.memory, self._chance)
