@@ -190,6 +190,8 @@ class RManager:
         self._changed[seq] = None
         if seq in self._published:
             self._renewed[seq] = None
+            if seq not in self.shards:
+                del self._published[seq]
 
     def let_go(self, move: int) -> None:
         """No step reads a detached run any more. Raises KeyError if there is none."""

@@ -60,4 +60,5 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
         borrowed_tokens=borrowed,
         counters=member.counters,
         is_draining=member.is_draining,
+        cached_tokens=member.cached_blocks * cell.spec.block_size,
     )

@@ -7,7 +7,7 @@ running ──take_back──> waiting ──inherit──> with what its member
 
 import logging
 from bisect import insort
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from gmanager.cluster.cell import Cell
@@ -15,6 +15,7 @@ from gmanager.cluster.events import Emit, Log, Send
 from gmanager.cluster.policy import InstanceView, Placement, most_tokens, place, place_rest
 from gmanager.cluster.request import Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
+from gmanager.cluster.reuse import Reuse
 from gmanager.wire.messages import Discard, Unheard
 
 MAX_BREAKS = 3
@@ -55,11 +56,12 @@ class Waiting:
         generated = len(request.tokens)
         return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
-    def place(self, request: Request, views: list[InstanceView]) -> Placement | None:
-        """Where its next admission would lie, as instances are now; None if nowhere."""
+    def place(self, request: Request, views: Sequence[InstanceView], reuse: Reuse | None = None) -> Placement | None:
+        """Where its next admission would lie, with what it shares and as instances are then; None if nowhere."""
         block_size, reach = self._cell.spec.block_size, self._cell.spec.reach
         waiting = [behind.missing_tokens for behind in self._queue if behind.number > request.number]
-        if not request.kept:
+        there = request.kept if reuse is None else reuse.parts
+        if not there:
             return place(
                 views,
                 tokens=request.num_tokens,
@@ -70,8 +72,8 @@ class Waiting:
             )
         return place_rest(
             views,
-            missing=request.missing_tokens,
-            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
+            missing=request.num_tokens - sum(map(count_tokens, there.values())),
+            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
             block_size=block_size,
             spread=request.spread,
             waiting=waiting,
@@ -144,7 +146,7 @@ class Waiting:
         """Tokens that were generated while there was no gManager. Those that it has are passed over, and those that don't
         follow are generated again."""
         start = len(request.tokens) - unheard.index
-        if start < 0 or _lacks_scores(request):
+        if start < 0 or request.lacks_scores:
             return
         logprobs = None if unheard.logprobs is None else unheard.logprobs[start:]
         token_ids, logprobs, reason = request.wanted_of(unheard.token_ids[start:], logprobs, unheard.finish_reason)
@@ -157,7 +159,7 @@ class Waiting:
     def reclaim(self, came_from: Mapping[int, int]) -> None:
         """KV that was kept for another gManager: request -> sequence as which it ran."""
         for request in self._queue:
-            if request.is_restored and request.number in came_from and not _lacks_scores(request):
+            if request.is_restored and request.number in came_from and not request.lacks_scores:
                 self._came_from[request.number] = came_from[request.number]
 
     def inherit(self) -> None:
@@ -169,7 +171,11 @@ class Waiting:
             request.breaks += self._cell.broke is not None and request.was_interrupted
             request.was_interrupted = False
             last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
-            kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
+            kept = {
+                member.rank: cut((member.kept or {}).get(seq, ()), last)
+                for member in self._cell.members
+                if last >= member.shared_ends.get(seq, 0)
+            }
             request.kept = held_once(kept)
             request.seq = seq
             request.held = {self._cell.members[rank].id: count_tokens(runs) for rank, runs in request.kept.items()}
@@ -198,8 +204,3 @@ class Waiting:
         for request in self._queue:
             if request.state != "queued" or not request.prompt:
                 raise RuntimeError(f"request {request.number} waits and is {request.state}")
-
-
-def _lacks_scores(request: Request) -> bool:
-    """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
-    return request.params.prompt_logprobs is not None and not request.is_scored

@@ -18,6 +18,8 @@ class Counters(Part):
     home_moves: int = 0
     preemptions: int = 0
     blocks_copied: int = 0
+    blocks_evicted: int = 0
+    """Cached ones that had to make room."""
     query_bytes: int = 0
     partial_bytes: int = 0
     kv_bytes: int = 0
@@ -46,6 +48,7 @@ class InstanceStats(Part):
     used_tokens: int
     """Tokens of the blocks in use, lent ones included: used + free = total."""
     free_tokens: int
+    """Cached ones that nobody uses included."""
     lent_tokens: int
     """KV it holds of sequences whose home is another instance."""
     borrowed_tokens: int
@@ -53,6 +56,8 @@ class InstanceStats(Part):
     counters: Counters
     is_draining: bool = False
     """It gets nothing new, and leaves when what it holds is elsewhere."""
+    cached_tokens: int = 0
+    """Of the free ones, those whose KV is kept for requests that begin with them."""
 
 
 class RequestStats(Part):
@@ -125,6 +130,10 @@ class Observations(Part):
     """That clients were given."""
     finished: dict[FinishReason, int]
     refused: dict[RefusalReason, int]
+    prefix_queries: int = 0
+    """Tokens of admitted prompts that could have been cached."""
+    prefix_hits: int = 0
+    """Of these, those that were, and so were not computed."""
 
 
 class Stats(Part):
