@@ -38,6 +38,8 @@ class GManagerConfig:
     """So long the requests of a client that is gone go on, for it to attach to them again. 0: they end at once."""
     max_pause_s: float = 30.0
     """A client that doesn't read is told no more; after so long it is taken for gone."""
+    prefix_cache: bool = True
+    """Whether instances keep KV that requests leave until they need the room, for others that begin with the same tokens."""
     journal: Path | None = None
     """The file in which requests and their tokens are kept, for the gManager that follows; None: none are."""
     slo_ttft_s: float | None = None

@@ -57,6 +57,8 @@ class Observed:
         self.e2e_s = Buckets(REQUEST_BOUNDS_S)
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
         # every reason has its count from the start: a rate over a series that appears later misses its first event
         self.finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self.refused: dict[RefusalReason, int] = dict.fromkeys(get_args(RefusalReason), 0)
@@ -78,4 +80,6 @@ class Observed:
             met_slo=self.met_slo,
             missed_ttft=self.missed_ttft,
             missed_tpot=self.missed_tpot,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
         )

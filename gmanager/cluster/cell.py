@@ -18,10 +18,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gmanager.cluster.chain import seed_of
 from gmanager.cluster.events import Emit, LoadText, Log, Send
 from gmanager.cluster.performance import PerformanceModel
 from gmanager.cluster.placement import why_never
 from gmanager.cluster.policies import Policy
+from gmanager.cluster.prefixes import are_ranges
 from gmanager.cluster.request import Runs
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
@@ -91,6 +93,12 @@ class Member:
     joined: bool = False
     kept: dict[int, Runs] | None = None
     """seq -> what it has kept of the epoch before. None: it has not said yet."""
+    shared_ends: dict[int, int] = field(default_factory=dict)
+    """seq -> position before which it can't go on, as it shares blocks with others."""
+    cached: dict[int, Runs] = field(default_factory=dict)
+    """seq -> what it has kept of those that are over, while the membership changes."""
+    cached_blocks: int = 0
+    """Of the free ones, as last heard."""
     free_blocks: int = 0
     """As last heard. Answers to Reserve are already in it."""
     outstanding: dict[int, int] = field(default_factory=dict)
@@ -133,10 +141,21 @@ class Member:
 class Cell:
     """The members of a cell, through all its epochs."""
 
-    def __init__(self, epoch: int, first: Register, emit: Emit, policy: Policy, *, term: int = 0, identity: int = 0) -> None:
-        """`term`, `identity`: of the gManager."""
+    def __init__(
+        self,
+        epoch: int,
+        first: Register,
+        emit: Emit,
+        policy: Policy,
+        *,
+        term: int = 0,
+        identity: int = 0,
+        caches: bool = False,
+    ) -> None:
+        """`term`, `identity`: of the gManager. `caches`: whether what sequences leave is kept for others."""
         self.name = first.cell
         self.policy = policy
+        self.caches = caches
         self._term = term
         self._identity = identity
         self.number = epoch
@@ -248,6 +267,10 @@ class Cell:
             return None
         return Refusal("invalid", f"{submit.text_fields[0]}: {NO_TOKENIZER}")
 
+    def chain_seed(self, salt: str | None) -> bytes:
+        """That names of prefixes begin with: what has the same may share KV."""
+        return seed_of(self.spec.fingerprint, self.spec.dtype, salt or "")
+
     def room(self, prompt_tokens: int) -> int:
         """Most tokens that can be generated after a prompt of that length; 1 if there is no room, to be refused for that."""
         return max(1, min(self.max_tokens, self.most_held(self.lasting_blocks)) - prompt_tokens)
@@ -358,6 +381,7 @@ class Cell:
         self._broken.clear()
         for member in self.members:
             member.kept = None
+            member.cached = {}
             member.joined = False
             member.outstanding.clear()
             member.is_freeing = False
@@ -383,6 +407,9 @@ class Cell:
             former = member.register.former
             is_ours = former is None or former.identity == self._identity
             member.kept = {shard.seq: shard.runs for shard in kept.shards if is_ours}
+            member.shared_ends = {shard.seq: shard.shared_end for shard in kept.shards}
+            most = member.spec.num_blocks * self.spec.block_size
+            member.cached = {s.seq: s.runs for s in kept.cached if is_ours and s.runs and are_ranges(s.runs, most)}
             member.requests = {shard.seq: shard.request for shard in kept.shards if is_ours and shard.request}
             member.unheard = kept.unheard if is_ours else []
             member.is_freeing |= not is_ours
@@ -427,7 +454,7 @@ class Cell:
             MemberAddress(rank=m.rank, id=m.id, party_address=m.register.party_address, host=m.spec.host) for m in self.members
         ]
         for m in self.members:
-            keep = [seq for seq in m.kept or () if seq in wanted]
+            keep = [*(seq for seq in m.kept or () if seq in wanted), *m.cached]
             join = JoinEpoch(
                 epoch=self.epoch,
                 id=m.id,
@@ -436,6 +463,7 @@ class Cell:
                 members=members,
                 keep=keep,
                 calibrate=self.performance.is_guess,
+                caches=self.caches,
             )
             self._emit(Send(m.peer, join))
 
@@ -464,6 +492,7 @@ class Cell:
         before = member.free_blocks
         member.hear_free(beat.free_blocks)
         member.counters = beat.counters
+        member.cached_blocks = max(0, min(beat.cached_blocks, member.free_blocks))
         return member.free_blocks != before
 
     def can_lose(self, member: Member) -> bool:

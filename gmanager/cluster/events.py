@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gmanager.cluster.chain import Chain
 from gmanager.cluster.performance import Costs
 from gmanager.config import Spread
 from gmanager.wire.messages import FinishReason, Message, RefusalReason, Submit, TextAssets, TokenLogprob
@@ -84,6 +85,8 @@ class Encoded:
     error: str | None = None
     refusal: RefusalReason = "invalid"
     """What kind of error."""
+    chain: Chain | None = None
+    """Of its token ids, if it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +252,15 @@ class DropText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a request's text or messages and its `bad_words`, compile its grammar, look for its highest token id: all that
-    takes long. Answered by Encoded."""
+    """Tokenise a request's text or messages and its `bad_words`, compile its grammar, look for its highest token id, hash its
+    blocks: all that takes long. Answered by Encoded."""
 
     cell: int
     request: int
     submit: Submit
+    chain_seed: bytes | None = None
+    """That its chain begins with; None: none is wanted."""
+    block_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

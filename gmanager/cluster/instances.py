@@ -14,6 +14,7 @@ from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
 
 WRONG_TOKENS = "token ids must be in [0, 4294967296)"
+WRONG_RUNS = "runs must ascend, and fit an instance"
 
 
 class Instances:
@@ -88,8 +89,11 @@ class Instances:
         match message:
             case m.Granted() as granted:
                 sequences.on_granted(member, granted)
-            case m.NotGranted(seq=seq, free_blocks=free_blocks):
-                sequences.on_not_granted(member, seq, free_blocks)
+            case m.NotGranted() as refused:
+                sequences.on_not_granted(member, refused)
+            case m.Cached() as cached:
+                if not sequences.on_cached(member, cached):
+                    self.on_garbled(member.peer, WRONG_RUNS)
             case m.Outputs(outputs=outputs) if _have_wrong_tokens(outputs):
                 self.on_garbled(member.peer, WRONG_TOKENS)
             case m.Outputs() as outputs:

@@ -6,6 +6,7 @@ submit ──> refused, or waiting for a cell that serves ──bind──> toke
 
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.cells import Cells
+from gmanager.cluster.chain import Chain
 from gmanager.cluster.events import Encode, Encoded, Restored
 from gmanager.cluster.request import Request, text_bytes
 from gmanager.cluster.requests import Requests
@@ -15,7 +16,7 @@ from gmanager.wire.messages import FinishReason, Refusal, Submit, unpack_tokens
 from gmanager.wire.peer import PeerId
 
 SCANNED_AT_ONCE = 2**14
-"""Token ids: to look through 4 million takes 88 ms, for which all others would wait."""
+"""Token ids: to look through 4 million takes 88 ms, and longer to hash their blocks, for which all others would wait."""
 
 
 class Intake:
@@ -94,7 +95,8 @@ class Intake:
                 self._queue(request)
             else:
                 self._requests.change(request, "encode")
-                self._turn.emit(Encode(cell.number, request.number, submit))
+                seed = cell.chain_seed(request.cache_salt) if cell.caches else None
+                self._turn.emit(Encode(cell.number, request.number, submit, seed, cell.spec.block_size))
 
     def _choose_cell(self, request: Request, submit: Submit, formed: list[Cell]) -> Cell:
         """Of those that can ever serve it, the one where fewest wait; then the one with most free memory."""
@@ -137,8 +139,10 @@ class Intake:
             refusal = None if request.is_restored else sequences.refusal(request)
             if refusal is not None:
                 self._refuse(request, refusal)
-            else:
-                sequences.enqueue(request, request.waiting_since)
+                return
+            if cell.caches and request.chain is None and request.prompt_tokens <= SCANNED_AT_ONCE:
+                request.chain = Chain(cell.chain_seed(request.cache_salt), cell.spec.block_size, request.prompt)
+            sequences.enqueue(request, request.waiting_since)
 
     def _refuse(self, request: Request, refusal: Refusal) -> None:
         request.retry_after_s = refusal.retry_after_s

@@ -91,8 +91,15 @@ class Membership:
             return
         if cell is None:
             self._epoch += 1
-            policy = POLICIES[self._config.policy]()
-            cell = Cell(self._epoch, register, self._turn.emit, policy, term=self._term, identity=self._identity)
+            cell = Cell(
+                self._epoch,
+                register,
+                self._turn.emit,
+                POLICIES[self._config.policy](),
+                term=self._term,
+                identity=self._identity,
+                caches=self._config.prefix_cache,
+            )
             self._cells.add(cell)
         self._parting.forget(peer)  # it comes again, if it was expelled
         member = cell.add(peer, register, self._turn.now, self._config.instance_lease_s)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from gmanager.cluster.chain import Chain
 from gmanager.cluster.lifecycle import RUNNING, WAITING, Change, State
 from gmanager.cluster.objectives import NO_OBJECTIVES, Objectives
 from gmanager.config import Spread
@@ -72,6 +73,12 @@ class Request:
     """It is refused: when one like it is expected to be taken."""
     highest: int = 0
     """Of its token ids; 0 until they have been looked through."""
+    cache_salt: str | None = None
+    """It shares KV with those that have the same."""
+    chain: Chain | None = None
+    """Names of what its tokens begin with; those generated are added when they are asked for. None: it shares nothing."""
+    cached_tokens: int = 0
+    """Of its prompt, those whose KV was there when it was admitted for the first time."""
     bad_words: list[list[int]] = field(default_factory=list)
     """Their tokens."""
     grammar: str | None = None
@@ -168,6 +175,11 @@ class Request:
     def missing_tokens(self) -> int:
         """Those whose rows its next admission has to compute."""
         return self.num_tokens - sum(map(count_tokens, self.kept.values()))
+
+    @property
+    def lacks_scores(self) -> bool:
+        """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
+        return self.params.prompt_logprobs is not None and not self.is_scored
 
     @property
     def num_bytes(self) -> int:

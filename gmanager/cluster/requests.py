@@ -112,6 +112,7 @@ class Requests:
     def _set_tokens(self, request: Request, encoded: Encoded) -> None:
         self.waiting_bytes -= request.num_bytes
         request.prompt, request.highest, request.submit = encoded.token_ids, encoded.highest, None
+        request.chain = encoded.chain
         request.bad_words, request.grammar = list(encoded.bad_words), encoded.grammar
         self.waiting_bytes += request.num_bytes
 
@@ -154,13 +155,17 @@ class Requests:
         self.observed.refused[refusal.reason] += 1
         self.delivery.refuse(client, submit.request_id, refusal)
 
-    def admit(self, request: Request) -> None:
-        """It begins to run, or does so again."""
+    def admit(self, request: Request, cached_tokens: int) -> None:
+        """It begins to run, or does so again. `cached_tokens`: of its tokens, those whose KV is shared."""
         self.change(request, "admit")
         if request.admitted_at is None:
             request.admitted_at = self._clock()
             self.observed.queue_s.add(request.admitted_at - request.arrived_at)
             self.observed.prompt_tokens += request.prompt_tokens
+            request.cached_tokens = min(cached_tokens, request.prompt_tokens)
+            if request.chain is not None:
+                self.observed.prefix_queries += request.prompt_tokens
+                self.observed.prefix_hits += request.cached_tokens
 
     def deliver(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """New tokens, in order; more will come."""
@@ -258,6 +263,7 @@ class Requests:
 
     def _keep_ended(self, ended: Ended) -> None:
         ended.request.prompt = b""
+        ended.request.chain = None
         self._forget_ended(ended.request.id)
         self._ended[ended.request.id] = ended
         self._ended_bytes += ended.num_bytes
@@ -340,6 +346,7 @@ def _request(number: int, submit: Submit, client: PeerId | None, seed: int, spre
         progress_at=now,
         prompt=submit.token_ids or b"",
         logprobs=None if submit.params.logprobs is None else [],
+        cache_salt=submit.cache_salt,
         model=submit.model,
         priority=submit.priority,
         content=content_of(submit),

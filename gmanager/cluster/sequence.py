@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from gmanager.cluster.placement import PARALLEL_EFFICIENCY, Placement, prompt_work
 from gmanager.cluster.request import Request
+from gmanager.cluster.reuse import Reuse
 from gmanager.wire.messages import SequenceOutput, Share
 
 
@@ -110,10 +111,12 @@ class Reservation:
 
     seq: int
     blocks: dict[int, int]
-    """rank -> most that it takes there; a move takes one, or none if there is room for a token."""
+    """rank -> most that it takes there, with what it shares; a move takes one, or none if there is room for a token."""
     request: Request
     placement: Placement | None
     """Of an admission; None for the move of a sequence's home."""
+    reuse: Reuse | None = None
+    """What the admission shares."""
     granted: dict[int, int] = field(default_factory=dict)
     """rank -> how many were added there."""
 

@@ -18,6 +18,9 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from functools import partial
+
+from msgspec.structs import replace
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
@@ -28,6 +31,7 @@ from gmanager.cluster.placement import Candidate, Placement, choose_target
 from gmanager.cluster.policies import NewHolder, NewHome
 from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
+from gmanager.cluster.reuse import Reuses
 from gmanager.cluster.running import Running, in_order
 from gmanager.cluster.sequence import Reservation, Sequence
 from gmanager.cluster.unsettled import Unsettled
@@ -35,6 +39,7 @@ from gmanager.cluster.waiting import Waiting
 from gmanager.wire.messages import (
     Admit,
     Beat,
+    Cached,
     Cancel,
     Copied,
     Done,
@@ -42,6 +47,7 @@ from gmanager.wire.messages import (
     Granted,
     KeptPart,
     MoveSequence,
+    NotGranted,
     Outputs,
     Refusal,
     Released,
@@ -76,6 +82,7 @@ class Sequences:
         """Those that may want another home."""
         self._released: dict[int, Sequence] = {}
         """Those whose blocks are free, and whose last tokens may be on their way."""
+        self._reuses = Reuses(cell, emit)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -147,6 +154,7 @@ class Sequences:
                 self._waiting.take_back(sequence.request, sequence.number if is_kept else 0, now, taken_part)
         self._reservation = None
         self._moves = Moves(self._cell, self._running, self._emit)
+        self._reuses.suspend()
         self._running.clear()
         self._unsettled.clear()
         self._restless.clear()
@@ -165,12 +173,13 @@ class Sequences:
     def reclaim(self, came_from: Mapping[int, int]) -> None:
         """KV that was kept for another gManager: request -> sequence as which it ran."""
         for member in self._cell.members:
-            self._running.pass_number(max(member.kept or (), default=0))
+            self._running.pass_number(max((*(member.kept or ()), *member.cached), default=0))
         self._waiting.reclaim(came_from)
 
     def inherit(self) -> None:
         """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
         self._waiting.inherit()
+        self._reuses.inherit()
         self._moves = Moves(self._cell, self._running, self._emit)
         self._running.clear()
 
@@ -233,13 +242,19 @@ class Sequences:
             else:
                 self._start_move(self._running[seq], member.rank)
 
-    def on_not_granted(self, member: Member, seq: int, free_blocks: int) -> None:
+    def on_not_granted(self, member: Member, refused: NotGranted) -> None:
+        seq, free_blocks = refused.seq, refused.free_blocks
         blocks = member.outstanding.pop(seq, None)
         if blocks is None:
             self._running.num_dropped += 1
             return
+        reuse = self._reservation.reuse if self._reservation is not None and self._reservation.seq == seq else None
         # Whatever it says, it has less than was asked: so the next try asks for less, and there is no endless loop.
-        member.hear_free(min(free_blocks, blocks - 1))
+        if refused.lacks_source and reuse is not None:
+            self._reuses.contradict(member, reuse)
+            member.hear_free(free_blocks)
+        else:
+            member.hear_free(min(free_blocks, blocks - 1))
         self._changed = True
         if self._moves.is_reserving(seq):
             self._moves.on_not_granted()
@@ -255,6 +270,10 @@ class Sequences:
             self._requests.fail_move(
                 request, f"instance {member.id} has no room: {blocks} block asked, {max(0, free_blocks)} free"
             )
+
+    def on_cached(self, member: Member, cached: Cached) -> bool:
+        """What of sequences others may share there now. False: that can't be."""
+        return self._reuses.hear(member, cached)
 
     def on_outputs(self, member: Member, outputs: Outputs) -> None:
         self._forecast.on_outputs(member, outputs)
@@ -450,15 +469,18 @@ class Sequences:
         request = self._waiting.next()
         if request is None or self._is_asked_for(request):
             return
-        placement = self._waiting.place(request, self._running.views())
+        placement, reuse = self._reuses.choose(request, self._running.views(), partial(self._waiting.place, request))
         if placement is None and not self._running and not self._running.blocks_come:
             self._waiting.give_up_kept(last=request)
-        if placement is None or (not request.kept and not placement.is_even and self._running.blocks_come):
+        if placement is None:
+            return
+        if not (request.kept or reuse or placement.is_even) and self._running.blocks_come:
             return
         self._waiting.take(request)
         self._requests.change(request, "reserve")
         number = request.seq if request.kept else self._running.next_number()
-        self._reserve(Reservation(number, placement.blocks, request, placement))
+        blocks = placement.blocks if reuse is None else reuse.with_pinned(placement.blocks)
+        self._reserve(Reservation(number, blocks, request, placement, reuse))
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
@@ -472,10 +494,17 @@ class Sequences:
         for rank, blocks in reservation.blocks.items():
             member = self._cell.members[rank]
             member.outstanding[reservation.seq] = blocks
-            if reservation.placement is None:
-                self._emit(Send(member.peer, ReserveNext(epoch=self._cell.epoch, seq=reservation.seq)))
-            else:
-                self._emit(Send(member.peer, Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=blocks)))
+            self._emit(Send(member.peer, self._asking(reservation, rank)))
+
+    def _asking(self, reservation: Reservation, rank: int) -> Reserve | ReserveNext:
+        """What an instance is asked for."""
+        if reservation.placement is None:
+            return ReserveNext(epoch=self._cell.epoch, seq=reservation.seq)
+        reserve = Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=reservation.placement.blocks.get(rank, 0))
+        reuse = reservation.reuse
+        if reuse is None or rank not in reuse.parts:
+            return reserve
+        return replace(reserve, source=reuse.source, shared=[list(run) for run in reuse.parts[rank]])
 
     def _give_up_reservation(self) -> None:
         """Give back what was granted, and what will be: a Drop that follows a Reserve undoes it."""
@@ -496,9 +525,9 @@ class Sequences:
                     member.hear_free(member.free_blocks + reservation.granted[rank])
 
     def _admit(self, reservation: Reservation, placement: Placement) -> None:
-        request = reservation.request
+        request, reuse = reservation.request, reservation.reuse
         home = placement.shares[0].rank
-        kept, request.kept = request.kept, {}
+        kept, request.kept = request.kept if reuse is None else reuse.parts, {}
         participants = sorted({*placement.blocks, *kept})
         sequence = Sequence(reservation.seq, request, home, participants, placement.shares)
         sequence.kept = {rank: count_tokens(runs) for rank, runs in kept.items()}
@@ -510,7 +539,8 @@ class Sequences:
         request.seq = sequence.number
         request.home = self._id(home)
         request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
-        self._requests.admit(request)
+        self._reuses.admit(sequence.number, request, reuse)
+        self._requests.admit(request, 0 if reuse is None else reuse.tokens)
         self._forecast.on_admitted(sequence)
         self._running.regroup(sequence)
         admit = Admit(
@@ -525,7 +555,7 @@ class Sequences:
         self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
         told = {"home": self._id(home), "kv_tokens": {self._id(share.rank): share.tokens for share in placement.shares}}
         if kept:
-            told["kept"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
+            told["kept" if reuse is None else "shared"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._log(sequence, "request admitted", **told)
 
     # --- homes --------------------------------------------------------------------------------------------------------
@@ -625,6 +655,7 @@ class Sequences:
         self._running.remove(sequence)
         self._released.pop(sequence.number, None)
         self._forecast.on_released(sequence)
+        self._reuses.end(sequence.number, sequence.request)
         self._changed = True
         request = sequence.request
         if not sequence.is_current:
@@ -656,6 +687,7 @@ class Sequences:
         """Raises RuntimeError if the books contradict each other."""
         self._running.validate()
         self._waiting.validate()
+        self._reuses.validate()
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
         elif self._changed and self._cell.is_ready:

@@ -90,4 +90,5 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
         counters=member.counters,
         is_draining=member.is_draining,
         slowness=cell.performance.factor(member.id),
+        cached_tokens=member.cached_blocks * cell.spec.block_size,
     )

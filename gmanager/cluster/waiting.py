@@ -7,7 +7,7 @@ running ──take_back──> waiting ──inherit──> with what its member
 
 import logging
 from bisect import insort
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Literal
 
@@ -17,6 +17,7 @@ from gmanager.cluster.placement import LONG_PROMPT, MOST_WEIGHED, InstanceView, 
 from gmanager.cluster.policies import Outlook, Prompt
 from gmanager.cluster.request import Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
+from gmanager.cluster.reuse import Reuse
 from gmanager.wire.messages import Discard, Unheard
 
 MAX_BREAKS = 3
@@ -61,16 +62,17 @@ class Waiting:
         generated = len(request.tokens)
         return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
-    def place(self, request: Request, views: list[InstanceView]) -> Placement | None:
-        """Where its next admission would lie, as instances are now; None if nowhere."""
+    def place(self, request: Request, views: Sequence[InstanceView], reuse: Reuse | None = None) -> Placement | None:
+        """Where its next admission would lie, with what it shares and as instances are then; None if nowhere."""
+        there = request.kept if reuse is None else reuse.parts
         prompt = Prompt(
-            missing=request.missing_tokens,
-            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
+            missing=request.num_tokens - sum(map(count_tokens, there.values())),
+            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
             spread=request.spread,
         )
         return self._cell.policy.place(prompt, self.outlook(views, request))
 
-    def outlook(self, views: list[InstanceView], request: Request | None = None) -> Outlook:
+    def outlook(self, views: Sequence[InstanceView], request: Request | None = None) -> Outlook:
         """What a policy sees. `request`: that is to be placed."""
         spec, queue = self._cell.spec, self._queue
         # how much waits behind a short prompt doesn't matter
@@ -155,7 +157,7 @@ class Waiting:
         """Tokens that were generated while there was no gManager. Those that it has are passed over, and those that don't
         follow are generated again."""
         start = len(request.tokens) - unheard.index
-        if start < 0 or _lacks_scores(request):
+        if start < 0 or request.lacks_scores:
             return
         logprobs = None if unheard.logprobs is None else unheard.logprobs[start:]
         token_ids, logprobs, reason = request.wanted_of(unheard.token_ids[start:], logprobs, unheard.finish_reason)
@@ -168,7 +170,7 @@ class Waiting:
     def reclaim(self, came_from: Mapping[int, int]) -> None:
         """KV that was kept for another gManager: request -> sequence as which it ran."""
         for request in self._queue:
-            if request.is_restored and request.number in came_from and not _lacks_scores(request):
+            if request.is_restored and request.number in came_from and not request.lacks_scores:
                 self._came_from[request.number] = came_from[request.number]
 
     def inherit(self) -> None:
@@ -180,7 +182,11 @@ class Waiting:
             request.breaks += self._cell.broke is not None and request.was_interrupted
             request.was_interrupted = False
             last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
-            kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
+            kept = {
+                member.rank: cut((member.kept or {}).get(seq, ()), last)
+                for member in self._cell.members
+                if last >= member.shared_ends.get(seq, 0)
+            }
             request.kept = held_once(kept)
             request.seq = seq
             request.held = {self._cell.members[rank].id: count_tokens(runs) for rank, runs in request.kept.items()}
@@ -209,8 +215,3 @@ class Waiting:
         for request in self._queue:
             if request.state != "queued" or not request.prompt:
                 raise RuntimeError(f"request {request.number} waits and is {request.state}")
-
-
-def _lacks_scores(request: Request) -> bool:
-    """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
-    return request.params.prompt_logprobs is not None and not request.is_scored

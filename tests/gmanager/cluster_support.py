@@ -3,6 +3,7 @@
 from array import array
 from typing import Any
 
+from gmanager.cluster.chain import seed_of
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
     Action,
@@ -27,9 +28,12 @@ OTHER = b"other client"
 HELLO = m.Hello(protocol=m.PROTOCOL)
 WELCOME = m.Welcome(lease_s=10.0)
 Runs = list[list[tuple[int, int]]]
+CHAIN_SEED = seed_of("f00d", "float32", "")
+"""Of the model that instances register with here."""
+
 SEED = 7
 """What the shell draws for each Submit without a seed."""
-OF_SUBMIT = ("model", "wait_for_cell", "priority", "slo_ttft_s", "slo_tpot_s")
+OF_SUBMIT = ("model", "wait_for_cell", "priority", "slo_ttft_s", "slo_tpot_s", "cache_salt")
 
 
 def register(

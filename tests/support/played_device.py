@@ -119,10 +119,15 @@ class PoisoningPool(BlockPool):
         super().__init__(num_blocks)
         self._memory = memory
 
-    def free(self, block_ids: Iterable[int]) -> None:
-        ids = list(block_ids)
-        super().free(ids)
-        self._memory.poison(ids)
+    def free(self, block_ids: Iterable[int]) -> list[int]:
+        freed = super().free(block_ids)
+        self._memory.poison(freed)
+        return freed
+
+    def forget(self, block_ids: Iterable[int]) -> list[int]:
+        freed = super().forget(block_ids)
+        self._memory.poison(freed)
+        return freed
 
 
 @dataclass(slots=True)

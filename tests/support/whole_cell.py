@@ -105,7 +105,7 @@ class Process:
 
     @property
     def held(self) -> list[int]:
-        """Sequences of which blocks are here."""
+        """Sequences of which blocks are here, those that are only cached left out."""
         return list(self.instance._rmanager.shards)
 
 
@@ -187,6 +187,7 @@ class WholeCell:
         message = read(TO_GMANAGER, frame)
         assert not isinstance(message, BadMessage), message
         self.seen[type(message).__name__] += 1
+        self.seen["lacks source"] += isinstance(message, m.NotGranted) and message.lacks_source
         self.tell(PeerSaid(peer, message, self.loop.now))
 
     def hear(self, client: bytes, message: m.Message) -> None:
@@ -210,6 +211,9 @@ class WholeCell:
                 self.seen[type(answer).__name__] += 1
                 assert not isinstance(answer, m.Output | BadMessage), answer
             case Send(peer=peer, message=message):
+                if isinstance(message, m.Reserve) and message.source:
+                    self.seen["tokens to be shared"] += sum(end - start for run in message.shared for start, end in run)
+                    self.seen["shared where nothing is computed"] += not message.blocks
                 if isinstance(message, m.Admit):
                     kept = [piece for part in message.kept for run in part.runs for piece in run]
                     self.seen["kept tokens"] += sum(end - start for start, end in kept)
@@ -298,7 +302,8 @@ class WholeCell:
             return Instance(config, model, ASSETS, spec, storage, transport)
 
         instance = self.loop.run_until_complete(begin())
-        instance._rmanager.shards.pool = PoisoningPool(total, memory)
+        shards = instance._rmanager.shards
+        shards.pool = shards.cache._pool = PoisoningPool(total, memory)
         process = Process(number, total, transport, memory, instance, self.loop.start(instance.run()))
         transport.process = process
         self.processes.append(process)
@@ -483,12 +488,19 @@ class WholeCell:
 
     # --- clients, and whoever else wants something
 
-    def submit(self, length: int, max_tokens: int, spread: Any, *, depends_on_past: bool) -> None:
+    def submit(self, length: int, max_tokens: int, spread: Any, *, depends_on_past: bool, begins: int = 0) -> None:
+        """`begins`: with the text of an earlier request, most of it or all with the answer so far; 0: with none."""
         name = f"r{len(self.asked)}"
         draw = random.Random(name)
         prompt = [draw.randrange(EOS + 1, VOCAB) for _ in range(length)]
+        if begins and self.asked:
+            earlier = list(self.asked.values())[-1 - begins // 2 % len(self.asked)]
+            known = m.unpack_tokens(earlier.submit.token_ids or b"").tolist() + (earlier.got if begins % 2 else [])
+            prompt = (known + prompt)[: max(length, min(len(known), self.capacity // 2))]
         params = m.SamplingParams(max_tokens=max_tokens, presence_penalty=0.5 if depends_on_past else 0.0)
-        submit = m.Submit(request_id=name, params=params, token_ids=m.pack_tokens(prompt), spread=spread)
+        salt = "its own" if begins % 7 == 6 else None
+        tokens = m.pack_tokens(prompt)
+        submit = m.Submit(request_id=name, params=params, token_ids=tokens, spread=spread, cache_salt=salt)
         self.asked[name] = Asked(submit, Expected(prompt, SEED, depends_on_past=depends_on_past))
         self.hear(self.client_of(name), submit)
         self.settle()
@@ -557,7 +569,8 @@ class WholeCell:
                 pass
         assert all(asked.end is not None for asked in self.asked.values())
         for process in self.living:
-            assert process.pool.num_free == process.total, f"instance {process.number} holds {process.held}"
+            assert not process.held, f"instance {process.number} holds {process.held}"
+            assert process.pool.num_free + process.pool.num_evictable == process.total
         self.validate()
         assert all(instance.used_tokens == 0 for instance in self.cluster.stats().instances)
 
@@ -576,6 +589,7 @@ def whole_cell(sizes: list[int], seed: int = 0) -> Iterator[WholeCell]:
         patch("instance.server.Epoch", lambda lasting, join: began[0].begin_epoch(lasting, join)),
         patch("instance.server.open_store", lambda host, timeout_s: (None, "127.0.0.1:1")),
         patch("instance.server.gc", idle_gc),
+        patch("gmanager.cluster.reuse.FAR_TOKENS", BLOCK),
     ):
         cell = WholeCell(sizes, seed)
         began.append(cell)

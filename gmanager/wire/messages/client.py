@@ -16,6 +16,8 @@ from gmanager.wire.messages.requests import (
 )
 from gmanager.wire.messages.stats import Stats
 
+MAX_SALT_CHARS = 256
+
 # --- client -> gManager -----------------------------------------------------------------------------------------------
 
 
@@ -49,6 +51,9 @@ class Submit(Message):
     """Seconds to the first token that it wants: if it would miss that, it is refused. None: the gManager's own setting."""
     slo_tpot_s: float | None = None
     """The same between tokens, in the mean."""
+    cache_salt: str | None = None
+    """It shares KV of tokens that it begins with only with requests that have the same: who has another can't even find out, by
+    the time that its answer takes, whether there were such."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("text", "token_ids", "messages") if getattr(self, name) is not None]
@@ -56,6 +61,8 @@ class Submit(Message):
             raise ValueError(f"exactly one of text, token_ids and messages must be given, got {given or 'none'}")
         if not 1 <= len(self.request_id) <= 256:
             raise ValueError(f"a request id has 1 to 256 characters, got {len(self.request_id)}")
+        if self.cache_salt is not None and not 1 <= len(self.cache_salt) <= MAX_SALT_CHARS:
+            raise ValueError(f"cache_salt has 1 to {MAX_SALT_CHARS} characters, got {len(self.cache_salt)}")
         if isinstance(self.spread, int) and self.spread < 1:
             raise ValueError(f"spread must be at least 1, got {self.spread}")
         if not -MOST_PRIORITY <= self.priority < MOST_PRIORITY:

@@ -18,6 +18,8 @@ class Counters(Part):
     home_moves: int = 0
     preemptions: int = 0
     blocks_copied: int = 0
+    blocks_evicted: int = 0
+    """Cached ones that had to make room."""
     query_bytes: int = 0
     partial_bytes: int = 0
     kv_bytes: int = 0
@@ -46,6 +48,7 @@ class InstanceStats(Part):
     used_tokens: int
     """Tokens of the blocks in use, lent ones included: used + free = total."""
     free_tokens: int
+    """Cached ones that nobody uses included."""
     lent_tokens: int
     """KV it holds of sequences whose home is another instance."""
     borrowed_tokens: int
@@ -55,6 +58,8 @@ class InstanceStats(Part):
     """It gets nothing new, and leaves when what it holds is elsewhere."""
     slowness: float = 1.0
     """How many times longer its steps take than its cell's `performance` says."""
+    cached_tokens: int = 0
+    """Of the free ones, those whose KV is kept for requests that begin with them."""
 
 
 class RequestStats(Part):
@@ -164,6 +169,10 @@ class Observations(Part):
     """Those that got all their tokens, and the first one too late."""
     missed_tpot: int = 0
     """Those that got them too slowly; one may have missed both."""
+    prefix_queries: int = 0
+    """Tokens of admitted prompts that could have been cached."""
+    prefix_hits: int = 0
+    """Of these, those that were, and so were not computed."""
 
 
 class Stats(Part):
