@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 ROUNDS = 12
-"""Of reweighting, the last of them by Tukey's weights. 48 changed no coefficient by more than 0.001 % (300 steps, errors of 10 %,
-a fifth of the times ten times too long)."""
+"""Of reweighting, the last of them by Tukey's weights. 48 changed no coefficient by more than 0.001 % (300 steps, errors of
+10 %, a fifth of the times ten times too long)."""
 TUKEY_ROUNDS = 4
 HUBER = 1.345
 """Errors beyond so many standard deviations pull no harder: 95 % efficient where all errors are normal (Huber, 1964)."""
 TUKEY = 4.685
-"""Errors beyond so many don't pull: likewise. With a fifth of all times ten times too long, the cost of a row that travels varied
-by 1.7 % from one fit to another, and by Huber's weights alone by 4.4 %."""
+"""Errors beyond so many don't pull: likewise. With a fifth of all times ten times too long, the cost of a row that travels
+varied by 1.7 % from one fit to another, and by Huber's weights alone by 4.4 %."""
 LEAST_SPREAD = 0.01
 """Standard deviation of the relative errors that is taken for granted: clocks and kernels are no finer."""
 TRUST = 1e-4
