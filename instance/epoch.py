@@ -9,6 +9,7 @@ writes to the pool any more, and what is certain of it is known.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -238,12 +239,14 @@ class Epoch:
         """See how long steps take. Raises InstanceError after `end`."""
         config, storage = self._lasting.config, self._lasting.storage
         room = Room(storage.num_blocks, storage.block_size, self._lasting.model.max_context, config.chunk_tokens)
+        began = time.perf_counter()
         try:
             await lanes.calibrate(room)
         except asyncio.CancelledError:
             if self._is_over:  # its threads were ended
                 raise InstanceError("the epoch ended while its steps were measured") from None
             raise
+        log.info("steps measured", seconds=round(time.perf_counter() - began, 2))
 
     def take_samples(self) -> list[wire.StepSample]:
         """How long the newest steps took that weren't taken yet."""

@@ -462,7 +462,7 @@ class Cell:
                 store_address=address,
                 members=members,
                 keep=keep,
-                calibrate=self.performance.is_guess,
+                calibrate=self.performance.is_guess and not self.is_formed,  # else somebody may wait for tokens
                 caches=self.caches,
             )
             self._emit(Send(m.peer, join))

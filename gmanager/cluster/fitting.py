@@ -14,17 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 ROUNDS = 12
-"""Of reweighting, the last of them by Tukey's weights. More changed no coefficient by a thousandth."""
+"""Of reweighting, the last of them by Tukey's weights. 48 changed no coefficient by more than 0.001 % (300 steps, errors of
+10 %, a fifth of the times ten times too long)."""
 TUKEY_ROUNDS = 4
 HUBER = 1.345
 """Errors beyond so many standard deviations pull no harder: 95 % efficient where all errors are normal (Huber, 1964)."""
 TUKEY = 4.685
-"""Errors beyond so many don't pull: likewise. With a fifth of all times ten times too long, a coefficient that explains a tenth
-of the time varied by 1.6 % from one fit to the next; by Huber's weights alone by 4 %."""
+"""Errors beyond so many don't pull: likewise. With a fifth of all times ten times too long, the cost of a row that travels
+varied by 1.7 % from one fit to another, and by Huber's weights alone by 4.4 %."""
 LEAST_SPREAD = 0.01
 """Standard deviation of the relative errors that is taken for granted: clocks and kernels are no finer."""
 TRUST = 1e-4
 """How strongly what was believed holds: a coefficient that doubles costs as much as one measurement that is off by 1 %."""
+EVEN = 1e-9
+"""Added to features of size 1 that may be multiples of each other."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -69,10 +72,12 @@ def _solve(z_NF: Floats, y_N: Floats, weight_N: Floats, prior_F: Floats) -> Floa
     count = z_NF.shape[1]
     gram_FF = (z_NF * weight_N[:, None]).T @ z_NF + TRUST * np.eye(count)
     right_F = (z_NF * weight_N[:, None]).T @ y_N + TRUST * prior_F
+    scale_F = 1 / np.sqrt(np.diag(gram_FF))  # so that none of the systems is singular, whatever the measurements
+    scaled_FF = gram_FF * np.outer(scale_F, scale_F) + EVEN * np.eye(count)
     free_CF = (np.arange(2**count)[:, None] >> np.arange(count)) & 1 == 1
     both_CFF = free_CF[:, :, None] & free_CF[:, None, :]
-    systems_CFF = np.where(both_CFF, gram_FF, np.eye(count))
-    found_CF = np.linalg.solve(systems_CFF, np.where(free_CF, right_F, 0)[:, :, None])[:, :, 0]
+    systems_CFF = np.where(both_CFF, scaled_FF, np.eye(count))
+    found_CF = scale_F * np.linalg.solve(systems_CFF, np.where(free_CF, right_F * scale_F, 0)[:, :, None])[:, :, 0]
     loss_C = np.einsum("cf,fg,cg->c", found_CF, gram_FF, found_CF) - 2 * found_CF @ right_F
     loss_C[(found_CF < 0).any(axis=1)] = np.inf
     best_F: Floats = found_CF[int(np.argmin(loss_C))]

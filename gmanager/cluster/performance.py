@@ -13,7 +13,7 @@ say how long theirs took. Those of one cell may be made differently: each has a 
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from statistics import median
 from typing import Literal
@@ -231,9 +231,8 @@ class PerformanceModel:
 
     def __init__(self, reach: int) -> None:
         """`reach`: of its model."""
-        costs = guess(reach)
-        self._lanes: dict[Lane, _Lane] = {"prefill": _Lane(costs.prefill), "decode": _Lane(costs.decode)}
-        self._copied_s = costs.copied_s
+        self._costs = guess(reach)
+        self._lanes: dict[Lane, _Lane] = {"prefill": _Lane(self._costs.prefill), "decode": _Lane(self._costs.decode)}
         self._copies: deque[float] = deque(maxlen=NUM_COMPARED)
         """Seconds per token of the newest ones."""
         self._steps: dict[int, deque[tuple[Lane, Step]]] = {}
@@ -244,11 +243,7 @@ class PerformanceModel:
     @property
     def costs(self) -> Costs:
         """As they are believed to be now."""
-        return Costs(
-            prefill=self._lanes["prefill"].costs,
-            decode=self._lanes["decode"].costs,
-            copied_s=self._copied_s,
-        )
+        return self._costs
 
     @property
     def is_guess(self) -> bool:
@@ -258,7 +253,7 @@ class PerformanceModel:
     def restore(self, costs: Costs) -> None:
         """Begin with what such a cell was found to cost before."""
         self._lanes["prefill"].costs, self._lanes["decode"].costs = costs.prefill, costs.decode
-        self._copied_s = costs.copied_s
+        self._costs = costs
         for lane in self._lanes.values():
             lane.is_guess = False
 
@@ -283,7 +278,7 @@ class PerformanceModel:
         """The KV of so many tokens was copied. Ignored if that can't be."""
         if tokens > 0 and 0 < us <= MAX_STEP_US:
             self._copies.append(us / 1e6 / tokens)
-            self._copied_s = median(self._copies)
+            self._costs = replace(self._costs, copied_s=median(self._copies))
 
     def forget(self, instance: int) -> None:
         """It is no member any more."""
@@ -294,6 +289,8 @@ class PerformanceModel:
         """Fit anew what has enough new samples, and hasn't been fitted just now: milliseconds. Whether anything was."""
         changed = [lane.refit(now) for lane in self._lanes.values()]
         if any(changed):
+            prefill, decode = (self._lanes[name].costs for name in LANES)
+            self._costs = replace(self._costs, prefill=prefill, decode=decode)
             for instance in self._steps:
                 self._compare(instance)
         return any(changed)
@@ -332,7 +329,7 @@ class PerformanceModel:
         beside: bool = False,
     ) -> float:
         """As `Costs.decode_step_s`."""
-        return self.costs.decode_step_s(rows, held_here, sent, served, beside=beside) * self.factor(instance)
+        return self._costs.decode_step_s(rows, held_here, sent, served, beside=beside) * self.factor(instance)
 
     def prefill_s(
         self,
@@ -345,11 +342,11 @@ class PerformanceModel:
         beside: bool = False,
     ) -> float:
         """As `Costs.prefill_s`. `instance`: the slowest of those that take part."""
-        return self.costs.prefill_s(tokens, prefix, degree, chunk=chunk, beside=beside) * self.factor(instance)
+        return self._costs.prefill_s(tokens, prefix, degree, chunk=chunk, beside=beside) * self.factor(instance)
 
     def transfer_s(self, tokens: int) -> float:
         """As `Costs.transfer_s`."""
-        return self.costs.transfer_s(tokens)
+        return self._costs.transfer_s(tokens)
 
 
 def _ratio(seconds: float, predicted: float) -> float:

@@ -397,7 +397,31 @@ def test_steps_are_measured_beforehand_only_where_nothing_is_known() -> None:
     assert calibrates(other)
 
 
+def test_a_cell_that_serves_does_not_stop_to_measure() -> None:
+    driver = Driver()
+    driver.ready_cell(8, 8)
+    driver.lose(1)
+    driver.say(peer(0), m.Kept(epoch=1, free_blocks=8, shards=[]))
+    (asked,) = driver.say(peer(0), m.StoreOpened(epoch=2, address="tcp://store:1"))
+    assert isinstance(asked, Send)
+    assert isinstance(asked.message, m.JoinEpoch)
+    assert not asked.message.calibrate
+
+
 def form(driver: Driver) -> list[Action]:
     """A cell of one instance, until it is to join."""
     driver.say(peer(0), register(rank=0, cell_size=1))
     return driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://store:1"))
+
+
+@pytest.mark.parametrize("us", [1, 3600 * 10**6])
+@pytest.mark.parametrize("reach", [1, 2**40])
+def test_an_instance_that_has_gone_mad_is_fitted(us: int, reach: int) -> None:
+    """Its numbers are within the limits and can't be, alone or beside good ones: no system of equations is singular."""
+    model = PerformanceModel(reach)
+    mad = [StepSample(lane=1, rows=2**20, attended=2**50 + i, sent=2**20, served=9, us=us, beside=False) for i in range(3)]
+    good = [StepSample(lane=1, rows=i, attended=i, sent=0, served=0, us=900 + i, beside=False) for i in range(1, 9)]
+    for now, samples in enumerate((mad, good, 4 * mad)):
+        model.take(0, samples)
+        assert model.refit(now * REFIT_S)
+        assert 0 <= model.decode_step_s(2**20, 2**50, 2**20) < float("inf")

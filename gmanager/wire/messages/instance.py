@@ -348,7 +348,7 @@ class JoinEpoch(Message):
     keep: list[int] = []
     """Sequences whose KV from the epoch before is still wanted. Of all others the instance frees what it holds."""
     calibrate: bool = False
-    """Nothing is known of how long steps take here: measure some before Joined, in less than a second."""
+    """Nothing is known of how long steps take here, and nobody waits yet: measure some before Joined, for about a second."""
     caches: bool = False
     """Whether to keep what sequences leave, for others that begin with the same tokens."""
 
