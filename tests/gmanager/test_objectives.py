@@ -1,11 +1,14 @@
 """Objectives: who is refused, with which words, when it is to come again, and what was met. Literal events, with a clock."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gmanager.__main__ import parse
+from gmanager.cli.service import ServiceConfig, _gmanager
 from gmanager.cluster.events import Action, Deliver, Send, StopFound
 from gmanager.cluster.objectives import Objectives
 from gmanager.cluster.outlook import FRESH_S
@@ -211,6 +214,14 @@ def test_tokens_that_would_come_too_slowly() -> None:
     assert isinstance(never, Deliver)
     assert never.refusal == "unreachable"
     assert isinstance(cell.ask(max_tokens=1, slo_tpot_s=0.001), int), "of one token there is no time between"
+
+
+def test_flags_of_the_gmanager_and_of_up() -> None:
+    service = ServiceConfig(model="m", instances=1, kv_tokens=64, logs=Path(), slo_ttft_s=2.5, slo_tpot_s=0.05)
+    config, _ = parse(_gmanager(service, "tcp://127.0.0.1:*")[3:])
+    assert (config.slo_ttft_s, config.slo_tpot_s) == (2.5, 0.05)
+    config, _ = parse([])
+    assert (config.slo_ttft_s, config.slo_tpot_s) == (None, None)
 
 
 # --- a refused request leaves no trace
