@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gmanager.cluster.cell import Cell, Member
-from gmanager.cluster.pace import LEAST, Margin, Mean, Measured, Predictor
+from gmanager.cluster.pace import LEAST, Least, Margin, Mean, Measured, Predictor
 from gmanager.cluster.policy import LONG_PROMPT, PARALLEL_EFFICIENCY, InstanceView, prompt_work
 from gmanager.cluster.request import Request
 from gmanager.cluster.requests import Requests
@@ -76,6 +76,8 @@ class Outlook:
         self._runs_s = Mean()
         """From admission to release."""
         self._num_measured = 0
+        self._fastest = Least()
+        """Seconds from admission to first token, by its own work: where nothing went before it, if that happens."""
         self._largest = 0.0
         """Own work of a request whose first token was timed."""
         self._fewest = 0.0
@@ -93,7 +95,7 @@ class Outlook:
         own = works_of(sequence.shares, reach)
         others = [other.backlog(reach) for other in self._running.all() if other is not sequence]
         sequence.admitted_at = self._requests.now
-        sequence.own_work, sequence.work = sum(own.values()), work_until(own, others)
+        sequence.own_work, sequence.work = max(own.values()), work_until(own, others)
         sequence.first_expected_s = self.predictor.prefill_s(sequence.work)
         sequence.step_expected_s = self.predictor.decode_step_s(self._running.homes()[sequence.home])
 
@@ -103,6 +105,8 @@ class Outlook:
         self._late.hear(sequence.first_expected_s, took)
         self._measured.hear_prefill(sequence.work, took)
         self._num_measured += 1
+        if sequence.own_work:
+            self._fastest.hear(took / sequence.own_work)
         self._largest = max(self._largest, sequence.own_work)
         self._used_at = self._requests.now
 
@@ -152,12 +156,13 @@ class Outlook:
         wanted, alone = request.objectives.ttft_s, self._alone(request)
         own_s, busy_s = self.predictor.prefill_s(alone), self.predictor.prefill_s(max(load.work, alone))
         is_known = self._num_measured >= LEAST and alone <= BEYOND * self._largest
-        if wanted is None or own_s is None or busy_s is None or not is_known:
+        if wanted is None or own_s is None or busy_s is None or self._fastest.value is None or not is_known:
             return None
         trust = self._trust()
         what, size = f"objective TTFT {wanted:g} s", f"a prompt of {request.missing_tokens:,} tokens"
-        if trust * own_s > wanted:
-            return Refusal("unreachable", f"{what}: {size} takes {trust * own_s:.2g} s alone here at best")
+        best_s = trust * min(own_s, alone * self._fastest.value)  # crowds teach little of what one takes that is alone
+        if best_s > wanted:
+            return Refusal("unreachable", f"{what}: {size} takes {best_s:.2g} s alone here at best")
         waited_s = self._requests.now - request.arrived_at
         more_s = max(load.wait_s + own_s, busy_s) - own_s
         expected_s = waited_s + trust * (own_s + self._late.factor * more_s)

@@ -114,6 +114,22 @@ def test_what_nobody_could_meet_is_said_with_the_best() -> None:
     assert refusal.error == "objective TTFT 0.15 s: a prompt of 24 tokens takes 0.3 s alone here at best"
 
 
+def test_crowds_dont_teach_that_one_alone_is_too_slow() -> None:
+    """All that were measured but the first had others before them, and took as long as they: that is no reason for ever."""
+    cell = Cell(400)
+    (alone,) = [cell.ask()]
+    assert isinstance(alone, int)
+    cell.first(alone, 0.1)
+    for _ in range(20):
+        crowd = [seq for _ in range(4) if isinstance(seq := cell.ask(), int)]
+        for at, seq in enumerate(crowd):
+            cell.first(seq, 0.0 if at else 0.4)
+    assert isinstance(cell.ask(slo_ttft_s=0.2), int), "it may meet that, as nobody is there"
+    refusal = cell.ask(slo_ttft_s=0.2)
+    assert isinstance(refusal, Deliver)
+    assert refusal.refusal == "overloaded", "not unreachable"
+
+
 def test_a_requests_own_objectives_go_before_the_services() -> None:
     cell = Cell(slo_ttft_s=0.15)
     cell.learn()
