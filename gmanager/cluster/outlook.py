@@ -162,15 +162,16 @@ class Outlook:
         what, size = f"objective TTFT {wanted:g} s", f"a prompt of {request.missing_tokens:,} tokens"
         best_s = trust * min(own_s, alone * self._fastest.value)  # crowds teach little of what one takes that is alone
         if best_s > wanted:
-            return Refusal("unreachable", f"{what}: {size} takes {best_s:.2g} s alone here at best")
+            return Refusal("unreachable", f"{what}: {size} takes {_shown(best_s)} alone here at best")
         waited_s = self._requests.now - request.arrived_at
         more_s = max(load.wait_s + own_s, busy_s) - own_s
         expected_s = waited_s + trust * (own_s + self._late.factor * more_s)
         if not more_s or expected_s <= wanted:
             return None
-        retry_s = expected_s - wanted
-        detail = f"{size} is expected to have its first token after {expected_s:.2g} s, {own_s:.2g} s of these its own"
-        return Refusal("overloaded", f"{what}: {detail}; try again in {retry_s:.2g} s", retry_s)
+        retry_s = max(expected_s - waited_s - wanted, 0.0)  # one that comes again has not waited yet
+        own = f"{_shown(trust * own_s)} of these its own"
+        detail = f"{size} is expected to have its first token after {_shown(expected_s)}, {own}"
+        return Refusal("overloaded", f"{what}: {detail}; try again in {_shown(retry_s)}", retry_s)
 
     def _slow_refusal(self, request: Request, load: _Load, views: Sequence[InstanceView]) -> Refusal | None:
         wanted, alone_s = request.objectives.tpot_s, self.predictor.decode_step_s(1)
@@ -179,15 +180,15 @@ class Outlook:
             return None
         trust, what = self._trust(), f"objective TPOT {wanted:g} s"
         if trust * alone_s > wanted and self._fewest < 2:  # it may be less than a fit to many rows says
-            return Refusal("unreachable", f"{what}: a token takes {trust * alone_s:.2g} s here at best")
+            return Refusal("unreachable", f"{what}: a token takes {_shown(trust * alone_s)} here at best")
         if trust * (alone_s + self._slow.factor * (step_s - alone_s)) <= wanted or load.rows == 1:
             return None
         fits = next((rows for rows in range(load.rows - 1, 0, -1) if (self.predictor.decode_step_s(rows) or 0) <= wanted), 0)
         homes = max(1, sum(view.homes for view in views))
         runs_s = self._runs_s.value
         retry_s = RETRY_S if runs_s is None else runs_s * min(1.0, (load.rows - fits) * len(views) / homes)
-        detail = f"a token is expected to take {step_s:.2g} s beside {load.rows - 1} others"
-        return Refusal("overloaded", f"{what}: {detail}; try again in {retry_s:.2g} s", retry_s)
+        detail = f"a token is expected to take {_shown(step_s)} beside {load.rows - 1} others"
+        return Refusal("overloaded", f"{what}: {detail}; try again in {_shown(retry_s)}", retry_s)
 
     def _load(self, request: Request, ahead: Sequence[Request], views: Sequence[InstanceView]) -> _Load:
         """Who waits before it, as if spread over all instances; itself where it would lie now, or with the least before it."""
@@ -237,6 +238,10 @@ class Outlook:
             return 1.0
         idle_s = self._requests.now - self._used_at
         return float(0.5 ** (max(0.0, idle_s - FRESH_S) / FRESH_S))
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def work_until(own: Mapping[int, float], others: Iterable[Mapping[int, float]]) -> float:

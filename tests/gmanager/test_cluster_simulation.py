@@ -746,7 +746,7 @@ class World:
                 self.start(2 * sum(self.sizes) + 1)
             while self.deliver_some(everything=True):
                 pass
-            if self.cluster.is_idle and not self.late:
+            if self.cluster.is_idle and not self.late and self.cell_state != "changing":  # it has a member that fell silent
                 return
             for key in list(self.running):
                 self.step(key)

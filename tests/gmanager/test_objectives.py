@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gmanager.__main__ import parse
 from gmanager.cli.service import ServiceConfig, _gmanager
-from gmanager.cluster.events import Action, Deliver, Send, StopFound
+from gmanager.cluster.events import Action, Deliver, Encoded, Send, StopFound
 from gmanager.cluster.objectives import Objectives
 from gmanager.cluster.outlook import FRESH_S
 from gmanager.cluster.pace import LEAST
@@ -105,7 +105,26 @@ def test_who_would_come_too_late_is_told_when_to_come_again() -> None:
     assert isinstance(cell.ask(), Deliver)
 
 
+def test_who_has_waited_for_its_tokens_is_later_than_one_that_comes_again() -> None:
+    cell = Cell(slo_ttft_s=0.5)
+    cell.learn()
+    driver = cell.driver
+    for name in ("a", "b", "c"):
+        driver.grant(driver.say(CLIENT, submit(name, max_tokens=1)))
+    driver.say(CLIENT, m.Submit(request_id="text", params=m.SamplingParams(), text="x" * 8))
+    driver.now += 0.3
+    (answer,) = driver.handle(Encoded(8, driver.now, token_ids=m.pack_tokens([5] * 8), highest=5))
+    assert isinstance(answer, Deliver)
+    assert answer.error is not None and "its first token after 0.7 s" in answer.error
+    assert answer.retry_after_s == 0.0
+
+
 def test_what_nobody_could_meet_is_said_with_the_best() -> None:
+    cell = Cell(slo_ttft_s=150.0)
+    cell.learn(seconds=100.0)
+    refusal = cell.ask(24, slo_ttft_s=200)
+    assert isinstance(refusal, Deliver)
+    assert refusal.error == "objective TTFT 200 s: a prompt of 24 tokens takes 300 s alone here at best"
     cell = Cell(slo_ttft_s=0.15)
     cell.learn()
     refusal = cell.ask(24)
@@ -183,6 +202,15 @@ def test_who_was_accepted_is_served_however_late() -> None:
     assert [admit.seq for admit in admits(cell.release(5, 1))] == [6]
     cell.first(6, 1.0)
     assert (cell.seen.finished["length"], cell.seen.missed_ttft) == (MEASURED + 2, 2)
+
+
+def test_nothing_is_refused_while_the_membership_changes() -> None:
+    """What runs is not known then."""
+    cell = Cell(slo_ttft_s=0.15)
+    cell.learn()
+    assert isinstance(cell.ask(24), Deliver)
+    cell.driver.come(peer(1), cell_size=1)
+    assert cell.ask(24) == 0, "it is queued"
 
 
 def test_what_was_measured_long_ago_is_doubted() -> None:
