@@ -292,6 +292,8 @@ async def test_requests_of_a_client_of_another_make(service: Service) -> None:
         ({"token_ids": [1, 2]}, "can't read this: Expected `bytes | null`, got `array` - at `$.token_ids`"),
         ({"spread": 0}, "can't read this: spread must be at least 1, got 0"),
         ({"priority": 2**31}, "can't read this: priority must be in [-2**31, 2**31), got 2147483648"),
+        ({"slo_ttft_s": 0}, "can't read this: slo_ttft_s must be a positive number, got 0.0"),
+        ({"slo_tpot_s": float("nan")}, "can't read this: slo_tpot_s must be a positive number, got nan"),
         ({"urgency": 1}, "can't read this: unknown field"),
         ({"params": {"best_of": 2}}, "can't read this: unknown field at $.params"),
         ({"params": {"max_tokens": 1.5}}, "can't read this: Expected `int | null`, got `float` - at `$.params.max_tokens`"),

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gmanager.cluster.cell import Cell, Member
-from gmanager.cluster.pace import LEAST, Margin, Mean, Measured, Predictor
+from gmanager.cluster.pace import LEAST, Least, Margin, Mean, Measured, Predictor
 from gmanager.cluster.placement import LONG_PROMPT, PARALLEL_EFFICIENCY, InstanceView, prompt_work
 from gmanager.cluster.request import Request
 from gmanager.cluster.requests import Requests
@@ -76,6 +76,8 @@ class Forecast:
         self._runs_s = Mean()
         """From admission to release."""
         self._num_measured = 0
+        self._fastest = Least()
+        """Seconds from admission to first token, by its own work: where nothing went before it, if that happens."""
         self._largest = 0.0
         """Own work of a request whose first token was timed."""
         self._fewest = 0.0
@@ -93,7 +95,7 @@ class Forecast:
         own = works_of(sequence.shares, reach)
         others = self._running.backlogs(but=sequence)
         sequence.admitted_at = self._requests.now
-        sequence.own_work, sequence.work = sum(own.values()), work_until(own, others)
+        sequence.own_work, sequence.work = max(own.values()), work_until(own, others)
         sequence.first_expected_s = self.predictor.prefill_s(sequence.work)
         sequence.step_expected_s = self.predictor.decode_step_s(self._running.homes(sequence.home))
 
@@ -103,6 +105,8 @@ class Forecast:
         self._late.hear(sequence.first_expected_s, took)
         self._measured.hear_prefill(sequence.work, took)
         self._num_measured += 1
+        if sequence.own_work:
+            self._fastest.hear(took / sequence.own_work)
         self._largest = max(self._largest, sequence.own_work)
         self._used_at = self._requests.now
 
@@ -152,20 +156,22 @@ class Forecast:
         wanted, alone = request.objectives.ttft_s, self._alone(request)
         own_s, busy_s = self.predictor.prefill_s(alone), self.predictor.prefill_s(max(load.work, alone))
         is_known = self._num_measured >= LEAST and alone <= BEYOND * self._largest
-        if wanted is None or own_s is None or busy_s is None or not is_known:
+        if wanted is None or own_s is None or busy_s is None or self._fastest.value is None or not is_known:
             return None
         trust = self._trust()
         what, size = f"objective TTFT {wanted:g} s", f"a prompt of {request.missing_tokens:,} tokens"
-        if trust * own_s > wanted:
-            return Refusal("unreachable", f"{what}: {size} takes {trust * own_s:.2g} s alone here at best")
+        best_s = trust * min(own_s, alone * self._fastest.value)  # crowds teach little of what one takes that is alone
+        if best_s > wanted:
+            return Refusal("unreachable", f"{what}: {size} takes {_shown(best_s)} alone here at best")
         waited_s = self._requests.now - request.arrived_at
         more_s = max(load.wait_s + own_s, busy_s) - own_s
         expected_s = waited_s + trust * (own_s + self._late.factor * more_s)
         if not more_s or expected_s <= wanted:
             return None
-        retry_s = expected_s - wanted
-        detail = f"{size} is expected to have its first token after {expected_s:.2g} s, {own_s:.2g} s of these its own"
-        return Refusal("overloaded", f"{what}: {detail}; try again in {retry_s:.2g} s", retry_s)
+        retry_s = max(expected_s - waited_s - wanted, 0.0)  # one that comes again has not waited yet
+        own = f"{_shown(trust * own_s)} of these its own"
+        detail = f"{size} is expected to have its first token after {_shown(expected_s)}, {own}"
+        return Refusal("overloaded", f"{what}: {detail}; try again in {_shown(retry_s)}", retry_s)
 
     def _slow_refusal(self, request: Request, load: _Load, views: Sequence[InstanceView]) -> Refusal | None:
         wanted, alone_s = request.objectives.tpot_s, self.predictor.decode_step_s(1)
@@ -174,15 +180,15 @@ class Forecast:
             return None
         trust, what = self._trust(), f"objective TPOT {wanted:g} s"
         if trust * alone_s > wanted and self._fewest < 2:  # it may be less than a fit to many rows says
-            return Refusal("unreachable", f"{what}: a token takes {trust * alone_s:.2g} s here at best")
+            return Refusal("unreachable", f"{what}: a token takes {_shown(trust * alone_s)} here at best")
         if trust * (alone_s + self._slow.factor * (step_s - alone_s)) <= wanted or load.rows == 1:
             return None
         fits = next((rows for rows in range(load.rows - 1, 0, -1) if (self.predictor.decode_step_s(rows) or 0) <= wanted), 0)
         homes = max(1, sum(view.homes for view in views))
         runs_s = self._runs_s.value
         retry_s = RETRY_S if runs_s is None else runs_s * min(1.0, (load.rows - fits) * len(views) / homes)
-        detail = f"a token is expected to take {step_s:.2g} s beside {load.rows - 1} others"
-        return Refusal("overloaded", f"{what}: {detail}; try again in {retry_s:.2g} s", retry_s)
+        detail = f"a token is expected to take {_shown(step_s)} beside {load.rows - 1} others"
+        return Refusal("overloaded", f"{what}: {detail}; try again in {_shown(retry_s)}", retry_s)
 
     def _load(self, request: Request, ahead: Sequence[Request], views: Sequence[InstanceView]) -> _Load:
         """Who waits before it, as if spread over all instances; itself where it would lie now, or with the least before it."""
@@ -232,6 +238,10 @@ class Forecast:
             return 1.0
         idle_s = self._requests.now - self._used_at
         return float(0.5 ** (max(0.0, idle_s - FRESH_S) / FRESH_S))
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def work_until(own: Mapping[int, float], others: Iterable[Mapping[int, int]]) -> float:

@@ -116,6 +116,20 @@ class Margin:
         return 1 + sqrt(self._squares)
 
 
+class Least:
+    """Of the values of late: a larger one moves it up a little."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        """None: there was none."""
+
+    def hear(self, value: float) -> None:
+        if self.value is None or value < self.value:
+            self.value = value
+        else:
+            self.value += (value - self.value) / MANY
+
+
 class Mean:
     """Of the last values."""
 

@@ -44,9 +44,9 @@ class Sequence:
     """MoveSequence was sent, HomeMoved has not come."""
     admitted_at: float = 0.0
     own_work: float = 0.0
-    """Of its prompt, as `prompt_work` counts, on all instances."""
+    """Of its prompt, as `prompt_work` counts, where there is most of it."""
     work: float = 0.0
-    """Till its first token, with what goes before it, when it was admitted: where there is most of it."""
+    """Till its first token, with what goes before it, when it was admitted; likewise."""
     first_expected_s: float | None = None
     """From its admission to its first token, as it was expected then."""
     step_expected_s: float | None = None

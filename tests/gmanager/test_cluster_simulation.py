@@ -219,6 +219,7 @@ class World:
                     self.take(action)
                 if action.finish_reason is not None:
                     self.ended[action.request_id] = action.finish_reason
+                    self.seen[action.refusal or "not refused"] += 1
             case Encode():
                 ids = m.pack_tokens([1] * len(action.submit.text or ""))
                 self.late.append(Encoded(action.request, self.now, token_ids=ids))
@@ -601,6 +602,8 @@ class World:
         else:
             ids = m.pack_tokens([1] * length)
             submit = m.Submit(request_id=request_id, params=params, token_ids=ids, spread=spread, priority=priority)
+        if len(self.submitted) % 4 == 3:
+            submit = msgspec.structs.replace(submit, slo_ttft_s=2.0, slo_tpot_s=1.0)
         self.submitted[request_id] = submit
         self.clients[peer][request_id] = []
         self.tell(PeerSaid(peer, submit, self.now, seed=7))
@@ -751,7 +754,7 @@ class World:
                 self.start(large)  # again, if it could not be with the others
             while self.deliver_some(everything=True):
                 pass
-            if self.cluster.is_idle and not self.late:
+            if self.cluster.is_idle and not self.late and self.cell_state != "changing":  # it has a member that fell silent
                 return
             for key in list(self.running):
                 self.step(key)
@@ -805,15 +808,17 @@ def check_answer(submit: m.Submit, seen: list[Deliver]) -> None:
 
 
 def test_the_simulation_reaches_what_it_is_for() -> None:
-    preemptions = moves = 0
+    preemptions = moves = refused = 0
     for seed in range(6):
         world = World(seed, sizes=[5, 9], chaos=False)
         world.run(2500)
         world.drain()
         preemptions += world.cluster.stats().counters.preemptions
         moves += sum(request.home_moves for request in world.cluster.stats().requests.values())
+        refused += world.seen["overloaded"] + world.seen["unreachable"]
     assert preemptions > 5
     assert moves > 20
+    assert refused > 5
 
 
 def test_chaos_reaches_what_it_is_for() -> None:

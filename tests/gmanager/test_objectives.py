@@ -1,12 +1,15 @@
 """Objectives: who is refused, with which words, when it is to come again, and what was met. Literal events, with a clock."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmanager.cluster.events import Action, Deliver, Send, StopFound
+from gmanager.__main__ import parse
+from gmanager.cli.service import ServiceConfig, _gmanager
+from gmanager.cluster.events import Action, Deliver, Encoded, Send, StopFound
 from gmanager.cluster.forecast import FRESH_S
 from gmanager.cluster.objectives import Objectives
 from gmanager.cluster.pace import LEAST
@@ -102,13 +105,48 @@ def test_who_would_come_too_late_is_told_when_to_come_again() -> None:
     assert isinstance(cell.ask(), Deliver)
 
 
+def test_who_has_waited_for_its_tokens_is_later_than_one_that_comes_again() -> None:
+    cell = Cell(slo_ttft_s=0.5)
+    cell.learn()
+    driver = cell.driver
+    for name in ("a", "b", "c"):
+        driver.grant(driver.say(CLIENT, submit(name, max_tokens=1)))
+    driver.say(CLIENT, m.Submit(request_id="text", params=m.SamplingParams(), text="x" * 8))
+    driver.now += 0.3
+    (answer,) = driver.handle(Encoded(8, driver.now, token_ids=m.pack_tokens([5] * 8), highest=5))
+    assert isinstance(answer, Deliver)
+    assert answer.error is not None and "its first token after 0.7 s" in answer.error
+    assert answer.retry_after_s == 0.0
+
+
 def test_what_nobody_could_meet_is_said_with_the_best() -> None:
+    cell = Cell(slo_ttft_s=150.0)
+    cell.learn(seconds=100.0)
+    refusal = cell.ask(24, slo_ttft_s=200)
+    assert isinstance(refusal, Deliver)
+    assert refusal.error == "objective TTFT 200 s: a prompt of 24 tokens takes 300 s alone here at best"
     cell = Cell(slo_ttft_s=0.15)
     cell.learn()
     refusal = cell.ask(24)
     assert isinstance(refusal, Deliver)
     assert (refusal.refusal, refusal.retry_after_s) == ("unreachable", None)
     assert refusal.error == "objective TTFT 0.15 s: a prompt of 24 tokens takes 0.3 s alone here at best"
+
+
+def test_crowds_dont_teach_that_one_alone_is_too_slow() -> None:
+    """All that were measured but the first had others before them, and took as long as they: that is no reason for ever."""
+    cell = Cell(400)
+    (alone,) = [cell.ask()]
+    assert isinstance(alone, int)
+    cell.first(alone, 0.1)
+    for _ in range(20):
+        crowd = [seq for _ in range(4) if isinstance(seq := cell.ask(), int)]
+        for at, seq in enumerate(crowd):
+            cell.first(seq, 0.0 if at else 0.4)
+    assert isinstance(cell.ask(slo_ttft_s=0.2), int), "it may meet that, as nobody is there"
+    refusal = cell.ask(slo_ttft_s=0.2)
+    assert isinstance(refusal, Deliver)
+    assert refusal.refusal == "overloaded", "not unreachable"
 
 
 def test_a_requests_own_objectives_go_before_the_services() -> None:
@@ -166,6 +204,15 @@ def test_who_was_accepted_is_served_however_late() -> None:
     assert (cell.seen.finished["length"], cell.seen.missed_ttft) == (MEASURED + 2, 2)
 
 
+def test_nothing_is_refused_while_the_membership_changes() -> None:
+    """What runs is not known then."""
+    cell = Cell(slo_ttft_s=0.15)
+    cell.learn()
+    assert isinstance(cell.ask(24), Deliver)
+    cell.driver.come(peer(1), cell_size=1)
+    assert cell.ask(24) == 0, "it is queued"
+
+
 def test_what_was_measured_long_ago_is_doubted() -> None:
     """A cell that was slow once, and refuses all since: one is let in now and then, and shows what it takes now."""
     cell = Cell(slo_ttft_s=0.5)
@@ -211,6 +258,14 @@ def test_tokens_that_would_come_too_slowly() -> None:
     assert isinstance(never, Deliver)
     assert never.refusal == "unreachable"
     assert isinstance(cell.ask(max_tokens=1, slo_tpot_s=0.001), int), "of one token there is no time between"
+
+
+def test_flags_of_the_gmanager_and_of_up() -> None:
+    service = ServiceConfig(model="m", instances=1, kv_tokens=64, logs=Path(), slo_ttft_s=2.5, slo_tpot_s=0.05)
+    config, _ = parse(_gmanager(service, "tcp://127.0.0.1:*")[3:])
+    assert (config.slo_ttft_s, config.slo_tpot_s) == (2.5, 0.05)
+    config, _ = parse([])
+    assert (config.slo_ttft_s, config.slo_tpot_s) == (None, None)
 
 
 # --- a refused request leaves no trace

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmanager.cluster.forecast import work_until
-from gmanager.cluster.pace import LEAST, Line, Margin, Mean, Measured
+from gmanager.cluster.pace import LEAST, Least, Line, Margin, Mean, Measured
 
 positive = st.floats(1e-3, 1e3)
 
@@ -70,6 +70,17 @@ def test_margins() -> None:
     for _ in range(200):
         margin.hear(1, 1000)
     assert margin.factor <= 3
+
+
+def test_the_least_of_late() -> None:
+    least = Least()
+    assert least.value is None
+    for value in (3, 1, 2):
+        least.hear(value)
+    assert least.value == pytest.approx(1, abs=0.01)
+    for _ in range(2000):
+        least.hear(2)
+    assert least.value == pytest.approx(2, abs=0.01)
 
 
 def test_means() -> None:

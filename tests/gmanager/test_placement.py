@@ -309,7 +309,15 @@ def test_connected_components(size: int, shared: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"spread": 0}, {"max_queue_wait_s": -1.0}, {"max_queue_wait_s": float("nan")}, {"client_lease_s": 0.0}]
+    "wrong",
+    [
+        {"spread": 0},
+        {"max_queue_wait_s": -1.0},
+        {"max_queue_wait_s": float("nan")},
+        {"client_lease_s": 0.0},
+        {"slo_ttft_s": 0.0},
+        {"slo_tpot_s": float("inf")},
+    ],
 )
 def test_a_config_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     (name,) = wrong
