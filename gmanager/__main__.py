@@ -68,6 +68,12 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         help="a client that does not read for so long is taken for gone (%(default)g)",
     )
     parser.add_argument(
+        "--prefix-cache",
+        choices=("on", "off"),
+        default="on" if default.prefix_cache else "off",
+        help="keep KV that requests leave, until room is needed, for others that begin with the same tokens (%(default)s)",
+    )
+    parser.add_argument(
         "--journal",
         type=Path,
         metavar="FILE",
@@ -85,6 +91,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
             max_stall_s=given.max_stall,
             resume_s=given.resume,
             max_pause_s=given.max_pause,
+            prefix_cache=given.prefix_cache == "on",
             journal=given.journal,
         )
     except ValueError as error:

@@ -57,6 +57,8 @@ class Chunk:
     """Only on the last chunk."""
     error: str | None = None
     """Why, if `finish_reason` is "error"."""
+    cached_tokens: int = 0
+    """Of the prompt, tokens that were not computed, because their KV was there: the same on each chunk."""
 
 
 @dataclass(slots=True)
@@ -172,19 +174,27 @@ class AsyncClient:
         spread: Spread = None,
         model: str | None = None,
         wait_for_cell: bool = True,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate from text or token ids; the request starts with the first `__anext__`.
 
         `request_id`: unique among the service's requests; drawn if None. With one that it knows, and the same arguments, the
         tokens of that request come, from the first on. `spread`: least number of instances
         that the prompt's KV is spread over. `model`: by the name that it is served under; None: any. `wait_for_cell`: if no
-        cell is ready, rather than being refused. Leaving the iterator (break, aclose, cancel) aborts the request.
+        cell is ready, rather than being refused. `cache_salt`: KV of tokens that the prompt begins with is shared only with
+        requests that have the same. Leaving the iterator (break, aclose, cancel) aborts the request.
 
         Raises TypeError and ValueError at once for arguments of a wrong type. The iterator raises RequestRefused if
         the request is wrong, FrameTooLarge if the prompt is, RequestFailed (after a chunk with finish_reason "error")
         if it was accepted and then failed, ServiceUnreachable if the gManager is gone.
         """
-        rest = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
+        rest = {
+            "params": params,
+            "spread": spread,
+            "model": model,
+            "wait_for_cell": wait_for_cell,
+            "cache_salt": cache_salt,
+        }
         if isinstance(prompt, str):
             return self._stream(_submit(request_id, text=prompt, **rest))
         if not isinstance(prompt, list):
@@ -200,10 +210,17 @@ class AsyncClient:
         spread: Spread = None,
         model: str | None = None,
         wait_for_cell: bool = True,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate the answer to a conversation, put into the model's chat template. Otherwise as `generate`."""
         turns = [_checked(turn, m.ChatMessage) for turn in messages]
-        rest = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
+        rest = {
+            "params": params,
+            "spread": spread,
+            "model": model,
+            "wait_for_cell": wait_for_cell,
+            "cache_salt": cache_salt,
+        }
         return self._stream(_submit(request_id, messages=turns, **rest))
 
     def attach(self, request_id: str, from_index: int = 0) -> AsyncGenerator[Chunk, None]:
@@ -441,6 +458,7 @@ class AsyncClient:
                     prompt_logprobs=[scores[position] for position in sorted(scores)] if scores else None,
                     finish_reason=output.finish_reason,
                     error=output.error,
+                    cached_tokens=output.cached_tokens,
                 )
                 scores.clear()
                 if output.finish_reason == "error":

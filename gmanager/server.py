@@ -403,6 +403,7 @@ class Server:
             finish_reason=reason,
             error=new.error,
             refusal=new.refusal,
+            cached_tokens=new.cached_tokens,
         )
         waiting = self._outbox.setdefault(new.peer, [])
         waiting.append(output)

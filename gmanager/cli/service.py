@@ -60,6 +60,7 @@ class ServiceConfig:
     """Of the gManager."""
     http: str | None = None
     """HOST:PORT of a gateway; None: none is started."""
+    prefix_cache: bool = True
     journal: Path | None = None
     """Of the gManager."""
     api_key_file: Path | None = None
@@ -178,7 +179,8 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
 
 def _gmanager(config: ServiceConfig, bind: str) -> list[str]:
     journal = [] if config.journal is None else [f"--journal={config.journal}"]
-    return [sys.executable, "-m", "gmanager", "--bind", bind, "--spread", config.spread, *journal]
+    settings = ["--spread", config.spread, "--prefix-cache", "on" if config.prefix_cache else "off"]
+    return [sys.executable, "-m", "gmanager", "--bind", bind, *settings, *journal]
 
 
 def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:

@@ -55,6 +55,7 @@ class Wanted:
     max_context: int | None
     dtype: str
     names: tuple[str, ...]
+    prefix_cache: bool
     journal: Path | None
     api_key_file: Path | None
     allow_origins: tuple[str, ...]
@@ -133,6 +134,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             ready_timeout_s=3600,
             bind=wanted.bind,
             http=wanted.http,
+            prefix_cache=wanted.prefix_cache,
             journal=None if wanted.journal is None else wanted.journal.expanduser().absolute(),
             api_key_file=wanted.api_key_file,
             gateway_flags=_gateway_flags(wanted),

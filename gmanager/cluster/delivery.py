@@ -191,6 +191,7 @@ class Delivery:
                 finish_reason=reason,
                 error=error,
                 refusal=refusal,
+                cached_tokens=request.cached_tokens,
             )
         )
 

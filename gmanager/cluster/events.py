@@ -279,6 +279,8 @@ class Deliver:
     finish_reason: FinishReason | None = None
     error: str | None = None
     refusal: RefusalReason | None = None
+    cached_tokens: int = 0
+    """Of its prompt, those that were not computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,7 @@ class Routes:
                 structured_outputs=None if structure is None else structure.params,
             ),
             spread=body.spread,
+            cache_salt=body.cache_salt,
             drops_tokens=drops_tokens,
         )
         return _naming(ignored, await _answer(http, generation, streams=body.stream))
@@ -305,6 +306,7 @@ class Routes:
                 **params,
             ),
             spread=body.spread,
+            cache_salt=body.cache_salt,
             drops_tokens=False,
         )
         return _naming(ignored, await _answer(http, generation, streams=body.stream))

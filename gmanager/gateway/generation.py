@@ -28,6 +28,7 @@ class Generation:
     prompts: Sequence[Prompt]
     params: Sequence[SamplingParams]
     spread: Spread
+    cache_salt: str | None
     drops_tokens: bool
     """Only the prompts count: what is generated is no part of the answer."""
     usage: Usage = field(default_factory=Usage)
@@ -76,11 +77,16 @@ class Generation:
                 spread=self.spread,
                 model=self.model,
                 wait_for_cell=False,
+                cache_salt=self.cache_salt,
             )
+            counts_prompt = choice.index % len(self.params) == 0  # once, whatever n
             async with aclosing(chunks):
                 async for chunk in chunks:
                     if chunk.finish_reason == "error":
                         continue  # the exception that follows says why
+                    if counts_prompt:
+                        self.usage.cached_tokens += chunk.cached_tokens
+                        counts_prompt = False
                     if not self.drops_tokens:
                         self.usage.completion_tokens += len(chunk.token_ids)
                     await emit(choice, chunk)

@@ -10,7 +10,7 @@ from gmanager.gateway.conversation import Dialogue
 from gmanager.gateway.fields import WHOLE, BadWords, Body, LogitBias, Spread, Stop, StopTokens, Wrong
 from gmanager.gateway.reading import shown
 from gmanager.gateway.structure import FIELDS, Structure, structure, unread_in_format
-from gmanager.wire.messages import MAX_LOGPROBS, SamplingParams
+from gmanager.wire.messages import MAX_LOGPROBS, MAX_SALT_CHARS, SamplingParams
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # tools under their first names
@@ -42,7 +42,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("priority", "cache_salt", "spaces_between_special_tokens", "max_tool_calls"),
+        *("priority", "spaces_between_special_tokens", "max_tool_calls"),
         *("cache_control", "inference_geo", "speed", "diagnostics"),
     }
 )
@@ -89,9 +89,10 @@ class Sampled(Body):
     stream: bool | None = False
     spread: Spread = None
     """distattn: least number of instances that the prompt's KV is spread over."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    """KV of tokens that the prompt begins with is shared only with requests that have the same."""
 
     priority: Annotated[int, WHOLE] | None = None
-    cache_salt: str | None = None
     spaces_between_special_tokens: bool | None = None
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from gmanager.wire.messages.base import (
     unpack_tokens,
 )
 from gmanager.wire.messages.client import (
+    MAX_SALT_CHARS,
     Abort,
     Attach,
     CallFailed,
@@ -176,6 +177,7 @@ __all__ = [
     "MAX_BAD_WORD_TOKENS",
     "MAX_LOGIT_BIASES",
     "MAX_LOGPROBS",
+    "MAX_SALT_CHARS",
     "MAX_STOP_STRINGS",
     "MAX_STRUCTURE_CHARS",
     "MemberAddress",

@@ -150,6 +150,8 @@ class Output(Message):
     error: str | None = None
     refusal: RefusalReason | None = None
     """With `error`: the request never started."""
+    cached_tokens: int = 0
+    """Of its prompt, those that were not computed: their KV was there."""
 
 
 class OutputBatch(Message):
