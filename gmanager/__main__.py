@@ -81,6 +81,12 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         "--slo-tpot", help="objective: longest time between its tokens, in the mean; one that would miss it is refused (none)"
     )
     parser.add_argument(
+        "--prefix-cache",
+        choices=("on", "off"),
+        default="on" if default.prefix_cache else "off",
+        help="keep KV that requests leave, until room is needed, for others that begin with the same tokens (%(default)s)",
+    )
+    parser.add_argument(
         "--journal",
         type=Path,
         metavar="FILE",
@@ -99,6 +105,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
             max_stall_s=given.max_stall,
             resume_s=given.resume,
             max_pause_s=given.max_pause,
+            prefix_cache=given.prefix_cache == "on",
             journal=given.journal,
             slo_ttft_s=given.slo_ttft,
             slo_tpot_s=given.slo_tpot,

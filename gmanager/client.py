@@ -57,6 +57,8 @@ class Chunk:
     """Only on the last chunk."""
     error: str | None = None
     """Why, if `finish_reason` is "error"."""
+    cached_tokens: int = 0
+    """Of the prompt, tokens that were not computed, because their KV was there: the same on each chunk."""
 
 
 @dataclass(slots=True)
@@ -175,6 +177,7 @@ class AsyncClient:
         priority: int = 0,
         slo_ttft_s: float | None = None,
         slo_tpot_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate from text or token ids; the request starts with the first `__anext__`.
 
@@ -184,14 +187,15 @@ class AsyncClient:
         cell is ready, rather than being refused. `priority`: lower goes first, for memory; a level is worth a minute's waiting.
         `slo_ttft_s`, `slo_tpot_s`: seconds to the first token and between tokens that are wanted, instead of the service's own
         objectives: if they would be missed it is refused (`reason` "overloaded", with `retry_after_s`, or "unreachable").
-        Leaving the iterator (break, aclose, cancel) aborts the request.
+        `cache_salt`: KV of tokens that the prompt begins with is shared only with requests that have the same. Leaving the
+        iterator (break, aclose, cancel) aborts the request.
 
         Raises TypeError and ValueError at once for arguments of a wrong type. The iterator raises RequestRefused if
         the request is wrong, FrameTooLarge if the prompt is, RequestFailed (after a chunk with finish_reason "error")
         if it was accepted and then failed, ServiceUnreachable if the gManager is gone.
         """
         rest: dict[str, Any] = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
-        rest |= {"priority": priority, "slo_ttft_s": slo_ttft_s, "slo_tpot_s": slo_tpot_s}
+        rest |= {"priority": priority, "slo_ttft_s": slo_ttft_s, "slo_tpot_s": slo_tpot_s, "cache_salt": cache_salt}
         if isinstance(prompt, str):
             return self._stream(_submit(request_id, text=prompt, **rest))
         if not isinstance(prompt, list):
@@ -210,11 +214,12 @@ class AsyncClient:
         priority: int = 0,
         slo_ttft_s: float | None = None,
         slo_tpot_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate the answer to a conversation, put into the model's chat template. Otherwise as `generate`."""
         turns = [_checked(turn, m.ChatMessage) for turn in messages]
         rest: dict[str, Any] = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
-        rest |= {"priority": priority, "slo_ttft_s": slo_ttft_s, "slo_tpot_s": slo_tpot_s}
+        rest |= {"priority": priority, "slo_ttft_s": slo_ttft_s, "slo_tpot_s": slo_tpot_s, "cache_salt": cache_salt}
         return self._stream(_submit(request_id, messages=turns, **rest))
 
     def attach(self, request_id: str, from_index: int = 0) -> AsyncGenerator[Chunk, None]:
@@ -453,6 +458,7 @@ class AsyncClient:
                     prompt_logprobs=[scores[position] for position in sorted(scores)] if scores else None,
                     finish_reason=output.finish_reason,
                     error=output.error,
+                    cached_tokens=output.cached_tokens,
                 )
                 scores.clear()
                 if output.finish_reason == "error":

@@ -405,6 +405,7 @@ class Server:
             error=new.error,
             refusal=new.refusal,
             retry_after_s=new.retry_after_s,
+            cached_tokens=new.cached_tokens,
         )
         waiting = self._outbox.setdefault(new.peer, [])
         waiting.append(output)

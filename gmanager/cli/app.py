@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -47,6 +47,9 @@ def up(
         list[str] | None,
         typer.Option("--served-model-name", metavar="NAME", help="what requests call the model; may be given again: also that"),
     ] = None,
+    prefix_cache: Annotated[
+        Literal["on", "off"], typer.Option(help="keep KV that requests leave for others that begin with the same tokens")
+    ] = "on",
     journal: Annotated[
         Path | None, typer.Option(help="file that keeps requests and their tokens, for when the gManager is lost (none)")
     ] = None,
@@ -89,6 +92,7 @@ def up(
         max_context=max_context,
         dtype=dtype,
         names=tuple(dict.fromkeys(names or ())),
+        prefix_cache=prefix_cache == "on",
         journal=journal,
         policy=policy,
         roles=() if roles is None else tuple(roles.split(",")),

@@ -64,6 +64,7 @@ class ServiceConfig:
     """Of the gManager."""
     http: str | None = None
     """HOST:PORT of a gateway; None: none is started."""
+    prefix_cache: bool = True
     journal: Path | None = None
     """Of the gManager."""
     slo_ttft_s: float | None = None
@@ -190,6 +191,7 @@ def _gmanager(config: ServiceConfig, bind: str) -> list[str]:
     flags = {
         "--spread": config.spread,
         "--policy": config.policy,
+        "--prefix-cache": "on" if config.prefix_cache else "off",
         "--journal": config.journal,
         "--slo-ttft": config.slo_ttft_s,
         "--slo-tpot": config.slo_tpot_s,

@@ -56,6 +56,7 @@ class Wanted:
     max_context: int | None
     dtype: str
     names: tuple[str, ...]
+    prefix_cache: bool
     journal: Path | None
     policy: str
     roles: tuple[str, ...]
@@ -143,6 +144,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             policy=wanted.policy,
             roles=wanted.roles,
             http=wanted.http,
+            prefix_cache=wanted.prefix_cache,
             journal=None if wanted.journal is None else wanted.journal.expanduser().absolute(),
             slo_ttft_s=wanted.slo_ttft_s,
             slo_tpot_s=wanted.slo_tpot_s,

@@ -202,13 +202,14 @@ def _errors(performance: CellPerformance | None) -> str:
 
 def _instances(stats: Stats, live: dict[str, RequestStats], width: int) -> Table:
     table = _table("instance", "KV", ("used", "right"), ("free", "right"), ("lent", "right"), ("borrowed", "right"))
-    length = max(8, width - 62)
+    cached = {i: f" ({i.cached_tokens:,} cached)" if i.cached_tokens else "" for i in stats.instances}
+    length = max(8, width - 62 - max(map(len, cached.values()), default=0))
     for instance in stats.instances:
         table.add_row(
             f"{instance.cell} {instance.rank}{' drains' if instance.is_draining else ''}",
             bar(segments(instance, live), instance.total_tokens, length),
             f"{instance.used_tokens:,} ({100 * instance.used_tokens / max(1, instance.total_tokens):.0f} %)",
-            f"{instance.free_tokens:,}",
+            f"{instance.free_tokens:,}{cached[instance]}",
             f"{instance.lent_tokens:,}",
             f"{instance.borrowed_tokens:,}",
         )

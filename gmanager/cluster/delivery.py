@@ -192,6 +192,7 @@ class Delivery:
                 error=error,
                 refusal=refusal,
                 retry_after_s=None if refusal is None else request.retry_after_s,
+                cached_tokens=request.cached_tokens,
             )
         )
 

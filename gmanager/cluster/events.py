@@ -290,6 +290,8 @@ class Deliver:
     error: str | None = None
     refusal: RefusalReason | None = None
     retry_after_s: float | None = None
+    cached_tokens: int = 0
+    """Of its prompt, those that were not computed."""
 
 
 @dataclass(frozen=True, slots=True)

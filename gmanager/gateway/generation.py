@@ -79,10 +79,14 @@ class Generation:
                 wait_for_cell=False,
                 **self.service,
             )
+            counts_prompt = choice.index % len(self.params) == 0  # once, whatever n
             async with aclosing(chunks):
                 async for chunk in chunks:
                     if chunk.finish_reason == "error":
                         continue  # the exception that follows says why
+                    if counts_prompt:
+                        self.usage.cached_tokens += chunk.cached_tokens
+                        counts_prompt = False
                     if not self.drops_tokens:
                         self.usage.completion_tokens += len(chunk.token_ids)
                     await emit(choice, chunk)

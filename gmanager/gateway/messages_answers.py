@@ -199,8 +199,9 @@ def _end(reason: str | None, stop: str | None = None) -> Json:
 
 
 def _usage(usage: Usage) -> Json:
-    counts = {"input_tokens": usage.prompt_tokens, "output_tokens": usage.completion_tokens}
-    return counts | {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+    computed = usage.prompt_tokens - usage.cached_tokens
+    counts = {"input_tokens": computed, "output_tokens": usage.completion_tokens}
+    return counts | {"cache_creation_input_tokens": 0, "cache_read_input_tokens": usage.cached_tokens}
 
 
 def _written(events: Iterable[Json]) -> bytes:

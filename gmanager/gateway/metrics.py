@@ -35,6 +35,7 @@ _COUNTED = {
     "tokens_generated": "Tokens sampled for the sequences at home here.",
     "home_moves": "Sequences that came here to be at home.",
     "blocks_copied": "Blocks of KV copied to other instances.",
+    "blocks_evicted": "Blocks of cached KV that had to make room.",
     "query_bytes": "Bytes of queries sent to other instances.",
     "partial_bytes": "Bytes of partial attention states sent to other instances.",
     "kv_bytes": "Bytes of KV sent to other instances.",
@@ -81,6 +82,9 @@ def _requests(stats: Stats) -> Iterator[Metric]:
     yield _histogram("e2e_request_latency_seconds", "From a request's arrival to its end.", observed.e2e_s)
     yield _histogram("request_queue_time_seconds", "From a request's arrival to its first admission.", observed.queue_s)
     yield _counter("prompt_tokens", "Tokens of the prompts of admitted requests.", [((), observed.prompt_tokens)])
+    queries, hits = [((), observed.prefix_queries)], [((), observed.prefix_hits)]
+    yield _counter("prefix_cache_queries", "Tokens of prompts whose KV was looked for.", queries)
+    yield _counter("prefix_cache_hits", "Tokens of prompts whose KV was there.", hits)
     yield _counter("generation_tokens", "Tokens that requests were given.", [((), observed.generated_tokens)])
     finished = [((reason,), count) for reason, count in observed.finished.items()]
     yield _counter("request_success", "Requests that have ended, by why.", finished, ["finished_reason"])
@@ -134,9 +138,12 @@ def _cost_parts(lane: LanePerformance) -> dict[str, float]:
 def _memory(instances: list[InstanceStats]) -> Iterator[Metric]:
     usage = [(_place(i), i.used_tokens / i.total_tokens if i.total_tokens else 0) for i in instances]
     yield _gauge("kv_cache_usage_perc", "Part of an instance's KV memory that is in use; 1 is all.", usage, _PLACE)
-    kinds = ("used", "free", "total", "lent", "borrowed")
+    kinds = ("used", "free", "total", "lent", "borrowed", "cached")
     tokens = [((*_place(i), kind), getattr(i, f"{kind}_tokens")) for i in instances for kind in kinds]
-    help_text = "Tokens of KV: used (lent ones too) + free = total; lent to sequences at home elsewhere; borrowed from others."
+    help_text = (
+        "Tokens of KV: used (lent ones too) + free = total; cached: of the free ones, those whose KV is kept for others; "
+        "lent to sequences at home elsewhere; borrowed from others."
+    )
     yield _gauge("kv_tokens", help_text, tokens, [*_PLACE, "kind"])
 
 

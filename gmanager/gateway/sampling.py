@@ -10,7 +10,7 @@ from gmanager.gateway.conversation import Dialogue
 from gmanager.gateway.fields import WHOLE, BadWords, Body, LogitBias, Spread, Stop, StopTokens, Wrong
 from gmanager.gateway.reading import shown
 from gmanager.gateway.structure import FIELDS, Structure, structure, unread_in_format
-from gmanager.wire.messages import MAX_LOGPROBS, MOST_PRIORITY, SamplingParams
+from gmanager.wire.messages import MAX_LOGPROBS, MAX_SALT_CHARS, MOST_PRIORITY, SamplingParams
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # tools under their first names
@@ -42,7 +42,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("cache_salt", "spaces_between_special_tokens", "max_tool_calls"),
+        *("spaces_between_special_tokens", "max_tool_calls"),
         *("cache_control", "inference_geo", "speed", "diagnostics"),
     }
 )
@@ -90,6 +90,8 @@ class Sampled(Body):
     stream: bool | None = False
     spread: Spread = None
     """distattn: least number of instances that the prompt's KV is spread over."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    """KV of tokens that the prompt begins with is shared only with requests that have the same."""
 
     priority: Annotated[int, Field(ge=-MOST_PRIORITY, lt=MOST_PRIORITY), WHOLE] | None = 0
     """Lower goes first, as in vLLM."""
@@ -98,7 +100,6 @@ class Sampled(Body):
     slo_tpot: _Seconds = None
     """distattn: seconds between tokens, likewise."""
 
-    cache_salt: str | None = None
     spaces_between_special_tokens: bool | None = None
 
     @model_validator(mode="after")
@@ -154,6 +155,7 @@ class Sampled(Body):
             "priority": _or(self.priority, 0),
             "slo_ttft_s": self.slo_ttft,
             "slo_tpot_s": self.slo_tpot,
+            "cache_salt": self.cache_salt,
         }
 
     def check_min_tokens(self, limit_name: str, limit: int | None) -> None:

@@ -81,6 +81,8 @@ OBSERVED = m.Observations(
     generated_tokens=77,
     finished={"stop": 4, "length": 3, "abort": 2, "error": 1},
     refused={"invalid": 1, "too_long": 2, "never": 3, "model": 4, "full": 5, "not_ready": 6},
+    prefix_queries=900_000,
+    prefix_hits=300_000,
 )
 STATES: list[m.RequestState] = [
     "queued",
@@ -164,6 +166,8 @@ def test_requests(samples: Samples) -> None:
     assert values(samples, "requests_refused_total", "reason") == OBSERVED.refused
     assert value(samples, "prompt_tokens_total") == 1_000_000
     assert value(samples, "generation_tokens_total") == 77
+    assert value(samples, "prefix_cache_queries_total") == 900_000
+    assert value(samples, "prefix_cache_hits_total") == 300_000
     assert value(samples, "num_preemptions_total") == 7
 
 

@@ -19,6 +19,7 @@ from gmanager.wire.messages.base import (
     unpack_tokens,
 )
 from gmanager.wire.messages.client import (
+    MAX_SALT_CHARS,
     Abort,
     Attach,
     CallFailed,
@@ -184,6 +185,7 @@ __all__ = [
     "MAX_BAD_WORD_TOKENS",
     "MAX_LOGIT_BIASES",
     "MAX_LOGPROBS",
+    "MAX_SALT_CHARS",
     "MAX_STEP_SAMPLES",
     "MOST_PRIORITY",
     "MAX_STOP_STRINGS",

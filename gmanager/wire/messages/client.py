@@ -167,6 +167,8 @@ class Output(Message):
     """With `error`: the request never started."""
     retry_after_s: float | None = None
     """With a refusal: in so many seconds one like it is expected to be taken."""
+    cached_tokens: int = 0
+    """Of its prompt, those that were not computed: their KV was there."""
 
 
 class OutputBatch(Message):
