@@ -3,6 +3,7 @@
 
     simulate.py run       throughput, latencies, goodput and KV use by policy, over rates, numbers of instances or traces
     simulate.py search    how many instances should prefill and how many decode (DistServe's placement search)
+    simulate.py validate  the same trace for real, on the CPU, and simulated with step times that were measured there
     simulate.py times     write the step times that are simulated, to be edited and given back with --times
 
 A trace is what `bench_serve.py` takes: a file in our own form or in Mooncake's, or the name of a built-in one; or `mix:N`, mix
@@ -10,13 +11,16 @@ N of `make_trace.py`. Policies are the gManager's `--spread` (auto, all, or a nu
 own, which shares nothing) and `large` (one instance with all memory, whose devices share every step). Step times are those of
 an 8B model on H200s unless --times says others. docs/simulator.md says what is real, and how near it comes.
 
-Exit code 0, 2 if something can't be simulated.
+Exit code 0, 1 if `validate` found the two too far apart, 2 if something can't be simulated or started, 130 if
+interrupted.
 """
 
 import argparse
+import asyncio
 import datetime
 import itertools
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +29,7 @@ from typing import Any
 import msgspec
 from _setup import ROOT
 from _trace import BLOCK_TOKENS, TRACES, TraceError
+from _validation import Round
 from bench_serve import Objectives, versions
 from simulation.cases import MIX, Case, Result, arrivals_of, at_rate, run_all
 from simulation.instance import SimulationError
@@ -32,6 +37,9 @@ from simulation.plots import draw
 from simulation.search import Search, Split, Tried
 from simulation.service import Setting
 from simulation.times import H200_8B, Profile, TimesError, read_times, write_times
+
+from gmanager import DistattnError
+from gmanager.cli.process import ServiceError
 
 REPORT = "simulate.json"
 PICTURE = "simulate.png"
@@ -50,6 +58,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     splits: list[Split] = []
     """Of `search`, the best first."""
     tried: list[Tried] = []
+    rounds: list[Round] = []
+    """Of `validate`."""
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -182,8 +192,67 @@ def search(args: argparse.Namespace, profile: Profile) -> Report:
         needed = {phase: looked_for.fewest(phase, args.rate) for phase in ("prefill", "decode")}
         said = [f"{count or f'more than {args.instances}'} {phase}" for phase, count in needed.items()]
         print(f"for {args.rate:g} requests/s: {', '.join(said)}")
-    args.out.mkdir(parents=True, exist_ok=True)
     return report_of(args, profile, splits=splits, tried=tried)
+
+
+# --- validate ---------------------------------------------------------------------------------------------------------
+
+
+COMPARED = {
+    "completed requests/s": "completed_per_s",
+    "output tokens/s": "output_tokens_per_s",
+    "TTFT s p50": "ttft_p50_s",
+    "TTFT s p99": "ttft_p99_s",
+    "TPOT s p50": "tpot_p50_s",
+    "request s p50": "request_p50_s",
+}
+"""What is shown of both sides."""
+JUDGED = ("completed requests/s", "TTFT s p50")
+
+
+def validate(args: argparse.Namespace, profile: Profile) -> Report:
+    """Raises Apart if the simulation is too far from the service, and what `_validation.validate` raises."""
+    from _validation import validate as compare
+
+    trace = at_rate(arrivals_from(args, args.trace), args.rate)
+    work = compare(
+        trace, instances=args.instances, kv_tokens=args.kv_tokens, rounds=args.rounds, folder=args.out / "validation"
+    )
+    measured, rounds = asyncio.run(work)
+    print(f"measured: {measured}")
+    for number, one in enumerate(rounds, 1):
+        print(f"round {number}: steps took {one.step_s:,.1f} s together")
+        for name, field in COMPARED.items():
+            real, simulated = getattr(one.real, field), getattr(one.simulated, field)
+            ratio = f"{simulated / real:.3f}" if real and simulated is not None else "-"
+            print(f"  {name:22} real {real or 0:10.4f}   simulated {simulated or 0:10.4f}   {ratio}")
+    medians = {name: statistics.median(ratios_of(rounds, COMPARED[name])) for name in JUDGED}
+    far = [f"{name}: {median:.3f} in the median" for name, median in medians.items() if abs(median - 1) > args.within]
+    print(", ".join(f"{name}: {median:.3f}" for name, median in medians.items()), "in the median")
+    report = report_of(args, profile, rounds=rounds)
+    if far:
+        write(args, report)
+        raise Apart(f"simulated over real is off by more than {args.within:.0%}: {'; '.join(far)}")
+    return report
+
+
+class Apart(Exception):
+    """The simulation is too far from the service."""
+
+
+def ratios_of(rounds: Sequence[Round], field: str) -> list[float]:
+    """Simulated over real, of each round; infinite where one side has nothing."""
+    sides = [(getattr(one.simulated, field), getattr(one.real, field)) for one in rounds]
+    return [simulated / real if simulated and real else math.inf for simulated, real in sides]
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def write(args: argparse.Namespace, report: Report) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / REPORT).write_bytes(msgspec.json.encode(report))
+    print(f"written: {args.out / REPORT}")
 
 
 def report_of(args: argparse.Namespace, profile: Profile, **parts: Any) -> Report:
@@ -243,6 +312,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     one.add_argument("--attain", type=float, default=0.9, help="part of the requests that must meet them (%(default)g)")
     one.add_argument("--rate", type=float, help="also say the fewest instances of each kind for so many requests per second")
     shared(one)
+    one = command("validate", validate, "the same trace for real, on the CPU, and simulated")
+    one.add_argument("--trace", default=f"{MIX}2", help=f"{names} (%(default)s)")
+    one.add_argument("--rate", type=float, help="requests per second, on average (as in the trace)")
+    one.add_argument("--instances", type=int, default=3, help="to start (%(default)d)")
+    one.add_argument("--rounds", type=int, default=3, help="the trace is replayed so often; medians count (%(default)d)")
+    one.add_argument("--within", type=float, default=0.15, help="how far throughput and median TTFT may be off (%(default)g)")
+    shared(one)
+    one.set_defaults(requests=160, scale=0.04, kv_tokens=4096)
     one = command("times", write_profile, "write the step times, to be edited")
     one.add_argument("--out", type=Path, default=ROOT / "results" / "times.json", help="the file")
     args = parser.parse_args(words)
@@ -250,19 +327,24 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+COUNTS = ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens", "rounds")
+POSITIVE = ("scale", "max_queue_wait", "limit", "rate", "rates", "within")
+
+
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program with exit code 2 for numbers that make no sense."""
     counts = {
         name: value if isinstance(value, list) else [value]
         for name, value in vars(args).items()
-        if name in ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens") and value is not None
+        if name in ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens", "rounds")
+        and value is not None
     }
     for name, values in counts.items():
         if min(values) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {min(values)}")
     if max(counts.get("instances", [1])) > 1024:
         parser.error(f"--instances is at most 1024, got {max(counts['instances'])}")
-    for name in ("scale", "max_queue_wait", "limit", "rate", "rates"):
+    for name in POSITIVE:
         value = getattr(args, name, None)
         for each in value if isinstance(value, list) else [value]:
             if each is not None and not (math.isfinite(each) and each > 0):
@@ -283,9 +365,14 @@ def main() -> int:
             profile = msgspec.structs.replace(profile, kv_tokens=args.kv_tokens)
         report = args.work(args, profile)
         if report is not None:
-            (args.out / REPORT).write_bytes(msgspec.json.encode(report))
-            print(f"written: {args.out / REPORT}")
-    except (TimesError, TraceError, SimulationError, ValueError, OSError) as error:
+            write(args, report)
+    except Apart as apart:
+        print(f"simulate.py: {apart}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ServiceError, DistattnError, TimesError, TraceError, SimulationError, ValueError, OSError) as error:
         print(f"simulate.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -115,7 +115,15 @@ def arrivals_of(
         return read_trace(source, scale, block_tokens)
     try:
         mix = int(source.removeprefix(MIX))
-        settings = Settings(mix=mix, requests=requests, seed=seed, scale=scale, turns=turns, block_tokens=block_tokens)
+        settings = Settings(
+            mix=mix,
+            requests=requests,
+            seed=seed,
+            scale=scale,
+            answer_scale=scale,
+            turns=turns,
+            block_tokens=block_tokens,
+        )
     except ValueError as error:
         raise TraceError(f"{source}: {error}") from error
     return trace_of(make_trace(settings), block_tokens)

@@ -27,6 +27,8 @@ class Part:
     since: float = 0.0
     rate: float = 0.0
     """0: it doesn't run (any more)."""
+    first_s: float = 0.0
+    """Since when it is the first of its lane's queue."""
     changes: int = 0
     """Of the rate: what was said about its end before the last one is not true any more."""
 
@@ -51,11 +53,14 @@ class Device:
         self.working: dict[Lane, Part | None] = {"prefill": None, "decode": None}
         """What each lane has the processor for."""
         self.busy_s = 0.0
-        """Time in which steps were done, both lanes' summed, waits for others not counted."""
+        """What steps took that were done, each as if alone and without waits, both lanes' summed."""
+        self.occupied_s = 0.0
+        """What they took, both lanes' summed: as instances count `step_us`."""
 
     def launch(self, part: Part) -> None:
         """Queue a part; `run_together` begins it once it is its turn everywhere."""
         self._queues[part.lane].append(part)
+        part.first_s = self._processor.now
         part.group.absent += len(self._queues[part.lane]) > 1
 
     def end(self, part: Part) -> None:
@@ -63,6 +68,7 @@ class Device:
         queue = self._queues[part.lane]
         queue.popleft()
         if queue:
+            queue[0].first_s = self._processor.now
             following = queue[0].group
             following.absent -= 1
             self._processor.begin(following)
@@ -76,6 +82,10 @@ class Processor:
         self._profile = profile
         self._is_shared = profile.cores is not None
         self._active: list[Part] = []
+
+    @property
+    def now(self) -> float:
+        return self._clock.now
 
     def begin(self, group: Group) -> None:
         """Run it, if all of it is there. All its parts are launched."""
@@ -104,6 +114,7 @@ class Processor:
             return
         for each in group.parts:
             each.is_over = True
+            each.device.occupied_s += self._clock.now - each.first_s if each.work_s else 0.0
             if not self._is_shared:
                 each.device._processor._drop(each)
         for each in group.parts:
@@ -121,7 +132,7 @@ class Processor:
         """Of all that runs, after one more or one less does."""
         now, profile = self._clock.now, self._profile
         cores = profile.cores
-        share = 1.0 if cores is None else min(1.0, cores / max(1, len(self._active)))
+        share = 1.0 if cores is None else min(1.0, cores / max(1.0, len(self._active) + profile.others))
         for part in self._active:
             if part.changes and not part.rate:
                 continue  # it has done its work, and waits

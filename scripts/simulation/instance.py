@@ -1,6 +1,7 @@
 """An instance: what the gManager tells it, and what it says. As `instance.server` does, without sockets and a device."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from gmanager.wire import messages as m
 from instance.rmanager import RManager
@@ -73,7 +74,9 @@ class Instance:
     def join(self, epoch: int, rank: int, parties: Parties) -> None:
         """Step with the others of its cell from now on."""
         profile = self._profile
-        pace = Pace(profile.chunk_tokens, profile.mixed_chunk_tokens, profile.reach, profile.grain)
+        pace = Pace(profile.chunk_tokens, profile.mixed_chunk_tokens)
+        if profile.shrinks:
+            pace = replace(pace, reach=profile.reach, grain=profile.grain)
         self.rank, self._epoch = rank, epoch
         self.scheduler = Scheduler(epoch=epoch, rank=rank, pace=pace, rmanager=self.rmanager, lay_out=parties.counting)
         self.newest = Grouping(number=0, members=[rank])

@@ -98,6 +98,8 @@ class Outcome:
     """Steps of parties, in all lanes."""
     busy: float = 0.0
     """Part of the time that a device ran a step of either lane, on average; both at once count twice."""
+    step_s: float = 0.0
+    """What steps took on all instances together, waits for other instances' rows included."""
     ended_s: float = 0.0
     """Simulated seconds until the last request had ended."""
     wall_s: float = 0.0
@@ -182,6 +184,7 @@ class Service:
         outcome.preemptions = self.cluster.stats().counters.preemptions
         outcome.home_moves = sum(instance.scheduler.tally.home_moves for instance in self.instances.values())
         outcome.rounds = sum(parties.num_rounds for parties in self._parties.values())
+        outcome.step_s = sum(instance.device.occupied_s for instance in self.instances.values())
         busy = sum(instance.device.busy_s for instance in self.instances.values())
         outcome.busy = busy / (len(self.instances) * outcome.ended_s) if outcome.ended_s else 0.0
         outcome.wall_s = time.perf_counter() - began

@@ -103,6 +103,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """And the other way round."""
     cores: float | None = None
     """So many steps run at full speed at once on the machine that all instances share; None: each has a device of its own."""
+    others: float = 0.0
+    """Other programs that take their share of these cores all the time."""
     meet_s: float
     """From the last notice of a party's members until all have the next step."""
     host_s: float
@@ -121,6 +123,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reach: int
     grain: int = 1
     """As `instance.scheduler.Pace` has these four."""
+    shrinks: bool = True
+    """Whether chunks beside decodes are the smaller the longer the prefix: on a GPU, not on the CPU."""
 
     def __post_init__(self) -> None:
         for name in ("kv_tokens", "block_size", "chunk_tokens", "mixed_chunk_tokens", "reach", "grain"):
@@ -131,6 +135,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if min(self.decode_beside, self.prefill_beside) < 1 or (self.cores is not None and self.cores <= 0):
             raise ValueError("decode_beside and prefill_beside are at least 1, cores positive or null")
+        if self.others < 0:
+            raise ValueError(f"others must not be negative, got {self.others}")
 
     def decode_s(self, load: Load) -> float:
         return self.decode.of(load)

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 import simulate as command
 from _trace import Arrival, BlockArrival, TraceError
-from bench_serve import Objectives
+from _validation import Round, untimed
+from bench_serve import Objectives, summarise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation.cases import Case, Result, arrivals_of, at_rate, run, run_all
@@ -22,6 +23,7 @@ from simulation.instance import SimulationError
 from simulation.search import Search, Tried, repeated
 from simulation.service import Outcome, Service, Setting, prompt_of, simulate
 from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_times, write_times
+from simulation.validate import SHARED, Measured, fit, level
 
 from distattn.layout import Layout, lay_out
 from gmanager.wire import messages as m
@@ -420,6 +422,77 @@ def test_a_trace_that_is_repeated_goes_on_with_other_prompts() -> None:
     assert [arrival.at_s for arrival in more] == [1.0, 2.0, 4.0, 5.0, 7.0]
     ids = [arrival.hash_ids for arrival in more if isinstance(arrival, BlockArrival)]
     assert ids == [[0, 3], [0, 1], [4, 7], [4, 5], [8, 11]]
+
+
+# --- beside a real service
+
+
+def test_measurements_give_back_the_times_that_made_them() -> None:
+    """Of a service that takes exactly what a profile says."""
+    base = untimed(kv_tokens=4096, others=0.0)
+    row, step, link_s, between = 5e-4, 0.02, 1e-3, 0.021
+    pairs = SHARED**2 / (2 * base.reach)
+    measured = Measured(
+        round_trip=between + 6 * link_s,
+        between=between,
+        step=step,
+        alone=between + 6 * link_s + 2 * step + row * (SHARED + pairs),
+        shared_prefill=0.0,
+        shared_between=between + 0.005,
+    )
+    profile = fit(base, measured, 3)
+    assert profile.prefill.row == profile.decode.row == pytest.approx(row)
+    assert profile.prefill.base == pytest.approx(step)
+    assert profile.link_s == pytest.approx(link_s)
+    assert profile.host_s == pytest.approx(between - step)
+    assert profile.prefill.exchange == 0
+    at_home = profile.decode.of(Load(1, SHARED // 3, 0, 0))
+    assert profile.decode.exchange == pytest.approx(between + 0.005 - max(between, at_home))
+
+
+def test_steps_are_scaled_until_they_take_together_what_was_counted() -> None:
+    base = msgspec.structs.replace(SMALL, cores=2.0)
+    trace = [Arrival(at_s=0.06 * i, prompt_tokens=20, max_tokens=6) for i in range(20)]
+    alone = simulated(trace, profile=base)
+    profile, outcome = level(base, 3, trace, 2.5 * alone.step_s)
+    assert outcome.step_s == pytest.approx(2.5 * alone.step_s, rel=0.01)
+    assert 1 < profile.prefill.row / base.prefill.row < 2.5  # they slow each other down as well
+
+
+@pytest.mark.slow
+def test_the_same_trace_for_real_and_simulated(tmp_path: Path) -> None:
+    """Both sides answer all requests; how near they are is for a quiet machine to say (docs/simulator.md)."""
+    flags = ("--requests", "20", "--rate", "5", "--rounds", "1", "--within", "100", "--instances", "2", "--out", str(tmp_path))
+    done = simulate_py("validate", *flags)
+    assert done.returncode == 0, done.stderr
+    report = msgspec.json.decode((tmp_path / "simulate.json").read_bytes(), type=command.Report)
+    (one,) = report.rounds
+    assert one.real.count == one.simulated.count == 20
+    assert one.real.failed == one.simulated.failed == 0
+    assert one.step_s > 0
+
+
+def test_too_far_apart_is_said_by_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the service's side only the answer is made up."""
+    trace = arrivals_of("mix:2", requests=160, scale=0.04)
+    real = simulate(Setting(profile=SLOW, instances=3), trace[:5]).timings
+    late = [msgspec.structs.replace(one, token_s=[2 * at for at in one.token_s]) for one in real]
+    sides = [summarise(side)[-1] for side in (real, late)]
+    one = Round(real=sides[0], simulated=sides[1], profile=SLOW, step_s=1.0, real_ttft_s=[], simulated_ttft_s=[])
+    measured = Measured(round_trip=0, between=0, step=0, alone=0, shared_prefill=0, shared_between=0)
+
+    async def compared(*_: Any, **__: Any) -> tuple[Measured, list[Round]]:
+        return measured, [one]
+
+    monkeypatch.setattr("_validation.validate", compared)
+    monkeypatch.setattr("sys.argv", ["simulate.py", "validate", "--out", str(tmp_path)])
+    assert command.main() == 1
+    assert "TTFT s p50" in capsys.readouterr().err
+    assert (tmp_path / "simulate.json").exists()
+    monkeypatch.setattr("sys.argv", ["simulate.py", "validate", "--out", str(tmp_path), "--within", "5"])
+    assert command.main() == 0
 
 
 # --- the command
