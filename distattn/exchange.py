@@ -48,7 +48,9 @@ class ExchangeError(RuntimeError):
 class Transfer:
     """Rows under way."""
 
-    def __init__(self, works: Sequence[tuple[str, Work]]) -> None:
+    def __init__(self, exchange: "Exchange", works: Sequence[tuple[str, Work, bool]]) -> None:
+        """`works`: with whom, and whether it is a send."""
+        self._exchange = exchange
         self._works = works
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -57,12 +59,16 @@ class Transfer:
         `timeout_s`: for Gloo, longest wait for a message; one that is longer closes the group's connections to all. None: as
         long as the group says.
         """
-        for who, work in self._works:
-            with _named(who):
-                if timeout_s is None:
-                    work.wait()
-                else:
-                    work.wait(timedelta(seconds=timeout_s))
+        try:
+            for who, work, is_send in self._works:
+                with _named(who):
+                    self._exchange.sending = work if is_send else None
+                    if timeout_s is None:
+                        work.wait()
+                    else:
+                        work.wait(timedelta(seconds=timeout_s))
+        finally:
+            self._exchange.sending = None
 
 
 class Exchange:
@@ -76,6 +82,9 @@ class Exchange:
         """`ids`: what the world outside the epoch knows the ranks by; None: by their numbers."""
         self._group = group
         self._ids = ids
+        self.sending: Work | None = None
+        """What a thread waits for until it is sent. On Gloo one that was in the connection's queue when this broke is told of
+        nothing (torch 2.13, seen in processes that had stood still): it waits for as long as the group says, then fails."""
         self._grouped = device.type == "cuda"
 
     def name_of(self, rank: int) -> str:
@@ -91,18 +100,18 @@ class Exchange:
 
         The tensors (contiguous, rows first) must stay as they are until `wait` has come back. Raises ExchangeError.
         """
-        works: list[tuple[str, Work]] = []
+        works: list[tuple[str, Work, bool]] = []
         if self._grouped:
             self._group._start_coalescing()
-        for pieces, move in ((receives, self._group.recv), (sends, self._group.send)):
+        for pieces, move, is_send in ((receives, self._group.recv, False), (sends, self._group.send, True)):
             for tensor, rows in pieces:
                 for rank, part in _parts(tensor, rows):
                     who = self.name_of(rank)
                     with _named(who):
-                        works.append((who, move([part], rank, 0)))
+                        works.append((who, move([part], rank, 0), is_send))
         if self._grouped:
-            return Transfer([("the other instances", self._group._end_coalescing())])
-        return Transfer(works)
+            works = [("the other instances", self._group._end_coalescing(), False)]
+        return Transfer(self, works)
 
 
 @contextmanager

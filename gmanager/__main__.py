@@ -6,10 +6,11 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import uvloop
 
-from gmanager.config import GManagerConfig, parse_spread
+from gmanager.config import GManagerConfig, PolicyName, parse_spread
 from gmanager.journal import Journal
 from gmanager.server import Server
 from gmanager.wire import logs
@@ -32,6 +33,11 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         "--spread",
         default=str(default.spread),
         help="least number of instances a prompt's KV is spread over: auto, all or a number (%(default)s)",
+    )
+    parser.add_argument(
+        "--policy",
+        default=default.policy,
+        help=f"who decides where KV lies and what moves: {', '.join(get_args(PolicyName))} (%(default)s)",
     )
     add_seconds(
         "--max-queue-wait",
@@ -67,6 +73,13 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         default=default.max_pause_s,
         help="a client that does not read for so long is taken for gone (%(default)g)",
     )
+    add_seconds(
+        "--slo-ttft",
+        help="objective: longest time from a request's arrival to its first token; one that would miss it is refused (none)",
+    )
+    add_seconds(
+        "--slo-tpot", help="objective: longest time between its tokens, in the mean; one that would miss it is refused (none)"
+    )
     parser.add_argument(
         "--journal",
         type=Path,
@@ -79,6 +92,7 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
         config = GManagerConfig(
             bind=given.bind,
             spread=parse_spread(given.spread),
+            policy=given.policy,
             max_queue_wait_s=given.max_queue_wait,
             max_queue=given.max_queue,
             max_queue_bytes=given.max_queue_bytes,
@@ -86,6 +100,8 @@ def parse(arguments: list[str] | None = None) -> tuple[GManagerConfig, tuple[str
             resume_s=given.resume,
             max_pause_s=given.max_pause,
             journal=given.journal,
+            slo_ttft_s=given.slo_ttft,
+            slo_tpot_s=given.slo_tpot,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -172,19 +172,26 @@ class AsyncClient:
         spread: Spread = None,
         model: str | None = None,
         wait_for_cell: bool = True,
+        priority: int = 0,
+        slo_ttft_s: float | None = None,
+        slo_tpot_s: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate from text or token ids; the request starts with the first `__anext__`.
 
         `request_id`: unique among the service's requests; drawn if None. With one that it knows, and the same arguments, the
         tokens of that request come, from the first on. `spread`: least number of instances
         that the prompt's KV is spread over. `model`: by the name that it is served under; None: any. `wait_for_cell`: if no
-        cell is ready, rather than being refused. Leaving the iterator (break, aclose, cancel) aborts the request.
+        cell is ready, rather than being refused. `priority`: lower goes first, for memory; a level is worth a minute's waiting.
+        `slo_ttft_s`, `slo_tpot_s`: seconds to the first token and between tokens that are wanted, instead of the service's own
+        objectives: if they would be missed it is refused (`reason` "overloaded", with `retry_after_s`, or "unreachable").
+        Leaving the iterator (break, aclose, cancel) aborts the request.
 
         Raises TypeError and ValueError at once for arguments of a wrong type. The iterator raises RequestRefused if
         the request is wrong, FrameTooLarge if the prompt is, RequestFailed (after a chunk with finish_reason "error")
         if it was accepted and then failed, ServiceUnreachable if the gManager is gone.
         """
-        rest = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
+        rest: dict[str, Any] = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
+        rest |= {"priority": priority, "slo_ttft_s": slo_ttft_s, "slo_tpot_s": slo_tpot_s}
         if isinstance(prompt, str):
             return self._stream(_submit(request_id, text=prompt, **rest))
         if not isinstance(prompt, list):
@@ -200,10 +207,14 @@ class AsyncClient:
         spread: Spread = None,
         model: str | None = None,
         wait_for_cell: bool = True,
+        priority: int = 0,
+        slo_ttft_s: float | None = None,
+        slo_tpot_s: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Generate the answer to a conversation, put into the model's chat template. Otherwise as `generate`."""
         turns = [_checked(turn, m.ChatMessage) for turn in messages]
-        rest = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
+        rest: dict[str, Any] = {"params": params, "spread": spread, "model": model, "wait_for_cell": wait_for_cell}
+        rest |= {"priority": priority, "slo_ttft_s": slo_ttft_s, "slo_tpot_s": slo_tpot_s}
         return self._stream(_submit(request_id, messages=turns, **rest))
 
     def attach(self, request_id: str, from_index: int = 0) -> AsyncGenerator[Chunk, None]:
@@ -432,7 +443,8 @@ class AsyncClient:
                 if output.refusal == "unknown" and isinstance(first, m.Submit):
                     raise RequestFailed(f"it was accepted, and is lost: {output.error}")
                 if output.refusal is not None:
-                    raise RequestRefused(output.error or "refused without a reason", output.refusal)
+                    text = output.error or "refused without a reason"
+                    raise RequestRefused(text, output.refusal, output.retry_after_s)
                 yield Chunk(
                     index=output.index,
                     token_ids=output.token_ids,

@@ -3,10 +3,13 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Spread = int | Literal["auto", "all"]
-"""Least number of instances that a prompt's KV is spread over; see `gmanager.cluster.policy.place`."""
+"""Least number of instances that a prompt's KV is spread over; see `gmanager.cluster.placement.place`."""
+
+PolicyName = Literal["elastic", "static", "infinite", "loong", "split"]
+"""Who decides where KV is born and what moves; see `gmanager.cluster.policies`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +20,8 @@ class GManagerConfig:
     """Where it listens; port * takes a free one."""
     spread: Spread = "auto"
     """For requests that don't say it themselves."""
+    policy: str = "elastic"
+    """A `PolicyName`."""
     max_queue_wait_s: float = 600.0
     """Longest time that a request waits for a ready cell, or for memory, before it fails."""
     max_queue: int = 4096
@@ -33,8 +38,15 @@ class GManagerConfig:
     """So long the requests of a client that is gone go on, for it to attach to them again. 0: they end at once."""
     max_pause_s: float = 30.0
     """A client that doesn't read is told no more; after so long it is taken for gone."""
+    prefix_cache: bool = True
+    """Whether instances keep KV that requests leave until they need the room, for others that begin with the same tokens."""
     journal: Path | None = None
     """The file in which requests and their tokens are kept, for the gManager that follows; None: none are."""
+    slo_ttft_s: float | None = None
+    """Seconds from a request's arrival to its first token that are wanted: one that would miss it is refused. None: any will
+    do. A request may say its own."""
+    slo_tpot_s: float | None = None
+    """Seconds between tokens, in a request's mean, that are wanted; likewise."""
     form_timeout_s: float = 120.0
     """Longest time from a cell's last registration until it is ready: a process group forms in seconds, but compilers
     and slow file systems have taken a minute."""
@@ -45,12 +57,18 @@ class GManagerConfig:
                 raise ValueError(f"spread must be auto, all or at least 1, got {self.spread}")
         elif self.spread not in ("auto", "all"):
             raise ValueError(f"spread must be auto, all or a number, got {self.spread!r}")
+        if self.policy not in get_args(PolicyName):
+            raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, got {self.policy!r}")
         for name in ("max_queue", "max_queue_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_queue_wait_s", "max_stall_s", "instance_lease_s", "client_lease_s", "max_pause_s", "form_timeout_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        for name in ("slo_ttft_s", "slo_tpot_s"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
         if not (math.isfinite(self.resume_s) and self.resume_s >= 0):
             raise ValueError(f"resume_s must be a number >= 0, got {self.resume_s}")

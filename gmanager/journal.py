@@ -20,6 +20,7 @@ from io import FileIO
 from pathlib import Path
 
 from gmanager.cluster.events import Entry, Restored
+from gmanager.cluster.performance import Costs
 from gmanager.journal_file import Batch, JournalFile
 from gmanager.wire.errors import JournalError
 
@@ -80,6 +81,12 @@ class Journal:
         if self._writer is not None:
             raise RuntimeError("a journal is read before it is written")
         return self._file.read()
+
+    def costs(self) -> dict[str, Costs]:
+        """What steps were found to take, by kind of cell. Before `start`. Raises JournalError."""
+        if self._writer is not None:
+            raise RuntimeError("a journal is read before it is written")
+        return self._file.costs()
 
     def start(self, tell: Callable[[], object]) -> None:
         """Begin to write. `tell` is called by the writer's thread when `committed`, `failure` or `error` has changed."""

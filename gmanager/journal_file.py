@@ -3,6 +3,7 @@
     accepted, encoded, ended     a row for each request, written once
     log                          a row for each commit: all tokens that it brought, of all requests
     tokens                       a request's tokens in few large rows: the log is folded into it when it has grown
+    costs                        a row for each kind of cell: how long its steps take
 
 A commit adds a row behind the last of one table and so writes two or three pages, however many requests it is about; a row
 for each request's tokens would be a page of its own for each of them.
@@ -13,7 +14,7 @@ The *term* counts the gManagers that have opened the file. Each transaction look
 import sqlite3
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,12 @@ from typing import Any
 
 import msgspec
 
-from gmanager.cluster.events import Accepted, Encoded, Entry, Finished, Generated, Restored
+from gmanager.cluster.events import Accepted, Encoded, Entry, Finished, Generated, Measured, Restored
+from gmanager.cluster.performance import Costs
 from gmanager.wire.errors import Fenced, JournalError
 from gmanager.wire.messages import Submit, TokenLogprob, pack_tokens, unpack_tokens
 
-SCHEMA = 2
+SCHEMA = 3
 APPLICATION_ID = 0x64617474
 """"datt": by which SQLite's files say whose they are."""
 
@@ -40,20 +42,25 @@ FOLD_BYTES = 4 * 2**20
 MAX_FREE_PAGES = 4096
 """Pages of 4 KiB that the file keeps for later; others are given back to the file system, VACUUM_PAGES with a commit."""
 VACUUM_PAGES = 1024
+MAX_KINDS = 64
+"""Of cells whose costs are kept, those of the newest."""
 CHECKPOINT_PAGES = 4096
 """Of the write-ahead log (16 MiB), before they are copied into the file: the only time that a commit waits for the disk."""
 
-_TABLES = """
+_COSTS = "CREATE TABLE costs (kind TEXT PRIMARY KEY, at REAL, costs BLOB) WITHOUT ROWID;"
+_TABLES = f"""
 CREATE TABLE meta (term INTEGER NOT NULL, identity INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE accepted (number INTEGER PRIMARY KEY, id TEXT, at REAL, seed INTEGER, spread, submit BLOB);
 CREATE TABLE encoded (number INTEGER PRIMARY KEY, token_ids BLOB, highest INTEGER, bad_words BLOB, grammar TEXT);
 CREATE TABLE ended (place INTEGER PRIMARY KEY, number INTEGER UNIQUE, generated INTEGER, reason TEXT, error TEXT, refusal TEXT);
 CREATE TABLE log (place INTEGER PRIMARY KEY, entries BLOB);
 CREATE TABLE tokens (number INTEGER, start INTEGER, token_ids BLOB, logprobs BLOB, PRIMARY KEY (number, start));
+{_COSTS}
 INSERT INTO meta (term) VALUES (0);
 """
 _IDENTIFY = "UPDATE meta SET identity = random() & 0x7fffffffffffffff;"
-_FROM_SCHEMA_1 = f"ALTER TABLE meta ADD COLUMN identity INTEGER NOT NULL DEFAULT 0; {_IDENTIFY}"
+_UPGRADES = [f"ALTER TABLE meta ADD COLUMN identity INTEGER NOT NULL DEFAULT 0; {_IDENTIFY}", _COSTS]
+"""From each schema to the next, the first one's first."""
 
 _SIZES = """
 SELECT number, length(submit) + ifnull((SELECT length(token_ids) FROM encoded e WHERE e.number = a.number), 0)
@@ -95,6 +102,7 @@ class Batch:
         self.encoded: list[Encoded] = []
         self.ended: dict[int, Finished] = {}
         self.tails: dict[int, Tail] = {}
+        self.measured: dict[str, Measured] = {}
 
     def add(self, entry: Entry) -> None:
         """Raises ValueError for tokens that don't follow those before."""
@@ -107,6 +115,8 @@ class Batch:
             self.accepted.append((entry, time.time()))
         elif isinstance(entry, Encoded):
             self.encoded.append(entry)
+        elif isinstance(entry, Measured):
+            self.measured[entry.kind] = entry
         else:
             self.ended[entry.number] = entry
 
@@ -115,6 +125,7 @@ class Batch:
         self.accepted += later.accepted
         self.encoded += later.encoded
         self.ended |= later.ended
+        self.measured |= later.measured
         for number, tail in later.tails.items():
             self.add(Generated(number=number, index=tail.start, token_ids=tail.token_ids, logprobs=tail.logprobs))
 
@@ -166,6 +177,12 @@ class JournalFile:
         with _explained(self._path):
             return list(self._read())
 
+    def costs(self) -> dict[str, Costs]:
+        """By kind of cell. Raises JournalError if what is there can't be."""
+        with _explained(self._path):
+            rows = self._db.execute("SELECT kind, costs FROM costs ORDER BY at").fetchall()
+            return {kind: msgspec.msgpack.decode(packed, type=Costs) for kind, packed in rows}
+
     def write(self, batch: Batch) -> None:
         """All of it or nothing. Raises sqlite3.Error, and Fenced."""
         entries = [_log_entry(number, tail) for number, tail in batch.tails.items()]
@@ -182,6 +199,8 @@ class JournalFile:
             )
             if entries:
                 self._db.execute("INSERT INTO log (entries) VALUES (?)", (packed,))
+            if batch.measured:
+                self._write_costs(batch.measured.values())
         self._prompts = prompts
         for row in accepted:
             self._sizes[row[0]] = len(row[-1])
@@ -252,7 +271,8 @@ class JournalFile:
             if schema > SCHEMA:
                 raise JournalError(f"journal {self._path} has schema {schema}, this gManager reads up to {SCHEMA}")
             if schema < SCHEMA:
-                self._db.executescript(f"BEGIN EXCLUSIVE; {_FROM_SCHEMA_1} PRAGMA user_version = {SCHEMA}; COMMIT;")
+                upgrade = " ".join(_UPGRADES[max(0, schema - 1) :])
+                self._db.executescript(f"BEGIN EXCLUSIVE; {upgrade} PRAGMA user_version = {SCHEMA}; COMMIT;")
         elif application or schema or self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
             raise JournalError(f"{self._path} is no journal but another program's database (application id {application:#x})")
         else:
@@ -353,6 +373,13 @@ class JournalFile:
             if self._db.in_transaction:  # some errors have ended it
                 self._db.execute("ROLLBACK")
             raise
+
+    def _write_costs(self, measured: Iterable[Measured]) -> None:
+        now = time.time()
+        rows = [(entry.kind, now, msgspec.msgpack.encode(entry.costs)) for entry in measured]
+        self._db.executemany("INSERT OR REPLACE INTO costs VALUES (?, ?, ?)", rows)
+        newest = f"SELECT kind FROM costs ORDER BY at DESC LIMIT {MAX_KINDS}"
+        self._db.execute(f"DELETE FROM costs WHERE kind NOT IN ({newest})")
 
     def _note(self, entries: Sequence[LogEntry], size: int) -> None:
         """These are in the log."""

@@ -57,9 +57,14 @@ class Observed:
         self.e2e_s = Buckets(REQUEST_BOUNDS_S)
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
         # every reason has its count from the start: a rate over a series that appears later misses its first event
         self.finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self.refused: dict[RefusalReason, int] = dict.fromkeys(get_args(RefusalReason), 0)
+        self.met_slo = 0
+        self.missed_ttft = 0
+        self.missed_tpot = 0
 
     def observations(self) -> Observations:
         """As they go over the wire."""
@@ -72,4 +77,9 @@ class Observed:
             generated_tokens=self.generated_tokens,
             finished=dict(self.finished),
             refused=dict(self.refused),
+            met_slo=self.met_slo,
+            missed_ttft=self.missed_ttft,
+            missed_tpot=self.missed_tpot,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from gmanager.cluster.chain import Chain
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
     Action,
@@ -133,6 +134,7 @@ class Server:
         self._journal_over = loop.create_future()
         if self._journal is not None:
             restored = self._journal.restore()
+            self._cluster.restore_costs(self._journal.costs())
             self._cluster.restore(restored, self._now())
             live = sum(request.finish_reason is None for request in restored)
             log.info(
@@ -402,6 +404,7 @@ class Server:
             finish_reason=reason,
             error=new.error,
             refusal=new.refusal,
+            retry_after_s=new.retry_after_s,
         )
         waiting = self._outbox.setdefault(new.peer, [])
         waiting.append(output)
@@ -466,6 +469,8 @@ class Server:
         bad_words: list[list[int]] = []
         grammar: str | None = None
         highest = 0
+        token_ids = b""
+        chain: Chain | None = None
         try:
             bad_words = await tokenizer.encode_bad_words(submit.params.bad_words or ())
             if submit.params.structured_outputs is not None:
@@ -476,7 +481,10 @@ class Server:
                 ids = await tokenizer.encode_chat(submit.messages)
             else:
                 ids = await tokenizer.encode(submit.text or "")
+            token_ids = pack_tokens(ids)
             highest = await asyncio.to_thread(lambda: max(ids, default=0))
+            if job.chain_seed is not None:
+                chain = await asyncio.to_thread(Chain, job.chain_seed, job.block_size, token_ids)
         except TextError as failure:
             error = str(failure)
             refusal = "not_ready" if isinstance(failure, TextUnavailable) else "invalid"
@@ -484,5 +492,4 @@ class Server:
             log.exception("a request could not be encoded", number=job.request)
             error = f"the gManager failed to read the request: {type(failure).__name__}: {failure}"
             refusal = "not_ready"  # the request may be all right
-        token_ids = pack_tokens(ids)
-        self._handle(Encoded(job.request, self._now(), token_ids, bad_words, grammar, highest, error, refusal))
+        self._handle(Encoded(job.request, self._now(), token_ids, bad_words, grammar, highest, error, refusal, chain))

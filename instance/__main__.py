@@ -93,6 +93,12 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     parser.add_argument("--host", default="127.0.0.1", help="where this instance's own sockets listen")
     parser.add_argument("--cell", default="main", help="name of the cell to join")
     parser.add_argument("--cell-size", type=int, help="with how many instances the cell begins (WORLD_SIZE)")
+    parser.add_argument(
+        "--role",
+        default="mixed",
+        help="mixed, prefill or decode, for the gManager's policy 'split'; several instances of a torchrun: one for each, "
+        "with commas between (%(default)s)",
+    )
     parser.add_argument("--id", type=int, help="number in the cell that it gets if that is free (the lowest that is)")
     parser.add_argument(
         "--connect-timeout-s",
@@ -137,6 +143,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         cell=args.cell,
         cell_size=cell_size,
         id=args.id,
+        role=settings.role_of(args.role, launch.rank, launch.world_size),
         cache_dir=args.cache_dir,
         connect_timeout_s=args.connect_timeout_s,
         log_level=args.log_level,

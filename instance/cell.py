@@ -115,11 +115,8 @@ class EpochGroup:
 
     def close(self) -> None:
         """Leave at once, without waiting for the others: whoever waits for a row, here or there, is let go with an error."""
-        self.let_go()
-        self._group.abort()
-
-    def let_go(self) -> None:
-        """Gloo's abort lets nobody go; but one wait that misses its deadline closes all of a process's connections."""
         if self._device.type == "cpu" and self._size > 1:
+            # Gloo's abort lets nobody go; but one wait that misses its deadline closes all of a process's connections
             with suppress(RuntimeError):
                 self._group.recv([torch.empty(1)], int(self._rank == 0), _NOBODYS_TAG).wait(timedelta(milliseconds=1))
+        self._group.abort()

@@ -4,11 +4,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
 from gmanager.wire.logs import Style
+from gmanager.wire.messages import Role
 from instance.sharing import SPLITS
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
@@ -112,6 +113,8 @@ class InstanceConfig:
     """Instances with which the cell begins."""
     id: int | None = None
     """Number in the cell that it would have, if that is free; None: the lowest that is."""
+    role: Role = "mixed"
+    """What it is for, where the gManager's policy tells instances apart."""
     cache_dir: Path | None = None
     """Where converted checkpoints lie; None: the user's cache directory."""
     log_level: str = "info"
@@ -183,6 +186,16 @@ class InstanceConfig:
             raise ValueError("--kv-tokens or --kv-memory is needed")
         elif not 0 < self.kv_memory < 1:
             raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
+
+
+def role_of(text: str, rank: int, world_size: int) -> Role:
+    """Of `--role`: one for all instances of this torchrun, or one for each by RANK, with commas between. Raises ValueError."""
+    names = text.split(",")
+    roles: dict[str, Role] = {role: role for role in get_args(Role)}
+    if len(names) not in (1, world_size) or not set(names) <= set(roles):
+        several = f", or {world_size} of them with commas between" if world_size > 1 else ""
+        raise ValueError(f"--role must be one of {', '.join(roles)}{several}, got {text}")
+    return roles[names[rank if len(names) > 1 else 0]]
 
 
 def default_threads(cell_size: int) -> int:

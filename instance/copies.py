@@ -1,6 +1,7 @@
 """Runs that are copied to or from this instance: one at a time, in a thread of their own, beside the steps of its lanes."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
@@ -47,6 +48,7 @@ class Copies:
         epoch can't go on.
         """
         loop = asyncio.get_running_loop()
+        took_us = 0
         try:
             if asked.source == self._rank:
                 move, block_ids = self._offered
@@ -55,7 +57,9 @@ class Copies:
                 return None
             shard = self._rmanager.shard(asked.move)
             reserved = None if shard is None else tuple(shard.spare)
+            began_ns = time.perf_counter_ns()
             wrong = await loop.run_in_executor(self.thread, self._transfers.receive, asked.move, reserved, asked.source)
+            took_us = (time.perf_counter_ns() - began_ns) // 1000
         except TransferEnded:
             return None
         except CopyFailed as failed:
@@ -65,7 +69,7 @@ class Copies:
                 return None
         if wrong is None:
             self._rmanager.note_copy(asked.move, asked.ranges)
-        return wire.Copied(epoch=asked.epoch, move=asked.move, error=wrong)
+        return wire.Copied(epoch=asked.epoch, move=asked.move, error=wrong, us=took_us)
 
     def counters(self) -> wire.Counters:
         """What was sent."""

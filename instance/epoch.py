@@ -9,6 +9,7 @@ writes to the pool any more, and what is certain of it is known.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,12 +20,13 @@ import torch
 from llguidance import LLTokenizer
 
 from distattn.attention import DistAttention
-from distattn.exchange import Exchange, ExchangeError
+from distattn.exchange import Exchange, ExchangeError, Work
 from distattn.transfer import StepBudget, Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, Transport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.logs import get_logger
+from instance.calibrate import Room
 from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, InstanceConfig
 from instance.copies import CHANNELS, Copies
@@ -49,7 +51,7 @@ BREAKS = (ExchangeError, PartyTimeout, PartyBroken, StepTimeout)
 """What another's end, or a lost link to it, looks like from here."""
 
 LET_GO_S = 0.5
-"""Between two tries to let go of who waits."""
+"""Between two looks who still waits."""
 END_TIMEOUT_S = 8.0
 """Longest that the device may take to let go of a step that was aborted."""
 
@@ -85,7 +87,7 @@ class Epoch:
         self._runners: dict[Lane, Runner] = {}
         self._lanes: Lanes | None = None
         self._copies: Copies | None = None
-        self._groups: list[EpochGroup] = []
+        self._exchanges: list[Exchange] = []
         self._running: asyncio.Task[None] | None = None
         self._is_over = False
 
@@ -136,6 +138,8 @@ class Epoch:
             budget=None if self._copies is None else self._copies.budget,
             timeout_s=config.step_timeout_s,
         )
+        if join.calibrate:
+            await self._calibrate(self._lanes)
 
     async def run(self, on_progress: Callable[[], None]) -> str | None:
         """Step until the epoch breaks, and return why, if that may be another's doing; None after `end`.
@@ -163,15 +167,21 @@ class Epoch:
         threads = [self._thread, *(pool for runner in self._runners.values() for pool in runner.threads)]
         if self._copies is not None:
             threads.append(self._copies.thread)
-        ended = asyncio.gather(*(asyncio.to_thread(thread.shutdown) for thread in threads))
-        try:
-            async with asyncio.timeout(END_TIMEOUT_S):
-                while not (await asyncio.wait([ended], timeout=LET_GO_S))[0]:
-                    # Gloo lost a wake-up in 2 of 27 ends of a process that had stood still, on a busy machine
-                    for group in self._groups:
-                        group.let_go()
-        except TimeoutError:
-            raise InstanceError(f"the device did not let go of an aborted step within {END_TIMEOUT_S:g} s") from None
+        loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(len(threads), "end")  # the process may end without it
+        ending = {loop.run_in_executor(pool, thread.shutdown) for thread in threads}
+        pool.shutdown(wait=False)
+        deadline = loop.time() + END_TIMEOUT_S
+        stuck: list[Work] = []
+        while ending:
+            _, ending = await asyncio.wait(ending, timeout=LET_GO_S)
+            sending = [exchange.sending for exchange in self._exchanges if exchange.sending is not None]
+            if ending and self._lasting.model.device.type == "cpu" and len(ending) <= len(sending) and sending == stuck:
+                # all connections are closed: such a thread can only come back with an error, and then writes nothing
+                log.warning("left behind in a send that nobody takes", threads=len(ending))
+                break
+            if ending and loop.time() > deadline:
+                raise InstanceError(f"the device did not let go of an aborted step within {END_TIMEOUT_S:g} s")
+            stuck = sending
         return [] if self._lanes is None else self._lanes.scheduler.uncertain()
 
     async def abandon(self) -> None:
@@ -225,6 +235,23 @@ class Epoch:
         )
         return lanes if self._copies is None else wire.Counters.sum(lanes, self._copies.counters())
 
+    async def _calibrate(self, lanes: Lanes) -> None:
+        """See how long steps take. Raises InstanceError after `end`."""
+        config, storage = self._lasting.config, self._lasting.storage
+        room = Room(storage.num_blocks, storage.block_size, self._lasting.model.max_context, config.chunk_tokens)
+        began = time.perf_counter()
+        try:
+            await lanes.calibrate(room)
+        except asyncio.CancelledError:
+            if self._is_over:  # its threads were ended
+                raise InstanceError("the epoch ended while its steps were measured") from None
+            raise
+        log.info("steps measured", seconds=round(time.perf_counter() - began, 2))
+
+    def take_samples(self) -> list[wire.StepSample]:
+        """How long the newest steps took that weren't taken yet."""
+        return [] if self._lanes is None else self._lanes.log.take()
+
     def _undo(self, undo: Callable[[], None]) -> None:
         """With the epoch; at once if it is over already."""
         if self._is_over:
@@ -245,12 +272,13 @@ class Epoch:
             timeout_s=config.step_timeout_s,
             max_channels=max_channels,
         )
-        self._groups.append(group)
         self._undo(group.close)  # before others are waited for: who ends the epoch meanwhile need not wait, too
         return group.meet()
 
     def _exchange(self, group: EpochGroup, device: torch.device) -> Exchange:
-        return Exchange(group.group, device, [member.id for member in self._join.members])
+        exchange = Exchange(group.group, device, [member.id for member in self._join.members])
+        self._exchanges.append(exchange)
+        return exchange
 
     def _make_copies(self) -> Copies:
         """This instance's end of block moves.

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distattn.transfer import StepBudget
+from instance.calibrate import Room, calibrate
 from instance.errors import StepTimeout
 from instance.party import Parties, Party
-from instance.runner import Launched, Runner, StepResult
+from instance.runner import Launched, Runner, StepResult, Times
+from instance.samples import StepLog
 from instance.scheduler import Scheduler, StepPlan
 from instance.sharing import Load, Sharing
 from instance.step import Lane, Notice, derive
@@ -35,10 +37,11 @@ class Lanes:
         take for a step."""
         self.parties = parties
         self.scheduler = scheduler
+        self.log = StepLog()
         self._budget = budget
         self._sharing = sharing
         self._loops = {
-            lane: LaneLoop(lane, parties[lane], scheduler, runner, self._processors, timeout_s)
+            lane: LaneLoop(lane, parties[lane], scheduler, runner, self.log, self._processors, timeout_s)
             for lane, runner in runners.items()
         }
 
@@ -65,6 +68,12 @@ class Lanes:
             for loop in self:
                 tasks.create_task(loop.run(tasks, progress))
 
+    async def calibrate(self, room: Room) -> None:
+        """Run some made-up steps before the first real one. Raises what breaks."""
+        await calibrate(room, lambda lane, plan: self[lane].try_out(plan), self.log.note)
+        for loop in self:
+            loop.runner.times = Times()
+
     def _processors(self, lane: Lane, notices: Sequence[Notice], plan: StepPlan) -> int:
         """Those that the lane's next step gets."""
         if self._sharing is None:
@@ -84,6 +93,7 @@ class LaneLoop:
     party: Party
     scheduler: Scheduler
     runner: Runner
+    _log: StepLog
     _processors: Callable[[Lane, Sequence[Notice], StepPlan], int]
     _timeout_s: float
     notice_ns: int = 0
@@ -112,6 +122,11 @@ class LaneLoop:
                 self.party.woken.clear()
                 await self.party.woken.wait()
 
+    async def try_out(self, plan: StepPlan) -> int:
+        """Run a made-up step by itself. Nanoseconds in which the device ran it."""
+        launched = self.runner.launch(plan, self._processors(self.lane, (), plan))
+        return (await self._result_of(launched)).step_ns
+
     async def _turn(self, tasks: asyncio.TaskGroup) -> bool:
         """Launch the next step, if there is work, and take the result of the one before. False: there was nothing to do."""
         launched = None
@@ -124,6 +139,7 @@ class LaneLoop:
             return False
         if self._running is not None:
             result = await self._result_of(self._running)
+            self._log.ended(self.lane, result.step_ns)
             self.scheduler.commit(self.lane, result.tokens, result.scored)
             self.steps_run += 1
         self._running = launched
@@ -148,6 +164,7 @@ class LaneLoop:
         step = derive(notices, scheduler.known(self.lane))
         plan = scheduler.accept(self.lane, step)
         launched = self.runner.launch(plan, self._processors(self.lane, notices, plan))
+        self._log.launched(self.lane, plan.layout)
         party.advance(step.digest(), rest=step.is_empty())
         return launched
 

@@ -13,10 +13,17 @@ A run that moves to another instance:
             adopt      in the step that flips it: it is the sequence's
     here    detach     in the same step: no later step reads it
             let_go     that step has run: its blocks are free
+
+A prefix that several sequences have:
+
+    publish   a prompt is written: its whole blocks can be shared from now on, while its sequence goes on
+    retire    the sequence is over: its shard is *cached*, so its blocks stay for others until room is needed
+    share     a new sequence begins with blocks of one that is live or cached; `drop` undoes it until the sequence wakes
 """
 
 from collections.abc import Iterable, Sequence
 
+from kvstore.prefix import whole_blocks
 from kvstore.shard import Shard, ShardTable
 
 
@@ -32,12 +39,31 @@ class RManager:
         self._dormant: dict[int, None] = {}
         self._copies: dict[int, list[tuple[int, int]]] = {}
         """move -> positions of the copy that is here."""
+        self.caches = False
+        """Whether what sequences leave here is kept for others."""
+        self._pinned: dict[int, None] = {}
+        """Sequences that share blocks of others, and have not begun."""
+        self._published: dict[int, int] = {}
+        """Of live sequences: before which position their blocks may be shared."""
+        self._renewed: dict[int, None] = {}
+        """Sequences of which something else can be shared than the gManager was told."""
         self.freed = False
         """Whether blocks were freed since the last `take_changes`."""
 
     @property
     def free_blocks(self) -> int:
-        return self.shards.pool.num_free
+        """Those included that are cached, and used by nobody."""
+        return self.shards.num_free
+
+    @property
+    def cached_blocks(self) -> int:
+        """Of the free ones."""
+        return self.shards.pool.num_evictable
+
+    @property
+    def evicted_blocks(self) -> int:
+        """Of cached sequences, so far."""
+        return self.shards.cache.num_evicted
 
     def reserve(self, seq: int, blocks: int) -> bool:
         """Set `blocks` more blocks aside for a sequence, all or nothing."""
@@ -62,9 +88,9 @@ class RManager:
         return self.reserve(seq, 1)
 
     def append(self, seq: int, start: int, stop: int) -> list[int]:
-        """Slots for positions `[start, stop)`. Raises as `Shard.append`."""
+        """Slots for positions `[start, stop)`. Raises as `ShardTable.append`."""
         self._changed[seq] = None
-        return self.shards[seq].append(start, stop)
+        return self.shards.append(seq, start, stop)
 
     def shard(self, seq: int) -> Shard | None:
         return self.shards[seq] if seq in self.shards else None
@@ -74,20 +100,75 @@ class RManager:
         return [list(run.ranges) for run in self.shards[seq].runs] if seq in self.shards else []
 
     def drop(self, seq: int) -> None:
-        """Give a reservation back, if no KV has been written to it. A dormant shard keeps its KV."""
+        """Give a reservation back, if its sequence has not begun. A dormant shard keeps its KV."""
         if seq in self._dormant:
             self._note_freed(self.shards.free_spare(seq))
-        elif seq in self.shards and not self.shards[seq].num_tokens:
+        elif seq in self._pinned or (seq in self.shards and not self.shards[seq].num_tokens):
             self.free(seq)
 
     def free(self, seq: int) -> None:
         """Give all blocks of a sequence back, if it has any."""
         if seq in self.shards:
             self.shards.free(seq)
-            self._dormant.pop(seq, None)
-            self._copies.pop(seq, None)
-            self._changed[seq] = None
-            self.freed = True
+            self._end(seq)
+
+    def _end(self, seq: int) -> None:
+        self._dormant.pop(seq, None)
+        self._copies.pop(seq, None)
+        self._pinned.pop(seq, None)
+        if self._published.pop(seq, None) is not None:
+            self._renewed[seq] = None
+        self._changed[seq] = None
+        self.freed = True
+
+    # --- what others may begin with -----------------------------------------------------------------------------------
+
+    def publish(self, seq: int, end: int) -> None:
+        """What is here of a sequence before position `end` is written, and stays as it is."""
+        if self.caches and seq in self.shards:
+            self._published[seq] = end
+            self._renewed[seq] = None
+
+    def retire(self, seq: int) -> None:
+        """A sequence is over, and all that is here of it is written: keep what can be of use, free the rest."""
+        if not self.caches or seq not in self.shards:
+            self.free(seq)
+            return
+        self.shards.retire(seq)
+        self._end(seq)
+        if seq in self.shards.cache:
+            self._renewed[seq] = None
+
+    def share(self, seq: int, source: int, runs: Sequence[Sequence[tuple[int, int]]]) -> bool:
+        """Let a new sequence begin with whole blocks of another: so many first tokens of its runs. False: that is not here, or
+        may not be shared. Raises as `ShardTable.share`."""
+        last = max((piece[1] for run in runs for piece in run), default=0)
+        if source in self.shards and last > self._published.get(source, 0):
+            return False
+        if not self.shards.share(seq, source, runs):
+            return False
+        self._pinned[seq] = self._changed[seq] = None
+        return True
+
+    def take_reusable(self) -> dict[int, list[list[tuple[int, int]]]]:
+        """seq -> for each run the positions that can be shared now, of those for which that has changed since the last call."""
+        self._renewed |= dict.fromkeys(self.shards.cache.take_evicted())
+        renewed, self._renewed = self._renewed, {}
+        return {seq: self._reusable(seq) for seq in renewed}
+
+    def cached(self) -> dict[int, list[list[tuple[int, int]]]]:
+        """The same of all cached sequences, least recently used first; nothing has changed since."""
+        self.take_reusable()
+        return {seq: self._reusable(seq) for seq in self.shards.cache}
+
+    def _reusable(self, seq: int) -> list[list[tuple[int, int]]]:
+        if seq in self.shards.cache:
+            return [list(run.ranges) for run in self.shards.cache.runs(seq)]
+        end = self._published.get(seq, 0)
+        whole = (whole_blocks(run, end, self.shards.block_size) for run in self.ranges(seq))
+        return [run for run in whole if run]
+
+    # --- runs that move -----------------------------------------------------------------------------------------------
 
     def note_copy(self, move: int, ranges: Sequence[tuple[int, int]]) -> None:
         """What is reserved as `move` holds a copy of tokens at these positions. Nothing happens if it was dropped."""
@@ -107,18 +188,27 @@ class RManager:
         """A run is another instance's from the present step on. Raises KeyError if there is none that begins there."""
         self.shards.detach(move, seq, start)
         self._changed[seq] = None
+        if seq in self._published:
+            self._renewed[seq] = None
+            if seq not in self.shards:
+                del self._published[seq]
 
     def let_go(self, move: int) -> None:
         """No step reads a detached run any more. Raises KeyError if there is none."""
         self.shards.let_go(move)
         self.freed = True
 
+    # --- epochs -------------------------------------------------------------------------------------------------------
+
     def settle(self, uncertain: Iterable[tuple[int, int]]) -> dict[int, list[list[tuple[int, int]]]]:
         """End an epoch: what each sequence keeps here, as the ranges of each run. Nothing else is reserved any more.
 
         `uncertain`: (seq, position) of tokens that may not be written. They go, with those behind them in their runs. What was
-        detached and not let go stays here, too: whoever adopted it may be lost.
+        detached and not let go stays here, too: whoever adopted it may be lost. Cached shards stay as they are.
         """
+        for seq in list(self._pinned):
+            self.free(seq)
+        self._published.clear()
         self._changed |= dict.fromkeys(self.shards.attach_again())
         for seq, position in uncertain:
             if seq in self.shards:
@@ -132,23 +222,35 @@ class RManager:
         self._dormant = dict.fromkeys(self.shards)
         return {seq: self.ranges(seq) for seq in self._dormant}
 
+    def shared_ends(self) -> dict[int, int]:
+        """Of dormant sequences: one more than the last position in a block that others have, too. They can't be cut before."""
+        ends = {seq: self.shards.shared_end(seq) for seq in self._dormant}
+        return {seq: end for seq, end in ends.items() if end}
+
     def keep(self, seqs: Iterable[int]) -> None:
-        """Free all dormant shards but those of these sequences."""
+        """Free all dormant and cached shards but those of these sequences."""
         wanted = set(seqs)
-        for seq in [seq for seq in self._dormant if seq not in wanted]:
-            self.free(seq)
+        for seq in [seq for seq in [*self._dormant, *self.shards.cache] if seq not in wanted]:
+            self.discard(seq)
 
     def discard(self, seq: int) -> None:
-        """Free a sequence's shard if it is dormant."""
+        """Free a sequence's shard if it is dormant or cached."""
         if seq in self._dormant:
             self.free(seq)
+        elif seq in self.shards.cache:
+            self._note_freed(self.shards.cache.remove(seq))
 
     def wake(self, seq: int, end: int, starts: Iterable[int] | None = None) -> None:
-        """A sequence goes on: if its shard is dormant, it is one like any other again, without positions from `end` on.
+        """A sequence begins, or goes on: then its shard is dormant, and is one like any other again, without positions from
+        `end` on.
 
-        `starts`: where the runs that stay begin, if another instance has the others, too; None: all stay.
+        `starts`: where the runs that stay begin, if another instance has the others, too; None: all stay. Raises ValueError if
+        that would cut a block which others have.
         """
+        self._pinned.pop(seq, None)
         if seq in self._dormant:
+            if (shared := self.shards.shared_end(seq)) > end:
+                raise ValueError(f"sequence {seq} shares its blocks up to position {shared}, and can't be cut at {end}")
             del self._dormant[seq]
             self._note_freed(self.shards.cut(seq, end))
             if starts is not None and seq in self.shards:
@@ -168,6 +270,10 @@ class RManager:
         empty = [seq for seq in self._dormant if seq not in self.shards or not self.shards[seq].num_tokens]
         if empty:
             raise RuntimeError(f"sequences {empty} are dormant and hold nothing")
+        gone = [seq for seq in [*self._pinned, *self._published] if seq not in self.shards]
+        both = [seq for seq in self.shards if seq in self.shards.cache]
+        if gone or both or (len(self.shards.cache) and not self.caches):
+            raise RuntimeError(f"sequences {gone} hold nothing, {both} are cached and go on; caching: {self.caches}")
 
     def _note_freed(self, blocks: int) -> None:
         self.freed = self.freed or blocks > 0

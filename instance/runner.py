@@ -89,6 +89,8 @@ class StepResult:
 
     tokens: dict[int, TokenLogprob]
     scored: list[tuple[int, PromptLogprobs]]
+    step_ns: int = 0
+    """In which the device ran it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +183,15 @@ class Runner:
     async def result_of(self, launched: asyncio.Future[Launched]) -> StepResult:
         """What a launched plan brings, once the device has run it."""
         step = await launched
+        times = step.times
         if step.events is not None:
             began, done = step.events
             await asyncio.get_running_loop().run_in_executor(self._waiter, done.synchronize)
-            self.times.add(Times(step_ns=round(began.elapsed_time(done) * 1e6)))
-        self.times.add(step.times)
-        samples, scored = step.results.samples, step.results.scored
-        return StepResult({} if samples is None else _read(samples), [(rows.seq, _pack(rows, found)) for rows, found in scored])
+            times = Times(step_ns=round(began.elapsed_time(done) * 1e6))
+        self.times.add(times)
+        samples = step.results.samples
+        tokens = {} if samples is None else _read(samples)
+        return StepResult(tokens, [(rows.seq, _pack(rows, found)) for rows, found in step.results.scored], times.step_ns)
 
     @property
     def threads(self) -> tuple[Executor, Executor]:

@@ -122,7 +122,11 @@ class _Accepted:
     """What a step that isn't known to have run leaves to be done."""
 
     released: list[int]
-    """Sequences whose blocks are free once it has."""
+    """Sequences whose blocks are free, or cached, once it has."""
+    unwritten: list[int] = field(default_factory=list)
+    """Of these, those of whose prompts rows are in no step."""
+    prompts: list[tuple[int, int]] = field(default_factory=list)
+    """(seq, tokens) of prompts that are all written once it has."""
     homes: list[Home] = field(default_factory=list)
     """Of these, those that were here."""
     written: list[tuple[int, int]] = field(default_factory=list)
@@ -202,8 +206,8 @@ class Scheduler:
     # --- commands from the gManager -----------------------------------------------------------------------------------
 
     def admit(self, admit: Admit) -> None:
-        """Start a sequence, with what an epoch before left of its KV. Ignored if its blocks are gone, or about to be: it was
-        cancelled before this arrived.
+        """Start a sequence, with what an epoch before left of its KV, or such as begin as it does. Ignored if its blocks are
+        gone, or about to be: it was cancelled before this arrived.
 
         Raises StepMismatch if something else is left here than is told, or the shares don't fill what is missing.
         """
@@ -371,7 +375,8 @@ class Scheduler:
         if lane == "decode":
             steps.known |= step.holdings
         for seq in step.released:
-            self._guests.pop(seq, None)
+            if self._guests.pop(seq, None) is not None:
+                accepted.unwritten.append(seq)
             steps.known.pop(seq, None)
             for other in self._steps.values():
                 other.cancels.pop(seq, None)
@@ -399,8 +404,13 @@ class Scheduler:
                 del self._departed[seq]
                 self._steps[lane].last_tokens.append(LastToken(seq=seq, token=token))
         accepted = self._steps[lane].accepted.pop(0)
+        for seq, num_tokens in accepted.prompts:
+            self._rmanager.publish(seq, num_tokens - 1)  # who is admitted again computes the last row anew
         for seq in accepted.released:
-            self._rmanager.free(seq)
+            if seq in accepted.unwritten:
+                self._rmanager.free(seq)
+            else:
+                self._rmanager.retire(seq)
         for move in accepted.detached:
             self._rmanager.let_go(move)
         self._messages += [RunMoved(epoch=self.epoch, seq=flip.seq, move=flip.move) for flip in accepted.flipped]
@@ -585,7 +595,8 @@ class Scheduler:
                 sampled.append(SampledRow(row, span.seq, span.stop, home.params, home.generated, home.history))
         self._steps[lane].previous_samples = {row.seq: i for i, row in enumerate(sampled)}
         for seq in step.sampled:
-            self._guests.pop(seq, None)
+            if (guest := self._guests.pop(seq, None)) is not None:
+                self._steps[lane].accepted[-1].prompts.append((seq, len(guest.prompt)))
         self._move_on(step, spans_of)
         self._check_holdings(step)
         self.tally.steps += not step.is_empty()

@@ -6,7 +6,7 @@ it keeps (`instance.unheard`) for the answer to the Suspend with which the next 
 
 import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,13 @@ BEAT_S = 1.0
 
 REDIAL_S = 0.2
 """Between two gManagers that hung up."""
+
+MOST_CACHED = 2**12
+"""Sequences of which one message says what is cached."""
+MOST_CACHED_ENTRIES = 2**18
+"""Of a message, as the codec counts them: what is told of cached sequences when an epoch ends. What is not told is freed."""
+ENTRIES_OF_SHARD, ENTRIES_OF_RANGE = 12, 3
+"""At most, keys and values."""
 
 
 class Instance:
@@ -98,6 +105,8 @@ class Instance:
         self._dropped = 0
         self._counted = wire.Counters()
         """In epochs that are over."""
+        self._evicted_before = 0
+        """Blocks, before this instance was registered."""
         self._stop_reason: asyncio.Future[str] | None = None
         self._is_leaving = False
         """It has asked to be emptied, and ends then."""
@@ -236,6 +245,7 @@ class Instance:
                 spec=self._spec,
                 wanted_id=config.id,
                 former=self._former,
+                role=config.role,
             )
         )
 
@@ -262,8 +272,16 @@ class Instance:
                 epoch=epoch.number,
                 free_blocks=self._rmanager.free_blocks,
                 held_tokens=self._rmanager.take_changes(),
-                counters=wire.Counters.sum(self._counted, epoch.counters(), wire.Counters(dropped_messages=self._dropped)),
+                counters=wire.Counters.sum(self._counted, epoch.counters(), self._own_counters()),
+                cached_blocks=self._rmanager.cached_blocks,
+                samples=epoch.take_samples(),
             )
+        )
+
+    def _own_counters(self) -> wire.Counters:
+        """Of what isn't counted by epoch."""
+        return wire.Counters(
+            dropped_messages=self._dropped, blocks_evicted=self._rmanager.evicted_blocks - self._evicted_before
         )
 
     def _obey(self, message: wire.Message | BadMessage, tasks: asyncio.TaskGroup) -> None:
@@ -333,8 +351,15 @@ class Instance:
     def _command(self, lanes: Lanes, message: wire.Message) -> None:
         scheduler = lanes.scheduler
         match message:
+            case wire.Reserve(seq=seq, source=source) if source and not self._rmanager.share(seq, source, message.shared):
+                self._tell_of_cached()
+                free = self._rmanager.free_blocks
+                self._gmanager.send(wire.NotGranted(epoch=message.epoch, seq=seq, free_blocks=free, lacks_source=True))
             case wire.Reserve(seq=seq, blocks=blocks):
-                self._answer_reserve(message.epoch, seq, blocks if self._rmanager.reserve(seq, blocks) else None)
+                is_granted = self._rmanager.reserve(seq, blocks)
+                if not is_granted:
+                    self._rmanager.drop(seq)  # what it would have shared
+                self._answer_reserve(message.epoch, seq, blocks if is_granted else None)
             case wire.ReserveNext(seq=seq):
                 self._answer_reserve(message.epoch, seq, self._rmanager.reserve_next(seq))
             case wire.Drop(seq=seq):
@@ -355,6 +380,7 @@ class Instance:
 
     def _answer_reserve(self, epoch: int, seq: int, added: int | None) -> None:
         """`added`: blocks that are the sequence's now; None: there is no room."""
+        self._tell_of_cached()  # some may have had to make room
         free = self._rmanager.free_blocks
         if added is None:
             self._gmanager.send(wire.NotGranted(epoch=epoch, seq=seq, free_blocks=free))
@@ -387,6 +413,8 @@ class Instance:
         self._rmanager.settle(await self._end(over, before))
         self._rmanager.keep([])
         self._rmanager.take_changes()
+        self._rmanager.take_reusable()
+        self._evicted_before = self._rmanager.evicted_blocks
         self._is_alone, self._unheard, self._requests = False, Unheard(), {}
         self._counted = wire.Counters()  # the gManager has counted what it heard of us
         if self._is_leaving:
@@ -410,6 +438,7 @@ class Instance:
         if before is not None:
             await asyncio.wait([before])
         self._rmanager.keep(join.keep)
+        self._rmanager.caches = join.caches
         gc.unfreeze()  # the epoch before was frozen, too, and goes with all that it had on the device
         try:
             await epoch.form(partial(self._on_link_lost, join.epoch))
@@ -445,9 +474,14 @@ class Instance:
             epoch.take_messages(self._unheard, are_sent=False)
             self._requests |= epoch.requests()
         self._requests = {seq: self._requests.get(seq, 0) for seq in kept}
-        shards = [wire.KeptShard(seq=seq, runs=runs, request=self._requests[seq]) for seq, runs in kept.items()]
+        ends = self._rmanager.shared_ends()
+        shards = [
+            wire.KeptShard(seq=seq, runs=runs, request=self._requests[seq], shared_end=ends.get(seq, 0))
+            for seq, runs in kept.items()
+        ]
         free, unheard = self._rmanager.free_blocks, self._unheard.report() if self._is_alone else []
-        answer(wire.Kept(epoch=suspend.epoch, free_blocks=free, shards=shards, unheard=unheard))
+        cached = _newest_that_fit(self._rmanager.cached())
+        answer(wire.Kept(epoch=suspend.epoch, free_blocks=free, shards=shards, cached=cached, unheard=unheard))
         log.info("epoch ended", epoch=suspend.epoch, reason=suspend.reason, kept_sequences=len(shards))
 
     def _on_broken(self, epoch: int, reason: str) -> None:
@@ -463,6 +497,7 @@ class Instance:
     def _on_progress(self, epoch: Epoch) -> None:
         """A lane has moved on: tell the gManager."""
         self._tell_of_freed()
+        self._tell_of_cached()  # before the Released of sequences that left it
         for message in epoch.take_messages(self._unheard, are_sent=not self._is_alone):
             self._tell(message)
 
@@ -475,8 +510,27 @@ class Instance:
         if self._rmanager.freed and not self._is_alone:
             self._send_beat()  # somebody may wait for these blocks
 
+    def _tell_of_cached(self) -> None:
+        if self._is_alone or self._epoch is None or self._epoch.lanes is None:
+            return  # with the end of the epoch all is told
+        shards = [wire.KeptShard(seq=seq, runs=runs) for seq, runs in self._rmanager.take_reusable().items()]
+        for first in range(0, len(shards), MOST_CACHED):
+            self._tell(wire.Cached(epoch=self._epoch.number, shards=shards[first : first + MOST_CACHED]))
+
     def validate(self) -> None:
         """The pool and the sequences agree. Raises RuntimeError otherwise."""
         self._rmanager.validate()
         if self._epoch is not None and self._epoch.lanes is not None:
             self._epoch.lanes.scheduler.validate()
+
+
+def _newest_that_fit(cached: Mapping[int, list[list[tuple[int, int]]]]) -> list[wire.KeptShard]:
+    """Of cached sequences in order of their last use those that one message holds."""
+    told: list[wire.KeptShard] = []
+    room = MOST_CACHED_ENTRIES
+    for seq, runs in reversed(list(cached.items())):
+        room -= ENTRIES_OF_SHARD + sum(1 + ENTRIES_OF_RANGE * len(run) for run in runs)
+        if room < 0:
+            break
+        told.append(wire.KeptShard(seq=seq, runs=runs))
+    return told

@@ -333,7 +333,7 @@ def _shape_of(question: Question) -> Model:
 
 
 def _longest(one: InstanceSize, count: int, block_size: int) -> int:
-    """Of a sequence alone in the cell (`gmanager.cluster.policy.why_never`)."""
+    """Of a sequence alone in the cell (`gmanager.cluster.placement.why_never`)."""
     return count * (one.blocks - 1) * block_size
 
 

@@ -1,6 +1,17 @@
-"""Ids of the free blocks of one instance: pure integers, no tensors."""
+"""Ids of the blocks of one instance, and who refers to each: pure integers, no tensors.
+
+A block is free, used by one or several sequences, or cached by such as are over; or the last two at once.
+
+    free ──allocate──> used by one ──share──> used by several, when it is full: it is never written again
+      ^                  │     ^
+      ├──free (the last)─┤   share
+      │                cache   │
+      │                  v     │
+      └────forget────── cached ┘      evictable while nobody uses it
+"""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -18,8 +29,11 @@ class BlockPool:
             raise ValueError(f"a pool needs at least one block, got {num_blocks}")
         self.num_blocks = num_blocks
         self.num_free = num_blocks
+        self.num_evictable = 0
         self._starts = [0]
         self._stops = [num_blocks]
+        self._uses = [0] * num_blocks
+        self._cached = [0] * num_blocks
 
     def can_allocate(self, count: int) -> bool:
         return count <= self.num_free
@@ -38,15 +52,72 @@ class BlockPool:
             taken += self._take(run, count)
         while len(taken) < count:
             taken += self._take(self._best_run(count - len(taken), grows=after is not None), count - len(taken))
+        for block in taken:
+            self._uses[block] = 1
         return taken
 
-    def free(self, block_ids: Iterable[int]) -> None:
-        """Give ids back. Raises RuntimeError for one that is free already or was never ours."""
-        for block in sorted(block_ids):
-            self._give(block)
+    def share(self, block_ids: Iterable[int]) -> None:
+        """Somebody else uses them, too. Raises RuntimeError for one that is free."""
+        for block in block_ids:
+            if not self.refs(block):
+                raise RuntimeError(f"block {block} of a pool of {self.num_blocks} is not in use")
+            self.num_evictable -= not self._uses[block]
+            self._uses[block] += 1
 
-    def validate(self) -> None:
-        """Runs are ascending, apart, inside the pool, and add up. Raises RuntimeError otherwise."""
+    def free(self, block_ids: Iterable[int]) -> list[int]:
+        """One that used them does so no longer: those that are free now. Raises RuntimeError for one that nobody uses or that
+        was never ours."""
+        freed: list[int] = []
+        for block in sorted(block_ids):
+            if not (0 <= block < self.num_blocks and self._uses[block]):
+                raise RuntimeError(f"block {block} of a pool of {self.num_blocks} is not in use")
+            self._uses[block] -= 1
+            if not self.refs(block):
+                self._give(block)
+                freed.append(block)
+            else:
+                self.num_evictable += not self._uses[block]
+        return freed
+
+    def cache(self, block_ids: Iterable[int]) -> None:
+        """One that used them is over, and leaves them to whoever wants them. Raises RuntimeError for one that nobody uses."""
+        for block in block_ids:
+            if not self._uses[block]:
+                raise RuntimeError(f"block {block} of a pool of {self.num_blocks} is not in use")
+            self._uses[block] -= 1
+            self._cached[block] += 1
+            self.num_evictable += not self._uses[block]
+
+    def forget(self, block_ids: Iterable[int]) -> list[int]:
+        """A cached sequence has them no more: those that are free now. Raises RuntimeError for one that none has."""
+        freed: list[int] = []
+        for block in sorted(block_ids):
+            if not self._cached[block]:
+                raise RuntimeError(f"block {block} of a pool of {self.num_blocks} is not cached")
+            self._cached[block] -= 1
+            if not self.refs(block):
+                self.num_evictable -= 1
+                self._give(block)
+                freed.append(block)
+        return freed
+
+    def refs(self, block: int) -> int:
+        """By how many sequences it is used or cached."""
+        return self._uses[block] + self._cached[block]
+
+    def validate(self, uses: Counter[int] | None = None, cached: Counter[int] | None = None) -> None:
+        """Runs are ascending, apart, inside the pool, and add up; so do references, which are these if they are given. Raises
+        RuntimeError otherwise."""
+        if uses is not None and [uses[block] for block in range(self.num_blocks)] != self._uses:
+            raise RuntimeError(f"blocks are used by {uses}, counted were {self._uses}")
+        if cached is not None and [cached[block] for block in range(self.num_blocks)] != self._cached:
+            raise RuntimeError(f"blocks are cached by {cached}, counted were {self._cached}")
+        free = [block for start, stop in zip(self._starts, self._stops, strict=True) for block in range(start, stop)]
+        if free != [block for block in range(self.num_blocks) if not self.refs(block)]:
+            raise RuntimeError(f"free are {free}, but blocks are used {self._uses} and cached {self._cached}")
+        evictable = sum(not used and held > 0 for used, held in zip(self._uses, self._cached, strict=True))
+        if evictable != self.num_evictable:
+            raise RuntimeError(f"{evictable} blocks are evictable, {self.num_evictable} were counted")
         bounds = [edge for run in zip(self._starts, self._stops, strict=True) for edge in run]
         apart = all(a < b for a, b in pairwise(bounds))
         total = sum(self._stops) - sum(self._starts)
@@ -79,9 +150,6 @@ class BlockPool:
     def _give(self, block: int) -> None:
         run = bisect_left(self._starts, block)
         before = run - 1
-        taken = (before < 0 or self._stops[before] <= block) and (run == len(self._starts) or self._starts[run] > block)
-        if not taken or not 0 <= block < self.num_blocks:
-            raise RuntimeError(f"block {block} of a pool of {self.num_blocks} is not in use")
         joins_before = before >= 0 and self._stops[before] == block
         joins_after = run < len(self._starts) and self._starts[run] == block + 1
         if joins_before and joins_after:

@@ -18,10 +18,12 @@ Which run tokens continue follows from where the runs end alone (`continued`), s
 """
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 from kvstore.pool import BlockPool
+from kvstore.prefix import PrefixCache, first_tokens
 
 
 def continued(ends: Sequence[int], start: int) -> int | None:
@@ -208,13 +210,14 @@ class Shard:
 
 
 class ShardTable:
-    """All shards of one instance and the pool they draw on."""
+    """All shards of one instance, those that are cached, and the pool they draw on."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         """Raises ValueError unless both are positive."""
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.pool = BlockPool(num_blocks)
+        self.cache = PrefixCache(self.pool, block_size)
         self.block_size = block_size
         self._shards: dict[int, Shard] = {}
         self._detached: dict[int, tuple[int, Run, list[int]]] = {}
@@ -234,11 +237,19 @@ class ShardTable:
     def __getitem__(self, seq: int) -> Shard:
         return self._shards[seq]
 
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be reserved, those included that are cached and that nobody uses."""
+        return self.pool.num_free + self.pool.num_evictable
+
     def can_reserve(self, blocks: int) -> bool:
-        return self.pool.can_allocate(blocks)
+        return blocks <= self.num_free
 
     def reserve(self, seq: int, blocks: int) -> None:
-        """Give the sequence's shard (new, if there is none) that many more blocks. Ask `can_reserve` first."""
+        """Give the sequence's shard (new, if there is none) that many more blocks; cached ones are evicted for it where they
+        must be. Ask `can_reserve` first."""
+        if blocks > self.pool.num_free:
+            self.cache.evict(blocks - self.pool.num_free)
         shard = self._shards.get(seq) or Shard(self.block_size)
         shard.spare += (ids := self.pool.allocate(blocks, shard.newest_block))
         shard.newest_block = ids[-1] if ids else shard.newest_block
@@ -247,6 +258,58 @@ class ShardTable:
     def free(self, seq: int) -> None:
         """Give all blocks of the sequence back. Raises KeyError if it has none here."""
         self.pool.free(self._shards.pop(seq).block_ids)
+
+    def append(self, seq: int, start: int, end: int) -> list[int]:
+        """As `Shard.append`. Raises RuntimeError if the block to be written is another sequence's, too."""
+        shard = self._shards[seq]
+        slots = shard.append(start, end)
+        if self.pool.refs(slots[0] // self.block_size) > 1:  # those that follow it were spare
+            raise RuntimeError(f"sequence {seq} would write positions [{start}, {end}) into a block that others have")
+        return slots
+
+    def retire(self, seq: int) -> int:
+        """The sequence is over: its whole blocks are cached, the others freed: how many. Raises KeyError if it has none."""
+        shard = self._shards.pop(seq)
+        freed = len(self.pool.free(shard.spare))
+        return freed + self.cache.put(seq, [(run.ranges, run.block_ids) for run in shard.runs])
+
+    def share(self, seq: int, source: int, runs: Sequence[Sequence[tuple[int, int]]]) -> bool:
+        """Let a new sequence have whole blocks of another's, live or cached, which are the first tokens of its runs at exactly
+        these positions. False: it hasn't got them (any more).
+
+        Raises ValueError if something of `seq` is here.
+        """
+        if seq in self._shards:
+            raise ValueError(f"sequence {seq} is here already and can't begin with blocks of {source}")
+        theirs: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        if source in self.cache:
+            theirs = {run.ranges[0][0]: (run.ranges, run.block_ids) for run in self.cache.runs(source)}
+        elif source in self._shards:
+            theirs = {run.start: (run.ranges, run.block_ids) for run in self._shards[source].runs}
+        shard = Shard(self.block_size)
+        for wanted in runs:
+            tokens = sum(end - start for start, end in wanted)
+            ranges, block_ids = theirs.pop(wanted[0][0] if wanted else -1, ([], []))
+            if not tokens or tokens % self.block_size or first_tokens(ranges, tokens) != list(wanted):
+                return False
+            shard.runs.append(Run.of(self.block_size, wanted, block_ids[: tokens // self.block_size]))
+        if not shard.runs:
+            return False
+        self.pool.share(shard.block_ids)
+        if source in self.cache:
+            self.cache.touch(source)
+        shard.find_newest_block()
+        self._shards[seq] = shard
+        return True
+
+    def shared_end(self, seq: int) -> int:
+        """One more than the last position of the sequence that lies in a block which others have, too; 0 if none does."""
+        ends = [0]
+        for run in self._shards[seq].runs:
+            shared = sum(self.pool.refs(block) > 1 for block in run.block_ids)
+            if shared:
+                ends.append(first_tokens(run.ranges, shared * self.block_size)[-1][1])
+        return max(ends)
 
     def find_run(self, seq: int, start: int) -> Run | None:
         """The sequence's run here that begins at position `start`."""
@@ -332,15 +395,18 @@ class ShardTable:
         return len(block_ids)
 
     def validate(self) -> None:
-        """Every block is in one run, spare in one shard or free; no position is in two runs; and no run has more or fewer
-        blocks than its tokens take. Raises RuntimeError otherwise."""
-        self.pool.validate()
+        """The pool knows who refers to each block; only full ones have several; no position is in two runs; and no run has more
+        or fewer blocks than its tokens take. Raises RuntimeError otherwise."""
         held = [block for shard in self._shards.values() for block in shard.block_ids]
         held += [block for _, run, spare in self._detached.values() for block in run.block_ids + spare]
-        if len(set(held)) != len(held) or len(held) + self.pool.num_free != self.pool.num_blocks:
-            raise RuntimeError(f"{len(held)} blocks held, {self.pool.num_free} free of {self.pool.num_blocks}")
+        self.pool.validate(Counter(held), self.cache.refs())
+        self.cache.validate()
         for seq, shard in self._shards.items():
+            if any(self.pool.refs(block) > 1 for block in shard.spare):
+                raise RuntimeError(f"sequence {seq}: blocks {shard.spare} are its spare ones, and another's")
             for run in shard.runs:
+                if run.num_tokens % self.block_size and self.pool.refs(run.block_ids[-1]) > 1:
+                    raise RuntimeError(f"sequence {seq}: block {run.block_ids[-1]} is another's, too, and not full")
                 tokens = sum(end - start for start, end in run.ranges)
                 before = list(accumulate([0, *(end - start for start, end in run.ranges[:-1])]))
                 if before != run._before:

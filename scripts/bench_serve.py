@@ -319,7 +319,11 @@ async def serve_and_measure(trace: Sequence[Arrival], args: argparse.Namespace) 
             dtype=args.dtype or ("float32" if device == "cpu" else "auto"),
             threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
             spread=args.spread,
+            policy=args.policy,
+            roles=() if args.roles is None else tuple(args.roles.split(",")),
             chunk_tokens=args.chunk_tokens,
+            slo_ttft_s=args.slo_ttft if args.refuse else None,
+            slo_tpot_s=args.slo_tpot if args.refuse else None,
             logs=args.out,
         )
     except ValueError as error:
@@ -366,6 +370,9 @@ def parse() -> argparse.Namespace:
     own.add_argument("--kv-memory", type=float, help="as the instances' flag")
     own.add_argument("--chunk-tokens", type=int, help="as the instances' flag")
     own.add_argument("--spread", default="auto", help="as the gManager's flag")
+    own.add_argument("--policy", default="elastic", help="as the gManager's flag")
+    own.add_argument("--roles", help="of each instance, with commas between, for the policy split")
+    own.add_argument("--refuse", action="store_true", help="it has the objectives, too, and refuses who would miss them")
     args = parser.parse_args()
     for flag, value in (("--scale", args.scale), ("--timeout", args.timeout)):
         if not (math.isfinite(value) and value > 0):

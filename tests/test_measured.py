@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gmanager import AsyncClient, Counters, SamplingParams, Stats
+from gmanager import AsyncClient, Counters, LanePerformance, SamplingParams, Stats
 from tests.support.exactness import NEW, ask, prompt
 from tests.support.farm import Farm, Setup
 from tests.support.service import serve
@@ -71,6 +71,33 @@ async def test_an_instance_alone_waits_for_nobody(farm: Farm, llama: Path) -> No
         counters: Counters = stats.counters
     assert counters.step_us > counters.attention_us > 0
     assert counters.exchange_us == counters.rows_dispatched == counters.query_bytes == 0
+
+
+async def test_steps_are_predicted(farm: Farm, llama: Path) -> None:
+    """Of both lanes, with and without rows that travel."""
+    async with serve(farm, 2, Setup(model=llama)) as service:
+        client = service.client
+        stats = await until(client, lambda s: all(lane.samples for lane in lanes_of(s)))
+        assert stats.counters.steps == 0, "what was measured before the first request is no step"
+        assert all(instance.counters.step_us == 0 for instance in stats.instances)
+        measured = [lane.samples for lane in lanes_of(stats)]
+        for i, spread in enumerate(("all", 1, "all")):
+            await ask(client, llama, prompt(llama, 60 + 70 * i, seed=i), spread=spread)
+        stats = await until(client, lambda s: all(lane.samples > m for lane, m in zip(lanes_of(s), measured, strict=True)))
+        await asyncio.sleep(2.1)  # the beats with the last of them, and a tick after those
+        stats = await client.stats()
+    for lane in lanes_of(stats):
+        assert lane.error is not None
+        assert 0 <= lane.error < 10
+        assert lane.step_us + lane.row_us > 0
+        assert lane.beside >= 1
+    assert all(1 / 16 <= instance.slowness <= 16 for instance in stats.instances)
+
+
+def lanes_of(stats: Stats) -> list[LanePerformance]:
+    performance = stats.cells[0].performance
+    assert performance is not None
+    return [performance.prefill, performance.decode]
 
 
 async def test_a_stop_string_ends_the_count(farm: Farm, llama: Path) -> None:

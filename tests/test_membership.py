@@ -45,14 +45,14 @@ def text(model: Path, length: int, new: int, seed: int = 0) -> tuple[list[int], 
 class Stream:
     """A request that runs, and when its tokens came."""
 
-    def __init__(self, client: AsyncClient, name: str, ids: list[int], new: int, spread: Literal["all", 1]) -> None:
+    def __init__(self, client: AsyncClient, name: str, ids: list[int], new: int, spread: Literal["all", "auto", 1]) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.came: list[float] = []
         self.moved = asyncio.Event()
         self.task = asyncio.create_task(self._run(client, name, ids, new, spread))
 
-    async def _run(self, client: AsyncClient, name: str, ids: list[int], new: int, spread: Literal["all", 1]) -> None:
+    async def _run(self, client: AsyncClient, name: str, ids: list[int], new: int, spread: Literal["all", "auto", 1]) -> None:
         params = SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True)
         async for chunk in client.generate(ids, params, request_id=name, spread=spread):
             assert chunk.index == len(self.tokens)

@@ -20,6 +20,7 @@ def test_gmanager() -> None:
         "AsyncClient",
         "BadMessage",
         "CallFailed",
+        "CellPerformance",
         "CellStats",
         "ChatMessage",
         "Chunk",
@@ -28,6 +29,7 @@ def test_gmanager() -> None:
         "FrameTooLarge",
         "Histogram",
         "InstanceStats",
+        "LanePerformance",
         "Observations",
         "PeerGone",
         "ProtocolRefused",
@@ -50,7 +52,7 @@ def test_gmanager() -> None:
 def test_client() -> None:
     methods = {name for name, _ in inspect.getmembers(AsyncClient, inspect.isfunction) if not name.startswith("_")}
     assert methods == {"generate", "chat", "attach", "abort", "move_home", "drain", "stats", "text_assets"}
-    more = ["params", "request_id", "spread", "model", "wait_for_cell"]
+    more = ["params", "request_id", "spread", "model", "wait_for_cell", "priority", "slo_ttft_s", "slo_tpot_s"]
     assert list(inspect.signature(AsyncClient.generate).parameters) == ["self", "prompt", *more]
     assert list(inspect.signature(AsyncClient.chat).parameters) == ["self", "messages", *more]
 
@@ -86,14 +88,14 @@ def test_chunk_and_stats() -> None:
     assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", *of_prompt, "finish_reason", "error"]
     assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters", "observed"]
     kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
-    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters", "is_draining"]
+    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters", "is_draining", "slowness"]
     assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))
     tokens = ["steps", "rows", "rows_dispatched", "tokens_prefilled", "tokens_generated"]
     moves = ["home_moves", "preemptions", "blocks_copied", "query_bytes", "partial_bytes", "kv_bytes"]
     times = ["step_us", "exchange_us", "attention_us", "notice_us"]
     assert fields(Counters) == [*tokens, *moves, *times, "dropped_messages"]
     assert fields(Histogram) == ["bounds", "counts", "total"]
-    counts = ["prompt_tokens", "generated_tokens", "finished", "refused"]
+    counts = ["prompt_tokens", "generated_tokens", "finished", "refused", "met_slo", "missed_ttft", "missed_tpot"]
     assert fields(Observations) == ["queue_s", "ttft_s", "tpot_s", "e2e_s", *counts]
 
 

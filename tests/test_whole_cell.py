@@ -22,7 +22,12 @@ Happening = tuple[Any, ...]
 which = st.integers(0, 7)
 LETS = st.tuples(st.just("let"), st.integers(1, 60), st.integers(0, 999))
 SUBMITS = st.tuples(
-    st.just("submit"), st.integers(1, 40), st.integers(1, MOST_TOKENS), st.sampled_from(["all", "auto", 1, 2]), st.booleans()
+    st.just("submit"),
+    st.integers(1, 40),
+    st.integers(1, MOST_TOKENS),
+    st.sampled_from(["all", "auto", 1, 2]),
+    st.booleans(),
+    st.integers(0, 9),
 )
 TIMES = st.tuples(st.just("time"), st.integers(1, 8), st.integers(0, 60), st.integers(0, 999))
 OTHERS: dict[str, st.SearchStrategy[Happening]] = {
@@ -55,11 +60,11 @@ def happen(cell: WholeCell, what: Happening) -> None:
     match what:
         case "let", turns, seed:
             cell.let(turns, seed)
-        case "submit", length, max_tokens, spread, depends_on_past:
+        case "submit", length, max_tokens, spread, depends_on_past, begins:
             length = min(length, 1 + cell.capacity * length // 100)
             if max_tokens < MOST_TOKENS:
                 max_tokens = max(1, min(max_tokens, cell.capacity - length))
-            cell.submit(length, max_tokens, spread, depends_on_past=depends_on_past)
+            cell.submit(length, max_tokens, spread, depends_on_past=depends_on_past, begins=begins)
         case "cancel", n if cell.open:
             cell.cancel(cell.open[n % len(cell.open)])
         case "move", n, to if cell.open:
@@ -110,8 +115,8 @@ def test_requests_end_right_whatever_happens_for_long(sizes: list[int], whats: l
 
 def test_a_play_reaches_what_it_is_for() -> None:
     """One of each kind, at a time at which it matters."""
-    long: Happening = ("submit", 40, 75, "all", True)
-    short: Happening = ("submit", 9, 60, 1, False)
+    long: Happening = ("submit", 40, 75, "all", True, 0)
+    short: Happening = ("submit", 9, 60, 1, False, 0)
     cell = play(
         [30, 30, 30],
         [

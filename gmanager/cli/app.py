@@ -4,11 +4,11 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from gmanager.config import GManagerConfig
+from gmanager.config import GManagerConfig, PolicyName
 from gmanager.wire.messages import SamplingParams
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest
 Model = Annotated[str | None, typer.Option(help="which model, if several are served")]
 
 ADDRESS = GManagerConfig().bind
+POLICY = GManagerConfig().policy
 
 
 @app.command()
@@ -49,6 +50,14 @@ def up(
     journal: Annotated[
         Path | None, typer.Option(help="file that keeps requests and their tokens, for when the gManager is lost (none)")
     ] = None,
+    policy: Annotated[str, typer.Option(help=f"where KV lies and what moves: {', '.join(get_args(PolicyName))}")] = POLICY,
+    roles: Annotated[
+        str | None, typer.Option(help="of each instance, with commas between: mixed, prefill or decode, for the policy split")
+    ] = None,
+    slo_ttft: Annotated[
+        float | None, typer.Option(help="seconds to a first token: who would wait longer is refused (none)")
+    ] = None,
+    slo_tpot: Annotated[float | None, typer.Option(help="seconds between tokens, in the mean: likewise (none)")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="keys of the HTTP server, one a line")] = None,
     allow_origins: Annotated[
         list[str] | None,
@@ -81,6 +90,10 @@ def up(
         dtype=dtype,
         names=tuple(dict.fromkeys(names or ())),
         journal=journal,
+        policy=policy,
+        roles=() if roles is None else tuple(roles.split(",")),
+        slo_ttft_s=slo_ttft,
+        slo_tpot_s=slo_tpot,
         api_key_file=api_key_file,
         allow_origins=tuple(allow_origins or ()),
         aliases=tuple(aliases or ()),

@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Never, TypeVar
+from typing import Any, Never, TypeVar, get_args
 
 from gmanager.cli.process import Process, ProcessEnded, ServiceError, stop_all
 from gmanager.cli.said import is_echo, stage_of_instances, why_instance_ended
 from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
+from gmanager.wire.messages import Role
 
 T = TypeVar("T")
 
@@ -50,6 +51,9 @@ class ServiceConfig:
     dtype: str = "float32"
     threads: int = 1
     spread: str = "auto"
+    policy: str = "elastic"
+    roles: tuple[str, ...] = ()
+    """Of each instance; none: all are mixed."""
     chunk_tokens: int | None = None
     copy_tokens: int | None = None
     """KV that an instance copies beside a step; None: its own default."""
@@ -62,6 +66,9 @@ class ServiceConfig:
     """HOST:PORT of a gateway; None: none is started."""
     journal: Path | None = None
     """Of the gManager."""
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
+    """The gManager's objectives; None: it has none."""
     api_key_file: Path | None = None
     gateway_flags: tuple[str, ...] = ()
     """What the gateway is told besides."""
@@ -88,6 +95,9 @@ class ServiceConfig:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         if "" in (self.served_model_name, *self.other_names):
             raise ValueError("--served-model-name must not be empty")
+        if self.roles and (len(self.roles) != self.instances or not set(self.roles) <= set(get_args(Role))):
+            known = ", ".join(get_args(Role))
+            raise ValueError(f"--roles must be {self.instances} of {known}, with commas between, got {','.join(self.roles)}")
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 
@@ -177,8 +187,15 @@ async def running(config: ServiceConfig, tell: Callable[[str], None] = lambda st
 
 
 def _gmanager(config: ServiceConfig, bind: str) -> list[str]:
-    journal = [] if config.journal is None else [f"--journal={config.journal}"]
-    return [sys.executable, "-m", "gmanager", "--bind", bind, "--spread", config.spread, *journal]
+    flags = {
+        "--spread": config.spread,
+        "--policy": config.policy,
+        "--journal": config.journal,
+        "--slo-ttft": config.slo_ttft_s,
+        "--slo-tpot": config.slo_tpot_s,
+    }
+    given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
+    return [sys.executable, "-m", "gmanager", "--bind", bind, *given]
 
 
 def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:
@@ -206,6 +223,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--copy-tokens": config.copy_tokens,
         "--cache-dir": config.cache_dir,
         "--max-context": config.max_context,
+        "--role": config.roles[number] if config.roles else None,
     }
     names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]
     given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]

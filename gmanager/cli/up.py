@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -56,6 +57,10 @@ class Wanted:
     dtype: str
     names: tuple[str, ...]
     journal: Path | None
+    policy: str
+    roles: tuple[str, ...]
+    slo_ttft_s: float | None
+    slo_tpot_s: float | None
     api_key_file: Path | None
     allow_origins: tuple[str, ...]
     aliases: tuple[str, ...]
@@ -97,7 +102,10 @@ def check(wanted: Wanted) -> ServiceConfig:
     if device == "cuda" and gpus < wanted.instances:
         raise CannotStart(f"{wanted.instances} instances need as many GPUs; this machine has {gpus}")
     try:
-        GManagerConfig(bind=wanted.bind)
+        GManagerConfig(bind=wanted.bind, policy=wanted.policy)
+        for flag, seconds in (("--slo-ttft", wanted.slo_ttft_s), ("--slo-tpot", wanted.slo_tpot_s)):
+            if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+                raise CannotStart(f"{flag} must be a positive number of seconds, got {seconds:g}")
         check_address(wanted.bind)
         host, _, port = wanted.bind.removeprefix("tcp://").rpartition(":")
         check_port(host, port, "--bind")
@@ -132,8 +140,12 @@ def check(wanted: Wanted) -> ServiceConfig:
             logs=logs_of_this_start(wanted.logs or cache_dir() / "logs"),
             ready_timeout_s=3600,
             bind=wanted.bind,
+            policy=wanted.policy,
+            roles=wanted.roles,
             http=wanted.http,
             journal=None if wanted.journal is None else wanted.journal.expanduser().absolute(),
+            slo_ttft_s=wanted.slo_ttft_s,
+            slo_tpot_s=wanted.slo_tpot_s,
             api_key_file=wanted.api_key_file,
             gateway_flags=_gateway_flags(wanted),
         )

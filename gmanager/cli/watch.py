@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gmanager.client import AsyncClient
-from gmanager.wire.messages import Counters, InstanceStats, RequestStats, Stats
+from gmanager.wire.messages import CellPerformance, Counters, InstanceStats, RequestStats, Stats
 
 COLOURS = (
     "green",
@@ -185,13 +185,19 @@ def _headline(stats: Stats, live: dict[str, RequestStats], rates: dict[str, floa
 
 
 def _cells(stats: Stats) -> Table:
-    numbers = [(name, "right") for name in ("instances", "epoch", "KV tokens", "context")]
+    numbers = [(name, "right") for name in ("instances", "epoch", "KV tokens", "context", "steps \u00b1")]
     table = _table("cell", "model", "state", *numbers)
     for cell in stats.cells:
         state = Text(cell.state, style="green" if cell.state == "ready" else "yellow")
         values = (cell.size, cell.epoch, cell.total_tokens, cell.max_context)
-        table.add_row(cell.name, cell.model, state, *(f"{value:,}" for value in values))
+        table.add_row(cell.name, cell.model, state, *(f"{value:,}" for value in values), _errors(cell.performance))
     return table
+
+
+def _errors(performance: CellPerformance | None) -> str:
+    """By how much predictions of steps are off: of prompts, of decodes."""
+    errors = [] if performance is None else [performance.prefill.error, performance.decode.error]
+    return ", ".join("-" if error is None else f"{error:.0%}" for error in errors) or "-"
 
 
 def _instances(stats: Stats, live: dict[str, RequestStats], width: int) -> Table:

@@ -18,8 +18,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gmanager.cluster.chain import seed_of
 from gmanager.cluster.events import Emit, LoadText, Log, Send
-from gmanager.cluster.policy import most_tokens, why_never
+from gmanager.cluster.performance import PerformanceModel
+from gmanager.cluster.placement import why_never
+from gmanager.cluster.policies import Policy
+from gmanager.cluster.prefixes import are_ranges
 from gmanager.cluster.request import Runs
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
@@ -89,6 +93,12 @@ class Member:
     joined: bool = False
     kept: dict[int, Runs] | None = None
     """seq -> what it has kept of the epoch before. None: it has not said yet."""
+    shared_ends: dict[int, int] = field(default_factory=dict)
+    """seq -> position before which it can't go on, as it shares blocks with others."""
+    cached: dict[int, Runs] = field(default_factory=dict)
+    """seq -> what it has kept of those that are over, while the membership changes."""
+    cached_blocks: int = 0
+    """Of the free ones, as last heard."""
     free_blocks: int = 0
     """As last heard. Answers to Reserve are already in it."""
     outstanding: dict[int, int] = field(default_factory=dict)
@@ -116,7 +126,7 @@ class Member:
     @property
     def free(self) -> int:
         """Blocks that a new Reserve may count on."""
-        return max(0, self.free_blocks - sum(self.outstanding.values()))
+        return max(0, self.free_blocks - sum(self.outstanding.values())) if self.outstanding else self.free_blocks
 
     @property
     def name(self) -> str:
@@ -131,9 +141,21 @@ class Member:
 class Cell:
     """The members of a cell, through all its epochs."""
 
-    def __init__(self, epoch: int, first: Register, emit: Emit, *, term: int = 0, identity: int = 0) -> None:
-        """`term`, `identity`: of the gManager."""
+    def __init__(
+        self,
+        epoch: int,
+        first: Register,
+        emit: Emit,
+        policy: Policy,
+        *,
+        term: int = 0,
+        identity: int = 0,
+        caches: bool = False,
+    ) -> None:
+        """`term`, `identity`: of the gManager. `caches`: whether what sequences leave is kept for others."""
         self.name = first.cell
+        self.policy = policy
+        self.caches = caches
         self._term = term
         self._identity = identity
         self.number = epoch
@@ -155,6 +177,7 @@ class Cell:
         """Why the present change began, if an instance was lost."""
         self.counted = Counters()
         """What instances that are no members any more had done, as last heard."""
+        self.performance = PerformanceModel(first.spec.reach)
         self.broke: str | None = None
         """How the last epoch ended, if nobody was lost with it and nobody came."""
         self.attempts = 0
@@ -244,10 +267,17 @@ class Cell:
             return None
         return Refusal("invalid", f"{submit.text_fields[0]}: {NO_TOKENIZER}")
 
+    def chain_seed(self, salt: str | None) -> bytes:
+        """That names of prefixes begin with: what has the same may share KV."""
+        return seed_of(self.spec.fingerprint, self.spec.dtype, salt or "")
+
     def room(self, prompt_tokens: int) -> int:
         """Most tokens that can be generated after a prompt of that length; 1 if there is no room, to be refused for that."""
-        most = most_tokens(self.lasting_blocks, self.spec.block_size)
-        return max(1, min(self.max_tokens, most) - prompt_tokens)
+        return max(1, min(self.max_tokens, self.most_held(self.lasting_blocks)) - prompt_tokens)
+
+    def most_held(self, blocks: Sequence[int]) -> int:
+        """Most tokens of one sequence that instances with so many blocks each hold."""
+        return self.policy.most_tokens(blocks, self.spec.block_size)
 
     def why_never(
         self, prompt: bytes, highest: int, params: SamplingParams, blocks: Sequence[int] | None = None
@@ -262,12 +292,14 @@ class Cell:
             if (most := max(tokens, default=0)) >= self.spec.vocab_size:
                 text = f"token id {most} of {name} is out of range: the model has {self.spec.vocab_size:,} tokens"
                 return Refusal("invalid", text)
+        total_blocks = self.lasting_blocks if blocks is None else blocks
         return why_never(
             prompt=len(prompt) // 4,
             max_tokens=params.max_tokens,
             max_context=self.max_tokens,
+            most_held=self.most_held(total_blocks),
             cell=self.name,
-            total_blocks=self.lasting_blocks if blocks is None else blocks,
+            total_blocks=total_blocks,
             block_size=self.spec.block_size,
         )
 
@@ -349,6 +381,7 @@ class Cell:
         self._broken.clear()
         for member in self.members:
             member.kept = None
+            member.cached = {}
             member.joined = False
             member.outstanding.clear()
             member.is_freeing = False
@@ -364,6 +397,7 @@ class Cell:
             self.text_source = self.everybody[0]  # the text of another is as good
             self._emit(Send(self.text_source.peer, self._registered(send_text=True)))
         self.counted = Counters.sum(self.counted, member.counters)
+        self.performance.forget(member.id)
         if self.has_served:
             self._rank()
 
@@ -373,6 +407,9 @@ class Cell:
             former = member.register.former
             is_ours = former is None or former.identity == self._identity
             member.kept = {shard.seq: shard.runs for shard in kept.shards if is_ours}
+            member.shared_ends = {shard.seq: shard.shared_end for shard in kept.shards}
+            most = member.spec.num_blocks * self.spec.block_size
+            member.cached = {s.seq: s.runs for s in kept.cached if is_ours and s.runs and are_ranges(s.runs, most)}
             member.requests = {shard.seq: shard.request for shard in kept.shards if is_ours and shard.request}
             member.unheard = kept.unheard if is_ours else []
             member.is_freeing |= not is_ours
@@ -417,8 +454,17 @@ class Cell:
             MemberAddress(rank=m.rank, id=m.id, party_address=m.register.party_address, host=m.spec.host) for m in self.members
         ]
         for m in self.members:
-            keep = [seq for seq in m.kept or () if seq in wanted]
-            join = JoinEpoch(epoch=self.epoch, id=m.id, rank=m.rank, store_address=address, members=members, keep=keep)
+            keep = [*(seq for seq in m.kept or () if seq in wanted), *m.cached]
+            join = JoinEpoch(
+                epoch=self.epoch,
+                id=m.id,
+                rank=m.rank,
+                store_address=address,
+                members=members,
+                keep=keep,
+                calibrate=self.performance.is_guess and not self.is_formed,  # else somebody may wait for tokens
+                caches=self.caches,
+            )
             self._emit(Send(m.peer, join))
 
     def set_joined(self, member: Member) -> None:
@@ -446,6 +492,7 @@ class Cell:
         before = member.free_blocks
         member.hear_free(beat.free_blocks)
         member.counters = beat.counters
+        member.cached_blocks = max(0, min(beat.cached_blocks, member.free_blocks))
         return member.free_blocks != before
 
     def can_lose(self, member: Member) -> bool:
@@ -546,6 +593,9 @@ class Cell:
             self.newcomers = []
             fields = {"cell": self.name, "epoch": self.epoch, "instances": self.size, "kv_tokens": self.total_tokens}
             self._emit(Log(logging.INFO, "cell ready", fields))
+            wrong = self.policy.wrong_with([member.register.role for member in self.members])
+            if wrong is not None:
+                self._emit(Log(logging.WARNING, "roles mean nothing", {"cell": self.name, "reason": wrong}))
 
 
 def malformed(register: Register) -> str | None:

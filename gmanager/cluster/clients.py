@@ -232,7 +232,7 @@ class Clients:
     def _refuse_unknown(self, peer: PeerId, request_id: str) -> None:
         if peer in self:
             text = f"no request {request_id[:100]!r} is known here (any more)"
-            self._delivery.refuse(peer, request_id, "unknown", text)
+            self._delivery.refuse(peer, request_id, m.Refusal("unknown", text))
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""

@@ -8,7 +8,7 @@ forgotten after a while.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from gmanager.cluster.cells import Cells
 from gmanager.cluster.clients import Clients
@@ -28,11 +28,14 @@ from gmanager.cluster.events import (
     Stopped,
     TextLoaded,
     Ticked,
+    Write,
 )
 from gmanager.cluster.instances import Instances
 from gmanager.cluster.intake import Intake
 from gmanager.cluster.membership import Membership
+from gmanager.cluster.objectives import Objectives
 from gmanager.cluster.parting import Parting
+from gmanager.cluster.performance import Costs
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.stats import assemble
 from gmanager.cluster.turn import Turn
@@ -54,7 +57,8 @@ class Cluster:
         self._turn = turn = Turn()
         self._ticked_at: float | None = None
         self._num_dropped = 0
-        self._requests = Requests(turn.emit, clock=lambda: turn.now, term=term)
+        objectives = Objectives(ttft_s=config.slo_ttft_s, tpot_s=config.slo_tpot_s)
+        self._requests = Requests(turn.emit, clock=lambda: turn.now, term=term, objectives=objectives)
         self._cells = Cells()
         self._parting = Parting(turn)
         self._intake = Intake(config, self._requests, self._cells, turn)
@@ -69,6 +73,10 @@ class Cluster:
         self._turn.now = now
         for restored in requests:
             self._intake.restore(restored)
+
+    def restore_costs(self, costs: Mapping[str, Costs]) -> None:
+        """Go on with what the gManager before knew of how long steps take. Before any event."""
+        self._cells.restore_costs(costs)
 
     def handle(self, event: Event) -> list[Action]:
         """Take one event in. The actions are to be done in this order."""
@@ -161,12 +169,16 @@ class Cluster:
             self._clients.renew_leases()
             self._membership.renew_leases()
         self._ticked_at = now
+        for sequences in self._cells.sequences.values():
+            sequences.look_again()
         self._clients.end_leases()
         self._membership.end_leases()
         self._parting.end_leases(self._config.client_lease_s)
         self._membership.look_after()
         self._clients.end_attaching()
         self._intake.end_overdue()
+        for measured in self._cells.refit(now):
+            self._turn.emit(Write(measured))
 
     def _on_stop(self, reason: str) -> None:
         if self._term:

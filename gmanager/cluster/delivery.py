@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from gmanager.cluster.events import Deliver, Emit, Send
 from gmanager.cluster.request import Ended, Request
-from gmanager.wire.messages import FinishReason, Output, PromptLogprobs, PromptOutput, RefusalReason, TokenLogprob
+from gmanager.wire.messages import FinishReason, Output, PromptLogprobs, PromptOutput, Refusal, RefusalReason, TokenLogprob
 from gmanager.wire.peer import PeerId
 
 MOST_AT_ONCE = 4096
@@ -78,9 +78,9 @@ class Delivery:
         if request.client is not None and request.is_followed:
             self._emit(Send(request.client, PromptOutput(request_id=request.id, logprobs=scores)))
 
-    def refuse(self, peer: PeerId, request_id: str, reason: RefusalReason, text: str) -> None:
+    def refuse(self, peer: PeerId, request_id: str, refusal: Refusal) -> None:
         """Answer what is no request."""
-        self._emit(Send(peer, _last_words(request_id, 0, text, reason)))
+        self._emit(Send(peer, _last_words(request_id, 0, refusal.text, refusal.reason)))
 
     def attach(self, request: Request, peer: PeerId, from_index: int) -> None:
         """Tell this client of a request, from that token on; who held it till now hears that."""
@@ -191,6 +191,7 @@ class Delivery:
                 finish_reason=reason,
                 error=error,
                 refusal=refusal,
+                retry_after_s=None if refusal is None else request.retry_after_s,
             )
         )
 

@@ -7,6 +7,8 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gmanager.cluster.chain import Chain
+from gmanager.cluster.performance import Costs
 from gmanager.config import Spread
 from gmanager.wire.messages import FinishReason, Message, RefusalReason, Submit, TextAssets, TokenLogprob
 from gmanager.wire.peer import PeerId
@@ -83,6 +85,8 @@ class Encoded:
     error: str | None = None
     refusal: RefusalReason = "invalid"
     """What kind of error."""
+    chain: Chain | None = None
+    """Of its token ids, if it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,16 @@ class Finished:
     refusal: RefusalReason | None = None
 
 
-Entry = Accepted | Encoded | Generated | Finished
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What steps and copies of a kind of cell take; the last word counts."""
+
+    kind: str
+    """`cells.kind_of`."""
+    costs: Costs
+
+
+Entry = Accepted | Encoded | Generated | Finished | Measured
 """Of the journal. Of a request: Accepted, Encoded once its tokens are known, Generated in order, Finished."""
 
 
@@ -239,12 +252,15 @@ class DropText:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Tokenise a request's text or messages and its `bad_words`, compile its grammar, look for its highest token id: all that
-    takes long. Answered by Encoded."""
+    """Tokenise a request's text or messages and its `bad_words`, compile its grammar, look for its highest token id, hash its
+    blocks: all that takes long. Answered by Encoded."""
 
     cell: int
     request: int
     submit: Submit
+    chain_seed: bytes | None = None
+    """That its chain begins with; None: none is wanted."""
+    block_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,6 +289,7 @@ class Deliver:
     finish_reason: FinishReason | None = None
     error: str | None = None
     refusal: RefusalReason | None = None
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
 
 WRONG_TOKENS = "token ids must be in [0, 4294967296)"
+WRONG_RUNS = "runs must ascend, and fit an instance"
 
 
 class Instances:
@@ -75,6 +76,7 @@ class Instances:
                 self._membership.on_broken(cell, member, message.reason)
         elif isinstance(message, m.Beat):
             is_news = cell.hear(member, message)
+            self.num_dropped += cell.performance.take(member.id, message.samples)
             if cell.is_ready:
                 self._cells.sequences[cell.name].on_beat(member, message, is_news)
             self._turn.send(member.peer, m.Pong(outputs=member.num_outputs))
@@ -87,8 +89,11 @@ class Instances:
         match message:
             case m.Granted() as granted:
                 sequences.on_granted(member, granted)
-            case m.NotGranted(seq=seq, free_blocks=free_blocks):
-                sequences.on_not_granted(member, seq, free_blocks)
+            case m.NotGranted() as refused:
+                sequences.on_not_granted(member, refused)
+            case m.Cached() as cached:
+                if not sequences.on_cached(member, cached):
+                    self.on_garbled(member.peer, WRONG_RUNS)
             case m.Outputs(outputs=outputs) if _have_wrong_tokens(outputs):
                 self.on_garbled(member.peer, WRONG_TOKENS)
             case m.Outputs() as outputs:

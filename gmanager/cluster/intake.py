@@ -6,6 +6,7 @@ submit ──> refused, or waiting for a cell that serves ──bind──> toke
 
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.cells import Cells
+from gmanager.cluster.chain import Chain
 from gmanager.cluster.events import Encode, Encoded, Restored
 from gmanager.cluster.request import Request, text_bytes
 from gmanager.cluster.requests import Requests
@@ -15,7 +16,7 @@ from gmanager.wire.messages import FinishReason, Refusal, Submit, unpack_tokens
 from gmanager.wire.peer import PeerId
 
 SCANNED_AT_ONCE = 2**14
-"""Token ids: to look through 4 million takes 88 ms, for which all others would wait."""
+"""Token ids: to look through 4 million takes 88 ms, and longer to hash their blocks, for which all others would wait."""
 
 
 class Intake:
@@ -63,9 +64,8 @@ class Intake:
             return Refusal("model", f"no model {(submit.model or '')[:100]!r} is served; there is {', '.join(served)}")
         if not submit.wait_for_cell and not self._cells.formed(submit.model):
             return Refusal("not_ready", "no instances are ready to serve")
-        waiting = len(self._requests) - self._cells.num_running
-        if waiting >= self._config.max_queue:
-            return Refusal("full", f"{waiting:,} requests are waiting, as many as may (max-queue)")
+        if self._requests.num_waiting >= self._config.max_queue:
+            return Refusal("full", f"{self._requests.num_waiting:,} requests are waiting, as many as may (max-queue)")
         size = len(submit.token_ids or b"") + text_bytes(submit)
         if self._requests.waiting_bytes and self._requests.waiting_bytes + size > self._config.max_queue_bytes:
             what = f"prompts of {self._requests.waiting_bytes:,} bytes are waiting, and this one has {size:,}"
@@ -95,7 +95,8 @@ class Intake:
                 self._queue(request)
             else:
                 self._requests.change(request, "encode")
-                self._turn.emit(Encode(cell.number, request.number, submit))
+                seed = cell.chain_seed(request.cache_salt) if cell.caches else None
+                self._turn.emit(Encode(cell.number, request.number, submit, seed, cell.spec.block_size))
 
     def _choose_cell(self, request: Request, submit: Submit, formed: list[Cell]) -> Cell:
         """Of those that can ever serve it, the one where fewest wait; then the one with most free memory."""
@@ -135,9 +136,16 @@ class Intake:
         else:
             given = request.params.max_tokens
             request.max_tokens = cell.room(request.prompt_tokens) if given is None else given
+            refusal = None if request.is_restored else sequences.refusal(request)
+            if refusal is not None:
+                self._refuse(request, refusal)
+                return
+            if cell.caches and request.chain is None and request.prompt_tokens <= SCANNED_AT_ONCE:
+                request.chain = Chain(cell.chain_seed(request.cache_salt), cell.spec.block_size, request.prompt)
             sequences.enqueue(request, request.waiting_since)
 
     def _refuse(self, request: Request, refusal: Refusal) -> None:
+        request.retry_after_s = refusal.retry_after_s
         self._requests.finish(request, "error", error=refusal.text, refusal=refusal.reason)
 
     # --- ends ---------------------------------------------------------------------------------------------------------

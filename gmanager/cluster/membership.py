@@ -12,6 +12,7 @@ from gmanager.cluster.cell import MAX_ATTEMPTS, RETURN_GRACE_S, SUSPEND_TIMEOUT_
 from gmanager.cluster.cells import Cells
 from gmanager.cluster.events import DropText
 from gmanager.cluster.parting import Parting
+from gmanager.cluster.policies import POLICIES
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.sequences import Sequences
 from gmanager.cluster.turn import Turn
@@ -90,7 +91,15 @@ class Membership:
             return
         if cell is None:
             self._epoch += 1
-            cell = Cell(self._epoch, register, self._turn.emit, term=self._term, identity=self._identity)
+            cell = Cell(
+                self._epoch,
+                register,
+                self._turn.emit,
+                POLICIES[self._config.policy](),
+                term=self._term,
+                identity=self._identity,
+                caches=self._config.prefix_cache,
+            )
             self._cells.add(cell)
         self._parting.forget(peer)  # it comes again, if it was expelled
         member = cell.add(peer, register, self._turn.now, self._config.instance_lease_s)

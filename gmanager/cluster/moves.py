@@ -1,4 +1,4 @@
-"""Block moves in a cell: runs of sequences that leave an instance which is being drained, one after the other.
+"""Block moves in a cell: runs of sequences that leave an instance, since it is drained or for a gain, one after the other.
 
     offering ──RunOffered──> reserving ──Granted──> copying ──Copied──> flipping ──RunMoved──> over
         │ nothing is there        │ NotGranted        │ why not             │ Released
@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send
-from gmanager.cluster.policy import InstanceView, choose_holder
+from gmanager.cluster.placement import InstanceView, choose_holder
 from gmanager.cluster.sequence import Sequence as SequenceState
 from gmanager.wire.messages import Copied, CopyRun, Drop, FlipRun, OfferRun, Reserve, RunMoved, RunOffered
 
@@ -49,6 +49,8 @@ class Move:
     number: int
     sequence: SequenceState
     source: int
+    wanted: int | None
+    """Where it is to go; None: wherever there is room."""
     stage: Literal["offering", "reserving", "copying", "flipping"] = "offering"
     target: int = -1
     ranges: list[tuple[int, int]] = field(default_factory=list)
@@ -81,23 +83,26 @@ class Moves:
         """Whether an answer to a Reserve of this number is one to a move."""
         return self._move is not None and self._move.number == number
 
-    def start(self, oldest_first: Sequence[SequenceState]) -> None:
-        """Begin the next move, if there is one to begin."""
-        if self._move is not None:
-            return
-        for sequence in oldest_first:
+    def start(self, in_order: Sequence[SequenceState]) -> None:
+        """Begin the next move away from an instance that is drained, if there is one to begin."""
+        for sequence in in_order if self._move is None else ():
             for rank in sequence.participants:
-                if self._can_move(sequence, rank):
-                    self._move = Move(self._ground.next_number(), sequence, rank)
-                    asked = OfferRun(epoch=self._cell.epoch, move=self._move.number, seq=sequence.number)
-                    self._emit(Send(self._cell.members[rank].peer, asked))
+                is_leaving = self._cell.members[rank].is_draining and (sequence.number, rank) not in self._homeless
+                if is_leaving and self.can_begin(sequence, rank):
+                    self.begin(sequence, rank)
                     return
 
-    def _can_move(self, sequence: SequenceState, rank: int) -> bool:
-        if not self._cell.members[rank].is_draining or rank == sequence.home or (sequence.number, rank) in self._homeless:
-            return False
+    def can_begin(self, sequence: SequenceState, rank: int) -> bool:
+        """Whether a run of a sequence may be copied away from an instance now."""
         failures = self._failures.get((sequence.number, rank), 0)
-        return sequence.is_written and sequence.moving_to is None and not sequence.ending and failures < MAX_COPIES
+        is_still = sequence.is_written and sequence.moving_to is None and not sequence.ending
+        return self._move is None and is_still and rank != sequence.home and failures < MAX_COPIES
+
+    def begin(self, sequence: SequenceState, source: int, target: int | None = None) -> None:
+        """Copy a run of a sequence from an instance to another. `target`: None: to one that has room. Ask `can_begin` first."""
+        self._move = Move(self._ground.next_number(), sequence, source, wanted=target)
+        asked = OfferRun(epoch=self._cell.epoch, move=self._move.number, seq=sequence.number)
+        self._emit(Send(self._cell.members[source].peer, asked))
 
     def room_came(self) -> None:
         """Blocks are free, or will be."""
@@ -115,7 +120,9 @@ class Moves:
             return self._end()
         tokens = sum(end - start for start, end in offered.ranges)
         blocks = -(-tokens // self._cell.spec.block_size)
-        target = choose_holder(self._ground.views(), blocks=blocks, holders=sequence.participants)
+        target = move.wanted
+        if target is None:
+            target = choose_holder(self._ground.views(), blocks=blocks, holders=sequence.participants)
         if target is None:
             self._homeless.add((sequence.number, move.source))
             return self._end()
@@ -157,6 +164,8 @@ class Moves:
             self._failures[key] = self._failures.get(key, 0) + 1
             fields = {"move": move.number, "sequence": sequence.number, "tries": self._failures[key], "reason": copied.error}
             self._emit(Log(logging.ERROR, "copy of KV failed", fields))
+        else:
+            self._cell.performance.take_copy(sum(end - start for start, end in move.ranges), copied.us)
         if copied.error is not None or move.is_vain or sequence.ending:
             return self._end(drop=True)
         move.stage = "flipping"

@@ -13,15 +13,25 @@ class Parties:
         self._size = size
         self._number = 0
         self._parties = [[rank] for rank in range(size)]
+        self._of = list(range(size))
+        """Lowest rank of each one's party."""
+
+    def hold(self, ranks: Iterable[int]) -> bool:
+        """Whether these are in one party."""
+        return len({self._of[rank] for rank in ranks}) <= 1
 
     def regroup(self, shared: Iterable[Iterable[int]]) -> tuple[list[int], Regroup] | None:
         """Make the parties fit these sets of participants. Returns whom to tell what, or None if nothing changes."""
         wanted = connected(self._size, shared)
-        new = [party for party in wanted if party not in self._parties]
+        known = {tuple(party) for party in self._parties}
+        new = [party for party in wanted if tuple(party) not in known]
         if not new:
             return None
         self._number += 1
         self._parties = wanted
+        for party in new:
+            for rank in party:
+                self._of[rank] = party[0]
         ranks = sorted(rank for party in new for rank in party)
         return ranks, Regroup(epoch=self._epoch, number=self._number, parties=new)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from gmanager.cluster.chain import Chain
 from gmanager.cluster.lifecycle import RUNNING, WAITING, Change, State
+from gmanager.cluster.objectives import NO_OBJECTIVES, Objectives
 from gmanager.config import Spread
 from gmanager.wire.messages import (
     FinishReason,
@@ -26,6 +28,10 @@ from gmanager.wire.peer import PeerId
 
 Runs = Sequence[Sequence[tuple[int, int]]]
 """What is kept of a sequence on one instance: for each run the ranges of its positions."""
+
+PRIORITY_S = 60.0
+"""What a level of priority is worth, in seconds of waiting. So none starves: who has waited for as many minutes as it stands
+levels behind those that come goes before them."""
 
 STORY = 32
 """Changes of state that are remembered of a request, for the error that one too many would be."""
@@ -60,8 +66,19 @@ class Request:
     """When something was last heard of it that was not known: a token, a change of state or of what is held of it."""
     prompt: bytes = b""
     """Packed token ids; empty until they are known."""
+    priority: int = 0
+    """Lower goes first."""
+    objectives: Objectives = NO_OBJECTIVES
+    retry_after_s: float | None = None
+    """It is refused: when one like it is expected to be taken."""
     highest: int = 0
     """Of its token ids; 0 until they have been looked through."""
+    cache_salt: str | None = None
+    """It shares KV with those that have the same."""
+    chain: Chain | None = None
+    """Names of what its tokens begin with; those generated are added when they are asked for. None: it shares nothing."""
+    cached_tokens: int = 0
+    """Of its prompt, those whose KV was there when it was admitted for the first time."""
     bad_words: list[list[int]] = field(default_factory=list)
     """Their tokens."""
     grammar: str | None = None
@@ -127,6 +144,12 @@ class Request:
         return len(self.prompt) // 4
 
     @property
+    def precedence(self) -> tuple[float, int]:
+        """Its place in a queue: as if it had come `PRIORITY_S` later for each level, ties by age. It never changes, so no queue
+        is sorted again; of equal priority it is age."""
+        return self.arrived_at + PRIORITY_S * self.priority, self.number
+
+    @property
     def is_waiting(self) -> bool:
         """Whether it has no KV yet, or no longer."""
         return self.state in WAITING
@@ -137,6 +160,13 @@ class Request:
         return self.state in RUNNING
 
     @property
+    def tpot_s(self) -> float | None:
+        """Mean time between its tokens so far; None: there are fewer than two."""
+        if self.first_token_at is None or self.last_token_at is None or len(self.tokens) < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (len(self.tokens) - 1)
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and generated."""
         return self.prompt_tokens + len(self.tokens)
@@ -145,6 +175,11 @@ class Request:
     def missing_tokens(self) -> int:
         """Those whose rows its next admission has to compute."""
         return self.num_tokens - sum(map(count_tokens, self.kept.values()))
+
+    @property
+    def lacks_scores(self) -> bool:
+        """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
+        return self.params.prompt_logprobs is not None and not self.is_scored
 
     @property
     def num_bytes(self) -> int:

@@ -11,6 +11,7 @@ import msgspec
 from gmanager.cluster.delivery import Delivery
 from gmanager.cluster.events import Accepted, Emit, Encoded, Entry, Finished, Generated, Log, Restored, Send, Write
 from gmanager.cluster.lifecycle import TRANSITIONS, Change
+from gmanager.cluster.objectives import NO_OBJECTIVES, Objectives
 from gmanager.cluster.request import Ended, Request, content_of
 from gmanager.config import Spread
 from gmanager.observed import Observed
@@ -38,15 +39,21 @@ may hold tokens of a request that no journal knows."""
 class Requests:
     """All live requests, what is kept of the last finished ones, and what is counted of all."""
 
-    def __init__(self, emit: Emit, clock: Callable[[], float], *, term: int = 0) -> None:
-        """`term`: of the journal; 0: there is none, and nothing is to be written."""
+    def __init__(
+        self, emit: Emit, clock: Callable[[], float], *, term: int = 0, objectives: Objectives = NO_OBJECTIVES
+    ) -> None:
+        """`term`: of the journal; 0: there is none, and nothing is to be written. `objectives`: of requests that have none of
+        their own."""
         self.observed = Observed()
         self.waiting_bytes = 0
         """What the prompts of waiting requests take."""
+        self.num_waiting = 0
+        """How many these are."""
         self.delivery = Delivery(emit)
         self._emit = emit
         self._clock = clock
         self._term = term
+        self._objectives = objectives
         self._numbers = 0
         self._live: dict[int, Request] = {}
         self._ids: dict[str, Request] = {}
@@ -56,6 +63,10 @@ class Requests:
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def now(self) -> float:
+        return self._clock()
+
     def new(self, submit: Submit, client: PeerId, seed: int, spread: Spread) -> Request:
         """Take a request in. Its id must not be that of a live one; one that has ended is forgotten."""
         if submit.request_id in self._ids:
@@ -63,6 +74,7 @@ class Requests:
         self._numbers = max(self._numbers, NUMBERS_OF_A_TERM * self._term) + 1
         now = self._clock()
         request = _request(self._numbers, submit, client, seed, spread, now)
+        request.objectives = self._objectives.of(submit)
         self._keep_live(request)
         self._write(Accepted(number=request.number, submit=submit, seed=seed, spread=spread))
         return request
@@ -75,6 +87,7 @@ class Requests:
         self._numbers = restored.number
         now = self._clock()
         request = _request(restored.number, restored.submit, None, restored.seed, restored.spread, now)
+        request.objectives = self._objectives.of(restored.submit)
         self.delivery.detach(request, now)
         request.tokens.extend(restored.token_ids)
         request.told, request.has_text = len(request.tokens), False
@@ -99,6 +112,7 @@ class Requests:
     def _set_tokens(self, request: Request, encoded: Encoded) -> None:
         self.waiting_bytes -= request.num_bytes
         request.prompt, request.highest, request.submit = encoded.token_ids, encoded.highest, None
+        request.chain = encoded.chain
         request.bad_words, request.grammar = list(encoded.bad_words), encoded.grammar
         self.waiting_bytes += request.num_bytes
 
@@ -112,6 +126,7 @@ class Requests:
             )
         was_waiting = request.is_waiting
         request.state = transition.target
+        self.num_waiting += request.is_waiting - was_waiting
         self.waiting_bytes += request.num_bytes * (request.is_waiting - was_waiting)
         request.progress_at = self._clock()
         request.story.append((request.progress_at, change, request.state))
@@ -138,15 +153,19 @@ class Requests:
         """Answer a Submit that is not taken in."""
         self._log_refused(submit.request_id, refusal.reason)
         self.observed.refused[refusal.reason] += 1
-        self.delivery.refuse(client, submit.request_id, refusal.reason, refusal.text)
+        self.delivery.refuse(client, submit.request_id, refusal)
 
-    def admit(self, request: Request) -> None:
-        """It begins to run, or does so again."""
+    def admit(self, request: Request, cached_tokens: int) -> None:
+        """It begins to run, or does so again. `cached_tokens`: of its tokens, those whose KV is shared."""
         self.change(request, "admit")
         if request.admitted_at is None:
             request.admitted_at = self._clock()
             self.observed.queue_s.add(request.admitted_at - request.arrived_at)
             self.observed.prompt_tokens += request.prompt_tokens
+            request.cached_tokens = min(cached_tokens, request.prompt_tokens)
+            if request.chain is not None:
+                self.observed.prefix_queries += request.prompt_tokens
+                self.observed.prefix_hits += request.cached_tokens
 
     def deliver(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """New tokens, in order; more will come."""
@@ -224,9 +243,10 @@ class Requests:
             raise RuntimeError("live requests by id and by number differ")
         if self._ended_bytes != sum(ended.num_bytes for ended in self._ended.values()):
             raise RuntimeError(f"ended requests take {self._ended_bytes} bytes by count, and others by sum")
-        waiting_bytes = sum(request.num_bytes for request in self._live.values() if request.is_waiting)
-        if self.waiting_bytes != waiting_bytes:
-            raise RuntimeError(f"waiting requests take {waiting_bytes} bytes, {self.waiting_bytes} were counted")
+        waiting = [request.num_bytes for request in self._live.values() if request.is_waiting]
+        if (self.num_waiting, self.waiting_bytes) != (len(waiting), sum(waiting)):
+            counted = f"{self.num_waiting} with {self.waiting_bytes} were counted"
+            raise RuntimeError(f"{len(waiting)} requests wait and take {sum(waiting)} bytes, {counted}")
         for request in self._live.values():
             if not request.is_live or request.state == "finished":
                 raise RuntimeError(f"request {request.number} is kept as live and has finished")
@@ -239,9 +259,11 @@ class Requests:
         self._live[request.number] = self._ids[request.id] = request
         self._forget_ended(request.id)
         self.waiting_bytes += request.num_bytes
+        self.num_waiting += 1
 
     def _keep_ended(self, ended: Ended) -> None:
         ended.request.prompt = b""
+        ended.request.chain = None
         self._forget_ended(ended.request.id)
         self._ended[ended.request.id] = ended
         self._ended_bytes += ended.num_bytes
@@ -274,11 +296,17 @@ class Requests:
         if refusal is not None:
             self.observed.refused[refusal] += 1
             return
+        now = self._clock()
         self.observed.finished[reason] += 1
-        self.observed.e2e_s.add(self._clock() - request.arrived_at)
-        first, last = request.first_token_at, request.last_token_at
-        if first is not None and last is not None and len(request.tokens) > 1:
-            self.observed.tpot_s.add((last - first) / (len(request.tokens) - 1))
+        self.observed.e2e_s.add(now - request.arrived_at)
+        if request.tpot_s is not None:
+            self.observed.tpot_s.add(request.tpot_s)
+        if request.objectives and reason in ("stop", "length"):
+            first = now if request.first_token_at is None else request.first_token_at  # only its prompt was wanted
+            late, slow = request.objectives.missed(first - request.arrived_at, request.tpot_s)
+            self.observed.missed_ttft += late
+            self.observed.missed_tpot += slow
+            self.observed.met_slo += not (late or slow)
 
     def _log_end(self, request: Request, reason: FinishReason, error: str | None, refusal: RefusalReason | None) -> None:
         if refusal is not None:
@@ -318,6 +346,8 @@ def _request(number: int, submit: Submit, client: PeerId | None, seed: int, spre
         progress_at=now,
         prompt=submit.token_ids or b"",
         logprobs=None if submit.params.logprobs is None else [],
+        cache_salt=submit.cache_salt,
         model=submit.model,
+        priority=submit.priority,
         content=content_of(submit),
     )

@@ -1,14 +1,61 @@
-"""The sequences that run in a cell's epoch: who takes part in each, and what instances look like with them."""
+"""The sequences that run in a cell's epoch: who takes part in each, and what instances look like with them.
+
+What a placement looks at costs as much as has changed since the last, not as much as runs: each sequence's part of its
+instances' loads is remembered, and counted anew only when something of it has changed (`touch`).
+"""
 
 from bisect import insort
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Send
 from gmanager.cluster.parties import Parties
-from gmanager.cluster.policy import InstanceView
+from gmanager.cluster.placement import InstanceView
 from gmanager.cluster.sequence import Sequence
 from gmanager.wire.messages import Drop
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What one sequence is to its instances."""
+
+    home: int
+    """Where it decodes, or is about to."""
+    backlog: Mapping[int, int]
+    """rank -> what is left to compute of its prompt."""
+    decodes_over: Mapping[int, int] | None
+    """rank -> tokens there that each of its rows attends to; None while its prompt runs."""
+    is_ending: bool
+    lacks_block: bool
+
+
+def in_order(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """By priority, then age of their requests: in which they get blocks."""
+    return sorted(sequences, key=lambda sequence: (sequence.request.priority, sequence.request.number))
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """What the sequences that decode are to each instance, by rank; as `InstanceView` has it."""
+
+    rows: list[int]
+    held: list[int]
+    sent: list[int]
+    served: list[int]
+
+    @classmethod
+    def of(cls, size: int) -> "_Decodes":
+        return cls([0] * size, [0] * size, [0] * size, [0] * size)
+
+    def add(self, home: int, over: Mapping[int, int], sign: int) -> None:
+        """A sequence at this home, whose rows attend to so many tokens at each rank."""
+        self.rows[home] += sign
+        for rank, tokens in over.items():
+            self.held[rank] += sign * tokens
+            if rank != home:
+                self.sent[home] += sign
+                self.served[rank] += sign
 
 
 class Running:
@@ -22,6 +69,18 @@ class Running:
         self._numbers = 0
         self._sequences: dict[int, Sequence] = {}
         self._parties = Parties(cell.epoch, cell.size)
+        self._shared: dict[int, Sequence] = {}
+        """Those with more than one participant, which make parties."""
+        self._loads: dict[int, _Load] = {}
+        self._touched: dict[int, None] = {}
+        """Those whose load may be another than `_loads` has."""
+        self._homes = [0] * cell.size
+        self._backlogs = [0] * cell.size
+        self._decodes = _Decodes.of(cell.size)
+        self._prefilling: dict[int, _Load] = {}
+        """Those whose prompts run."""
+        self._num_ending = 0
+        self._num_lacking = 0
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -36,9 +95,14 @@ class Running:
         """In order of admission."""
         return self._sequences.values()
 
-    def oldest_first(self) -> list[Sequence]:
-        """By age of their requests."""
-        return sorted(self._sequences.values(), key=lambda sequence: sequence.request.number)
+    @property
+    def shared(self) -> Collection[Sequence]:
+        """Those that lie on several instances."""
+        return self._shared.values()
+
+    def in_order(self) -> list[Sequence]:
+        """By priority, then age of their requests: in which they get blocks."""
+        return in_order(self._sequences.values())
 
     # --- numbers ------------------------------------------------------------------------------------------------------
 
@@ -56,27 +120,37 @@ class Running:
     def add(self, sequence: Sequence) -> None:
         """It is about to run."""
         self._sequences[sequence.number] = sequence
+        self.touch(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """It is released everywhere; who was asked for a block and may know nothing of that gives it back."""
         del self._sequences[sequence.number]
+        self.touch(sequence)
         for rank in sequence.participants:
             if rank != sequence.home:
                 self._cell.members[rank].is_freeing = True
         for rank in sequence.asked:
             self._drop(sequence, rank)
-        self.regroup()
+        if self._shared.pop(sequence.number, None) is not None:
+            self._regroup()
 
     def clear(self) -> None:
         """The epoch is over, or the next one begins."""
         self._sequences.clear()
+        self._shared.clear()
+        self._loads.clear()
+        self._touched.clear()
+        self._homes, self._backlogs = [0] * self._cell.size, [0] * self._cell.size
+        self._decodes = _Decodes.of(self._cell.size)
+        self._prefilling.clear()
+        self._num_ending = self._num_lacking = 0
         self._parties = Parties(self._cell.epoch, self._cell.size)
 
     def join(self, sequence: Sequence, rank: int) -> None:
         """An instance takes part in a sequence from now on."""
         if rank not in sequence.participants:
             insort(sequence.participants, rank)
-            self.regroup()
+            self.regroup(sequence)
 
     def part(self, sequence: Sequence, rank: int) -> None:
         """An instance holds nothing of a sequence any more: what it has reserved for it goes, too."""
@@ -87,11 +161,19 @@ class Running:
             sequence.request.held.pop(member.id, None)
         member.is_freeing = True
         self._drop(sequence, rank)
-        self.regroup()
+        self.touch(sequence)
+        self.regroup(sequence)
 
-    def regroup(self) -> None:
-        """Tell instances whose party changes."""
-        news = self._parties.regroup(sequence.participants for sequence in self._sequences.values())
+    def regroup(self, sequence: Sequence) -> None:
+        """Its participants are others: tell instances whose party changes."""
+        before = self._shared.pop(sequence.number, None)
+        if len(sequence.participants) > 1:
+            self._shared[sequence.number] = sequence
+        if before is not None or not self._parties.hold(sequence.participants):
+            self._regroup()
+
+    def _regroup(self) -> None:
+        news = self._parties.regroup(sequence.participants for sequence in self._shared.values())
         if news is not None:
             ranks, regroup = news
             for rank in ranks:
@@ -103,45 +185,81 @@ class Running:
     # --- for others to see --------------------------------------------------------------------------------------------
 
     @property
-    def num_current(self) -> int:
-        """Requests that run."""
-        return sum(sequence.is_current for sequence in self._sequences.values())
-
-    @property
     def blocks_come(self) -> bool:
         """Whether more blocks are about to be free than is known."""
-        freeing = any(member.is_freeing for member in self._cell.members)
-        return freeing or any(sequence.ending for sequence in self._sequences.values())
+        self._count()
+        return self._num_ending > 0 or any(member.is_freeing for member in self._cell.members)
 
     @property
     def lacks_blocks(self) -> bool:
         """Whether one waits for a block."""
-        return any(sequence.needs_block and not sequence.ending for sequence in self._sequences.values())
+        self._count()
+        return self._num_lacking > 0
 
-    def homes(self) -> list[int]:
-        """Per rank: sequences whose home it is, or is about to be."""
-        homes = [0] * self._cell.size
-        for sequence in self._sequences.values():
-            homes[sequence.home if sequence.moving_to is None else sequence.moving_to] += 1
-        return homes
+    def homes(self, rank: int) -> int:
+        """Sequences whose home an instance is, or is about to be."""
+        self._count()
+        return self._homes[rank]
 
     def views(self) -> list[InstanceView]:
         """What placement sees of each instance."""
-        homes, backlogs = self.homes(), [0.0] * self._cell.size
-        for sequence in self._sequences.values():
-            for rank, work in sequence.backlog(self._cell.spec.reach).items():
-                backlogs[rank] += work
+        self._count()
         return [
             InstanceView(
                 rank=m.rank,
                 free_blocks=0 if m.is_draining else m.free,
                 total_blocks=0 if m.is_draining else m.spec.num_blocks,
-                homes=homes[m.rank],
+                homes=self._homes[m.rank],
                 max_homes=0 if m.is_draining else m.spec.decode_rows,
-                backlog=backlogs[m.rank],
+                backlog=self._backlogs[m.rank],
+                role=m.register.role,
+                rows=self._decodes.rows[m.rank],
+                held=self._decodes.held[m.rank],
+                sent=self._decodes.sent[m.rank],
+                served=self._decodes.served[m.rank],
             )
             for m in self._cell.members
         ]
+
+    def backlogs(self, *, but: Sequence | None = None) -> list[Mapping[int, int]]:
+        """Of each prompt that runs, `but` that one: rank -> what is left to compute there."""
+        self._count()
+        return [load.backlog for number, load in self._prefilling.items() if but is None or number != but.number]
+
+    def touch(self, sequence: Sequence) -> None:
+        """Something has changed that its load depends on: where it is at home, what is held of its prompt, how far it is."""
+        self._touched[sequence.number] = None
+
+    def _count(self) -> None:
+        """Bring the sums up to date."""
+        for number in self._touched:
+            if (old := self._loads.pop(number, None)) is not None:
+                self._add(old, -1)
+                self._prefilling.pop(number, None)
+            if (sequence := self._sequences.get(number)) is not None:
+                new = self._loads[number] = self._load_of(sequence)
+                self._add(new, 1)
+                if new.backlog:
+                    self._prefilling[number] = new
+        self._touched.clear()
+
+    def _add(self, load: _Load, sign: int) -> None:
+        self._homes[load.home] += sign
+        self._num_ending += sign * load.is_ending
+        self._num_lacking += sign * load.lacks_block
+        for rank, work in load.backlog.items():
+            self._backlogs[rank] += sign * work
+        if load.decodes_over is not None:
+            self._decodes.add(load.home, load.decodes_over, sign)
+
+    def _load_of(self, sequence: Sequence) -> _Load:
+        return _Load(
+            home=sequence.home if sequence.moving_to is None else sequence.moving_to,
+            backlog=sequence.backlog(self._cell.spec.reach),
+            decodes_over=sequence.decodes_over(),
+            is_ending=sequence.ending,
+            lacks_block=sequence.needs_block and not sequence.ending,
+        )
 
     def lent_and_borrowed(self) -> tuple[list[int], list[int]]:
         """Per rank: tokens it holds for other homes, and tokens that others hold for its sequences."""
@@ -156,5 +274,10 @@ class Running:
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
         self._parties.validate(sequence.participants for sequence in self._sequences.values())
+        self._count()
         for sequence in self._sequences.values():
             sequence.validate()
+            if self._loads[sequence.number] != self._load_of(sequence):
+                raise RuntimeError(f"sequence {sequence.number} is {self._load_of(sequence)}: {self._loads[sequence.number]}")
+        if len(self._loads) > len(self._sequences) or sum(self._homes) != len(self._sequences):
+            raise RuntimeError(f"{len(self._sequences)} sequences run, counted are {self._homes}")

@@ -1,10 +1,11 @@
 """One admission of a request, and one reservation: what `gmanager.cluster.sequences` keeps of each."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from gmanager.cluster.policy import PARALLEL_EFFICIENCY, Placement, prompt_work
+from gmanager.cluster.placement import PARALLEL_EFFICIENCY, Placement, prompt_work
 from gmanager.cluster.request import Request
+from gmanager.cluster.reuse import Reuse
 from gmanager.wire.messages import SequenceOutput, Share
 
 
@@ -41,20 +42,38 @@ class Sequence:
     """A token has come of its present home: all KV that other instances hold of it is written, and grows no more."""
     moving_to: int | None = None
     """MoveSequence was sent, HomeMoved has not come."""
+    admitted_at: float = 0.0
+    own_work: float = 0.0
+    """Of its prompt, as `prompt_work` counts, where there is most of it."""
+    work: float = 0.0
+    """Till its first token, with what goes before it, when it was admitted; likewise."""
+    first_expected_s: float | None = None
+    """From its admission to its first token, as it was expected then."""
+    step_expected_s: float | None = None
+    """Between tokens, likewise."""
 
     @property
     def is_current(self) -> bool:
         """Whether its request still runs in it."""
         return self.request.is_running and self.request.seq == self.number
 
-    def backlog(self, reach: int) -> dict[int, float]:
+    def backlog(self, reach: int) -> dict[int, int]:
         """rank -> what it has still to compute of the prompt, as `prompt_work` counts, by what is known to be held."""
         if self.received or self.ending:
             return {}
-        tokens = sum(share.tokens for share in self.shares)
-        each = prompt_work(tokens, reach) / tokens / (PARALLEL_EFFICIENCY if len(self.shares) > 1 else 1)
         done = {rank: tokens - self.kept.get(rank, 0) for rank, tokens in self.held.items()}
-        return {share.rank: each * max(0, share.tokens - done.get(share.rank, 0)) for share in self.shares}
+        return works_of(self.shares, reach, done)
+
+    def decodes_over(self) -> dict[int, int] | None:
+        """rank -> tokens there that each of its rows attends to, as last heard; None while its prompt runs."""
+        if self.ending or not self.received:
+            return None
+        return {rank: tokens for rank, tokens in self.held.items() if tokens}
+
+    def end_prompt(self) -> None:
+        """Its first token is there, and so is all KV of its prompt, whatever was heard of that."""
+        for share in self.shares:
+            self.held[share.rank] = max(self.held.get(share.rank, 0), share.tokens + self.kept.get(share.rank, 0))
 
     def validate(self) -> None:
         """Raises RuntimeError if it contradicts itself."""
@@ -78,16 +97,26 @@ class Sequence:
             raise RuntimeError(f"{name}: nobody wants it and it was not cancelled")
 
 
+def works_of(shares: Collection[Share], reach: int, done: Mapping[int, int] | None = None) -> dict[int, int]:
+    """rank -> what it has to compute of a prompt that is shared so, as `prompt_work` counts. `done`: tokens of it by rank."""
+    done = {} if done is None else done
+    tokens = sum(share.tokens for share in shares)
+    each = prompt_work(tokens, reach) / tokens / (PARALLEL_EFFICIENCY if len(shares) > 1 else 1)
+    return {share.rank: round(each * max(0, share.tokens - done.get(share.rank, 0))) for share in shares}
+
+
 @dataclass(slots=True, eq=False)
 class Reservation:
     """Blocks that were asked for and aren't used yet."""
 
     seq: int
     blocks: dict[int, int]
-    """rank -> most that it takes there; a move takes one, or none if there is room for a token."""
+    """rank -> most that it takes there, with what it shares; a move takes one, or none if there is room for a token."""
     request: Request
     placement: Placement | None
     """Of an admission; None for the move of a sequence's home."""
+    reuse: Reuse | None = None
+    """What the admission shares."""
     granted: dict[int, int] = field(default_factory=dict)
     """rank -> how many were added there."""
 

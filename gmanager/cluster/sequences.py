@@ -12,25 +12,34 @@
 - KV of those that wait is given up before any that runs is preempted, and where nothing runs and the next has no room.
 - When the membership changes, all that runs goes back to the queue with what is left of its KV (`suspend`, `inherit`), and
   is admitted again in the next epoch, where only what is missing is computed.
-- The oldest sequence is preempted only if it is alone, no instance has a block, and so nobody else can make room.
+- The first sequence, the oldest of the highest priority, is preempted only if it is alone, no instance has a block, and so
+  nobody else can make room; none is for one of a lower priority.
 """
 
 import logging
 from collections.abc import Collection, Mapping
+from functools import partial
+
+from msgspec.structs import replace
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
+from gmanager.cluster.forecast import Forecast
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
-from gmanager.cluster.policy import Candidate, Placement, choose_target, choose_victim
+from gmanager.cluster.placement import Candidate, Placement, choose_target
+from gmanager.cluster.policies import NewHolder, NewHome
 from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
-from gmanager.cluster.running import Running
+from gmanager.cluster.reuse import Reuses
+from gmanager.cluster.running import Running, in_order
 from gmanager.cluster.sequence import Reservation, Sequence
+from gmanager.cluster.unsettled import Unsettled
 from gmanager.cluster.waiting import Waiting
 from gmanager.wire.messages import (
     Admit,
     Beat,
+    Cached,
     Cancel,
     Copied,
     Done,
@@ -38,7 +47,9 @@ from gmanager.wire.messages import (
     Granted,
     KeptPart,
     MoveSequence,
+    NotGranted,
     Outputs,
+    Refusal,
     Released,
     Reserve,
     ReserveNext,
@@ -65,6 +76,13 @@ class Sequences:
         self._crowded = False
         self._changed = False
         self._moves = Moves(cell, self._running, emit)
+        self._forecast = Forecast(cell, self._running, self._waiting, requests)
+        self._unsettled = Unsettled(cell)
+        self._restless: dict[int, Sequence] = {}
+        """Those that may want another home."""
+        self._released: dict[int, Sequence] = {}
+        """Those whose blocks are free, and whose last tokens may be on their way."""
+        self._reuses = Reuses(cell, emit)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -73,19 +91,20 @@ class Sequences:
         return len(self._waiting)
 
     @property
-    def num_running(self) -> int:
-        """Requests that run."""
-        return self._running.num_current
-
-    @property
     def num_dropped(self) -> int:
         """Messages that meant nothing here."""
         return self._running.num_dropped
 
     def enqueue(self, request: Request, now: float) -> None:
-        """Let a request wait for memory, behind all older ones."""
+        """Let a request wait for memory, behind all that precede it."""
         self._waiting.add(request, now, "enqueue")
         self._changed = True
+
+    def refusal(self, request: Request) -> Refusal | None:
+        """Why a request that is to be queued would miss its objectives; None: it may meet them."""
+        reservation = self._reservation
+        is_admission = reservation is not None and reservation.placement is not None
+        return self._forecast.refusal(request, reservation.request if reservation and is_admission else None)
 
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
@@ -111,6 +130,7 @@ class Sequences:
         elif sequence.moving_to is None and sequence.home == target:
             self._answer_move(sequence)
         else:
+            self._restless[sequence.number] = sequence
             self._changed = True
 
     # --- changes of membership ----------------------------------------------------------------------------------------
@@ -134,7 +154,11 @@ class Sequences:
                 self._waiting.take_back(sequence.request, sequence.number if is_kept else 0, now, taken_part)
         self._reservation = None
         self._moves = Moves(self._cell, self._running, self._emit)
+        self._reuses.suspend()
         self._running.clear()
+        self._unsettled.clear()
+        self._restless.clear()
+        self._released.clear()
         self._crowded = False
         self._changed = False
 
@@ -149,14 +173,21 @@ class Sequences:
     def reclaim(self, came_from: Mapping[int, int]) -> None:
         """KV that was kept for another gManager: request -> sequence as which it ran."""
         for member in self._cell.members:
-            self._running.pass_number(max(member.kept or (), default=0))
+            self._running.pass_number(max((*(member.kept or ()), *member.cached), default=0))
         self._waiting.reclaim(came_from)
 
     def inherit(self) -> None:
         """All members of the next epoch are known, and what they have kept (`Member.kept`)."""
         self._waiting.inherit()
+        self._reuses.inherit()
         self._moves = Moves(self._cell, self._running, self._emit)
         self._running.clear()
+
+    def look_again(self) -> None:
+        """Time has passed: what is shared may lie better elsewhere now."""
+        if not self._cell.is_draining:
+            self._unsettled.add(self._running.shared)
+            self._changed |= bool(self._running.shared) and self._cell.policy.relocates
 
     def resume(self) -> None:
         """The cell steps (again)."""
@@ -178,6 +209,7 @@ class Sequences:
             if (sequence := self._running.get(number)) is not None:
                 held = max(0, min(tokens, member.spec.num_blocks * self._cell.spec.block_size))
                 sequence.held[member.rank] = held
+                self._running.touch(sequence)
                 if sequence.is_current and sequence.request.held.get(member.id) != held:
                     sequence.request.held[member.id] = held
                     self._requests.hear(sequence.request)
@@ -210,13 +242,19 @@ class Sequences:
             else:
                 self._start_move(self._running[seq], member.rank)
 
-    def on_not_granted(self, member: Member, seq: int, free_blocks: int) -> None:
+    def on_not_granted(self, member: Member, refused: NotGranted) -> None:
+        seq, free_blocks = refused.seq, refused.free_blocks
         blocks = member.outstanding.pop(seq, None)
         if blocks is None:
             self._running.num_dropped += 1
             return
+        reuse = self._reservation.reuse if self._reservation is not None and self._reservation.seq == seq else None
         # Whatever it says, it has less than was asked: so the next try asks for less, and there is no endless loop.
-        member.hear_free(min(free_blocks, blocks - 1))
+        if refused.lacks_source and reuse is not None:
+            self._reuses.contradict(member, reuse)
+            member.hear_free(free_blocks)
+        else:
+            member.hear_free(min(free_blocks, blocks - 1))
         self._changed = True
         if self._moves.is_reserving(seq):
             self._moves.on_not_granted()
@@ -233,7 +271,12 @@ class Sequences:
                 request, f"instance {member.id} has no room: {blocks} block asked, {max(0, free_blocks)} free"
             )
 
+    def on_cached(self, member: Member, cached: Cached) -> bool:
+        """What of sequences others may share there now. False: that can't be."""
+        return self._reuses.hear(member, cached)
+
     def on_outputs(self, member: Member, outputs: Outputs) -> None:
+        self._forecast.on_outputs(member, outputs)
         for output in outputs.outputs:
             sequence = self._running.get(output.seq)
             if sequence is None or output.index < sequence.received or output.index in sequence.early:
@@ -242,10 +285,12 @@ class Sequences:
             if sequence.needs_block and member.rank == sequence.home:
                 # A home tells of a lack of room after the tokens of all rows before it: blocks have become free.
                 sequence.needs_block = False
+                self._running.touch(sequence)
                 self._changed = True
             if member.rank == sequence.home and not sequence.is_written:
                 sequence.is_written = True
-                self._changed |= self._cell.is_draining
+                self._unsettled.add([sequence])
+                self._changed |= self._cell.is_draining or self._cell.policy.relocates
             sequence.early[output.index] = output
             self._take_outputs(sequence)
 
@@ -271,6 +316,8 @@ class Sequences:
             return
         member.hear_free(0)
         sequence.needs_block = True
+        self._running.touch(sequence)
+        self._restless[sequence.number] = sequence
         self._changed = True
 
     def on_home_moved(self, seq: int, home: int) -> None:
@@ -282,6 +329,7 @@ class Sequences:
         sequence.is_written = False
         sequence.moving_to = None
         sequence.needs_block = False
+        self._running.touch(sequence)
         self._changed = True
         if sequence.is_current:
             sequence.request.home = self._id(home)
@@ -301,6 +349,8 @@ class Sequences:
                 self._changed |= self._moves.on_copied(member, message)
             case RunMoved():
                 self._changed |= self._moves.on_moved(member, message)
+                if (sequence := self._running.get(message.seq)) is not None:
+                    self._unsettled.add([sequence])
 
     def on_released(self, released: Released, now: float) -> None:
         sequence = self._running.get(released.seq)
@@ -309,11 +359,13 @@ class Sequences:
             return
         sequence.ending = True
         sequence.released = released.generated
+        self._running.touch(sequence)
+        self._released[sequence.number] = sequence
         self._settle(sequence, now)
 
     def settle(self, now: float) -> None:
         """Let go of what is released and whose tokens are all here."""
-        for sequence in [s for s in self._running.all() if s.released is not None]:
+        for sequence in list(self._released.values()):
             self._settle(sequence, now)
 
     # --- decisions ----------------------------------------------------------------------------------------------------
@@ -322,10 +374,21 @@ class Sequences:
         """Start what can start now, if anything has changed."""
         while self._changed and self._reservation is None and self._cell.is_ready:
             self._changed = False
-            oldest_first = self._running.oldest_first()
-            if not any(self._try_move(sequence) for sequence in oldest_first):
-                self._moves.start(oldest_first)
+            if self._cell.is_draining:
+                everybody = self._running.in_order()
+                if not any(self._try_move(sequence) for sequence in everybody):
+                    self._moves.start(everybody)
+                    self._try_admit()
+            elif not any(self._try_move(sequence) for sequence in self._those_who_may_move()):
                 self._try_admit()
+                self._try_improve()
+
+    def _those_who_may_move(self) -> list[Sequence]:
+        """For want of a block, or because a client asked, while nobody is drained: the oldest first."""
+        if self._restless:
+            wishes = {n: s for n, s in self._restless.items() if s.needs_block or s.request.move_call is not None}
+            self._restless = {n: s for n, s in wishes.items() if not s.ending and self._running.get(n) is s}
+        return in_order(self._restless.values())
 
     def emptied(self) -> Member | None:
         """A member that is being drained and has nothing left, or nothing that could go elsewhere now."""
@@ -347,7 +410,7 @@ class Sequences:
             return False
         if call is not None:
             target = self._rank(call.target)
-            homes = 0 if target is None else self._running.homes()[target]
+            homes = 0 if target is None else self._running.homes(target)
             if target is not None and self._cell.members[target].is_draining:
                 self._requests.fail_move(sequence.request, f"instance {call.target} is being drained")
                 return False
@@ -361,24 +424,41 @@ class Sequences:
             target = choose_target(self._running.views(), home=sequence.home, reserve=1)
         if target is None:
             return False
+        self._reserve_home(sequence, target)
+        return True
+
+    def _try_improve(self) -> None:
+        """Begin what the policy wants to be moved, if that can begin now."""
+        if self._reservation is not None or self._running.lacks_blocks:
+            return
+        found = self._unsettled.ask(self._moves, lambda: self._waiting.outlook(self._running.views()))
+        match found:
+            case sequence, NewHome(to=target):
+                self._reserve_home(sequence, target)
+            case sequence, NewHolder(source=source, to=target):
+                self._moves.begin(sequence, source, target)
+
+    def _reserve_home(self, sequence: Sequence, target: int) -> None:
         self._requests.change(sequence.request, "move")
         if target not in sequence.asked:
             sequence.asked.append(target)
         self._reserve(Reservation(sequence.number, {target: 1}, sequence.request, None))
-        return True
 
     def _make_room(self, sequence: Sequence) -> int | None:
         """Its home has no block left for it: another home, or None if somebody must make (or is making) room first."""
         views = self._running.views()
-        target = choose_target(views, home=sequence.home)
+        policy = self._cell.policy
+        target = policy.next_home(views, sequence.home)
         if target is not None:
             return target
         if self._running.blocks_come or self._waiting.give_up_kept():
             return None
-        running = [Candidate(s.number, s.request.number, s.request.num_tokens) for s in self._running.all()]
-        victim = choose_victim(running)
+        running = [
+            Candidate(s.number, s.request.number, s.request.num_tokens, s.home, s.request.priority) for s in self._running.all()
+        ]
+        victim = policy.victim(running, sequence.home)
         if victim is None:
-            target = choose_target(views, home=sequence.home, reserve=1)
+            target = policy.last_resort(views, sequence.home)
         if target is None:
             self._preempt(sequence if victim is None else self._running[victim])
         return target
@@ -389,15 +469,18 @@ class Sequences:
         request = self._waiting.next()
         if request is None or self._is_asked_for(request):
             return
-        placement = self._waiting.place(request, self._running.views())
+        placement, reuse = self._reuses.choose(request, self._running.views(), partial(self._waiting.place, request))
         if placement is None and not self._running and not self._running.blocks_come:
             self._waiting.give_up_kept(last=request)
-        if placement is None or (not request.kept and not placement.is_even and self._running.blocks_come):
+        if placement is None:
+            return
+        if not (request.kept or reuse or placement.is_even) and self._running.blocks_come:
             return
         self._waiting.take(request)
         self._requests.change(request, "reserve")
         number = request.seq if request.kept else self._running.next_number()
-        self._reserve(Reservation(number, placement.blocks, request, placement))
+        blocks = placement.blocks if reuse is None else reuse.with_pinned(placement.blocks)
+        self._reserve(Reservation(number, blocks, request, placement, reuse))
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
@@ -411,10 +494,17 @@ class Sequences:
         for rank, blocks in reservation.blocks.items():
             member = self._cell.members[rank]
             member.outstanding[reservation.seq] = blocks
-            if reservation.placement is None:
-                self._emit(Send(member.peer, ReserveNext(epoch=self._cell.epoch, seq=reservation.seq)))
-            else:
-                self._emit(Send(member.peer, Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=blocks)))
+            self._emit(Send(member.peer, self._asking(reservation, rank)))
+
+    def _asking(self, reservation: Reservation, rank: int) -> Reserve | ReserveNext:
+        """What an instance is asked for."""
+        if reservation.placement is None:
+            return ReserveNext(epoch=self._cell.epoch, seq=reservation.seq)
+        reserve = Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=reservation.placement.blocks.get(rank, 0))
+        reuse = reservation.reuse
+        if reuse is None or rank not in reuse.parts:
+            return reserve
+        return replace(reserve, source=reuse.source, shared=[list(run) for run in reuse.parts[rank]])
 
     def _give_up_reservation(self) -> None:
         """Give back what was granted, and what will be: a Drop that follows a Reserve undoes it."""
@@ -435,9 +525,9 @@ class Sequences:
                     member.hear_free(member.free_blocks + reservation.granted[rank])
 
     def _admit(self, reservation: Reservation, placement: Placement) -> None:
-        request = reservation.request
+        request, reuse = reservation.request, reservation.reuse
         home = placement.shares[0].rank
-        kept, request.kept = request.kept, {}
+        kept, request.kept = request.kept if reuse is None else reuse.parts, {}
         participants = sorted({*placement.blocks, *kept})
         sequence = Sequence(reservation.seq, request, home, participants, placement.shares)
         sequence.kept = {rank: count_tokens(runs) for rank, runs in kept.items()}
@@ -449,8 +539,10 @@ class Sequences:
         request.seq = sequence.number
         request.home = self._id(home)
         request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
-        self._requests.admit(request)
-        self._running.regroup()
+        self._reuses.admit(sequence.number, request, reuse)
+        self._requests.admit(request, 0 if reuse is None else reuse.tokens)
+        self._forecast.on_admitted(sequence)
+        self._running.regroup(sequence)
         admit = Admit(
             epoch=self._cell.epoch,
             seq=sequence.number,
@@ -463,7 +555,7 @@ class Sequences:
         self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
         told = {"home": self._id(home), "kv_tokens": {self._id(share.rank): share.tokens for share in placement.shares}}
         if kept:
-            told["kept"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
+            told["kept" if reuse is None else "shared"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._log(sequence, "request admitted", **told)
 
     # --- homes --------------------------------------------------------------------------------------------------------
@@ -471,6 +563,7 @@ class Sequences:
     def _start_move(self, sequence: Sequence, target: int) -> None:
         self._running.join(sequence, target)
         sequence.moving_to = target
+        self._running.touch(sequence)
         home = self._cell.members[sequence.home].peer
         self._emit(Send(home, MoveSequence(epoch=self._cell.epoch, seq=sequence.number, to=target)))
 
@@ -495,9 +588,13 @@ class Sequences:
         came: list[int] = []
         came_logprobs: list[TokenLogprob] = []
         last: SequenceOutput | None = None
+        is_first = not sequence.received
         while (output := sequence.early.pop(sequence.received, None)) is not None:
             came += output.token_ids
             came_logprobs += output.logprobs or ()
+            if not sequence.received:
+                sequence.end_prompt()
+                self._running.touch(sequence)
             sequence.received += len(output.token_ids)
             last = output
         for index in [i for i in sequence.early if i <= sequence.received]:
@@ -505,6 +602,8 @@ class Sequences:
             self._running.num_dropped += 1
         if last is None or not sequence.is_current:
             return
+        if is_first:
+            self._forecast.on_first(sequence)
         request = sequence.request
         token_ids, logprobs, reason = request.wanted_of(came, came_logprobs, last.finish_reason)
         if reason is None:
@@ -513,6 +612,7 @@ class Sequences:
             self._requests.deliver(request, token_ids, logprobs)
             return
         sequence.ending = True
+        self._running.touch(sequence)
         self._give_up_move(sequence)
         if last.held is not None:
             request.held = {self._id(share.rank): share.tokens for share in last.held if 0 <= share.rank < self._cell.size}
@@ -525,6 +625,7 @@ class Sequences:
         self._give_up_move(sequence)
         if not sequence.ending:
             sequence.ending = True
+            self._running.touch(sequence)
             home = self._cell.members[sequence.home].peer
             self._emit(Send(home, Cancel(epoch=self._cell.epoch, seq=sequence.number)))
 
@@ -552,6 +653,9 @@ class Sequences:
         self._moves.forget(sequence)
         self._moves.room_came()
         self._running.remove(sequence)
+        self._released.pop(sequence.number, None)
+        self._forecast.on_released(sequence)
+        self._reuses.end(sequence.number, sequence.request)
         self._changed = True
         request = sequence.request
         if not sequence.is_current:
@@ -583,6 +687,7 @@ class Sequences:
         """Raises RuntimeError if the books contradict each other."""
         self._running.validate()
         self._waiting.validate()
+        self._reuses.validate()
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
         elif self._changed and self._cell.is_ready:

@@ -3,8 +3,18 @@
 from collections.abc import Iterable, Mapping
 
 from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.performance import Lane, PerformanceModel
 from gmanager.cluster.sequences import Sequences
-from gmanager.wire.messages import CellStats, Counters, InstanceStats, Observations, RequestStats, Stats
+from gmanager.wire.messages import (
+    CellPerformance,
+    CellStats,
+    Counters,
+    InstanceStats,
+    LanePerformance,
+    Observations,
+    RequestStats,
+    Stats,
+)
 
 
 def assemble(
@@ -38,6 +48,25 @@ def _cell(cell: Cell) -> CellStats:
         max_context=cell.spec.max_context,
         total_tokens=cell.total_tokens,
         other_names=cell.spec.other_names,
+        performance=_performance(cell.performance),
+    )
+
+
+def _performance(model: PerformanceModel) -> CellPerformance:
+    return CellPerformance(prefill=_lane(model, "prefill"), decode=_lane(model, "decode"), copied_us=model.costs.copied_s * 1e6)
+
+
+def _lane(model: PerformanceModel, lane: Lane) -> LanePerformance:
+    costs = model.costs.prefill if lane == "prefill" else model.costs.decode
+    return LanePerformance(
+        step_us=costs.step_s * 1e6,
+        row_us=costs.row_s * 1e6,
+        attended_ns=costs.attended_s * 1e9,
+        moved_us=costs.moved_s * 1e6,
+        exchange_us=costs.exchange_s * 1e6,
+        beside=costs.beside,
+        samples=model.num_samples(lane),
+        error=model.error(lane),
     )
 
 
@@ -60,4 +89,6 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
         borrowed_tokens=borrowed,
         counters=member.counters,
         is_draining=member.is_draining,
+        slowness=cell.performance.factor(member.id),
+        cached_tokens=member.cached_blocks * cell.spec.block_size,
     )

@@ -7,14 +7,17 @@ running ──take_back──> waiting ──inherit──> with what its member
 
 import logging
 from bisect import insort
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Literal
 
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Log, Send
-from gmanager.cluster.policy import InstanceView, Placement, most_tokens, place, place_rest
+from gmanager.cluster.placement import LONG_PROMPT, MOST_WEIGHED, InstanceView, Placement
+from gmanager.cluster.policies import Outlook, Prompt
 from gmanager.cluster.request import Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
+from gmanager.cluster.reuse import Reuse
 from gmanager.wire.messages import Discard, Unheard
 
 MAX_BREAKS = 3
@@ -30,7 +33,7 @@ class Waiting:
         self._requests = requests
         self._emit = emit
         self._queue: list[Request] = []
-        """In order of arrival."""
+        """By precedence: priority and arrival."""
         self._came_from: dict[int, int] = {}
         """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
 
@@ -40,42 +43,52 @@ class Waiting:
     # --- who waits ----------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float, change: Literal["enqueue", "deny", "release", "interrupt"]) -> None:
-        """Behind all older ones."""
+        """Behind all that precede it."""
         self._requests.change(request, change)
         request.waiting_since = now
-        insort(self._queue, request, key=lambda waiting: waiting.number)
+        insort(self._queue, request, key=lambda waiting: waiting.precedence)
 
     def next(self) -> Request | None:
-        """The oldest that the present members could hold all of, alone. The cell may have been larger when one that they can't
+        """The first that the present members could hold all of, alone. The cell may have been larger when one that they can't
         came, and be again."""
         return next(filter(self._may_fit, self._queue), None)
 
+    def ahead_of(self, request: Request) -> list[Request]:
+        """Those that precede it, whether it waits here (yet) or not."""
+        return [other for other in self._queue if other.precedence < request.precedence and self._may_fit(other)]
+
     def _may_fit(self, request: Request) -> bool:
-        most = most_tokens(self._cell.lasting_blocks, self._cell.spec.block_size)
+        most = self._cell.most_held(self._cell.lasting_blocks)
         generated = len(request.tokens)
         return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
-    def place(self, request: Request, views: list[InstanceView]) -> Placement | None:
-        """Where its next admission would lie, as instances are now; None if nowhere."""
-        block_size, reach = self._cell.spec.block_size, self._cell.spec.reach
-        waiting = [behind.missing_tokens for behind in self._queue if behind.number > request.number]
-        if not request.kept:
-            return place(
-                views,
-                tokens=request.num_tokens,
-                block_size=block_size,
-                spread=request.spread,
-                waiting=waiting,
-                reach=reach,
-            )
-        return place_rest(
-            views,
-            missing=request.missing_tokens,
-            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in request.kept.items()},
-            block_size=block_size,
+    def place(self, request: Request, views: Sequence[InstanceView], reuse: Reuse | None = None) -> Placement | None:
+        """Where its next admission would lie, with what it shares and as instances are then; None if nowhere."""
+        there = request.kept if reuse is None else reuse.parts
+        prompt = Prompt(
+            missing=request.num_tokens - sum(map(count_tokens, there.values())),
+            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
             spread=request.spread,
-            waiting=waiting,
-            reach=reach,
+        )
+        return self._cell.policy.place(prompt, self.outlook(views, request))
+
+    def outlook(self, views: Sequence[InstanceView], request: Request | None = None) -> Outlook:
+        """What a policy sees. `request`: that is to be placed."""
+        spec, queue = self._cell.spec, self._queue
+        # how much waits behind a short prompt doesn't matter
+        is_long = request is not None and request.missing_tokens >= LONG_PROMPT
+        behind = (
+            waits.missing_tokens for waits in queue if is_long and request is not None and waits.precedence > request.precedence
+        )
+        return Outlook(
+            views=views,
+            block_size=spec.block_size,
+            chunk_tokens=spec.chunk_tokens,
+            reach=spec.reach,
+            costs=self._cell.performance.costs,
+            waiting=list(islice(filter(LONG_PROMPT.__le__, behind), MOST_WEIGHED)),
+            num_waiting=len(queue),
+            mean_tokens=sum(waits.num_tokens for waits in queue[:MOST_WEIGHED]) // max(1, min(len(queue), MOST_WEIGHED)),
         )
 
     def take(self, request: Request) -> None:
@@ -105,7 +118,7 @@ class Waiting:
         request.held = {}
 
     def give_up_kept(self, last: Request | None = None) -> bool:
-        """Free what is left of the KV of the youngest, of `last` only if no other has any. Whether there was any."""
+        """Free what is left of the KV of the last in the queue, of `last` only if no other has any. Whether there was any."""
         kept = [request for request in self._queue if request.kept]
         victim = next((request for request in reversed(kept) if request is not last), last if last in kept else None)
         if victim is None:
@@ -144,7 +157,7 @@ class Waiting:
         """Tokens that were generated while there was no gManager. Those that it has are passed over, and those that don't
         follow are generated again."""
         start = len(request.tokens) - unheard.index
-        if start < 0 or _lacks_scores(request):
+        if start < 0 or request.lacks_scores:
             return
         logprobs = None if unheard.logprobs is None else unheard.logprobs[start:]
         token_ids, logprobs, reason = request.wanted_of(unheard.token_ids[start:], logprobs, unheard.finish_reason)
@@ -157,7 +170,7 @@ class Waiting:
     def reclaim(self, came_from: Mapping[int, int]) -> None:
         """KV that was kept for another gManager: request -> sequence as which it ran."""
         for request in self._queue:
-            if request.is_restored and request.number in came_from and not _lacks_scores(request):
+            if request.is_restored and request.number in came_from and not request.lacks_scores:
                 self._came_from[request.number] = came_from[request.number]
 
     def inherit(self) -> None:
@@ -169,7 +182,11 @@ class Waiting:
             request.breaks += self._cell.broke is not None and request.was_interrupted
             request.was_interrupted = False
             last = request.num_tokens - 1  # whose row is computed anew, for the token that follows
-            kept = {member.rank: cut((member.kept or {}).get(seq, ()), last) for member in self._cell.members}
+            kept = {
+                member.rank: cut((member.kept or {}).get(seq, ()), last)
+                for member in self._cell.members
+                if last >= member.shared_ends.get(seq, 0)
+            }
             request.kept = held_once(kept)
             request.seq = seq
             request.held = {self._cell.members[rank].id: count_tokens(runs) for rank, runs in request.kept.items()}
@@ -192,14 +209,9 @@ class Waiting:
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
-        numbers = [request.number for request in self._queue]
-        if numbers != sorted(set(numbers)):
-            raise RuntimeError("the queue is not in order of arrival")
+        order = [request.precedence for request in self._queue]
+        if order != sorted(set(order)):
+            raise RuntimeError("the queue is not in order of precedence")
         for request in self._queue:
             if request.state != "queued" or not request.prompt:
                 raise RuntimeError(f"request {request.number} waits and is {request.state}")
-
-
-def _lacks_scores(request: Request) -> bool:
-    """Whether its whole prompt must be computed (again), for the log-probabilities of its tokens."""
-    return request.params.prompt_logprobs is not None and not request.is_scored

@@ -59,8 +59,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such model."},
     408: {"model": ErrorBody, "description": "The body did not come."},
     413: {"model": ErrorBody, "description": "The body is too large."},
-    422: {"model": ErrorBody, "description": "It needs more KV than the instances hold together."},
-    429: {"model": ErrorBody, "description": "Too many requests are waiting or under way."},
+    422: {
+        "model": ErrorBody,
+        "description": "It needs more KV than the instances hold together, or would miss an objective even alone.",
+    },
+    429: {"model": ErrorBody, "description": "Too many requests are waiting or under way, or it would miss an objective now."},
     503: {"model": ErrorBody, "description": "Nobody can serve it now."},
 }
 MESSAGES_ERRORS = {status: told | {"model": MessagesErrorBody} for status, told in ERRORS.items()}
@@ -228,7 +231,7 @@ class Routes:
                 prompt_logprobs=_most(scores),
                 structured_outputs=None if structure is None else structure.params,
             ),
-            spread=body.spread,
+            service=body.service(),
             drops_tokens=drops_tokens,
         )
         return _naming(ignored, await _answer(http, generation, streams=body.stream))
@@ -304,7 +307,7 @@ class Routes:
                 shown_special_tokens=None if reply.is_plain else served.shown_special,
                 **params,
             ),
-            spread=body.spread,
+            service=body.service(),
             drops_tokens=False,
         )
         return _naming(ignored, await _answer(http, generation, streams=body.stream))

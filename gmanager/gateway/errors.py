@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape, and for its messages in Anthropic's: what goes wrong anywhere, in one table."""
 
+import math
 import re
 from typing import Any, Literal
 
@@ -44,8 +45,20 @@ class MessagesErrorBody(BaseModel):
 class ApiError(HTTPException):
     """An answer that is an error. Starlette's kind: FastAPI answers 400 to any other that is raised while it reads a body."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, message, _HEADERS.get(status))
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        """`retry_after_s`: instead of RETRY_AFTER_S, where that is told."""
+        headers = dict(_HEADERS.get(status, {}))
+        if retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+        super().__init__(status, message, headers or None)
         self.param = param
         self.code = code
 
@@ -92,6 +105,8 @@ _REFUSED: dict[RefusalReason, tuple[int, str | None]] = {
     "full": (429, "queue_full"),
     "not_ready": (503, "not_ready"),
     "unknown": (404, "not_found"),
+    "overloaded": (429, "rate_limit_exceeded"),
+    "unreachable": (422, "objective_unreachable"),
 }
 
 
@@ -110,7 +125,7 @@ def translate(error: DistattnError, prompt_field: str | None = None) -> ApiError
         param = prompt_field if error.reason in ("invalid", "too_long", "never") else None
         if error.reason == "invalid":
             param = sampling_field(str(error)) or param
-        return ApiError(status, str(error), param=param, code=code)
+        return ApiError(status, str(error), param=param, code=code, retry_after_s=error.retry_after_s)
     if isinstance(error, FrameTooLarge):
         return ApiError(413, str(error))
     if isinstance(error, TextError) and not isinstance(error, TextUnavailable):

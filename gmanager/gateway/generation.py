@@ -1,13 +1,14 @@
 """One HTTP request's calls of the service: all its choices at once, each handed on as soon as it comes."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
-from gmanager.client import AsyncClient, Chunk, Spread
+from gmanager.client import AsyncClient, Chunk
 from gmanager.gateway.answers import Choice, Form, Prompt, Usage
 from gmanager.gateway.aside import aside
 from gmanager.gateway.errors import ApiError, translate
@@ -27,7 +28,8 @@ class Generation:
     form: Form
     prompts: Sequence[Prompt]
     params: Sequence[SamplingParams]
-    spread: Spread
+    service: Mapping[str, Any]
+    """How the service is to treat each: arguments of `AsyncClient.generate`."""
     drops_tokens: bool
     """Only the prompts count: what is generated is no part of the answer."""
     usage: Usage = field(default_factory=Usage)
@@ -73,9 +75,9 @@ class Generation:
                 choice.prompt.token_ids,
                 params,
                 request_id=self.form.request_id(choice.index),
-                spread=self.spread,
                 model=self.model,
                 wait_for_cell=False,
+                **self.service,
             )
             async with aclosing(chunks):
                 async for chunk in chunks:

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gmanager.wire.messages import Counters, Histogram, InstanceStats, RequestState, Stats
+from gmanager.wire.messages import CellPerformance, Counters, Histogram, InstanceStats, LanePerformance, RequestState, Stats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 """Of what `render` returns."""
@@ -57,6 +57,7 @@ class _Snapshot(Collector):
     def collect(self) -> Iterable[Metric]:
         yield from _requests(self._stats)
         yield from _cells(self._stats)
+        yield from _costs(self._stats)
         yield from _memory(self._stats.instances)
         yield from _work(self._stats.instances)
         yield _dropped(self._stats)
@@ -85,6 +86,10 @@ def _requests(stats: Stats) -> Iterator[Metric]:
     yield _counter("request_success", "Requests that have ended, by why.", finished, ["finished_reason"])
     refused = [((reason,), count) for reason, count in observed.refused.items()]
     yield _counter("requests_refused", "Requests that never started, by why.", refused, ["reason"])
+    yield _counter("requests_met_slo", "Requests that met their objectives.", [((), observed.met_slo)])
+    missed = [(("ttft",), observed.missed_ttft), (("tpot",), observed.missed_tpot)]
+    help_text = "Requests that were served and missed an objective; one may have missed both."
+    yield _counter("requests_missed_slo", help_text, missed, ["objective"])
     yield _counter(
         "num_preemptions", "Times that a request gave its memory back to others.", [((), stats.counters.preemptions)]
     )
@@ -93,6 +98,37 @@ def _requests(stats: Stats) -> Iterator[Metric]:
 def _cells(stats: Stats) -> Iterator[Metric]:
     info = [((c.name, c.model, str(c.size), str(c.epoch), c.state), 1) for c in stats.cells]
     yield _gauge("cell_info", "Cells, and the models that they serve.", info, ["cell", "model", "size", "epoch", "state"])
+
+
+def _costs(stats: Stats) -> Iterator[Metric]:
+    lanes = [(c.name, name, lane) for c in stats.cells if c.performance is not None for name, lane in _lanes(c.performance)]
+    costs = [((cell, name, part), s) for cell, name, lane in lanes for part, s in _cost_parts(lane).items()]
+    help_text = (
+        "What a step takes by what was measured: of itself, a row, a token attended to, a row that travels, an exchange."
+    )
+    yield _gauge("step_cost_seconds", help_text, costs, ["cell", "lane", "part"])
+    errors = [((cell, name), lane.error) for cell, name, lane in lanes if lane.error is not None]
+    help_text = "By which part of a step's time predictions are off, the median."
+    yield _gauge("step_prediction_error_ratio", help_text, errors, ["cell", "lane"])
+    samples = [((cell, name), lane.samples) for cell, name, lane in lanes]
+    yield _counter("step_samples", "Steps whose times were heard of.", samples, ["cell", "lane"])
+    slowness = [(_place(i), i.slowness) for i in stats.instances]
+    yield _gauge("step_slowness_ratio", "How many times longer an instance's steps take than its cell's.", slowness, _PLACE)
+
+
+def _lanes(performance: CellPerformance) -> list[tuple[str, LanePerformance]]:
+    return [("prefill", performance.prefill), ("decode", performance.decode)]
+
+
+def _cost_parts(lane: LanePerformance) -> dict[str, float]:
+    """Seconds."""
+    return {
+        "step": lane.step_us / 1e6,
+        "row": lane.row_us / 1e6,
+        "attended": lane.attended_ns / 1e9,
+        "moved": lane.moved_us / 1e6,
+        "exchange": lane.exchange_us / 1e6,
+    }
 
 
 def _memory(instances: list[InstanceStats]) -> Iterator[Metric]:

@@ -10,7 +10,7 @@ from gmanager.gateway.conversation import Dialogue
 from gmanager.gateway.fields import WHOLE, BadWords, Body, LogitBias, Spread, Stop, StopTokens, Wrong
 from gmanager.gateway.reading import shown
 from gmanager.gateway.structure import FIELDS, Structure, structure, unread_in_format
-from gmanager.wire.messages import MAX_LOGPROBS, SamplingParams
+from gmanager.wire.messages import MAX_LOGPROBS, MOST_PRIORITY, SamplingParams
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # tools under their first names
@@ -42,13 +42,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("priority", "cache_salt", "spaces_between_special_tokens", "max_tool_calls"),
+        *("cache_salt", "spaces_between_special_tokens", "max_tool_calls"),
         *("cache_control", "inference_geo", "speed", "diagnostics"),
     }
 )
 """Fields that are taken, and change nothing."""
 
 _Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None
 
 
@@ -90,7 +91,13 @@ class Sampled(Body):
     spread: Spread = None
     """distattn: least number of instances that the prompt's KV is spread over."""
 
-    priority: Annotated[int, WHOLE] | None = None
+    priority: Annotated[int, Field(ge=-MOST_PRIORITY, lt=MOST_PRIORITY), WHOLE] | None = 0
+    """Lower goes first, as in vLLM."""
+    slo_ttft: _Seconds = None
+    """distattn: seconds to the first token that are wanted, instead of the service's own objective."""
+    slo_tpot: _Seconds = None
+    """distattn: seconds between tokens, likewise."""
+
     cache_salt: str | None = None
     spaces_between_special_tokens: bool | None = None
 
@@ -139,6 +146,15 @@ class Sampled(Body):
             ignore_eos=bool(self.ignore_eos),
             **others,
         )
+
+    def service(self) -> dict[str, Any]:
+        """How the service is to treat it: arguments of `AsyncClient.generate`."""
+        return {
+            "spread": self.spread,
+            "priority": _or(self.priority, 0),
+            "slo_ttft_s": self.slo_ttft,
+            "slo_tpot_s": self.slo_tpot,
+        }
 
     def check_min_tokens(self, limit_name: str, limit: int | None) -> None:
         """Raises Wrong if the answer could not end."""

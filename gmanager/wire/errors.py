@@ -61,11 +61,13 @@ class PeerGone(WireError):
 
 
 class RequestRefused(DistattnError):
-    """The request never started: it was wrong, can never be served, or not now. `reason` says which."""
+    """The request never started: it was wrong, can never be served, or not now. `reason` says which; `retry_after_s`, if it is
+    known, in how many seconds one like it is expected to be taken."""
 
-    def __init__(self, text: str, reason: RefusalReason = "invalid") -> None:
+    def __init__(self, text: str, reason: RefusalReason = "invalid", retry_after_s: float | None = None) -> None:
         super().__init__(text)
         self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 class RequestFailed(DistattnError):

@@ -362,6 +362,8 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
                 [str(model), "--bind", f"tcp://127.0.0.1:{port}"],
                 f"port {port} of 127.0.0.1 is in use: choose another with --bind",
             ),
+            ([str(model), "--slo-ttft", "0"], "--slo-ttft must be a positive number of seconds, got 0"),
+            ([str(model), "--slo-tpot", "inf"], "--slo-tpot must be a positive number of seconds, got inf"),
             ([str(model), "--bind", "here"], "an address looks like tcp://127.0.0.1:5570, got 'here'"),
             ([str(model), "--http", "127.0.0.1:70000"], "the port must be in [0, 65536), got 70000"),
             ([str(model), "--http", "8000"], "an address is HOST:PORT, got '8000'"),

@@ -3,6 +3,7 @@
 from array import array
 from typing import Any
 
+from gmanager.cluster.chain import seed_of
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
     Action,
@@ -27,8 +28,12 @@ OTHER = b"other client"
 HELLO = m.Hello(protocol=m.PROTOCOL)
 WELCOME = m.Welcome(lease_s=10.0)
 Runs = list[list[tuple[int, int]]]
+CHAIN_SEED = seed_of("f00d", "float32", "")
+"""Of the model that instances register with here."""
+
 SEED = 7
 """What the shell draws for each Submit without a seed."""
+OF_SUBMIT = ("model", "wait_for_cell", "priority", "slo_ttft_s", "slo_tpot_s", "cache_salt")
 
 
 def register(
@@ -190,9 +195,9 @@ def serving(*blocks: int, **config: Any) -> Driver:
 def submit(
     name: str, tokens: int = 8, *, spread: Spread | None = None, prompt: list[int] | None = None, **more: Any
 ) -> m.Submit:
-    """`more`: sampling parameters, `model`, `wait_for_cell`."""
+    """`more`: sampling parameters, and `OF_SUBMIT`."""
     packed = m.pack_tokens([5] * tokens if prompt is None else prompt)
-    fields = {name: more.pop(name) for name in ("model", "wait_for_cell") if name in more}
+    fields = {name: more.pop(name) for name in OF_SUBMIT if name in more}
     return m.Submit(request_id=name, params=m.SamplingParams(**more), token_ids=packed, spread=spread, **fields)
 
 

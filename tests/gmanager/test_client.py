@@ -137,14 +137,14 @@ def ignore(server: Server, peer: bytes, message: Any) -> None:
 async def test_generate(transport: Transport) -> None:
     async with connected(transport, complete) as (server, client):
         params = SamplingParams(max_tokens=3, temperature=0, stop=["x"], logprobs=2)
-        chunks = [chunk async for chunk in client.generate("hello", params, request_id="a", spread="all")]
+        chunks = [chunk async for chunk in client.generate("hello", params, request_id="a", spread="all", priority=-2)]
         assert chunks == [
             Chunk(index=0, token_ids=[0], text="0 "),
             Chunk(index=1, token_ids=[1], text="1 "),
             Chunk(index=2, token_ids=[2], text="2 ", finish_reason="length"),
         ]
         (submit,) = server.of(m.Submit)
-        assert submit == m.Submit(request_id="a", params=params, text="hello", spread="all")
+        assert submit == m.Submit(request_id="a", params=params, text="hello", spread="all", priority=-2)
         assert server.of(m.Hello) == [m.Hello(protocol=m.PROTOCOL)]
 
 
@@ -308,6 +308,8 @@ async def test_duplicate_id_of_the_same_client(transport: Transport) -> None:
         (ValueError, "1 to 256", "x", {"request_id": ""}),
         (ValueError, "spread", "x", {"spread": 0}),
         (ValueError, "spread", "x", {"spread": "some"}),
+        (ValueError, "priority", "x", {"priority": 2**31}),
+        (ValueError, "priority", "x", {"priority": 0.5}),
         (ValueError, "max_tokens", "x", {"params": SamplingParams(max_tokens=1.5)}),  # type: ignore[arg-type]
         (ValueError, "params", "x", {"params": None}),
     ],

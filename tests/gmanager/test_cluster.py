@@ -28,6 +28,7 @@ from gmanager.config import Spread
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
     ASSETS,
+    CHAIN_SEED,
     CLIENT,
     HELLO,
     OTHER,
@@ -79,7 +80,12 @@ def test_a_cell_forms() -> None:
     assert driver.say(peer(0), m.Joined(epoch=1)) == []  # nothing to join yet
     assert driver.say(peer(1), m.StoreOpened(epoch=1, address="tcp://not-asked:1")) == []
     assert driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://store:1")) == [
-        Send(peer(rank), m.JoinEpoch(epoch=1, id=rank, rank=rank, store_address="tcp://store:1", members=members))
+        Send(
+            peer(rank),
+            m.JoinEpoch(
+                epoch=1, id=rank, rank=rank, store_address="tcp://store:1", members=members, calibrate=True, caches=True
+            ),
+        )
         for rank in (0, 1)
     ]
     assert driver.say(peer(0), m.StoreOpened(epoch=1, address="tcp://again:1")) == []
@@ -168,7 +174,7 @@ def test_members_are_told_each_others_hosts() -> None:
         ({"max_context": 10}, "its max context is 10, that of cell 'main' is 1000"),
         ({"device": "cuda:0"}, "its device is cuda:0, that of cell 'main' is cpu"),
         ({"cell_size": 3}, "its cell size is 3, that of cell 'main' is 2"),
-        ({"protocol": 1}, "it speaks protocol 1, this gManager 2"),
+        ({"protocol": 1}, "it speaks protocol 1, this gManager 3"),
         ({"cell": "\n"}, "a cell's name has 1 to 64 printable characters"),
         ({"cell_size": 0}, "cell size must be between 1 and 4096, got 0"),
         ({"rank": -1}, "RANK must not be negative, got -1"),
@@ -374,7 +380,7 @@ def test_a_stop_string_ends_a_request() -> None:
 def test_texts_are_encoded_by_the_shell() -> None:
     driver = serving(8)
     said = m.Submit(request_id="r", params=m.SamplingParams(), text="hello")
-    assert driver.say(CLIENT, said) == [Encode(1, 1, said)]
+    assert driver.say(CLIENT, said) == [Encode(1, 1, said, CHAIN_SEED, 4)]
     assert driver.handle(Encoded(1, 0.0, token_ids=m.pack_tokens([7, 8]))) == [reserve(0, 1, 2)]
     assert driver.handle(Encoded(1, 0.0, token_ids=m.pack_tokens([7, 8]))) == []
     assert driver.say(peer(0), granted(1, 2, 6)) == admit(1, 1, [7, 8], {0: 2})
@@ -406,7 +412,7 @@ def test_text_goes_to_a_cell_that_can_read_it() -> None:
     driver.ready_cell(4, cell="b", epoch=2)
     driver.say(CLIENT, HELLO)
     said = m.Submit(request_id="r", params=m.SamplingParams(), text="hello")
-    assert driver.say(CLIENT, said) == [Encode(2, 1, said)]
+    assert driver.say(CLIENT, said) == [Encode(2, 1, said, CHAIN_SEED, 4)]
     assert driver.say(CLIENT, submit("tokens", 4, max_tokens=1)) == [reserve(0, 1, 2)]
 
 

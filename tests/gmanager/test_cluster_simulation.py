@@ -15,7 +15,7 @@ from array import array
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import pytest
@@ -41,6 +41,7 @@ from gmanager.cluster.events import (
     Ticked,
     Write,
 )
+from gmanager.cluster.policies import POLICIES
 from gmanager.config import GManagerConfig
 from gmanager.journal_file import Batch, JournalFile
 from gmanager.wire import messages as m
@@ -139,7 +140,12 @@ class World:
         # a steady cell is not to lose whose messages are slow
         lease = GManagerConfig().instance_lease_s if chaos else NEVER
         self.config = GManagerConfig(
-            max_queue_wait_s=NEVER, max_stall_s=NEVER, instance_lease_s=lease, max_pause_s=NEVER, resume_s=5.0
+            policy=self.random.choice(sorted(POLICIES)),
+            max_queue_wait_s=NEVER,
+            max_stall_s=NEVER,
+            instance_lease_s=lease,
+            max_pause_s=NEVER,
+            resume_s=5.0,
         )
         self.term = 1
         self.batch = Batch()
@@ -213,6 +219,7 @@ class World:
                     self.take(action)
                 if action.finish_reason is not None:
                     self.ended[action.request_id] = action.finish_reason
+                    self.seen[action.refusal or "not refused"] += 1
             case Encode():
                 ids = m.pack_tokens([1] * len(action.submit.text or ""))
                 self.late.append(Encoded(action.request, self.now, token_ids=ids))
@@ -264,6 +271,7 @@ class World:
         self.instances.append(instance)
         self.by_peer[instance.peer] = instance
         message = register(rank=instance.number, cell_size=len(self.sizes), blocks=total, block_size=BLOCK)
+        message = msgspec.structs.replace(message, role=self.random.choice(get_args(m.Role)))
         self.tell(PeerSaid(instance.peer, message, self.now))
 
     def start_missing(self) -> None:
@@ -403,7 +411,7 @@ class World:
 
     def suspended(self, instance: Instance, epoch: int) -> None:
         """It steps no more. Its last step may or may not have run."""
-        assert epoch in (instance.epoch, 0) or not instance.epoch
+        assert epoch >= instance.epoch  # a later one: others went on without it, then their gManager was lost
         lost = instance.in_flight if self.random.random() < 0.5 else []
         kept = instance.blocks.settle(lost)
         for (of, seq), running in self.running.items():
@@ -581,7 +589,7 @@ class World:
             self.tell(PeerSaid(peer, m.GetStats(call=3), self.now))
 
     def submit(self, peer: bytes) -> None:
-        request_id = f"r{len(self.submitted)}"
+        request_id, priority = f"r{len(self.submitted)}", len(self.submitted) % 3 - 1
         total = sum(self.sizes) * BLOCK
         length = self.random.choice([1, 3, BLOCK, 7, self.random.randint(1, total)])
         params = m.SamplingParams(max_tokens=self.random.choice([None, 1, 2, 9, self.random.randint(1, total)]))
@@ -590,10 +598,12 @@ class World:
             length, spread = self.random.randint(10, 30), "all"
             params = m.SamplingParams(max_tokens=self.random.randint(40, 90))
         if self.random.random() < 0.3:
-            submit = m.Submit(request_id=request_id, params=params, text="s" * length, spread=spread)
+            submit = m.Submit(request_id=request_id, params=params, text="s" * length, spread=spread, priority=priority)
         else:
             ids = m.pack_tokens([1] * length)
-            submit = m.Submit(request_id=request_id, params=params, token_ids=ids, spread=spread)
+            submit = m.Submit(request_id=request_id, params=params, token_ids=ids, spread=spread, priority=priority)
+        if len(self.submitted) % 4 == 3:
+            submit = msgspec.structs.replace(submit, slo_ttft_s=2.0, slo_tpot_s=1.0)
         self.submitted[request_id] = submit
         self.clients[peer][request_id] = []
         self.tell(PeerSaid(peer, submit, self.now, seed=7))
@@ -737,13 +747,14 @@ class World:
         for peer in list(self.paused):
             self.paused.discard(peer)
             self.tell(ClientEmpty(peer, self.now))
+        large = 2 * sum(self.sizes) + 1
         for turn in range(2_000):
             self.start_missing()
-            if turn == 100 and self.drains:
-                self.start(2 * sum(self.sizes) + 1)
+            if turn >= 100 and self.drains and not any(instance.total == large for instance in self.living):
+                self.start(large)  # again, if it could not be with the others
             while self.deliver_some(everything=True):
                 pass
-            if self.cluster.is_idle and not self.late:
+            if self.cluster.is_idle and not self.late and self.cell_state != "changing":  # it has a member that fell silent
                 return
             for key in list(self.running):
                 self.step(key)
@@ -797,15 +808,17 @@ def check_answer(submit: m.Submit, seen: list[Deliver]) -> None:
 
 
 def test_the_simulation_reaches_what_it_is_for() -> None:
-    preemptions = moves = 0
+    preemptions = moves = refused = 0
     for seed in range(6):
         world = World(seed, sizes=[5, 9], chaos=False)
         world.run(2500)
         world.drain()
         preemptions += world.cluster.stats().counters.preemptions
         moves += sum(request.home_moves for request in world.cluster.stats().requests.values())
+        refused += world.seen["overloaded"] + world.seen["unreachable"]
     assert preemptions > 5
     assert moves > 20
+    assert refused > 5
 
 
 def test_chaos_reaches_what_it_is_for() -> None:

@@ -59,6 +59,7 @@ submits = st.one_of(
             request_id=st.text(min_size=1, max_size=20),
             params=params,
             spread=st.none() | st.integers(1, 100) | st.sampled_from(["auto", "all"]),
+            cache_salt=st.none() | st.text(min_size=1, max_size=256),
             **{field: values},
         )
         for field, values in {
@@ -105,11 +106,18 @@ st.register_type_strategy(m.TokenLogprob, logprobs)
 st.register_type_strategy(int, wire_ints)
 st.register_type_strategy(float, st.floats(allow_nan=False))
 st.register_type_strategy(str, texts)
-for named in (m.InstanceSpec, m.CellStats):
-    st.register_type_strategy(named, st.builds(named, other_names=st.lists(texts, max_size=2)))
-st.register_type_strategy(m.JoinEpoch, st.builds(m.JoinEpoch, keep=st.lists(counts, max_size=3)))
+st.register_type_strategy(m.InstanceSpec, st.builds(m.InstanceSpec, other_names=st.lists(texts, max_size=2)))
+st.register_type_strategy(
+    m.CellStats,
+    st.builds(m.CellStats, other_names=st.lists(texts, max_size=2), performance=st.none() | st.from_type(m.CellPerformance)),
+)
+st.register_type_strategy(m.JoinEpoch, st.builds(m.JoinEpoch, keep=st.lists(counts, max_size=3), calibrate=st.booleans()))
+st.register_type_strategy(m.Beat, st.builds(m.Beat, samples=st.lists(st.from_type(m.StepSample), max_size=m.MAX_STEP_SAMPLES)))
 st.register_type_strategy(m.Attach, st.builds(m.Attach, from_index=counts))
-st.register_type_strategy(m.Kept, st.builds(m.Kept, unheard=st.lists(st.from_type(m.Unheard), max_size=2)))
+shards = st.lists(st.from_type(m.KeptShard), max_size=2)
+st.register_type_strategy(m.Kept, st.builds(m.Kept, cached=shards, unheard=st.lists(st.from_type(m.Unheard), max_size=2)))
+runs = st.lists(st.lists(st.tuples(counts, counts), max_size=2), max_size=2)
+st.register_type_strategy(m.Reserve, st.builds(m.Reserve, shared=runs))
 st.register_type_strategy(m.Admit, st.builds(m.Admit, kept=st.lists(st.from_type(m.KeptPart), max_size=2)))
 st.register_type_strategy(
     m.SequenceParams,

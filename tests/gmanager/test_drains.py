@@ -126,6 +126,22 @@ def copying() -> Driver:
     return driver
 
 
+def test_how_long_a_copy_took_is_learnt() -> None:
+    driver = copying()
+    driver.say(peer(1), m.Copied(epoch=1, move=2, us=4500))
+    performance = driver.cluster.stats().cells[0].performance
+    assert performance is not None
+    assert performance.copied_us == pytest.approx(500), "of each of nine tokens"
+
+
+def test_a_copy_that_failed_says_nothing_of_how_long_one_takes() -> None:
+    driver = copying()
+    driver.say(peer(1), m.Copied(epoch=1, move=2, us=4500, error="the checksum is wrong"))
+    performance = driver.cluster.stats().cells[0].performance
+    assert performance is not None
+    assert performance.copied_us == pytest.approx(10), "the guess"
+
+
 def test_a_sequence_leaves_home_first_and_then_run_by_run() -> None:
     driver = copying()
     assert driver.say(CLIENT, m.MoveHome(call=9, request_id="r", instance=1)) == [done(9)]

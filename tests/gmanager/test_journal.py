@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gmanager import journal as journal_module
 from gmanager import journal_file
-from gmanager.cluster.events import Accepted, Encoded, Entry, Finished, Generated, Restored
+from gmanager.cluster.events import Accepted, Encoded, Entry, Finished, Generated, Measured, Restored
+from gmanager.cluster.performance import guess
 from gmanager.journal import Journal
-from gmanager.journal_file import Batch, JournalFile
+from gmanager.journal_file import MAX_KINDS, Batch, JournalFile
 from gmanager.wire import messages as m
 from gmanager.wire.errors import Fenced, JournalError
 
@@ -165,7 +167,7 @@ def test_all_that_a_request_is_made_of_comes_back(path: Path) -> None:
 
 
 def test_a_prompt_that_came_as_token_ids_is_written_once(path: Path) -> None:
-    prompt = m.pack_tokens(range(100_000))
+    prompt = m.pack_tokens(range(200_000))
     file = JournalFile(path)
     file.write(batch(accepted(1, token_ids=prompt)))
     file.write(batch(encoded(1, prompt)))  # it waited for a cell
@@ -444,24 +446,91 @@ def test_a_file_of_the_first_schema_gets_an_identity_and_keeps_it(path: Path) ->
     JournalFile(path).close()
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("ALTER TABLE meta DROP COLUMN identity")
+    db.execute("DROP TABLE costs")
     db.execute("PRAGMA user_version = 1")
     db.close()
     file = JournalFile(path)
-    assert (file.term, file.identity > 0) == (2, True)
+    assert (file.term, file.identity > 0, file.costs()) == (2, True, {})
     file.close()
     again = JournalFile(path)
     assert (again.term, again.identity) == (3, file.identity)
     again.close()
 
 
+def test_a_file_of_the_second_schema_gets_room_for_costs_and_keeps_its_identity(path: Path) -> None:
+    before = JournalFile(path)
+    before.close()
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("DROP TABLE costs")
+    db.execute("PRAGMA user_version = 2")
+    db.close()
+    file = JournalFile(path)
+    assert (file.term, file.identity, file.costs()) == (2, before.identity, {})
+    file.write(batch_of(Measured(kind="k", costs=guess(100))))
+    assert file.costs() == {"k": guess(100)}
+    file.close()
+
+
+# --- how long steps take
+
+
+def batch_of(*entries: Entry) -> Batch:
+    batch = Batch()
+    for entry in entries:
+        batch.add(entry)
+    return batch
+
+
+def test_costs_of_each_kind_of_cell_are_kept_the_last_word_of_each(path: Path) -> None:
+    journal = Journal.open(path)
+    assert journal.costs() == {}
+    journal.start(lambda: None)
+    journal.append(Measured(kind="a", costs=guess(1)), Measured(kind="b", costs=guess(2)), Measured(kind="a", costs=guess(3)))
+    journal.close()
+    journal = Journal.open(path)
+    assert journal.costs() == {"a": guess(3), "b": guess(2)}
+    journal.start(lambda: None)
+    journal.append(Measured(kind="b", costs=guess(4)))
+    journal.close()
+    journal = Journal.open(path)
+    assert journal.costs() == {"a": guess(3), "b": guess(4)}
+    journal.close()
+
+
+def test_costs_of_the_newest_kinds_are_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr("gmanager.journal_file.time.time", lambda: float(next(now)))
+    file = JournalFile(path)
+    for i in range(MAX_KINDS + 3):
+        file.write(batch_of(Measured(kind=f"kind {i}", costs=guess(i + 1))))
+    assert list(file.costs()) == [f"kind {i}" for i in range(3, MAX_KINDS + 3)]
+    file.close()
+
+
+def test_costs_that_cant_be_are_told(path: Path) -> None:
+    file = JournalFile(path)
+    file.write(batch_of(Measured(kind="k", costs=guess(100))))
+    file.close()
+    db = sqlite3.connect(path, isolation_level=None)
+    (packed,) = db.execute("SELECT costs FROM costs").fetchone()
+    wrong = msgspec.msgpack.decode(packed)
+    wrong["decode"]["row_s"] = -1.0
+    db.execute("UPDATE costs SET costs = ?", (msgspec.msgpack.encode(wrong),))
+    db.close()
+    file = JournalFile(path)
+    with pytest.raises(JournalError, match="costs must be finite, at least 0"):
+        file.costs()
+    file.close()
+
+
 def test_a_newer_schema_is_left_alone(path: Path) -> None:
     JournalFile(path).close()
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 3")
+    db.execute("PRAGMA user_version = 4")
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()
     before = digest(path)
-    with pytest.raises(JournalError, match=f"journal {path} has schema 3, this gManager reads up to 2"):
+    with pytest.raises(JournalError, match=f"journal {path} has schema 4, this gManager reads up to 3"):
         Journal.open(path)
     assert digest(path) == before
     assert not wal_of(path).exists()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gmanager import RequestRefused, SamplingParams
+from gmanager import AsyncClient, RequestRefused, SamplingParams
 from gmanager import journal as journal_module
 from gmanager.cluster.events import (
     Accepted,
@@ -423,3 +423,25 @@ async def test_a_gmanager_that_starts_on_a_full_disk_ends_at_once(tmp_path: Path
             await later.says("listens at")
             later.signal(signal.SIGTERM)
             assert await later.exit_code() == 0
+
+
+async def test_how_long_steps_take_is_known_to_the_next_gmanager(path: Path, transport: MemoryTransport) -> None:
+    sample = m.StepSample(lane=1, rows=2, attended=50, sent=0, served=0, us=7000, beside=False)
+    beat = m.Beat(epoch=1_000_001, free_blocks=0, held_tokens={}, counters=m.Counters(), samples=[sample] * 8)
+
+    async def decode_of(client: AsyncClient) -> m.LanePerformance:
+        performance = (await client.stats()).cells[0].performance
+        assert performance is not None
+        return performance.decode
+
+    async with journalled(path, transport) as service, service.instance() as instance, service.client() as client:
+        await service.is_ready("main")
+        guessed = await decode_of(client)
+        instance.say(beat)
+        while (fitted := await decode_of(client)).step_us == guessed.step_us:  # with the next tick
+            await asyncio.sleep(0.02)
+    async with journalled(path, transport) as service, service.instance(), service.client() as client:
+        await service.is_ready("main")
+        known = await decode_of(client)
+    assert (fitted.samples, known.samples) == (8, 0)
+    assert known.step_us == fitted.step_us < guessed.step_us

@@ -80,7 +80,8 @@ def test_a_loss_from_the_first_word_to_the_last() -> None:
         m.MemberAddress(rank=rank, id=rank, party_address=f"tcp://127.0.0.1:{9000 + rank}", host="here") for rank in (0, 1)
     ]
     opened = m.StoreOpened(epoch=2, address="tcp://store:1")
-    joins = [m.JoinEpoch(epoch=2, id=r, rank=r, store_address="tcp://store:1", members=members, keep=[1]) for r in (0, 1)]
+    address = "tcp://store:1"
+    joins = [m.JoinEpoch(epoch=2, id=r, rank=r, store_address=address, members=members, keep=[1], caches=True) for r in (0, 1)]
     assert driver.say(peer(0), opened) == [Send(peer(r), join) for r, join in enumerate(joins)]
     assert driver.say(peer(0), m.Joined(epoch=2)) == []
     stats = request_stats(driver, "r")

@@ -67,7 +67,7 @@ NOTHING: dict[str, list[Any]] = {
     **{name: [None, False] for name in ("include_stop_str_in_output", "ignore_eos", "echo", "return_token_ids", "stream")},
     **{name: [None, True] for name in ("skip_special_tokens", "spaces_between_special_tokens")},
     **{name: list(values) for name, values in NEUTRAL.items() if name in Generation.model_fields},
-    "priority": [0, 7],
+    "priority": [None, 0, -7, 7.0],
     "cache_salt": ["salt"],
     "stream_options": [None, {"include_usage": True}],
     "max_tokens": [6.0],

@@ -68,6 +68,7 @@ def instance(rank: int, used: int, counters: m.Counters) -> m.InstanceStats:
         lent_tokens=100 * rank,
         borrowed_tokens=100 * (1 - rank),
         counters=counters,
+        slowness=1 + 1.5 * rank,
     )
 
 
@@ -92,11 +93,28 @@ STATES: list[m.RequestState] = [
     "preempted",
     "finished",
 ]
+PERFORMANCE = m.CellPerformance(
+    prefill=m.LanePerformance(
+        step_us=5000, row_us=40, attended_ns=3, moved_us=2, exchange_us=1000, beside=1.5, samples=7, error=0.125
+    ),
+    decode=m.LanePerformance(
+        step_us=9000, row_us=20, attended_ns=30, moved_us=1, exchange_us=500, beside=2, samples=0, error=None
+    ),
+    copied_us=10,
+)
 STATS = m.Stats(
     epoch=3,
     cells=[
         m.CellStats(
-            name="main", epoch=3, state="ready", size=2, model=AWKWARD, block_size=16, max_context=8192, total_tokens=2000
+            name="main",
+            epoch=3,
+            state="ready",
+            size=2,
+            model=AWKWARD,
+            block_size=16,
+            max_context=8192,
+            total_tokens=2000,
+            performance=PERFORMANCE,
         )
     ],
     instances=[instance(0, 750, BUSY), instance(1, 0, IDLE)],
@@ -187,6 +205,15 @@ def test_work(samples: Samples) -> None:
     assert told == parts
     assert sum(told.values()) * 1e6 == BUSY.step_us
     assert value(samples, "notice_wait_seconds_total", cell="main", rank="0") == 0.25
+
+
+def test_what_steps_cost(samples: Samples) -> None:
+    parts = {"step": 5e-3, "row": 40e-6, "attended": 3e-9, "moved": 2e-6, "exchange": 1e-3}
+    told = {part: value(samples, "step_cost_seconds", cell="main", lane="prefill", part=part) for part in parts}
+    assert told == pytest.approx(parts)
+    assert values(samples, "step_prediction_error_ratio", "lane") == {"prefill": 0.125}, "of decodes none is known"
+    assert values(samples, "step_samples_total", "lane") == {"prefill": 7, "decode": 0}
+    assert values(samples, "step_slowness_ratio", "rank") == {"0": 1, "1": 2.5}
 
 
 def test_the_gmanagers_own_dropped_messages(samples: Samples) -> None:

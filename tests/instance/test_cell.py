@@ -1,34 +1,65 @@
-"""The communicator of an epoch: who waits in it is let go."""
+"""The communicator of an epoch: who waits in it is let go, and who can't be is known."""
 
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from distattn.exchange import Exchange
 from instance.cell import EpochGroup, open_store
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def two_members() -> Iterator[tuple[ThreadPoolExecutor, EpochGroup, EpochGroup]]:
+    """Of one epoch, who have yet to meet, with a thread for each."""
+    store, address = open_store("127.0.0.1", 60)
+    with ThreadPoolExecutor(2) as threads:
+        here, there = threads.map(
+            lambda rank: EpochGroup(
+                store_address=address, host="127.0.0.1", name="test", rank=rank, size=2, device=CPU, timeout_s=60
+            ),
+            range(2),
+        )
+        try:
+            yield threads, here, there
+        finally:
+            here.close()
+            there.close()
+    del store
 
 
 def test_who_waits_for_a_member_that_does_not_come_is_let_go() -> None:
     """As when one stands still while an epoch forms, and the others are to form another."""
-    store, address = open_store("127.0.0.1", 60)
-    with ThreadPoolExecutor(2) as threads:
-        here, absent = threads.map(
-            lambda rank: EpochGroup(
-                store_address=address,
-                host="127.0.0.1",
-                name="test",
-                rank=rank,
-                size=2,
-                device=torch.device("cpu"),
-                timeout_s=60,
-            ),
-            range(2),
-        )
+    with two_members() as (threads, here, _):
         waiting = threads.submit(here.meet)
         with pytest.raises(TimeoutError):
             waiting.result(0.3)
         here.close()
         with pytest.raises(RuntimeError):
             waiting.result(5)
-        absent.close()
-    del store
+
+
+def test_a_send_that_nobody_takes_is_known() -> None:
+    """One in the queue of a broken connection is told of no error by Gloo: the end of an epoch leaves it behind."""
+    with two_members() as (threads, here, there):
+        for meeting in [threads.submit(member.meet) for member in (here, there)]:
+            meeting.result(30)
+        rows = torch.arange(4_000_000.0)  # more than the connection's buffers take
+        sender, receiver = Exchange(here.group, CPU), Exchange(there.group, CPU)
+        under_way = threads.submit(lambda: sender.start(sends=[(rows, {1: len(rows)})], receives=[]).wait())
+        deadline = time.monotonic() + 30
+        while sender.sending is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert sender.sending is not None
+        assert not under_way.done()
+        taken = torch.empty_like(rows)
+        receiver.start(sends=[], receives=[(taken, {0: len(rows)})]).wait()
+        under_way.result(30)
+        assert sender.sending is None
+        assert receiver.sending is None
+        assert torch.equal(taken, rows)

@@ -104,7 +104,11 @@ async def moves(pair: Pair, move: int) -> None:
     pair.offer(move)
     pair.reserve(move)
     expected = pair.source.read(SEQ)
-    assert await pair.copy(move) == (None, wire.Copied(epoch=1, move=move))
+    said, answer = await pair.copy(move)
+    assert said is None
+    assert isinstance(answer, wire.Copied)
+    assert 0 < answer.us < 20_000_000
+    assert answer == wire.Copied(epoch=1, move=move, us=answer.us)
     assert pair.target.rmanager.adopt(move, SEQ)
     assert pair.target.rmanager.ranges(SEQ) == [RUN]
     assert torch.equal(pair.target.read(SEQ), expected)

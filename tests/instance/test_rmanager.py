@@ -191,3 +191,91 @@ def test_an_epoch_that_ends_in_a_flip_leaves_the_run_here() -> None:
     account.wake(1, 20, [])
     account.validate()
     assert account.free_blocks == 8
+
+
+def written(rmanager: RManager, seq: int, tokens: int) -> None:
+    """A sequence whose first tokens are all here."""
+    assert rmanager.reserve(seq, -(-tokens // rmanager.shards.block_size))
+    rmanager.append(seq, 0, tokens)
+
+
+def caching(num_blocks: int, block_size: int = 4) -> RManager:
+    rmanager = RManager(num_blocks, block_size)
+    rmanager.caches = True
+    return rmanager
+
+
+def test_a_prompt_is_shared_once_it_is_written_and_after_its_sequence_has_ended() -> None:
+    rmanager = caching(10)
+    written(rmanager, 1, 11)
+    assert not rmanager.share(2, 1, [[(0, 8)]]), "it may not be written"
+    rmanager.publish(1, 10)
+    assert rmanager.take_reusable() == {1: [[(0, 8)]]}
+    assert rmanager.share(2, 1, [[(0, 8)]])
+    assert rmanager.free_blocks == 7
+    rmanager.append(1, 11, 12)
+    assert not rmanager.share(3, 1, [[(0, 12)]]), "the last is no part of the prompt"
+    rmanager.take_changes()
+    rmanager.retire(1)
+    assert rmanager.freed and rmanager.take_changes() == {1: 0}
+    assert rmanager.take_reusable() == {1: [[(0, 12)]]}
+    assert (rmanager.free_blocks, rmanager.cached_blocks) == (8, 1)
+    rmanager.validate()
+    rmanager.drop(2)
+    assert (rmanager.free_blocks, rmanager.cached_blocks) == (10, 3)
+    rmanager.discard(1)
+    assert rmanager.shards.pool.num_free == 10
+    rmanager.validate()
+
+
+def test_a_reuse_is_undone_until_its_sequence_begins() -> None:
+    rmanager = caching(4)
+    written(rmanager, 1, 8)
+    rmanager.retire(1)
+    assert rmanager.share(2, 1, [[(0, 8)]]) and rmanager.reserve(2, 1)
+    rmanager.drop(2)
+    assert rmanager.shard(2) is None
+    assert rmanager.share(3, 1, [[(0, 4)]]) and rmanager.reserve(3, 1)
+    rmanager.wake(3, 8)
+    rmanager.drop(3)
+    assert rmanager.ranges(3) == [[(0, 4)]], "it has begun"
+    assert not rmanager.reserve(4, 3)
+    assert rmanager.reserve(4, 2), "what only the cached one has makes room"
+    assert rmanager.take_reusable() == {1: [[(0, 4)]]}
+    assert rmanager.evicted_blocks == 1
+    rmanager.validate()
+
+
+def test_cached_shards_outlast_an_epoch_if_they_are_wanted() -> None:
+    rmanager = caching(12)
+    for seq in (1, 2):
+        written(rmanager, seq, 8)
+        rmanager.retire(seq)
+    written(rmanager, 3, 6)
+    rmanager.publish(3, 5)
+    assert rmanager.share(4, 1, [[(0, 8)]]), "admitted"
+    rmanager.wake(4, 9)
+    assert rmanager.share(5, 1, [[(0, 8)]]), "not admitted when the epoch ends"
+    assert rmanager.settle([]) == {3: [[(0, 6)]], 4: [[(0, 8)]]}
+    assert rmanager.cached() == {2: [[(0, 8)]], 1: [[(0, 8)]]}, "1 was of use after 2"
+    assert rmanager.take_reusable() == {}
+    assert rmanager.shared_ends() == {4: 8}
+    assert not rmanager.share(6, 3, [[(0, 4)]]), "nobody knows of it in the next epoch"
+    rmanager.keep([1, 4])
+    assert rmanager.cached() == {1: [[(0, 8)]]}
+    assert rmanager.ranges(3) == []
+    with pytest.raises(ValueError, match="shares its blocks up to position 8, and can't be cut at 7"):
+        rmanager.wake(4, 7)
+    rmanager.wake(4, 8)
+    rmanager.validate()
+
+
+def test_without_caching_nothing_is_kept() -> None:
+    rmanager = RManager(4, 4)
+    written(rmanager, 1, 8)
+    rmanager.publish(1, 7)
+    assert not rmanager.share(2, 1, [[(0, 4)]])
+    rmanager.retire(1)
+    assert rmanager.take_reusable() == {}
+    assert rmanager.shards.pool.num_free == 4
+    rmanager.validate()

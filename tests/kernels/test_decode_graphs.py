@@ -17,6 +17,7 @@ from distattn.attention import DistAttention
 from distattn.exchange import Exchange
 from distattn.layout import Layout, Reading
 from instance import graphs
+from instance.calibrate import Room, plans
 from instance.graphs import DecodeGraphs, Replay
 from instance.model import Model, random_model
 from instance.scheduler import SampledRow, StepPlan
@@ -166,3 +167,25 @@ def test_a_step_that_others_have_a_part_in_needs_peers(model: Model) -> None:
     )  # fmt: skip
     assert captured.can_run(alone)
     assert not captured.can_run(shared)
+
+
+def test_made_up_steps_run_as_real_ones_do_and_write_nothing(model: Model) -> None:
+    """`instance.calibrate`: those of decodes in graphs, in all of the pool; those of prompts eagerly."""
+    storage, previous = storage_of(model, 4), torch.zeros(16, dtype=torch.int64, device=DEVICE)
+    before = storage.data_L2BPKD.clone()
+    room = Room(num_blocks=30, block_size=BLOCK, max_context=512, chunk_tokens=64)
+    decodes, chunks = list(plans("decode", room)), list(plans("prefill", room))
+    assert [len(plan.token_ids_T) for plan in decodes] == [1, 1, 4, 4, 16]
+    with mock.patch.object(graphs, "BUCKETS", (1, 4, 16)):
+        assert model.fused is not None
+        captured = Graphs(model.fused, model.shape, storage, previous, None)
+        for plan in decodes:
+            assert captured.can_run(plan)
+            got = captured.run(plan)
+            assert got is not None
+            torch.testing.assert_close(got, eagerly(model, storage, plan, previous), rtol=2e-4, atol=2e-4)
+    assert max(len(plan.token_ids_T) for plan in chunks) == 64
+    for plan in chunks:
+        assert not captured.can_run(plan)
+        assert eagerly(model, storage, plan, previous).isfinite().all()
+    torch.testing.assert_close(storage.data_L2BPKD, before, rtol=0, atol=0)

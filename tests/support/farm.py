@@ -182,9 +182,9 @@ class _Serving:
         """Wait until the instance holds nothing; raises if it has failed, or blocks were lost."""
         pool = self._rmanager.shards.pool
         deadline = time.monotonic() + 5
-        while not self._task.done() and pool.num_free != pool.num_blocks:  # a Drop may be on its way
+        while not self._task.done() and pool.num_free + pool.num_evictable != pool.num_blocks:  # a Drop may be on its way
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{pool.num_blocks - pool.num_free} blocks are still held")
+                raise RuntimeError(f"{pool.num_blocks - pool.num_free - pool.num_evictable} blocks are still held")
             await asyncio.sleep(0.01)
         if self._task.done():
             await self._task

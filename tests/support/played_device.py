@@ -21,6 +21,7 @@ from distattn.transfer import StepBudget, TransferEnded
 from gmanager.wire import messages as m
 from instance.copies import Copies
 from instance.epoch import Epoch, Lasting
+from instance.lane import Lanes
 from instance.runner import StepResult, Times, Traffic
 from instance.scheduler import SampledRow, StepPlan
 from instance.step import Lane
@@ -118,10 +119,15 @@ class PoisoningPool(BlockPool):
         super().__init__(num_blocks)
         self._memory = memory
 
-    def free(self, block_ids: Iterable[int]) -> None:
-        ids = list(block_ids)
-        super().free(ids)
-        self._memory.poison(ids)
+    def free(self, block_ids: Iterable[int]) -> list[int]:
+        freed = super().free(block_ids)
+        self._memory.poison(freed)
+        return freed
+
+    def forget(self, block_ids: Iterable[int]) -> list[int]:
+        freed = super().forget(block_ids)
+        self._memory.poison(freed)
+        return freed
 
 
 @dataclass(slots=True)
@@ -291,6 +297,9 @@ class PlayedEpoch(Epoch):
         copies.thread = self.copying = PlayedThread(TransferEnded("the epoch ended"))
         self._undo(copies.close)
         return copies
+
+    async def _calibrate(self, lanes: Lanes) -> None:
+        """Its steps take no time."""
 
     def _make_runner(self, lane: Lane) -> Any:
         runner = self.played[lane] = PlayedRunner(self.rank, self.memory, self._chance)

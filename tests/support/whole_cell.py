@@ -16,11 +16,11 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -43,6 +43,7 @@ from gmanager.cluster.events import (
     Ticked,
     Write,
 )
+from gmanager.cluster.policies import POLICIES
 from gmanager.config import GManagerConfig
 from gmanager.journal_file import Batch, JournalFile
 from gmanager.wire import messages as m
@@ -104,7 +105,7 @@ class Process:
 
     @property
     def held(self) -> list[int]:
-        """Sequences of which blocks are here."""
+        """Sequences of which blocks are here, those that are only cached left out."""
         return list(self.instance._rmanager.shards)
 
 
@@ -143,16 +144,18 @@ class Asked:
 
 class WholeCell:
     def __init__(self, sizes: list[int], seed: int = 0) -> None:
-        """`sizes`: blocks of the instances with which the cell begins. `seed`: of what aborted devices leave behind."""
+        """`sizes`: blocks of the instances with which the cell begins. `seed`: of what aborted devices leave behind, of the
+        policy and of roles."""
         self.loop = PlayedLoop()
         self.network = Network()
         self.network.open(GMANAGER, self)
-        self.cluster = Cluster(CONFIG, term=1)
+        self.chance = random.Random(seed)
+        self.config = replace(CONFIG, policy=self.chance.choice(sorted(POLICIES)))
+        self.cluster = Cluster(self.config, term=1)
         self.batch = Batch()
         """What goes into the journal next."""
         self.journal = b""
         """Its file."""
-        self.chance = random.Random(seed)
         self.sizes = sizes
         self.processes: list[Process] = []
         self.epochs: dict[int, dict[int, PlayedEpoch]] = {}
@@ -184,6 +187,7 @@ class WholeCell:
         message = read(TO_GMANAGER, frame)
         assert not isinstance(message, BadMessage), message
         self.seen[type(message).__name__] += 1
+        self.seen["lacks source"] += isinstance(message, m.NotGranted) and message.lacks_source
         self.tell(PeerSaid(peer, message, self.loop.now))
 
     def hear(self, client: bytes, message: m.Message) -> None:
@@ -207,6 +211,9 @@ class WholeCell:
                 self.seen[type(answer).__name__] += 1
                 assert not isinstance(answer, m.Output | BadMessage), answer
             case Send(peer=peer, message=message):
+                if isinstance(message, m.Reserve) and message.source:
+                    self.seen["tokens to be shared"] += sum(end - start for run in message.shared for start, end in run)
+                    self.seen["shared where nothing is computed"] += not message.blocks
                 if isinstance(message, m.Admit):
                     kept = [piece for part in message.kept for run in part.runs for piece in run]
                     self.seen["kept tokens"] += sum(end - start for start, end in kept)
@@ -231,7 +238,7 @@ class WholeCell:
         """It is killed, and another comes at once, which knows what the journal has: all that clients have."""
         self.seen["gManager lost"] += 1
         term, restored = self.reopened()
-        self.cluster = Cluster(CONFIG, term=term)
+        self.cluster = Cluster(self.config, term=term)
         self.late.clear()
         self.peers.clear()
         for connection in self.network.connections:
@@ -284,6 +291,7 @@ class WholeCell:
             chunk_tokens=8,
             mixed_chunk_tokens=5,
             cell_size=len(self.sizes),
+            role=self.chance.choice(get_args(m.Role)),
         )
         spec = register(rank=0, cell_size=1, blocks=total, block_size=BLOCK, chunk_tokens=8).spec
         model: Any = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"), fused=None)
@@ -294,7 +302,8 @@ class WholeCell:
             return Instance(config, model, ASSETS, spec, storage, transport)
 
         instance = self.loop.run_until_complete(begin())
-        instance._rmanager.shards.pool = PoisoningPool(total, memory)
+        shards = instance._rmanager.shards
+        shards.pool = shards.cache._pool = PoisoningPool(total, memory)
         process = Process(number, total, transport, memory, instance, self.loop.start(instance.run()))
         transport.process = process
         self.processes.append(process)
@@ -479,12 +488,19 @@ class WholeCell:
 
     # --- clients, and whoever else wants something
 
-    def submit(self, length: int, max_tokens: int, spread: Any, *, depends_on_past: bool) -> None:
+    def submit(self, length: int, max_tokens: int, spread: Any, *, depends_on_past: bool, begins: int = 0) -> None:
+        """`begins`: with the text of an earlier request, most of it or all with the answer so far; 0: with none."""
         name = f"r{len(self.asked)}"
         draw = random.Random(name)
         prompt = [draw.randrange(EOS + 1, VOCAB) for _ in range(length)]
+        if begins and self.asked:
+            earlier = list(self.asked.values())[-1 - begins // 2 % len(self.asked)]
+            known = m.unpack_tokens(earlier.submit.token_ids or b"").tolist() + (earlier.got if begins % 2 else [])
+            prompt = (known + prompt)[: max(length, min(len(known), self.capacity // 2))]
         params = m.SamplingParams(max_tokens=max_tokens, presence_penalty=0.5 if depends_on_past else 0.0)
-        submit = m.Submit(request_id=name, params=params, token_ids=m.pack_tokens(prompt), spread=spread)
+        salt = "its own" if begins % 7 == 6 else None
+        tokens = m.pack_tokens(prompt)
+        submit = m.Submit(request_id=name, params=params, token_ids=tokens, spread=spread, cache_salt=salt)
         self.asked[name] = Asked(submit, Expected(prompt, SEED, depends_on_past=depends_on_past))
         self.hear(self.client_of(name), submit)
         self.settle()
@@ -553,7 +569,8 @@ class WholeCell:
                 pass
         assert all(asked.end is not None for asked in self.asked.values())
         for process in self.living:
-            assert process.pool.num_free == process.total, f"instance {process.number} holds {process.held}"
+            assert not process.held, f"instance {process.number} holds {process.held}"
+            assert process.pool.num_free + process.pool.num_evictable == process.total
         self.validate()
         assert all(instance.used_tokens == 0 for instance in self.cluster.stats().instances)
 
@@ -572,6 +589,7 @@ def whole_cell(sizes: list[int], seed: int = 0) -> Iterator[WholeCell]:
         patch("instance.server.Epoch", lambda lasting, join: began[0].begin_epoch(lasting, join)),
         patch("instance.server.open_store", lambda host, timeout_s: (None, "127.0.0.1:1")),
         patch("instance.server.gc", idle_gc),
+        patch("gmanager.cluster.reuse.FAR_TOKENS", BLOCK),
     ):
         cell = WholeCell(sizes, seed)
         began.append(cell)

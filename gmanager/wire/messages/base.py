@@ -7,7 +7,7 @@ from typing import Any, dataclass_transform
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Spoken version. A peer that speaks another is refused in its first message."""
 
 

@@ -1,9 +1,11 @@
 """What clients and the gManager say to each other."""
 
+import math
 from typing import Literal
 
 from gmanager.wire.messages.base import Message
 from gmanager.wire.messages.requests import (
+    MOST_PRIORITY,
     ChatMessage,
     FinishReason,
     PromptLogprobs,
@@ -13,6 +15,8 @@ from gmanager.wire.messages.requests import (
     TokenLogprob,
 )
 from gmanager.wire.messages.stats import Stats
+
+MAX_SALT_CHARS = 256
 
 # --- client -> gManager -----------------------------------------------------------------------------------------------
 
@@ -40,6 +44,16 @@ class Submit(Message):
     """The model that is to answer, by a name that cells serve it under; None: any."""
     wait_for_cell: bool = True
     """Whether to wait when no cell is ready; else it is refused."""
+    priority: int = 0
+    """Lower goes first, as in vLLM: in the queue for memory, and who keeps it when there is too little. A level is worth a
+    minute's waiting."""
+    slo_ttft_s: float | None = None
+    """Seconds to the first token that it wants: if it would miss that, it is refused. None: the gManager's own setting."""
+    slo_tpot_s: float | None = None
+    """The same between tokens, in the mean."""
+    cache_salt: str | None = None
+    """It shares KV of tokens that it begins with only with requests that have the same: who has another can't even find out, by
+    the time that its answer takes, whether there were such."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("text", "token_ids", "messages") if getattr(self, name) is not None]
@@ -47,8 +61,16 @@ class Submit(Message):
             raise ValueError(f"exactly one of text, token_ids and messages must be given, got {given or 'none'}")
         if not 1 <= len(self.request_id) <= 256:
             raise ValueError(f"a request id has 1 to 256 characters, got {len(self.request_id)}")
+        if self.cache_salt is not None and not 1 <= len(self.cache_salt) <= MAX_SALT_CHARS:
+            raise ValueError(f"cache_salt has 1 to {MAX_SALT_CHARS} characters, got {len(self.cache_salt)}")
         if isinstance(self.spread, int) and self.spread < 1:
             raise ValueError(f"spread must be at least 1, got {self.spread}")
+        if not -MOST_PRIORITY <= self.priority < MOST_PRIORITY:
+            raise ValueError(f"priority must be in [-2**31, 2**31), got {self.priority}")
+        for name in ("slo_ttft_s", "slo_tpot_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+                raise ValueError(f"{name} must be a positive number, got {seconds}")
 
     @property
     def text_fields(self) -> list[str]:
@@ -143,6 +165,8 @@ class Output(Message):
     error: str | None = None
     refusal: RefusalReason | None = None
     """With `error`: the request never started."""
+    retry_after_s: float | None = None
+    """With a refusal: in so many seconds one like it is expected to be taken."""
 
 
 class OutputBatch(Message):

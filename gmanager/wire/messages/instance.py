@@ -38,6 +38,10 @@ class InstanceSpec(Part):
     """That requests may call the model by. A cell has those of its first instance."""
 
 
+Role = Literal["mixed", "prefill", "decode"]
+"""What an instance is for, under a policy that tells them apart."""
+
+
 class Former(Part):
     """What an instance was to a gManager that is gone. It has gone on without one."""
 
@@ -67,6 +71,7 @@ class Register(Message):
     """The number in the cell that it would have, if that is free."""
     former: Former | None = None
     """None: it comes as a new one."""
+    role: Role = "mixed"
 
 
 class Text(Message):
@@ -98,14 +103,49 @@ class LinkLost(Message):
     reason: str
 
 
+MAX_STEP_SAMPLES = 16
+"""Most in one Beat."""
+
+
+class StepSample(Part, array_like=True):
+    """A step that an instance has run, for the model of how long steps take."""
+
+    lane: int
+    """0: prefill, 1: decode."""
+    rows: int
+    """Its own, that ran through the model."""
+    attended: int
+    """Tokens of KV that rows read here, the sum over all rows, those of others among them."""
+    sent: int
+    """Rows that went to others, once for each receiver."""
+    served: int
+    """Rows that came from others."""
+    us: int
+    """In which the device ran it."""
+    beside: bool
+    """Whether the other lane ran meanwhile."""
+
+
 class Beat(Message):
-    """Sent every second, and at once when blocks were freed: deltas since the last Beat."""
+    """Sent every second, and at once when blocks were freed: deltas since the last Beat.
+
+    Raises ValueError when built with too many samples.
+    """
 
     epoch: int
     free_blocks: int
+    """Those that are cached, and that nobody uses, included."""
     held_tokens: dict[int, int]
-    """seq -> tokens of KV it now has here, for those that changed; 0: all its blocks are free again."""
+    """seq -> tokens of KV it now has here, for those that changed; 0: all its blocks are free again, or cached."""
     counters: Counters
+    cached_blocks: int = 0
+    """Of the free ones, those that hold KV for whoever may want it."""
+    samples: list[StepSample] = []
+    """Of the steps that have run since the last Beat, the newest of each lane."""
+
+    def __post_init__(self) -> None:
+        if len(self.samples) > MAX_STEP_SAMPLES:
+            raise ValueError(f"a Beat has at most {MAX_STEP_SAMPLES} samples of steps, got {len(self.samples)}")
 
 
 class Granted(Message):
@@ -123,15 +163,29 @@ class NotGranted(Message):
     epoch: int
     seq: int
     free_blocks: int
+    lacks_source: bool = False
+    """Or what was to be shared isn't here (any more); a message Cached before this one says what is."""
 
 
 class KeptShard(Part):
-    """KV of a sequence that an instance has kept over the end of an epoch: for each run, the ranges of its positions."""
+    """KV of a sequence that an instance has kept over the end of an epoch, or that can be shared: for each run, the ranges of
+    its positions."""
 
     seq: int
     runs: list[list[tuple[int, int]]]
     request: int = 0
     """The number of the request that runs as this sequence, if its home is (or was last) here; 0: it isn't known here."""
+    shared_end: int = 0
+    """It can't go on from a position before this one: until there it shares blocks with others."""
+
+
+class Cached(Message):
+    """Sent when something else can be shared of sequences here than before: a prompt is written, a sequence is over, or what it
+    left had to make room."""
+
+    epoch: int
+    shards: list[KeptShard]
+    """Whole blocks; no runs: nothing can be shared of it any more."""
 
 
 class Unheard(Part):
@@ -152,6 +206,8 @@ class Kept(Message):
     epoch: int
     free_blocks: int
     shards: list[KeptShard]
+    cached: list[KeptShard] = []
+    """Of sequences that are over."""
     unheard: list[Unheard] = []
     """In order, if the instance went on without a gManager."""
 
@@ -235,6 +291,8 @@ class Copied(Message):
     epoch: int
     move: int
     error: str | None = None
+    us: int = 0
+    """How long it took, waiting for the other end included."""
 
 
 class RunMoved(Message):
@@ -289,6 +347,10 @@ class JoinEpoch(Message):
     members: list[MemberAddress]
     keep: list[int] = []
     """Sequences whose KV from the epoch before is still wanted. Of all others the instance frees what it holds."""
+    calibrate: bool = False
+    """Nothing is known of how long steps take here, and nobody waits yet: measure some before Joined, for about a second."""
+    caches: bool = False
+    """Whether to keep what sequences leave, for others that begin with the same tokens."""
 
 
 class Suspend(Message):
@@ -318,6 +380,11 @@ class Reserve(Message):
     epoch: int
     seq: int
     blocks: int
+    """Besides those that it shares."""
+    source: int = 0
+    """A sequence, live or over, with blocks of which it is to begin; 0: there is none."""
+    shared: list[list[tuple[int, int]]] = []
+    """Positions of whole blocks, the first of each of these runs of the source."""
 
 
 class ReserveNext(Message):
@@ -328,14 +395,14 @@ class ReserveNext(Message):
 
 
 class Discard(Message):
-    """Free what was kept of a sequence that isn't admitted again."""
+    """Free what was kept or cached of a sequence: it isn't wanted (any more)."""
 
     epoch: int
     seq: int
 
 
 class KeptPart(Part):
-    """What is left on an instance of a sequence that is admitted again."""
+    """What is left on an instance of a sequence that is admitted again, or lies there of another that a new one shares."""
 
     rank: int
     runs: list[list[tuple[int, int]]]
@@ -387,7 +454,7 @@ class NotDrained(Message):
 
 
 class Drop(Message):
-    """Give back what was reserved for a sequence that has no KV here. Nothing happens if it has."""
+    """Give back what was reserved for a sequence, and what it shares, if it has not begun. Nothing happens if it has."""
 
     epoch: int
     seq: int
@@ -435,7 +502,7 @@ class Admit(Message):
     """Age: lower is older. A re-admitted request keeps its number."""
     token_ids: bytes
     shares: list[Share]
-    """Of what is to be computed: all tokens but those of which KV was kept."""
+    """Of what is to be computed: all tokens but those of which there is KV."""
     params: SequenceParams
     kept: list[KeptPart] = []
 
@@ -476,6 +543,7 @@ FromInstance = (
     | EpochBroken
     | Kept
     | Beat
+    | Cached
     | Granted
     | NotGranted
     | Outputs

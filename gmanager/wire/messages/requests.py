@@ -13,14 +13,16 @@ MAX_BAD_WORD_CHARS = 256
 MAX_BAD_WORD_TOKENS = 64
 """Of each of `bad_words`, however it is written."""
 MAX_LOGPROBS = 20
+MOST_PRIORITY = 2**31
+"""A request's priority is at least -this, and less than this."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 RequestState = Literal["queued", "reserving", "prefill", "decode", "moving", "preempted", "finished"]
 CellState = Literal["forming", "ready", "changing"]
-RefusalReason = Literal["invalid", "too_long", "never", "model", "full", "not_ready", "unknown"]
+RefusalReason = Literal["invalid", "too_long", "never", "model", "full", "not_ready", "unknown", "overloaded", "unreachable"]
 """Why a request never starts: it is wrong in itself; longer than the model takes; more KV than the cell will ever hold; for a
 model that nobody serves; the queue is full; no cell is ready and it was not to wait for one. Unknown: there is no request of
-that id to attach to."""
+that id to attach to. Overloaded: it would miss an objective now; unreachable: it would even if it were alone."""
 
 
 class Refusal(NamedTuple):
@@ -29,6 +31,8 @@ class Refusal(NamedTuple):
     reason: RefusalReason
     text: str
     """With the numbers, for whoever asked."""
+    retry_after_s: float | None = None
+    """In so many seconds one like it is expected to be taken; None: that is not known."""
 
 
 class StructuredOutputsParams(Part):

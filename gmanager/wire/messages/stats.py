@@ -18,6 +18,8 @@ class Counters(Part):
     home_moves: int = 0
     preemptions: int = 0
     blocks_copied: int = 0
+    blocks_evicted: int = 0
+    """Cached ones that had to make room."""
     query_bytes: int = 0
     partial_bytes: int = 0
     kv_bytes: int = 0
@@ -46,6 +48,7 @@ class InstanceStats(Part):
     used_tokens: int
     """Tokens of the blocks in use, lent ones included: used + free = total."""
     free_tokens: int
+    """Cached ones that nobody uses included."""
     lent_tokens: int
     """KV it holds of sequences whose home is another instance."""
     borrowed_tokens: int
@@ -53,6 +56,10 @@ class InstanceStats(Part):
     counters: Counters
     is_draining: bool = False
     """It gets nothing new, and leaves when what it holds is elsewhere."""
+    slowness: float = 1.0
+    """How many times longer its steps take than its cell's `performance` says."""
+    cached_tokens: int = 0
+    """Of the free ones, those whose KV is kept for requests that begin with them."""
 
 
 class RequestStats(Part):
@@ -69,6 +76,36 @@ class RequestStats(Part):
     finish_reason: FinishReason | None = None
 
 
+class LanePerformance(Part):
+    """How long steps of a lane take, by what has been measured: the sum of these, each for what the step has of it."""
+
+    step_us: float
+    row_us: float
+    """Of a row that runs through the model."""
+    attended_ns: float
+    """Of a token of KV that a row attends to."""
+    moved_us: float
+    """Of a row that is sent to another instance, or comes of one."""
+    exchange_us: float
+    """Of a step in which rows are."""
+    beside: float
+    """How many times longer all of it takes while the other lane runs, too."""
+    samples: int
+    """Steps that were heard of."""
+    error: float | None
+    """By which part of a step's time the newest predictions were off, each made before the step: the median. None: there is
+    none yet."""
+
+
+class CellPerformance(Part):
+    """How long steps and copies of a cell take."""
+
+    prefill: LanePerformance
+    decode: LanePerformance
+    copied_us: float
+    """Of a token whose KV is copied from one instance to another."""
+
+
 class CellStats(Part):
     name: str
     epoch: int
@@ -81,6 +118,7 @@ class CellStats(Part):
     total_tokens: int
     other_names: list[str] = []
     """By which the model may be asked for, too."""
+    performance: CellPerformance | None = None
 
 
 class Histogram(Part):
@@ -125,6 +163,16 @@ class Observations(Part):
     """That clients were given."""
     finished: dict[FinishReason, int]
     refused: dict[RefusalReason, int]
+    met_slo: int = 0
+    """Requests with objectives that got all their tokens and met what they had: goodput, once divided by time."""
+    missed_ttft: int = 0
+    """Those that got all their tokens, and the first one too late."""
+    missed_tpot: int = 0
+    """Those that got them too slowly; one may have missed both."""
+    prefix_queries: int = 0
+    """Tokens of admitted prompts that could have been cached."""
+    prefix_hits: int = 0
+    """Of these, those that were, and so were not computed."""
 
 
 class Stats(Part):

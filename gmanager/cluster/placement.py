@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gmanager.config import Spread
-from gmanager.wire.messages import Refusal, Share
+from gmanager.wire.messages import Refusal, Role, Share
 
 LONG_PROMPT = 8192
 """Tokens from which on a prompt may be spread over several instances by itself, to be prefilled in parallel. vLLM and SGLang
@@ -37,8 +37,18 @@ class InstanceView:
     """Sequences whose home it is."""
     max_homes: int
     """Most of them that it can decode at once."""
-    backlog: float = 0
+    backlog: int = 0
     """Prompt tokens that it still has to compute, as `prompt_work` counts them."""
+    role: Role = "mixed"
+    """What it was started for."""
+    rows: int = 0
+    """Sequences that decode here: rows of its own in a decode step."""
+    held: int = 0
+    """Tokens of KV here that these steps attend to, rows of other homes included."""
+    sent: int = 0
+    """Rows that go to other instances in such a step, once for each."""
+    served: int = 0
+    """Rows of other homes that come here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,9 @@ class Candidate:
     seq: int
     arrival: int
     tokens: int
+    home: int
+    priority: int = 0
+    """Lower goes first."""
 
 
 def place(
@@ -103,9 +116,16 @@ def place(
         return None
     by_room = sorted(chosen, key=lambda view: -view.free_blocks)
     sizes = dict(zip(by_room, _even_shares([view.free_blocks - 1 for view in by_room], num_blocks), strict=True))
-    padding = num_blocks * block_size - tokens
-    shares = [Share(rank=view.rank, tokens=sizes[view] * block_size - (0 if i else padding)) for i, view in enumerate(chosen)]
-    return Placement(shares, {view.rank: sizes[view] + 1 for view in chosen})
+    return share_out({view.rank: sizes[view] for view in chosen}, tokens, block_size)
+
+
+def share_out(blocks: Mapping[int, int], tokens: int, block_size: int) -> Placement:
+    """So many blocks for each participant, the home first, which hold the tokens exactly: its last one may be part full. Each
+    reserves a spare one, too."""
+    padding = sum(blocks.values()) * block_size - tokens
+    shares = [Share(rank=rank, tokens=count * block_size) for rank, count in blocks.items()]
+    shares[0] = Share(rank=shares[0].rank, tokens=shares[0].tokens - padding)
+    return Placement(shares, {rank: count + 1 for rank, count in blocks.items()})
 
 
 def place_rest(
@@ -223,9 +243,17 @@ def _even_shares(caps: Sequence[int], num_blocks: int) -> list[int]:
 
 
 def why_never(
-    *, prompt: int, max_tokens: int | None, max_context: int, cell: str, total_blocks: Sequence[int], block_size: int
+    *,
+    prompt: int,
+    max_tokens: int | None,
+    max_context: int,
+    most_held: int,
+    cell: str,
+    total_blocks: Sequence[int],
+    block_size: int,
 ) -> Refusal | None:
-    """Why a request can't be served even when it is alone in the cell, with the arithmetic; None if it can.
+    """Why a request can't be served even when it is alone in the cell, with the arithmetic; None if it can. `most_held`: tokens
+    of one sequence, by the cell's policy: all that its instances hold (`most_tokens`), or what one of them does.
 
     Alone, all of its tokens must find a place when each instance keeps one block that may stay empty. That is enough
     to finish: a prompt is placed with one spare block per participant, a home that has no block left has filled its
@@ -238,7 +266,7 @@ def why_never(
     arithmetic = f"prompt of {prompt:,} + {made} = {tokens:,} tokens"
     if tokens > max_context:
         return Refusal("too_long", f"{arithmetic}; the model takes at most {max_context:,}")
-    if tokens <= most_tokens(total_blocks, block_size):
+    if tokens <= most_held:
         return None
     sizes = [blocks * block_size for blocks in total_blocks]
     count = f"{len(sizes)} instance{'s' if len(sizes) != 1 else ''}"
@@ -247,6 +275,9 @@ def why_never(
     else:
         shown = " + ".join(f"{size:,}" for size in sizes[:8])
         detail = f"{count}: {shown}{' + ...' if len(sizes) > 8 else ''}"
+    if most_held < most_tokens(total_blocks, block_size):
+        why = f"the policy keeps a request inside one instance, and the largest holds {most_held:,} ({detail})"
+        return Refusal("never", f"{arithmetic}: needs {tokens:,} tokens of KV; {why}")
     return Refusal(
         "never",
         f"{arithmetic}: needs {tokens:,} tokens of KV; cell '{cell}' holds {sum(sizes):,} ({detail}), "
@@ -284,10 +315,12 @@ def choose_holder(views: Iterable[InstanceView], *, blocks: int, holders: Collec
 
 
 def choose_victim(running: Iterable[Candidate]) -> int | None:
-    """The sequence to preempt: of all but the oldest the one with fewest tokens, which is cheapest to recompute.
+    """The sequence to preempt: of all but the first, which is the oldest of the highest priority, those of the lowest priority,
+    and of these the one with fewest tokens, which is cheapest to recompute.
 
-    Ties: the youngest. None if there are fewer than two.
+    Ties: the youngest. None if there are fewer than two. So whichever of them needs room, no other gives way to one of a lower
+    priority than its own.
     """
-    by_age = sorted(running, key=lambda candidate: candidate.arrival)
-    younger = [(candidate.tokens, -candidate.arrival, candidate.seq) for candidate in by_age[1:]]
-    return min(younger)[2] if younger else None
+    in_order = sorted(running, key=lambda candidate: (candidate.priority, candidate.arrival))
+    others = [(-candidate.priority, candidate.tokens, -candidate.arrival, candidate.seq) for candidate in in_order[1:]]
+    return min(others)[3] if others else None

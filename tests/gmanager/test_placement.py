@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmanager.cluster.parties import connected
-from gmanager.cluster.policy import (
+from gmanager.cluster.placement import (
     LONG_PROMPT,
     PARALLEL_EFFICIENCY,
     Candidate,
@@ -15,6 +15,7 @@ from gmanager.cluster.policy import (
     choose_target,
     choose_victim,
     degree,
+    most_tokens,
     place,
     place_rest,
     prompt_work,
@@ -233,6 +234,7 @@ def never(prompt: int, max_tokens: int, total_blocks: list[int]) -> Refusal | No
         prompt=prompt,
         max_tokens=max_tokens,
         max_context=2_000_000,
+        most_held=most_tokens(total_blocks, 64),
         cell="main",
         total_blocks=total_blocks,
         block_size=64,
@@ -257,7 +259,8 @@ def test_the_error_carries_the_arithmetic() -> None:
 def test_what_can_ever_be_served_can_be_placed_in_an_empty_cell(
     totals: list[int], prompt: int, max_tokens: int, spread: Spread
 ) -> None:
-    limits = {"max_context": 10_000, "cell": "main", "total_blocks": totals, "block_size": 4}
+    held = most_tokens(totals, 4)
+    limits = {"max_context": 10_000, "most_held": held, "cell": "main", "total_blocks": totals, "block_size": 4}
     if why_never(prompt=prompt, max_tokens=max_tokens, **limits) is not None:  # type: ignore[arg-type]
         return
     empty = [InstanceView(rank=r, free_blocks=n, total_blocks=n, homes=0, max_homes=1) for r, n in enumerate(totals)]
@@ -275,9 +278,23 @@ def test_targets() -> None:
 
 def test_victims() -> None:
     assert choose_victim([]) is None
-    assert choose_victim([Candidate(7, 1, 5)]) is None
-    assert choose_victim([Candidate(7, 1, 5), Candidate(8, 2, 90), Candidate(9, 3, 50)]) == 9
-    assert choose_victim([Candidate(9, 3, 50), Candidate(8, 2, 50), Candidate(7, 1, 5)]) == 9
+    assert choose_victim([Candidate(7, 1, 5, 0)]) is None
+    assert choose_victim([Candidate(7, 1, 5, 0), Candidate(8, 2, 90, 0), Candidate(9, 3, 50, 0)]) == 9
+    assert choose_victim([Candidate(9, 3, 50, 0), Candidate(8, 2, 50, 0), Candidate(7, 1, 5, 0)]) == 9
+    assert choose_victim([Candidate(7, 1, 5, 0, 1), Candidate(8, 2, 3, 0), Candidate(9, 3, 50, 0)]) == 7, (
+        "the oldest, of a lower level"
+    )
+    assert choose_victim([Candidate(7, 1, 5, 0, -1), Candidate(8, 2, 3, 0, 2), Candidate(9, 3, 90, 0, 2)]) == 8
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(-2, 2)), min_size=2, max_size=8))
+def test_nobody_gives_way_to_a_lower_priority(running: list[tuple[int, int]]) -> None:
+    """Whichever of them is the one that needs room."""
+    victim = choose_victim(Candidate(seq, seq, tokens, 0, priority) for seq, (tokens, priority) in enumerate(running))
+    assert victim is not None
+    assert running[victim][1] == max(priority for _, priority in running)
+    first = min(range(len(running)), key=lambda seq: (running[seq][1], seq))
+    assert victim != first, "one goes on to its end"
 
 
 @given(st.integers(1, 7), st.lists(st.lists(st.integers(0, 6), max_size=4), max_size=5))
@@ -292,7 +309,15 @@ def test_connected_components(size: int, shared: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"spread": 0}, {"max_queue_wait_s": -1.0}, {"max_queue_wait_s": float("nan")}, {"client_lease_s": 0.0}]
+    "wrong",
+    [
+        {"spread": 0},
+        {"max_queue_wait_s": -1.0},
+        {"max_queue_wait_s": float("nan")},
+        {"client_lease_s": 0.0},
+        {"slo_ttft_s": 0.0},
+        {"slo_tpot_s": float("inf")},
+    ],
 )
 def test_a_config_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     (name,) = wrong

@@ -1,0 +1,150 @@
+"""What a policy decides, and what it sees: numbers in, numbers out.
+
+The cluster asks when a prompt is next in the queue (`place`), when a home has no block left (`next_home`, `victim`), and, with
+nothing else to do, about sequences that decode and of which something is new (`improve`). Whatever is answered, instances alone
+grant their blocks, and the answer to a prompt is the same: policies differ in when tokens come.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from gmanager.cluster.performance import Costs
+from gmanager.cluster.placement import (
+    Candidate,
+    InstanceView,
+    Placement,
+    choose_target,
+    choose_victim,
+    most_tokens,
+    place,
+    place_rest,
+)
+from gmanager.config import Spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What is next in the queue."""
+
+    missing: int
+    """Tokens whose rows are to be computed."""
+    kept: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """rank -> (tokens, runs) that lie there already."""
+    spread: Spread = "auto"
+    """As its client, or the service's flag, asks for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceView:
+    """A sequence that decodes."""
+
+    seq: int
+    arrival: int
+    home: int
+    held: Mapping[int, int]
+    """rank -> tokens of KV, of all that have some or will."""
+    left: int
+    """Tokens that it may still generate."""
+    can_move: bool
+    """Whether it may have another home now."""
+    copyable: Collection[int] = ()
+    """Ranks whose run may be copied to another now, none of them the home."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """A cell, as far as the gManager knows it."""
+
+    views: Sequence[InstanceView]
+    """By rank."""
+    block_size: int
+    chunk_tokens: int
+    """Prompt rows of an instance's step."""
+    reach: int
+    """As `placement.prompt_work` has it."""
+    costs: Costs
+    waiting: Sequence[int] = ()
+    """Tokens to be computed of those behind the next in the queue, if that is a long prompt, of the long ones among them."""
+    num_waiting: int = 0
+    """All that wait."""
+    mean_tokens: int = 0
+    """Of these, prompt and what was generated."""
+
+    def blocks_for(self, tokens: int) -> int:
+        """That so many tokens take, in one run."""
+        return -(-tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class NewHome:
+    """A sequence goes on elsewhere; its KV stays."""
+
+    seq: int
+    to: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewHolder:
+    """A run of a sequence is copied, beside the steps, and is another instance's then."""
+
+    seq: int
+    source: int
+    to: int
+
+
+Relocation = NewHome | NewHolder
+
+
+class Policy:
+    """By memory and by the work that is known; nothing that is placed moves unless it must. Others decide otherwise in part."""
+
+    name: ClassVar[str]
+    relocates: ClassVar[bool] = False
+    """Whether it has anything to `improve`."""
+
+    def most_tokens(self, total_blocks: Sequence[int], block_size: int) -> int:
+        """The longest sequence, prompt and generated, that instances with so many blocks each would ever be given."""
+        return most_tokens(total_blocks, block_size)
+
+    def place(self, prompt: Prompt, outlook: Outlook) -> Placement | None:
+        """Where the next prompt's KV is born; None: it waits."""
+        if not prompt.kept:
+            return place(
+                outlook.views,
+                tokens=prompt.missing,
+                block_size=outlook.block_size,
+                spread=prompt.spread,
+                waiting=outlook.waiting,
+                reach=outlook.reach,
+            )
+        return place_rest(
+            outlook.views,
+            missing=prompt.missing,
+            kept=prompt.kept,
+            block_size=outlook.block_size,
+            spread=prompt.spread,
+            waiting=outlook.waiting,
+            reach=outlook.reach,
+        )
+
+    def next_home(self, views: Sequence[InstanceView], home: int) -> int | None:
+        """Where a sequence goes on whose home has no block left; None: nowhere, somebody makes room."""
+        return choose_target(views, home=home)
+
+    def last_resort(self, views: Sequence[InstanceView], home: int) -> int | None:
+        """The same if there is nobody to preempt."""
+        return choose_target(views, home=home, reserve=1)
+
+    def victim(self, running: Iterable[Candidate], home: int) -> int | None:
+        """Who is preempted for a sequence at this home; None: no other than itself."""
+        return choose_victim(running)
+
+    def wrong_with(self, roles: Collection[str]) -> str | None:
+        """What instances with these roles lack, so that all serve as if mixed; None: nothing."""
+        named = sorted(set(roles) - {"mixed"})
+        return f"policy {self.name} knows no roles, and these have some: {', '.join(named)}" if named else None
+
+    def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> Relocation | None:
+        """The one thing that is best moved now; None: nothing is, until something changes. Oldest sequences first."""
+        return None

@@ -1,0 +1,95 @@
+"""What a relocation is predicted to gain: tokens per second of the instances that it concerns, before and after.
+
+An instance's decode step takes what the cell's performance model says of its rows, the KV that they attend to there and the
+rows that travel. Instances that share a sequence step together, so each counts with the slowest of those that the relocation
+concerns.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+
+from gmanager.cluster.performance import Costs
+from gmanager.cluster.placement import InstanceView
+from gmanager.cluster.policies.base import NewHolder, NewHome, Outlook, Relocation, SequenceView
+
+MIN_GAIN = 0.05
+"""Of the throughput, below which nothing is copied: no prediction is better than that."""
+HOMES_APART = 8
+"""Rows that an instance has more than another for a home to go there: one home more or less gains little, and costs nothing but
+a step; so this alone keeps homes from going to and fro."""
+
+
+def best_of(options: Iterable[tuple[float, Relocation]]) -> Relocation | None:
+    """The one with the largest gain, the first of equals; None: none gains enough."""
+    best, most = None, 0.0
+    for gain, relocation in options:
+        if gain > most:
+            best, most = relocation, gain
+    return best
+
+
+def concerned(sequence: SequenceView, relocation: Relocation) -> set[int]:
+    """Ranks whose steps change."""
+    return {sequence.home, relocation.to, *sequence.held}
+
+
+def after(views: Mapping[int, InstanceView], sequence: SequenceView, relocation: Relocation) -> dict[int, InstanceView]:
+    """The same instances once it is done."""
+    new = dict(views)
+
+    def change(rank: int, *, rows: int = 0, held: int = 0, sent: int = 0, served: int = 0) -> None:
+        view = new[rank]
+        new[rank] = replace(
+            view, rows=view.rows + rows, held=view.held + held, sent=view.sent + sent, served=view.served + served
+        )
+
+    holders = {rank for rank, tokens in sequence.held.items() if tokens}
+    if isinstance(relocation, NewHome):
+        old, to = sequence.home, relocation.to
+        change(old, rows=-1, sent=-len(holders - {old}), served=int(old in holders))
+        change(to, rows=1, sent=len(holders - {to}), served=-int(to in holders))
+    else:
+        source, to, home = relocation.source, relocation.to, sequence.home
+        tokens = sequence.held[source]
+        change(source, held=-tokens, served=-1)
+        change(to, held=tokens, served=int(to != home and to not in holders))
+        change(home, sent=len((holders - {source}) | {to} - {home}) - len(holders - {home}) if to != home else -1)
+    return new
+
+
+def throughput(views: Iterable[InstanceView], costs: Costs) -> float:
+    """Tokens per second of instances that step together."""
+    views = list(views)
+    slowest = max(costs.decode_step_s(view.rows, view.held, view.sent, view.served) for view in views)
+    return sum(view.rows for view in views) / slowest if slowest else 0.0
+
+
+def relative_gain(sequence: SequenceView, relocation: Relocation, outlook: Outlook) -> float:
+    """By which part the throughput of those that it concerns grows, less what a copy takes of the time that is left."""
+    views = {rank: outlook.views[rank] for rank in sorted(concerned(sequence, relocation))}
+    before = throughput(views.values(), outlook.costs)
+    then = throughput(after(views, sequence, relocation).values(), outlook.costs)
+    if before <= 0 or then <= 0:
+        return 0.0
+    gain = then / before - 1
+    if isinstance(relocation, NewHome):
+        return gain
+    seconds_left = sequence.left * sum(view.rows for view in views.values()) / before
+    gain -= outlook.costs.transfer_s(sequence.held[relocation.source]) / seconds_left
+    return gain if gain >= MIN_GAIN else 0.0
+
+
+def homes_among_holders(sequence: SequenceView, outlook: Outlook, reserve: int) -> list[NewHome]:
+    """Homes that it could have without another holder, where some of its KV lies, and where much less decodes."""
+    if not sequence.can_move:
+        return []
+    most = outlook.views[sequence.home].rows - HOMES_APART
+    rooms = (outlook.views[rank] for rank in sorted(sequence.held) if outlook.views[rank].rows <= most)
+    return [NewHome(sequence.seq, v.rank) for v in rooms if v.free_blocks >= reserve and v.homes < v.max_homes]
+
+
+def copies_home(sequence: SequenceView, outlook: Outlook, reserve: int, sources: Collection[int]) -> list[NewHolder]:
+    """Runs of these ranks that its home has room for."""
+    free = outlook.views[sequence.home].free_blocks - reserve
+    fits = (rank for rank in sorted(sources) if outlook.blocks_for(sequence.held.get(rank, 0)) <= free)
+    return [NewHolder(sequence.seq, rank, sequence.home) for rank in fits if sequence.held.get(rank)]

@@ -1,0 +1,72 @@
+"""Sequences that decode and that a policy may want to move: those of which something is new, until it wants nothing more.
+
+first token ─┐
+new home     ├─> unsettled ──improve──> a relocation, after which it is unsettled again
+a run moved ─┘                    └───> settled: nothing is gained, until something changes
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+from gmanager.cluster.cell import Cell
+from gmanager.cluster.moves import Moves
+from gmanager.cluster.policies import Outlook, Relocation, SequenceView
+from gmanager.cluster.sequence import Sequence
+
+MAX_ASKED = 64
+"""Sequences that a policy is asked about at once, the oldest: a decision takes milliseconds in a large cell."""
+
+
+class Unsettled:
+    """Those of one cell's epoch."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+        self._sequences: dict[int, Sequence] = {}
+        self._wait: dict[int, Sequence] = {}
+        """Those that may want to be copied, once what is under way is."""
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Something of these is new."""
+        if self._cell.policy.relocates:
+            # a number of instances that was asked for is a promise
+            ours = (sequence for sequence in sequences if sequence.request.spread in ("auto", 1))
+            self._sequences |= {sequence.number: sequence for sequence in ours}
+
+    def clear(self) -> None:
+        """The epoch is over."""
+        self._sequences.clear()
+        self._wait.clear()
+
+    def ask(self, moves: Moves, outlook: Callable[[], Outlook]) -> tuple[Sequence, Relocation] | None:
+        """What is best moved now, of the oldest; what is not is settled."""
+        if moves.is_idle:
+            self._sequences |= self._wait
+            self._wait.clear()
+        while self._sequences:
+            oldest = sorted(self._sequences.values(), key=lambda sequence: sequence.request.number)
+            asked = list(islice(oldest, MAX_ASKED))
+            views = [view_of(sequence, moves) for sequence in asked if sequence.is_current and sequence.received]
+            relocation = self._cell.policy.improve(views, outlook()) if views else None
+            if relocation is not None:
+                return self._sequences[relocation.seq], relocation
+            for sequence in asked:
+                del self._sequences[sequence.number]
+                if not moves.is_idle and sequence.is_current:
+                    self._wait[sequence.number] = sequence
+        return None
+
+
+def view_of(sequence: Sequence, moves: Moves) -> SequenceView:
+    """What a policy sees of it."""
+    request = sequence.request
+    is_free = sequence.is_written and sequence.moving_to is None and not moves.concerns(sequence)
+    return SequenceView(
+        seq=sequence.number,
+        arrival=request.number,
+        home=sequence.home,
+        held={rank: tokens for rank, tokens in sequence.held.items() if tokens},
+        left=max(1, request.max_tokens - len(request.tokens)),
+        can_move=is_free and request.move_call is None,
+        copyable=[rank for rank in sequence.participants if moves.can_begin(sequence, rank)],
+    )

@@ -1,0 +1,239 @@
+"""What policies decide: by numbers alone, and in a cluster that is driven by events."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gmanager.cluster.events import Deliver
+from gmanager.cluster.performance import guess
+from gmanager.cluster.placement import Candidate, InstanceView
+from gmanager.cluster.policies import (
+    POLICIES,
+    Elastic,
+    Infinite,
+    Loong,
+    NewHolder,
+    NewHome,
+    Outlook,
+    Prompt,
+    SequenceView,
+    Split,
+    Static,
+)
+from gmanager.config import GManagerConfig, PolicyName
+from gmanager.wire.messages import Role
+from tests.gmanager.cluster_support import CLIENT, request_stats, serving, submit
+from tests.gmanager.test_placement import views
+
+
+def outlook(free: list[int], *, total: int = 40, waiting: list[int] | None = None) -> Outlook:
+    return Outlook(
+        views=views(free, total), block_size=4, chunk_tokens=64, reach=8192, costs=guess(8192), waiting=waiting or []
+    )
+
+
+def test_each_name_is_a_policy() -> None:
+    assert set(POLICIES) == set(get_args(PolicyName))
+    with pytest.raises(ValueError, match="policy must be one of elastic, static.*, got 'dynamic'"):
+        GManagerConfig(policy="dynamic")
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 300), st.sampled_from(["auto", "all", 3]))
+def test_static_keeps_a_request_inside_one_instance(free: list[int], tokens: int, spread: object) -> None:
+    placement = Static().place(Prompt(missing=tokens, spread=spread), outlook(free))  # type: ignore[arg-type]
+    blocks = -(-tokens // 4) + 1
+    if placement is None:
+        assert max(free) < blocks
+    else:
+        (share,) = placement.shares
+        assert share.tokens == tokens
+        assert placement.blocks == {share.rank: blocks}
+        assert free[share.rank] >= blocks
+
+
+def test_static_preempts_at_the_home_that_has_no_room() -> None:
+    running = [Candidate(1, 1, 90, 0), Candidate(2, 2, 10, 1), Candidate(3, 3, 50, 0), Candidate(4, 4, 70, 0)]
+    assert Static().victim(running, 0) == 3
+    assert Static().victim(running, 1) is None, "it is alone there: it goes itself"
+    crowded = [InstanceView(rank=r, free_blocks=n, total_blocks=40, homes=1, max_homes=4) for r, n in enumerate((0, 30))]
+    assert Static().next_home(crowded, 0) is None
+    assert Static().last_resort(crowded, 0) is None
+
+
+def test_static_refuses_what_no_instance_holds_alone() -> None:
+    """8 blocks of 4 on each of two: 28 tokens in one with a block to spare, 56 in both."""
+    for policy, most in (("static", 28), ("elastic", 56)):
+        driver = serving(8, 8, policy=policy)
+        driver.say(CLIENT, submit("fits", most - 4, max_tokens=4))
+        assert request_stats(driver, "fits").state == "reserving"
+        (refusal,) = driver.say(CLIENT, submit("too long", most - 3, max_tokens=4))
+        assert isinstance(refusal, Deliver)
+        assert refusal.refusal == "never"
+        assert ("inside one instance, and the largest holds 28" in (refusal.error or "")) == (policy == "static")
+
+
+# --- what moves -------------------------------------------------------------------------------------------------------
+
+COSTS = guess(8192)
+
+
+def cell(*instances: InstanceView, waiting: int = 0, mean_tokens: int = 0) -> Outlook:
+    return Outlook(
+        views=instances,
+        block_size=64,
+        chunk_tokens=8192,
+        reach=32_768,
+        costs=COSTS,
+        num_waiting=waiting,
+        mean_tokens=mean_tokens,
+    )
+
+
+def instance(rank: int, **more: Any) -> InstanceView:
+    fields = {"free_blocks": 1000, "total_blocks": 2000, "homes": more.get("rows", 0), "max_homes": 256}
+    return InstanceView(rank=rank, **(fields | more))
+
+
+def sequence(held: dict[int, int], *, home: int = 0, **more: Any) -> SequenceView:
+    fields: dict[str, Any] = {"seq": 7, "arrival": 1, "left": 1000, "can_move": True, "copyable": set(held) - {home}}
+    return SequenceView(home=home, held=held, **(fields | more))
+
+
+def test_elastic_brings_home_what_costs_more_to_visit() -> None:
+    """A short sequence on two instances: an exchange costs more than its KV. A long one is read faster by both."""
+    near = cell(instance(0, rows=1, held=1000, sent=1), instance(1, held=1000, served=1))
+    assert Elastic().improve([sequence({0: 1000, 1: 1000})], near) == NewHolder(7, 1, 0)
+    assert Elastic().improve([sequence({0: 1000, 1: 1000}, left=1)], near) is None, "it ends before the copy would"
+    assert Elastic().improve([sequence({0: 1000, 1: 1000}, copyable=())], near) is None
+    full = cell(instance(0, rows=1, held=1000, sent=1, free_blocks=17), instance(1, held=1000, served=1))
+    assert Elastic().improve([sequence({0: 1000, 1: 1000})], full) is None, "16 blocks, and 2 in reserve"
+    far = cell(instance(0, rows=1, held=300_000, sent=1), instance(1, held=300_000, served=1))
+    assert Elastic().improve([sequence({0: 300_000, 1: 300_000})], far) is None
+
+
+def test_homes_go_to_the_holder_that_has_less_to_do() -> None:
+    shared = sequence({0: 10_000, 1: 10_000}, copyable=())
+    for rows, wanted in ((60, NewHome(7, 1)), (7, None)):
+        apart = cell(instance(0, rows=rows, held=50_000, sent=1), instance(1, held=10_000, served=1))
+        assert Elastic().improve([shared], apart) == wanted
+        assert Loong().improve([shared], apart) == wanted
+        assert Loong().improve([replace(shared, can_move=False)], apart) is None
+    slower = cell(instance(0, rows=60, sent=1), instance(1, rows=20, held=10**6, served=1))
+    assert Loong().improve([shared], slower) is None, "that one has more to read than rows"
+
+
+def test_infinite_lets_a_debtor_go_when_others_wait() -> None:
+    """A long sequence fills instance 0, on which nothing else fits; instance 1 is half empty."""
+    debtor = instance(0, rows=1, held=100_000, free_blocks=3, total_blocks=1600)
+    creditor = instance(1, rows=40, held=40_000, free_blocks=2500, total_blocks=3200)
+    long = sequence({0: 100_000}, copyable=())
+    assert Infinite().improve([long], cell(debtor, creditor, waiting=0)) is None, "nothing waits"
+    assert Infinite().improve([long], cell(debtor, creditor, waiting=100, mean_tokens=1000)) == NewHome(7, 1)
+    small = instance(1, rows=40, held=40_000, free_blocks=1000, total_blocks=3200)
+    assert Infinite().improve([long], cell(debtor, small, waiting=100, mean_tokens=1000)) is None, "its KV could not follow"
+    # what it left behind follows
+    left = sequence({0: 100_000, 1: 10}, home=1)
+    assert Infinite().improve([left], cell(debtor, creditor)) == NewHolder(7, 0, 1)
+
+
+def test_infinite_fills_local_memory_first() -> None:
+    placed = Infinite().place(Prompt(missing=64 * 30), cell(instance(0, free_blocks=11), instance(1, free_blocks=21, rows=1)))
+    assert placed is not None
+    assert {share.rank: share.tokens for share in placed.shares} == {0: 640, 1: 1280}
+    assert placed.shares[0].rank == 0, "fewest homes"
+    whole = Infinite().place(Prompt(missing=64 * 15), cell(instance(0, free_blocks=11), instance(1, free_blocks=21, rows=1)))
+    assert whole is not None
+    assert [share.rank for share in whole.shares] == [1], "it fits there"
+    assert Infinite().place(Prompt(missing=64 * 31), cell(instance(0, free_blocks=11), instance(1, free_blocks=21))) is None
+
+
+def test_loong_spreads_a_prompt_as_far_as_that_is_much_faster() -> None:
+    idle = [instance(rank) for rank in range(8)]
+    degrees = []
+    for tokens in (100, 4000, 100_000):
+        placed = Loong().place(Prompt(missing=tokens), cell(*idle))
+        assert placed is not None
+        degrees.append(len(placed.shares))
+    assert degrees[0] == 1
+    assert degrees == sorted(degrees)
+    assert degrees[-1] == 8
+    busy = [instance(0), *(instance(rank, backlog=10**6) for rank in range(1, 8))]
+    placed = Loong().place(Prompt(missing=4000), cell(*busy))
+    assert placed is not None
+    assert len(placed.shares) == 1, "the others have much to do"
+
+
+def test_split_computes_here_and_decodes_there() -> None:
+    there = [instance(0, role="prefill"), instance(1, role="decode", rows=5), instance(2, role="decode", rows=3)]
+    placed = Split().place(Prompt(missing=20_000), cell(*there))
+    assert placed is not None
+    assert [share.rank for share in placed.shares] == [0]
+    assert Split().improve([sequence({0: 20_000}, copyable=())], cell(*there)) == NewHome(7, 2)
+    assert Split().improve([sequence({0: 20_000, 2: 1}, home=2)], cell(*there)) == NewHolder(7, 0, 2)
+    full = [there[0], *(replace(view, free_blocks=100) for view in there[1:])]
+    assert Split().improve([sequence({0: 20_000}, copyable=())], cell(*full)) is None, "back-pressure: it waits for room"
+    cheap = Split().place(Prompt(missing=100), cell(*there))
+    assert cheap is not None
+    assert cheap.shares[0].rank in (1, 2), "computed where it will decode"
+    huge = Split().place(Prompt(missing=64 * 2100), cell(*(replace(v, free_blocks=2000) for v in there)))
+    assert huge is not None
+    assert len(huge.shares) > 1, "no prefill instance holds it"
+
+
+def test_roles_that_say_nothing_are_told() -> None:
+    assert Split().wrong_with(["prefill", "decode", "mixed"]) is None
+    assert Split().wrong_with(["decode", "decode"]) == "policy split has no instance with --role prefill, or mixed: all do both"
+    assert Split().wrong_with(["mixed", "mixed"]) == "policy split has no instance with a --role: all do both"
+    assert Elastic().wrong_with(["mixed", "decode"]) == "policy elastic knows no roles, and these have some: decode"
+    assert Elastic().wrong_with(["mixed"]) is None
+    lonely = [instance(0, role="decode"), instance(1, role="decode")]
+    assert Split().place(Prompt(missing=20_000), cell(*lonely)) is not None
+    assert Split().improve([sequence({0: 20_000}, copyable=())], cell(*lonely)) is None
+
+
+numbers = st.integers(0, 2000)
+
+
+@given(
+    st.sampled_from(sorted(POLICIES)),
+    st.lists(st.tuples(numbers, numbers, st.sampled_from(get_args(Role)), numbers), min_size=2, max_size=5),
+    st.lists(st.dictionaries(st.integers(0, 4), st.integers(1, 10**6), min_size=1), max_size=4),
+    st.data(),
+)
+def test_what_is_wanted_can_be_asked_for(
+    name: str, rooms: list[tuple[int, int, Role, int]], held: list[dict[int, int]], data: st.DataObject
+) -> None:
+    """A placement fits and is whole; a relocation goes to another instance with room, and only of what may move."""
+    views = [
+        instance(rank, free_blocks=min(free, 2000), rows=rows % 256, role=role, held=at)
+        for rank, (free, rows, role, at) in enumerate(rooms)
+    ]
+    outlook = cell(*views, waiting=data.draw(numbers), mean_tokens=data.draw(numbers))
+    missing = data.draw(st.integers(1, 500_000))
+    placed = POLICIES[name]().place(Prompt(missing=missing), outlook)
+    if placed is not None:
+        assert sum(share.tokens for share in placed.shares) == missing
+        assert all(share.tokens > 0 for share in placed.shares)
+        assert all(0 < blocks <= views[rank].free_blocks for rank, blocks in placed.blocks.items())
+        assert views[placed.shares[0].rank].homes < 256
+    sequences = []
+    for number, parts in enumerate(held):
+        there = {rank % len(views): tokens for rank, tokens in parts.items()}
+        home = min(there)
+        may = data.draw(st.booleans())
+        copyable = set(there) - {home} if may else ()
+        sequences.append(sequence(there, home=home, seq=number, can_move=may, copyable=copyable))
+    found = POLICIES[name]().improve(sequences, outlook)
+    if isinstance(found, NewHome):
+        moved = sequences[found.seq]
+        assert moved.can_move
+        assert found.to != moved.home
+        assert views[found.to].free_blocks > 0
+    elif found is not None:
+        moved = sequences[found.seq]
+        assert found.source in moved.copyable
+        assert found.to != found.source
+        assert -(-moved.held[found.source] // 64) <= views[found.to].free_blocks
