@@ -16,7 +16,7 @@ attended to all that others hold of the prompt, so by then all of it is written,
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -182,12 +182,16 @@ class Pace:
 class Scheduler:
     """One instance's sequences within one epoch."""
 
-    def __init__(self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager) -> None:
+    def __init__(
+        self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager, lay_out: Callable[..., Layout] = lay_out
+    ) -> None:
+        """`lay_out`: as `distattn.layout.lay_out`; the simulator only counts."""
         self.epoch = epoch
         self.rank = rank
         self.tally = Tally()
         self._pace = pace
         self._rmanager = rmanager
+        self._lay_out = lay_out
         self._homes: dict[int, Home] = {}
         self._guests: dict[int, Guest] = {}
         self._steps: dict[Lane, _Steps] = {lane: _Steps() for lane in LANES}
@@ -604,7 +608,7 @@ class Scheduler:
             sampled=sampled,
             scored=scored,
             slots_T=slots,
-            layout=lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank),
+            layout=self._lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank),
             needs_logits=bool(step.sampled or step.scored),
             is_decode=_is_decode(step),
         )

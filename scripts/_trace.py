@@ -113,6 +113,11 @@ def _read_file(file: Path, block_tokens: int) -> list[Arrival]:
     return _named(trace)
 
 
+def trace_of(lines: Sequence[TraceLine], block_tokens: int = BLOCK_TOKENS) -> list[Arrival]:
+    """The requests of lines in Mooncake's form. Raises ValueError as `read_trace` would of a file."""
+    return _named([_of_blocks(line, block_tokens) for line in lines])
+
+
 def _is_mooncakes(line: bytes) -> bool:
     """Whether a line has words of that form and none of ours. The first says what the others must be."""
     try:

@@ -1,0 +1,177 @@
+"""An instance: what the gManager tells it, and what it says. As `instance.server` does, without sockets and a device."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from gmanager.wire import messages as m
+from instance.rmanager import RManager
+from instance.scheduler import MAX_DECODE_ROWS, Pace, Scheduler
+from instance.step import LANES, Grouping, Lane
+from simulation.clock import Clock
+from simulation.device import Device, Processor
+from simulation.parties import Parties, Seat
+from simulation.times import Profile
+
+VOCABULARY = 1 << 31
+MAX_CONTEXT = 1 << 40
+COPY_BYTES_PER_TOKEN_S = 1e-6
+"""Seconds in which a token's KV is copied to another instance beside steps."""
+
+
+class SimulationError(Exception):
+    """Something came about that can't be simulated, or must not be."""
+
+
+class Instance:
+    """One that serves in one epoch and is never lost."""
+
+    rank: int
+    scheduler: Scheduler
+    newest: Grouping
+
+    def __init__(self, clock: Clock, profile: Profile, processor: Processor, tell: Callable[[m.Message], None]) -> None:
+        """`tell`: sends a message to the gManager."""
+        self.rmanager = RManager(profile.kv_tokens // profile.block_size, profile.block_size)
+        self.device = Device(processor)
+        self._clock = clock
+        self._profile = profile
+        self._tell = tell
+        self._parties: Parties | None = None
+        self._seats: dict[Lane, Seat] = {}
+        self._told_free = self.rmanager.free_blocks
+        self._epoch = 0
+
+    def register(self, cell: str, cell_size: int, number: int) -> m.Register:
+        """How it introduces itself."""
+        profile = self._profile
+        spec = m.InstanceSpec(
+            model="simulated",
+            fingerprint="simulated",
+            tokenizer="simulated",
+            dtype="bfloat16",
+            layers="simulated",
+            block_size=profile.block_size,
+            vocab_size=VOCABULARY,
+            max_context=MAX_CONTEXT,
+            num_blocks=self.rmanager.shards.pool.num_blocks,
+            chunk_tokens=profile.chunk_tokens,
+            decode_rows=MAX_DECODE_ROWS,
+            reach=profile.reach,
+            device=profile.name,
+            host="simulated",
+        )
+        return m.Register(
+            protocol=m.PROTOCOL,
+            cell=cell,
+            cell_size=cell_size,
+            run_id=f"{cell}/{number}",
+            rank=0,
+            party_address=f"simulated:{number}",
+            spec=spec,
+            wanted_id=number,
+        )
+
+    def join(self, epoch: int, rank: int, parties: Parties) -> None:
+        """Step with the others of its cell from now on."""
+        profile = self._profile
+        pace = Pace(profile.chunk_tokens, profile.mixed_chunk_tokens)
+        if profile.shrinks:
+            pace = replace(pace, reach=profile.reach, grain=profile.grain)
+        self.rank, self._epoch = rank, epoch
+        self.scheduler = Scheduler(epoch=epoch, rank=rank, pace=pace, rmanager=self.rmanager, lay_out=parties.counting)
+        self.newest = Grouping(number=0, members=[rank])
+        self._parties = parties
+        self._seats = {lane: parties.enter(self, rank, lane) for lane in LANES}
+
+    def obey(self, message: m.Message) -> None:
+        """One message of the gManager, once it serves. Raises SimulationError for what no instance here is ever told."""
+        match message:
+            case m.Reserve(seq=seq, blocks=blocks):
+                self._answer_reserve(seq, blocks if self.rmanager.reserve(seq, blocks) else None)
+            case m.ReserveNext(seq=seq):
+                self._answer_reserve(seq, self.rmanager.reserve_next(seq))
+            case m.Drop(seq=seq):
+                self.rmanager.drop(seq)
+                self._tell_of_freed()
+            case m.Admit():
+                self.scheduler.admit(message)
+            case m.Regroup(number=number, parties=parties):
+                mine = next(members for members in parties if self.rank in members)
+                self.newest = Grouping(number=number, members=mine)
+            case m.MoveSequence(seq=seq, to=to):
+                self.scheduler.move(seq, to)
+            case m.FlipRun():
+                self.scheduler.flip(message)
+            case m.Cancel(seq=seq):
+                self.scheduler.cancel(seq)
+            case m.OfferRun():
+                self._tell(self._offer(message))
+            case m.CopyRun():
+                self._copy(message)
+            case m.Pong():
+                return
+            case _:
+                raise SimulationError(f"an instance was told {type(message).__name__}, which is not simulated: {message}")
+        self._look()
+
+    def beat(self) -> None:
+        """Once a second; one that would tell nothing new is left out."""
+        held = self.rmanager.take_changes()
+        if held or self.rmanager.free_blocks != self._told_free:
+            self._send_beat(held)
+
+    def tell_progress(self) -> None:
+        """A lane has moved on: tell the gManager, and the other lane."""
+        self._tell_of_freed()
+        for message in self.scheduler.take_messages():
+            self._tell(message)
+        self.scheduler.forget_origins()
+        self._look()
+
+    @property
+    def used(self) -> float:
+        """What part of its blocks is reserved or holds KV."""
+        pool = self.rmanager.shards.pool
+        return 1 - pool.num_free / pool.num_blocks
+
+    def validate(self) -> None:
+        """Raises RuntimeError if the books contradict each other."""
+        self.rmanager.validate()
+        self.scheduler.validate()
+
+    def _look(self) -> None:
+        if self._parties is not None:
+            for seat in self._seats.values():
+                self._parties.look(seat)
+
+    def _answer_reserve(self, seq: int, added: int | None) -> None:
+        """`added`: blocks that are the sequence's now; None: there is no room."""
+        free = self.rmanager.free_blocks
+        if added is None:
+            self._tell(m.NotGranted(epoch=self._epoch, seq=seq, free_blocks=free))
+        else:
+            self._tell(m.Granted(epoch=self._epoch, seq=seq, blocks=added, free_blocks=free))
+
+    def _offer(self, asked: m.OfferRun) -> m.RunOffered:
+        shard = self.rmanager.shard(asked.seq)
+        ranges = list(shard.runs[0].ranges) if shard is not None and shard.runs else []
+        return m.RunOffered(epoch=asked.epoch, move=asked.move, ranges=ranges)
+
+    def _copy(self, asked: m.CopyRun) -> None:
+        if asked.target != self.rank:
+            return
+
+        def arrive() -> None:
+            self.rmanager.note_copy(asked.move, asked.ranges)
+            self._tell(m.Copied(epoch=asked.epoch, move=asked.move))
+
+        tokens = sum(end - start for start, end in asked.ranges)
+        self._clock.after(tokens * COPY_BYTES_PER_TOKEN_S, arrive)
+
+    def _tell_of_freed(self) -> None:
+        if self.rmanager.freed:
+            self._send_beat(self.rmanager.take_changes())
+
+    def _send_beat(self, held: dict[int, int]) -> None:
+        self._told_free = self.rmanager.free_blocks
+        self._tell(m.Beat(epoch=self._epoch, free_blocks=self._told_free, held_tokens=held, counters=m.Counters()))
