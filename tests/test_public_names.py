@@ -50,7 +50,7 @@ def test_gmanager() -> None:
 def test_client() -> None:
     methods = {name for name, _ in inspect.getmembers(AsyncClient, inspect.isfunction) if not name.startswith("_")}
     assert methods == {"generate", "chat", "attach", "abort", "move_home", "drain", "stats", "text_assets"}
-    more = ["params", "request_id", "spread", "model", "wait_for_cell"]
+    more = ["params", "request_id", "spread", "model", "wait_for_cell", "cache_salt"]
     assert list(inspect.signature(AsyncClient.generate).parameters) == ["self", "prompt", *more]
     assert list(inspect.signature(AsyncClient.chat).parameters) == ["self", "messages", *more]
 
@@ -82,19 +82,19 @@ def test_sampling_params_are_vllms_with_its_defaults() -> None:
 
 
 def test_chunk_and_stats() -> None:
-    of_prompt = ["prompt_logprobs"]
-    assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", *of_prompt, "finish_reason", "error"]
+    tokens = ["index", "token_ids", "text", "logprobs", "prompt_logprobs"]
+    assert list(Chunk.__dataclass_fields__) == [*tokens, "finish_reason", "error", "cached_tokens"]
     assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters", "observed"]
     kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
-    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters", "is_draining"]
+    assert fields(InstanceStats) == ["cell", "rank", *kv, "counters", "is_draining", "cached_tokens"]
     assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))
     tokens = ["steps", "rows", "rows_dispatched", "tokens_prefilled", "tokens_generated"]
-    moves = ["home_moves", "preemptions", "blocks_copied", "query_bytes", "partial_bytes", "kv_bytes"]
+    moves = ["home_moves", "preemptions", "blocks_copied", "blocks_evicted", "query_bytes", "partial_bytes", "kv_bytes"]
     times = ["step_us", "exchange_us", "attention_us", "notice_us"]
     assert fields(Counters) == [*tokens, *moves, *times, "dropped_messages"]
     assert fields(Histogram) == ["bounds", "counts", "total"]
     counts = ["prompt_tokens", "generated_tokens", "finished", "refused"]
-    assert fields(Observations) == ["queue_s", "ttft_s", "tpot_s", "e2e_s", *counts]
+    assert fields(Observations) == ["queue_s", "ttft_s", "tpot_s", "e2e_s", *counts, "prefix_queries", "prefix_hits"]
 
 
 def test_the_client_imports_neither_torch_nor_transformers() -> None:
