@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import uvloop
 from _measure import facts
@@ -32,21 +33,34 @@ def run_with_cell(
     args: argparse.Namespace, measure: Callable[[Service, AsyncClient], Awaitable[bool]], *, copy_tokens: int | None = None
 ) -> int:
     """Measure at a service that is ready. The exit code: 0, 1 if that went wrong, 2 if the service did not come up."""
+
+    async def within(logs: Path) -> bool:
+        async with running(config_of(args, logs, copy_tokens=copy_tokens)) as service, AsyncClient(service.address) as client:
+            return await measure(service, client)
+
+    return run_within(within)
+
+
+def config_of(args: argparse.Namespace, logs: Path, **more: Any) -> ServiceConfig:
+    """Of a service as the flags say. `more`: other fields."""
+    return ServiceConfig(
+        model=args.model,
+        instances=args.instances,
+        kv_tokens=2 * args.prompt_tokens,
+        device=args.device,
+        dtype="float32" if args.device == "cpu" else "auto",
+        threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
+        logs=logs,
+        **more,
+    )
+
+
+def run_within(measure: Callable[[Path], Awaitable[bool]]) -> int:
+    """Measure, with a folder for logs. The exit code: 0, 1 if that went wrong, 2 if a service did not come up."""
     name = Path(sys.argv[0]).stem
 
     async def within(logs: Path) -> bool:
-        config = ServiceConfig(
-            model=args.model,
-            instances=args.instances,
-            kv_tokens=2 * args.prompt_tokens,
-            device=args.device,
-            dtype="float32" if args.device == "cpu" else "auto",
-            threads=max(1, len(os.sched_getaffinity(0)) // args.instances),
-            copy_tokens=copy_tokens,
-            logs=logs,
-        )
-        async with running(config) as service, AsyncClient(service.address) as client:
-            return await measure(service, client)
+        return await measure(logs)
 
     print(facts())
     with tempfile.TemporaryDirectory() as logs:

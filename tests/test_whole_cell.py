@@ -135,3 +135,31 @@ def test_a_play_reaches_what_it_is_for() -> None:
     assert seen["gManager lost"] and seen["instance is back"], seen
     assert seen["instance left"] > 1 and seen["instance comes"], seen
     assert seen["ended: length"] and seen["ended: abort"], seen
+
+
+def test_a_play_shares_what_requests_left() -> None:
+    """Beginnings are shared while their requests run and after, make room for others, and outlast losses; some clients leave
+    meanwhile."""
+    document: Happening = ("submit", 40, 20, "all", False, 0)
+    question: Happening = ("submit", 44, 12, "all", False, 2)
+    short: Happening = ("submit", 44, 12, 1, True, 2)
+    turn: Happening = ("submit", 70, 12, "auto", False, 3)
+    other: Happening = ("submit", 40, 70, "all", False, 0)
+    cell = play(
+        [30, 30, 30],
+        [
+            *(document, ("let", 60, 1), ("let", 60, 2), question, short, ("let", 60, 3), ("let", 60, 4), ("let", 60, 5)),
+            *(turn, question, ("let", 30, 6), ("cancel", 0), short, ("let", 60, 7), ("let", 60, 8)),
+            *(other, other, other, ("let", 60, 9), ("let", 60, 10), ("let", 60, 11), ("time", 2, 60, 12)),
+            *(document, ("let", 60, 13), ("let", 60, 14), question, ("let", 20, 15), ("join", 30), ("let", 60, 16)),
+            *(short, turn, ("let", 60, 17), ("kill", 0, True), ("let", 60, 18), ("time", 3, 60, 19), question, short),
+            *(("let", 60, 20), ("lose gManager",), ("let", 60, 21), ("time", 3, 60, 22), question, short, ("let", 60, 23)),
+        ],
+    )
+    seen = cell.seen
+    assert seen["tokens to be shared"] > 300, seen
+    assert seen["shared where nothing is computed"], seen
+    assert seen["cached when an epoch ended"], seen
+    assert sum(process.instance._rmanager.evicted_blocks for process in cell.processes) > 10
+    observed = cell.cluster.stats().observed
+    assert 0 < observed.prefix_hits < observed.prefix_queries

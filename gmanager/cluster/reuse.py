@@ -5,7 +5,7 @@ Prefixes.find ──> Reuse: what is shared where ──place_rest──> option
                   none of it ─────────────────────place──────> option ┘
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gmanager.cluster.cell import Cell, Member
@@ -22,6 +22,9 @@ exchange with it. That takes 0.7 ms a step (32 layers of 23 us), in which an H20
 HOME_TOKENS = 32
 """What one more sequence that decodes there is held against a home, in tokens to prefill: a beginning that all requests have
 must not make one instance the home of all."""
+
+MOST_HOMES = 4
+"""Holders of a beginning, the least crowded ones, that are weighed as homes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +128,10 @@ class Reuses:
         plain = place(views, None)
         options: list[Option] = []
         for reuse in self._find(request):
-            option = self._place(reuse, views, place)
-            if option is not None:
-                options.append(option)
+            for seen in _by_home(views, reuse):
+                option = self._place(reuse, seen, place)
+                if option is not None:
+                    options.append(option)
         if plain is not None:
             options.append((plain, None))
         reach, tokens = self._cell.spec.reach, request.num_tokens
@@ -183,6 +187,15 @@ class Reuses:
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
         self._prefixes.validate()
+
+
+def _by_home(views: Sequence[InstanceView], reuse: Reuse) -> Iterator[Sequence[InstanceView]]:
+    """Instances as they are; then as if each of the least crowded holders were the only one that can be home: placement takes
+    the one that holds most, which would be the same for all who share."""
+    yield views
+    holders = sorted((view for view in views if view.rank in reuse.parts), key=lambda view: (view.homes, view.rank))
+    for home in holders[:MOST_HOMES] if len(holders) > 1 else ():
+        yield [view if view is home else replace(view, max_homes=0) for view in views]
 
 
 def _cost(option: Option, views: Sequence[InstanceView], tokens: int, reach: int) -> float:

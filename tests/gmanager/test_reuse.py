@@ -186,9 +186,9 @@ def test_a_refusal_undoes_what_others_have_granted() -> None:
 
 
 def test_little_is_not_attended_to_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instance 1 would have to take part in each step for a block."""
+    """Another instance would have to take part in each step for a block or two."""
     assert FAR_TOKENS > 4
-    for far, shared in ((5, {0: [[(0, 8)]]}), (4, {0: [[(0, 8)]], 1: [[(8, 12)]]})):
+    for far, shared in ((9, {0: [[(0, 8)]]}), (4, {0: [[(0, 8)]], 1: [[(8, 12)]]})):
         monkeypatch.setattr("gmanager.cluster.reuse.FAR_TOKENS", far)
         driver = serving(20, 20)
         running(driver, "doc", prompt=DOC, spread=2, max_tokens=2, generated=1)
@@ -209,6 +209,23 @@ def test_a_beginning_that_all_have_does_not_make_one_home_of_all() -> None:
         (admit,) = admits(driver.grant(driver.say(CLIENT, ask(f"r{i}", DOC, max_tokens=8))))
         homes.append(admit.shares[0].rank)
     assert sorted(homes) == [0, 0, 0, 1, 1, 1]
+
+
+def test_those_who_ask_about_one_document_have_their_homes_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attends to all of it; who computes the next tokens is another, however much of the document lies on the first."""
+    monkeypatch.setattr("gmanager.cluster.reuse.FAR_TOKENS", 4)
+    monkeypatch.setattr("gmanager.cluster.reuse.HOME_TOKENS", 1)
+    driver = serving(100, 100, 100)
+    running(driver, "doc", prompt=list(range(60)), spread=3, max_tokens=2, generated=1)
+    finish(driver, 1, 2, runs=[[(0, 32)]])
+    driver.say(peer(1), cached(s1=[[(32, 48)]]))
+    driver.say(peer(2), cached(s1=[[(48, 56)]]))
+    homes: list[int] = []
+    for i in range(6):
+        (admit, *_) = admits(driver.grant(driver.say(CLIENT, ask(f"r{i}", [*range(60), i], spread=1))))
+        assert [part.rank for part in admit.kept] == [0, 1, 2]
+        homes.append(admit.shares[0].rank)
+    assert homes == [0, 1, 2, 0, 1, 2]
 
 
 def test_blocks_that_are_pinned_are_counted_once() -> None:

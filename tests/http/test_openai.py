@@ -72,6 +72,25 @@ async def test_a_completion_is_what_the_service_answers(client: AsyncOpenAI, ser
         assert (answer.object, answer.model) == ("text_completion", str(llama))
 
 
+async def test_what_was_cached_is_told_and_a_salt_sets_apart(client: AsyncOpenAI, llama: Path) -> None:
+    ids = [(i * i * 7 + 3) % 256 for i in range(100)]
+    asked: Any = {"model": str(llama), "prompt": ids, "max_tokens": 3, "temperature": 0}
+    texts = []
+    for salt, cached in ((None, 0), (None, 96), ("mine", 0), ("yours", 0), ("mine", 96)):
+        answer = await client.completions.create(**asked, extra_body={} if salt is None else {"cache_salt": salt})
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        assert answer.usage.prompt_tokens == 100
+        assert answer.usage.prompt_tokens_details.cached_tokens == cached
+        texts.append(answer.choices[0].text)
+    assert len(set(texts)) == 1
+    twice = await client.completions.create(**asked | {"prompt": [ids, ids]}, n=2)
+    assert twice.usage is not None and twice.usage.prompt_tokens_details is not None
+    assert twice.usage.prompt_tokens_details.cached_tokens == 192, "each prompt counts once"
+    for wrong in ("", "x" * 257, 7):
+        with pytest.raises(openai.BadRequestError, match="cache_salt"):
+            await client.completions.create(**asked, extra_body={"cache_salt": wrong})
+
+
 async def test_streams_hold_what_whole_answers_do(client: AsyncOpenAI, llama: Path) -> None:
     asked: Any = {"model": str(llama), "max_tokens": 12, "temperature": 0.9, "seed": 5, "n": 2}
     whole = await client.completions.create(prompt="hello", logprobs=2, **asked)

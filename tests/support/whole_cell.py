@@ -187,6 +187,8 @@ class WholeCell:
         message = read(TO_GMANAGER, frame)
         assert not isinstance(message, BadMessage), message
         self.seen[type(message).__name__] += 1
+        if isinstance(message, m.Kept):
+            self.seen["cached when an epoch ended"] += len(message.cached)
         self.seen["lacks source"] += isinstance(message, m.NotGranted) and message.lacks_source
         self.tell(PeerSaid(peer, message, self.loop.now))
 
