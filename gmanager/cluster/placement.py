@@ -76,6 +76,8 @@ class Candidate:
     home: int
     priority: int = 0
     """Lower goes first."""
+    left: int = 1
+    """Tokens that it may still generate."""
 
 
 def place(

@@ -64,6 +64,11 @@ class Sequence:
         done = {rank: tokens - self.kept.get(rank, 0) for rank, tokens in self.held.items()}
         return works_of(self.shares, reach, done)
 
+    @property
+    def left(self) -> int:
+        """Tokens that it may still generate, at least one."""
+        return max(1, self.request.max_tokens - len(self.request.tokens))
+
     def decodes_over(self) -> dict[int, int] | None:
         """rank -> tokens there that each of its rows attends to, as last heard; None while its prompt runs."""
         if self.ending or not self.received:

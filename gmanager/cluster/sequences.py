@@ -62,6 +62,12 @@ from gmanager.wire.messages import (
 )
 
 
+def candidate(sequence: Sequence) -> Candidate:
+    """As somebody who may be preempted."""
+    request = sequence.request
+    return Candidate(sequence.number, request.number, request.num_tokens, sequence.home, request.priority, sequence.left)
+
+
 class Sequences:
     """Admission, placement and homes in a cell, through all its epochs. Pure: what is to be done is emitted."""
 
@@ -446,19 +452,22 @@ class Sequences:
 
     def _make_room(self, sequence: Sequence) -> int | None:
         """Its home has no block left for it: another home, or None if somebody must make (or is making) room first."""
-        views = self._running.views()
-        policy = self._cell.policy
-        target = policy.next_home(views, sequence.home)
+        views, policy, home = self._running.views(), self._cell.policy, sequence.home
+        target = policy.next_home(views, home)
         if target is not None:
-            return target
+            at_home = [candidate(other) for other in self._running.all() if other.home == home]
+            outlook = self._waiting.outlook(views)
+            gives_way = policy.gives_way(candidate(sequence), at_home, target, outlook)
+            if gives_way is None:
+                return target
+            if not self._running.blocks_come:
+                self._preempt(self._running[gives_way])
+            return None
         if self._running.blocks_come or self._waiting.give_up_kept():
             return None
-        running = [
-            Candidate(s.number, s.request.number, s.request.num_tokens, s.home, s.request.priority) for s in self._running.all()
-        ]
-        victim = policy.victim(running, sequence.home)
+        victim = policy.victim(map(candidate, self._running.all()), home)
         if victim is None:
-            target = policy.last_resort(views, sequence.home)
+            target = policy.last_resort(views, home)
         if target is None:
             self._preempt(sequence if victim is None else self._running[victim])
         return target

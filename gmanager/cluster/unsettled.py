@@ -66,7 +66,7 @@ def view_of(sequence: Sequence, moves: Moves) -> SequenceView:
         arrival=request.number,
         home=sequence.home,
         held={rank: tokens for rank, tokens in sequence.held.items() if tokens},
-        left=max(1, request.max_tokens - len(request.tokens)),
+        left=sequence.left,
         can_move=is_free and request.move_call is None,
         copyable=[rank for rank in sequence.participants if moves.can_begin(sequence, rank)],
     )

@@ -132,6 +132,10 @@ class Policy:
         """Where a sequence goes on whose home has no block left; None: nowhere, somebody makes room."""
         return choose_target(views, home=home)
 
+    def gives_way(self, wanting: Candidate, at_home: Sequence[Candidate], target: int, outlook: Outlook) -> int | None:
+        """Who of a home's sequences is preempted rather than that who wants a block goes on at `target`; None: nobody."""
+        return None
+
     def last_resort(self, views: Sequence[InstanceView], home: int) -> int | None:
         """The same if there is nobody to preempt."""
         return choose_target(views, home=home, reserve=1)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from gmanager.cluster.placement import RESERVE_BLOCKS
+from gmanager.cluster.placement import RESERVE_BLOCKS, Candidate, choose_victim
 from gmanager.cluster.policies.base import Outlook, Policy, Relocation, SequenceView
-from gmanager.cluster.policies.gain import best_of, copies_home, homes_among_holders, relative_gain
+from gmanager.cluster.policies.gain import best_of, copies_home, homes_among_holders, relative_gain, travel_s
 
 
 class Elastic(Policy):
@@ -13,6 +13,16 @@ class Elastic(Policy):
 
     name = "elastic"
     relocates = True
+
+    def gives_way(self, wanting: Candidate, at_home: Sequence[Candidate], target: int, outlook: Outlook) -> int | None:
+        """The one that is cheapest to compute again, if that takes less than rows that travel until this one ends."""
+        victim = choose_victim(at_home)
+        if victim is None:
+            return None
+        tokens = next(candidate.tokens for candidate in at_home if candidate.seq == victim)
+        again_s = outlook.costs.prefill_s(tokens, chunk=outlook.chunk_tokens)
+        home, views = wanting.home, outlook.views
+        return victim if again_s < travel_s(views[home], views[target], wanting.left, outlook.costs) else None
 
     def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> Relocation | None:
         return best_of(

@@ -57,18 +57,36 @@ def after(views: Mapping[int, InstanceView], sequence: SequenceView, relocation:
     return new
 
 
-def throughput(views: Iterable[InstanceView], costs: Costs) -> float:
-    """Tokens per second of instances that step together."""
-    views = list(views)
-    slowest = max(costs.decode_step_s(view.rows, view.held, view.sent, view.served) for view in views)
-    return sum(view.rows for view in views) / slowest if slowest else 0.0
+def throughput(views: Mapping[int, InstanceView], costs: Costs, before: Mapping[int, InstanceView] | None = None) -> float:
+    """Tokens per second of instances that step together.
+
+    `before`: how they were. An exchange costs a step the same however many rows need it; of that each of these bears its part,
+    so that it pays to bring one home of many that must all come before anything is won.
+    """
+    before = views if before is None else before
+
+    def seconds(view: InstanceView) -> float:
+        now, then = view.sent + view.served, before[view.rank].sent + before[view.rank].served
+        exchange_s = costs.decode.exchange_s
+        saved_s = exchange_s * (1 - now / then) if 0 < now < then else 0.0
+        return costs.decode_step_s(view.rows, view.held, view.sent, view.served) - saved_s
+
+    slowest = max(map(seconds, views.values()))
+    return sum(view.rows for view in views.values()) / slowest if slowest > 0 else 0.0
+
+
+def travel_s(home: InstanceView, target: InstanceView, left: int, costs: Costs) -> float:
+    """What a sequence's next `left` rows cost its next home and the one that it leaves KV at: each an exchange, or its part of
+    one that they have anyway."""
+    shared = min(view.sent + view.served for view in (home, target))
+    return 2 * left * (costs.decode.exchange_s / (shared + 1) + 2 * costs.decode.moved_s)
 
 
 def relative_gain(sequence: SequenceView, relocation: Relocation, outlook: Outlook) -> float:
     """By which part the throughput of those that it concerns grows, less what a copy takes of the time that is left."""
     views = {rank: outlook.views[rank] for rank in sorted(concerned(sequence, relocation))}
-    before = throughput(views.values(), outlook.costs)
-    then = throughput(after(views, sequence, relocation).values(), outlook.costs)
+    before = throughput(views, outlook.costs)
+    then = throughput(after(views, sequence, relocation), outlook.costs, views)
     if before <= 0 or then <= 0:
         return 0.0
     gain = then / before - 1
