@@ -199,6 +199,8 @@ class Scheduler:
         """Handed off while their last token was under way."""
         self._origins: dict[int, Origin] = {}
         """Of sequences whose home is here, or was when the last messages were taken."""
+        self._lacking: dict[int, None] = {}
+        """Sequences without room for their next row, of which the gManager is yet to hear."""
         self._scored: list[Message] = []
         self._outputs: list[SequenceOutput] = []
         self._messages: list[Message] = []
@@ -429,6 +431,14 @@ class Scheduler:
     def take_messages(self) -> list[Message]:
         """What the gManager must hear since the last call: log-probabilities of prompts, outputs, then the rest."""
         outputs: list[Message] = [Outputs(epoch=self.epoch, outputs=self._outputs)] if self._outputs else []
+        # a lack is told after the tokens of all rows before it: one that comes later means to the gManager that there is room
+        for seq in list(self._lacking):
+            home = self._homes.get(seq)
+            if home is not None and home.waits_for_block and home.committed < home.generated and not home.over:
+                continue
+            del self._lacking[seq]
+            if home is not None and home.waits_for_block:
+                self._messages.append(NeedBlock(epoch=self.epoch, seq=seq))
         messages = self._scored + outputs + self._messages
         self._scored, self._outputs, self._messages = [], [], []
         return messages
@@ -505,7 +515,7 @@ class Scheduler:
             return True
         if not home.waits_for_block:
             home.waits_for_block = True
-            self._messages.append(NeedBlock(epoch=self.epoch, seq=home.seq))
+            self._lacking[home.seq] = None
         return False
 
     def _take_token(self, home: Home, token: TokenLogprob) -> None:

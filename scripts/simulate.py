@@ -7,9 +7,10 @@
     simulate.py times     write the step times that are simulated, to be edited and given back with --times
 
 A trace is what `bench_serve.py` takes: a file in our own form or in Mooncake's, or the name of a built-in one; or `mix:N`, mix
-N of `make_trace.py`. Policies are the gManager's `--spread` (auto, all, or a number), `separate` (each instance a cell of its
-own, which shares nothing) and `large` (one instance with all memory, whose devices share every step). Step times are those of
-an 8B model on H200s unless --times says others. docs/simulator.md says what is real, and how near it comes.
+N of `make_trace.py`. Policies are the gManager's (`--policy`; `split:N`: N instances prefill, else half of them), its
+`--spread` under the policy that is its default (auto, all, or a number), `separate` (each instance a cell of its own, which
+shares nothing) and `large` (one instance with all memory, whose devices share every step). Step times are those of an 8B model
+on H200s unless --times says others. docs/simulator.md says what is real, and how near it comes.
 
 Exit code 0, 1 if `validate` found the two too far apart, 2 if something can't be simulated or started, 130 if
 interrupted.
@@ -24,7 +25,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from _setup import ROOT
@@ -35,13 +36,15 @@ from simulation.cases import MIX, Case, Result, arrivals_of, at_rate, run_all
 from simulation.instance import SimulationError
 from simulation.plots import draw
 from simulation.search import Search, Split, Tried
-from simulation.service import Setting
+from simulation.service import DEFAULT_POLICY, LARGE, SEPARATE, Setting
 from simulation.times import H200_8B, Profile, TimesError, read_times, write_times
 
 from gmanager import DistattnError
 from gmanager.cli.process import ServiceError
+from gmanager.config import PolicyName
 
 REPORT = "simulate.json"
+POLICIES = [*get_args(PolicyName), SEPARATE, LARGE]
 PICTURE = "simulate.png"
 
 
@@ -102,6 +105,7 @@ def setting_of(args: argparse.Namespace, profile: Profile, instances: int, polic
         grain=args.grain,
         max_queue_wait_s=args.max_queue_wait,
         limit_s=args.limit,
+        prefix_cache=not args.no_prefix_cache,
     )
 
 
@@ -168,16 +172,22 @@ def search(args: argparse.Namespace, profile: Profile) -> Report:
         tried.append(one)
         print(f"{one.phase} on {one.instances} at {one.rate:.3g}/s: {one.attained:.1%} meet the objective", flush=True)
 
-    looked_for = Search(
-        setting=setting_of(args, profile, args.instances, args.policy),
-        arrivals=arrivals_from(args, args.trace),
-        ttft_s=args.slo_ttft,
-        tpot_s=args.slo_tpot,
-        attain=args.attain,
-        tell=tell,
-    )
+    arrivals = arrivals_from(args, args.trace)
+
+    def search_of(policy: str) -> Search:
+        return Search(
+            setting=setting_of(args, profile, args.instances, policy),
+            arrivals=arrivals,
+            ttft_s=args.slo_ttft,
+            tpot_s=args.slo_tpot,
+            attain=args.attain,
+            tell=tell,
+        )
+
+    looked_for = search_of(args.policy)
     splits = looked_for.best() if args.instances > 1 else []
     together = looked_for.goodput("both", args.instances)
+    as_policy = search_of(f"split:{splits[0].prefill}").goodput("both", args.instances) if splits else 0.0
     print()
     for split in splits:
         print(
@@ -187,7 +197,9 @@ def search(args: argparse.Namespace, profile: Profile) -> Report:
     print(f"all {args.instances} do both: {together:.3g} requests/s")
     if splits:
         best = splits[0]
-        print(f"best numbers: {best.prefill} prefill, {best.decode} decode")
+        print(
+            f"best numbers: {best.prefill} prefill, {best.decode} decode; with all that they share, as split: {as_policy:.3g}"
+        )
     if args.rate is not None:
         needed = {phase: looked_for.fewest(phase, args.rate) for phase in ("prefill", "decode")}
         said = [f"{count or f'more than {args.instances}'} {phase}" for phase, count in needed.items()]
@@ -288,6 +300,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         one.add_argument("--block-tokens", type=int, default=BLOCK_TOKENS, help="what a hash id stands for (%(default)d)")
         one.add_argument("--grain", type=int, default=1, help="tokens that are simulated as one, to be faster (%(default)d)")
         one.add_argument("--max-queue-wait", type=float, default=600.0, help="as the gManager's flag (%(default)g)")
+        one.add_argument("--no-prefix-cache", action="store_true", help="as the gManager's --prefix-cache off")
         one.add_argument(
             "--limit", type=float, default=100_000.0, help="simulated seconds after which to give up (%(default)g)"
         )
@@ -298,7 +311,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     one.add_argument("--trace", nargs="+", default=[f"{MIX}5"], help=f"{names} (mix:5)")
     one.add_argument("--rates", nargs="+", type=float, default=[None], help="requests per second, on average (as in the trace)")
     one.add_argument("--instances", nargs="+", type=int, default=[8], help="1 to 1024 (8)")
-    one.add_argument("--policies", nargs="+", default=["auto", "separate", "large"], help="(auto separate large)")
+    one.add_argument("--policies", nargs="+", default=POLICIES, help=f"({' '.join(POLICIES)})")
     one.add_argument("--slo-ttft", type=float, help="seconds to the first token that count as goodput")
     one.add_argument("--slo-tpot", type=float, help="seconds between tokens, in a request's mean, that count as goodput")
     one.add_argument("--jobs", type=int, default=1, help="simulations at a time (%(default)d)")
@@ -306,7 +319,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     one = command("search", search, "how many instances should prefill and how many decode")
     one.add_argument("--trace", default=f"{MIX}5", help=f"{names} (%(default)s)")
     one.add_argument("--instances", type=int, default=8, help="of both kinds together (%(default)d)")
-    one.add_argument("--policy", default="auto", help="among the instances of a kind (%(default)s)")
+    one.add_argument("--policy", default=DEFAULT_POLICY, help="among the instances of a kind (%(default)s)")
     one.add_argument("--slo-ttft", type=float, required=True, help="seconds to the first token")
     one.add_argument("--slo-tpot", type=float, required=True, help="seconds between tokens, in a request's mean")
     one.add_argument("--attain", type=float, default=0.9, help="part of the requests that must meet them (%(default)g)")

@@ -29,6 +29,8 @@ class Part:
     """0: it doesn't run (any more)."""
     first_s: float = 0.0
     """Since when it is the first of its lane's queue."""
+    took_s: float = 0.0
+    """From then until it was over."""
     changes: int = 0
     """Of the rate: what was said about its end before the last one is not true any more."""
 
@@ -114,7 +116,8 @@ class Processor:
             return
         for each in group.parts:
             each.is_over = True
-            each.device.occupied_s += self._clock.now - each.first_s if each.work_s else 0.0
+            each.took_s = self._clock.now - each.first_s
+            each.device.occupied_s += each.took_s if each.work_s else 0.0
             if not self._is_shared:
                 each.device._processor._drop(each)
         for each in group.parts:

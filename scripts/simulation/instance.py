@@ -1,5 +1,6 @@
 """An instance: what the gManager tells it, and what it says. As `instance.server` does, without sockets and a device."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,14 +9,14 @@ from instance.rmanager import RManager
 from instance.scheduler import MAX_DECODE_ROWS, Pace, Scheduler
 from instance.step import LANES, Grouping, Lane
 from simulation.clock import Clock
-from simulation.device import Device, Processor
+from simulation.device import Device, Part, Processor
 from simulation.parties import Parties, Seat
-from simulation.times import Profile
+from simulation.times import Load, Profile
 
 VOCABULARY = 1 << 31
 MAX_CONTEXT = 1 << 40
-COPY_BYTES_PER_TOKEN_S = 1e-6
-"""Seconds in which a token's KV is copied to another instance beside steps."""
+COPIED_TOKEN_S = 1e-6
+"""Seconds in which a token's KV is copied to another instance, beside steps and at no cost to them."""
 
 
 class SimulationError(Exception):
@@ -38,10 +39,11 @@ class Instance:
         self._tell = tell
         self._parties: Parties | None = None
         self._seats: dict[Lane, Seat] = {}
-        self._told_free = self.rmanager.free_blocks
         self._epoch = 0
+        self._samples: dict[Lane, deque[m.StepSample]] = {lane: deque(maxlen=m.MAX_STEP_SAMPLES // 2) for lane in LANES}
+        """Of the newest steps, not told yet."""
 
-    def register(self, cell: str, cell_size: int, number: int) -> m.Register:
+    def register(self, cell: str, cell_size: int, number: int, role: m.Role) -> m.Register:
         """How it introduces itself."""
         profile = self._profile
         spec = m.InstanceSpec(
@@ -69,10 +71,15 @@ class Instance:
             party_address=f"simulated:{number}",
             spec=spec,
             wanted_id=number,
+            role=role,
         )
 
-    def join(self, epoch: int, rank: int, parties: Parties) -> None:
-        """Step with the others of its cell from now on."""
+    def join(self, epoch: int, rank: int, parties: Parties, *, caches: bool) -> None:
+        """Step with the others of its cell from now on.
+
+        `caches`: keep what sequences leave, for others that begin with the same tokens.
+        """
+        self.rmanager.caches = caches
         profile = self._profile
         pace = Pace(profile.chunk_tokens, profile.mixed_chunk_tokens)
         if profile.shrinks:
@@ -86,12 +93,22 @@ class Instance:
     def obey(self, message: m.Message) -> None:
         """One message of the gManager, once it serves. Raises SimulationError for what no instance here is ever told."""
         match message:
+            case m.Reserve(seq=seq, source=source) if source and not self.rmanager.share(seq, source, message.shared):
+                self._tell_of_cached()
+                free = self.rmanager.free_blocks
+                self._tell(m.NotGranted(epoch=self._epoch, seq=seq, free_blocks=free, lacks_source=True))
             case m.Reserve(seq=seq, blocks=blocks):
-                self._answer_reserve(seq, blocks if self.rmanager.reserve(seq, blocks) else None)
+                is_granted = self.rmanager.reserve(seq, blocks)
+                if not is_granted:
+                    self.rmanager.drop(seq)  # what it would have shared
+                self._answer_reserve(seq, blocks if is_granted else None)
             case m.ReserveNext(seq=seq):
                 self._answer_reserve(seq, self.rmanager.reserve_next(seq))
             case m.Drop(seq=seq):
                 self.rmanager.drop(seq)
+                self._tell_of_freed()
+            case m.Discard(seq=seq):
+                self.rmanager.discard(seq)
                 self._tell_of_freed()
             case m.Admit():
                 self.scheduler.admit(message)
@@ -115,14 +132,29 @@ class Instance:
         self._look()
 
     def beat(self) -> None:
-        """Once a second; one that would tell nothing new is left out."""
-        held = self.rmanager.take_changes()
-        if held or self.rmanager.free_blocks != self._told_free:
-            self._send_beat(held)
+        """Once a second, whatever there is to tell: after a release the gManager waits for the next one."""
+        self._send_beat()
+
+    def note_step(self, part: Part, load: Load) -> None:
+        """A step has run."""
+        if load.rows or load.served:
+            other: Lane = "decode" if part.lane == "prefill" else "prefill"
+            self._samples[part.lane].append(
+                m.StepSample(
+                    lane=int(part.lane == "decode"),
+                    rows=load.rows,
+                    attended=load.attended,
+                    sent=load.sent,
+                    served=load.served,
+                    us=round(part.took_s * 1e6),
+                    beside=self.device.working[other] is not None,
+                )
+            )
 
     def tell_progress(self) -> None:
         """A lane has moved on: tell the gManager, and the other lane."""
         self._tell_of_freed()
+        self._tell_of_cached()  # before the Released of sequences that left it
         for message in self.scheduler.take_messages():
             self._tell(message)
         self.scheduler.forget_origins()
@@ -130,9 +162,8 @@ class Instance:
 
     @property
     def used(self) -> float:
-        """What part of its blocks is reserved or holds KV."""
-        pool = self.rmanager.shards.pool
-        return 1 - pool.num_free / pool.num_blocks
+        """What part of its blocks is reserved, or holds KV that somebody uses."""
+        return 1 - self.rmanager.free_blocks / self.rmanager.shards.pool.num_blocks
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
@@ -146,6 +177,7 @@ class Instance:
 
     def _answer_reserve(self, seq: int, added: int | None) -> None:
         """`added`: blocks that are the sequence's now; None: there is no room."""
+        self._tell_of_cached()  # some may have had to make room
         free = self.rmanager.free_blocks
         if added is None:
             self._tell(m.NotGranted(epoch=self._epoch, seq=seq, free_blocks=free))
@@ -163,15 +195,31 @@ class Instance:
 
         def arrive() -> None:
             self.rmanager.note_copy(asked.move, asked.ranges)
-            self._tell(m.Copied(epoch=asked.epoch, move=asked.move))
+            self._tell(m.Copied(epoch=asked.epoch, move=asked.move, us=round(took_s * 1e6)))
 
-        tokens = sum(end - start for start, end in asked.ranges)
-        self._clock.after(tokens * COPY_BYTES_PER_TOKEN_S, arrive)
+        took_s = COPIED_TOKEN_S * sum(end - start for start, end in asked.ranges)
+        self._clock.after(took_s, arrive)
 
     def _tell_of_freed(self) -> None:
         if self.rmanager.freed:
-            self._send_beat(self.rmanager.take_changes())
+            self._send_beat()
 
-    def _send_beat(self, held: dict[int, int]) -> None:
-        self._told_free = self.rmanager.free_blocks
-        self._tell(m.Beat(epoch=self._epoch, free_blocks=self._told_free, held_tokens=held, counters=m.Counters()))
+    def _send_beat(self) -> None:
+        samples = [sample for its in self._samples.values() for sample in its]
+        for its in self._samples.values():
+            its.clear()
+        self._tell(
+            m.Beat(
+                epoch=self._epoch,
+                free_blocks=self.rmanager.free_blocks,
+                held_tokens=self.rmanager.take_changes(),
+                counters=m.Counters(),
+                cached_blocks=self.rmanager.cached_blocks,
+                samples=samples,
+            )
+        )
+
+    def _tell_of_cached(self) -> None:
+        shards = [m.KeptShard(seq=seq, runs=runs) for seq, runs in self.rmanager.take_reusable().items()]
+        if shards:
+            self._tell(m.Cached(epoch=self._epoch, shards=shards))

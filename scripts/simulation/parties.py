@@ -33,6 +33,7 @@ class Launched:
     """A member's part in a step that is not committed."""
 
     part: Part
+    load: Load
     sampled: list[int]
     """Sequences of which it yields a token."""
 
@@ -141,6 +142,7 @@ class Parties:
         """Commit the step before, and come back for another."""
         over, seat.running, seat.behind = seat.running, seat.behind, None
         if over is not None:
+            seat.instance.note_step(over.part, over.load)
             seat.instance.scheduler.commit(seat.lane, dict.fromkeys(over.sampled, TOKEN))
         seat.is_free = True
         seat.table.present[seat.instance.rank] = seat
@@ -168,9 +170,8 @@ class Parties:
         table.step += 1
         table.is_called = len(seats) > 1 and not step.is_empty()
         self.num_rounds += 1
-        parts = self._launch(table, seats, plans)
-        for seat, plan, part in zip(seats, plans, parts, strict=True):
-            launched = Launched(part, [row.seq for row in plan.sampled])
+        for seat, plan, launched in zip(seats, plans, self._launch(table, seats, plans), strict=True):
+            launched.sampled += [row.seq for row in plan.sampled]
             seat.is_free = False
             if seat.running is None:
                 seat.running = launched
@@ -186,20 +187,21 @@ class Parties:
         seat.table.present[seat.instance.rank] = seat
         self.look(seat)
 
-    def _launch(self, table: Table, seats: Sequence[Seat], plans: Sequence[StepPlan]) -> list[Part]:
+    def _launch(self, table: Table, seats: Sequence[Seat], plans: Sequence[StepPlan]) -> list[Launched]:
         partners = {
             rank: {*plan.layout.dispatched, *plan.layout.received} for rank, plan in zip(table.members, plans, strict=True)
         }
-        parts: dict[int, Part] = {}
+        launched: dict[int, Launched] = {}
         for rank, seat, plan in zip(table.members, seats, plans, strict=True):
-            work_s = self._profile.step_s(table.lane, load_of(plan))
-            parts[rank] = Part(seat.instance.device, table.lane, work_s, Group())
+            load = load_of(plan)
+            work_s = self._profile.step_s(table.lane, load)
+            launched[rank] = Launched(Part(seat.instance.device, table.lane, work_s, Group()), load, [])
         for ranks in _connected(partners):
-            together = [parts[rank] for rank in ranks]
+            together = [launched[rank].part for rank in ranks]
             for part in together[1:]:
                 part.group = together[0].group
             run_together(together)
-        return [parts[rank] for rank in table.members]
+        return [launched[rank] for rank in table.members]
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,7 @@ class Search:
             grain=self.setting.grain,
             max_queue_wait_s=self.setting.max_queue_wait_s,
             limit_s=self.setting.limit_s,
+            prefix_cache=self.setting.prefix_cache,
         )
         late_at_most = (1 - self.attain) * len(arrivals)
         phase_of = {"prefill": self._is_late_to_begin, "decode": self._is_late_to_end, "both": self._is_late}

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import get_args
 
 from _replay import Timing
 from _trace import Arrival, BlockArrival
@@ -22,8 +23,9 @@ from gmanager.cluster.events import (
     SendAll,
     TextLoaded,
     Ticked,
+    Write,
 )
-from gmanager.config import GManagerConfig, Spread, parse_spread
+from gmanager.config import GManagerConfig, PolicyName, parse_spread
 from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
 from simulation.clock import Clock
@@ -38,6 +40,7 @@ NEVER_S = 1e12
 CLIENT = b"client"
 ASSETS = m.TextAssets(tokenizer_json=None, chat_template=None, special_tokens={}, eos_token_ids=[])
 
+DEFAULT_POLICY = GManagerConfig().policy
 SEPARATE = "separate"
 LARGE = "large"
 """Names of what one would have instead: instances that share nothing, and one whose devices share every step."""
@@ -49,8 +52,11 @@ class Setting:
 
     profile: Profile
     instances: int
-    policy: str = "auto"
-    """How the gManager places prompts (its `--spread`), `separate`, or `large`."""
+    policy: str = DEFAULT_POLICY
+    """The gManager's `--policy`, `split:N` with so many instances that prefill; or its `--spread` under the policy that is its
+    default; `separate`; or `large`."""
+    prefix_cache: bool = True
+    """As the gManager's."""
     grain: int = 1
     """Tokens that a row stands for, and steps that a decode step stands for: 8 is some ten times as fast as 1."""
     max_queue_wait_s: float = 600.0
@@ -61,16 +67,42 @@ class Setting:
     def __post_init__(self) -> None:
         if self.instances < 1 or self.grain < 1:
             raise ValueError(f"there must be one instance at least, and a grain of 1, got {self.instances} and {self.grain}")
-        self.spread()
+        self.config()
+        self.roles()
         self.own_profile()
 
-    def spread(self) -> Spread:
-        """For the gManager. Raises ValueError for a policy that is not known."""
+    def config(self) -> GManagerConfig:
+        """Of the gManager. Raises ValueError for a policy that is not known."""
+        name, _, _ = self.policy.partition(":")
+        is_policy = name in get_args(PolicyName)
         try:
-            return "auto" if self.policy in (SEPARATE, LARGE) else parse_spread(self.policy)
+            spread = "auto" if is_policy or self.policy in (SEPARATE, LARGE) else parse_spread(self.policy)
         except ValueError:
-            known = f"{SEPARATE}, {LARGE}, auto, all or a number of instances"
+            known = f"{', '.join(get_args(PolicyName))}, {SEPARATE}, {LARGE}, auto, all or a number of instances"
             raise ValueError(f"the policy must be {known}, got {self.policy!r}") from None
+        return GManagerConfig(
+            policy=name if is_policy else "static" if self.policy in (SEPARATE, LARGE) else DEFAULT_POLICY,
+            spread=spread,
+            prefix_cache=self.prefix_cache,
+            max_queue_wait_s=self.max_queue_wait_s,
+            max_queue_bytes=max(1, 2**30 // self.grain),
+            client_lease_s=NEVER_S,
+            instance_lease_s=NEVER_S,
+            max_stall_s=NEVER_S,
+        )
+
+    def roles(self) -> list[m.Role]:
+        """Of each instance. Raises ValueError for a split that leaves one kind without any."""
+        name, _, count = self.policy.partition(":")
+        if name != "split":
+            if count:
+                raise ValueError(f"only split says how many instances prefill, got {self.policy!r}")
+            return ["mixed"] * self.instances
+        prefill = int(count) if count.isdecimal() else max(1, self.instances // 2)
+        if (count and not count.isdecimal()) or not 0 < prefill < self.instances:
+            most = f"{self.instances - 1} of {self.instances}"
+            raise ValueError(f"split:N has 1 to {most} instances prefill, got {self.policy!r}")
+        return ["prefill" if number < prefill else "decode" for number in range(self.instances)]
 
     def own_profile(self) -> Profile:
         """Of each instance that is simulated."""
@@ -117,16 +149,7 @@ class Service:
         self.setting = setting
         self.clock = Clock()
         self._profile = profile = setting.own_profile()
-        self.cluster = Cluster(
-            GManagerConfig(
-                spread=setting.spread(),
-                max_queue_wait_s=setting.max_queue_wait_s,
-                max_queue_bytes=max(1, 2**30 // setting.grain),
-                client_lease_s=NEVER_S,
-                instance_lease_s=NEVER_S,
-                max_stall_s=NEVER_S,
-            )
-        )
+        self.cluster = Cluster(setting.config())
         shared = None if profile.cores is None else Processor(self.clock, profile)
         self.instances: dict[PeerId, Instance] = {}
         self._parties: dict[int, Parties] = {}
@@ -138,12 +161,14 @@ class Service:
         """Requests that have yet to have their first token before those come that wait for it."""
         self._gated: list[Timing] = []
         self._is_formed = False
+        roles = setting.roles()
         for cell, size in enumerate(setting.cells()):
             for number in range(size):
                 peer = b"instance %d of cell %d" % (number, cell)
                 tell = partial(self._from_instance, peer)
                 self.instances[peer] = Instance(self.clock, profile, shared or Processor(self.clock, profile), tell)
-                register = self.instances[peer].register(f"cell {cell}" if len(setting.cells()) > 1 else "main", size, number)
+                name = f"cell {cell}" if len(setting.cells()) > 1 else "main"
+                register = self.instances[peer].register(name, size, number, roles[number])
                 self._handle(PeerSaid(peer, register, 0.0))
         self._handle(PeerSaid(CLIENT, m.Hello(protocol=m.PROTOCOL), 0.0))
         while not self._is_ready():
@@ -290,7 +315,7 @@ class Service:
                 self._soon(Encoded(number, self.clock.now, token_ids=ids, highest=VOCABULARY - 1))
             case LoadText(cell=number):
                 self._soon(TextLoaded(number, self.clock.now))
-            case Log():
+            case Log() | Write():  # there is no journal
                 return
             case _:
                 raise SimulationError(f"the gManager wants {type(action).__name__}, which is not simulated")
@@ -332,7 +357,7 @@ class Service:
             raise SimulationError(f"the membership of a cell changed: {join}")
         if join.epoch not in self._parties:
             self._parties[join.epoch] = Parties(self.clock, self._profile)
-        self.instances[peer].join(join.epoch, join.rank, self._parties[join.epoch])
+        self.instances[peer].join(join.epoch, join.rank, self._parties[join.epoch], caches=join.caches)
         self._from_instance(peer, m.Joined(epoch=join.epoch))
 
 

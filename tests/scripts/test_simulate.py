@@ -100,9 +100,16 @@ def test_any_trace_ends_on_any_cell(data: st.DataObject) -> None:
         Arrival(at_s=at_s, prompt_tokens=prompt, max_tokens=answer)
         for prompt, answer, at_s in data.draw(st.lists(sizes, min_size=1, max_size=12))
     ]
-    policy = data.draw(st.sampled_from(["auto", "all", "2", "large"]))
+    policies = ["infinite", "loong", "elastic", "auto", "all", "2", "large"] + ["split"] * (instances > 1)
+    policy = data.draw(st.sampled_from(policies))
     cores = data.draw(st.sampled_from([None, 1.5]))
     simulated(trace, instances=instances, policy=policy, profile=msgspec.structs.replace(SMALL, cores=cores))
+
+
+def test_room_that_another_leaves_is_used() -> None:
+    """A home tells of a lack of room after the tokens of all rows before it, also when a step of the other lane ends meanwhile:
+    the gManager takes tokens that come later for a sign that there is room, and the sequence waited for ever."""
+    simulated(at_once((106, 20), (65, 1)), policy="infinite")
 
 
 def test_the_small_cell_is_small_enough() -> None:
@@ -168,6 +175,22 @@ def test_a_request_that_waits_too_long_fails_as_the_gmanager_says() -> None:
     outcome = simulate(Setting(profile=SMALL, instances=1, max_queue_wait_s=0.5), at_once(*[(40, 20)] * 6))
     assert outcome.timings[0].error is None
     assert "max-queue-wait" in (outcome.timings[5].error or "")
+
+
+def test_prompts_that_begin_alike_share_what_was_computed() -> None:
+    """By their hash ids, after the first has ended; without a cache each is computed whole."""
+    first = BlockArrival(at_s=0, prompt_tokens=40, max_tokens=4, hash_ids=[1, 2, 3, 4, 5], block_tokens=8)
+    again = msgspec.structs.replace(first, at_s=2.0, hash_ids=[1, 2, 3, 4, 6])
+    cached, whole = (simulated([first, again], instances=1, prefix_cache=cache).timings[1] for cache in (True, False))
+    assert cached.ttft_s is not None
+    assert whole.ttft_s is not None
+    assert whole.ttft_s - cached.ttft_s > 31 * 0.001  # the rows of four blocks of 8, but for a token or so
+
+
+@pytest.mark.parametrize("policy", ["static", "infinite", "loong", "split:1", "split:2", "elastic"])
+def test_each_policy_serves(policy: str) -> None:
+    outcome = simulated([Arrival(at_s=0.2 * i, prompt_tokens=20, max_tokens=8) for i in range(6)], policy=policy)
+    assert (outcome.home_moves > 0) == policy.startswith("split")
 
 
 # --- figures that were measured
@@ -364,8 +387,11 @@ def test_times_are_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"policy": "best"}, "the policy must be separate, large, auto, all or a number of instances, got 'best'"),
+        ({"policy": "best"}, "the policy must be .*, split, separate, large, auto, all or a number of instances, got 'best'"),
         ({"grain": 7}, "a block of 4 tokens is no multiple of 7"),
+        ({"policy": "split:2"}, "split:N has 1 to 1 of 2 instances prefill, got 'split:2'"),
+        ({"policy": "split:x"}, "split:N has 1 to 1 of 2 instances prefill"),
+        ({"policy": "loong:1"}, "only split says how many instances prefill"),
         ({"instances": 0}, "there must be one instance at least"),
     ],
 )
@@ -508,7 +534,8 @@ def test_the_command_writes_a_report_and_a_picture(tmp_path: Path) -> None:
     done = simulate_py("run", "--trace", "mix:3", *flags)
     assert done.returncode == 0, done.stderr
     report = msgspec.json.decode((tmp_path / "simulate.json").read_bytes(), type=command.Report)
-    policies = ["auto", "separate", "large"]
+    policies = command.POLICIES
+    assert "elastic" in policies
     assert [(r.rate, r.policy) for r in report.results] == [(rate, policy) for rate in (1.0, 4.0) for policy in policies]
     assert all(result.figures.count == 20 and result.figures.goodput_per_s for result in report.results)
     assert (tmp_path / "simulate.png").read_bytes().startswith(b"\x89PNG")
