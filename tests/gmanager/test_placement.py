@@ -329,3 +329,24 @@ def test_spread_is_parsed() -> None:
     assert [parse_spread(text) for text in ("auto", "all", "3")] == ["auto", "all", 3]
     with pytest.raises(ValueError, match="'many'"):
         parse_spread("many")
+
+
+def test_some_of_many_instances_are_kept_free_of_long_prompts() -> None:
+    """Those with least to prefill; whoever has a short prompt finds them, and memory may want all the same."""
+    many = [replace(view, max_homes=64) for view in views([200] * 16, total=200)]
+    long = place(many, tokens=LONG_PROMPT, block_size=64, spread="auto")
+    assert long is not None
+    assert len(long.shares) == 14
+    busy = [replace(view, backlog=10**6 if view.rank in long.blocks else 0) for view in many]
+    second = place(busy, tokens=LONG_PROMPT, block_size=64, spread="auto")
+    assert second is not None
+    assert set(second.blocks) <= set(long.blocks), "the same ones"
+    short = place(busy, tokens=64, block_size=64, spread="auto")
+    assert short is not None
+    assert short.shares[0].rank not in long.blocks
+    huge = place(busy, tokens=64 * 16 * 199, block_size=64, spread="auto")
+    assert huge is not None
+    assert len(huge.shares) == 16
+    few = place(many[:4], tokens=LONG_PROMPT, block_size=64, spread="auto")
+    assert few is not None
+    assert len(few.shares) == 4
