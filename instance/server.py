@@ -8,7 +8,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -167,7 +167,7 @@ class Instance:
                         await self._find_gmanager(self._silence or str(gone))
                         continue
                     self._unanswered = 0
-                    if isinstance(message, wire.Expelled):
+                    if _is_forgotten(message):
                         await self._come_again(message.reason)
                     else:
                         self._obey(message, tasks)
@@ -215,8 +215,8 @@ class Instance:
         """Raises PeerGone, and InstanceError if it refuses this instance."""
         config = self._config
         self._introduce()
-        while isinstance(answer := await self._gmanager.recv(), wire.Expelled | wire.Pong):
-            if isinstance(answer, wire.Expelled) and self._former is not None:
+        while _is_forgotten(answer := await self._gmanager.recv()) or isinstance(answer, wire.Pong):
+            if _is_forgotten(answer) and self._former is not None:
                 await self._forget_cell(answer.reason)
                 self._introduce()
             # else what it said while it didn't know this instance
@@ -534,3 +534,9 @@ def _newest_that_fit(cached: Mapping[int, list[list[tuple[int, int]]]]) -> list[
             break
         told.append(wire.KeptShard(seq=seq, runs=runs))
     return told
+
+
+def _is_forgotten(message: object) -> TypeGuard[wire.Expelled | wire.Refused]:
+    """Whether the gManager doesn't know this instance (any more), which is to come as a new one. To a Ping of somebody whom it
+    has forgotten it can't say so as to an instance: it may be a client's."""
+    return isinstance(message, wire.Expelled) or (isinstance(message, wire.Refused) and message.may_return)

@@ -105,6 +105,13 @@ def test_requests_end_right_whatever_happens(sizes: list[int], whats: list[Happe
     play(sizes, whats, seed)
 
 
+def test_one_that_was_forgotten_while_it_waited_comes_as_a_new_one() -> None:
+    """Its Ping, which could be a client's, is the first that the gManager hears again of an instance that was expelled: it ended
+    with "refused: the first message must be Hello or Register, not Ping"."""
+    lets: list[Happening] = [("let", 1, 0)] * 9
+    play([40, 40, 40], [*lets, ("cancel", 0), ("cancel", 0), ("join", 2), *lets[:2], ("time", 6, 0, 0)])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @given(SIZES, happenings(20, 150), st.integers(0, 99))
