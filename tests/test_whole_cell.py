@@ -106,8 +106,8 @@ def test_requests_end_right_whatever_happens(sizes: list[int], whats: list[Happe
 
 
 def test_one_that_was_forgotten_while_it_waited_comes_as_a_new_one() -> None:
-    """Its Ping, which could be a client's, is the first that the gManager hears again of an instance that was expelled: it ended
-    with "refused: the first message must be Hello or Register, not Ping"."""
+    """The first that the gManager hears again of one that was expelled is a Ping, which could be a client's: the instance
+    ended with "refused: the first message must be Hello or Register, not Ping"."""
     lets: list[Happening] = [("let", 1, 0)] * 9
     play([40, 40, 40], [*lets, ("cancel", 0), ("cancel", 0), ("join", 2), *lets[:2], ("time", 6, 0, 0)])
 
