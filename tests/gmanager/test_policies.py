@@ -279,3 +279,18 @@ def test_a_home_that_is_full_preempts_who_is_cheap_to_compute_again(policy: str)
         assert request_stats(driver, "young").state == "preempted"
     else:
         assert acts == [pong(0), reserve_next(1, 1)]
+
+
+def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
+    """No instance alone has room for 20 blocks. It is spread only where an exchange adds little to a step, or nobody decodes."""
+    busy = cell(instance(0, free_blocks=15, rows=4, held=4000), instance(1, free_blocks=12, rows=4, held=4000))
+    slow = replace(COSTS, decode=replace(COSTS.decode, exchange_s=0.006))
+    prompt = Prompt(missing=64 * 20)
+    assert Elastic().place(prompt, replace(busy, costs=slow)) is None
+    assert Loong().place(prompt, replace(busy, costs=slow)) is not None
+    assert Elastic().place(prompt, busy) is not None, "a fifth more"
+    assert Elastic().place(Prompt(missing=64 * 20, spread=2), replace(busy, costs=slow)) is not None, "it was asked for"
+    idle = cell(instance(0, free_blocks=15), instance(1, free_blocks=12))
+    assert Elastic().place(prompt, replace(idle, costs=slow)) is not None, "nobody is slowed down"
+    small = cell(*(replace(view, total_blocks=18) for view in busy.views))
+    assert Elastic().place(prompt, replace(small, costs=slow)) is not None, "no instance ever holds it"
