@@ -282,7 +282,7 @@ def test_a_home_that_is_full_preempts_who_is_cheap_to_compute_again(policy: str)
 
 
 def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
-    """No instance alone has room for 20 blocks. It is spread only where an exchange adds little to a step, or nobody decodes."""
+    """No instance alone has room for 20 blocks: it is spread where an exchange adds little to a step, or nobody decodes."""
     busy = cell(instance(0, free_blocks=15, rows=4, held=4000), instance(1, free_blocks=12, rows=4, held=4000))
     slow = replace(COSTS, decode=replace(COSTS.decode, exchange_s=0.006))
     prompt = Prompt(missing=64 * 20)
