@@ -25,6 +25,7 @@ def parser_of(description: str | None, *, prompt_tokens: int) -> argparse.Argume
     parser.add_argument("--prompt-tokens", type=int, default=prompt_tokens)
     parser.add_argument("--vocab-size", type=int, default=256, help="random ids below it make the prompts")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kv-tokens", type=int, help="of each instance (twice --prompt-tokens)")
     parser.add_argument("--device", choices=tuple(BLOCK_SIZE), default="cpu")
     return parser
 
@@ -46,7 +47,7 @@ def config_of(args: argparse.Namespace, logs: Path, **more: Any) -> ServiceConfi
     return ServiceConfig(
         model=args.model,
         instances=args.instances,
-        kv_tokens=2 * args.prompt_tokens,
+        kv_tokens=args.kv_tokens or 2 * args.prompt_tokens,
         device=args.device,
         dtype="float32" if args.device == "cpu" else "auto",
         threads=max(1, len(os.sched_getaffinity(0)) // args.instances),

@@ -63,13 +63,13 @@ async def ask(client: AsyncClient, ids: list[int], args: argparse.Namespace, sal
     return Asked(ttft, tokens, cached)
 
 
-async def one_document(client: AsyncClient, args: argparse.Namespace, seed: int) -> Round:
+async def one_document(client: AsyncClient, args: argparse.Namespace, seed: int, tokens: int) -> Round:
     rng = random.Random(seed)
 
     def drawn(count: int) -> list[int]:
         return [rng.randrange(args.vocab_size) for _ in range(count)]
 
-    document = drawn(args.prompt_tokens - args.question_tokens)
+    document = drawn(max(1, tokens - args.question_tokens))
     salt = f"document {seed}"
     first = await ask(client, document + drawn(args.question_tokens), args, salt)
     question = document + drawn(args.question_tokens)
@@ -116,8 +116,8 @@ def main() -> int:
 
     async def measure(logs: Path) -> bool:
         async with running(config_of(args, logs)) as service, AsyncClient(service.address) as on:
-            seeds = range(args.rounds + 1) if args.rounds else ()
-            rounds = [await one_document(on, args, seed) for seed in seeds][1:]  # the first warms up
+            await one_document(on, args, args.rounds, args.prompt_tokens // 8)  # warms up
+            rounds = [await one_document(on, args, seed, args.prompt_tokens) for seed in range(args.rounds)]
             copied = (await on.stats()).counters.blocks_copied
             if rounds:
                 told = [asdict(each) | {"ratio": each.ratio} for each in rounds]
