@@ -183,15 +183,15 @@ class Scheduler:
     """One instance's sequences within one epoch."""
 
     def __init__(
-        self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager, lay_out: Callable[..., Layout] = lay_out
+        self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager, lay_out_as: Callable[..., Layout] | None = None
     ) -> None:
-        """`lay_out`: as `distattn.layout.lay_out`; the simulator only counts."""
+        """`lay_out_as`: in place of `distattn.layout.lay_out`, for the simulator, which only counts."""
         self.epoch = epoch
         self.rank = rank
         self.tally = Tally()
         self._pace = pace
         self._rmanager = rmanager
-        self._lay_out = lay_out
+        self._lay_out = lay_out if lay_out_as is None else lay_out_as
         self._homes: dict[int, Home] = {}
         self._guests: dict[int, Guest] = {}
         self._steps: dict[Lane, _Steps] = {lane: _Steps() for lane in LANES}

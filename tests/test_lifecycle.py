@@ -507,7 +507,10 @@ async def test_a_short_request_overtakes_a_long_prefill(client: AsyncClient, spr
 
     async def first_token(name: str, tokens: int, spread: Literal["all", 1]) -> None:
         stream = client.generate(
-            list(range(256)) * (tokens // 256) or [1] * tokens, request_id=f"{name} {spread}", spread=spread
+            list(range(256)) * (tokens // 256) or [1] * tokens,
+            request_id=f"{name} {spread}",
+            spread=spread,
+            cache_salt=f"{name} {spread}",
         )
         await anext(stream)
         first.append(name)

@@ -29,8 +29,8 @@ class Unsettled:
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Something of these is new."""
         if self._cell.policy.relocates:
-            # a number of instances that was asked for is a promise
-            ours = (sequence for sequence in sequences if sequence.request.spread in ("auto", 1))
+            # who asked for a number of instances has it
+            ours = (sequence for sequence in sequences if sequence.request.spread == "auto")
             self._sequences |= {sequence.number: sequence for sequence in ours}
 
     def clear(self) -> None:

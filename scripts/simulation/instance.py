@@ -85,7 +85,7 @@ class Instance:
         if profile.shrinks:
             pace = replace(pace, reach=profile.reach, grain=profile.grain)
         self.rank, self._epoch = rank, epoch
-        self.scheduler = Scheduler(epoch=epoch, rank=rank, pace=pace, rmanager=self.rmanager, lay_out=parties.counting)
+        self.scheduler = Scheduler(epoch=epoch, rank=rank, pace=pace, rmanager=self.rmanager, lay_out_as=parties.counting)
         self.newest = Grouping(number=0, members=[rank])
         self._parties = parties
         self._seats = {lane: parties.enter(self, rank, lane) for lane in LANES}
