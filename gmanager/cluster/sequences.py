@@ -190,10 +190,11 @@ class Sequences:
         self._running.clear()
 
     def look_again(self) -> None:
-        """Time has passed: what is shared may lie better elsewhere now."""
-        if not self._cell.is_draining:
-            self._unsettled.add(self._running.shared)
-            self._changed |= bool(self._running.shared) and self._cell.policy.relocates
+        """Time has passed: what runs may lie better elsewhere now, and who has waited for better may wait no longer."""
+        if not self._cell.is_draining and self._cell.policy.relocates:
+            again = self._running.all() if self._cell.policy.looks_at_all else self._running.shared
+            self._unsettled.add(again)
+            self._changed |= bool(again) or bool(self._waiting)
 
     def resume(self) -> None:
         """The cell steps (again)."""
@@ -455,12 +456,14 @@ class Sequences:
         views, policy, home = self._running.views(), self._cell.policy, sequence.home
         target = policy.next_home(views, home)
         if target is not None:
-            at_home = [candidate(other) for other in self._running.all() if other.home == home]
-            outlook = self._waiting.outlook(views)
-            gives_way = policy.gives_way(candidate(sequence), at_home, target, outlook)
+            own = [other for other in self._running.all() if home in other.participants]
+            # of whom most lies elsewhere, little would be free here
+            at_home = [candidate(s) for s in own if s.home == home and 2 * s.held.get(home, 0) >= s.request.num_tokens]
+            gives_way = policy.gives_way(candidate(sequence), at_home, target, self._waiting.outlook(views))
             if gives_way is None:
                 return target
-            if not self._running.blocks_come:
+            blocks_come = self._cell.members[home].is_freeing or any(other.ending for other in own)
+            if not blocks_come and not self._waiting.give_up_kept():
                 self._preempt(self._running[gives_way])
             return None
         if self._running.blocks_come or self._waiting.give_up_kept():
@@ -469,6 +472,7 @@ class Sequences:
         if victim is None:
             target = policy.last_resort(views, home)
         if target is None:
+            self._crowded = True
             self._preempt(sequence if victim is None else self._running[victim])
         return target
 
@@ -483,7 +487,8 @@ class Sequences:
             self._waiting.give_up_kept(last=request)
         if placement is None:
             return
-        if not (request.kept or reuse or placement.is_even) and self._running.blocks_come:
+        is_better_later = self._cell.policy.waits_for_even and not (request.kept or reuse or placement.is_even)
+        if is_better_later and self._running.blocks_come:
             return
         self._waiting.take(request)
         self._requests.change(request, "reserve")
@@ -640,7 +645,6 @@ class Sequences:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._cancel(sequence)
-        self._crowded = True
         self.num_preemptions += 1
         request = sequence.request
         request.preemptions += 1

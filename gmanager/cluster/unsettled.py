@@ -46,7 +46,8 @@ class Unsettled:
         while self._sequences:
             oldest = sorted(self._sequences.values(), key=lambda sequence: sequence.request.number)
             asked = list(islice(oldest, MAX_ASKED))
-            views = [view_of(sequence, moves) for sequence in asked if sequence.is_current and sequence.received]
+            decode = (s for s in asked if s.is_current and s.received and not s.ending)
+            views = [view_of(sequence, moves) for sequence in decode]
             relocation = self._cell.policy.improve(views, outlook()) if views else None
             if relocation is not None:
                 return self._sequences[relocation.seq], relocation

@@ -69,6 +69,7 @@ class Waiting:
             missing=request.num_tokens - sum(map(count_tokens, there.values())),
             kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
             spread=request.spread,
+            waited_s=self._requests.now - request.waiting_since,
         )
         return self._cell.policy.place(prompt, self.outlook(views, request))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmanager.cluster.events import Deliver
+from gmanager.cluster.events import Deliver, Send
 from gmanager.cluster.performance import guess
 from gmanager.cluster.placement import Candidate, InstanceView
 from gmanager.cluster.policies import (
@@ -23,6 +23,7 @@ from gmanager.cluster.policies import (
     Split,
     Static,
 )
+from gmanager.cluster.unsettled import view_of
 from gmanager.config import GManagerConfig, PolicyName
 from gmanager.wire import messages as m
 from gmanager.wire.messages import Role
@@ -30,6 +31,7 @@ from tests.gmanager.cluster_support import (
     CLIENT,
     beat,
     cancel,
+    outputs,
     peer,
     pong,
     request_stats,
@@ -290,7 +292,45 @@ def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
     assert Loong().place(prompt, replace(busy, costs=slow)) is not None
     assert Elastic().place(prompt, busy) is not None, "a fifth more"
     assert Elastic().place(Prompt(missing=64 * 20, spread=2), replace(busy, costs=slow)) is not None, "it was asked for"
+    assert Elastic().place(replace(prompt, waited_s=5), replace(busy, costs=slow)) is not None, "it has waited"
+    elsewhere = cell(*busy.views, instance(2, free_blocks=19), instance(3, free_blocks=18))
+    placed = Elastic().place(prompt, replace(elsewhere, costs=slow))
+    assert placed is not None
+    assert set(placed.blocks) == {2, 3}, "nobody decodes there"
     idle = cell(instance(0, free_blocks=15), instance(1, free_blocks=12))
     assert Elastic().place(prompt, replace(idle, costs=slow)) is not None, "nobody is slowed down"
     small = cell(*(replace(view, total_blocks=18) for view in busy.views))
     assert Elastic().place(prompt, replace(small, costs=slow)) is not None, "no instance ever holds it"
+
+
+def test_one_that_gave_way_comes_again_as_soon_as_there_is_room() -> None:
+    """Not only when another has ended, as after a preemption for want of any room in the cell."""
+    driver = serving(8, 2)
+    for name in ("old", "young"):
+        running(driver, name, 8, generated=1, max_tokens=20)
+    assert driver.say(peer(0), beat(0, {1: 9, 2: 9}), m.NeedBlock(epoch=1, seq=1)) == [pong(0), cancel(0, 2)]
+    driver.say(peer(0), m.Released(epoch=1, seq=2, generated=1))
+    assert request_stats(driver, "young").state == "preempted"
+    acts = driver.say(peer(0), outputs(1, 1, [9]), beat(6))
+    assert any(isinstance(act, Send) and isinstance(act.message, m.Reserve) for act in acts)
+
+
+def test_what_ends_is_not_moved() -> None:
+    """It is preempted, and something of it is new: the gManager ended with "which 'move' does not follow"."""
+    driver = serving(30, 30, 30, policy="split")
+    admitted = running(driver, "r", 8, generated=1, max_tokens=20)
+    (admit,) = [a.message for a in admitted if isinstance(a, Send) and isinstance(a.message, m.Admit)]
+    sequences = driver.cluster._cells.sequences["main"]
+    sequence = sequences._running[admit.seq]
+    assert view_of(sequence, sequences._moves).can_move
+    sequence.ending = True
+    sequences._unsettled.add([sequence])
+    assert sequences._unsettled.ask(sequences._moves, lambda: cell(instance(0), instance(1))) is None
+
+
+def test_how_many_tokens_are_expected_is_no_more_than_was_seen_if_nobody_said() -> None:
+    for max_tokens, left in ((20, 18), (None, 256)):
+        driver = serving(200, 200, policy="loong")
+        running(driver, "r", 8, generated=2, max_tokens=max_tokens)
+        (sequence,) = driver.cluster._cells.sequences["main"]._running.all()
+        assert sequence.left == left

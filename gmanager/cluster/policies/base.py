@@ -33,6 +33,8 @@ class Prompt:
     """rank -> (tokens, runs) that lie there already."""
     spread: Spread = "auto"
     """As its client, or the service's flag, asks for."""
+    waited_s: float = 0.0
+    """Since it joined the queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,10 @@ class Policy:
     name: ClassVar[str]
     relocates: ClassVar[bool] = False
     """Whether it has anything to `improve`."""
+    looks_at_all: ClassVar[bool] = False
+    """Whether every second it may find something to improve of any sequence; otherwise of those on several instances."""
+    waits_for_even: ClassVar[bool] = True
+    """Whether a placement with uneven shares is put off while blocks become free."""
 
     def most_tokens(self, total_blocks: Sequence[int], block_size: int) -> int:
         """The longest sequence, prompt and generated, that instances with so many blocks each would ever be given."""

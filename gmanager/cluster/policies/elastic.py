@@ -11,6 +11,10 @@ SLOWED = 0.25
 (8B shape), and 1.5 on CPUs with a tiny model, where waiting completes twice as many requests (simulated)."""
 
 
+WAITS_S = 5.0
+"""The longest that it waits for that: who decodes there may do so for hours, and nobody overtakes it."""
+
+
 class Elastic(Policy):
     """Degree 1, unless more gain: a prompt as `placement.degree` says; then a home where another one that holds some of the KV
     has less to do, or all KV at home, where that is read faster than rows travel."""
@@ -24,7 +28,8 @@ class Elastic(Policy):
         placement = super().place(prompt, outlook)
         if placement is None or len(placement.blocks) == 1 or prompt.kept or prompt.spread != "auto":
             return placement
-        if prompt.missing >= LONG_PROMPT or not any(view.homes for view in outlook.views):
+        is_beside_others = any(outlook.views[rank].homes for rank in placement.blocks)
+        if prompt.missing >= LONG_PROMPT or prompt.waited_s >= WAITS_S or not is_beside_others:
             return placement
         fits_one = outlook.blocks_for(prompt.missing) < max(view.total_blocks for view in outlook.views)
         rows = max(view.rows for view in outlook.views)

@@ -107,7 +107,8 @@ def homes_among_holders(sequence: SequenceView, outlook: Outlook, reserve: int) 
 
 
 def copies_home(sequence: SequenceView, outlook: Outlook, reserve: int, sources: Collection[int]) -> list[NewHolder]:
-    """Runs of these ranks that its home has room for."""
-    free = outlook.views[sequence.home].free_blocks - reserve
+    """Runs of these ranks that its home has room for, and a block more for each of those that decode there."""
+    home = outlook.views[sequence.home]
+    free = home.free_blocks - home.homes - reserve
     fits = (rank for rank in sorted(sources) if outlook.blocks_for(sequence.held.get(rank, 0)) <= free)
     return [NewHolder(sequence.seq, rank, sequence.home) for rank in fits if sequence.held.get(rank)]

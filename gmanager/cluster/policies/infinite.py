@@ -19,6 +19,8 @@ class Infinite(Policy):
 
     name = "infinite"
     relocates = True
+    looks_at_all = True
+    waits_for_even = False
 
     def place(self, prompt: Prompt, outlook: Outlook) -> Placement | None:
         if prompt.kept or prompt.spread != "auto":

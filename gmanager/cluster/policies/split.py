@@ -25,6 +25,7 @@ class Split(Policy):
 
     name = "split"
     relocates = True
+    looks_at_all = True
 
     def wrong_with(self, roles: Collection[str]) -> str | None:
         missing = [role for role in ("prefill", "decode") if not {role, "mixed"}.intersection(roles)]
