@@ -309,9 +309,9 @@ def test_one_that_gave_way_comes_again_as_soon_as_there_is_room() -> None:
     for name in ("old", "young"):
         running(driver, name, 8, generated=1, max_tokens=20)
     assert driver.say(peer(0), beat(0, {1: 9, 2: 9}), m.NeedBlock(epoch=1, seq=1)) == [pong(0), cancel(0, 2)]
-    driver.say(peer(0), m.Released(epoch=1, seq=2, generated=1))
+    driver.say(peer(0), beat(6), m.Released(epoch=1, seq=2, generated=1))
     assert request_stats(driver, "young").state == "preempted"
-    acts = driver.say(peer(0), outputs(1, 1, [9]), beat(6))
+    acts = driver.say(peer(0), outputs(1, 1, [9]))
     assert any(isinstance(act, Send) and isinstance(act.message, m.Reserve) for act in acts)
 
 
