@@ -197,7 +197,7 @@ class Forecast:
         for other in ahead:
             each = round(prompt_work(other.missing_tokens, reach) / len(views))
             others.append(dict.fromkeys((view.rank for view in views), each))
-        placement = self._waiting.place(request, list(views))
+        placement = self._waiting.placer(request)(views, None)
         if placement is None:
             work = min(work_until({view.rank: self._alone(request)}, others) for view in views)
             homes = sum(view.homes for view in views) // len(views)

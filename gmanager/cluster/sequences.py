@@ -18,7 +18,6 @@
 
 import logging
 from collections.abc import Collection, Mapping
-from functools import partial
 
 from msgspec.structs import replace
 
@@ -482,7 +481,7 @@ class Sequences:
         request = self._waiting.next()
         if request is None or self._is_asked_for(request):
             return
-        placement, reuse = self._reuses.choose(request, self._running.views(), partial(self._waiting.place, request))
+        placement, reuse = self._reuses.choose(request, self._running.views(), self._waiting.placer(request))
         if placement is None and not self._running and not self._running.blocks_come:
             self._waiting.give_up_kept(last=request)
         if placement is None:

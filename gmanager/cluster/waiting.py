@@ -7,7 +7,8 @@ running ──take_back──> waiting ──inherit──> with what its member
 
 import logging
 from bisect import insort
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Literal
 
@@ -62,16 +63,22 @@ class Waiting:
         generated = len(request.tokens)
         return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
-    def place(self, request: Request, views: Sequence[InstanceView], reuse: Reuse | None = None) -> Placement | None:
-        """Where its next admission would lie, with what it shares and as instances are then; None if nowhere."""
-        there = request.kept if reuse is None else reuse.parts
-        prompt = Prompt(
-            missing=request.num_tokens - sum(map(count_tokens, there.values())),
-            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
-            spread=request.spread,
-            waited_s=self._requests.now - request.waiting_since,
-        )
-        return self._cell.policy.place(prompt, self.outlook(views, request))
+    def placer(self, request: Request) -> Callable[[Sequence[InstanceView], Reuse | None], Placement | None]:
+        """Where its next admission would lie, with what it shares and as instances are then; None if nowhere. What else the
+        policy sees is looked up once, however many ways are tried."""
+        outlook = self.outlook((), request)
+
+        def place(views: Sequence[InstanceView], reuse: Reuse | None) -> Placement | None:
+            there = request.kept if reuse is None else reuse.parts
+            prompt = Prompt(
+                missing=request.num_tokens - sum(map(count_tokens, there.values())),
+                kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
+                spread=request.spread,
+                waited_s=self._requests.now - request.waiting_since,
+            )
+            return self._cell.policy.place(prompt, replace(outlook, views=views))
+
+        return place
 
     def outlook(self, views: Sequence[InstanceView], request: Request | None = None) -> Outlook:
         """What a policy sees. `request`: that is to be placed."""
