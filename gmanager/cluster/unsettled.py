@@ -64,7 +64,6 @@ def view_of(sequence: Sequence, moves: Moves) -> SequenceView:
     is_free = sequence.is_written and sequence.moving_to is None and not moves.concerns(sequence)
     return SequenceView(
         seq=sequence.number,
-        arrival=request.number,
         home=sequence.home,
         held={rank: tokens for rank, tokens in sequence.held.items() if tokens},
         left=sequence.left,

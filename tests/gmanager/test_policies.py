@@ -23,6 +23,7 @@ from gmanager.cluster.policies import (
     Split,
     Static,
 )
+from gmanager.cluster.policies.gain import after
 from gmanager.cluster.unsettled import view_of
 from gmanager.config import GManagerConfig, PolicyName
 from gmanager.wire import messages as m
@@ -112,7 +113,7 @@ def instance(rank: int, **more: Any) -> InstanceView:
 
 
 def sequence(held: dict[int, int], *, home: int = 0, **more: Any) -> SequenceView:
-    fields: dict[str, Any] = {"seq": 7, "arrival": 1, "left": 1000, "can_move": True, "copyable": set(held) - {home}}
+    fields: dict[str, Any] = {"seq": 7, "left": 1000, "can_move": True, "copyable": set(held) - {home}}
     return SequenceView(home=home, held=held, **(fields | more))
 
 
@@ -334,3 +335,14 @@ def test_how_many_tokens_are_expected_is_no_more_than_was_seen_if_nobody_said() 
         running(driver, "r", 8, generated=2, max_tokens=max_tokens)
         (sequence,) = driver.cluster._cells.sequences["main"]._running.all()
         assert sequence.left == left
+
+
+def test_what_a_copy_changes_is_counted_without_the_home() -> None:
+    """A run that goes to the home is one holder less to visit; to one that has nothing yet, as many as before."""
+    views = dict(enumerate((instance(0, rows=1, held=30, sent=2), instance(1, held=10, served=1), instance(2), instance(3))))
+    shared = sequence({0: 10, 1: 10, 2: 10})
+    assert after(views, shared, NewHolder(7, 1, 0))[0].sent == 1
+    assert after(views, shared, NewHolder(7, 1, 2))[0].sent == 1
+    moved = after(views, shared, NewHolder(7, 1, 3))
+    assert moved[0].sent == 2
+    assert (moved[1].served, moved[3].served, moved[3].held) == (0, 1, 10)

@@ -7,6 +7,7 @@ grant their blocks, and the answer to a prompt is the same: policies differ in w
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 from gmanager.cluster.performance import Costs
@@ -42,7 +43,6 @@ class SequenceView:
     """A sequence that decodes."""
 
     seq: int
-    arrival: int
     home: int
     held: Mapping[int, int]
     """rank -> tokens of KV, of all that have some or will."""
@@ -115,19 +115,10 @@ class Policy:
 
     def place(self, prompt: Prompt, outlook: Outlook) -> Placement | None:
         """Where the next prompt's KV is born; None: it waits."""
-        if not prompt.kept:
-            return place(
-                outlook.views,
-                tokens=prompt.missing,
-                block_size=outlook.block_size,
-                spread=prompt.spread,
-                waiting=outlook.waiting,
-                reach=outlook.reach,
-            )
-        return place_rest(
+        new = partial(place, tokens=prompt.missing)
+        put = partial(place_rest, missing=prompt.missing, kept=prompt.kept) if prompt.kept else new
+        return put(
             outlook.views,
-            missing=prompt.missing,
-            kept=prompt.kept,
             block_size=outlook.block_size,
             spread=prompt.spread,
             waiting=outlook.waiting,

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from gmanager.cluster.placement import LONG_PROMPT, RESERVE_BLOCKS, Candidate, Placement, choose_victim
+from gmanager.cluster.placement import LONG_PROMPT, Candidate, Placement, choose_victim
 from gmanager.cluster.policies.base import Outlook, Policy, Prompt, Relocation, SequenceView
 from gmanager.cluster.policies.gain import best_of, copies_home, homes_among_holders, relative_gain, travel_s
 
 SLOWED = 0.25
 """By which part of a step an exchange may slow it down for a short prompt to be spread rather than wait. It is 0.19 on H200s
 (8B shape), and 1.5 on CPUs with a tiny model, where waiting completes twice as many requests (simulated)."""
-
-
 WAITS_S = 5.0
 """The longest that it waits for that: who decodes there may do so for hours, and nobody overtakes it."""
 
@@ -55,5 +53,5 @@ class Elastic(Policy):
 
 
 def _options(sequence: SequenceView, outlook: Outlook) -> Iterator[Relocation]:
-    yield from homes_among_holders(sequence, outlook, RESERVE_BLOCKS)
-    yield from copies_home(sequence, outlook, RESERVE_BLOCKS, sequence.copyable)
+    yield from homes_among_holders(sequence, outlook)
+    yield from copies_home(sequence, outlook, sequence.copyable)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from gmanager.cluster.performance import Costs
-from gmanager.cluster.placement import InstanceView
+from gmanager.cluster.placement import RESERVE_BLOCKS, InstanceView
 from gmanager.cluster.policies.base import NewHolder, NewHome, Outlook, Relocation, SequenceView
 
 MIN_GAIN = 0.05
@@ -53,7 +53,7 @@ def after(views: Mapping[int, InstanceView], sequence: SequenceView, relocation:
         tokens = sequence.held[source]
         change(source, held=-tokens, served=-1)
         change(to, held=tokens, served=int(to != home and to not in holders))
-        change(home, sent=len((holders - {source}) | {to} - {home}) - len(holders - {home}) if to != home else -1)
+        change(home, sent=len(((holders - {source}) | {to}) - {home}) - len(holders - {home}))
     return new
 
 
@@ -97,18 +97,18 @@ def relative_gain(sequence: SequenceView, relocation: Relocation, outlook: Outlo
     return gain if gain >= MIN_GAIN else 0.0
 
 
-def homes_among_holders(sequence: SequenceView, outlook: Outlook, reserve: int) -> list[NewHome]:
+def homes_among_holders(sequence: SequenceView, outlook: Outlook) -> list[NewHome]:
     """Homes that it could have without another holder, where some of its KV lies, and where much less decodes."""
     if not sequence.can_move:
         return []
     most = outlook.views[sequence.home].rows - HOMES_APART
     rooms = (outlook.views[rank] for rank in sorted(sequence.held) if outlook.views[rank].rows <= most)
-    return [NewHome(sequence.seq, v.rank) for v in rooms if v.free_blocks >= reserve and v.homes < v.max_homes]
+    return [NewHome(sequence.seq, v.rank) for v in rooms if v.free_blocks >= RESERVE_BLOCKS and v.homes < v.max_homes]
 
 
-def copies_home(sequence: SequenceView, outlook: Outlook, reserve: int, sources: Collection[int]) -> list[NewHolder]:
+def copies_home(sequence: SequenceView, outlook: Outlook, sources: Collection[int]) -> list[NewHolder]:
     """Runs of these ranks that its home has room for, and a block more for each of those that decode there."""
     home = outlook.views[sequence.home]
-    free = home.free_blocks - home.homes - reserve
+    free = home.free_blocks - home.homes - RESERVE_BLOCKS
     fits = (rank for rank in sorted(sources) if outlook.blocks_for(sequence.held.get(rank, 0)) <= free)
     return [NewHolder(sequence.seq, rank, sequence.home) for rank in fits if sequence.held.get(rank)]

@@ -42,7 +42,7 @@ class Infinite(Policy):
     def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> Relocation | None:
         for sequence in sequences:  # what a home has left behind follows it
             free = outlook.views[sequence.home].free_blocks
-            for copy in copies_home(sequence, outlook, RESERVE_BLOCKS, sequence.copyable):
+            for copy in copies_home(sequence, outlook, sequence.copyable):
                 if outlook.views[copy.source].free_blocks < free - outlook.blocks_for(sequence.held[copy.source]):
                     return copy
         if not outlook.num_waiting or not outlook.mean_tokens:

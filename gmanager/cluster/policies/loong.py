@@ -9,7 +9,7 @@ Its parts, and what they are here:
 
 from collections.abc import Sequence
 
-from gmanager.cluster.placement import RESERVE_BLOCKS, Placement, prompt_work
+from gmanager.cluster.placement import Placement, prompt_work
 from gmanager.cluster.policies.base import Outlook, Policy, Prompt, Relocation, SequenceView
 from gmanager.cluster.policies.gain import best_of, homes_among_holders, relative_gain
 
@@ -38,7 +38,7 @@ class Loong(Policy):
         return best_of(
             (relative_gain(sequence, relocation, outlook), relocation)
             for sequence in sequences
-            for relocation in homes_among_holders(sequence, outlook, RESERVE_BLOCKS)
+            for relocation in homes_among_holders(sequence, outlook)
         )
 
     @staticmethod

@@ -78,7 +78,7 @@ class Split(Policy):
                 if able:
                     return NewHome(sequence.seq, min(able, key=lambda v: (v.rows, v.held, v.rank)).rank)
             elif sequence.home in decode:
-                behind = copies_home(sequence, outlook, RESERVE_BLOCKS, only_prefill.intersection(sequence.copyable))
+                behind = copies_home(sequence, outlook, only_prefill.intersection(sequence.copyable))
                 if behind:
                     return behind[0]
         return None
