@@ -130,7 +130,8 @@ async def test_a_loss_costs_only_what_was_lost(started: Processes, model: Path, 
             stats = await until(client, lambda s: s.cells[0].state == "ready" and len(s.instances) == 2)
             assert sorted(i.rank for i in stats.instances) == [r for r in range(3) if r != lost]
             assert [instances[r].poll() for r in range(3) if r != lost] == [None, None], "the survivors are the same processes"
-            stats = await counted(client, "tokens_prefilled", LONG + before.kv_tokens[lost])
+            # A home's count has rows whose tokens weren't told yet, of one step or two: nobody computes these again.
+            stats = await counted(client, "tokens_prefilled", LONG + before.kv_tokens[lost] - 2)
             again = stats.counters.tokens_prefilled - LONG
             assert again <= 0.4 * (LONG + NEW)
             await at_rest(client)
