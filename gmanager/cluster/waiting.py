@@ -35,6 +35,10 @@ class Waiting:
         self._emit = emit
         self._queue: list[Request] = []
         """By precedence: priority and arrival."""
+        self._first: Request | None = None
+        """Who was next when last asked, ..."""
+        self._next_since = 0.0
+        """... and since when."""
         self._came_from: dict[int, int] = {}
         """While the membership changes: request -> sequence as which it ran, whose KV may be kept; 0: none."""
 
@@ -52,7 +56,10 @@ class Waiting:
     def next(self) -> Request | None:
         """The first that the present members could hold all of, alone. The cell may have been larger when one that they can't
         came, and be again."""
-        return next(filter(self._may_fit, self._queue), None)
+        first = next(filter(self._may_fit, self._queue), None)
+        if first is not self._first:
+            self._first, self._next_since = first, self._requests.now
+        return first
 
     def ahead_of(self, request: Request) -> list[Request]:
         """Those that precede it, whether it waits here (yet) or not."""
@@ -74,7 +81,7 @@ class Waiting:
                 missing=request.num_tokens - sum(map(count_tokens, there.values())),
                 kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
                 spread=request.spread,
-                waited_s=self._requests.now - request.waiting_since,
+                waited_s=self._requests.now - self._next_since if request is self._first else 0.0,
             )
             return self._cell.policy.place(prompt, replace(outlook, views=views))
 

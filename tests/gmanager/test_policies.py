@@ -23,6 +23,7 @@ from gmanager.cluster.policies import (
     Split,
     Static,
 )
+from gmanager.cluster.policies.elastic import WAITS_S
 from gmanager.cluster.policies.gain import after
 from gmanager.cluster.unsettled import view_of
 from gmanager.config import GManagerConfig, PolicyName
@@ -254,7 +255,7 @@ def test_what_is_wanted_can_be_asked_for(
         assert -(-moved.held[found.source] // 64) <= views[found.to].free_blocks
 
 
-def test_who_gives_way_is_whoever_is_cheaper_than_rows_that_travel() -> None:
+def test_who_gives_way_is_whoever_is_cheaper_than_stepping_together() -> None:
     """A home is full. 1,000 tokens take 0.1 s to compute again, an exchange 2 ms on two instances for each token left."""
     wanting = Candidate(1, 1, 5000, 0, left=1000)
     young = Candidate(2, 2, 1000, 0, left=10)
@@ -265,7 +266,14 @@ def test_who_gives_way_is_whoever_is_cheaper_than_rows_that_travel() -> None:
     long = replace(young, tokens=100_000)
     assert Elastic().gives_way(wanting, [wanting, long], 1, alone) is None, "that takes longer"
     shared = cell(instance(0, rows=90, sent=80), instance(1, rows=90, served=80))
-    assert Elastic().gives_way(wanting, [wanting, replace(young, tokens=4000)], 1, shared) is None, "they exchange rows anyway"
+    again = replace(young, tokens=4000)
+    assert Elastic().gives_way(wanting, [wanting, again], 1, shared) == 2, "or they would exchange rows for ever"
+    few = cell(instance(0, rows=2, held=6000), instance(1, rows=2))
+    busy = cell(few.views[0], instance(1, rows=2, backlog=10**6))
+    slowed = replace(COSTS, decode=replace(COSTS.decode, beside=2.6))
+    soon = replace(wanting, left=20)
+    assert Elastic().gives_way(soon, [soon, young], 1, replace(few, costs=slowed)) is None
+    assert Elastic().gives_way(soon, [soon, young], 1, replace(busy, costs=slowed)) == 2, "all would step beside its prompt"
     assert Infinite().gives_way(wanting, [wanting, young], 1, alone) is None
 
 
@@ -285,21 +293,31 @@ def test_a_home_that_is_full_preempts_who_is_cheap_to_compute_again(policy: str)
 
 
 def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
-    """No instance alone has room for 20 blocks: it is spread where an exchange adds little to a step, or nobody decodes."""
+    """No instance alone has room for 20 blocks: it is spread where those that step together then lose less than it gains."""
     busy = cell(instance(0, free_blocks=15, rows=4, held=4000), instance(1, free_blocks=12, rows=4, held=4000))
     slow = replace(COSTS, decode=replace(COSTS.decode, exchange_s=0.006))
     prompt = Prompt(missing=64 * 20)
     assert Elastic().place(prompt, replace(busy, costs=slow)) is None
     assert Loong().place(prompt, replace(busy, costs=slow)) is not None
-    assert Elastic().place(prompt, busy) is not None, "a fifth more"
+    few = [replace(view, rows=2) for view in busy.views]
+    assert Elastic().place(prompt, cell(*few)) is not None, "a fifth more, and five rows for four"
+    assert Elastic().place(prompt, busy) is None, "a fifth more, and nine for eight"
+    beside = replace(COSTS, decode=replace(COSTS.decode, beside=2.6))
+    assert Elastic().place(prompt, replace(cell(few[0], replace(few[1], backlog=9000)), costs=beside)) is None, "a prompt runs"
     assert Elastic().place(Prompt(missing=64 * 20, spread=2), replace(busy, costs=slow)) is not None, "it was asked for"
-    assert Elastic().place(replace(prompt, waited_s=5), replace(busy, costs=slow)) is not None, "it has waited"
+    assert Elastic().place(replace(prompt, waited_s=WAITS_S), replace(busy, costs=slow)) is not None, "it has waited"
     elsewhere = cell(*busy.views, instance(2, free_blocks=19), instance(3, free_blocks=18))
     placed = Elastic().place(prompt, replace(elsewhere, costs=slow))
     assert placed is not None
     assert set(placed.blocks) == {2, 3}, "nobody decodes there"
     idle = cell(instance(0, free_blocks=15), instance(1, free_blocks=12))
     assert Elastic().place(prompt, replace(idle, costs=slow)) is not None, "nobody is slowed down"
+    long = Prompt(missing=64 * 900)
+    roomy = cell(*(replace(view, free_blocks=1000) for view in busy.views))
+    for waiting, degree in ((0, 2), (1, 2), (2, 1)):
+        placed = Elastic().place(long, replace(roomy, costs=slow, num_waiting=waiting))
+        assert placed is not None
+        assert len(placed.blocks) == degree, "its first token comes sooner, unless others wait for theirs"
     small = cell(*(replace(view, total_blocks=18) for view in busy.views))
     assert Elastic().place(prompt, replace(small, costs=slow)) is not None, "no instance ever holds it"
 

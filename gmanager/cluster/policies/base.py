@@ -35,7 +35,7 @@ class Prompt:
     spread: Spread = "auto"
     """As its client, or the service's flag, asks for."""
     waited_s: float = 0.0
-    """Since it joined the queue."""
+    """Since it is the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,48 +1,74 @@
 """The default: as few instances as let all that is known to wait end soonest, and what moves is predicted to gain."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from gmanager.cluster.placement import LONG_PROMPT, Candidate, Placement, choose_victim
+from gmanager.cluster.placement import Candidate, Placement, choose_victim
 from gmanager.cluster.policies.base import Outlook, Policy, Prompt, Relocation, SequenceView
-from gmanager.cluster.policies.gain import best_of, copies_home, homes_among_holders, relative_gain, travel_s
+from gmanager.cluster.policies.gain import apart, best_of, copies_home, homes_among_holders, relative_gain, tied, together
 
-SLOWED = 0.25
-"""By which part of a step an exchange may slow it down for a short prompt to be spread rather than wait. It is 0.19 on H200s
-(8B shape), and 1.5 on CPUs with a tiny model, where waiting completes twice as many requests (simulated)."""
-WAITS_S = 5.0
-"""The longest that it waits for that: who decodes there may do so for hours, and nobody overtakes it."""
+WAITS_S = 10.0
+"""The longest that the next in the queue waits for one instance to have room: who decodes there may do so for hours, and nobody
+overtakes it."""
+
+SOONER_S = 5.0
+"""By which a prompt that nobody waits behind is to have its first token, to be spread at the cost of what decodes. With 1 s a
+busy cell generated a tenth less (simulated, 8 H200s): till a spread sequence ends, all of it step as slowly as where a prompt
+runs."""
 
 
 class Elastic(Policy):
-    """Degree 1, unless more gain: a prompt as `placement.degree` says; then a home where another one that holds some of the KV
-    has less to do, or all KV at home, where that is read faster than rows travel."""
+    """Degree 1, unless more gain: a prompt as `placement.degree` says, where all that decodes loses nothing by it; then a home
+    where another one that holds some of the KV has less to do, or all KV at home, where that is read faster than rows travel.
+
+    What a sequence costs that lies on several instances is counted as if no other tied them together: were it counted beside
+    those that do, each would seem to cost nothing, and all would step together for ever.
+    """
 
     name = "elastic"
     relocates = True
 
     def place(self, prompt: Prompt, outlook: Outlook) -> Placement | None:
-        """A prompt that is not long, and for which only several instances together have room, waits for one that has, where an
-        exchange would slow down all that decodes there by much: those that share a sequence step together."""
+        """While others wait, a prompt that one instance can hold is spread if those that it ties together generate more tokens
+        a second then, itself included, than each for itself. If not it is computed by one, or waits for one to have room."""
         placement = super().place(prompt, outlook)
         if placement is None or len(placement.blocks) == 1 or prompt.kept or prompt.spread != "auto":
             return placement
-        is_beside_others = any(outlook.views[rank].homes for rank in placement.blocks)
-        if prompt.missing >= LONG_PROMPT or prompt.waited_s >= WAITS_S or not is_beside_others:
+        if self._gains(placement, outlook):
+            return placement
+        fewest = super().place(replace(prompt, spread=1), outlook)
+        saves_s = self._prefill_s(prompt, 1, outlook) - self._prefill_s(prompt, len(placement.blocks), outlook)
+        if fewest is not None and len(fewest.blocks) == 1 and outlook.num_waiting <= 1 and saves_s >= SOONER_S:
             return placement
         fits_one = outlook.blocks_for(prompt.missing) < max(view.total_blocks for view in outlook.views)
-        rows = max(view.rows for view in outlook.views)
-        step_s = outlook.costs.decode_step_s(max(1, rows), max(view.held for view in outlook.views))
-        return None if fits_one and outlook.costs.decode.exchange_s > SLOWED * step_s else placement
+        is_late = prompt.waited_s >= WAITS_S
+        return fewest if fewest is not None and (len(fewest.blocks) == 1 or not fits_one or is_late) else None
+
+    @staticmethod
+    def _prefill_s(prompt: Prompt, degree: int, outlook: Outlook) -> float:
+        return outlook.costs.prefill_s(prompt.missing, degree=degree, chunk=outlook.chunk_tokens)
+
+    @staticmethod
+    def _gains(placement: Placement, outlook: Outlook) -> bool:
+        shares = {share.rank: share.tokens for share in placement.shares}
+        before = apart((outlook.views[rank] for rank in shares), outlook.costs)
+        return together(tied(outlook.views, placement.shares[0].rank, shares), outlook.costs) > before
 
     def gives_way(self, wanting: Candidate, at_home: Sequence[Candidate], target: int, outlook: Outlook) -> int | None:
-        """The one that is cheapest to compute again, if that takes less than rows that travel until this one ends."""
+        """The one that is cheapest to compute again, if fewer tokens are lost while that is computed than by stepping together
+        with the next home until the one that wants to go there ends."""
         victim = choose_victim(at_home)
         if victim is None:
             return None
         tokens = next(candidate.tokens for candidate in at_home if candidate.seq == victim)
-        again_s = outlook.costs.prefill_s(tokens, chunk=outlook.chunk_tokens)
-        home, views = wanting.home, outlook.views
-        return victim if again_s < travel_s(views[home], views[target], wanting.left, outlook.costs) else None
+        costs, home, there = outlook.costs, outlook.views[wanting.home], outlook.views[target]
+        before = apart((home, there), costs)
+        moved = replace(home, rows=home.rows - 1, served=home.served + 1)
+        taken = replace(there, rows=there.rows + 1, sent=there.sent + 1)
+        left_s = wanting.left * home.rows / apart((home,), costs) if home.rows else 0.0
+        lost_together = (before - together((moved, taken), costs)) * left_s
+        again_s = costs.prefill_s(tokens, chunk=outlook.chunk_tokens)
+        return victim if again_s * apart((home,), costs) < lost_together else None
 
     def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> Relocation | None:
         return best_of(

@@ -5,7 +5,7 @@ rows that travel. Instances that share a sequence step together, so each counts 
 concerns.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from gmanager.cluster.performance import Costs
@@ -75,11 +75,37 @@ def throughput(views: Mapping[int, InstanceView], costs: Costs, before: Mapping[
     return sum(view.rows for view in views.values()) / slowest if slowest > 0 else 0.0
 
 
-def travel_s(home: InstanceView, target: InstanceView, left: int, costs: Costs) -> float:
-    """What a sequence's next `left` rows cost its next home and the one that it leaves KV at: each an exchange, or its part of
-    one that they have anyway."""
-    shared = min(view.sent + view.served for view in (home, target))
-    return 2 * left * (costs.decode.exchange_s / (shared + 1) + 2 * costs.decode.moved_s)
+def apart(views: Iterable[InstanceView], costs: Costs) -> float:
+    """Tokens per second of instances each of which steps by itself: nothing travels."""
+    each = (replace(view, sent=0, served=0) for view in views)
+    return sum(view.rows / _step_s(view, costs) for view in each if view.rows)
+
+
+def together(views: Iterable[InstanceView], costs: Costs) -> float:
+    """Tokens per second of instances that share a sequence: all step with the slowest, which is one that computes a prompt."""
+    rows, slowest = 0, 0.0
+    for view in views:
+        rows, slowest = rows + view.rows, max(slowest, _step_s(view, costs))
+    return rows / slowest if rows else 0.0
+
+
+def _step_s(view: InstanceView, costs: Costs) -> float:
+    return costs.decode_step_s(view.rows, view.held, view.sent, view.served, beside=view.backlog > 0)
+
+
+def tied(views: Sequence[InstanceView], home: int, shares: Mapping[int, int]) -> list[InstanceView]:
+    """Of these instances, those that a new sequence lies on, as they are then: `shares`, rank -> tokens."""
+    others = len(shares) - 1
+    return [
+        replace(
+            views[rank],
+            rows=views[rank].rows + (rank == home),
+            held=views[rank].held + tokens,
+            sent=views[rank].sent + (others if rank == home else 0),
+            served=views[rank].served + (rank != home),
+        )
+        for rank, tokens in shares.items()
+    ]
 
 
 def relative_gain(sequence: SequenceView, relocation: Relocation, outlook: Outlook) -> float:
