@@ -139,7 +139,7 @@ class LaneLoop:
             return False
         if self._running is not None:
             result = await self._result_of(self._running)
-            self._log.ended(self.lane, result.step_ns)
+            self._log.ended(self.lane, result.step_ns, time.perf_counter_ns())
             self.scheduler.commit(self.lane, result.tokens, result.scored)
             self.steps_run += 1
         self._running = launched

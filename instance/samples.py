@@ -18,6 +18,8 @@ class _Flying:
     layout: Layout
     others_ended: int
     """Steps of the other lane that had ended before it began."""
+    follows: bool
+    """Whether it was queued behind another."""
 
     @property
     def is_idle(self) -> bool:
@@ -37,6 +39,8 @@ class _Lane:
     """In the order of their launch; the first one runs."""
     num_ended: int = 0
     """Steps, idle ones left out."""
+    ended_ns: int = 0
+    """When the last one was known to have ended."""
     newest: deque[_Ended] = field(default_factory=lambda: deque(maxlen=_PER_LANE))
     """Not taken yet."""
 
@@ -49,18 +53,25 @@ class StepLog:
 
     def launched(self, lane: Lane, layout: Layout) -> None:
         """A step is queued behind those before it."""
-        self._lanes[lane].flying.append(_Flying(layout, self._other(lane).num_ended))
+        flying = self._lanes[lane].flying
+        flying.append(_Flying(layout, self._other(lane).num_ended, bool(flying)))
 
-    def ended(self, lane: Lane, step_ns: int) -> None:
-        """The lane's first step has run, in so many nanoseconds."""
+    def ended(self, lane: Lane, step_ns: int, now_ns: int) -> None:
+        """The lane's first step has run, on the device in so many nanoseconds.
+
+        If it was queued behind another it took as long as from that one's end till now: what it waited for the others of its
+        party is part of what it costs to step together.
+        """
         its, other = self._lanes[lane], self._other(lane)
         step = its.flying.popleft()
+        took_ns = max(step_ns, now_ns - its.ended_ns) if step.follows else step_ns
+        its.ended_ns = now_ns
         if its.flying:
             its.flying[0].others_ended = other.num_ended  # it begins now
         if not step.is_idle:
             its.num_ended += 1
             beside = any(not flying.is_idle for flying in other.flying) or other.num_ended > step.others_ended
-            self.note(lane, step.layout, step_ns, beside=beside)
+            self.note(lane, step.layout, took_ns, beside=beside)
 
     def note(self, lane: Lane, layout: Layout, step_ns: int, *, beside: bool = False) -> None:
         """A step has run. `beside`: while the other lane ran, too."""

@@ -26,7 +26,7 @@ def alone(*kv_lens: int) -> Layout:
 def run(log: StepLog, lane: Lane, *layouts: Layout) -> None:
     for layout in layouts:
         log.launched(lane, layout)
-        log.ended(lane, 2 * MS)
+        log.ended(lane, 2 * MS, 0)
 
 
 def test_a_step_by_hand() -> None:
@@ -56,11 +56,25 @@ def test_the_newest_of_each_lane_fit_a_beat() -> None:
     assert [s.attended for s in samples if s.lane == 0] == list(range(86, 101, 2))
 
 
+def test_what_a_step_waited_for_others_is_its_own() -> None:
+    """The second is queued behind the first, which the device ran for 2 ms; the third after all had ended."""
+    log = StepLog()
+    log.launched("decode", alone(1))
+    log.launched("decode", alone(2))
+    log.ended("decode", 2 * MS, 50 * MS)
+    log.ended("decode", 2 * MS, 57 * MS)
+    log.launched("decode", alone(3))
+    log.launched("decode", alone(4))
+    log.ended("decode", 2 * MS, 90 * MS)
+    log.ended("decode", 2 * MS, 91 * MS)
+    assert [sample.us for sample in log.take()] == [2000, 7000, 2000, 2000]
+
+
 def test_idle_steps_and_those_of_no_time_are_left_out() -> None:
     log = StepLog()
     run(log, "decode", IDLE, alone(3), IDLE)
     log.launched("decode", alone(4))
-    log.ended("decode", 0)  # a device that is made up
+    log.ended("decode", 0, 0)  # a device that is made up
     assert [s.attended for s in log.take()] == [3]
 
 
@@ -71,16 +85,16 @@ def test_steps_that_run_side_by_side() -> None:
     log = StepLog()
     log.launched("prefill", a)
     log.launched("decode", b)
-    log.ended("prefill", MS)
+    log.ended("prefill", MS, 0)
     log.launched("decode", IDLE)
-    log.ended("decode", MS)
+    log.ended("decode", MS, 0)
     log.launched("prefill", c)
-    log.ended("decode", MS)
+    log.ended("decode", MS, 0)
     log.launched("decode", d)
     log.launched("prefill", e)  # behind c
-    log.ended("decode", MS)
-    log.ended("prefill", MS)
-    log.ended("prefill", MS)
+    log.ended("decode", MS, 0)
+    log.ended("prefill", MS, 0)
+    log.ended("prefill", MS, 0)
     run(log, "decode", f)
     told = {s.attended: s.beside for s in log.take()}
     assert told == {1: True, 2: True, 3: True, 4: True, 5: False, 6: False}
