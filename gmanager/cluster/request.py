@@ -33,6 +33,9 @@ PRIORITY_S = 60.0
 """What a level of priority is worth, in seconds of waiting. So none starves: who has waited for as many minutes as it stands
 levels behind those that come goes before them."""
 
+LEAST_LEFT = 256
+"""Tokens that are expected of a request of which nobody has said how many it generates, and that has just begun."""
+
 STORY = 32
 """Changes of state that are remembered of a request, for the error that one too many would be."""
 
@@ -175,6 +178,14 @@ class Request:
     def missing_tokens(self) -> int:
         """Those whose rows its next admission has to compute."""
         return self.num_tokens - sum(map(count_tokens, self.kept.values()))
+
+    @property
+    def left(self) -> int:
+        """Tokens that it is expected to generate still, at least one: as many as it may, if its client said how many; else no
+        more than it has, for it may be told to go on as long as there is room."""
+        generated = len(self.tokens)
+        most = self.max_tokens - generated
+        return max(1, most if self.params.max_tokens is not None else min(most, max(LEAST_LEFT, generated)))
 
     @property
     def lacks_scores(self) -> bool:

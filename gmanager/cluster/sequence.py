@@ -8,9 +8,6 @@ from gmanager.cluster.request import Request
 from gmanager.cluster.reuse import Reuse
 from gmanager.wire.messages import SequenceOutput, Share
 
-LEAST_LEFT = 256
-"""Tokens that are expected of a sequence of which nobody has said how many it generates, and that has just begun."""
-
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -69,11 +66,8 @@ class Sequence:
 
     @property
     def left(self) -> int:
-        """Tokens that it is expected to generate still, at least one: as many as it may, if its client said how many; else no
-        more than it has, for it may be told to go on as long as there is room."""
-        generated = len(self.request.tokens)
-        most = self.request.max_tokens - generated
-        return max(1, most if self.request.params.max_tokens is not None else min(most, max(LEAST_LEFT, generated)))
+        """As its request's."""
+        return self.request.left
 
     def decodes_over(self) -> dict[int, int] | None:
         """rank -> tokens there that each of its rows attends to, as last heard; None while its prompt runs."""

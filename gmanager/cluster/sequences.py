@@ -18,9 +18,11 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from itertools import islice
 
 from msgspec.structs import replace
 
+from gmanager.cluster.backfill import Backfill
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Log, Send, SendAll
 from gmanager.cluster.forecast import Forecast
@@ -60,6 +62,9 @@ from gmanager.wire.messages import (
     Unheard,
 )
 
+MAX_BACKFILLED = 4
+"""Of those that may go before the next in the queue, for how many room is looked for at a time."""
+
 
 def candidate(sequence: Sequence) -> Candidate:
     """As somebody who may be preempted."""
@@ -88,6 +93,7 @@ class Sequences:
         self._released: dict[int, Sequence] = {}
         """Those whose blocks are free, and whose last tokens may be on their way."""
         self._reuses = Reuses(cell, emit)
+        self._backfill = Backfill(cell, self._running, self._waiting, requests)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -478,22 +484,32 @@ class Sequences:
     def _try_admit(self) -> None:
         if not self._waiting or self._crowded or self._running.lacks_blocks:
             return
-        request = self._waiting.next()
-        if request is None or self._is_asked_for(request):
+        first = self._waiting.next()
+        if first is None or self._is_asked_for(first):
             return
+        if self._find_place(first):
+            return
+        if not self._running and not self._running.blocks_come:
+            self._waiting.give_up_kept(last=first)
+            return
+        for other in islice(self._backfill.before(first), MAX_BACKFILLED):
+            if not self._is_asked_for(other) and self._find_place(other):
+                return
+
+    def _find_place(self, request: Request) -> bool:
+        """Reserve what it takes, if there is room. False: there is none. That may be better in a moment, and is waited for."""
         placement, reuse = self._reuses.choose(request, self._running.views(), self._waiting.placer(request))
-        if placement is None and not self._running and not self._running.blocks_come:
-            self._waiting.give_up_kept(last=request)
         if placement is None:
-            return
+            return False
         is_better_later = self._cell.policy.waits_for_even and not (request.kept or reuse or placement.is_even)
         if is_better_later and self._running.blocks_come:
-            return
+            return True
         self._waiting.take(request)
         self._requests.change(request, "reserve")
         number = request.seq if request.kept else self._running.next_number()
         blocks = placement.blocks if reuse is None else reuse.with_pinned(placement.blocks)
         self._reserve(Reservation(number, blocks, request, placement, reuse))
+        return True
 
     def _is_asked_for(self, request: Request) -> bool:
         """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to

@@ -61,6 +61,15 @@ class Waiting:
             self._first, self._next_since = first, self._requests.now
         return first
 
+    def waited_s(self, request: Request) -> float:
+        """How long it has been the next."""
+        return self._requests.now - self._next_since if request is self._first else 0.0
+
+    def behind(self, request: Request, most: int) -> list[Request]:
+        """Of those that wait behind one, the first."""
+        others = self._queue[self._queue.index(request) + 1 :] if len(self._queue) > 1 else []
+        return list(islice(filter(self._may_fit, others), most))
+
     def ahead_of(self, request: Request) -> list[Request]:
         """Those that precede it, whether it waits here (yet) or not."""
         return [other for other in self._queue if other.precedence < request.precedence and self._may_fit(other)]
@@ -81,7 +90,7 @@ class Waiting:
                 missing=request.num_tokens - sum(map(count_tokens, there.values())),
                 kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
                 spread=request.spread,
-                waited_s=self._requests.now - self._next_since if request is self._first else 0.0,
+                waited_s=self.waited_s(request),
             )
             return self._cell.policy.place(prompt, replace(outlook, views=views))
 

@@ -8,8 +8,7 @@ from gmanager.cluster.policies.base import Outlook, Policy, Prompt, Relocation, 
 from gmanager.cluster.policies.gain import apart, best_of, copies_home, homes_among_holders, relative_gain, tied, together
 
 WAITS_S = 10.0
-"""The longest that the next in the queue waits for one instance to have room: who decodes there may do so for hours, and nobody
-overtakes it."""
+"""The longest that the next in the queue waits for one instance to have room: who decodes there may do so for hours."""
 
 SOONER_S = 5.0
 """By which a prompt that nobody waits behind is to have its first token, to be spread at the cost of what decodes. With 1 s a

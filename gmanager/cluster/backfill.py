@@ -1,0 +1,125 @@
+"""Who may go before the next in the queue while that one waits for room: pure.
+
+    the next  ├──────── waits until these have ended ────────┤ runs
+    another         ├─ prompt ─┤── its tokens ──┤              before that: it takes nothing from the next
+
+That is EASY backfilling, as schedulers of parallel machines do it (Lifka, JSSPP 1995). When the next would find room is known
+from when those that run are expected to end; how long another takes likewise. Expectations may be wrong, so nobody waits at
+the head of the queue for more than `PATIENCE_S` while others go before it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from heapq import nsmallest
+
+from gmanager.cluster.cell import Cell
+from gmanager.cluster.placement import InstanceView
+from gmanager.cluster.request import Request
+from gmanager.cluster.requests import Requests
+from gmanager.cluster.running import Running
+from gmanager.cluster.waiting import Waiting
+
+PATIENCE_S = 60.0
+"""Longest that others go before the next in the queue."""
+MAX_ENDINGS = 256
+"""Sequences that end soonest, which are looked at."""
+MAX_TRIED = 16
+"""Of those that wait behind the next, how many are looked at."""
+REFRESH_S = 1.0
+"""After which it is looked anew when the next may find room: with 10,000 that run that takes milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A sequence that is expected to end."""
+
+    in_s: float
+    seq: int
+    home: int
+    blocks: Mapping[int, int]
+    """rank -> what is free then."""
+
+
+def room_in(fits: Callable[[Sequence[InstanceView]], bool], views: Sequence[InstanceView], endings: Sequence[Ending]) -> float:
+    """Seconds until there is room for what has none now, at the earliest: until the first number of endings, soonest first,
+    after which it fits; if it doesn't even after the last, until that one."""
+    few, enough = 0, len(endings)
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        if fits(_after(views, endings[:middle])):
+            enough = middle
+        else:
+            few = middle
+    return endings[enough - 1].in_s if endings else 0.0
+
+
+def _after(views: Sequence[InstanceView], endings: Sequence[Ending]) -> list[InstanceView]:
+    free, homes = [0] * len(views), [0] * len(views)
+    for ending in endings:
+        homes[ending.home] += 1
+        for rank, blocks in ending.blocks.items():
+            free[rank] += blocks
+    return [
+        replace(
+            view,
+            free_blocks=min(view.total_blocks, view.free_blocks + free[view.rank]),
+            homes=max(0, view.homes - homes[view.rank]),
+            rows=max(0, view.rows - homes[view.rank]),
+        )
+        for view in views
+    ]
+
+
+class Backfill:
+    """Of one cell, through all its epochs."""
+
+    def __init__(self, cell: Cell, running: Running, waiting: Waiting, requests: Requests) -> None:
+        self._cell = cell
+        self._running = running
+        self._waiting = waiting
+        self._requests = requests
+        self._next: Request | None = None
+        """Of whom this is known:"""
+        self._looked_at = 0.0
+        self._room_at = 0.0
+        """When it may find room."""
+
+    def before(self, first: Request) -> Iterator[Request]:
+        """Those that may be admitted before the next in the queue, for which there is no room now, in order of precedence."""
+        now = self._requests.now
+        if self._waiting.waited_s(first) >= PATIENCE_S:
+            return
+        others = self._waiting.behind(first, MAX_TRIED)
+        if not others:
+            return
+        views = self._running.views()
+        step_s = self._step_s(views)
+        if first is not self._next or now - self._looked_at >= REFRESH_S:
+            self._next, self._looked_at, self._room_at = first, now, now + self._room_in(first, views, step_s)
+        costs, chunk = self._cell.performance.costs, self._cell.spec.chunk_tokens
+        slowest = max(step_s)
+        for other in others:
+            prompt_s = costs.prefill_s(other.missing_tokens, chunk=chunk, beside=True)
+            if now + prompt_s + other.left * slowest <= self._room_at:
+                yield other
+
+    def _room_in(self, first: Request, views: Sequence[InstanceView], step_s: Sequence[float]) -> float:
+        place, size = self._waiting.placer(first), self._cell.spec.block_size
+        endings = (
+            Ending(
+                0.0 if sequence.ending else sequence.left * step_s[sequence.home],
+                sequence.number,
+                sequence.home,
+                {rank: -(-tokens // size) for rank, tokens in sequence.held.items()},
+            )
+            for sequence in self._running.all()
+        )
+        soonest = nsmallest(MAX_ENDINGS, endings, key=lambda ending: (ending.in_s, ending.seq))
+        return room_in(lambda then: place(then, None) is not None, views, soonest)
+
+    def _step_s(self, views: Sequence[InstanceView]) -> list[float]:
+        """By rank: of a decode step, beside what decodes there and prompts that run."""
+        costs = self._cell.performance.costs
+        return [
+            costs.decode_step_s(max(1, view.rows), view.held, view.sent, view.served, beside=view.backlog > 0) for view in views
+        ]
