@@ -51,7 +51,8 @@ PICTURE = "simulate.png"
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """simulate.json."""
 
-    schema: int = 1
+    schema: int = 2
+    """1 had the times between tokens under the name of TPOT."""
     date: str
     """UTC, ISO 8601."""
     versions: dict[str, str]
@@ -139,7 +140,7 @@ def print_results(results: Sequence[Result]) -> None:
         table.add_column(name)
     for name in ("failed", "refused", "completed/s", "goodput/s", "prompt tok/s", "output tok/s", "TTFT s p50", "p99"):
         table.add_column(name, justify="right")
-    for name in ("TPOT ms p50", "p99", "KV %", "most", "preempted", "homes moved", "busy %"):
+    for name in ("TPOT ms p50", "p99", "ITL ms p50", "p99", "KV %", "most", "preempted", "homes moved", "busy %"):
         table.add_column(name, justify="right")
     for result in results:
         g = result.figures
@@ -156,10 +157,12 @@ def print_results(results: Sequence[Result]) -> None:
             shown(g.ttft_p99_s, 1, 3),
             shown(g.tpot_p50_s, 1e3, 2),
             shown(g.tpot_p99_s, 1e3, 2),
+            shown(g.itl_p50_s, 1e3, 2),
+            shown(g.itl_p99_s, 1e3, 2),
         ]
         kv = [shown(result.kv_use, 100, 1), shown(result.kv_use_most, 100, 1), str(result.preemptions), str(result.home_moves)]
         table.add_row(*case, str(g.failed), str(g.refused), *rates, *seconds, *kv, shown(result.busy, 100, 0))
-    Console(width=None if sys.stdout.isatty() else 220).print(table)
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -216,6 +219,7 @@ COMPARED = {
     "TTFT s p50": "ttft_p50_s",
     "TTFT s p99": "ttft_p99_s",
     "TPOT s p50": "tpot_p50_s",
+    "ITL s p50": "itl_p50_s",
     "request s p50": "request_p50_s",
 }
 """What is shown of both sides."""

@@ -232,7 +232,7 @@ def test_a_coarse_simulation_is_near_the_exact_one(rate: float, near: float) -> 
         for setting in (Setting(profile=H200_8B, instances=2, grain=grain) for grain in (1, 8))
     )
     assert coarse.rounds < exact.rounds / 4
-    for name in ("completed_per_s", "output_tokens_per_s", "ttft_p50_s", "tpot_p50_s", "request_p50_s"):
+    for name in ("completed_per_s", "output_tokens_per_s", "ttft_p50_s", "tpot_p50_s", "itl_p50_s", "request_p50_s"):
         assert getattr(coarse.figures, name) == pytest.approx(getattr(exact.figures, name), rel=near), name
 
 
