@@ -35,7 +35,7 @@ from bench_serve import Objectives, versions
 from simulation.cases import MIX, Case, Result, arrivals_of, at_rate, run_all
 from simulation.instance import SimulationError
 from simulation.plots import draw
-from simulation.search import Search, Split, Tried
+from simulation.search import MOST_REQUESTS, Search, Split, Tried
 from simulation.service import DEFAULT_POLICY, LARGE, SEPARATE, Setting
 from simulation.times import H200_8B, Profile, TimesError, read_times, write_times
 
@@ -99,11 +99,12 @@ def arrivals_from(args: argparse.Namespace, source: str) -> list[Any]:
 
 
 def setting_of(args: argparse.Namespace, profile: Profile, instances: int, policy: str) -> Setting:
+    """`split` compares prompts with decode steps, and a coarse one stands for many: its grain is always 1."""
     return Setting(
         profile=profile,
         instances=instances,
         policy=policy,
-        grain=args.grain,
+        grain=1 if policy.partition(":")[0] == "split" else args.grain,
         max_queue_wait_s=args.max_queue_wait,
         limit_s=args.limit,
         prefix_cache=not args.no_prefix_cache,
@@ -184,6 +185,7 @@ def search(args: argparse.Namespace, profile: Profile) -> Report:
             ttft_s=args.slo_ttft,
             tpot_s=args.slo_tpot,
             attain=args.attain,
+            most_requests=args.most_requests,
             tell=tell,
         )
 
@@ -302,7 +304,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         one.add_argument("--turns", type=int, default=1, help="questions about each long prompt of a mix (%(default)d)")
         one.add_argument("--scale", type=float, default=1.0, help="times the tokens of each request (%(default)g)")
         one.add_argument("--block-tokens", type=int, default=BLOCK_TOKENS, help="what a hash id stands for (%(default)d)")
-        one.add_argument("--grain", type=int, default=1, help="tokens that are simulated as one, to be faster (%(default)d)")
+        one.add_argument(
+            "--grain", type=int, default=1, help="tokens simulated as one, to be faster; not of split (%(default)d)"
+        )
         one.add_argument("--max-queue-wait", type=float, default=600.0, help="as the gManager's flag (%(default)g)")
         one.add_argument("--no-prefix-cache", action="store_true", help="as the gManager's --prefix-cache off")
         one.add_argument(
@@ -327,6 +331,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     one.add_argument("--slo-ttft", type=float, required=True, help="seconds to the first token")
     one.add_argument("--slo-tpot", type=float, required=True, help="seconds between tokens, in a request's mean")
     one.add_argument("--attain", type=float, default=0.9, help="part of the requests that must meet them (%(default)g)")
+    one.add_argument("--most-requests", type=int, default=MOST_REQUESTS, help="of one simulation (%(default)d)")
     one.add_argument("--rate", type=float, help="also say the fewest instances of each kind for so many requests per second")
     shared(one)
     one = command("validate", validate, "the same trace for real, on the CPU, and simulated")
@@ -344,7 +349,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-COUNTS = ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens", "rounds")
+COUNTS = ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens", "rounds", "most_requests")
 POSITIVE = ("scale", "max_queue_wait", "limit", "rate", "rates", "within")
 
 
@@ -353,8 +358,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     counts = {
         name: value if isinstance(value, list) else [value]
         for name, value in vars(args).items()
-        if name in ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens", "rounds")
-        and value is not None
+        if name in COUNTS and value is not None
     }
     for name, values in counts.items():
         if min(values) < 1:

@@ -1,6 +1,7 @@
 """The simulator: everything that decides is real, so what must hold of it must hold here; and the time that it adds up."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -441,6 +442,33 @@ def test_a_phase_holds_the_rate_that_it_is_said_to() -> None:
     assert search.fewest("prefill", 4 * rate) is None
 
 
+FAST = msgspec.structs.replace(SLOW, prefill=LaneTimes(row=2e-4, attended=0.0))
+"""A prompt of 32 tokens takes 6.4 ms: four instances do 625 a second."""
+
+
+def test_a_rate_that_takes_more_requests_than_a_simulation_has_is_found() -> None:
+    told: list[Tried] = []
+    rate = searched(setting=Setting(profile=FAST, instances=4), ttft_s=0.3, most_requests=800, tell=told.append).goodput(
+        "prefill", 4
+    )
+    assert 550 < rate < 900  # 20 times 0.3 s would be 3,750 requests; 800 come in 1.3 s, so somewhat more seem to hold
+    assert len(told) <= 8  # the first guess is near
+
+
+def test_a_rate_at_which_all_that_come_at_once_hold_has_no_end() -> None:
+    """80 prompts take 0.13 s."""
+    assert searched(setting=Setting(profile=FAST, instances=4), most_requests=80).goodput("prefill", 4) == math.inf
+    with pytest.raises(ValueError, match="1 request at least, got 0"):
+        searched(most_requests=0)
+
+
+def test_split_is_simulated_token_by_token() -> None:
+    """It compares prompts with decode steps: one that stood for eight made prompts of half the trace cheap."""
+    args = command.parse(["run", "--grain", "8"])
+    grains = {policy: command.setting_of(args, H200_8B, 4, policy).grain for policy in ("elastic", "split", "split:3")}
+    assert grains == {"elastic": 8, "split": 1, "split:3": 1}
+
+
 def test_a_trace_that_is_repeated_goes_on_with_other_prompts() -> None:
     one = BlockArrival(at_s=1.0, prompt_tokens=4, max_tokens=1, hash_ids=[0, 3], block_tokens=2)
     other = BlockArrival(at_s=2.0, prompt_tokens=4, max_tokens=1, hash_ids=[0, 1], block_tokens=2)
@@ -559,6 +587,7 @@ def test_a_bad_line_of_a_trace_is_told_by_its_number(tmp_path: Path) -> None:
         (["--instances", "2000"], "--instances is at most 1024"),
         (["--rates", "-1"], "--rates must be positive, got -1"),
         (["--grain", "0"], "--grain must be at least 1"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
     ],
 )
 def test_numbers_that_make_no_sense_end_the_command(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
