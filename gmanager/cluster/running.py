@@ -77,8 +77,8 @@ class Running:
         self._homes = [0] * cell.size
         self._backlogs = [0] * cell.size
         self._decodes = _Decodes.of(cell.size)
-        self._prefilling: dict[int, _Load] = {}
-        """Those whose prompts run."""
+        self._prefilling: list[dict[int, _Load]] = [{} for _ in range(cell.size)]
+        """By rank: those with something of their prompt to compute there, by number."""
         self._num_ending = 0
         self._num_lacking = 0
 
@@ -142,7 +142,7 @@ class Running:
         self._touched.clear()
         self._homes, self._backlogs = [0] * self._cell.size, [0] * self._cell.size
         self._decodes = _Decodes.of(self._cell.size)
-        self._prefilling.clear()
+        self._prefilling = [{} for _ in range(self._cell.size)]
         self._num_ending = self._num_lacking = 0
         self._parties = Parties(self._cell.epoch, self._cell.size)
 
@@ -221,10 +221,14 @@ class Running:
             for m in self._cell.members
         ]
 
-    def backlogs(self, *, but: Sequence | None = None) -> list[Mapping[int, int]]:
-        """Of each prompt that runs, `but` that one: rank -> what is left to compute there."""
+    def backlogs(self, at: Iterable[int], *, but: Sequence | None = None) -> list[Mapping[int, int]]:
+        """Of each prompt that runs `at` one of these ranks, `but` that one: rank -> what is left to compute there.
+
+        Takes as long as there are prompts at these ranks, not as many as run.
+        """
         self._count()
-        return [load.backlog for number, load in self._prefilling.items() if but is None or number != but.number]
+        loads = {number: load for rank in at for number, load in self._prefilling[rank].items()}
+        return [load.backlog for number, load in loads.items() if but is None or number != but.number]
 
     def touch(self, sequence: Sequence) -> None:
         """Something has changed that its load depends on: where it is at home, what is held of its prompt, how far it is."""
@@ -235,12 +239,13 @@ class Running:
         for number in self._touched:
             if (old := self._loads.pop(number, None)) is not None:
                 self._add(old, -1)
-                self._prefilling.pop(number, None)
+                for rank in old.backlog:
+                    del self._prefilling[rank][number]
             if (sequence := self._sequences.get(number)) is not None:
                 new = self._loads[number] = self._load_of(sequence)
                 self._add(new, 1)
-                if new.backlog:
-                    self._prefilling[number] = new
+                for rank in new.backlog:
+                    self._prefilling[rank][number] = new
         self._touched.clear()
 
     def _add(self, load: _Load, sign: int) -> None:
@@ -281,3 +286,7 @@ class Running:
                 raise RuntimeError(f"sequence {sequence.number} is {self._load_of(sequence)}: {self._loads[sequence.number]}")
         if len(self._loads) > len(self._sequences) or sum(self._homes) != len(self._sequences):
             raise RuntimeError(f"{len(self._sequences)} sequences run, counted are {self._homes}")
+        prompts = [(rank, number) for number, load in self._loads.items() for rank in load.backlog]
+        found = [(rank, number) for rank, at_rank in enumerate(self._prefilling) for number in at_rank]
+        if sorted(prompts) != sorted(found):
+            raise RuntimeError(f"prompts run at {prompts}, found are {found}")
