@@ -37,7 +37,7 @@ from simulation.instance import SimulationError
 from simulation.plots import draw
 from simulation.search import MOST_REQUESTS, Search, Split, Tried
 from simulation.service import DEFAULT_POLICY, LARGE, SEPARATE, Setting
-from simulation.times import H200_8B, Profile, TimesError, read_times, write_times
+from simulation.times import H200_8B, Profile, TimesError, read_stats, read_times, write_times
 
 from gmanager import DistattnError
 from gmanager.cli.process import ServiceError
@@ -344,6 +344,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     one.set_defaults(requests=160, scale=0.04, kv_tokens=4096)
     one = command("times", write_profile, "write the step times, to be edited")
     one.add_argument("--out", type=Path, default=ROOT / "results" / "times.json", help="the file")
+    one.add_argument("--stats", type=Path, metavar="FILE", help="take them from what `distattn status --json` printed")
     args = parser.parse_args(words)
     check(parser, args)
     return args
@@ -373,6 +374,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def write_profile(args: argparse.Namespace, profile: Profile) -> None:
+    if args.stats is not None:
+        profile = read_stats(args.stats, profile)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_times(profile, args.out)
     print(f"written: {args.out}")

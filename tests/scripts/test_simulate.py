@@ -23,10 +23,12 @@ from simulation.device import Device, Group, Part, Processor, run_together
 from simulation.instance import SimulationError
 from simulation.search import Search, Tried, repeated
 from simulation.service import Outcome, Service, Setting, prompt_of, simulate
-from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_times, write_times
+from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_stats, read_times, write_times
 from simulation.validate import SHARED, Measured, fit, level
 
 from distattn.layout import Layout, lay_out
+from gmanager.cluster.cluster import Cluster
+from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
 from instance.sharing import Load as KvRead
 from kvstore.shard import Run
@@ -383,6 +385,40 @@ def test_times_are_written_and_read(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(TimesError, match="missing required field"):
         read_times(file)
+
+
+def test_times_come_back_from_what_a_service_fitted(tmp_path: Path) -> None:
+    """Of steps that took what these times say: whoever simulates with what comes back sees nearly the same."""
+    service = Service(Setting(profile=H200_8B, instances=2))
+    file, times = tmp_path / "stats.json", tmp_path / "times.json"
+    file.write_bytes(msgspec.json.encode(service.cluster.stats()))
+    with pytest.raises(TimesError, match="no prefill step of cell 'main' has been heard of"):
+        read_stats(file, SMALL)
+    service.run(at_rate(arrivals_of("mix:3", requests=60), 4.0))
+    file.write_bytes(msgspec.json.encode(service.cluster.stats()))
+    command.write_profile(command.parse(["times", "--stats", str(file), "--out", str(times)]), SMALL)
+    found = read_times(times)
+    assert (found.kv_tokens, found.block_size) == (H200_8B.kv_tokens, H200_8B.block_size)
+    assert (found.link_s, found.reach, found.chunk_tokens) == (SMALL.link_s, SMALL.reach, SMALL.chunk_tokens)
+    assert "the rest: small" in found.source
+    for load in (Load(1, 1024, 0, 0), Load(32, 32 * 4096, 0, 0), Load(1, 65536, 1, 0)):
+        assert found.decode_s(load) == pytest.approx(H200_8B.decode_s(load), rel=0.02)
+    for load in (Load(1024, 1024 * 512, 0, 0), Load(8192, 8192 * 4096, 0, 0)):
+        assert found.prefill_s(load) == pytest.approx(H200_8B.prefill_s(load), rel=0.15)
+    assert found.decode_beside == pytest.approx(H200_8B.decode_beside, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "Input data was truncated"), ('{"epoch": 1}', "missing required field"), (None, "has 0 cells whose step times")],
+)
+def test_stats_without_times_are_refused(content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    if content is None:
+        content = msgspec.json.encode(Cluster(GManagerConfig()).stats()).decode()
+    file.write_text(content)
+    with pytest.raises(TimesError, match=said):
+        read_stats(file, H200_8B)
 
 
 @pytest.mark.parametrize(
