@@ -24,7 +24,7 @@ from simulation.instance import SimulationError
 from simulation.search import Search, Tried, repeated
 from simulation.service import Outcome, Service, Setting, prompt_of, simulate
 from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_stats, read_times, write_times
-from simulation.validate import SHARED, Measured, fit, level
+from simulation.validate import SHARED, Measured, beside, crowd, crowding, fit, level, scaled
 
 from distattn.layout import Layout, lay_out
 from gmanager.cluster.cluster import Cluster
@@ -529,6 +529,7 @@ def test_measurements_give_back_the_times_that_made_them() -> None:
         alone=between + 6 * link_s + 2 * step + row * (SHARED + pairs),
         shared_prefill=0.0,
         shared_between=between + 0.005,
+        crowded=0.0,
     )
     profile = fit(base, measured, 3)
     assert profile.prefill.row == profile.decode.row == pytest.approx(row)
@@ -538,6 +539,20 @@ def test_measurements_give_back_the_times_that_made_them() -> None:
     assert profile.prefill.exchange == 0
     at_home = profile.decode.of(Load(1, SHARED // 3, 0, 0))
     assert profile.decode.exchange == pytest.approx(between + 0.005 - max(between, at_home))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.7, 3.0])
+def test_how_much_prompts_slow_decodes_down_is_found(factor: float) -> None:
+    """However slow the cores are: only the proportion counts."""
+    base = msgspec.structs.replace(
+        untimed(kv_tokens=4096, others=0.0), decode=LaneTimes(base=8e-3, row=3e-4, attended=1e-7), link_s=1e-3, host_s=1e-4
+    )
+    base = msgspec.structs.replace(base, prefill=LaneTimes(base=8e-3, row=3e-4, attended=1e-7), meet_s=2e-3, cores=2.0)
+    trace = [Arrival(at_s=0, prompt_tokens=prompt, max_tokens=answer) for prompt, answer in crowd(3)]
+    slowed = msgspec.structs.replace(base, decode_beside=factor)
+    crowded = crowding([timing.token_s for timing in simulate(Setting(profile=slowed, instances=3), trace).timings])
+    assert beside(base, crowded, 3).decode_beside == pytest.approx(factor, rel=0.05)
+    assert beside(scaled(base, 1.5), crowded, 3).decode_beside == pytest.approx(factor, rel=0.2)
 
 
 def test_steps_are_scaled_until_they_take_together_what_was_counted() -> None:
@@ -571,7 +586,7 @@ def test_too_far_apart_is_said_by_the_exit_code(
     late = [msgspec.structs.replace(one, token_s=[2 * at for at in one.token_s]) for one in real]
     sides = [summarise(side)[-1] for side in (real, late)]
     one = Round(real=sides[0], simulated=sides[1], profile=SLOW, step_s=1.0, real_ttft_s=[], simulated_ttft_s=[])
-    measured = Measured(round_trip=0, between=0, step=0, alone=0, shared_prefill=0, shared_between=0)
+    measured = Measured(round_trip=0, between=0, step=0, alone=0, shared_prefill=0, shared_between=0, crowded=0)
 
     async def compared(*_: Any, **__: Any) -> tuple[Measured, list[Round]]:
         return measured, [one]
