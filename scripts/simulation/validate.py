@@ -55,7 +55,10 @@ class Measured:
     shared_between: float
     """From one token to the next of a decode that follows it."""
     crowded: float
-    """From one token to the next where each instance decodes and prefills at once, over the time that these prompts take."""
+    """From one token to the next where each instance decodes and prefills at once, over the time that these prompts take.
+
+    Means: a lane's waits for the other are rare and long.
+    """
 
 
 class Sweep:
@@ -118,8 +121,8 @@ class Sweep:
                 came += [loop.time() - start] * len(chunk.token_ids)
             return came
 
-        self._num_asked += len(lengths)
-        return await asyncio.gather(*(one(self._num_asked + i, *pair) for i, pair in enumerate(lengths)))
+        first, self._num_asked = self._num_asked, self._num_asked + len(lengths)  # no prompt twice: it would be cached
+        return await asyncio.gather(*(one(first + i, *pair) for i, pair in enumerate(lengths)))
 
 
 def crowd(instances: int) -> list[tuple[int, int]]:
@@ -132,7 +135,7 @@ def crowding(came: Sequence[Sequence[float]]) -> float:
     half = len(came) // 2
     prompts = [each[0] for each in came[half:]]
     gaps = [b - a for each in came[:half] for a, b in pairwise(each) if a < min(prompts)]
-    return statistics.median(gaps) / statistics.median(prompts) if gaps else 0.0
+    return statistics.fmean(gaps) / statistics.fmean(prompts) if gaps else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +26,7 @@ from simulation.instance import SimulationError
 from simulation.search import Search, Tried, repeated
 from simulation.service import Outcome, Service, Setting, prompt_of, simulate
 from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_stats, read_times, write_times
-from simulation.validate import SHARED, Measured, beside, crowd, crowding, fit, level, scaled
+from simulation.validate import SHARED, Measured, Sweep, beside, crowd, crowding, fit, level, scaled
 
 from distattn.layout import Layout, lay_out
 from gmanager.cluster.cluster import Cluster
@@ -539,6 +541,21 @@ def test_measurements_give_back_the_times_that_made_them() -> None:
     assert profile.prefill.exchange == 0
     at_home = profile.decode.of(Load(1, SHARED // 3, 0, 0))
     assert profile.decode.exchange == pytest.approx(between + 0.005 - max(between, at_home))
+
+
+async def test_no_prompt_of_a_sweep_is_asked_twice() -> None:
+    """The second would be cached."""
+    prompts: list[tuple[int, ...]] = []
+
+    class Client:
+        async def generate(self, prompt: list[int], params: Any, *, spread: Any) -> AsyncIterator[SimpleNamespace]:
+            prompts.append(tuple(prompt))
+            yield SimpleNamespace(token_ids=[1])
+
+    sweep = Sweep(Client(), 3, 4096)  # type: ignore[arg-type]
+    for lengths in ([(64, 1)] * 3, crowd(3), [(64, 1)], [(64, 1)]):
+        await sweep._ask(lengths)
+    assert len({prompt[:16] for prompt in prompts}) == len(prompts) == 11
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.7, 3.0])
