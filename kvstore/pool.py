@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
+from operator import add
 
 
 class BlockPool:
@@ -108,14 +109,14 @@ class BlockPool:
     def validate(self, uses: Counter[int] | None = None, cached: Counter[int] | None = None) -> None:
         """Runs are ascending, apart, inside the pool, and add up; so do references, which are these if they are given. Raises
         RuntimeError otherwise."""
-        if uses is not None and [uses[block] for block in range(self.num_blocks)] != self._uses:
+        if uses is not None and self._by_block(uses) != self._uses:
             raise RuntimeError(f"blocks are used by {uses}, counted were {self._uses}")
-        if cached is not None and [cached[block] for block in range(self.num_blocks)] != self._cached:
+        if cached is not None and self._by_block(cached) != self._cached:
             raise RuntimeError(f"blocks are cached by {cached}, counted were {self._cached}")
         free = [block for start, stop in zip(self._starts, self._stops, strict=True) for block in range(start, stop)]
-        if free != [block for block in range(self.num_blocks) if not self.refs(block)]:
+        if free != [block for block, refs in enumerate(map(add, self._uses, self._cached)) if not refs]:
             raise RuntimeError(f"free are {free}, but blocks are used {self._uses} and cached {self._cached}")
-        evictable = sum(not used and held > 0 for used, held in zip(self._uses, self._cached, strict=True))
+        evictable = sum(held > 0 for used, held in zip(self._uses, self._cached, strict=True) if not used)
         if evictable != self.num_evictable:
             raise RuntimeError(f"{evictable} blocks are evictable, {self.num_evictable} were counted")
         bounds = [edge for run in zip(self._starts, self._stops, strict=True) for edge in run]
@@ -123,6 +124,15 @@ class BlockPool:
         total = sum(self._stops) - sum(self._starts)
         if not apart or (bounds and not 0 <= bounds[0] < bounds[-1] <= self.num_blocks) or total != self.num_free:
             raise RuntimeError(f"pool of {self.num_blocks} blocks is inconsistent: runs {bounds}, {self.num_free} free")
+
+    def _by_block(self, counted: Counter[int]) -> list[int]:
+        """A count for each block. Raises RuntimeError if others were counted."""
+        by_block = [0] * self.num_blocks
+        for block, count in counted.items():
+            if not 0 <= block < self.num_blocks:
+                raise RuntimeError(f"block {block} was counted, of a pool of {self.num_blocks}")
+            by_block[block] = count
+        return by_block
 
     def _run_starting_at(self, block: int) -> int | None:
         run = bisect_left(self._starts, block)

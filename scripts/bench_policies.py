@@ -21,7 +21,7 @@ from typing import Any
 from _measure import facts, show
 from _setup import ROOT
 
-TIMES = ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "total_s")
+TIMES = ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "itl_p50_s", "itl_p99_s", "total_s")
 MEASURED = ("completed_per_s", "goodput_per_s", "output_tokens_per_s", *TIMES)
 REFUSED = 1
 """Exit code of a run in which requests failed, or were refused: its figures count."""

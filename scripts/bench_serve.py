@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""TTFT, TPOT and throughput of a service under a trace of requests, of one that runs (--gmanager) or of one started for it.
+"""TTFT, TPOT, ITL and throughput of a service under a trace of requests: one that runs (--gmanager) or one started for it.
 
 A trace is a file of JSON lines in one of two forms, or the name of a built-in one. Our own form:
 
@@ -13,8 +13,8 @@ word have had their first token. And the form that Mooncake publishes, which `ma
 `timestamp`: milliseconds. A hash id stands for `--block-tokens` of the prompt, the same id for the same tokens; requests that
 begin as one before them did are the group "again". Prompts are random token ids, another seed makes others; answers are greedy
 and don't end before their length. Times are those that the client sees, from when a request was due, so that a late client
-hides nothing. TPOT is the time between consecutive tokens of one request; an objective is about the mean of a request.
-Completed requests and goodput are per second from the first that was due to the last token of all.
+hides nothing. ITL is any time between consecutive tokens of one request, TPOT their mean in a request, which is what an
+objective is about. Completed requests and goodput are per second from the first that was due to the last token of all.
 
 Exit code 0, 1 if a request failed or was not finished in time, 2 if something could not be started, 130 if interrupted.
 """
@@ -71,7 +71,11 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     ttft_p50_s: float | None
     ttft_p99_s: float | None
     tpot_p50_s: float | None
+    """Of the requests' means."""
     tpot_p99_s: float | None
+    itl_p50_s: float | None
+    """Of all times between tokens: a long answer counts for more."""
+    itl_p99_s: float | None
     request_p50_s: float | None
     """From due to last token."""
     request_p99_s: float | None
@@ -144,6 +148,7 @@ def _group(name: str, timings: Sequence[Timing], objectives: Objectives, window:
     start, end = window or (-math.inf, math.inf)
     gaps = [gap for t in timings for gap in t.gaps_s(start, end)]
     ttfts = [] if window else [t.ttft_s for t in timings if t.ttft_s is not None]
+    tpots = [] if window else [t.tpot_s for t in timings if t.tpot_s is not None]
     totals = [] if window else [t.total_s for t in timings if t.total_s is not None]
     came = [at for t in timings for at in t.token_s if start <= at <= end]
     begun = start if window else min((t.due_s for t in timings if t.due_s is not None), default=0.0)
@@ -156,8 +161,10 @@ def _group(name: str, timings: Sequence[Timing], objectives: Objectives, window:
         refused=sum(t.refused is not None for t in timings),
         ttft_p50_s=percentile(ttfts, 50),
         ttft_p99_s=percentile(ttfts, 99),
-        tpot_p50_s=percentile(gaps, 50),
-        tpot_p99_s=percentile(gaps, 99),
+        tpot_p50_s=percentile(tpots, 50),
+        tpot_p99_s=percentile(tpots, 99),
+        itl_p50_s=percentile(gaps, 50),
+        itl_p99_s=percentile(gaps, 99),
         request_p50_s=percentile(totals, 50),
         request_p99_s=percentile(totals, 99),
         total_s=elapsed,
@@ -171,7 +178,8 @@ def _group(name: str, timings: Sequence[Timing], objectives: Objectives, window:
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """bench_serve.json."""
 
-    schema: int = 1
+    schema: int = 2
+    """1 had the times between tokens under the name of TPOT."""
     date: str
     """UTC, ISO 8601."""
     versions: dict[str, str]
@@ -215,9 +223,9 @@ def print_table(title: str, groups: Sequence[Group]) -> None:
 
     table = Table(title=title)
     table.add_column("requests")
-    for name in ("count", "failed", "refused", "TTFT s p50", "p99", "TPOT ms p50", "p99", "request s p50", "p99", "total s"):
+    for name in ("count", "failed", "refused", "TTFT s p50", "p99", "TPOT ms p50", "p99", "ITL ms p50", "p99"):
         table.add_column(name, justify="right")
-    for name in ("prompt tok/s", "output tok/s", "completed/s", "goodput/s"):
+    for name in ("request s p50", "p99", "total s", "prompt tok/s", "output tok/s", "completed/s", "goodput/s"):
         table.add_column(name, justify="right")
     for g in groups:
         seconds = [
@@ -225,12 +233,14 @@ def print_table(title: str, groups: Sequence[Group]) -> None:
             shown(g.ttft_p99_s, 1, 3),
             shown(g.tpot_p50_s, 1e3, 2),
             shown(g.tpot_p99_s, 1e3, 2),
+            shown(g.itl_p50_s, 1e3, 2),
+            shown(g.itl_p99_s, 1e3, 2),
         ]
         seconds += [shown(g.request_p50_s, 1, 3), shown(g.request_p99_s, 1, 3), shown(g.total_s, 1, 3)]
         rates = [shown(g.prompt_tokens_per_s, 1, 0), shown(g.output_tokens_per_s, 1, 1)]
         rates += [shown(g.completed_per_s, 1, 3), shown(g.goodput_per_s, 1, 3)]
         table.add_row(g.name, str(g.count), str(g.failed), str(g.refused), *seconds, *rates)
-    Console(width=None if sys.stdout.isatty() else 190).print(table)
+    Console(width=None if sys.stdout.isatty() else 210).print(table)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

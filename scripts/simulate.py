@@ -35,9 +35,9 @@ from bench_serve import Objectives, versions
 from simulation.cases import MIX, Case, Result, arrivals_of, at_rate, run_all
 from simulation.instance import SimulationError
 from simulation.plots import draw
-from simulation.search import Search, Split, Tried
+from simulation.search import MOST_REQUESTS, Search, Split, Tried
 from simulation.service import DEFAULT_POLICY, LARGE, SEPARATE, Setting
-from simulation.times import H200_8B, Profile, TimesError, read_times, write_times
+from simulation.times import H200_8B, Profile, TimesError, read_stats, read_times, write_times
 
 from gmanager import DistattnError
 from gmanager.cli.process import ServiceError
@@ -51,7 +51,8 @@ PICTURE = "simulate.png"
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """simulate.json."""
 
-    schema: int = 1
+    schema: int = 2
+    """1 had the times between tokens under the name of TPOT."""
     date: str
     """UTC, ISO 8601."""
     versions: dict[str, str]
@@ -98,11 +99,12 @@ def arrivals_from(args: argparse.Namespace, source: str) -> list[Any]:
 
 
 def setting_of(args: argparse.Namespace, profile: Profile, instances: int, policy: str) -> Setting:
+    """`split` compares prompts with decode steps, and a coarse one stands for many: its grain is always 1."""
     return Setting(
         profile=profile,
         instances=instances,
         policy=policy,
-        grain=args.grain,
+        grain=1 if policy.partition(":")[0] == "split" else args.grain,
         max_queue_wait_s=args.max_queue_wait,
         limit_s=args.limit,
         prefix_cache=not args.no_prefix_cache,
@@ -139,7 +141,7 @@ def print_results(results: Sequence[Result]) -> None:
         table.add_column(name)
     for name in ("failed", "refused", "completed/s", "goodput/s", "prompt tok/s", "output tok/s", "TTFT s p50", "p99"):
         table.add_column(name, justify="right")
-    for name in ("TPOT ms p50", "p99", "KV %", "most", "preempted", "homes moved", "busy %"):
+    for name in ("TPOT ms p50", "p99", "ITL ms p50", "p99", "KV %", "most", "preempted", "homes moved", "busy %"):
         table.add_column(name, justify="right")
     for result in results:
         g = result.figures
@@ -156,10 +158,12 @@ def print_results(results: Sequence[Result]) -> None:
             shown(g.ttft_p99_s, 1, 3),
             shown(g.tpot_p50_s, 1e3, 2),
             shown(g.tpot_p99_s, 1e3, 2),
+            shown(g.itl_p50_s, 1e3, 2),
+            shown(g.itl_p99_s, 1e3, 2),
         ]
         kv = [shown(result.kv_use, 100, 1), shown(result.kv_use_most, 100, 1), str(result.preemptions), str(result.home_moves)]
         table.add_row(*case, str(g.failed), str(g.refused), *rates, *seconds, *kv, shown(result.busy, 100, 0))
-    Console(width=None if sys.stdout.isatty() else 220).print(table)
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -181,6 +185,7 @@ def search(args: argparse.Namespace, profile: Profile) -> Report:
             ttft_s=args.slo_ttft,
             tpot_s=args.slo_tpot,
             attain=args.attain,
+            most_requests=args.most_requests,
             tell=tell,
         )
 
@@ -216,6 +221,7 @@ COMPARED = {
     "TTFT s p50": "ttft_p50_s",
     "TTFT s p99": "ttft_p99_s",
     "TPOT s p50": "tpot_p50_s",
+    "ITL s p50": "itl_p50_s",
     "request s p50": "request_p50_s",
 }
 """What is shown of both sides."""
@@ -298,7 +304,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         one.add_argument("--turns", type=int, default=1, help="questions about each long prompt of a mix (%(default)d)")
         one.add_argument("--scale", type=float, default=1.0, help="times the tokens of each request (%(default)g)")
         one.add_argument("--block-tokens", type=int, default=BLOCK_TOKENS, help="what a hash id stands for (%(default)d)")
-        one.add_argument("--grain", type=int, default=1, help="tokens that are simulated as one, to be faster (%(default)d)")
+        one.add_argument(
+            "--grain", type=int, default=1, help="tokens simulated as one, to be faster; not of split (%(default)d)"
+        )
         one.add_argument("--max-queue-wait", type=float, default=600.0, help="as the gManager's flag (%(default)g)")
         one.add_argument("--no-prefix-cache", action="store_true", help="as the gManager's --prefix-cache off")
         one.add_argument(
@@ -323,6 +331,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     one.add_argument("--slo-ttft", type=float, required=True, help="seconds to the first token")
     one.add_argument("--slo-tpot", type=float, required=True, help="seconds between tokens, in a request's mean")
     one.add_argument("--attain", type=float, default=0.9, help="part of the requests that must meet them (%(default)g)")
+    one.add_argument("--most-requests", type=int, default=MOST_REQUESTS, help="of one simulation (%(default)d)")
     one.add_argument("--rate", type=float, help="also say the fewest instances of each kind for so many requests per second")
     shared(one)
     one = command("validate", validate, "the same trace for real, on the CPU, and simulated")
@@ -335,12 +344,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     one.set_defaults(requests=160, scale=0.04, kv_tokens=4096)
     one = command("times", write_profile, "write the step times, to be edited")
     one.add_argument("--out", type=Path, default=ROOT / "results" / "times.json", help="the file")
+    one.add_argument("--stats", type=Path, metavar="FILE", help="take them from what `distattn status --json` printed")
     args = parser.parse_args(words)
     check(parser, args)
     return args
 
 
-COUNTS = ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens", "rounds")
+COUNTS = ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens", "rounds", "most_requests")
 POSITIVE = ("scale", "max_queue_wait", "limit", "rate", "rates", "within")
 
 
@@ -349,8 +359,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     counts = {
         name: value if isinstance(value, list) else [value]
         for name, value in vars(args).items()
-        if name in ("instances", "requests", "turns", "block_tokens", "grain", "jobs", "kv_tokens", "rounds")
-        and value is not None
+        if name in COUNTS and value is not None
     }
     for name, values in counts.items():
         if min(values) < 1:
@@ -365,6 +374,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def write_profile(args: argparse.Namespace, profile: Profile) -> None:
+    if args.stats is not None:
+        profile = read_stats(args.stats, profile)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_times(profile, args.out)
     print(f"written: {args.out}")

@@ -93,7 +93,7 @@ class Forecast:
         """It is among those that run, since just now."""
         reach = self._cell.spec.reach
         own = works_of(sequence.shares, reach)
-        others = self._running.backlogs(but=sequence)
+        others = self._running.backlogs(own, but=sequence)
         sequence.admitted_at = self._requests.now
         sequence.own_work, sequence.work = max(own.values()), work_until(own, others)
         sequence.first_expected_s = self.predictor.prefill_s(sequence.work)
@@ -193,7 +193,7 @@ class Forecast:
     def _load(self, request: Request, ahead: Sequence[Request], views: Sequence[InstanceView]) -> _Load:
         """Who waits before it, as if spread over all instances; itself where it would lie now, or with the least before it."""
         reach = self._cell.spec.reach
-        others = self._running.backlogs()
+        others = self._running.backlogs(range(len(views)))
         for other in ahead:
             each = round(prompt_work(other.missing_tokens, reach) / len(views))
             others.append(dict.fromkeys((view.rank for view in views), each))

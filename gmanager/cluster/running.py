@@ -8,7 +8,7 @@ from bisect import insort
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from gmanager.cluster.cell import Cell
+from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Send
 from gmanager.cluster.parties import Parties
 from gmanager.cluster.placement import InstanceView
@@ -77,8 +77,11 @@ class Running:
         self._homes = [0] * cell.size
         self._backlogs = [0] * cell.size
         self._decodes = _Decodes.of(cell.size)
-        self._prefilling: dict[int, _Load] = {}
-        """Those whose prompts run."""
+        self._prefilling: list[dict[int, _Load]] = [{} for _ in range(cell.size)]
+        """By rank: those with something of their prompt to compute there, by number."""
+        self._views: list[InstanceView] = []
+        self._seen: list[tuple[Member, int, bool, tuple[int, ...]]] = []
+        """Of each: what it was made of, beside what a member is for good."""
         self._num_ending = 0
         self._num_lacking = 0
 
@@ -142,7 +145,8 @@ class Running:
         self._touched.clear()
         self._homes, self._backlogs = [0] * self._cell.size, [0] * self._cell.size
         self._decodes = _Decodes.of(self._cell.size)
-        self._prefilling.clear()
+        self._prefilling = [{} for _ in range(self._cell.size)]
+        self._views, self._seen = [], []
         self._num_ending = self._num_lacking = 0
         self._parties = Parties(self._cell.epoch, self._cell.size)
 
@@ -202,29 +206,44 @@ class Running:
         return self._homes[rank]
 
     def views(self) -> list[InstanceView]:
-        """What placement sees of each instance."""
+        """What placement sees of each instance: made anew of those of which something has changed."""
         self._count()
-        return [
-            InstanceView(
-                rank=m.rank,
-                free_blocks=0 if m.is_draining else m.free,
-                total_blocks=0 if m.is_draining else m.spec.num_blocks,
-                homes=self._homes[m.rank],
-                max_homes=0 if m.is_draining else m.spec.decode_rows,
-                backlog=self._backlogs[m.rank],
-                role=m.register.role,
-                rows=self._decodes.rows[m.rank],
-                held=self._decodes.held[m.rank],
-                sent=self._decodes.sent[m.rank],
-                served=self._decodes.served[m.rank],
-            )
-            for m in self._cell.members
-        ]
+        members, decodes = self._cell.members, self._decodes
+        loads = list(zip(self._homes, self._backlogs, decodes.rows, decodes.held, decodes.sent, decodes.served, strict=True))
+        seen = [(m, m.free, m.is_draining, loads[m.rank]) for m in members]
+        if len(self._seen) != len(seen):
+            self._views, self._seen = list(map(self._view_of, members)), seen
+        else:
+            for place, (now, before) in enumerate(zip(seen, self._seen, strict=True)):
+                if now != before:
+                    self._views[place] = self._view_of(members[place])
+            self._seen = seen
+        return list(self._views)
 
-    def backlogs(self, *, but: Sequence | None = None) -> list[Mapping[int, int]]:
-        """Of each prompt that runs, `but` that one: rank -> what is left to compute there."""
+    def _view_of(self, member: Member) -> InstanceView:
+        rank = member.rank
+        return InstanceView(
+            rank=rank,
+            free_blocks=0 if member.is_draining else member.free,
+            total_blocks=0 if member.is_draining else member.spec.num_blocks,
+            homes=self._homes[rank],
+            max_homes=0 if member.is_draining else member.spec.decode_rows,
+            backlog=self._backlogs[rank],
+            role=member.register.role,
+            rows=self._decodes.rows[rank],
+            held=self._decodes.held[rank],
+            sent=self._decodes.sent[rank],
+            served=self._decodes.served[rank],
+        )
+
+    def backlogs(self, at: Iterable[int], *, but: Sequence | None = None) -> list[Mapping[int, int]]:
+        """Of each prompt that runs `at` one of these ranks, `but` that one: rank -> what is left to compute there.
+
+        Takes as long as there are prompts at these ranks, not as many as run.
+        """
         self._count()
-        return [load.backlog for number, load in self._prefilling.items() if but is None or number != but.number]
+        loads = {number: load for rank in at for number, load in self._prefilling[rank].items()}
+        return [load.backlog for number, load in loads.items() if but is None or number != but.number]
 
     def touch(self, sequence: Sequence) -> None:
         """Something has changed that its load depends on: where it is at home, what is held of its prompt, how far it is."""
@@ -235,12 +254,13 @@ class Running:
         for number in self._touched:
             if (old := self._loads.pop(number, None)) is not None:
                 self._add(old, -1)
-                self._prefilling.pop(number, None)
+                for rank in old.backlog:
+                    del self._prefilling[rank][number]
             if (sequence := self._sequences.get(number)) is not None:
                 new = self._loads[number] = self._load_of(sequence)
                 self._add(new, 1)
-                if new.backlog:
-                    self._prefilling[number] = new
+                for rank in new.backlog:
+                    self._prefilling[rank][number] = new
         self._touched.clear()
 
     def _add(self, load: _Load, sign: int) -> None:
@@ -281,3 +301,9 @@ class Running:
                 raise RuntimeError(f"sequence {sequence.number} is {self._load_of(sequence)}: {self._loads[sequence.number]}")
         if len(self._loads) > len(self._sequences) or sum(self._homes) != len(self._sequences):
             raise RuntimeError(f"{len(self._sequences)} sequences run, counted are {self._homes}")
+        if self.views() != list(map(self._view_of, self._cell.members)):
+            raise RuntimeError(f"of instances is seen {self.views()}, made of {self._seen}")
+        prompts = [(rank, number) for number, load in self._loads.items() for rank in load.backlog]
+        found = [(rank, number) for rank, at_rank in enumerate(self._prefilling) for number in at_rank]
+        if sorted(prompts) != sorted(found):
+            raise RuntimeError(f"prompts run at {prompts}, found are {found}")

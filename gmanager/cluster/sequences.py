@@ -404,9 +404,10 @@ class Sequences:
 
     def emptied(self) -> Member | None:
         """A member that is being drained and has nothing left, or nothing that could go elsewhere now."""
-        is_quiet = self._cell.is_ready and self._reservation is None and self._moves.is_idle and not self._changed
-        draining = [member for member in self._cell.members if member.is_draining and not member.outstanding]
-        return next(filter(self._is_emptied, draining), None) if is_quiet else None
+        if not (self._cell.is_ready and self._reservation is None and self._moves.is_idle and not self._changed):
+            return None
+        draining = (member for member in self._cell.members if member.is_draining and not member.outstanding)
+        return next(filter(self._is_emptied, draining), None)
 
     def _is_emptied(self, member: Member) -> bool:
         its = [sequence for sequence in self._running.all() if member.rank in sequence.participants]

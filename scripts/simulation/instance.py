@@ -167,8 +167,7 @@ class Instance:
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
-        self.rmanager.validate()
-        self.scheduler.validate()
+        self.scheduler.validate()  # and the rManager
 
     def _look(self) -> None:
         if self._parties is not None:

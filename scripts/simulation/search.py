@@ -18,21 +18,24 @@ from bench_serve import Objectives
 
 from simulation.cases import at_rate
 from simulation.service import Setting, simulate
-from simulation.times import LaneTimes
+from simulation.times import LaneTimes, Load
 
 Phase = Literal["prefill", "decode", "both"]
 
 NOTHING = LaneTimes(row=0.0, attended=0.0)
-FIRST_RATE = 0.25
-"""Requests per second and instance, where nothing better is known to begin with."""
+FIRST_STEP, LONGEST_STEP = 1.25, 16.0
+"""By how much a rate is changed at first while none is known that is too high, or none that is low enough; then the square of
+that each time, up to the latter. Guesses are near, and a rate that is far too high takes long to simulate."""
 PRECISION = 0.05
 """Of a rate that is looked for, relative."""
 LASTS = 20
-"""How many times as long as a request may take a simulation lasts, so that a rate which is too high makes requests late."""
+"""How many times as long as a request may take a simulation lasts, so that a rate which is too high makes requests late: ..."""
+MOST_REQUESTS = 4000
+"""... unless it would take more than these. Then it lasts shorter, and a rate may pass that is a little too high."""
+LEAST_LASTS = 0.5
+"""A rate that holds when so many come in so short a time is taken for one without end."""
 LEAST_RATE = 1e-4
 """Requests per second; a phase that doesn't hold so few holds none."""
-MOST_REQUESTS = 4000
-"""Of one simulation; a rate that would take more is taken for one without end."""
 
 
 class Tried(msgspec.Struct, frozen=True):
@@ -70,6 +73,8 @@ class Search:
     tpot_s: float
     attain: float = 0.9
     """Part of the requests that must meet the objective."""
+    most_requests: int = MOST_REQUESTS
+    """Of one simulation, if the trace has no more."""
     tell: Callable[[Tried], None] = lambda tried: None
     """Hears of each simulation."""
     _found: dict[tuple[Phase, int], float] = field(default_factory=dict)
@@ -78,6 +83,8 @@ class Search:
     def __post_init__(self) -> None:
         if not 0 < self.attain <= 1:
             raise ValueError(f"attain must be in (0, 1], got {self.attain}")
+        if self.most_requests < 1:
+            raise ValueError(f"a simulation has 1 request at least, got {self.most_requests}")
         Objectives(ttft_s=self.ttft_s, tpot_s=self.tpot_s)
 
     def goodput(self, phase: Phase, instances: int) -> float:
@@ -88,26 +95,44 @@ class Search:
         """
         key = phase, instances
         if key not in self._found:
-            near = [rate / count for (which, count), rate in self._found.items() if which == phase and 0 < rate < math.inf]
-            self._found[key] = self._look_for(phase, instances, instances * (near[-1] if near else FIRST_RATE))
+            near = {
+                count: rate / count for (which, count), rate in self._found.items() if which == phase and 0 < rate < math.inf
+            }
+            closest = min(near, key=lambda count: (abs(math.log(count / instances)), count), default=None)
+            each = self._guess(phase) if closest is None else near[closest]
+            self._found[key] = self._look_for(phase, instances, instances * each)
         return self._found[key]
+
+    def _guess(self, phase: Phase) -> float:
+        """Requests per second that an instance may hold: prompts one after the other, or as many answers at once as keep the
+        time between tokens."""
+        profile, count = self.setting.profile, len(self.arrivals)
+        prompts = [arrival.prompt_tokens for arrival in self.arrivals]
+        answer = sum(arrival.max_tokens for arrival in self.arrivals) / count
+        prefill_s = sum(profile.prefill_s(Load(n, n * (n + 1) // 2, 0, 0)) for n in prompts) / count
+        one_s = profile.decode_s(Load(1, round(sum(prompts) / count + answer / 2), 0, 0))
+        each_s = max(1e-9, one_s - profile.decode.base)  # what one more answer adds to a step
+        at_once = max(1.0, (self.tpot_s - profile.decode.base) / each_s)
+        rates = {"prefill": 1 / max(1e-9, prefill_s), "decode": at_once / (self.tpot_s * answer)}
+        return min(rates.values()) / 2 if phase == "both" else rates[phase]
 
     def _look_for(self, phase: Phase, instances: int, rate: float) -> float:
         """As `goodput`, from a first guess on."""
-        low, high = 0.0, math.inf
+        low, high, step = 0.0, math.inf, FIRST_STEP
         while math.isinf(high) or high - low > PRECISION * high:
-            if math.isinf(high) and self._num_requests(rate) > MOST_REQUESTS:
-                return math.inf
             if self._attains(phase, instances, rate):
                 low = rate
             else:
                 high = rate
             if high < LEAST_RATE:
                 return 0.0
-            if math.isinf(high):
-                rate = low * 2
-            else:
-                rate = (low + high) / 2 if low else high / 2
+            if math.isinf(high) and rate * self._lasts_s(phase) * LEAST_LASTS / LASTS > self._most():
+                return math.inf
+            if low and not math.isinf(high):
+                rate = (low + high) / 2
+                continue
+            rate = low * step if low else high / step
+            step = min(step**2, LONGEST_STEP)
         return low
 
     def best(self) -> list[Split]:
@@ -151,13 +176,19 @@ class Search:
                 low = middle + 1
         return low
 
-    def _num_requests(self, rate: float) -> int:
-        """So many that they come for `LASTS` times as long as one may take; all of the trace at least."""
+    def _lasts_s(self, phase: Phase) -> float:
+        """Seconds that requests should come for: `LASTS` times as long as the phase of one may take."""
         answer = sum(arrival.max_tokens for arrival in self.arrivals) / len(self.arrivals)
-        return max(len(self.arrivals), math.ceil(rate * LASTS * (self.ttft_s + self.tpot_s * answer)))
+        may_take = {"prefill": self.ttft_s, "decode": self.tpot_s * answer, "both": self.ttft_s + self.tpot_s * answer}
+        return LASTS * may_take[phase]
+
+    def _most(self) -> int:
+        """Requests of a simulation: all of the trace at least."""
+        return max(len(self.arrivals), self.most_requests)
 
     def _attains(self, phase: Phase, instances: int, rate: float) -> bool:
-        arrivals = at_rate(repeated(self.arrivals, min(MOST_REQUESTS, self._num_requests(rate))), rate)
+        num_requests = max(len(self.arrivals), math.ceil(rate * self._lasts_s(phase)))
+        arrivals = at_rate(repeated(self.arrivals, min(self._most(), num_requests)), rate)
         profile = self.setting.profile
         if phase == "prefill":
             arrivals = [msgspec.structs.replace(arrival, max_tokens=1) for arrival in arrivals]

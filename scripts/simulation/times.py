@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from gmanager.wire.messages import LanePerformance, Stats
 from instance.step import Lane
 
 
@@ -59,6 +60,19 @@ class LaneTimes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for name in self.__struct_fields__:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @classmethod
+    def fitted(cls, lane: LanePerformance) -> "LaneTimes":
+        """As a gManager's performance model has them: a row costs the same whichever way it travels."""
+        moved = lane.moved_us / 1e6
+        return cls(
+            base=lane.step_us / 1e6,
+            row=lane.row_us / 1e6,
+            attended=lane.attended_ns / 1e9,
+            exchange=lane.exchange_us / 1e6,
+            sent=moved,
+            served=moved,
+        )
 
     def of(self, load: Load) -> float:
         took = self.attended * load.attended
@@ -213,6 +227,43 @@ def read_times(file: Path) -> Profile:
     try:
         return msgspec.json.decode(file.read_bytes(), type=Profile)
     except (OSError, msgspec.DecodeError, ValueError) as error:
+        raise TimesError(f"{file}: {error}") from error
+
+
+def read_stats(file: Path, base: Profile) -> Profile:
+    """`base` with the step times and the memory of the one cell that `distattn status --json` tells of. Raises TimesError.
+
+    Pace and messages, which it doesn't tell, stay those of `base`.
+    """
+    try:
+        cells = msgspec.json.decode(file.read_bytes(), type=Stats).cells
+    except (OSError, msgspec.DecodeError, ValueError) as error:
+        raise TimesError(f"{file}: {error}") from error
+    known = [(cell, cell.performance) for cell in cells if cell.size and cell.performance is not None]
+    if len(known) != 1:
+        raise TimesError(f"{file} has {len(known)} cells whose step times are known, of {len(cells)}: there must be one")
+    ((cell, performance),) = known
+    lanes = {"prefill": performance.prefill, "decode": performance.decode}
+    unheard = [name for name, lane in lanes.items() if not lane.samples]
+    if unheard:
+        raise TimesError(f"{file}: no {unheard[0]} step of cell {cell.name!r} has been heard of")
+    told = ", ".join(
+        f"{name}: {lane.samples:,} steps" + ("" if lane.error is None else f", {lane.error:.0%} off in the median")
+        for name, lane in lanes.items()
+    )
+    try:
+        return msgspec.structs.replace(
+            base,
+            name=f"{cell.model}, as fitted",
+            source=f"a service's own performance model ({told}); the rest: {base.name}",
+            prefill=LaneTimes.fitted(performance.prefill),
+            decode=LaneTimes.fitted(performance.decode),
+            prefill_beside=performance.prefill.beside,
+            decode_beside=performance.decode.beside,
+            kv_tokens=cell.total_tokens // cell.size,
+            block_size=cell.block_size,
+        )
+    except ValueError as error:
         raise TimesError(f"{file}: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """The same trace for real, on the CPU, and simulated with step times that were measured in the same service.
 
 1. A service of a few instances is asked for single requests, again and again: what a step and a row take, a message, the host's
-   work between two steps, and what it costs when rows travel (`Sweep`, `fit`).
+   work between two steps, what it costs when rows travel, and how much longer decodes take beside prompts (`Sweep`, `fit`).
 2. It replays the trace, and counts what its steps took together.
 3. The trace is simulated. A machine is not as fast at all times, least of all one that others use, so all coefficients are
    scaled until the steps that are simulated take as long together as was counted (`level`). Who waits for whom, what runs
@@ -31,6 +31,8 @@ REPEATS = 6
 """Of each measurement; medians count: others may use the machine, as they do during the replay."""
 COUNTERS_LAG_S = 2.0
 """Instances tell their counters once a second."""
+MOST_BESIDE, BESIDE, BESIDES = 16.0, 0.02, 12
+"""Largest factor by which prompts slow decodes down, how near it is looked for, relative, and how often."""
 LEVELLINGS = 16
 LEVEL = 0.01
 """How far, relative, the sum of all steps may be from what was counted."""
@@ -52,6 +54,11 @@ class Measured:
     """The same of one that all instances prefill together."""
     shared_between: float
     """From one token to the next of a decode that follows it."""
+    crowded: float
+    """From one token to the next where each instance decodes and prefills at once, over the time that these prompts take.
+
+    Means: a lane's waits for the other are rare and long.
+    """
 
 
 class Sweep:
@@ -72,6 +79,7 @@ class Sweep:
         alone: list[float] = []
         shared: list[float] = []
         shared_between: list[float] = []
+        crowded: list[float] = []
         for _ in range(REPEATS):
             before = await self._counters()
             (came,) = await self._ask([(SHORT, ANSWER)])
@@ -84,6 +92,7 @@ class Sweep:
             (came,) = await self._ask([(SHARED, ANSWER)], is_shared=True)
             shared.append(came[0])
             shared_between.append(statistics.median(b - a for a, b in pairwise(came)))
+            crowded.append(crowding(await self._ask(crowd(self._instances))))
         return Measured(
             round_trip=max(0.0, statistics.median(short)),
             between=statistics.median(between),
@@ -91,6 +100,7 @@ class Sweep:
             alone=statistics.median(alone),
             shared_prefill=statistics.median(shared),
             shared_between=statistics.median(shared_between),
+            crowded=statistics.median(crowded),
         )
 
     async def _counters(self) -> Counters:
@@ -111,8 +121,21 @@ class Sweep:
                 came += [loop.time() - start] * len(chunk.token_ids)
             return came
 
-        self._num_asked += len(lengths)
-        return await asyncio.gather(*(one(self._num_asked + i, *pair) for i, pair in enumerate(lengths)))
+        first, self._num_asked = self._num_asked, self._num_asked + len(lengths)  # no prompt twice: it would be cached
+        return await asyncio.gather(*(one(first + i, *pair) for i, pair in enumerate(lengths)))
+
+
+def crowd(instances: int) -> list[tuple[int, int]]:
+    """(prompt, answer) of requests at once that give each instance an answer and a prompt to work on."""
+    return [(SHORT, ANSWER)] * instances + [(SHARED, 1)] * instances
+
+
+def crowding(came: Sequence[Sequence[float]]) -> float:
+    """`Measured.crowded`, of when the tokens of a crowd came: of the answers those until the first prompt was done."""
+    half = len(came) // 2
+    prompts = [each[0] for each in came[half:]]
+    gaps = [b - a for each in came[:half] for a, b in pairwise(each) if a < min(prompts)]
+    return statistics.fmean(gaps) / statistics.fmean(prompts) if gaps else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +182,30 @@ def fit(base: Profile, measured: Measured, instances: int) -> Profile:
     (shared,) = simulate(Setting(profile=profile, instances=instances, policy="all"), [alone]).timings
     shared_steps = -(-SHARED // (base.chunk_tokens * instances))
     prefill_exchange_s = max(0.0, measured.shared_prefill - (shared.ttft_s or 0.0)) / shared_steps
-    return msgspec.structs.replace(
+    profile = msgspec.structs.replace(
         profile,
         prefill=msgspec.structs.replace(profile.prefill, exchange=prefill_exchange_s),
         decode=msgspec.structs.replace(profile.decode, exchange=exchange_s),
     )
+    return beside(profile, measured.crowded, instances)
+
+
+def beside(profile: Profile, crowded: float, instances: int) -> Profile:
+    """With the factor by which a decode step takes longer beside a prompt of its own instance than its share of the cores says.
+
+    Only the proportion to the prompts is fitted: how busy the cores are with other things is `level`'s.
+    """
+    trace = [Arrival(at_s=0, prompt_tokens=prompt, max_tokens=answer) for prompt, answer in crowd(instances)]
+    for _ in range(BESIDES):
+        timings = simulate(Setting(profile=profile, instances=instances), trace).timings
+        simulated = crowding([timing.token_s for timing in timings])
+        if not crowded or not simulated:
+            return profile
+        factor = max(1.0, min(profile.decode_beside * crowded / simulated, MOST_BESIDE))
+        if abs(factor / profile.decode_beside - 1) < BESIDE:
+            return profile
+        profile = msgspec.structs.replace(profile, decode_beside=factor)
+    return profile
 
 
 def scaled(profile: Profile, factor: float) -> Profile:

@@ -140,13 +140,15 @@ def test_figures_of_a_known_run() -> None:
     )
     assert [g.name for g in groups] == ["a", "b", "late", "a/b beside late", "all"]
     a, b, late, beside, all_ = groups
-    assert (a.count, a.failed, a.ttft_p50_s, a.tpot_p50_s, a.request_p50_s, a.total_s) == (2, 0, 2.0, 0.5, 2.875, 3.25)
+    assert (a.count, a.failed, a.ttft_p50_s, a.itl_p50_s, a.request_p50_s, a.total_s) == (2, 0, 2.0, 0.5, 2.875, 3.25)
+    # times between tokens of 0.5, 1.0 and 0.25; means of 0.75 and 0.25
+    assert (a.itl_p99_s, a.tpot_p50_s, a.tpot_p99_s) == (pytest.approx(0.99), 0.5, pytest.approx(0.745))
     assert a.ttft_p99_s == pytest.approx(2.98)
     assert (a.prompt_tokens_per_s, a.output_tokens_per_s) == (40 / 3.25, 5 / 3.25)
-    assert (b.count, b.failed, b.ttft_p50_s, b.tpot_p50_s, b.total_s, b.output_tokens_per_s) == (1, 1, None, None, None, None)
-    assert (late.ttft_p50_s, late.tpot_p50_s, late.request_p99_s) == (1.0, None, 1.0)
+    assert (b.count, b.failed, b.ttft_p50_s, b.itl_p50_s, b.total_s, b.output_tokens_per_s) == (1, 1, None, None, None, None)
+    assert (late.ttft_p50_s, late.tpot_p50_s, late.itl_p50_s, late.request_p99_s) == (1.0, None, None, 1.0)
     # from 3.0 to 4.0: one gap ends, two tokens come
-    assert (beside.count, beside.tpot_p99_s, beside.ttft_p50_s, beside.total_s, beside.output_tokens_per_s) == (
+    assert (beside.count, beside.itl_p99_s, beside.ttft_p50_s, beside.total_s, beside.output_tokens_per_s) == (
         3,
         1.0,
         None,
@@ -232,7 +234,7 @@ async def test_a_trace_is_replayed_measured_and_written(
     assert all(value is not None for value in report["groups"][-1].values())
     said = capsys.readouterr().out
     assert "6 requests, 470 prompt tokens; 2 instances, 2,048 tokens of KV" in said
-    assert all(word in said for word in ("TTFT", "TPOT", "prompt tok/s", "short", "long", "late", "all"))
+    assert all(word in said for word in ("TTFT", "TPOT", "ITL", "prompt tok/s", "short", "long", "late", "all"))
 
 
 async def test_a_trace_in_mooncakes_form_is_replayed(service: Service, tmp_path: Path) -> None:

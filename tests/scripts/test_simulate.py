@@ -1,9 +1,12 @@
 """The simulator: everything that decides is real, so what must hold of it must hold here; and the time that it adds up."""
 
 import json
+import math
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,10 +25,12 @@ from simulation.device import Device, Group, Part, Processor, run_together
 from simulation.instance import SimulationError
 from simulation.search import Search, Tried, repeated
 from simulation.service import Outcome, Service, Setting, prompt_of, simulate
-from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_times, write_times
-from simulation.validate import SHARED, Measured, fit, level
+from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_stats, read_times, write_times
+from simulation.validate import SHARED, Measured, Sweep, beside, crowd, crowding, fit, level, scaled
 
 from distattn.layout import Layout, lay_out
+from gmanager.cluster.cluster import Cluster
+from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
 from instance.sharing import Load as KvRead
 from kvstore.shard import Run
@@ -232,7 +237,7 @@ def test_a_coarse_simulation_is_near_the_exact_one(rate: float, near: float) -> 
         for setting in (Setting(profile=H200_8B, instances=2, grain=grain) for grain in (1, 8))
     )
     assert coarse.rounds < exact.rounds / 4
-    for name in ("completed_per_s", "output_tokens_per_s", "ttft_p50_s", "tpot_p50_s", "request_p50_s"):
+    for name in ("completed_per_s", "output_tokens_per_s", "ttft_p50_s", "tpot_p50_s", "itl_p50_s", "request_p50_s"):
         assert getattr(coarse.figures, name) == pytest.approx(getattr(exact.figures, name), rel=near), name
 
 
@@ -384,6 +389,40 @@ def test_times_are_written_and_read(tmp_path: Path) -> None:
         read_times(file)
 
 
+def test_times_come_back_from_what_a_service_fitted(tmp_path: Path) -> None:
+    """Of steps that took what these times say: whoever simulates with what comes back sees nearly the same."""
+    service = Service(Setting(profile=H200_8B, instances=2))
+    file, times = tmp_path / "stats.json", tmp_path / "times.json"
+    file.write_bytes(msgspec.json.encode(service.cluster.stats()))
+    with pytest.raises(TimesError, match="no prefill step of cell 'main' has been heard of"):
+        read_stats(file, SMALL)
+    service.run(at_rate(arrivals_of("mix:3", requests=60), 4.0))
+    file.write_bytes(msgspec.json.encode(service.cluster.stats()))
+    command.write_profile(command.parse(["times", "--stats", str(file), "--out", str(times)]), SMALL)
+    found = read_times(times)
+    assert (found.kv_tokens, found.block_size) == (H200_8B.kv_tokens, H200_8B.block_size)
+    assert (found.link_s, found.reach, found.chunk_tokens) == (SMALL.link_s, SMALL.reach, SMALL.chunk_tokens)
+    assert "the rest: small" in found.source
+    for load in (Load(1, 1024, 0, 0), Load(32, 32 * 4096, 0, 0), Load(1, 65536, 1, 0)):
+        assert found.decode_s(load) == pytest.approx(H200_8B.decode_s(load), rel=0.02)
+    for load in (Load(1024, 1024 * 512, 0, 0), Load(8192, 8192 * 4096, 0, 0)):
+        assert found.prefill_s(load) == pytest.approx(H200_8B.prefill_s(load), rel=0.15)
+    assert found.decode_beside == pytest.approx(H200_8B.decode_beside, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "Input data was truncated"), ('{"epoch": 1}', "missing required field"), (None, "has 0 cells whose step times")],
+)
+def test_stats_without_times_are_refused(content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    if content is None:
+        content = msgspec.json.encode(Cluster(GManagerConfig()).stats()).decode()
+    file.write_text(content)
+    with pytest.raises(TimesError, match=said):
+        read_stats(file, H200_8B)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -441,6 +480,33 @@ def test_a_phase_holds_the_rate_that_it_is_said_to() -> None:
     assert search.fewest("prefill", 4 * rate) is None
 
 
+FAST = msgspec.structs.replace(SLOW, prefill=LaneTimes(row=2e-4, attended=0.0))
+"""A prompt of 32 tokens takes 6.4 ms: four instances do 625 a second."""
+
+
+def test_a_rate_that_takes_more_requests_than_a_simulation_has_is_found() -> None:
+    told: list[Tried] = []
+    rate = searched(setting=Setting(profile=FAST, instances=4), ttft_s=0.3, most_requests=800, tell=told.append).goodput(
+        "prefill", 4
+    )
+    assert 550 < rate < 900  # 20 times 0.3 s would be 3,750 requests; 800 come in 1.3 s, so somewhat more seem to hold
+    assert len(told) <= 8  # the first guess is near
+
+
+def test_a_rate_at_which_all_that_come_at_once_hold_has_no_end() -> None:
+    """80 prompts take 0.13 s."""
+    assert searched(setting=Setting(profile=FAST, instances=4), most_requests=80).goodput("prefill", 4) == math.inf
+    with pytest.raises(ValueError, match="1 request at least, got 0"):
+        searched(most_requests=0)
+
+
+def test_split_is_simulated_token_by_token() -> None:
+    """It compares prompts with decode steps: one that stood for eight made prompts of half the trace cheap."""
+    args = command.parse(["run", "--grain", "8"])
+    grains = {policy: command.setting_of(args, H200_8B, 4, policy).grain for policy in ("elastic", "split", "split:3")}
+    assert grains == {"elastic": 8, "split": 1, "split:3": 1}
+
+
 def test_a_trace_that_is_repeated_goes_on_with_other_prompts() -> None:
     one = BlockArrival(at_s=1.0, prompt_tokens=4, max_tokens=1, hash_ids=[0, 3], block_tokens=2)
     other = BlockArrival(at_s=2.0, prompt_tokens=4, max_tokens=1, hash_ids=[0, 1], block_tokens=2)
@@ -465,6 +531,7 @@ def test_measurements_give_back_the_times_that_made_them() -> None:
         alone=between + 6 * link_s + 2 * step + row * (SHARED + pairs),
         shared_prefill=0.0,
         shared_between=between + 0.005,
+        crowded=0.0,
     )
     profile = fit(base, measured, 3)
     assert profile.prefill.row == profile.decode.row == pytest.approx(row)
@@ -474,6 +541,35 @@ def test_measurements_give_back_the_times_that_made_them() -> None:
     assert profile.prefill.exchange == 0
     at_home = profile.decode.of(Load(1, SHARED // 3, 0, 0))
     assert profile.decode.exchange == pytest.approx(between + 0.005 - max(between, at_home))
+
+
+async def test_no_prompt_of_a_sweep_is_asked_twice() -> None:
+    """The second would be cached."""
+    prompts: list[tuple[int, ...]] = []
+
+    class Client:
+        async def generate(self, prompt: list[int], params: Any, *, spread: Any) -> AsyncIterator[SimpleNamespace]:
+            prompts.append(tuple(prompt))
+            yield SimpleNamespace(token_ids=[1])
+
+    sweep = Sweep(Client(), 3, 4096)  # type: ignore[arg-type]
+    for lengths in ([(64, 1)] * 3, crowd(3), [(64, 1)], [(64, 1)]):
+        await sweep._ask(lengths)
+    assert len({prompt[:16] for prompt in prompts}) == len(prompts) == 11
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.7, 3.0])
+def test_how_much_prompts_slow_decodes_down_is_found(factor: float) -> None:
+    """However slow the cores are: only the proportion counts."""
+    base = msgspec.structs.replace(
+        untimed(kv_tokens=4096, others=0.0), decode=LaneTimes(base=8e-3, row=3e-4, attended=1e-7), link_s=1e-3, host_s=1e-4
+    )
+    base = msgspec.structs.replace(base, prefill=LaneTimes(base=8e-3, row=3e-4, attended=1e-7), meet_s=2e-3, cores=2.0)
+    trace = [Arrival(at_s=0, prompt_tokens=prompt, max_tokens=answer) for prompt, answer in crowd(3)]
+    slowed = msgspec.structs.replace(base, decode_beside=factor)
+    crowded = crowding([timing.token_s for timing in simulate(Setting(profile=slowed, instances=3), trace).timings])
+    assert beside(base, crowded, 3).decode_beside == pytest.approx(factor, rel=0.05)
+    assert beside(scaled(base, 1.5), crowded, 3).decode_beside == pytest.approx(factor, rel=0.2)
 
 
 def test_steps_are_scaled_until_they_take_together_what_was_counted() -> None:
@@ -507,7 +603,7 @@ def test_too_far_apart_is_said_by_the_exit_code(
     late = [msgspec.structs.replace(one, token_s=[2 * at for at in one.token_s]) for one in real]
     sides = [summarise(side)[-1] for side in (real, late)]
     one = Round(real=sides[0], simulated=sides[1], profile=SLOW, step_s=1.0, real_ttft_s=[], simulated_ttft_s=[])
-    measured = Measured(round_trip=0, between=0, step=0, alone=0, shared_prefill=0, shared_between=0)
+    measured = Measured(round_trip=0, between=0, step=0, alone=0, shared_prefill=0, shared_between=0, crowded=0)
 
     async def compared(*_: Any, **__: Any) -> tuple[Measured, list[Round]]:
         return measured, [one]
@@ -559,6 +655,7 @@ def test_a_bad_line_of_a_trace_is_told_by_its_number(tmp_path: Path) -> None:
         (["--instances", "2000"], "--instances is at most 1024"),
         (["--rates", "-1"], "--rates must be positive, got -1"),
         (["--grain", "0"], "--grain must be at least 1"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
     ],
 )
 def test_numbers_that_make_no_sense_end_the_command(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
