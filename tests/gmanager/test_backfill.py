@@ -32,7 +32,7 @@ def test_the_first_ending_with_which_there_is_room(free: int, ends: list[tuple[i
 
 
 def crowded() -> Driver:
-    """An instance of 20 blocks of 4. A sequence that generates 19 tokens more has 14 of them; the next in the queue wants 11."""
+    """20 blocks of 4, of which a sequence that generates 19 tokens more has 14; the next in the queue wants 11."""
     driver = serving(20)
     running(driver, "old", 52, generated=1, max_tokens=20)
     driver.say(peer(0), beat(6, {1: 52}))
