@@ -83,7 +83,7 @@ def paged_logits(
                     for text, table in enumerate(tables)
                 ]
                 slots = [table[i // block_size] * block_size + i % block_size for table in tables for i in range(start, stop)]
-                attention.plan(Layout(count * rows, own, [], {}, {}, []), slots)
+                attention.plan([Layout(count * rows, own, [], {}, {}, [])], slots)
                 ids_T = torch.tensor([token for text in texts for token in text[start:stop]], device=model.device)
                 places_T = torch.tensor([place + i for place in first for i in range(start, stop)], device=model.device)
                 rows_S = torch.arange(count * rows, device=model.device)
