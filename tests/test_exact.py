@@ -62,7 +62,8 @@ async def test_matrix(cell: Service, llama: Path, mixed: list[list[int]]) -> Non
 
 @pytest.mark.parametrize("kind", sorted(set(CONFIGS) - {"llama"}))
 async def test_other_models(kind: str, farm: Farm, tmp_path: Path) -> None:
-    """Qwen2 (bias), Qwen3 (q/k norm), Mistral."""
+    """Qwen2 (bias), Qwen3 (q/k norm), Mistral; and each kind of mask: windows in all layers, in some, chunks, with a soft cap,
+    with sinks; and values narrower than keys."""
     path = make_model(kind, tmp_path)
     async with serve(farm, 2, Setup(model=path, chunk_tokens=24)) as service:
         await ask(service.client, path, prompt(path, 120), spread="all")
