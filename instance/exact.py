@@ -3,7 +3,7 @@
 What a probe of single layers can't see (a scale that depends on the place, places that are counted otherwise) shows in the
 logits. Two short random texts run in steps of many rows and of one row each, one of them at the last places that the
 model takes; their blocks lie in turn, and the pool holds NaN wherever nothing was written. Meanwhile windows and chunks are of
-half a block, in the model's config too, so that short texts reach far beyond them: that a layer has one, and where it begins,
+a third of the texts, in the model's config too, so that these reach far beyond them: that a layer has one, and where it begins,
 shows as well as with the true size, which `instance.sights` has tried on its own.
 """
 
@@ -45,7 +45,7 @@ def refuse_inexact(model: Model, name: str, *, block_size: int, backend: str) ->
 def difference(model: Model, *, block_size: int, backend: str) -> float:
     """Of logits, as `TOLERANCE` counts it: of the row that differs most, but for some where rounding chooses experts."""
     length = min(block_size + _MORE_THAN_A_BLOCK, model.max_context)
-    within = max(1, min(block_size // 2 + 1, length // 3))
+    within = max(2, length // 3)  # chunks of one token would be windows of one
     ids_2T = torch.randint(model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     first = [0, model.max_context - length]
     chunks = [max(1, block_size - 5), 9, *[1] * 5]  # the second crosses the end of a block

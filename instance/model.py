@@ -296,8 +296,11 @@ class Model:
         AttentionInterface.register(ATTENTION, look)
         try:
             with ruled_as(ATTENTION) as rules:
-                ids = torch.tensor([1, 2], device=self.device) % self.vocab_size
-                self._as_transformers(ids, torch.tensor([0, 1], device=self.device))
+                ids_1T = torch.tensor([[1, 2]], device=self.device) % self.vocab_size
+                places_1T = torch.tensor([[0, 1]], device=self.device)
+                # with a mask of ours, which hides nothing, places are not looked at: on `meta` they have no values
+                mask_1T = torch.ones_like(ids_1T)
+                self.module(input_ids=ids_1T, position_ids=places_1T, attention_mask=mask_1T, use_cache=False)
         finally:
             AttentionInterface.register(ATTENTION, registered)
         return sights

@@ -238,6 +238,14 @@ def test_what_rows_see_is_found_for_each_layer(kind: str) -> None:
     assert refuse_inexact(no_longer, kind, block_size=60, backend="torch") < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "llama4_text"])
+def test_what_rows_see_is_found_where_nothing_has_a_value(kind: str) -> None:
+    """On the meta device, where sizes are asked for before anything is loaded."""
+    config = AutoConfig.for_model(kind, **(SIZES | EXACT[kind]))
+    meta = random_model(config, torch.float32, torch.device("meta"), seed=1)
+    assert meta.shape == make(kind, EXACT[kind]).shape
+
+
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "llama4_text"])
 @pytest.mark.parametrize("wrong", ["all", "wider", "narrower", "the other layer"])
 def test_a_window_that_is_ignored_or_begins_elsewhere_is_refused(
