@@ -93,7 +93,10 @@ class Holding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     def is_seen(self, first: int, last: int) -> bool:
         """Whether rows at positions up to `last` that see tokens from `first` on may see any of it: what a run has between its
         ends only its holder knows."""
-        return any(run.start <= last and run.end > first for run in self.runs)
+        for run in self.runs:  # noqa: SIM110  # there may be thousands of rows in a step
+            if run.start <= last and run.end > first:
+                return True
+        return False
 
 
 def held_after(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holding]:
@@ -178,10 +181,10 @@ class Layout(msgspec.Struct, frozen=True):
 
 def read_run(run: Run, first_row: int, start: int, stop: int, sight: Sight) -> Reading | None:
     """What rows at the positions `[start, stop)` read of a run; None if it is nothing."""
-    if run.start >= stop or run.end <= sight.first(start):
+    if run.start >= stop:
         return None
-    lens, hidden = run.kv_lens(start, stop), sight.hidden(run, start, stop)
-    size = run.block_size
+    size, lens = run.block_size, run.kv_lens(start, stop)
+    hidden = sight.hidden(run, start, stop) if sight.window or sight.chunk else ()
     if not hidden:
         return Reading(first_row, stop - start, tuple(run.block_ids[: -(-lens[-1] // size)]), tuple(lens))
     if hidden == tuple(lens):

@@ -207,9 +207,10 @@ def _tiles(runs: Sequence[Segment], sizes: AttentionSizes) -> Iterator[_Tile]:
 def _pieces(run: Segment, sizes: AttentionSizes) -> Iterator[_Piece]:
     """What the rows of a tile see of a run: tokens whose beginning needs a mask, those that all see, then the remainder that
     needs a mask."""
-    lens, starts = run.kv_lens, run.starts or (0,)
+    lens, starts = run.kv_lens, run.starts
     low, high = min(lens), max(lens)
-    first, begin = min(starts), max(starts)  # of all rows, and from which on all see it
+    # the first token that a row sees, and the one from which on all do
+    first, begin = (min(starts), max(starts)) if starts else (0, 0)
     if first >= high:
         return
     is_causal = low < high and _rises_by_one(lens)
