@@ -34,13 +34,12 @@ from instance.calls import (
 from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
+from instance.rotary import fix_rotary
 from instance.sights import ruled_as
 
 ATTENTION = "distattn"
 """Our attention's name in transformers."""
 
-# Rotary types whose frequencies depend on the longest position in the batch: KV written in one step would not fit another's.
-_BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """What rounding explains of a row's logits, as `relative` counts; 30 layers of random weights: 0.03 in bf16."""
@@ -91,7 +90,8 @@ class Model:
         self._base.forward = _unless_given(self._base.forward, self.context)
         _scale_by_place(module, self.context)
         self.device = module.device
-        _refuse_rope(config)
+        self.rotary = fix_rotary(module, declared)
+        """What holds for all texts of its frequencies, where they would depend on the batch."""
         _refuse_state(module)
         refuse_layer_types(config)
         self._fused: FusedDecoder | None = None
@@ -194,6 +194,7 @@ class Model:
             flat = weight.detach().reshape(-1)
             values = flat[:: max(1, flat.numel() // 64)][:64].double().cpu().tolist()
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {values}".encode())
+        digest.update((self.rotary or "").encode())
         return digest.hexdigest()
 
     def _probe(self, max_context: int | None) -> AttentionShape:
@@ -516,13 +517,3 @@ def _refuse_state(module: PreTrainedModel) -> None:
             f"{module.config.model_type}: its layers keep a state from token to token (state space, linear attention), "
             "which is not implemented"
         )
-
-
-def _refuse_rope(config: Any) -> None:
-    """Raises UnsupportedModel for rotary frequencies that depend on the batch."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [rope] if "rope_type" in rope or "type" in rope else [r for r in rope.values() if isinstance(r, dict)]
-    for kind in kinds:
-        name = kind.get("rope_type", kind.get("type"))
-        if name in _BATCH_DEPENDENT_ROPE:
-            raise UnsupportedModel(f"rotary type '{name}' changes its frequencies with the longest position in a batch")

@@ -72,6 +72,8 @@ def _verify(model: Model, config: InstanceConfig) -> None:
     """
     found = refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
     log.info("agrees with transformers' own attention", difference=f"{found:.2g}")
+    if model.rotary is not None:
+        log.info("all texts have the same frequencies", rotary=model.rotary)
     if config.backend != "triton":
         return
     reason = model.fuse(config.backend)

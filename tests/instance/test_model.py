@@ -9,10 +9,10 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     FalconH1Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
-    LlamaConfig,
     OPTConfig,
 )
 
@@ -42,6 +42,9 @@ LONGROPE: dict[str, Any] = {
 }
 
 
+DEFAULT: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+
+
 def load(config: Any) -> Model:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="distattn")
     return Model(model.eval())
@@ -50,8 +53,7 @@ def load(config: Any) -> Model:
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        (LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "'dynamic'"),
-        (LlamaConfig(**SMALL, rope_parameters=LONGROPE), "'longrope'"),
+        (Gemma3TextConfig(**SMALL, rope_parameters={"full_attention": LONGROPE, "sliding_attention": DEFAULT}), "'longrope'"),
         (FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16), "keep a state"),
     ],
 )

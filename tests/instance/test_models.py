@@ -390,15 +390,45 @@ def test_the_comparison_alone_finds_a_second_attention_in_a_layer(monkeypatch: p
 
 
 def test_what_the_docs_remark_of_single_settings() -> None:
-    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    sizes = {"original_max_position_embeddings": 32}
-    with pytest.raises(UnsupportedModel, match="'longrope'"):
-        make("phi3", EXACT["phi3"] | {"rope_parameters": longrope | sizes} | sizes)
     model = make("smollm3", EXACT["smollm3"] | {"no_rope_layers": [1, 0]})
     assert refuse_inexact(model, "smollm3", block_size=BLOCK, backend="torch") < 1e-4
     assert model.fuse("torch") is not None
     scaled_later = make("ministral3", EXACT["ministral3"], max_context=32)
     assert scaled_later.fuse("torch") is None
+
+
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 32,
+}
+DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_context", "tokens"),
+    [(LONGROPE, None, 40), (LONGROPE, 33, 33), (LONGROPE, 32, 32), (DYNAMIC, None, 40)],
+    ids=["longrope", "longrope-by-one", "longrope-short", "dynamic"],
+)
+def test_frequencies_are_those_of_the_longest_text(rope: dict[str, Any], max_context: int | None, tokens: int) -> None:
+    """In every step, as transformers has them for a text of that length in one piece. Instances with other limits differ."""
+    kind = "phi3" if rope is LONGROPE else "llama"
+    more = {"rope_parameters": rope} | ({"original_max_position_embeddings": 32} if rope is LONGROPE else {})
+    model = make(kind, more, max_context=max_context)
+    config = AutoConfig.for_model(kind, **(SIZES | more))
+    untouched: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    untouched.load_state_dict(model.module.state_dict())
+    text = torch.randint(3, 97, (1, tokens), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        want = untouched(input_ids=text, use_cache=False).logits.log_softmax(-1)
+    got = paged_logits(model, text.tolist(), [0], [CHUNK] * tokens, block_size=BLOCK, backend="torch").log_softmax(-1)
+    assert float((got - want).abs().max()) < 5e-4
+    assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") < 1e-4
+    assert model.rotary is not None
+    assert f"texts of {max_context or LAST} tokens" in model.rotary
+    assert model.fingerprint() != make(kind, more, max_context=31).fingerprint()
 
 
 def test_a_switch_of_training_is_no_reason_to_refuse() -> None:
