@@ -325,7 +325,7 @@ def test_llamas_parts_with_sinks_are_not_fused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["llama", "olmoe", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "olmoe", "gpt2", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3"])
 def test_rounding_is_no_reason_to_refuse(kind: str, dtype: torch.dtype) -> None:
     model = make(kind, EXACT[kind], dtype=dtype)
     assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") > 0
