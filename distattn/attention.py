@@ -5,13 +5,17 @@
     attend  ... while own rows attend to local blocks; then the rows that came in do
     combine their partial states go back
     merge   by log-sum-exp: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i)
+    sinks   once, of what is merged: out = out sigmoid(lse - sink)
+
+Layers fall into groups by what their rows see (`distattn.layout.Sight`); a step has a plan for each, and all use the same
+buffers, one layer after the other.
 
 Source: DistAttention (Infinite-LLM, section 4); the merge of partial softmaxes is FlashAttention's (section 3.1).
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,11 +25,11 @@ from distattn.exchange import Exchange, Transfer
 from distattn.layout import Layout, Reading
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels.kv_blocks import store_kv
-from kernels.merge_state import MergePlan, merge_states
+from kernels.merge_state import MergePlan, apply_sinks, merge_states
 from kernels.paged_attention import attention_scratch_bytes, plan_attention
 from kernels.paged_attention_tiles import ROW_TILES, TOKEN_TILES, TiledAttention, uses_tiles
 from kernels.paged_attention_tiles import scratch_bytes as tiles_scratch_bytes
-from kernels.segments import PagedAttention, Segment
+from kernels.segments import PagedAttention, Scoring, Segment
 from kernels.upload import upload
 from kvstore.storage import KVStorage
 
@@ -46,26 +50,52 @@ class LayerTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """One step on this instance: routing, and the buffers that all layers use in turn.
+class _Buffers:
+    """That all layers of a step use in turn. S dispatched rows, M received rows, of the group that has most."""
 
-    S dispatched rows, M received rows.
-    """
-
-    layout: Layout
-    slots_T: torch.Tensor
-    own: PagedAttention
     out_THD: torch.Tensor
     lse_TH: torch.Tensor
-    send_rows_S: torch.Tensor
     send_q_SHD: torch.Tensor
     part_out_SHD: torch.Tensor
     part_lse_SH: torch.Tensor
-    merge: MergePlan
-    others: PagedAttention
     recv_q_MHD: torch.Tensor
     recv_out_MHD: torch.Tensor
     recv_lse_MH: torch.Tensor
+
+    def of(self, layout: Layout) -> "_Buffers":
+        """The parts that a group's rows take."""
+        sent, received = len(layout.dispatched_rows), layout.num_received
+        return _Buffers(
+            self.out_THD,
+            self.lse_TH,
+            self.send_q_SHD[:sent],
+            self.part_out_SHD[:sent],
+            self.part_lse_SH[:sent],
+            self.recv_q_MHD[:received],
+            self.recv_out_MHD[:received],
+            self.recv_lse_MH[:received],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupPlan:
+    """One step on this instance in the layers of one group. S dispatched rows."""
+
+    layout: Layout
+    own: PagedAttention
+    send_rows_S: torch.Tensor
+    merge: MergePlan
+    others: PagedAttention
+    buffers: _Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One step on this instance."""
+
+    num_rows: int
+    slots_T: torch.Tensor
+    groups: list[_GroupPlan]
 
 
 class DistAttention:
@@ -80,11 +110,12 @@ class DistAttention:
         self._device = storage.data_L2BPKD.device
         self._clock_ns = time.perf_counter_ns if self._device.type == "cpu" else _no_clock
         self._times = LayerTimes()
+        self._layers = [(shape.layer(i).scoring, shape.group(i)) for i in range(storage.data_L2BPKD.shape[0])]
         self._plan: _Plan | None = None
         self._tiles: TiledAttention | None = None
         self._queued: deque[torch.cuda.Event] = deque()
         """One for each layer that may not have run yet, on a GPU."""
-        self._attend([], 0)
+        self._attend([], 0, 0)
 
     @staticmethod
     def scratch_bytes(
@@ -98,6 +129,8 @@ class DistAttention:
             attention_scratch_bytes(rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, backend)
             for rows in (max_rows, num_peers * max_rows)
         )
+        if backend == "triton":  # whose plans have theirs for as long as the step runs
+            kernels *= len(shape.sights)
         if tiles and backend == "triton" and uses_tiles(ROW_TILES[0], TOKEN_TILES[0], shape.dtype, shape.head_dim):
             kernels += tiles_scratch_bytes(attention_sizes(shape, 1, device), max(1, num_peers) * max_rows)
         state = shape.num_heads * (shape.head_dim * shape.dtype.itemsize + 4)
@@ -119,51 +152,71 @@ class DistAttention:
         self._tiles = TiledAttention(sizes, backend=self.backend, row_tiles=row_tiles)
         self._tiles.warm_up(self._storage.layer(0))
 
-    def plan(self, layout: Layout, slots: list[int]) -> None:
-        """Prepare all layers of a step. `slots[i]`: where own row i's K and V go."""
+    def plan(self, layouts: Sequence[Layout], slots: list[int]) -> None:
+        """Prepare all layers of a step: a layout for each group of `shape.sights`. `slots[i]`: where own row i's K and V go."""
+        if len(layouts) != len(self.shape.sights) or len({layout.num_rows for layout in layouts}) != 1:
+            rows = [layout.num_rows for layout in layouts]
+            raise ValueError(
+                f"layouts of {rows} rows for {len(self.shape.sights)} groups of layers: one each, of the same rows"
+            )
         heads, dim, device = self.shape.num_heads, self.shape.head_dim, self._device
 
-        def rows(count: int) -> torch.Tensor:
+        def rows_of(count: int) -> torch.Tensor:
             return torch.empty((count, heads, dim), dtype=self.shape.dtype, device=device)
 
-        def lses(count: int) -> torch.Tensor:
+        def lses_of(count: int) -> torch.Tensor:
             return torch.empty((count, heads), dtype=torch.float32, device=device)
 
-        num_rows, num_sent, num_received = layout.num_rows, len(layout.dispatched_rows), layout.num_received
-        self._plan = _Plan(
-            layout=layout,
-            slots_T=upload(slots, device),
-            own=self._attend(layout.own, num_rows),
-            out_THD=rows(num_rows),
-            lse_TH=lses(num_rows),
-            send_rows_S=upload(layout.dispatched_rows, device),
-            send_q_SHD=rows(num_sent),
-            part_out_SHD=rows(num_sent),
-            part_lse_SH=lses(num_sent),
-            merge=MergePlan.build(layout.dispatched_rows, num_rows, device=device),
-            others=self._attend(layout.others, num_received),
-            recv_q_MHD=rows(num_received),
-            recv_out_MHD=rows(num_received),
-            recv_lse_MH=lses(num_received),
+        num_rows = layouts[0].num_rows
+        num_sent = max(len(layout.dispatched_rows) for layout in layouts)
+        num_received = max(layout.num_received for layout in layouts)
+        buffers = _Buffers(
+            out_THD=rows_of(num_rows),
+            lse_TH=lses_of(num_rows),
+            send_q_SHD=rows_of(num_sent),
+            part_out_SHD=rows_of(num_sent),
+            part_lse_SH=lses_of(num_sent),
+            recv_q_MHD=rows_of(num_received),
+            recv_out_MHD=rows_of(num_received),
+            recv_lse_MH=lses_of(num_received),
         )
+        groups = [
+            _GroupPlan(
+                layout=layout,
+                own=self._attend(layout.own, num_rows, group),
+                send_rows_S=upload(layout.dispatched_rows, device),
+                merge=MergePlan.build(layout.dispatched_rows, num_rows, device=device),
+                others=self._attend(layout.others, layout.num_received, group),
+                buffers=buffers.of(layout),
+            )
+            for group, layout in enumerate(layouts)
+        ]
+        self._plan = _Plan(num_rows, upload(slots, device), groups)
 
-    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention output `[T, H, D]` of the planned step's own rows in one layer; serves the party's rows meanwhile.
 
-        The result is a buffer that the next layer overwrites. Raises RuntimeError if no step was planned or the rows are not
-        those of the plan.
+        `sinks_H`: one more logit for each head, that stands for no value. The result is a buffer that the next layer writes.
+        Raises RuntimeError if no step was planned or the rows are not those of the plan.
         """
         plan, kv_2BPKD = self._planned(q_THD.shape[0]), self._storage.layer(layer)
         with self._attending():
             store_kv(k_TKD, v_TKD, kv_2BPKD, plan.slots_T, backend=self.backend)
-            return self._attend_rows(plan, q_THD, kv_2BPKD)
+            return self._attend_rows(plan, layer, q_THD, kv_2BPKD, sinks_H)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `run`, of rows that come packed."""
         plan, kv_2BPKD = self._planned(rows.qkv_TE.shape[0]), self._storage.layer(layer)
         with self._attending():
             q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, plan.slots_T, self.backend)
-            return self._attend_rows(plan, q_THD, kv_2BPKD)
+            return self._attend_rows(plan, layer, q_THD, kv_2BPKD, None)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """Keep the rows' keys and values, and attend to nothing: no member of the party may expect more of this layer."""
@@ -179,29 +232,40 @@ class DistAttention:
             done.record(torch.cuda.current_stream(self._device))
             self._queued.append(done)
         plan = self._plan
-        if plan is None or num_rows != plan.layout.num_rows:
-            planned = "no step" if plan is None else f"{plan.layout.num_rows} rows"
+        if plan is None or num_rows != plan.num_rows:
+            planned = "no step" if plan is None else f"{plan.num_rows} rows"
             raise RuntimeError(f"{num_rows} rows came, {planned} was planned")
         return plan
 
-    def _attend_rows(self, plan: _Plan, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
-        layout, scale = plan.layout, self.shape.scale
+    def _attend_rows(
+        self, plan: _Plan, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None
+    ) -> torch.Tensor:
+        scoring, index = self._layers[layer]
+        group = plan.groups[index]
+        self._attend_group(group, q_THD, kv_2BPKD, scoring)
+        to = group.buffers
+        if sinks_H is not None:
+            apply_sinks(to.out_THD, to.lse_TH, sinks_H)
+        return to.out_THD
+
+    def _attend_group(self, group: _GroupPlan, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring) -> None:
+        """Whole states of the own rows."""
+        layout, to, scale, soft_cap = group.layout, group.buffers, scoring.scale, scoring.soft_cap
         alone = not (layout.dispatched or layout.received)
         if not alone:
-            torch.index_select(q_THD, 0, plan.send_rows_S, out=plan.send_q_SHD)
-            dispatch = self._exchange.start([(plan.send_q_SHD, layout.dispatched)], [(plan.recv_q_MHD, layout.received)])
-        plan.own.run(q_THD, kv_2BPKD, scale, out_THD=plan.out_THD, lse_TH=plan.lse_TH)
+            torch.index_select(q_THD, 0, group.send_rows_S, out=to.send_q_SHD)
+            dispatch = self._exchange.start([(to.send_q_SHD, layout.dispatched)], [(to.recv_q_MHD, layout.received)])
+        group.own.run(q_THD, kv_2BPKD, scale, out_THD=to.out_THD, lse_TH=to.lse_TH, soft_cap=soft_cap)
         if alone:
-            return plan.out_THD
+            return
         self._wait(dispatch)
-        plan.others.run(plan.recv_q_MHD, kv_2BPKD, scale, out_THD=plan.recv_out_MHD, lse_TH=plan.recv_lse_MH)
+        group.others.run(to.recv_q_MHD, kv_2BPKD, scale, out_THD=to.recv_out_MHD, lse_TH=to.recv_lse_MH, soft_cap=soft_cap)
         combine = self._exchange.start(
-            [(plan.recv_out_MHD, layout.received), (plan.recv_lse_MH, layout.received)],
-            [(plan.part_out_SHD, layout.dispatched), (plan.part_lse_SH, layout.dispatched)],
+            [(to.recv_out_MHD, layout.received), (to.recv_lse_MH, layout.received)],
+            [(to.part_out_SHD, layout.dispatched), (to.part_lse_SH, layout.dispatched)],
         )
         self._wait(combine)
-        merge_states(plan.out_THD, plan.lse_TH, plan.part_out_SHD, plan.part_lse_SH, plan.merge, backend=self.backend)
-        return plan.out_THD
+        merge_states(to.out_THD, to.lse_TH, to.part_out_SHD, to.part_lse_SH, group.merge, backend=self.backend)
 
     def take_times(self) -> LayerTimes:
         """What layers have taken since the last call."""
@@ -219,15 +283,18 @@ class DistAttention:
         transfer.wait()
         self._times.exchange_ns += self._clock_ns() - began_ns
 
-    def bytes_sent(self, layout: Layout, num_layers: int) -> tuple[int, int]:
-        """Bytes of queries and of partial states that this instance sends in a step of that layout."""
+    def bytes_sent(self, layouts: Sequence[Layout]) -> tuple[int, int]:
+        """Bytes of queries and of partial states that this instance sends in a step of these layouts, in all layers."""
         query = self.shape.num_heads * self.shape.head_dim * self.shape.dtype.itemsize
         state = query + self.shape.num_heads * 4
-        return num_layers * query * len(layout.dispatched_rows), num_layers * state * layout.num_received
+        counts = Counter(group for _, group in self._layers)
+        sent = sum(count * len(layouts[group].dispatched_rows) for group, count in counts.items())
+        returned = sum(count * layouts[group].num_received for group, count in counts.items())
+        return query * sent, state * returned
 
-    def _attend(self, readings: list[Reading], num_rows: int) -> PagedAttention:
+    def _attend(self, readings: list[Reading], num_rows: int, group: int) -> PagedAttention:
         return plan_attention(
-            [Segment(r.first_row, r.num_rows, r.block_ids, r.kv_lens) for r in readings],
+            [Segment(r.first_row, r.num_rows, r.block_ids, r.kv_lens, r.starts) for r in readings],
             num_rows,
             block_size=self._storage.block_size,
             num_heads=self.shape.num_heads,
@@ -236,7 +303,7 @@ class DistAttention:
             dtype=self.shape.dtype,
             device=self._device,
             backend=self.backend,
-            tiles=self._tiles,
+            tiles=None if self.shape.is_capped(group) else self._tiles,
         )
 
 

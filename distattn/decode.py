@@ -5,14 +5,18 @@ what is launched depends on nothing but the room. Rows travel by `distattn.peers
 
     rotate and store    push queries    attend to own shards    wait for queries    attend for others
     push their states   wait for states    merge
+
+Layers of different groups (`distattn.layout.Sight`) have tables of their own for what differs: what is read, and what travels.
 """
 
 from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
-from distattn.layout import Layout, Reading
+from distattn.layout import FULL, Layout, Reading
 from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels import triton_ops
@@ -25,6 +29,14 @@ from kvstore.storage import KVStorage
 def decode_kernel(storage: KVStorage, shape: AttentionShape, processors: int | None = None) -> DecodeAttention:
     """The kernel that all `DecodeStep`s of a stream share. `processors`: of the stream, if not all of the device's."""
     return DecodeAttention(attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device), processors=processors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The tables of one group of layers, on the device."""
+
+    own: DecodeTables
+    others: DecodeTables | None
 
 
 class DecodeStep:
@@ -53,53 +65,75 @@ class DecodeStep:
         self._tables = tables
         self._kernel = kernel
         self._peers = peers
-        self._own = DecodeTables(tables["own"], tables["blocks"])
+        self._layers = [(shape.layer(i).scoring, shape.group(i)) for i in range(storage.data_L2BPKD.shape[0])]
+        self._groups = [
+            _Group(
+                DecodeTables(tables[_of("own", group)], tables["blocks"], sight != FULL),
+                None if peers is None else DecodeTables(tables[_of("others", group)], tables["blocks"], sight != FULL),
+            )
+            for group, sight in enumerate(shape.sights)
+        ]
         self._out_THD = torch.zeros((num_rows, shape.num_heads, shape.head_dim), dtype=shape.dtype, device=device)
         self._lse_TH = torch.zeros((num_rows, shape.num_heads), dtype=torch.float32, device=device)
         if peers is not None:
-            self._others = DecodeTables(tables["others"], tables["blocks"])
             self._served_MHD = torch.zeros_like(peers.queries_MHD)
             self._served_MH = torch.zeros_like(peers.lses_MH)
 
     @staticmethod
-    def table_sizes(storage: KVStorage, num_rows: int, peers: PeerMemory | None) -> dict[str, int]:
+    def table_sizes(storage: KVStorage, shape: AttentionShape, num_rows: int, peers: PeerMemory | None) -> dict[str, int]:
         """Of the tables that `plan` writes; blocks last, because a step rarely fills them."""
-        sizes = {"slots": num_rows, "own": 4 * (num_rows + 1)}
-        if peers is not None:
-            most_sent, most_served = num_rows * (peers.size - 1), peers.queries_MHD.shape[0]
-            sizes |= {
-                "sends": 1 + 3 * most_sent,
-                "expected_states": peers.size,
-                "part_offsets": num_rows + 1,
-                "part_index": most_sent,
-                "others": 4 * (most_served + 1),
-                "returns": 1 + 3 * most_served,
-                "expected_queries": peers.size,
-            }
-        return sizes | {"blocks": 3 * storage.num_blocks}  # a run among several has two more entries than blocks
+        sizes = {"slots": num_rows}
+        blocks = 0
+        for group, sight in enumerate(shape.sights):
+            its = {"own": 4 * (num_rows + 1)}
+            most_sent = most_served = 0
+            if peers is not None:
+                most_sent, most_served = num_rows * (peers.size - 1), peers.queries_MHD.shape[0]
+                its |= {
+                    "sends": 1 + 3 * most_sent,
+                    "expected_states": peers.size,
+                    "part_offsets": num_rows + 1,
+                    "part_index": most_sent,
+                    "others": 4 * (most_served + 1),
+                    "returns": 1 + 3 * most_served,
+                    "expected_queries": peers.size,
+                }
+            sizes |= {_of(name, group): size for name, size in its.items()}
+            # a run among several has two more entries than blocks; where there are starts every run has one, of empty rows too
+            blocks += 3 * storage.num_blocks if sight == FULL else 4 * storage.num_blocks + num_rows + most_served
+        return sizes | {"blocks": blocks}
 
-    def plan(self, layout: Layout, slots: list[int]) -> None:
-        """Write the tables of a step; `slots[i]`: where own row i's K and V go.
+    def plan(self, layouts: Sequence[Layout], slots: list[int]) -> None:
+        """Write the tables of a step: a layout for each group of `shape.sights`. `slots[i]`: where own row i's K and V go.
 
         Raises ValueError for a step with spans of several rows, or with more rows than there is room for.
         """
-        if any(r.num_rows != 1 for r in (*layout.own, *layout.others)):
+        if any(r.num_rows != 1 for layout in layouts for r in (*layout.own, *layout.others)):
             raise ValueError("a decode step has single rows only")
         write, kernel = self._tables.write, self._kernel
         write("slots", array("i", slots + [-1] * (self.num_rows - len(slots))))
-        rows, blocks = kernel.tables(_all_rows(layout.own, self.num_rows), self.num_rows)
-        write("own", rows)
-        if self._peers is not None:
-            self._plan_sends(self._peers, layout)
-            served, served_blocks = kernel.tables(_served(self._peers, layout), len(self._served_MH), first_block=len(blocks))
-            write("others", served)
-            blocks += served_blocks
+        blocks = array("i")
+        for group, (layout, tables) in enumerate(zip(layouts, self._groups, strict=True)):
+            windowed = tables.own.windowed
+            rows, more = kernel.tables(
+                _all_rows(layout.own, self.num_rows), self.num_rows, first_block=len(blocks), windowed=windowed
+            )
+            write(_of("own", group), rows)
+            blocks += more
+            if self._peers is not None:
+                self._plan_sends(self._peers, layout, group)
+                served, more = kernel.tables(
+                    _served(self._peers, layout), len(self._served_MH), first_block=len(blocks), windowed=windowed
+                )
+                write(_of("others", group), served)
+                blocks += more
         write("blocks", blocks)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `DistAttention.run_packed`."""
         kv_2BPKD = self._storage.layer(layer)
-        return self._attend(rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._tables["slots"], "triton"), kv_2BPKD)
+        q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._tables["slots"], "triton")
+        return self._attend(layer, q_THD, kv_2BPKD)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """As `DistAttention.store_packed`."""
@@ -108,29 +142,37 @@ class DecodeStep:
     def serve(self, layer: int) -> None:
         """Attend for others, with no rows of our own."""
         if self._peers is not None:
-            self._serve(self._peers, self._storage.layer(layer))
+            self._serve(self._peers, layer, self._storage.layer(layer))
 
-    def _attend(self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
+    def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
         tables, peers = self._tables, self._peers
+        scoring, group = self._layers[layer]
         if peers is not None:
-            push_rows(q_THD, None, tables["sends"], peers.query_inbox)
-        self._kernel.run(q_THD, kv_2BPKD, self._shape.scale, self._own, out_THD=self._out_THD, lse_TH=self._lse_TH)
+            push_rows(q_THD, None, tables[_of("sends", group)], peers.query_inbox)
+        self._kernel.run(q_THD, kv_2BPKD, scoring, self._groups[group].own, out_THD=self._out_THD, lse_TH=self._lse_TH)
         if peers is not None:
-            self._serve(peers, kv_2BPKD)
-            wait_rows(peers.state_signals_N, tables["expected_states"], peers.abort_1)
+            self._serve(peers, layer, kv_2BPKD)
+            wait_rows(peers.state_signals_N, tables[_of("expected_states", group)], peers.abort_1)
             triton_ops.merge_states(
-                self._out_THD, self._lse_TH, peers.outs_MHD, peers.lses_MH, tables["part_offsets"], tables["part_index"]
+                self._out_THD,
+                self._lse_TH,
+                peers.outs_MHD,
+                peers.lses_MH,
+                tables[_of("part_offsets", group)],
+                tables[_of("part_index", group)],
             )
         return self._out_THD
 
-    def _serve(self, peers: PeerMemory, kv_2BPKD: torch.Tensor) -> None:
-        wait_rows(peers.query_signals_N, self._tables["expected_queries"], peers.abort_1)
-        self._kernel.run(
-            peers.queries_MHD, kv_2BPKD, self._shape.scale, self._others, out_THD=self._served_MHD, lse_TH=self._served_MH
-        )
-        push_rows(self._served_MHD, self._served_MH, self._tables["returns"], peers.state_inbox)
+    def _serve(self, peers: PeerMemory, layer: int, kv_2BPKD: torch.Tensor) -> None:
+        scoring, group = self._layers[layer]
+        others = self._groups[group].others
+        if others is None:
+            raise RuntimeError("a step without peers serves nobody")
+        wait_rows(peers.query_signals_N, self._tables[_of("expected_queries", group)], peers.abort_1)
+        self._kernel.run(peers.queries_MHD, kv_2BPKD, scoring, others, out_THD=self._served_MHD, lse_TH=self._served_MH)
+        push_rows(self._served_MHD, self._served_MH, self._tables[_of("returns", group)], peers.state_inbox)
 
-    def _plan_sends(self, peers: PeerMemory, layout: Layout) -> None:
+    def _plan_sends(self, peers: PeerMemory, layout: Layout, group: int) -> None:
         """Which query goes where and which place its state comes back to; where the states of served rows go."""
         sends: list[tuple[int, int, int]] = []
         parts: list[list[int]] = [[] for _ in range(self.num_rows)]
@@ -141,27 +183,34 @@ class DecodeStep:
                 sends.append((row, peer, index))
                 parts[row].append(peers.place(peer, index))
         returns = [(peers.place(peer, index), peer, index) for peer, count in layout.received.items() for index in range(count)]
-        write = self._tables.write
-        write("sends", _columns(sends, self.num_rows * (peers.size - 1)))
-        write("returns", _columns(returns, len(self._served_MH)))
-        write("expected_states", array("i", [layout.dispatched.get(peer, 0) for peer in range(peers.size)]))
-        write("expected_queries", array("i", [layout.received.get(peer, 0) for peer in range(peers.size)]))
-        write("part_offsets", array("i", [0, *accumulate(len(p) for p in parts)]))
-        write("part_index", array("i", [part for row in parts for part in row]))
+        for name, values in {
+            "sends": _columns(sends, self.num_rows * (peers.size - 1)),
+            "returns": _columns(returns, len(self._served_MH)),
+            "expected_states": array("i", [layout.dispatched.get(peer, 0) for peer in range(peers.size)]),
+            "expected_queries": array("i", [layout.received.get(peer, 0) for peer in range(peers.size)]),
+            "part_offsets": array("i", [0, *accumulate(len(p) for p in parts)]),
+            "part_index": array("i", [part for row in parts for part in row]),
+        }.items():
+            self._tables.write(_of(name, group), values)
+
+
+def _of(table: str, group: int) -> str:
+    """The name of a group's table."""
+    return f"{table} {group}"
 
 
 def _all_rows(readings: list[Reading], num_rows: int) -> list[RowReading]:
     """Readings of each row: those that see nothing here, and those that pad the step, too."""
     rows: list[list[RowReading]] = [[] for _ in range(num_rows)]
     for r in readings:
-        rows[r.first_row].append(RowReading(r.first_row, r.block_ids, r.kv_lens[0]))
+        rows[r.first_row].append(RowReading(r.first_row, r.block_ids, r.kv_lens[0], *r.starts))
     return [reading for row, its in enumerate(rows) for reading in its or (RowReading(row, (), 0),)]
 
 
 def _served(peers: PeerMemory, layout: Layout) -> list[RowReading]:
     """What the rows that peers push read here."""
     places = [peers.place(peer, index) for peer, count in layout.received.items() for index in range(count)]
-    return [RowReading(places[r.first_row], r.block_ids, r.kv_lens[0]) for r in layout.others]
+    return [RowReading(places[r.first_row], r.block_ids, r.kv_lens[0], *r.starts) for r in layout.others]
 
 
 def _columns(triples: list[tuple[int, int, int]], most: int) -> "array[int]":

@@ -8,14 +8,17 @@ For one instance and step:
 
 Sender and receiver walk the same spans in the same order, so no lengths travel. A row goes to a holder once, however many runs
 (`kvstore.shard`) it sees there: the holder merges what it reads of each. That a row sees something of a run follows from the
-run's first position, which everybody knows; how much of it, only the holder needs to know.
+run's first position and its last, which everybody knows; how much of it, only the holder needs to know.
+
+A model's layers fall into *groups* by what a row sees there (`Sight`), and each group has a layout of its own: a holder of
+which no row sees anything in the layers of a window is sent none of theirs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from kvstore.shard import ShardTable, continued
+from kvstore.shard import Run, ShardTable, continued
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -25,6 +28,45 @@ class Span(msgspec.Struct, frozen=True):
     rank: int
     start: int
     stop: int
+
+
+class Sight(msgspec.Struct, frozen=True):
+    """Which tokens a row sees in one group of layers: those from position `first(p)` up to its own, p. All, unless there is a
+    window or a chunk."""
+
+    window: int = 0
+    """The row and so many less one before it."""
+    chunk: int = 0
+    """The row and those before it in the same chunk, which begin at multiples of this."""
+
+    def __post_init__(self) -> None:
+        if min(self.window, self.chunk) < 0 or (self.window and self.chunk):
+            raise ValueError(
+                f"layers have a window or chunks of at least 1 token, got window {self.window}, chunk {self.chunk}"
+            )
+
+    def first(self, position: int) -> int:
+        """The first position that a row at `position` sees; never falls as that grows."""
+        if self.chunk:
+            return position - position % self.chunk
+        return max(0, position + 1 - self.window) if self.window else 0
+
+    def hidden(self, run: Run, start: int, stop: int) -> tuple[int, ...]:
+        """For each position of `[start, stop)`: how many tokens of the run lie before what a row there sees. Empty: none of
+        any."""
+        if self.window:
+            lens = run.kv_lens(start - self.window, stop - self.window)
+        elif self.chunk:
+            lens = []
+            for first in range(self.first(start), stop, self.chunk):
+                (before,) = run.kv_lens(first - 1, first)
+                lens += [before] * (min(stop, first + self.chunk) - max(start, first))
+        else:
+            return ()
+        return tuple(lens) if lens[-1] else ()
+
+
+FULL = Sight()
 
 
 class HeldRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -48,9 +90,13 @@ class Holding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     def tokens(self) -> int:
         return sum(run.tokens for run in self.runs)
 
-    def sees(self, position: int) -> bool:
-        """Whether a row at that position sees any of it."""
-        return min([run.start for run in self.runs]) <= position
+    def is_seen(self, first: int, last: int) -> bool:
+        """Whether rows at positions up to `last` that see tokens from `first` on may see any of it: what a run has between its
+        ends only its holder knows."""
+        for run in self.runs:  # noqa: SIM110  # there may be thousands of rows in a step
+            if run.start <= last and run.end > first:
+                return True
+        return False
 
 
 def held_after(holdings: Sequence[Holding], spans: Sequence[Span]) -> list[Holding]:
@@ -96,7 +142,8 @@ def held_after_flip(holdings: Sequence[Holding], source: int, target: int, start
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """Consecutive rows that attend to the run in `block_ids`; row `first_row + i` sees its first `kv_lens[i]` tokens.
+    """Consecutive rows that attend to the run in `block_ids`; row `first_row + i` sees its tokens `[starts[i], kv_lens[i])`, or
+    without starts the first `kv_lens[i]`. Blocks that no row sees anything of are left out at both ends.
 
     Rows that see several runs have as many readings, one after the other, of the same rows.
     """
@@ -105,10 +152,16 @@ class Reading(msgspec.Struct, frozen=True):
     num_rows: int
     block_ids: tuple[int, ...]
     kv_lens: tuple[int, ...]
+    starts: tuple[int, ...] = ()
+
+    @property
+    def num_pairs(self) -> int:
+        """Of a row and a token that it sees."""
+        return sum(self.kv_lens) - sum(self.starts)
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """One instance's part of a step's attention."""
+    """One instance's part of a step's attention, in one group of layers."""
 
     num_rows: int
     own: list[Reading]
@@ -126,8 +179,30 @@ class Layout(msgspec.Struct, frozen=True):
         return sum(self.received.values())
 
 
-def lay_out(spans: Sequence[Span], holdings: Mapping[int, Sequence[Holding]], shards: ShardTable, rank: int) -> Layout:
-    """The part of `rank` in a step.
+def read_run(run: Run, first_row: int, start: int, stop: int, sight: Sight) -> Reading | None:
+    """What rows at the positions `[start, stop)` read of a run; None if it is nothing."""
+    if run.start >= stop:
+        return None
+    size, lens = run.block_size, run.kv_lens(start, stop)
+    hidden = sight.hidden(run, start, stop) if sight.window or sight.chunk else ()
+    if not hidden:
+        return Reading(first_row, stop - start, tuple(run.block_ids[: -(-lens[-1] // size)]), tuple(lens))
+    if hidden == tuple(lens):
+        return None
+    begin = hidden[0] // size
+    blocks, skipped = tuple(run.block_ids[begin : -(-lens[-1] // size)]), begin * size
+    starts = tuple(n - skipped for n in hidden) if hidden[-1] > skipped else ()
+    return Reading(first_row, stop - start, blocks, tuple(n - skipped for n in lens), starts)
+
+
+def lay_out(
+    spans: Sequence[Span],
+    holdings: Mapping[int, Sequence[Holding]],
+    shards: ShardTable,
+    rank: int,
+    sight: Sight = FULL,
+) -> Layout:
+    """The part of `rank` in a step, in layers where rows see by `sight`.
 
     `holdings[seq]` says who holds what of a sequence once this step has written its KV; `shards` are this rank's, with this
     step's tokens appended.
@@ -135,17 +210,17 @@ def lay_out(spans: Sequence[Span], holdings: Mapping[int, Sequence[Holding]], sh
 
     def read(span: Span, first_row: int) -> Iterator[Reading]:
         for run in shards[span.seq].runs:
-            if run.start < span.stop:
-                lens = run.kv_lens(span.start, span.stop)
-                blocks = -(-lens[-1] // run.block_size)
-                yield Reading(first_row, span.stop - span.start, tuple(run.block_ids[:blocks]), tuple(lens))
+            reading = read_run(run, first_row, span.start, span.stop, sight)
+            if reading is not None:
+                yield reading
 
     own: list[Reading] = []
     rows: dict[int, list[int]] = {}
     num_rows = 0
     served: dict[int, list[Span]] = {}
     for span in spans:
-        seen = [holding.rank for holding in holdings[span.seq] if holding.sees(span.stop - 1)]
+        first = sight.first(span.start)
+        seen = [holding.rank for holding in holdings[span.seq] if holding.is_seen(first, span.stop - 1)]
         if span.rank != rank:
             if rank in seen:
                 served.setdefault(span.rank, []).append(span)

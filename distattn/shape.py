@@ -4,19 +4,48 @@ from dataclasses import dataclass
 
 import torch
 
+from distattn.layout import FULL, Sight
 from kernels.layer_ops import rotate_and_store
-from kernels.segments import AttentionSizes
+from kernels.segments import AttentionSizes, Scoring
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """How the rows of one layer see and score tokens."""
+
+    scoring: Scoring
+    sight: Sight = FULL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
-    """What one attention layer looks like; the same in all layers."""
+    """What attention layers look like."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
     dtype: torch.dtype
+    layers: tuple[LayerView, ...] = ()
+    """Each; empty: in all of them rows see all before them, by `scale`."""
+
+    def layer(self, index: int) -> LayerView:
+        return self.layers[index] if self.layers else LayerView(Scoring(self.scale))
+
+    @property
+    def sights(self) -> tuple[Sight, ...]:
+        """One of each group of layers, first that of the layers that see all, if there are any: its holders are all that a step
+        may need."""
+        found = dict.fromkeys(layer.sight for layer in self.layers) or {FULL: None}
+        return tuple(sorted(found, key=lambda sight: sight != FULL))
+
+    def group(self, index: int) -> int:
+        """Which of the groups a layer belongs to."""
+        return self.sights.index(self.layer(index).sight)
+
+    def is_capped(self, group: int) -> bool:
+        """Whether one of the group's layers caps its scores."""
+        return any(layer.scoring.soft_cap and self.sights[group] == layer.sight for layer in self.layers)
 
 
 def attention_sizes(shape: AttentionShape, block_size: int, device: torch.device) -> AttentionSizes:

@@ -24,9 +24,8 @@ from gmanager.wire.errors import AddressError
 from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
-from instance.errors import EpochEnded, InstanceError, WasDrained
+from instance.errors import EpochEnded, InstanceError, UnsupportedModel, WasDrained
 from instance.memory import TooLittleMemory
-from instance.model import UnsupportedModel
 from instance.processors import queues_of_their_own
 from instance.server import Instance
 from instance.sharing import SPLITS

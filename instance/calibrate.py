@@ -7,10 +7,11 @@ Small ones first: a large one isn't tried on a device that is too slow for it.
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
-from distattn.layout import Layout, Reading
+from distattn.layout import FULL, Layout, Sight, read_run
 from gmanager.wire.messages import SequenceParams
 from instance.scheduler import SampledRow, StepPlan
 from instance.step import LANES, Lane
+from kvstore.shard import Run
 
 BUDGET_S = 0.4
 """For the steps of one lane."""
@@ -32,6 +33,8 @@ class Room:
     block_size: int
     max_context: int
     chunk_tokens: int
+    sights: tuple[Sight, ...] = (FULL,)
+    """Of the model's groups of layers."""
 
     def most_tokens(self, sequences: int = 1) -> int:
         """Of the KV of each of so many sequences."""
@@ -74,7 +77,8 @@ def decode_plan(rows: int, tokens: int, room: Room) -> StepPlan:
     """Rows of as many sequences, each of which sees so many tokens."""
     return _plan(
         positions=[tokens - 1] * rows,
-        own=[Reading(row, 1, _blocks(row, tokens, room), (tokens,)) for row in range(rows)],
+        spans=[(row, tokens - 1, tokens) for row in range(rows)],
+        room=room,
         sampled=range(rows),
     )
 
@@ -84,19 +88,35 @@ def chunk_plan(rows: int, prefix: int, room: Room) -> StepPlan:
     stop = prefix + rows
     return _plan(
         positions=list(range(prefix, stop)),
-        own=[Reading(0, rows, _blocks(0, stop, room), tuple(range(prefix + 1, stop + 1)))],
+        spans=[(0, prefix, stop)],
+        room=room,
         sampled=range(rows - 1, rows),
         is_decode=False,
     )
 
 
-def _blocks(row: int, tokens: int, room: Room) -> tuple[int, ...]:
-    count = -(-tokens // room.block_size)
-    return tuple(range(row * count, (row + 1) * count))
+def _layout(spans: list[tuple[int, int, int]], room: Room, sight: Sight) -> Layout:
+    """Of spans `(first row, start, stop)`, each of a sequence that lies here in a run of its own."""
+    own = []
+    for i, (first_row, start, stop) in enumerate(spans):
+        count = -(-stop // room.block_size)
+        run = Run.of(room.block_size, [(0, stop)], range(i * count, (i + 1) * count))
+        own.append(read_run(run, first_row, start, stop, sight))
+    return Layout(
+        num_rows=sum(stop - start for _, start, stop in spans),
+        own=[reading for reading in own if reading is not None],
+        dispatched_rows=[],
+        dispatched={},
+        received={},
+        others=[],
+    )
 
 
-def _plan(positions: list[int], own: list[Reading], sampled: range, *, is_decode: bool = True) -> StepPlan:
+def _plan(
+    positions: list[int], spans: list[tuple[int, int, int]], room: Room, sampled: range, *, is_decode: bool = True
+) -> StepPlan:
     num_rows = len(positions)
+    layout, *others = [_layout(spans, room, sight) for sight in room.sights]
     return StepPlan(
         token_ids_T=[0] * num_rows,
         positions_T=positions,
@@ -105,7 +125,8 @@ def _plan(positions: list[int], own: list[Reading], sampled: range, *, is_decode
         sampled=[SampledRow(row, -1 - row, positions[row] + 1, _GREEDY, 0) for row in sampled],
         scored=[],
         slots_T=[-1] * num_rows,
-        layout=Layout(num_rows=num_rows, own=own, dispatched_rows=[], dispatched={}, received={}, others=[]),
+        layout=layout,
+        other_layouts=others,
         needs_logits=True,
         is_decode=is_decode,
     )

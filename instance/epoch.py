@@ -132,7 +132,9 @@ class Epoch:
             pace = replace(pace, reach=lasting.model.reach(), grain=GPU_GRAIN)
         self._lanes = Lanes(
             parties=parties,
-            scheduler=Scheduler(epoch=join.epoch, rank=join.rank, pace=pace, rmanager=lasting.rmanager),
+            scheduler=Scheduler(
+                epoch=join.epoch, rank=join.rank, pace=pace, rmanager=lasting.rmanager, sights=lasting.model.shape.sights
+            ),
             runners=self._runners,
             sharing=None if lasting.processors is None else sharing_of(lasting.model, lasting.processors),
             budget=None if self._copies is None else self._copies.budget,
@@ -238,7 +240,8 @@ class Epoch:
     async def _calibrate(self, lanes: Lanes) -> None:
         """See how long steps take. Raises InstanceError after `end`."""
         config, storage = self._lasting.config, self._lasting.storage
-        room = Room(storage.num_blocks, storage.block_size, self._lasting.model.max_context, config.chunk_tokens)
+        model = self._lasting.model
+        room = Room(storage.num_blocks, storage.block_size, model.max_context, config.chunk_tokens, model.shape.sights)
         began = time.perf_counter()
         try:
             await lanes.calibrate(room)

@@ -1,4 +1,4 @@
-"""Why an instance ends, in words that need no traceback."""
+"""Why an instance ends, or doesn't begin, in words that need no traceback."""
 
 
 class InstanceError(Exception):
@@ -23,3 +23,7 @@ class PartyBroken(InstanceError):
 
 class StepTimeout(InstanceError):
     """The device did not end a step in time."""
+
+
+class UnsupportedModel(ValueError):
+    """The checkpoint needs something that is not implemented; the message names it."""

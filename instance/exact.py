@@ -2,7 +2,9 @@
 
 What a probe of single layers can't see (a scale that depends on the place, places that are counted otherwise) shows in the
 logits. Two short random texts run in steps of many rows and of one row each, one of them at the last places that the
-model takes; their blocks lie in turn, and the pool holds NaN wherever nothing was written.
+model takes; their blocks lie in turn, and the pool holds NaN wherever nothing was written. Meanwhile windows and chunks are of
+a third of the texts, in the model's config too, so that these reach far beyond them: that a layer has one, and where it begins,
+shows as well as with the true size, which `instance.sights` has tried on its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +15,12 @@ from transformers import PreTrainedModel
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
-from distattn.layout import Layout, Reading
-from instance.model import ATTENTION, TOLERANCE, Model, UnsupportedModel, relative
+from distattn.layout import Layout, read_run
+from distattn.shape import AttentionShape
+from instance.errors import UnsupportedModel
+from instance.model import ATTENTION, TOLERANCE, Model, relative
+from instance.sights import smaller
+from kvstore.shard import Run
 from kvstore.storage import KVStorage
 
 _MORE_THAN_A_BLOCK = 9
@@ -39,11 +45,14 @@ def refuse_inexact(model: Model, name: str, *, block_size: int, backend: str) ->
 def difference(model: Model, *, block_size: int, backend: str) -> float:
     """Of logits, as `TOLERANCE` counts it: of the row that differs most, but for some where rounding chooses experts."""
     length = min(block_size + _MORE_THAN_A_BLOCK, model.max_context)
+    within = max(2, length // 3)  # chunks of one token would be windows of one
     ids_2T = torch.randint(model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     first = [0, model.max_context - length]
     chunks = [max(1, block_size - 5), 9, *[1] * 5]  # the second crosses the end of a block
-    got = paged_logits(model, ids_2T.tolist(), first, chunks, block_size=block_size, backend=backend)
-    want = eager_logits(model.module, ids_2T.tolist(), first)
+    with smaller(model.module.config.get_text_config(), within):
+        shape = model.shape_within(within)
+        got = paged_logits(model, ids_2T.tolist(), first, chunks, block_size=block_size, backend=backend, shape=shape)
+        want = eager_logits(model.module, ids_2T.tolist(), first)
     rows = relative(got, want).flatten()
     may_choose = model.shape.dtype != torch.float32 and _has_experts(model.module)
     return float(rows.quantile(_AGREEING_ROWS) if may_choose else rows.max())
@@ -54,13 +63,23 @@ def _has_experts(module: torch.nn.Module) -> bool:
 
 
 def paged_logits(
-    model: Model, texts: Sequence[Sequence[int]], first: Sequence[int], chunks: Sequence[int], *, block_size: int, backend: str
+    model: Model,
+    texts: Sequence[Sequence[int]],
+    first: Sequence[int],
+    chunks: Sequence[int],
+    *,
+    block_size: int,
+    backend: str,
+    shape: AttentionShape | None = None,
 ) -> torch.Tensor:
-    """Logits `[texts, T, V]` of texts of one length, text i at places from `first[i]`; a step is a chunk of each of them."""
+    """Logits `[texts, T, V]` of texts of one length, text i at places from `first[i]`; a step is a chunk of each of them.
+
+    What a row sees is counted from the beginning of its text, wherever that stands. `shape`: the model's, with other windows.
+    """
     count, length = len(texts), len(texts[0])
     table_blocks = -(-length // block_size)
     tables = [tuple(range(text, count * table_blocks, count))[::-1] for text in range(count)]
-    shape = model.shape
+    shape = shape or model.shape
     storage = KVStorage(
         num_layers=model.num_layers,
         num_blocks=count * table_blocks,
@@ -78,12 +97,13 @@ def paged_logits(
         with torch.inference_mode():
             for start, stop in _spans(chunks, length):
                 rows = stop - start
-                own = [
-                    Reading(text * rows, rows, table[: -(-stop // block_size)], tuple(range(start + 1, stop + 1)))
-                    for text, table in enumerate(tables)
-                ]
                 slots = [table[i // block_size] * block_size + i % block_size for table in tables for i in range(start, stop)]
-                attention.plan(Layout(count * rows, own, [], {}, {}, []), slots)
+                runs = [Run.of(block_size, [(0, stop)], table[: -(-stop // block_size)]) for table in tables]
+                layouts = []
+                for sight in shape.sights:
+                    own = [read_run(run, text * rows, start, stop, sight) for text, run in enumerate(runs)]
+                    layouts.append(Layout(count * rows, [r for r in own if r is not None], [], {}, {}, []))
+                attention.plan(layouts, slots)
                 ids_T = torch.tensor([token for text in texts for token in text[start:stop]], device=model.device)
                 places_T = torch.tensor([place + i for place in first for i in range(start, stop)], device=model.device)
                 rows_S = torch.arange(count * rows, device=model.device)

@@ -41,7 +41,14 @@ class PackedAttention(Protocol):
 class LayerAttention(PackedAttention, Protocol):
     """The same for layers that run as transformers has them, too."""
 
-    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor: ...
+    def run(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +229,14 @@ class OwnRow:
         self._shape = shape
         self._backend = backend
 
-    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return q_THD + (k_TKD + v_TKD).repeat_interleave(self._shape.num_heads // self._shape.num_kv_heads, 1)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:

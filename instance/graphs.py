@@ -7,7 +7,7 @@ which rows travel (`distattn.decode`): all members of a party run theirs in the 
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -87,12 +87,12 @@ class DecodeGraphs:
 
     def can_run(self, plan: StepPlan) -> bool:
         """Whether the step is one of those captured."""
-        return plan.is_decode and (self._peers is not None or not _is_shared(plan))
+        return plan.is_decode and (self._peers is not None or not plan.is_shared)
 
     def run(self, plan: StepPlan) -> torch.Tensor | None:
         """Queue the step: logits `[T, V]` of its rows, if it has any, in memory that the next step overwrites."""
         num_rows = len(plan.token_ids_T)
-        graph = self._graphs[_bucket(num_rows), _is_shared(plan)]
+        graph = self._graphs[_bucket(num_rows), plan.is_shared]
         _fill_tables(graph.tables, graph.attention, plan)
         graph.graph.replay()
         return None if graph.logits_RV is None else graph.logits_RV[:num_rows]
@@ -104,7 +104,7 @@ class DecodeGraphs:
     def _capture(self, num_rows: int, peers: PeerMemory | None) -> None:
         tables = FixedTables(
             {"token_ids": num_rows, "positions": num_rows, "sources": num_rows}
-            | DecodeStep.table_sizes(self._storage, num_rows, peers),
+            | DecodeStep.table_sizes(self._storage, self._shape, num_rows, peers),
             self._device,
         )
         attention = DecodeStep(self._storage, self._shape, tables, num_rows, self._kernel, peers)
@@ -122,7 +122,8 @@ class DecodeGraphs:
             return self._decoder.logits(hidden, logits_rows_R)
 
         with torch.inference_mode():
-            _fill_tables(tables, attention, _NOTHING)
+            nothing = replace(_NOTHING, other_layouts=[_NOTHING.layout] * (len(self._shape.sights) - 1))
+            _fill_tables(tables, attention, nothing)
             forward()  # what is compiled or allocated once must not happen in the capture
             graph, logits_RV = self._record(forward)
         self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, logits_RV)
@@ -142,10 +143,6 @@ def _bucket(num_rows: int) -> int:
     return next(rows for rows in (0, *BUCKETS) if rows >= num_rows)
 
 
-def _is_shared(plan: StepPlan) -> bool:
-    return bool(plan.layout.dispatched or plan.layout.received)
-
-
 def _fill_tables(tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> None:
     """Write all tables of the step and send them; rows beyond its own are padding."""
     padding = [0] * (attention.num_rows - len(plan.token_ids_T))
@@ -156,5 +153,5 @@ def _fill_tables(tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> 
     tables.write("token_ids", array("i", plan.token_ids_T + padding))
     tables.write("positions", array("i", plan.positions_T + padding))
     tables.write("sources", sources)
-    attention.plan(plan.layout, plan.slots_T)
+    attention.plan(plan.layouts, plan.slots_T)
     tables.upload()

@@ -234,7 +234,14 @@ class NoAttention:
     def __init__(self, shape: AttentionShape) -> None:
         self._shape = shape
 
-    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:

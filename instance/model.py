@@ -8,35 +8,37 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from distattn.layout import FULL, Sight
 from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
+from instance.calls import (
+    Call,
+    agreed_sights,
+    call_of,
+    not_through_the_interface,
+    refuse_arguments,
+    refuse_calls,
+    refuse_layer_types,
+    whole_shape,
+)
 from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole
+from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
+from instance.rotary import fix_rotary
+from instance.sights import ruled_as
 
 ATTENTION = "distattn"
 """Our attention's name in transformers."""
-
-# What transformers passes to an attention function that changes nothing for us, with the values that don't.
-_HARMLESS: dict[str, tuple[object, ...]] = {
-    "dropout": (0, 0.0),
-    "is_causal": (True, None),
-    "use_cache": (False,),
-    "output_attentions": (False, None),
-    "output_router_logits": (False,),
-}
-# ... and that is free to have any value: how rows are placed is the step's business.
-_IGNORED = frozenset({"position_ids", "cache_position"})
-
-# Rotary types whose frequencies depend on the longest position in the batch: KV written in one step would not fit another's.
-_BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
@@ -44,10 +46,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 
 # What a model's code raises when it is run in a way it wasn't written for.
 _FOREIGN_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
-
-
-class UnsupportedModel(ValueError):
-    """The checkpoint needs something that is not implemented; the message names it."""
 
 
 class AttentionContext(threading.local):
@@ -59,6 +57,8 @@ class AttentionContext(threading.local):
     attention: LayerAttention | None = None
     hidden: Any = None
     """What the layers shall seem to have computed."""
+    places_1T: torch.Tensor | None = None
+    """Of the rows that the layers run."""
 
     def needed(self) -> LayerAttention:
         """Raises RuntimeError outside a step."""
@@ -80,7 +80,7 @@ class Model:
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # for a loss in training; attention would be called with it
         self.module = module
-        self._base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+        self._base: Any = _decoder(module)
         self._output: Any = None
         """What `_base` returns: a class with fields of the model's own, all but the hidden states empty in `logits`."""
         self.num_layers: int = config.num_hidden_layers
@@ -88,10 +88,12 @@ class Model:
         declared = _declared_context(config, max_context)
         self.context = AttentionContext()
         self._base.forward = _unless_given(self._base.forward, self.context)
+        _scale_by_place(module, self.context)
         self.device = module.device
-        _refuse_rope(config)
+        self.rotary = fix_rotary(module, declared)
+        """What holds for all texts of its frequencies, where they would depend on the batch."""
         _refuse_state(module)
-        _refuse_layer_types(config, declared)
+        refuse_layer_types(config)
         self._fused: FusedDecoder | None = None
         self.shape = self._probe(declared)
         if declared is None:
@@ -113,6 +115,8 @@ class Model:
         """
         if not is_like_llama(self.module):
             return "they are not made like Llama's"
+        if self._has_more_than_heads:
+            return "their attention is not Llama's"
         fused = FusedDecoder(self.module, backend, self.max_context)
         self.context.attention = OwnRow(self.shape, backend)
         try:
@@ -190,6 +194,7 @@ class Model:
             flat = weight.detach().reshape(-1)
             values = flat[:: max(1, flat.numel() // 64)][:64].double().cpu().tolist()
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {values}".encode())
+        digest.update((self.rotary or "").encode())
         return digest.hexdigest()
 
     def _probe(self, max_context: int | None) -> AttentionShape:
@@ -198,33 +203,24 @@ class Model:
         Attention is 0 here, so a row must come out as it does alone: else something beside attention mixes rows (a state,
         a convolution), which a step that holds rows of many sequences would mix up.
         """
-        seen: dict[int, list[AttentionShape]] = {}
+        seen: dict[int, list[Call]] = {}
 
         def probe(
             module: torch.nn.Module,
             query: torch.Tensor,
             key: torch.Tensor,
             value: torch.Tensor,
-            mask: torch.Tensor | None = None,
+            attention_mask: torch.Tensor | None = None,
             scaling: float | None = None,
             **extra: object,
         ) -> tuple[torch.Tensor, None]:
-            _refuse_arguments(extra, mask, max_context)
+            refuse_arguments(extra, attention_mask)
             if getattr(module, "is_causal", True) is False:
                 raise UnsupportedModel("the model's attention is not causal")
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             module.distattn_context = self.context  # type: ignore[assignment]
-            shape = AttentionShape(
-                num_heads=query.shape[1],
-                num_kv_heads=key.shape[1],
-                head_dim=query.shape[3],
-                scale=query.shape[3] ** -0.5 if scaling is None else scaling,
-                dtype=query.dtype,
-            )
-            seen.setdefault(layer, []).append(shape)
-            if value.shape != key.shape:
-                raise UnsupportedModel(f"keys {tuple(key.shape)} and values {tuple(value.shape)} differ in shape")
-            return torch.zeros_like(query).transpose(1, 2), None
+            seen.setdefault(layer, []).append(call_of(query, key, value, scaling, extra))
+            return torch.zeros_like(query)[..., : value.shape[3]].transpose(1, 2), None
 
         AttentionInterface.register(ATTENTION, probe)
         try:
@@ -232,14 +228,16 @@ class Model:
                 ids = torch.tensor([1, 2], device=self.device) % self.vocab_size
                 places = torch.tensor([0, 1], device=self.device)
                 together = self._as_transformers(ids, places)[1]
-                _refuse_calls(self.module, seen, self.num_layers)
+                refuse_calls(self.module, seen, self.num_layers)
+                calls = [seen[layer][0] for layer in range(self.num_layers)]
                 alone = self._as_transformers(ids[1:], places[1:])[0]
                 halves = self.forward(ids, places, places)[1]
+                sights = agreed_sights(calls, self._masked_by(max_context), max_context)
         except (UnsupportedModel, torch.OutOfMemoryError):
             raise
         except _FOREIGN_ERRORS as error:
             if not seen:
-                raise UnsupportedModel(_not_through_the_interface(self.module)) from error
+                raise UnsupportedModel(not_through_the_interface(self.module)) from error
             raise UnsupportedModel(
                 f"{self.module.config.model_type}: its layers can't run rows without a mask and a cache "
                 f"({type(error).__name__}: {str(error).splitlines()[0]})"
@@ -248,7 +246,65 @@ class Model:
             AttentionInterface.register(ATTENTION, _attention)
         if self.device.type != "meta":  # there nothing has a value
             self._refuse_mixing(together, alone, halves)
-        return seen[0][0]
+        self._has_more_than_heads = any(call.has_sinks or call.value_dim < call.shape.head_dim for call in calls)
+        return whole_shape(calls, sights)
+
+    def shape_within(self, size: int) -> AttentionShape:
+        """The shape if windows and chunks were of `size` tokens at most: with `instance.sights.smaller`, to compare with.
+
+        Raises UnsupportedModel if a layer's window or chunks don't follow from what the config says of them.
+        """
+        shape = self.shape
+        with torch.inference_mode():
+            sights = [sight or FULL for sight in self._masked_by(self.max_context)]
+        for index, sight in enumerate(sights):
+            true = shape.layer(index).sight
+            smaller = Sight(min(true.window, size), min(true.chunk, size))
+            if sight != smaller and true != FULL:
+                raise UnsupportedModel(
+                    f"{self.module.config.model_type}: with windows of {size} tokens in its config rows of layer {index} see "
+                    f"by {sight}, not by {smaller}, so that its own can't be compared"
+                )
+        return replace(shape, layers=tuple(replace(shape.layer(i), sight=sight) for i, sight in enumerate(sights)))
+
+    def _masked_by(self, max_context: int | None) -> list[Sight | None]:
+        """What transformers' masks let rows see in each layer; None where it makes none.
+
+        Raises UnsupportedModel for a mask that hides something else than what lies before a window or a chunk.
+        """
+        sights: list[Sight | None] = [None] * self.num_layers
+
+        def look(
+            module: torch.nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            **_: object,
+        ) -> tuple[torch.Tensor, None]:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            rule = rules.of(attention_mask)
+            if attention_mask is not None:
+                sights[layer] = None if rule is None else rule.sight(max_context)
+                if sights[layer] is None:
+                    raise UnsupportedModel(
+                        f"{self.module.config.model_type}: what rows of layer {layer} see is neither all before them, nor a "
+                        "window or chunk of it"
+                    )
+            return torch.zeros_like(query)[..., : value.shape[3]].transpose(1, 2), None
+
+        registered = ALL_ATTENTION_FUNCTIONS[ATTENTION]
+        AttentionInterface.register(ATTENTION, look)
+        try:
+            with ruled_as(ATTENTION) as rules:
+                ids_1T = torch.tensor([[1, 2]], device=self.device) % self.vocab_size
+                places_1T = torch.tensor([[0, 1]], device=self.device)
+                # with a mask of ours, which hides nothing, places are not looked at: on `meta` they have no values
+                mask_1T = torch.ones_like(ids_1T)
+                self.module(input_ids=ids_1T, position_ids=places_1T, attention_mask=mask_1T, use_cache=False)
+        finally:
+            AttentionInterface.register(ATTENTION, registered)
+        return sights
 
     def _refuse_mixing(self, together: torch.Tensor, alone: torch.Tensor, halves: torch.Tensor) -> None:
         """Raises UnsupportedModel if a row's logits depend on another row beside it, or on how the model is cut in two."""
@@ -358,14 +414,19 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: `[1, heads, T, D]` in, `[1, T, heads, D]` out."""
     context: AttentionContext = module.distattn_context  # type: ignore[assignment]
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    out = context.needed().run(int(module.layer_idx), *rows)  # type: ignore[arg-type]
-    return out.unsqueeze(0), None
+    dim, value_dim = key.shape[3], value.shape[3]
+    if value_dim < dim:  # blocks have one width
+        value = torch.nn.functional.pad(value, (0, dim - value_dim))
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    out_THD = context.needed().run(layer, q_THD, k_TKD, v_TKD, s_aux)
+    return out_THD[..., :value_dim].unsqueeze(0), None
 
 
 def _unless_given(forward: Callable[..., Any], context: AttentionContext) -> Callable[..., Any]:
@@ -373,9 +434,45 @@ def _unless_given(forward: Callable[..., Any], context: AttentionContext) -> Cal
 
     @functools.wraps(forward)
     def wrapped(*args: object, **kwargs: object) -> Any:
-        return context.hidden if context.hidden is not None else forward(*args, **kwargs)
+        if context.hidden is not None:
+            return context.hidden
+        places = kwargs.get("position_ids")
+        context.places_1T = places if isinstance(places, torch.Tensor) else None
+        return forward(*args, **kwargs)
 
     return wrapped
+
+
+def _decoder(module: PreTrainedModel) -> Any:
+    """The layers without the head: also of a model that says it has none (Llama 4)."""
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    return getattr(module, "model", base) if base is module else base
+
+
+def _scale_by_place(module: PreTrainedModel, context: AttentionContext) -> None:
+    """Let layers without rotary that scale queries by their place in the rows they are called with (Llama 4) do it by their
+    place in the text, which is the same only for a text in one piece.
+
+    Their queries are only projected before that, so it can be done there.
+    """
+
+    def hook(layer: Any) -> Callable[..., torch.Tensor]:
+        def scaled(_module: object, _inputs: object, query_1TE: torch.Tensor) -> torch.Tensor:
+            places = context.places_1T
+            if places is None:
+                places = torch.arange(query_1TE.shape[1], device=query_1TE.device)[None]
+            scale_1T: torch.Tensor = (
+                torch.log1p(torch.floor((places.float() + 1.0) / layer.floor_scale)) * layer.attn_scale + 1.0
+            )
+            return (query_1TE * scale_1T.unsqueeze(-1)).to(query_1TE.dtype)
+
+        return scaled
+
+    for layer in module.modules():
+        if getattr(layer, "attn_temperature_tuning", False) and not getattr(layer, "use_rope", True):
+            layer.attn_temperature_tuning = False  # type: ignore[assignment]
+            projection: Any = layer.q_proj
+            projection.register_forward_hook(hook(layer))
 
 
 def _register() -> str:
@@ -402,53 +499,6 @@ def _refusing_old_style(name: str) -> Iterator[None]:
         raise UnsupportedModel(f"{name}: its attention does not go through transformers' attention interface") from error
 
 
-def _not_through_the_interface(module: PreTrainedModel) -> str:
-    alibi = any("alibi" in part for part in dir(type(module.base_model)))
-    return (
-        f"{module.config.model_type}: its attention does not go through transformers' attention interface"
-        f"{' (it adds ALiBi biases)' if alibi else ''}, so that it can't read a KV pool"
-    )
-
-
-def _refuse_calls(module: PreTrainedModel, seen: Mapping[int, list[AttentionShape]], num_layers: int) -> None:
-    """Raises UnsupportedModel unless each layer has called attention once, and all alike."""
-    name = module.config.model_type
-    if not seen:
-        raise UnsupportedModel(_not_through_the_interface(module))
-    if sorted(seen) != list(range(num_layers)):
-        raise UnsupportedModel(
-            f"{name}: {len(seen)} of its {num_layers} layers have attention that goes through transformers' attention interface"
-        )
-    for layer, calls in sorted(seen.items()):
-        if len(calls) != 1:
-            raise UnsupportedModel(f"{name}: layer {layer} calls attention {len(calls)} times, and a pool has KV for one call")
-        if calls[0] != seen[0][0]:
-            raise UnsupportedModel(f"{name}: its layers differ: {_shown(seen[0][0])} in layer 0, {_shown(calls[0])} in {layer}")
-
-
-def _shown(shape: AttentionShape) -> str:
-    return f"{shape.num_heads} heads on {shape.num_kv_heads} of {shape.head_dim}, scale {shape.scale:g}"
-
-
-def _refuse_arguments(extra: Mapping[str, Any], mask: torch.Tensor | None, max_context: int | None) -> None:
-    """Raises UnsupportedModel for whatever a layer passes that would be silently lost."""
-    if mask is not None:
-        raise UnsupportedModel("the model passes its own attention mask, which is not implemented")
-    for name, value in extra.items():
-        if value is None or name in _IGNORED or any(value is ok or value == ok for ok in _HARMLESS.get(name, ())):
-            continue
-        if name == "sliding_window" and _hides_nothing(value, max_context):
-            continue
-        shown = tuple(value.shape) if isinstance(value, torch.Tensor) else value
-        hint = "; --max-context up to it would do without" if name == "sliding_window" else ""
-        raise UnsupportedModel(f"the model's attention needs {name}={shown}, which is not implemented{hint}")
-
-
-def _hides_nothing(window: object, max_context: int | None) -> bool:
-    """Whether a row sees as many tokens as the longest sequence has."""
-    return isinstance(window, int) and max_context is not None and window >= max_context
-
-
 def _declared_context(config: Any, asked: int | None) -> int | None:
     """Tokens served at most, None if nobody says. Raises UnsupportedModel if more are asked for than the model takes."""
     length = getattr(config, "max_position_embeddings", None)
@@ -467,23 +517,3 @@ def _refuse_state(module: PreTrainedModel) -> None:
             f"{module.config.model_type}: its layers keep a state from token to token (state space, linear attention), "
             "which is not implemented"
         )
-
-
-def _refuse_layer_types(config: Any, max_context: int | None) -> None:
-    """Raises UnsupportedModel for layers whose window or chunk would stand only in a mask, which is never built."""
-    window = getattr(config, "sliding_window", None)
-    harmless = {"full_attention"} | ({"sliding_attention"} if _hides_nothing(window, max_context) else set())
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - harmless)
-    if others:
-        hint = f" (sliding_window={window}: --max-context up to it would do without)" if others == ["sliding_attention"] else ""
-        raise UnsupportedModel(f"{config.model_type} has layers of type {', '.join(others)}, which is not implemented{hint}")
-
-
-def _refuse_rope(config: Any) -> None:
-    """Raises UnsupportedModel for rotary frequencies that depend on the batch."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [rope] if "rope_type" in rope or "type" in rope else [r for r in rope.values() if isinstance(r, dict)]
-    for kind in kinds:
-        name = kind.get("rope_type", kind.get("type"))
-        if name in _BATCH_DEPENDENT_ROPE:
-            raise UnsupportedModel(f"rotary type '{name}' changes its frequencies with the longest position in a batch")

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distattn.attention import DistAttention
+from instance.errors import UnsupportedModel
 from instance.fused import MLP_ROWS, is_like_llama
-from instance.model import Model, UnsupportedModel
+from instance.model import Model
 from instance.sampler import scratch_bytes as sampler_scratch_bytes
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.sharing import SPLITS

@@ -234,19 +234,19 @@ class Runner:
         if plan.is_idle:
             return _Results()
         self.traffic.rows_dispatched += len(plan.layout.dispatched_rows)
-        queries, partials = self._attention.bytes_sent(plan.layout, self._model.num_layers)
+        queries, partials = self._attention.bytes_sent(plan.layouts)
         self.traffic.query_bytes += queries
         self.traffic.partial_bytes += partials
         with torch.inference_mode():
             graphs = self.graphs.get(processors)
             if graphs is not None and graphs.can_run(plan):
                 logits_SV = graphs.run(plan)
-                self.shared_graph_steps += bool(plan.layout.dispatched or plan.layout.received)
+                self.shared_graph_steps += plan.is_shared
                 return _Results(None if logits_SV is None else self._sample(plan, logits_SV))
             return self._run_eagerly(plan)
 
     def _run_eagerly(self, plan: StepPlan) -> _Results:
-        self._attention.plan(plan.layout, plan.slots_T)
+        self._attention.plan(plan.layouts, plan.slots_T)
         if not plan.token_ids_T:
             self._serve(plan)
             return _Results()

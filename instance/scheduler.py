@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distattn.layout import HeldRun, Holding, Layout, Span, held_after_flip, lay_out, run_from
+from distattn.layout import FULL, HeldRun, Holding, Layout, Sight, Span, held_after_flip, lay_out, run_from
 from gmanager.wire.messages import (
     Admit,
     FlipRun,
@@ -106,6 +106,9 @@ class StepPlan:
     scored: list[ScoredRows]
     slots_T: list[int]
     layout: Layout
+    """In the model's first group of layers: that of those in which rows see all before them, if there are any."""
+    other_layouts: list[Layout] = field(default_factory=list)
+    """In its other groups."""
     needs_logits: bool
     """Whether any member of the party does in this step: else nobody needs what the last layer attends to."""
     is_decode: bool
@@ -114,7 +117,17 @@ class StepPlan:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to run: no own rows, and none to serve."""
-        return not (self.layout.num_rows or self.layout.num_received)
+        return not (self.layout.num_rows or any(layout.num_received for layout in self.layouts))
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """One for each group."""
+        return [self.layout, *self.other_layouts]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether rows travel."""
+        return any(layout.dispatched or layout.received for layout in self.layouts)
 
 
 @dataclass(slots=True)
@@ -183,14 +196,23 @@ class Scheduler:
     """One instance's sequences within one epoch."""
 
     def __init__(
-        self, *, epoch: int, rank: int, pace: Pace, rmanager: RManager, lay_out_as: Callable[..., Layout] | None = None
+        self,
+        *,
+        epoch: int,
+        rank: int,
+        pace: Pace,
+        rmanager: RManager,
+        sights: Sequence[Sight] = (FULL,),
+        lay_out_as: Callable[..., Layout] | None = None,
     ) -> None:
-        """`lay_out_as`: in place of `distattn.layout.lay_out`, for the simulator, which only counts."""
+        """`sights`: what rows see in each group of the model's layers. `lay_out_as`: in place of `distattn.layout.lay_out`, for
+        the simulator, which only counts."""
         self.epoch = epoch
         self.rank = rank
         self.tally = Tally()
         self._pace = pace
         self._rmanager = rmanager
+        self._sights = tuple(sights)
         self._lay_out = lay_out if lay_out_as is None else lay_out_as
         self._homes: dict[int, Home] = {}
         self._guests: dict[int, Guest] = {}
@@ -611,6 +633,7 @@ class Scheduler:
         self._check_holdings(step)
         self.tally.steps += not step.is_empty()
         self.tally.rows += len(token_ids)
+        layouts = [self._lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank, sight) for sight in self._sights]
         return StepPlan(
             token_ids_T=token_ids,
             positions_T=positions,
@@ -618,7 +641,8 @@ class Scheduler:
             sampled=sampled,
             scored=scored,
             slots_T=slots,
-            layout=self._lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank),
+            layout=layouts[0],
+            other_layouts=layouts[1:],
             needs_logits=bool(step.sampled or step.scored),
             is_decode=_is_decode(step),
         )

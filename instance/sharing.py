@@ -26,7 +26,7 @@ class Load:
     def of(layout: Layout) -> "Load":
         """Own rows and those of others that are served, with what they read here."""
         readings = (*layout.own, *layout.others)
-        return Load(layout.num_rows + layout.num_received, sum(sum(reading.kv_lens) for reading in readings))
+        return Load(layout.num_rows + layout.num_received, sum(reading.num_pairs for reading in readings))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

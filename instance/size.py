@@ -19,8 +19,9 @@ import torch
 
 from instance import config as settings
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
+from instance.errors import UnsupportedModel
 from instance.memory import TooLittleMemory, activation_bytes, predict
-from instance.model import Model, UnsupportedModel, random_model
+from instance.model import Model, random_model
 from instance.needs import Needs, refuse_shape
 
 GIB = 2**30

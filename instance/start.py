@@ -10,10 +10,11 @@ from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import InstanceSpec, TextAssets
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig
+from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
 from instance.memory import TooLittleMemory, check_weights, checkpoint_bytes, measure
-from instance.model import Model, UnsupportedModel, load_model, load_text_assets
+from instance.model import Model, load_model, load_text_assets
 from instance.needs import Needs, refuse_shape
 from instance.processors import check_parts
 from instance.scheduler import MAX_DECODE_ROWS
@@ -71,6 +72,8 @@ def _verify(model: Model, config: InstanceConfig) -> None:
     """
     found = refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
     log.info("agrees with transformers' own attention", difference=f"{found:.2g}")
+    if model.rotary is not None:
+        log.info("all texts have the same frequencies", rotary=model.rotary)
     if config.backend != "triton":
         return
     reason = model.fuse(config.backend)

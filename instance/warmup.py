@@ -2,10 +2,11 @@
 
 import torch
 
+from distattn.layout import FULL, Sight
 from distattn.shape import PackedRows
 from instance.model import Model
 from kernels.kv_blocks import store_kv
-from kernels.merge_state import MergePlan, merge_states
+from kernels.merge_state import MergePlan, apply_sinks, merge_states
 from kernels.paged_attention import plan_attention
 from kernels.penalties import penalize
 from kernels.segments import Segment
@@ -48,38 +49,53 @@ class _MadeUpStep:
         segments = [Segment(row, 1, table, (_LONG_TOKENS,)) for row in range(num_decodes)]
         if num_chunk_rows:
             segments.append(Segment(num_decodes, num_chunk_rows, table, (_LONG_TOKENS,) * num_chunk_rows))
-        self._attention = plan_attention(
-            segments,
-            num_rows,
-            block_size=storage.block_size,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            device=model.device,
-            backend=backend,
-        )
+        self._attentions = [
+            plan_attention(
+                [_seen(segment, sight) for segment in segments],
+                num_rows,
+                block_size=storage.block_size,
+                num_heads=shape.num_heads,
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                dtype=shape.dtype,
+                device=model.device,
+                backend=backend,
+            )
+            for sight in shape.sights
+        ]
         self._merge = MergePlan.build([0], num_rows, device=model.device)
         self._slots_T = torch.full((num_rows,), -1, dtype=torch.int64, device=model.device)
         self._slots_T[0] = 0
         self._lse_TH = torch.empty((num_rows, shape.num_heads), dtype=torch.float32, device=model.device)
 
-    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         kv_2BPKD = self._cleared(layer)
         store_kv(k_TKD, v_TKD, kv_2BPKD, self._slots_T, backend=self._backend)
-        return self._attend(q_THD, kv_2BPKD)
+        out_THD = self._attend(layer, q_THD, kv_2BPKD)
+        if sinks_H is not None:
+            apply_sinks(out_THD, self._lse_TH, sinks_H)
+        return out_THD
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         kv_2BPKD = self._cleared(layer)
-        return self._attend(rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend), kv_2BPKD)
+        q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend)
+        return self._attend(layer, q_THD, kv_2BPKD)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         rows.rotate_and_store(self._shape.num_heads, self._cleared(layer), self._slots_T, self._backend)
 
-    def _attend(self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
+    def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
+        scoring, attention = self._shape.layer(layer).scoring, self._attentions[self._shape.group(layer)]
         out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         lse_TH = self._lse_TH
-        self._attention.run(q_THD, kv_2BPKD, self._shape.scale, out_THD=out_THD, lse_TH=lse_TH)
+        attention.run(q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH, soft_cap=scoring.soft_cap)
         merge_states(out_THD, lse_TH, out_THD[:1].clone(), lse_TH[:1].clone(), self._merge, backend=self._backend)
         kv_2BPKD[:, 0] = 0
         return out_THD
@@ -88,3 +104,10 @@ class _MadeUpStep:
         kv_2BPKD = self._storage.layer(layer)
         kv_2BPKD[:, 0] = 0
         return kv_2BPKD
+
+
+def _seen(segment: Segment, sight: Sight) -> Segment:
+    """The segment where rows see less of it, or all: a start within the first block is enough for the kernels of windows."""
+    if sight == FULL:
+        return segment
+    return Segment(segment.first_row, segment.num_rows, segment.block_ids, segment.kv_lens, (1,) * segment.num_rows)

@@ -1,6 +1,7 @@
 """Partial attention of single rows (decode) over paged KV, in tables that never move: a CUDA graph can hold it.
 
-A row attends to the first `kv_len` tokens of each of its runs, which have block tables of their own. Work is counted in tiles
+A row attends to the first `kv_len` tokens of each of its runs, which have block tables of their own; where layers have windows,
+to those from `start` on. Work is counted in tiles
 of BLOCK_N tokens of one run, numbered row by row; each slot takes as many that follow each other, and has a program for each KV
 head:
 
@@ -33,7 +34,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
-from kernels.segments import AttentionSizes
+from kernels.segments import AttentionSizes, Scoring
 from kernels.upload import upload
 
 MAX_ROWS = 2048
@@ -42,11 +43,12 @@ _MERGE_PIECES = 16
 
 @dataclass(frozen=True, slots=True)
 class RowReading:
-    """Row `row` of q sees the first `kv_len` tokens of the run in `block_ids`. Readings of one row follow each other."""
+    """Row `row` of q sees tokens `[start, kv_len)` of the run in `block_ids`. Readings of one row follow each other."""
 
     row: int
     block_ids: Sequence[int]
     kv_len: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,12 @@ class DecodeTables:
     rows_4R1: torch.Tensor
     """Four tables of R + 1 each: row of q (-1: none), kv_len, begin in `blocks`, tiles of the rows before.
 
-    A row that sees n > 1 runs has -n for kv_len, and in `blocks` begins with kv_len and begin of each of them.
+    A row that sees n > 1 runs has -n for kv_len, and in `blocks` begins with kv_len and begin of each of them. If `windowed`,
+    the entry before the first block of each run is its start, less than a block.
     """
     blocks_N: torch.Tensor
+    windowed: bool = False
+    """Whether runs have starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +90,28 @@ class DecodeConfig:
         return min(255, 65536 // (self.programs_per_processor * 32 * self.num_warps) // 8 * 8)
 
 
+@triton.jit
+def soft_capped(score_MN, log2_cap):  # type: ignore[no-untyped-def]
+    """c tanh(s / c), of scores and a cap that are both times log2(e)."""
+    return log2_cap * (2.0 * tl.sigmoid(2.0 * score_MN / log2_cap) - 1.0)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_tile(  # type: ignore[no-untyped-def]
-    acc_MD, top_M, sum_M, q_MD, token, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k, log2_scale,
-    D: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+    acc_MD, top_M, sum_M, q_MD, token, kv_start, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
+    log2_scale, log2_cap, D: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One step of online softmax, base 2, over tokens [token, token + BLOCK_N), those from kv_len on masked.
+    """One step of online softmax, base 2, over tokens [token, token + BLOCK_N), those from kv_len on masked, and if WINDOWED
+    those before kv_start; at least one is seen.
 
     s = q k^T scale log2(e)    new = max(top, max_n s)    p = 2^(s - new)
     sum = sum 2^(top - new) + sum_n p                     acc = acc 2^(top - new) + p v
     """
     offset_N = tl.arange(0, BLOCK_N)
     is_seen_N = token + offset_N < kv_len
+    if WINDOWED:
+        is_seen_N &= token + offset_N >= kv_start
     if USE_TMA:
         k_ND = k_src.load([block * P + token % P, head * D])
         v_ND = v_src.load([block * P + token % P, head * D])
@@ -115,6 +130,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             k_ND = tl.load(k_src + at_ND)
             v_ND = tl.load(v_src + at_ND)
     score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * log2_scale
+    if CAPPED:
+        score_MN = soft_capped(score_MN, log2_cap)
     if MASKED:
         score_MN = tl.where(is_seen_N[None, :], score_MN, -float("inf"))
         v_ND = tl.where(is_seen_N[:, None], v_ND, 0.0)  # memory that nobody wrote may hold NaN, and 0 * NaN is NaN
@@ -129,23 +146,36 @@ def _attend_tile(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_run(  # type: ignore[no-untyped-def]
     acc_MD, top_M, sum_M, q_MD, first_tile, num_tiles, kv_len, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
-    log2_scale, D: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+    log2_scale, log2_cap, D: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """`_attend_tile` over some tiles of one run, of which the last may be cut off by `kv_len`."""
+    """`_attend_tile` over some tiles of one run, of which the last may be cut off by `kv_len`, and the first by its start."""
     begin = first_tile * BLOCK_N
+    kv_start = 0
+    if WINDOWED:  # its first tile is the one with the start
+        kv_start = tl.load(table_ptr - 1)
+        begin += kv_start // BLOCK_N * BLOCK_N
     end = begin + num_tiles * BLOCK_N
+    if WINDOWED:  # noqa: SIM102  # the outer is decided when it is compiled
+        if begin < tl.minimum(kv_start, end):
+            block = tl.load(table_ptr + begin // P)
+            acc_MD, top_M, sum_M = _attend_tile(
+                acc_MD, top_M, sum_M, q_MD, begin, kv_start, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
+                stride_k, log2_scale, log2_cap, D, P, BLOCK_N, USE_TMA, True, WINDOWED, CAPPED,
+            )  # fmt: skip
+            begin += BLOCK_N
     full_end = tl.maximum(begin, tl.minimum(end, kv_len // BLOCK_N * BLOCK_N))
     for token in tl.range(begin, full_end, BLOCK_N):
         block = tl.load(table_ptr + token // P)
         acc_MD, top_M, sum_M = _attend_tile(
-            acc_MD, top_M, sum_M, q_MD, token, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
-            log2_scale, D, P, BLOCK_N, USE_TMA, False,
+            acc_MD, top_M, sum_M, q_MD, token, kv_start, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
+            stride_k, log2_scale, log2_cap, D, P, BLOCK_N, USE_TMA, False, WINDOWED, CAPPED,
         )  # fmt: skip
     if full_end < end:
         block = tl.load(table_ptr + full_end // P)
         acc_MD, top_M, sum_M = _attend_tile(
-            acc_MD, top_M, sum_M, q_MD, full_end, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p, stride_k,
-            log2_scale, D, P, BLOCK_N, USE_TMA, True,
+            acc_MD, top_M, sum_M, q_MD, full_end, kv_start, kv_len, block, head, k_src, v_src, table_ptr, stride_b, stride_p,
+            stride_k, log2_scale, log2_cap, D, P, BLOCK_N, USE_TMA, True, WINDOWED, CAPPED,
         )  # fmt: skip
     return acc_MD, top_M, sum_M
 
@@ -167,8 +197,8 @@ def _row_of(ends_ptr, num_rows, tile):  # type: ignore[no-untyped-def]
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_src, v_src, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, blocks_ptr, num_rows,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_lh, stride_b, stride_p, stride_k, log2_scale,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr,
+    log2_cap, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over this slot's tiles and one KV head."""
     program = tl.program_id(0)
@@ -204,22 +234,25 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         if kv_len >= 0:
             acc_MD, top_M, sum_M = _attend_run(
                 acc_MD, top_M, sum_M, q_MD, first_tile, num_tiles, kv_len, head, k_src, v_src, table_ptr, stride_b, stride_p,
-                stride_k, log2_scale, D, P, BLOCK_N, USE_TMA,
+                stride_k, log2_scale, log2_cap, D, P, BLOCK_N, USE_TMA, WINDOWED, CAPPED,
             )  # fmt: skip
         else:
             skipped = first_tile  # of the run's tiles and those after it: not this slot's
             left = num_tiles
             for run in range(-kv_len):
                 run_len = tl.load(table_ptr + 2 * run)
+                run_ptr = blocks_ptr + tl.load(table_ptr + 2 * run + 1)
                 run_tiles = (run_len + BLOCK_N - 1) // BLOCK_N
+                if WINDOWED:
+                    run_tiles -= tl.load(run_ptr - 1) // BLOCK_N
                 first = tl.minimum(skipped, run_tiles)
                 taken = tl.minimum(left, run_tiles - first)
                 skipped -= first
                 left -= taken
                 acc_MD, top_M, sum_M = _attend_run(
                     acc_MD, top_M, sum_M, q_MD, first, taken, run_len, head, k_src, v_src,
-                    blocks_ptr + tl.load(table_ptr + 2 * run + 1), stride_b, stride_p, stride_k, log2_scale, D, P, BLOCK_N,
-                    USE_TMA,
+                    run_ptr, stride_b, stride_p, stride_k, log2_scale, log2_cap, D, P,
+                    BLOCK_N, USE_TMA, WINDOWED, CAPPED,
                 )  # fmt: skip
 
         result_MD = acc_MD / sum_M[:, None]
@@ -310,30 +343,41 @@ class DecodeAttention:
         self._piece_out = torch.empty((pieces, sizes.head_dim), dtype=torch.float32, device=sizes.device)
         self._piece_lse = torch.empty(pieces, dtype=torch.float32, device=sizes.device)
 
-    def tables(self, readings: Sequence[RowReading], num_rows: int, *, first_block: int = 0) -> "tuple[array[int], array[int]]":
+    def tables(
+        self, readings: Sequence[RowReading], num_rows: int, *, first_block: int = 0, windowed: bool = False
+    ) -> "tuple[array[int], array[int]]":
         """The contents of `DecodeTables` with room for `num_rows` rows, those that are missing reading nothing.
 
         `first_block`: where in `blocks_N` the second part will stand. Raises ValueError for readings of more rows than
-        that or than `MAX_ROWS`.
+        that or than `MAX_ROWS`, and for one that has a start in tables that aren't `windowed`.
         """
         rows, kv_lens, begins, tiles, blocks = array("i"), array("i"), array("i"), array("i", [0]), array("i")
-        block_n = self.config.block_n
+        ahead = int(windowed)
         for row, group in groupby(readings, key=attrgetter("row")):
             runs = list(group)
+            if windowed:
+                runs = [self._trimmed(run) for run in runs]
+            elif any(run.start for run in runs):
+                raise ValueError(f"row {row} sees runs from tokens {[run.start for run in runs]} on, in tables of whole runs")
             rows.append(row)
-            begins.append(first_block + len(blocks))
+            begin = first_block + len(blocks) + ahead
             if len(runs) == 1:
-                kv_lens.append(runs[0].kv_len)
-                tiles.append(tiles[-1] - (-runs[0].kv_len // block_n))
-                blocks.extend(runs[0].block_ids)
+                (run,) = runs
+                begins.append(begin)
+                kv_lens.append(run.kv_len)
+                tiles.append(tiles[-1] + self._num_tiles(run))
+                blocks.extend((run.start,) * ahead)
+                blocks.extend(run.block_ids)
                 continue
+            begins.append(begin - ahead)
             kv_lens.append(-len(runs))
-            tiles.append(tiles[-1] + sum(-(-run.kv_len // block_n) for run in runs))
-            begin = begins[-1] + 2 * len(runs)
+            tiles.append(tiles[-1] + sum(self._num_tiles(run) for run in runs))
+            begin += 2 * len(runs)
             for run in runs:
                 blocks.extend((run.kv_len, begin))
-                begin += len(run.block_ids)
+                begin += len(run.block_ids) + ahead
             for run in runs:
+                blocks.extend((run.start,) * ahead)
                 blocks.extend(run.block_ids)
         if not len(rows) <= num_rows <= MAX_ROWS:
             raise ValueError(f"{len(rows)} rows in tables of {num_rows}; at most {MAX_ROWS} are supported")
@@ -344,17 +388,30 @@ class DecodeAttention:
         tiles.extend([tiles[-1]] * missing)
         return rows + kv_lens + begins + tiles, blocks
 
+    def _trimmed(self, reading: RowReading) -> RowReading:
+        """The same without the blocks before those of which the row sees something."""
+        if not reading.start:
+            return reading
+        if reading.start >= reading.kv_len:
+            return RowReading(reading.row, (), 0)
+        hidden, start = divmod(reading.start, self.sizes.block_size)
+        return RowReading(reading.row, reading.block_ids[hidden:], reading.kv_len - hidden * self.sizes.block_size, start)
+
+    def _num_tiles(self, run: RowReading) -> int:
+        return -(-run.kv_len // self.config.block_n) - run.start // self.config.block_n
+
     def upload_tables(self, readings: Sequence[RowReading]) -> DecodeTables:
         """Tables of just these readings, on the device."""
-        rows, blocks = self.tables(readings, len({reading.row for reading in readings}))
+        windowed = any(reading.start for reading in readings)
+        rows, blocks = self.tables(readings, len({reading.row for reading in readings}), windowed=windowed)
         table = upload(rows + blocks, self.sizes.device, torch.int32)
-        return DecodeTables(table[: len(rows)], table[len(rows) :])
+        return DecodeTables(table[: len(rows)], table[len(rows) :], windowed)
 
     def run(
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scale: float,
+        scoring: Scoring,
         tables: DecodeTables,
         *,
         out_THD: torch.Tensor,
@@ -374,11 +431,12 @@ class DecodeAttention:
             k_src, v_src = kv_2BPKD
         _decode_kernel[(self._slots * sizes.num_kv_heads,)](
             q_THD, k_src, v_src, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, tables.blocks_N, num_rows,
-            *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_2BPKD.stride()[1:4], scale * math.log2(math.e),
+            *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_2BPKD.stride()[1:4],
+            scoring.scale * math.log2(math.e), scoring.soft_cap * math.log2(math.e),
             K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, P=sizes.block_size,
             BLOCK_M=self._block_m, BLOCK_N=config.block_n,
-            USE_TMA=config.use_tma, DEPENDENT=dependent, num_warps=config.num_warps, num_stages=config.num_stages,
-            launch_pdl=dependent, maxnreg=config.max_registers,
+            USE_TMA=config.use_tma, DEPENDENT=dependent, WINDOWED=tables.windowed, CAPPED=scoring.soft_cap > 0,
+            num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
         )  # fmt: skip
         _merge_kernel[(num_rows, sizes.num_heads)](
             out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, num_rows, self._slots,

@@ -92,6 +92,23 @@ def merge_states(
             raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
+def apply_sinks(out_THD: torch.Tensor, lse_TH: torch.Tensor, sinks_H: torch.Tensor) -> None:
+    """Let each row's softmax have one more logit, `sinks_H`, that stands for no value; in place, in fp32, rounded once.
+
+        out = out exp(lse) / (exp(lse) + exp(sink)) = out sigmoid(lse - sink)
+
+    For whole states, after the merge: a sink that each part had would count once for each of them. `lse` stays without it.
+
+    Raises:
+        ValueError: shapes that contradict each other.
+    """
+    if lse_TH.shape != out_THD.shape[:2] or sinks_H.shape != lse_TH.shape[1:]:
+        raise ValueError(
+            f"out {tuple(out_THD.shape)}, lse {tuple(lse_TH.shape)}, sinks {tuple(sinks_H.shape)} don't fit together"
+        )
+    out_THD.mul_((lse_TH - sinks_H.float()).sigmoid().unsqueeze(-1))
+
+
 def _merge_states_torch(
     out_THD: torch.Tensor, lse_TH: torch.Tensor, parts_MHD: torch.Tensor, part_lse_MH: torch.Tensor, plan: MergePlan
 ) -> None:

@@ -1,8 +1,10 @@
 """Partial attention over paged KV: plan once per step, run once per layer.
 
-For each row t and query head h, over the first `kv_len` tokens of the row's segment:
+For each row t and query head h, over the tokens `[start, kv_len)` of the row's segment:
 
     s_j = scale * q . k_j        lse = log sum_j exp(s_j)        out = sum_j exp(s_j - lse) v_j
+
+or, with a soft cap c, `s_j = c tanh(scale * q . k_j / c)`.
 
 `(out, lse)` is a partial state: states over disjoint sets of tokens merge (`kernels.merge_state`). Empty set: `0, -inf`.
 
@@ -40,8 +42,8 @@ def plan_attention(
     """Validate the segments of one step and build its tables. Two have the same rows and disjoint tokens, or no row in common.
 
     `backend` is "torch" (any device and floating dtype) or "triton" (CUDA; fp32, fp16, bf16; head_dim a power of two
-    from 16 to 256; at most 64 query heads per KV head; any block size). With `tiles` (triton) spans of many rows go to the
-    library's dense kernel.
+    from 16 to 256; at most 64 query heads per KV head; any block size). With `tiles` (triton) spans of many rows that see their
+    runs from the beginning go to the library's dense kernel, which knows no soft cap.
 
     Raises:
         ValueError: a segment that contradicts itself or another, or a shape that the backend doesn't support.

@@ -70,8 +70,8 @@ def uses_tiles(num_rows: int, num_tokens: int, dtype: torch.dtype, head_dim: int
 
 
 def is_tileable(segment: Segment) -> bool:
-    """Whether all rows see the same tokens, at least one, or each row one more than the last."""
-    return 0 < min(segment.kv_lens) == max(segment.kv_lens) or _is_causal(segment)
+    """Whether all rows see the run from its beginning: the same tokens, at least one, or each row one more than the last."""
+    return not segment.starts and (0 < min(segment.kv_lens) == max(segment.kv_lens) or _is_causal(segment))
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,7 +456,7 @@ def _split_rows(segment: Segment, row_tiles: Sequence[int]) -> Iterator[Segment]
     row = 0
     for num_rows in (*tiles, segment.num_rows - sum(tiles)):
         if num_rows:
-            yield Segment(segment.first_row + row, num_rows, segment.block_ids, segment.kv_lens[row : row + num_rows])
+            yield segment.part(row, row + num_rows)
         row += num_rows
 
 

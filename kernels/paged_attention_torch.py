@@ -10,17 +10,23 @@ are those of all segments with the same rows:
 
     lse = log(exp(lse_a) + exp(lse_b))        out = out_a + (out_b - out_a) * sigmoid(lse_b - lse_a)
 
+Rows that don't see a run from its beginning (a window) have a third part, before the others, with a mask of its own; if it
+reaches the remainder there is no prefix, and one mask:
+
+    tokens  min(starts) ... max(starts) .......... common ...... max(kv_lens)
+            | begins: masked | every row sees it | remainder |
+
 Shape suffixes: T rows, H query heads, K KV heads, G = H / K, D head dim, B blocks, P block size, S tokens of KV.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 
 from kernels.reference import attention_state
-from kernels.segments import AttentionSizes, PagedAttention, Segment, by_rows, uncovered_ranges
+from kernels.segments import AttentionSizes, PagedAttention, Scoring, Segment, by_rows, uncovered_ranges
 
 _State = tuple[torch.Tensor, torch.Tensor]
 """`out_THD`, `lse_TH`"""
@@ -47,6 +53,9 @@ One core, fp32, 9/3 heads x 64, 2048 tokens, folded against not: 1 row 0.37 / 0.
 _MASK_ROWS = 256
 """Rows of irregular kv_lens are attended so many at a time: bounds the mask, and lets each tile have a longer prefix."""
 
+_SCORE_BYTES = 16 << 20
+"""Of scores, where they are soft-capped, at a time: the fused kernel knows no cap."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
@@ -59,8 +68,10 @@ class _Piece:
     is_causal: bool = False
     kv_lens_T: torch.Tensor | None = None
     """Visible tokens of the piece per row; None: all."""
+    starts_T: torch.Tensor | None = None
+    """The first of them that is visible; None: 0."""
     mask_TS: torch.Tensor | None = None
-    """`kv_lens_T` as the fused kernel takes it: 0 or -inf in q's dtype."""
+    """Both as the fused kernel takes them: 0 or -inf in q's dtype."""
 
     def read(self, kv_2BPKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`k_K1SD`, `v_K1SD`: views where the blocks are consecutive.
@@ -87,7 +98,10 @@ class _Tile:
 
 
 def scratch_bytes(num_rows: int, num_heads: int, head_dim: int) -> int:
-    """Most bytes beside the arguments: one gathering, and for all rows a query, two states and their merge in fp32."""
+    """Most bytes beside the arguments: one gathering, and for all rows a query, two states and their merge in fp32.
+
+    Where scores are soft-capped, four times `_SCORE_BYTES` and a piece's keys and values in fp32 come to that.
+    """
     return _GATHER_BYTES + num_rows * num_heads * (6 * head_dim + 4) * 4
 
 
@@ -101,8 +115,9 @@ class TorchPagedAttention(PagedAttention):
         self._attend = _attend_fused if sizes.device.type == "cpu" else _attend_plain
 
     def _run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring, out_THD: torch.Tensor, lse_TH: torch.Tensor
     ) -> None:
+        attend = _attend_capped if scoring.soft_cap else self._attend
         if kv_2BPKD.stride(1) != kv_2BPKD.stride(2) * self.sizes.block_size:
             raise ValueError(f"consecutive blocks must be one run of tokens, kv has strides {kv_2BPKD.stride()}")
         for start, end in self._empty:
@@ -115,24 +130,24 @@ class TorchPagedAttention(PagedAttention):
                 lse_TH[rows] = -torch.inf
                 continue
             q_rows = q_THD[rows]
-            parts = (self._attend(q_rows, *piece.read(kv_2BPKD), scale, piece) for piece in tile.pieces)
+            parts = (attend(q_rows, *piece.read(kv_2BPKD), scoring, piece) for piece in tile.pieces)
             out_THD[rows], lse_TH[rows] = reduce(_merge, parts)
 
 
-def _attend_fused(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scale: float, piece: _Piece) -> _State:
+def _attend_fused(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scoring: Scoring, piece: _Piece) -> _State:
     """Partial state by PyTorch's CPU flash attention, which takes grouped heads as strides: no copy of K, V or large q."""
     num_rows, num_heads, head_dim = q_THD.shape
     num_kv_heads = k_K1SD.shape[0]
     group = num_heads // num_kv_heads
     q_TKGD = q_THD.view(num_rows, num_kv_heads, group, head_dim)
-    folded = num_rows <= _FOLD_ROWS and piece.kv_lens_T is None
+    folded = num_rows <= _FOLD_ROWS and piece.kv_lens_T is None and piece.starts_T is None
     if folded:
         q_batch = q_TKGD.transpose(0, 1).reshape(num_kv_heads, 1, num_rows * group, head_dim)
     else:
         q_batch = q_TKGD.permute(1, 2, 0, 3)
         k_K1SD, v_K1SD = k_K1SD.expand(-1, group, -1, -1), v_K1SD.expand(-1, group, -1, -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_batch, k_K1SD, v_K1SD, 0.0, piece.is_causal, attn_mask=piece.mask_TS, scale=scale
+        q_batch, k_K1SD, v_K1SD, 0.0, piece.is_causal, attn_mask=piece.mask_TS, scale=scoring.scale
     )
     if folded:
         out_TKGD = out.view(num_kv_heads, num_rows, group, head_dim).transpose(0, 1)
@@ -142,13 +157,31 @@ def _attend_fused(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tenso
     lse_TH = lse_TKG.reshape(num_rows, num_heads)
     if piece.mask_TS is not None and piece.kv_lens_T is not None:
         # the kernel says lse = 0 for a row whose mask hides everything
-        lse_TH = lse_TH.masked_fill((piece.kv_lens_T == 0)[:, None], -torch.inf)
+        starts = 0 if piece.starts_T is None else piece.starts_T
+        lse_TH = lse_TH.masked_fill((piece.kv_lens_T <= starts)[:, None], -torch.inf)
     return out_TKGD.reshape(num_rows, num_heads, head_dim), lse_TH
 
 
-def _attend_plain(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scale: float, piece: _Piece) -> _State:
+def _attend_plain(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scoring: Scoring, piece: _Piece) -> _State:
     k_SKD, v_SKD = k_K1SD.squeeze(1).transpose(0, 1), v_K1SD.squeeze(1).transpose(0, 1)
-    return attention_state(q_THD, k_SKD, v_SKD, scale, piece.kv_lens_T)
+    return attention_state(
+        q_THD, k_SKD, v_SKD, scoring.scale, piece.kv_lens_T, starts_T=piece.starts_T, soft_cap=scoring.soft_cap
+    )
+
+
+def _attend_capped(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scoring: Scoring, piece: _Piece) -> _State:
+    """As `_attend_plain`, of few rows at a time."""
+    row_bytes = q_THD.shape[1] * piece.num_tokens * max(4, q_THD.dtype.itemsize)
+    step = max(1, _SCORE_BYTES // row_bytes)
+    states = []
+    for start in range(0, q_THD.shape[0], step):
+        rows = slice(start, start + step)
+        lens_T, starts_T = (None if n is None else n[rows] for n in (piece.kv_lens_T, piece.starts_T))
+        part = replace(piece, kv_lens_T=lens_T, starts_T=starts_T, mask_TS=None)
+        states.append(_attend_plain(q_THD[rows], k_K1SD, v_K1SD, scoring, part))
+    if len(states) == 1:
+        return states[0]
+    return torch.cat([out for out, _ in states]), torch.cat([lse for _, lse in states])
 
 
 def _merge(a: _State, b: _State) -> _State:
@@ -163,67 +196,92 @@ def _tiles(runs: Sequence[Segment], sizes: AttentionSizes) -> Iterator[_Tile]:
     """The rows of these segments, which are the same, in one tile if of each run all see the same or each sees one more, else
     in tiles of `_MASK_ROWS`."""
     first, num_rows = runs[0].first_row, runs[0].num_rows
-    regular = all(min(run.kv_lens) == max(run.kv_lens) or _rises_by_one(run.kv_lens) for run in runs)
+    regular = all(not run.starts and (min(run.kv_lens) == max(run.kv_lens) or _rises_by_one(run.kv_lens)) for run in runs)
     step = num_rows if regular else _MASK_ROWS
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        pieces = (piece for run in runs for piece in _pieces(run.block_ids, run.kv_lens[start:stop], sizes))
+        pieces = (piece for run in runs for piece in _pieces(run if regular else run.part(start, stop), sizes))
         yield _Tile(first + start, first + stop, tuple(pieces))
 
 
-def _pieces(block_ids: tuple[int, ...], lens: tuple[int, ...], sizes: AttentionSizes) -> Iterator[_Piece]:
-    """What rows with the given kv_lens see: the common prefix, then the remainder that needs a mask."""
+def _pieces(run: Segment, sizes: AttentionSizes) -> Iterator[_Piece]:
+    """What the rows of a tile see of a run: tokens whose beginning needs a mask, those that all see, then the remainder that
+    needs a mask."""
+    lens, starts = run.kv_lens, run.starts
     low, high = min(lens), max(lens)
+    # the first token that a row sees, and the one from which on all do
+    first, begin = (min(starts), max(starts)) if starts else (0, 0)
+    if first >= high:
+        return
     is_causal = low < high and _rises_by_one(lens)
     common = low - 1 if is_causal else low  # the causal square starts with the last token that row 0 sees
-    yield from _prefix(block_ids, common, len(lens), sizes)
-    if low == high:
+    if begin >= common and first < begin:
+        yield _masked(run, first, high, sizes)
         return
+    if first < begin:
+        yield _masked(run, first, begin, sizes)
+    yield from _prefix(run.block_ids, begin, common, len(lens), sizes)
+    if low < high:
+        yield _masked(run, max(begin, common), high, sizes, is_causal=is_causal and begin <= common)
 
-    kv_lens_T = torch.tensor(lens, device=sizes.device) - common
-    mask_TS = None
+
+def _masked(run: Segment, begin: int, end: int, sizes: AttentionSizes, *, is_causal: bool = False) -> _Piece:
+    """Tokens `[begin, end)`, of which each row sees what it may. `is_causal`: row i (from 0) sees the first i + 1."""
+    kv_lens_T = (torch.tensor(run.kv_lens, device=sizes.device) - begin).clamp(0, end - begin)
+    starts_T = mask_TS = None
+    if any(start > begin for start in run.starts):
+        starts_T = (torch.tensor(run.starts, device=sizes.device) - begin).clamp(0, end - begin)
     if not is_causal:
-        hidden_TS = torch.arange(high - common, device=sizes.device) >= kv_lens_T[:, None]
+        token_S = torch.arange(end - begin, device=sizes.device)
+        hidden_TS = token_S >= kv_lens_T[:, None]
+        if starts_T is not None:
+            hidden_TS |= token_S < starts_T[:, None]
         mask_TS = torch.zeros(hidden_TS.shape, dtype=sizes.dtype, device=sizes.device)
         mask_TS.masked_fill_(hidden_TS, -torch.inf)
-    first = common // sizes.block_size
-    ids = block_ids[first : _cdiv(high, sizes.block_size)]
+    first = begin // sizes.block_size
+    ids = run.block_ids[first : _cdiv(end, sizes.block_size)]
     consecutive = ids == tuple(range(ids[0], ids[0] + len(ids)))
-    yield _Piece(
+    return _Piece(
         first_block=ids[0],
         gather_N=None if consecutive else torch.tensor(ids, device=sizes.device),
-        skip=common - first * sizes.block_size,
-        num_tokens=high - common,
+        skip=begin - first * sizes.block_size,
+        num_tokens=end - begin,
         is_causal=is_causal,
         kv_lens_T=kv_lens_T,
+        starts_T=starts_T,
         mask_TS=mask_TS,
     )
 
 
-def _prefix(block_ids: tuple[int, ...], num_tokens: int, num_rows: int, sizes: AttentionSizes) -> Iterator[_Piece]:
-    """The first `num_tokens` tokens. Without a mask their order is free: long runs as they are, then the rest gathered."""
-    if num_tokens == 0:
+def _prefix(block_ids: tuple[int, ...], begin: int, end: int, num_rows: int, sizes: AttentionSizes) -> Iterator[_Piece]:
+    """Tokens `[begin, end)`. Without a mask their order is free: long runs as they are, then the rest gathered."""
+    if begin >= end:
         return
     block_size = sizes.block_size
     block_bytes = 2 * block_size * sizes.num_kv_heads * sizes.head_dim * sizes.dtype.itemsize
     view_bytes = _VIEW_BYTES if num_rows <= _FOLD_ROWS else 4 * _VIEW_BYTES
-    used = block_ids[: _cdiv(num_tokens, block_size)]
+    used = block_ids[begin // block_size : _cdiv(end, block_size)]
+    before = begin % block_size  # tokens that the first block has and that aren't wanted
+    beyond = len(used) * block_size - before - (end - begin)  # and those of the last
     starts = [0, *(i for i in range(1, len(used)) if used[i] != used[i - 1] + 1)]
     scattered: list[int] = []
-    missing = 0  # tokens that the last of `scattered` doesn't have
-    for start, end in zip(starts, [*starts[1:], len(used)], strict=True):
-        beyond = max(0, end * block_size - num_tokens)  # not 0 for the last run only
-        if len(starts) == 1 or (end - start) * block_bytes >= view_bytes:
-            yield _Piece(used[start], None, 0, (end - start) * block_size - beyond)
+    skipped = missing = 0  # the same of `scattered`, in which the first and the last keep their places
+    for start, stop in zip(starts, [*starts[1:], len(used)], strict=True):
+        skip = before if start == 0 else 0
+        left_out = beyond if stop == len(used) else 0
+        if len(starts) == 1 or (stop - start) * block_bytes >= view_bytes:
+            yield _Piece(used[start], None, skip, (stop - start) * block_size - skip - left_out)
         else:
-            scattered += used[start:end]
-            missing = beyond
+            scattered += used[start:stop]
+            skipped += skip
+            missing = left_out
     step = max(1, _GATHER_BYTES // block_bytes)
     for start in range(0, len(scattered), step):
         ids = scattered[start : start + step]
-        beyond = missing if start + step >= len(scattered) else 0
+        skip = skipped if start == 0 else 0
+        left_out = missing if start + step >= len(scattered) else 0
         ids_N = torch.tensor(ids, device=sizes.device)
-        yield _Piece(ids[0], ids_N, 0, len(ids) * block_size - beyond)
+        yield _Piece(ids[0], ids_N, skip, len(ids) * block_size - skip - left_out)
 
 
 def _rises_by_one(lens: tuple[int, ...]) -> bool:

@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 
 from kernels import decode_attention
-from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading
+from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading, soft_capped
 from kernels.launch import num_processors
 from kernels.paged_attention_tiles import TiledAttention, TilePlan, is_tileable, uses_tiles
-from kernels.segments import AttentionSizes, PagedAttention, Segment, by_rows, uncovered_ranges
+from kernels.segments import AttentionSizes, PagedAttention, Scoring, Segment, by_rows, uncovered_ranges
 from kernels.upload import upload
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +40,7 @@ _MIN_PART_TILES = 4
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGE_PARTS = 16
 _WORK_COLUMNS = tl.constexpr(5)
-_SECTION_COLUMNS = tl.constexpr(5)
+_SECTION_COLUMNS = tl.constexpr(6)
 _SPLIT_COLUMNS = tl.constexpr(4)
 
 
@@ -50,6 +50,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     top_M,
     sum_M,
     q_MD,
+    start_M,
+    first,
     kv_len_M,
     k_ptr,
     v_ptr,
@@ -59,15 +61,20 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     stride_b,
     stride_p,
     log2_scale,
+    log2_cap,
     D: tl.constexpr,
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     """Online softmax, base 2, over tokens [begin, end), begin a multiple of BLOCK_N; end too unless MASKED.
 
     s = q k^T scale log2(e)    new = max(top, max_n s)    p = 2^(s - new)
     sum = sum 2^(top - new) + sum_n p                     acc = acc 2^(top - new) + p v
+
+    MASKED and WINDOWED: row m sees those from `start_M[m]` on, and nothing before `first` is read.
     """
     offset_N = tl.arange(0, BLOCK_N)
     dim_D = tl.arange(0, D)
@@ -80,15 +87,22 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             block_N = tl.load(table_ptr + token_N // P, mask=token_N < end, other=0).to(tl.int64)
             row_N = block_N * stride_b + (token_N % P) * stride_p
         at_ND = row_N[:, None] + dim_D[None, :]
-        if MASKED:  # memory beyond `end` may hold NaN, and 0 * NaN is NaN
-            k_ND = tl.load(k_ptr + at_ND, mask=(token_N < end)[:, None], other=0.0)
-            v_ND = tl.load(v_ptr + at_ND, mask=(token_N < end)[:, None], other=0.0)
+        if MASKED:  # memory outside of [first, end) may hold NaN, and 0 * NaN is NaN
+            is_read_N = token_N < end
+            if WINDOWED:
+                is_read_N &= token_N >= first
+            k_ND = tl.load(k_ptr + at_ND, mask=is_read_N[:, None], other=0.0)
+            v_ND = tl.load(v_ptr + at_ND, mask=is_read_N[:, None], other=0.0)
         else:
             k_ND = tl.load(k_ptr + at_ND)
             v_ND = tl.load(v_ptr + at_ND)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * log2_scale
+        if CAPPED:
+            score_MN = soft_capped(score_MN, log2_cap)
         if MASKED:
             is_seen_MN = (token_N[None, :] < kv_len_M[:, None]) & (token_N < end)[None, :]
+            if WINDOWED:
+                is_seen_MN &= token_N[None, :] >= start_M[:, None]
             score_MN = tl.where(is_seen_MN, score_MN, -float("inf"))
         new_M = tl.maximum(top_M, tl.max(score_MN, 1))
         shift_M = tl.where(new_M == -float("inf"), 0.0, new_M)  # 2^(-inf - -inf) is NaN
@@ -101,7 +115,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
 
 
 # tables are slices of one buffer, and begin where they begin: each alignment would be compiled anew
-@triton.jit(do_not_specialize_on_alignment=["work_ptr", "sections_ptr", "kv_lens_ptr", "tables_ptr"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["work_ptr", "sections_ptr", "kv_lens_ptr", "starts_ptr", "tables_ptr"])  # type: ignore[untyped-decorator]
 def _attention_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     kv_ptr,
@@ -112,6 +126,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     work_ptr,
     sections_ptr,
     kv_lens_ptr,
+    starts_ptr,
     tables_ptr,
     stride_qt,
     stride_qh,
@@ -124,16 +139,20 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     stride_lt,
     stride_lh,
     log2_scale,
+    log2_cap,
     K: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over one work item's tokens.
 
-    Grid: work items, KV heads. Of a section, all rows of the tile see tokens [begin, full_end), some [full_end, end).
+    Grid: work items, KV heads. Of a section, all rows of the tile see tokens [begin, full_end), some [full_end, end); if
+    WINDOWED some see [begin, full_begin), and all [full_begin, full_end).
     """
     item_ptr = work_ptr + tl.program_id(0) * _WORK_COLUMNS
     kv_head = tl.program_id(1)
@@ -163,13 +182,24 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         begin = tl.load(section_ptr + 2)
         full_end = tl.load(section_ptr + 3)
         end = tl.load(section_ptr + 4)
+        start_M = kv_len_M
+        first = 0
+        if WINDOWED:
+            start_M = tl.load(starts_ptr + tl.load(section_ptr) + m_M // G, mask=is_row_M, other=2147483647)
+            first = tl.min(start_M, 0)
+            full_begin = tl.load(section_ptr + 5)
+            acc_MD, top_M, sum_M = _attend_tiles(
+                acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_begin,
+                stride_b, stride_p, log2_scale, log2_cap, D, P, BLOCK_N, True, True, CAPPED,
+            )  # fmt: skip
+            begin = full_begin
         acc_MD, top_M, sum_M = _attend_tiles(
-            acc_MD, top_M, sum_M, q_MD, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_end,
-            stride_b, stride_p, log2_scale, D, P, BLOCK_N, False,
+            acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_end,
+            stride_b, stride_p, log2_scale, log2_cap, D, P, BLOCK_N, False, WINDOWED, CAPPED,
         )  # fmt: skip
         acc_MD, top_M, sum_M = _attend_tiles(
-            acc_MD, top_M, sum_M, q_MD, kv_len_M, k_ptr, v_ptr, table_ptr, full_end, end,
-            stride_b, stride_p, log2_scale, D, P, BLOCK_N, True,
+            acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, full_end, end,
+            stride_b, stride_p, log2_scale, log2_cap, D, P, BLOCK_N, True, WINDOWED, CAPPED,
         )  # fmt: skip
 
     divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # an empty state: 0 / 1, and -inf + log 1
@@ -251,12 +281,14 @@ class _Launch:
     shape: _TileShape
     kv_lens: torch.Tensor
     """Of all segments, one after the other."""
+    starts: torch.Tensor | None
+    """The same of starts, if there are any."""
     tables: torch.Tensor
     """And their block tables."""
     work_WC: torch.Tensor
     """int32 per item: first row, rows, first section, sections, part (-1: writes the result)."""
     sections_SC: torch.Tensor
-    """int32 per section: start in `kv_lens` and in the block tables, begin, full_end, end."""
+    """int32 per section: place in `kv_lens` and in the block tables, begin, full_end, end, full_begin."""
     split_RC: torch.Tensor
     """int32 per split row: row, row in its tile, first part, number of parts."""
     part_out_XKMD: torch.Tensor
@@ -293,7 +325,7 @@ class TritonPagedAttention(PagedAttention):
             elif runs[0].num_rows > 1:
                 spans += runs
             else:
-                single.append([RowReading(run.first_row, run.block_ids, run.kv_lens[0]) for run in runs])
+                single.append([RowReading(run.first_row, run.block_ids, run.kv_lens[0], *run.starts) for run in runs])
         self._decode: list[tuple[DecodeAttention, DecodeTables]] = []
         if single:
             kernel = DecodeAttention(sizes)
@@ -304,25 +336,27 @@ class TritonPagedAttention(PagedAttention):
         self._empty = uncovered_ranges(segments, sizes.num_rows)
 
     def _run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring, out_THD: torch.Tensor, lse_TH: torch.Tensor
     ) -> None:
+        if scoring.soft_cap and self._tiled:
+            raise ValueError("the library's dense kernel knows no soft cap: plan without tiles")
         for start, end in self._empty:
             out_THD[start:end] = 0
             lse_TH[start:end] = -torch.inf
         for kernel, tables in self._decode:
-            kernel.run(q_THD, kv_2BPKD, scale, tables, out_THD=out_THD, lse_TH=lse_TH)
+            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH)
         if self._chunk is not None:
-            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scale, out_THD, lse_TH)
+            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scoring, out_THD, lse_TH)
         if self._tiles is not None:
             for plan in self._tiled:
-                self._tiles.run(plan, q_THD, kv_2BPKD, scale, out_THD=out_THD, lse_TH=lse_TH)
+                self._tiles.run(plan, q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH)
 
     def _run_chunk(
         self,
         launch: _Launch,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scale: float,
+        scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
     ) -> None:
@@ -337,18 +371,22 @@ class TritonPagedAttention(PagedAttention):
             launch.work_WC,
             launch.sections_SC,
             launch.kv_lens,
+            launch.kv_lens if launch.starts is None else launch.starts,
             launch.tables,
             *q_THD.stride()[:2],
             *kv_2BPKD.stride()[:4],
             *out_THD.stride()[:2],
             *lse_TH.stride(),
-            scale * math.log2(math.e),
+            scoring.scale * math.log2(math.e),
+            scoring.soft_cap * math.log2(math.e),
             K=sizes.num_kv_heads,
             G=sizes.group,
             D=sizes.head_dim,
             P=sizes.block_size,
             BLOCK_M=shape.block_m,
             BLOCK_N=shape.block_n,
+            WINDOWED=launch.starts is not None,
+            CAPPED=scoring.soft_cap > 0,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
         )
@@ -402,35 +440,44 @@ class _Run:
     lens_start: int
     table_start: int
     low: int
-    """Tokens that all rows see."""
+    """All rows see tokens `[full_begin, low)`."""
     high: int
-    """And those that some do."""
+    """And some `[begin, high)`."""
+    begin: int = 0
+    full_begin: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.high - self.begin
 
 
 def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: AttentionSizes) -> _Launch:
     """Cut segments into tiles, and the KV of tiles into parts."""
-    kv_lens, tables = array("i"), array("i")
+    kv_lens, starts, tables = array("i"), array("i"), array("i")
+    windowed = any(segment.starts for segment in segments)
     tile_rows = shape.block_m // sizes.group
     tiles: list[tuple[int, int, list[_Run]]] = []
     for group in by_rows(segments):
-        starts: list[tuple[int, int]] = []
+        places: list[tuple[int, int]] = []
         for segment in group:
-            starts.append((len(kv_lens), len(tables)))
+            places.append((len(kv_lens), len(tables)))
             kv_lens.extend(segment.kv_lens)
             tables.extend(segment.block_ids)
+            if windowed:
+                starts.extend(segment.starts or [0] * segment.num_rows)
         for row in range(0, group[0].num_rows, tile_rows):
-            lens = [segment.kv_lens[row : row + tile_rows] for segment in group]
-            runs = [_Run(at + row, table, min(n), max(n)) for (at, table), n in zip(starts, lens, strict=True)]
-            tiles.append((group[0].first_row + row, len(lens[0]), runs))
-    total = sum(run.high for _, _, runs in tiles for run in runs)
+            parts_of = [segment.part(row, row + tile_rows) for segment in group]
+            runs = [_run_of(part, at + row, table, shape.block_n) for (at, table), part in zip(places, parts_of, strict=True)]
+            tiles.append((group[0].first_row + row, parts_of[0].num_rows, runs))
+    total = sum(run.tokens for _, _, runs in tiles for run in runs)
     programs = _programs(sizes.device) // sizes.num_kv_heads
     work, sections, split = array("i"), array("i"), array("i")
     num_parts = 0
     for first_row, num_rows, runs in tiles:
-        high = sum(run.high for run in runs)
+        tokens = sum(run.tokens for run in runs)
         # in proportion to its length, and never more programs than fill the device once
-        wanted = min(high * programs // max(total, 1), high // (_MIN_PART_TILES * shape.block_n))
-        length = sum(_round_up(run.high, shape.block_n) for run in runs)
+        wanted = min(tokens * programs // max(total, 1), tokens // (_MIN_PART_TILES * shape.block_n))
+        length = sum(_round_up(run.tokens, shape.block_n) for run in runs)
         parts = _cut(runs, _round_up(triton.cdiv(length, max(wanted, 1)), shape.block_n), shape.block_n)
         for i, part in enumerate(parts):
             first_section = len(sections) // _SECTION_COLUMNS.value
@@ -442,12 +489,13 @@ def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: Attentio
                 split.extend((first_row + row, row, num_parts, len(parts)))
             num_parts += len(parts)
     table = upload(work + sections + split, sizes.device, torch.int32)
-    lens_and_tables = upload(kv_lens + tables, sizes.device, torch.int32)
+    lens_and_tables = upload(kv_lens + tables + starts, sizes.device, torch.int32)
     scratch = (num_parts, sizes.num_kv_heads, shape.block_m)
     return _Launch(
         shape=shape,
         kv_lens=lens_and_tables[: len(kv_lens)],
-        tables=lens_and_tables[len(kv_lens) :],
+        starts=lens_and_tables[len(kv_lens) + len(tables) :] if windowed else None,
+        tables=lens_and_tables[len(kv_lens) : len(kv_lens) + len(tables)],
         work_WC=table[: len(work)].view(-1, _WORK_COLUMNS.value),
         sections_SC=table[len(work) : len(work) + len(sections)].view(-1, _SECTION_COLUMNS.value),
         split_RC=table[len(work) + len(sections) :].view(-1, _SPLIT_COLUMNS.value),
@@ -456,19 +504,30 @@ def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: Attentio
     )
 
 
-def _cut(runs: Sequence[_Run], length: int, block_n: int) -> list[list[tuple[int, int, int, int, int]]]:
+def _run_of(part: Segment, lens_start: int, table_start: int, block_n: int) -> _Run:
+    """What the rows of one tile see of a segment; it begins with a multiple of `block_n`."""
+    low, high = min(part.kv_lens), max(part.kv_lens)
+    if not part.starts:
+        return _Run(lens_start, table_start, low, high)
+    first = min(part.starts)
+    begin = high if first == high else first // block_n * block_n  # at `high`: no row sees anything
+    return _Run(lens_start, table_start, low, high, begin, _round_up(max(part.starts), block_n))
+
+
+def _cut(runs: Sequence[_Run], length: int, block_n: int) -> list[list[tuple[int, int, int, int, int, int]]]:
     """The sections of each part, one part at least; `length`: most tokens in a part, each section rounded up to `block_n`."""
-    parts: list[list[tuple[int, int, int, int, int]]] = [[]]
+    parts: list[list[tuple[int, int, int, int, int, int]]] = [[]]
     room = length
     for run in runs:
-        begin = 0
+        begin = run.begin
         while begin < run.high:
             if not room:
                 parts.append([])
                 room = length
             end = min(begin + room, run.high)
-            full_end = begin + max(0, min(run.low, end) - begin) // block_n * block_n
-            parts[-1].append((run.lens_start, run.table_start, begin, full_end, end))
+            full_begin = min(max(begin, run.full_begin), end)
+            full_end = full_begin + max(0, min(run.low, end) - full_begin) // block_n * block_n
+            parts[-1].append((run.lens_start, run.table_start, begin, full_end, end, full_begin))
             room -= _round_up(end - begin, block_n)
             begin = end
     return parts

@@ -14,10 +14,15 @@ def attention_state(
     v_SKD: torch.Tensor,
     scale: float,
     kv_lens_T: torch.Tensor | None = None,
+    *,
+    starts_T: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each row over its first `kv_lens_T[t]` tokens (all S if None), as a partial state.
+    """Attention of each row over the tokens `[starts_T[t], kv_lens_T[t])` (from 0, up to S if None), as a partial state.
 
         s_j = scale * q . k_j        lse = log sum_j exp(s_j)        out = sum_j exp(s_j - lse) v_j
+
+    With a soft cap c > 0, s_j = c tanh(scale * q . k_j / c).
 
     Computes in float64 if q is float64, else in fp32, whatever the device; needs T * H * S scores of memory.
 
@@ -35,8 +40,14 @@ def attention_state(
     v_KSD = v_SKD.to(compute).transpose(0, 1)
 
     score_KTGS = (scale * (q_KMD @ k_KDS)).view(num_kv_heads, num_rows, group, num_tokens)
-    if kv_lens_T is not None:
-        hidden_TS = torch.arange(num_tokens, device=q_THD.device) >= kv_lens_T[:, None]
+    if soft_cap:
+        score_KTGS = soft_cap * (score_KTGS / soft_cap).tanh()
+    if kv_lens_T is not None or starts_T is not None:
+        token_S = torch.arange(num_tokens, device=q_THD.device)
+        hidden_TS = token_S >= (num_tokens if kv_lens_T is None else kv_lens_T[:, None])
+        if starts_T is not None:
+            hidden_TS = hidden_TS | (token_S < starts_T[:, None])
+        hidden_TS = hidden_TS.expand(num_rows, num_tokens)
         score_KTGS = score_KTGS.masked_fill(hidden_TS[:, None, :], -torch.inf)
         v_KSD = v_KSD.masked_fill(hidden_TS.all(dim=0)[:, None], 0.0)  # 0 * NaN is NaN
     lse_KTG = score_KTGS.logsumexp(dim=-1)
@@ -45,6 +56,17 @@ def attention_state(
     out_KTGD = (weight_KTGS.flatten(1, 2) @ v_KSD).view(num_kv_heads, num_rows, group, head_dim)
     out_THD = out_KTGD.transpose(0, 1).reshape(num_rows, num_heads, head_dim)
     return out_THD.to(q_THD.dtype), lse_KTG.transpose(0, 1).reshape(num_rows, num_heads)
+
+
+def with_sinks(out_THD: torch.Tensor, lse_TH: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:
+    """The output of rows whose softmax has one more logit for each head, which stands for no value.
+
+        out exp(lse) / (exp(lse) + exp(sink))
+
+    The twin of `kernels.merge_state.apply_sinks`, of whole states: in the dtype of `lse`.
+    """
+    weight_TH = lse_TH.exp() / (lse_TH.exp() + sinks_H.to(lse_TH.dtype).exp())
+    return out_THD.to(lse_TH.dtype) * weight_TH.unsqueeze(-1)
 
 
 @dataclass(frozen=True, slots=True)

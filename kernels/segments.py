@@ -14,7 +14,7 @@ class Segment:
     rows   [first_row, first_row + num_rows)
     tokens |  block_ids[0]  |  block_ids[1]  | ... |  block_ids[n-1]  |
            0                P                2P    # token j: block_ids[j // P], offset j % P
-           [0, kv_lens[i]) is visible to row first_row + i
+           [starts[i], kv_lens[i]) is visible to row first_row + i; without starts, [0, kv_lens[i])
     """
 
     first_row: int
@@ -22,6 +22,14 @@ class Segment:
     block_ids: tuple[int, ...]
     kv_lens: tuple[int, ...]
     """Per row, in any order; 0: the row sees nothing. Fast when all are equal, or each is one more than the last."""
+    starts: tuple[int, ...] = ()
+    """Per row, at most its kv_len: tokens before it are hidden, and those that are hidden from all rows of a tile aren't read.
+    Empty: every row sees the run from its beginning."""
+
+    def part(self, begin: int, end: int) -> "Segment":
+        """Of its rows, those from `begin` up to `end`, both counted from its first."""
+        lens, starts = self.kv_lens[begin:end], self.starts[begin:end]
+        return Segment(self.first_row + begin, len(lens), self.block_ids, lens, starts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +50,14 @@ class AttentionSizes:
         return self.num_heads // self.num_kv_heads
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer scores a query and a key: s = scale q . k, or with a soft cap c > 0, s = c tanh(scale q . k / c)."""
+
+    scale: float
+    soft_cap: float = 0.0
+
+
 class PagedAttention(ABC):
     """Attention of one step's rows: what makes it builds all tables, `run` only launches."""
 
@@ -51,9 +67,18 @@ class PagedAttention(ABC):
         self._min_blocks = min_blocks
 
     def run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, *, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scale: float,
+        *,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+        soft_cap: float = 0.0,
     ) -> None:
         """Fill `out_THD` (q's dtype) and `lse_TH` (fp32, natural log) with the partial states of all rows.
+
+        `soft_cap` c > 0 bounds scores: s becomes c tanh(s / c).
 
         Rows of no segment, and rows that see nothing, get `out = 0`, `lse = -inf`. KV that no row sees is never read into a
         result, so it may be NaN. The last dimension of q, kv and out must be contiguous.
@@ -76,11 +101,11 @@ class PagedAttention(ABC):
         if not q_THD.device.type == kv_2BPKD.device.type == sizes.device.type:
             raise ValueError(f"planned for {sizes.device}, got q on {q_THD.device}, kv on {kv_2BPKD.device}")
         if sizes.num_rows:
-            self._run(q_THD, kv_2BPKD, scale, out_THD, lse_TH)
+            self._run(q_THD, kv_2BPKD, Scoring(scale, soft_cap), out_THD, lse_TH)
 
     @abstractmethod
     def _run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scale: float, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring, out_THD: torch.Tensor, lse_TH: torch.Tensor
     ) -> None: ...
 
 
@@ -120,6 +145,11 @@ def validate(segments: Sequence[Segment], num_rows: int, block_size: int) -> int
             raise ValueError(
                 f"segment of {rows} sees {min(s.kv_lens)} to {max(s.kv_lens)} tokens; its {len(s.block_ids)} blocks of "
                 f"{block_size} hold {capacity}"
+            )
+        if s.starts and (len(s.starts) != s.num_rows or any(not 0 <= a <= b for a, b in zip(s.starts, s.kv_lens, strict=True))):
+            raise ValueError(
+                f"segment of {rows} has {len(s.starts)} starts from {min(s.starts)} on: there must be one per row, and none "
+                "above its kv_len"
             )
         if s.block_ids:
             if min(s.block_ids) < 0:

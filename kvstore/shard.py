@@ -7,10 +7,10 @@ they are:
     ranges     [0, 5)        [12, 18)
     blocks     | 0 1 2 3 | 4 12 13 14 | 15 16 17 . |      block_size 4: 11 tokens, 1 more fits
 
-So the tokens of a run that a row at position p may see are a *prefix* of it, and one number per row and run says which. A
-position range is no run of its own: a prompt prefilled with others leaves hundreds of ranges on an instance, which would
-each waste part of a block, and weigh in every notice. A run wastes less than one block, and a shard has a second one only
-where tokens came out of order:
+So the tokens of a run that a row at position p may see are a *prefix* of it, and one number per row and run says which
+(in layers with windows or chunks a slice, and two). A position range is no run of its own: a prompt prefilled with others
+leaves hundreds of ranges on an instance, which would each waste part of a block, and weigh in every notice. A run wastes less
+than one block, and a shard has a second one only where tokens came out of order:
 
     runs   [0, 18): 0 .. 4, 12 .. 17        [5, 9): 5 .. 8       tokens [5, 9) came when 17 was here
 

@@ -126,7 +126,7 @@ class Loop:
             self.runners["decode"].capture(storage, peers)
         self._rmanager = RManager(storage.num_blocks, storage.block_size)
         pace = Pace(chunk_tokens, mixed_chunk_tokens, model.reach(), GPU_GRAIN if on_gpu else 1)
-        self._scheduler = Scheduler(epoch=1, rank=self.rank, pace=pace, rmanager=self._rmanager)
+        self._scheduler = Scheduler(epoch=1, rank=self.rank, pace=pace, rmanager=self._rmanager, sights=model.shape.sights)
         self._seqs: dict[int, None] = {}
         self.tokens: dict[int, list[int]] = {}
         """What each sequence whose home is here has generated."""

@@ -7,6 +7,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -32,6 +36,8 @@ _SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(
         **_SIZES,
@@ -47,6 +53,37 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**_SIZES),
     "qwen3": Qwen3Config(**_SIZES, head_dim=16),
     "mistral": MistralConfig(**_SIZES, sliding_window=None),
+    # windows in all layers; in some, with a soft cap, and with sinks; chunks in some; values narrower than keys
+    "mistral-window": MistralConfig(**_SIZES, sliding_window=23),
+    "gemma2": Gemma2Config(**_SIZES, head_dim=16, sliding_window=23, query_pre_attn_scalar=24, attn_logit_softcapping=2.0),
+    "gpt-oss": GptOssConfig(
+        **_SIZES, **_EXPERTS, head_dim=16, sliding_window=23, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+    ),
+    "llama4": Llama4TextConfig(
+        **_SIZES,
+        **_EXPERTS,
+        head_dim=16,
+        intermediate_size_mlp=128,
+        attention_chunk_size=23,
+        no_rope_layers=[1, 0],
+        layer_types=["chunked_attention", "full_attention"],
+        floor_scale=16,
+        attn_scale=0.5,
+    ),
+    "deepseek": DeepseekV3Config(
+        **(_SIZES | {"num_key_value_heads": 4}),
+        q_lora_rank=24,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    ),
 }
 
 

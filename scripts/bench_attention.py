@@ -25,7 +25,7 @@ from _measure import Row, copy_bandwidth, graph_ms, matmul_tflops, show, write_j
 from kernels.decode_attention import DecodeAttention, RowReading
 from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention
-from kernels.segments import AttentionSizes, Segment
+from kernels.segments import AttentionSizes, Scoring, Segment
 
 PAGE = 64
 HEAD_DIM = 128
@@ -86,7 +86,7 @@ def ours(case: Case) -> Attention:
     lse_TH = torch.full(case.q_THD.shape[:2], math.nan, device="cuda")
 
     def run(kv_2BPKD: torch.Tensor) -> Result:
-        kernel.run(case.q_THD, kv_2BPKD, HEAD_DIM**-0.5, tables, out_THD=out_THD, lse_TH=lse_TH)
+        kernel.run(case.q_THD, kv_2BPKD, Scoring(HEAD_DIM**-0.5), tables, out_THD=out_THD, lse_TH=lse_TH)
         return out_THD, lse_TH
 
     return run

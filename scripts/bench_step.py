@@ -71,7 +71,14 @@ class NoAttention:
         self._storage = storage
         self._slots_T = torch.arange(rows, dtype=torch.int32, device=model.device)
 
-    def run(self, layer: int, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         raise RuntimeError("the model is not fused")
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:

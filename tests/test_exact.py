@@ -62,11 +62,27 @@ async def test_matrix(cell: Service, llama: Path, mixed: list[list[int]]) -> Non
 
 @pytest.mark.parametrize("kind", sorted(set(CONFIGS) - {"llama"}))
 async def test_other_models(kind: str, farm: Farm, tmp_path: Path) -> None:
-    """Qwen2 (bias), Qwen3 (q/k norm), Mistral."""
+    """Qwen2 (bias), Qwen3 (q/k norm), Mistral; and each kind of mask: windows in all layers, in some, chunks, with a soft cap,
+    with sinks; and values narrower than keys."""
     path = make_model(kind, tmp_path)
     async with serve(farm, 2, Setup(model=path, chunk_tokens=24)) as service:
         await ask(service.client, path, prompt(path, 120), spread="all")
         await ask(service.client, path, prompt(path, 50, new=20), spread=1, new=20, move=True)
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 1), (3, 1), (3, 16)])
+@pytest.mark.parametrize("kind", ["mistral-window", "gemma2", "gpt-oss", "llama4", "deepseek"])
+async def test_masks_in_small_chunks_over_several_instances(
+    kind: str, size: int, block: int, farm: Farm, tmp_path: Path
+) -> None:
+    """Windows and chunks of 23 tokens, which begin within chunks, blocks and shards; and several requests side by side."""
+    path = make_model(kind, tmp_path)
+    prompts = [prompt(path, length, seed=i) for i, length in enumerate((22, 23, 24, 47, 90))]
+    moving = prompt(path, 40, new=30)
+    async with serve(farm, size, Setup(model=path, kv_tokens=768 // size, block_size=block, chunk_tokens=7)) as service:
+        await ask_mixed(service.client, path, prompts)
+        await ask(service.client, path, moving, spread=1 if size > 1 else None, new=30, move=size > 1)
+        await ask(service.client, path, prompts[-1])  # its beginning is cached, wherever it lies
 
 
 async def test_a_prompt_larger_than_every_pool_and_a_generation_that_outgrows_its_home(farm: Farm, llama: Path) -> None:

@@ -6,7 +6,7 @@ that rows attend to are sums of arithmetic series. `tests/scripts/test_simulate.
 
 from collections.abc import Mapping, Sequence
 
-from distattn.layout import Holding, Layout, Reading, Span
+from distattn.layout import FULL, Holding, Layout, Reading, Sight, Span
 from kvstore.shard import Run, ShardTable
 
 
@@ -22,9 +22,19 @@ class Counting:
         self._received: dict[int, dict[int, int]] = {}
 
     def __call__(
-        self, spans: Sequence[Span], holdings: Mapping[int, Sequence[Holding]], shards: ShardTable, rank: int
+        self,
+        spans: Sequence[Span],
+        holdings: Mapping[int, Sequence[Holding]],
+        shards: ShardTable,
+        rank: int,
+        sight: Sight = FULL,
     ) -> Layout:
-        """The part of `rank` in a step, with one reading that has all that its rows and others attend to there."""
+        """The part of `rank` in a step, with one reading that has all that its rows and others attend to there.
+
+        Raises ValueError for layers in which rows don't see all before them.
+        """
+        if sight != FULL:
+            raise ValueError(f"rows that see only {sight} are not counted")
         if spans is not self._spans:
             self._look_through(spans, holdings)
         attended = sum(
@@ -49,7 +59,7 @@ class Counting:
             rows, home = span.stop - span.start, span.rank
             self._own_rows[home] = self._own_rows.get(home, 0) + rows
             for holding in holdings[span.seq]:
-                if not holding.sees(span.stop - 1):
+                if not holding.is_seen(0, span.stop - 1):
                     continue
                 self._seen.setdefault(holding.rank, []).append(span)
                 if holding.rank != home:

@@ -21,8 +21,9 @@ def read_by_rows(
         found: list[Counter[Token]] = [Counter() for _ in range(num_rows)]
         for reading in readings:
             slots = [block * block_size + offset for block in reading.block_ids for offset in range(block_size)]
-            for row, count in enumerate(reading.kv_lens):
-                found[reading.first_row + row].update(tokens[rank][slot] for slot in slots[:count])
+            starts = reading.starts or (0,) * reading.num_rows
+            for row, (start, count) in enumerate(zip(starts, reading.kv_lens, strict=True)):
+                found[reading.first_row + row].update(tokens[rank][slot] for slot in slots[start:count])
         return found
 
     served = [read(rank, layout.others, layout.num_received) for rank, layout in enumerate(layouts)]

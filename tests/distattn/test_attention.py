@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
-from distattn.layout import HeldRun, Holding, Layout, Span, lay_out
-from distattn.shape import AttentionShape
+from distattn.layout import FULL, HeldRun, Holding, Layout, Sight, Span, lay_out
+from distattn.shape import AttentionShape, LayerView
 from instance.cell import EpochGroup, open_store
 from kernels.paged_attention import attention_scratch_bytes
 from kernels.reference import compare
+from kernels.segments import Scoring
 from kvstore.shard import ShardTable
 from kvstore.storage import KVStorage
 
 SIZE = 3
 SHAPE = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.3, dtype=torch.float32)
+MIXED = (Sight(window=1), FULL, Sight(window=6), Sight(chunk=5), Sight(window=40), FULL)
+"""Layers of several groups, in no order."""
 CPU = torch.device("cpu")
 
 
@@ -87,26 +90,41 @@ def scenes(draw: st.DrawFn) -> tuple[int, list[Sequence]]:
     return draw(st.sampled_from([1, 4, 16])), sequences
 
 
-def dense(q_THD: torch.Tensor, sequence: Sequence, span: Span) -> torch.Tensor:
-    """Causal attention of a span's rows over the whole sequence, in float64."""
+def dense(
+    q_THD: torch.Tensor, sequence: Sequence, span: Span, sight: Sight = FULL, soft_cap: float = 0.0, sink: float | None = None
+) -> torch.Tensor:
+    """Causal attention of a span's rows over what they see of the whole sequence, in float64."""
     group = SHAPE.num_heads // SHAPE.num_kv_heads
     k = sequence.keys_SKD.double().repeat_interleave(group, 1)[: span.stop]
     v = sequence.values_SKD.double().repeat_interleave(group, 1)[: span.stop]
     scores = torch.einsum("thd,shd->hts", q_THD.double(), k) * SHAPE.scale
-    hidden = torch.arange(span.stop)[None, :] > torch.arange(span.start, span.stop)[:, None]
-    return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    if soft_cap:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    place_T, place_S = torch.arange(span.start, span.stop)[:, None], torch.arange(span.stop)
+    hidden = place_S > place_T
+    if sight.window:
+        hidden |= place_S <= place_T - sight.window
+    if sight.chunk:
+        hidden |= place_S // sight.chunk != place_T // sight.chunk
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sink is not None:
+        scores = torch.cat([scores, torch.full((*scores.shape[:2], 1), sink, dtype=scores.dtype)], -1)
+    return torch.einsum("hts,shd->thd", scores.softmax(-1)[..., : span.stop], v)
 
 
 class Rank:
     """One instance's storage, filled with a scene's past; the rest of it is NaN."""
 
-    def __init__(self, rank: int, cell: Cell, block_size: int, sequences: list[Sequence]) -> None:
+    def __init__(
+        self, rank: int, cell: Cell, block_size: int, sequences: list[Sequence], shape: AttentionShape = SHAPE
+    ) -> None:
         self.rank = rank
+        num_layers = len(shape.layers) or 1
         self.sequences = sequences
         blocks = sum(-(-len(s.owner) // block_size) + 6 for s in sequences)
         self.shards = ShardTable(blocks, block_size)
         self.storage = KVStorage(
-            num_layers=1,
+            num_layers=num_layers,
             num_blocks=blocks,
             block_size=block_size,
             num_kv_heads=SHAPE.num_kv_heads,
@@ -115,7 +133,7 @@ class Rank:
             device=CPU,
         )
         self.storage.data_L2BPKD.fill_(torch.nan)
-        self.attention = DistAttention(self.storage, SHAPE, Exchange(cell.groups[rank].group, CPU), backend="torch")
+        self.attention = DistAttention(self.storage, shape, Exchange(cell.groups[rank].group, CPU), backend="torch")
         self.spans = [span for s in sequences for span in s.spans]
         self.slots: list[int] = []
         for seq, sequence in enumerate(sequences):
@@ -127,8 +145,9 @@ class Rank:
                 if sequence.owner[position] == rank:
                     (slot,) = self.shards[seq].append(position, position + 1)
                     block, offset = divmod(slot, block_size)
-                    self.storage.layer(0)[0, block, offset] = sequence.keys_SKD[position]
-                    self.storage.layer(0)[1, block, offset] = sequence.values_SKD[position]
+                    for layer in range(num_layers):
+                        self.storage.layer(layer)[0, block, offset] = sequence.keys_SKD[position]
+                        self.storage.layer(layer)[1, block, offset] = sequence.values_SKD[position]
         for span in self.spans:
             if span.rank == rank:
                 self.slots += self.shards[span.seq].append(span.start, span.stop)
@@ -142,13 +161,20 @@ class Rank:
         }
 
     def run(self, layout: Layout, queries: dict[Span, torch.Tensor]) -> torch.Tensor:
+        (out,) = self.run_layers([layout], queries, None)
+        return out
+
+    def run_layers(
+        self, layouts: list[Layout], queries: dict[Span, torch.Tensor], sinks_H: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         own = [span for span in self.spans if span.rank == self.rank]
         shape = (0, SHAPE.num_kv_heads, SHAPE.head_dim)
         k = torch.cat([self.sequences[s.seq].keys_SKD[s.start : s.stop] for s in own] or [torch.empty(shape)])
         v = torch.cat([self.sequences[s.seq].values_SKD[s.start : s.stop] for s in own] or [torch.empty(shape)])
         q = torch.cat([queries[s] for s in own] or [torch.empty((0, SHAPE.num_heads, SHAPE.head_dim))])
-        self.attention.plan(layout, self.slots)
-        return self.attention.run(0, q, k, v).clone()
+        self.attention.plan(layouts, self.slots)
+        layers = range(self.storage.data_L2BPKD.shape[0])
+        return [self.attention.run(layer, q, k, v, sinks_H).clone() for layer in layers]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -178,13 +204,54 @@ def test_any_layout_equals_dense_attention(cell: Cell, scene: tuple[int, list[Se
             assert out.shape[0] == 0
 
 
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scenes(), st.permutations(MIXED), st.sampled_from([0.0, 1.5]), st.sampled_from([None, 0.5]))
+def test_layers_of_several_groups_see_what_is_theirs(
+    cell: Cell, scene: tuple[int, list[Sequence]], sights: list[Sight], soft_cap: float, sink: float | None
+) -> None:
+    """Some of them with another scale, and all with a cap, or with sinks, which count once however many holders there are."""
+    block_size, sequences = scene
+    layers = tuple(LayerView(Scoring(0.3 * (1 + i % 2), soft_cap), sight) for i, sight in enumerate(sights))
+    shape = replace(SHAPE, layers=layers)
+    assert shape.sights[0] == FULL
+    assert sorted(map(repr, shape.sights)) == sorted({repr(sight) for sight in MIXED})
+    ranks = [Rank(r, cell, block_size, sequences, shape) for r in range(SIZE)]
+    holdings = {
+        seq: [held for rank in ranks if (held := rank.holdings().get(seq)) is not None] for seq in range(len(sequences))
+    }
+    random = torch.Generator().manual_seed(1)
+    queries = {
+        span: torch.randn((span.stop - span.start, SHAPE.num_heads, SHAPE.head_dim), generator=random) * 3
+        for span in ranks[0].spans
+    }
+    layouts = [[lay_out(ranks[0].spans, holdings, rank.shards, rank.rank, sight) for sight in shape.sights] for rank in ranks]
+    sinks_H = None if sink is None else torch.full((SHAPE.num_heads,), sink)
+    outs = list(cell.threads.map(lambda rank: rank.run_layers(layouts[rank.rank], queries, sinks_H), ranks))
+    for rank, out in zip(ranks, outs, strict=True):
+        own = [span for span in rank.spans if span.rank == rank.rank]
+        for layer, got in zip(layers, out, strict=True):
+            expected = [
+                dense(queries[s] * (layer.scoring.scale / 0.3), sequences[s.seq], s, layer.sight, soft_cap, sink) for s in own
+            ]
+            if expected:
+                compare(got, torch.cat(expected), rms=1e-5, max=1e-4)
+
+
+def test_layouts_that_are_not_the_groups_are_refused(cell: Cell) -> None:
+    storage = KVStorage(num_layers=2, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
+    shape = replace(SHAPE, layers=(LayerView(Scoring(0.3)), LayerView(Scoring(0.3), Sight(window=4))))
+    attention = DistAttention(storage, shape, Exchange(cell.groups[0].group, CPU), backend="torch")
+    with pytest.raises(ValueError, match="for 2 groups of layers"):
+        attention.plan([lay_out([], {}, ShardTable(1, 4), 0)], [])
+
+
 def test_rows_that_were_not_planned_are_refused(cell: Cell) -> None:
     storage = KVStorage(num_layers=1, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
     attention = DistAttention(storage, SHAPE, Exchange(cell.groups[0].group, CPU), backend="torch")
     rows = torch.zeros((2, 4, 16)), torch.zeros((2, 2, 16)), torch.zeros((2, 2, 16))
     with pytest.raises(RuntimeError, match="2 rows came, no step was planned"):
         attention.run(0, *rows)
-    attention.plan(lay_out([], {}, ShardTable(1, 4), 0), [])
+    attention.plan([lay_out([], {}, ShardTable(1, 4), 0)], [])
     with pytest.raises(RuntimeError, match="2 rows came, 0 rows was planned"):
         attention.run(0, *rows)
 
@@ -195,11 +262,13 @@ def test_scratch_is_what_is_allocated(cell: Cell) -> None:
     attention = DistAttention(storage, SHAPE, Exchange(cell.groups[0].group, CPU), backend="torch")
     rows, both = 10, {1: 10, 2: 10}
     attention.plan(
-        Layout(num_rows=rows, own=[], dispatched_rows=[*range(rows)] * 2, dispatched=both, received=both, others=[]), [0] * rows
+        [Layout(num_rows=rows, own=[], dispatched_rows=[*range(rows)] * 2, dispatched=both, received=both, others=[])],
+        [0] * rows,
     )
     plan = attention._plan
     assert plan is not None
-    fields = [getattr(plan, name) for name in plan.__dataclass_fields__]
+    (group,) = plan.groups
+    fields = [getattr(group.buffers, name) for name in group.buffers.__dataclass_fields__]
     buffers = sum(f.nbytes for f in fields if isinstance(f, torch.Tensor) and f.is_floating_point())
     kernels = sum(attention_scratch_bytes(n, 4, 2, 16, CPU, "torch") for n in (rows, 2 * rows))
     assert DistAttention.scratch_bytes(SHAPE, rows, 2, CPU, "torch", tiles=True) == buffers + kernels

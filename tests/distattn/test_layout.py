@@ -2,10 +2,11 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.layout import HeldRun, Holding, Layout, Span, held_after, lay_out
+from distattn.layout import HeldRun, Holding, Layout, Sight, Span, held_after, lay_out
 from kvstore.shard import ShardTable
 from tests.distattn.layout_support import read_by_rows
 
@@ -66,6 +67,48 @@ def test_every_row_reads_all_that_it_may_once(made: tuple[Cell, list[Span]]) -> 
     for rank, got in enumerate(read):
         rows = [(span.seq, p) for span in spans if span.rank == rank for p in range(span.start, span.stop)]
         assert got == [Counter((s, p) for s, p in held if s == seq and p <= position) for seq, position in rows]
+
+
+@given(cells(), st.sampled_from(["window", "chunk"]), st.integers(1, 40))
+def test_every_row_reads_what_is_in_its_sight_once(made: tuple[Cell, list[Span]], kind: str, size: int) -> None:
+    """Of no block more than it takes, and a holder of which a step's rows certainly see nothing is sent none of them."""
+    cell, spans = made
+    sight = Sight(**{kind: size})
+    places = {p for tokens in cell.tokens for _, p in tokens.values()}
+    first = {p: max(0, p - size + 1) if kind == "window" else p // size * size for p in places}
+    assert all(sight.first(p) == at for p, at in first.items())
+    layouts = [lay_out(spans, cell.holdings, shards, rank, sight) for rank, shards in enumerate(cell.shards)]
+    block_size = cell.shards[0].block_size
+    for a, layout in enumerate(layouts):
+        for b, other in enumerate(layouts):
+            assert layout.dispatched.get(b, 0) == other.received.get(a, 0)
+        for reading in (*layout.own, *layout.others):
+            starts = reading.starts or (0,) * reading.num_rows
+            assert min(starts) < block_size
+            assert (len(reading.block_ids) - 1) * block_size < max(reading.kv_lens) <= len(reading.block_ids) * block_size
+            assert any(start < count for start, count in zip(starts, reading.kv_lens, strict=True))
+    read = read_by_rows(layouts, cell.tokens, block_size)
+    held = [token for tokens in cell.tokens for token in tokens.values()]
+    for rank, got in enumerate(read):
+        rows = [(span.seq, p) for span in spans if span.rank == rank for p in range(span.start, span.stop)]
+        assert got == [Counter((s, p) for s, p in held if s == seq and first[at] <= p <= at) for seq, at in rows]
+
+
+def test_a_holder_of_what_lies_before_the_window_is_not_asked() -> None:
+    cell = Cell(4)
+    cell.write(Span(1, 0, 0, 20))
+    cell.write(Span(1, 1, 20, 30))
+    spans = [Span(1, 1, 29, 30)]
+    for window, holders in [(9, {}), (10, {}), (11, {0: 1}), (0, {0: 1})]:
+        layout = lay_out(spans, cell.holdings, cell.shards[1], 1, Sight(window=window))
+        assert layout.dispatched == holders
+        assert lay_out(spans, cell.holdings, cell.shards[0], 0, Sight(window=window)).num_received == sum(holders.values())
+
+
+@pytest.mark.parametrize("sizes", [{"window": -1}, {"chunk": -1}, {"window": 4, "chunk": 4}])
+def test_what_no_layer_sees_is_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="a window or chunks"):
+        Sight(**sizes)
 
 
 def test_readings_of_the_same_rows_follow_each_other() -> None:

@@ -1,18 +1,24 @@
 """Which architectures of transformers are served exactly, and why others aren't: docs/models.md is this table."""
 
+import functools
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from distattn.layout import FULL, Sight
+from distattn.shape import AttentionShape
 from instance.config import InstanceConfig, Launch
+from instance.errors import UnsupportedModel
 from instance.exact import difference, eager_logits, paged_logits, refuse_inexact
-from instance.model import Model, UnsupportedModel, random_model
+from instance.model import Model, random_model
 from instance.start import load
+from kernels.segments import Scoring
 from tests.support.tiny import VOCAB, make_model
 
 CPU = torch.device("cpu")
@@ -32,6 +38,16 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 HEAD: dict[str, Any] = {"head_dim": 16}
+WINDOW: dict[str, Any] = {"sliding_window": 11}
+SOME_WINDOWS: dict[str, Any] = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 MOE: dict[str, Any] = {
     "num_local_experts": 4,
     "num_experts": 4,
@@ -46,31 +62,53 @@ MOE: dict[str, Any] = {
 }
 
 EXACT: dict[str, dict[str, Any]] = {
+    "afmoe": HEAD | MOE | SOME_WINDOWS,
     "apertus": {},
     "arcee": {},
     "biogpt": {},
     "bitnet": {},
     "cohere": {},
-    "cohere2": {"sliding_window": LAST},
-    "dots1": MOE | {"sliding_window": LAST},
+    "cohere2": SOME_WINDOWS,
+    "cohere2_moe": HEAD | MOE | SOME_WINDOWS,
+    "cwm": HEAD | SOME_WINDOWS,
+    "deepseek_v2": MOE | LATENT,
+    "deepseek_v3": MOE | LATENT | {"first_k_dense_replace": 1},
+    "dots1": MOE | SOME_WINDOWS,
     "ernie4_5": HEAD,
     "ernie4_5_moe": MOE | {"moe_k": 2},
-    "exaone4": {"sliding_window": LAST},
+    "exaone4": SOME_WINDOWS,
+    "exaone_moe": HEAD | MOE | SOME_WINDOWS,
     "flex_olmo": MOE,
     "gemma": HEAD,
+    "gemma2": HEAD | SOME_WINDOWS | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+    "gemma3_text": HEAD | SOME_WINDOWS,
     "glm": HEAD,
     "glm4": HEAD,
     "glm4_moe": HEAD | MOE,
+    "glm4_moe_lite": MOE | LATENT,
     "gpt2": {},
     "gpt_bigcode": {},
     "gpt_neox": {},
+    "gpt_oss": HEAD | MOE | SOME_WINDOWS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 8.0, "embedding_multiplier": 12.0},
     "granitemoe": MOE,
+    "granitemoe_swa": MOE | SOME_WINDOWS,
     "granitemoeshared": MOE | {"shared_intermediate_size": 32},
+    "granite_swa": SOME_WINDOWS,
     "helium": HEAD,
     "hunyuan_v1_dense": HEAD,
     "internlm3": HEAD,
     "llama": {},
+    "llama4_text": HEAD
+    | MOE
+    | {
+        "attention_chunk_size": 11,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "intermediate_size_mlp": 96,
+        "floor_scale": 8,
+    },
+    "minicpm3": LATENT,
     "minimax_m2": HEAD | MOE,
     "ministral3": HEAD
     | {
@@ -82,32 +120,34 @@ EXACT: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.5,
         }
     },
-    "ministral": HEAD | {"sliding_window": LAST, "layer_types": ["sliding_attention", "full_attention"]},
-    "mistral": {"sliding_window": LAST},
-    "mixtral": MOE,
+    "ministral": HEAD | SOME_WINDOWS,
+    "mistral": WINDOW,
+    "mixtral": MOE | WINDOW,
     "nanochat": {},
     "nemotron": HEAD,
     "olmo": {},
     "olmo2": {},
-    "olmo3": {"sliding_window": LAST},
+    "olmo3": SOME_WINDOWS,
     "olmoe": MOE,
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "persimmon": {},
     "phi": {},
-    "phi3": {},
-    "phimoe": MOE,
-    "qwen2": {},
-    "qwen2_moe": MOE,
-    "qwen3": HEAD,
-    "qwen3_moe": HEAD | MOE,
+    "phi3": WINDOW,
+    "phimoe": MOE | WINDOW,
+    "qwen2": WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen2_moe": MOE | WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": HEAD | WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3_moe": HEAD | MOE | WINDOW | {"use_sliding_window": True},
     "seed_oss": HEAD,
     "smollm3": {},
     "solar_open": HEAD | MOE,
     "stablelm": {},
-    "starcoder2": {"sliding_window": LAST},
+    "starcoder2": WINDOW,
+    "vaultgemma": HEAD | SOME_WINDOWS | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+    "youtu": LATENT,
 }
 
-FUSED = {"internlm3", "llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3"}
+FUSED = {"cwm", "internlm3", "llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3"}
 """On a GPU; the check is the same here."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -116,20 +156,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"n_ctx": LAST, "rotary_dim": 8},
         "codegen: its attention does not go through transformers' attention interface",
     ),
-    "deepseek_v3": (MOE, "differ in shape"),
+    "deepseek_v32": (MOE, "deepseek_v32 has layers of type indexed_attention"),
     "diffllama": ({}, "diffllama: layer 0 calls attention 2 times"),
     "doge": ({}, "mask"),
     "falcon": ({}, "falcon: its attention does not go through transformers' attention interface"),
-    "gemma2": (HEAD | {"layer_types": ["full_attention"] * 2}, "softcap=50.0"),
-    "gemma3_text": (HEAD | {"sliding_window": 32, "sliding_window_pattern": 2}, "layers of type sliding_attention"),
+    "gemma4_text": (HEAD | WINDOW, "gemma4_text: its layers differ: 4 heads on 2 of 16 in layer 0, 4 heads on 2 of 512 in 1"),
     "gpt_neo": (
         {"num_layers": 2, "attention_types": [[["global"], 2]]},
         "gpt_neo: its attention does not go through transformers' attention interface",
     ),
-    "gpt_oss": (HEAD | MOE | {"layer_types": ["full_attention"] * 2, "sliding_window": None}, "s_aux"),
     "gptj": ({"rotary_dim": 8}, "gptj: its attention does not go through transformers' attention interface"),
-    "llama4_text": (HEAD | MOE, "layers of type chunked_attention"),
     "mamba": ({}, "mamba: its layers keep a state"),
+    "mimo_v2_flash": (
+        HEAD | MOE | SOME_WINDOWS | {"v_head_dim": 8, "swa_head_dim": 16, "swa_v_head_dim": 8, "swa_num_attention_heads": 4},
+        "mimo_v2_flash: its layers differ: 4 heads on 4 of 16, values of 8 in layer 0, 4 heads on 2 of 16, values of 8 in 1",
+    ),
     "mpt": ({}, "mpt: its attention does not go through transformers' attention interface (it adds ALiBi biases)"),
     "qwen3_next": (HEAD | MOE, "qwen3_next: its layers keep a state"),
     "rwkv": ({}, "rwkv: "),
@@ -154,9 +195,10 @@ def test_log_probabilities_over_a_paged_pool_are_transformers_own(kind: str) -> 
     model = make(kind, EXACT[kind])
     texts = torch.randint(3, 97, (2, TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
     first = [0, LAST - TOKENS]
-    got = paged_logits(model, texts, first, [CHUNK] * TOKENS, block_size=BLOCK, backend="torch").log_softmax(-1)
     want = eager_logits(model.module, texts, first).log_softmax(-1)
-    assert float((got - want).abs().max()) < 5e-4
+    for block in (1, BLOCK):
+        got = paged_logits(model, texts, first, [CHUNK] * TOKENS, block_size=block, backend="torch").log_softmax(-1)
+        assert float((got - want).abs().max()) < 5e-4
     assert float((want[:, 1:] - want[:, :-1]).abs().max()) > 0.1  # a constant would agree with anything
     assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") < 1e-4
     assert (model.fuse("torch") is None) == (kind in FUSED)
@@ -184,31 +226,106 @@ def test_the_longest_context_is_the_configs_or_a_shorter_one_or_must_be_said() -
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("cohere2", {}),
-        ("dots1", MOE | {"max_window_layers": 0}),
-        ("exaone4", {}),
-        ("gemma3_text", HEAD),
-        ("ministral", HEAD),
-        ("mistral", {}),
-        ("olmo3", {}),
-        ("starcoder2", {}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    "kind", [kind for kind, more in EXACT.items() if "sliding_window" in more or "attention_chunk_size" in more]
 )
-def test_a_window_is_served_up_to_itself(kind: str, more: dict[str, Any]) -> None:
-    more = more | {"sliding_window": 64}
-    with pytest.raises(UnsupportedModel, match="sliding_window=64.*--max-context"):
-        make(kind, more)
-    with pytest.raises(UnsupportedModel, match="sliding_window=64"):
-        make(kind, more, max_context=65)
-    model = make(kind, more, max_context=64)
-    assert refuse_inexact(model, kind, block_size=60, backend="torch") < 1e-4
+def test_what_rows_see_is_found_for_each_layer(kind: str) -> None:
+    sights = make(kind, EXACT[kind]).shape.sights
+    narrow = Sight(chunk=11) if kind == "llama4_text" else Sight(window=11)
+    some = "layer_types" in EXACT[kind] or "max_window_layers" in EXACT[kind]
+    assert sights == ((FULL, narrow) if some else (narrow,))
+    no_longer = make(kind, EXACT[kind], max_context=11)
+    assert no_longer.shape.sights == (FULL,)
+    assert refuse_inexact(no_longer, kind, block_size=60, backend="torch") < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "llama4_text"])
+def test_what_rows_see_is_found_where_nothing_has_a_value(kind: str) -> None:
+    """On the meta device, where sizes are asked for before anything is loaded."""
+    config = AutoConfig.for_model(kind, **(SIZES | EXACT[kind]))
+    meta = random_model(config, torch.float32, torch.device("meta"), seed=1)
+    assert meta.shape == make(kind, EXACT[kind]).shape
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "llama4_text"])
+@pytest.mark.parametrize("wrong", ["all", "wider", "narrower", "the other layer"])
+def test_a_window_that_is_ignored_or_begins_elsewhere_is_refused(
+    kind: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the comparison alone, whose texts are shorter than true windows are."""
+    model = make(kind, EXACT[kind])
+    shape_within = model.shape_within
+
+    def mistaken(size: int) -> AttentionShape:
+        layers = shape_within(size).layers
+        by = {"wider": 1, "narrower": -1}.get(wrong, 0)
+        sights = [Sight(*(n + by if n else 0 for n in (layer.sight.window, layer.sight.chunk))) for layer in layers]
+        if wrong == "the other layer":
+            sights = sights[::-1] if sights[::-1] != sights else [FULL, sights[1]]
+        if wrong == "all":
+            sights = [FULL] * len(layers)
+        return replace(model.shape, layers=tuple(replace(layer, sight=s) for layer, s in zip(layers, sights, strict=True)))
+
+    monkeypatch.setattr(model, "shape_within", mistaken)
+    with pytest.raises(UnsupportedModel, match="would answer wrongly"):
+        refuse_inexact(model, kind, block_size=BLOCK, backend="torch")
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2"])
+def test_a_sink_or_a_cap_that_is_ignored_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(kind, EXACT[kind])
+    monkeypatch.setattr("distattn.attention.apply_sinks", lambda *_: None)
+    shape_within = model.shape_within
+
+    def uncapped(size: int) -> AttentionShape:
+        shape = shape_within(size)
+        layers = tuple(replace(layer, scoring=Scoring(layer.scoring.scale)) for layer in shape.layers)
+        return replace(shape, layers=layers)
+
+    monkeypatch.setattr(model, "shape_within", uncapped)
+    with pytest.raises(UnsupportedModel, match="would answer wrongly"):
+        refuse_inexact(model, kind, block_size=BLOCK, backend="torch")
+
+
+def test_what_a_layer_says_of_its_window_must_be_what_its_mask_does() -> None:
+    config = AutoConfig.for_model("ministral", **(SIZES | EXACT["ministral"]))
+    module: Any = random_model(config, torch.float32, CPU, seed=1).module
+    module.model.layers[0].self_attn.sliding_window = 12
+    with pytest.raises(UnsupportedModel, match="needs sliding_window=12 in layer 0, and by its mask rows see by Sight"):
+        Model(module)
+
+
+def test_a_window_that_does_not_follow_its_config_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not be made small enough to compare."""
+    model = make("ministral", EXACT["ministral"])
+    monkeypatch.setattr("instance.exact.smaller", lambda *_: nullcontext())
+    with pytest.raises(UnsupportedModel, match=r"rows of layer 0 see by Sight\(window=11.* not by Sight\(window=8"):
+        refuse_inexact(model, "ministral", block_size=BLOCK, backend="torch")
+
+
+def test_llama_4_scales_queries_by_their_place_in_the_text() -> None:
+    """transformers' own does by their index in the rows of a call: the same for a text that is run whole."""
+    more = EXACT["llama4_text"] | {"attn_scale": 1.0}
+    model = make("llama4_text", more)
+    config = AutoConfig.for_model("llama4_text", **(SIZES | more))
+    untouched: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    untouched.load_state_dict(model.module.state_dict())
+    text = torch.randint(3, 97, (1, TOKENS), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        want = untouched(input_ids=text, use_cache=False).logits.log_softmax(-1)
+    got = paged_logits(model, text.tolist(), [0], [CHUNK] * TOKENS, block_size=BLOCK, backend="torch").log_softmax(-1)
+    assert float((got - want).abs().max()) < 5e-4
+
+
+def test_llamas_parts_with_sinks_are_not_fused() -> None:
+    """Fused layers pass none, and nothing in their parts' names shows them."""
+    module: Any = make("llama", {}).module
+    for layer in module.model.layers:
+        layer.self_attn.forward = functools.partial(layer.self_attn.forward, s_aux=torch.full((4,), 0.5))
+    assert Model(module).fuse("torch") == "their attention is not Llama's"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["llama", "olmoe", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "olmoe", "gpt2", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3"])
 def test_rounding_is_no_reason_to_refuse(kind: str, dtype: torch.dtype) -> None:
     model = make(kind, EXACT[kind], dtype=dtype)
     assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") > 0
@@ -268,20 +385,50 @@ def test_an_instance_compares_what_it_loads(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_comparison_alone_finds_a_second_attention_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """DiffLlama's second call overwrites the values of its first: nothing else shows it."""
-    monkeypatch.setattr("instance.model._refuse_calls", lambda *_: None)
+    monkeypatch.setattr("instance.model.refuse_calls", lambda *_: None)
     assert difference(make("diffllama", {}), block_size=BLOCK, backend="torch") > 0.2
 
 
 def test_what_the_docs_remark_of_single_settings() -> None:
-    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    sizes = {"original_max_position_embeddings": 32}
-    with pytest.raises(UnsupportedModel, match="'longrope'"):
-        make("phi3", EXACT["phi3"] | {"rope_parameters": longrope | sizes} | sizes)
     model = make("smollm3", EXACT["smollm3"] | {"no_rope_layers": [1, 0]})
     assert refuse_inexact(model, "smollm3", block_size=BLOCK, backend="torch") < 1e-4
     assert model.fuse("torch") is not None
     scaled_later = make("ministral3", EXACT["ministral3"], max_context=32)
     assert scaled_later.fuse("torch") is None
+
+
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 32,
+}
+DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_context", "tokens"),
+    [(LONGROPE, None, 40), (LONGROPE, 33, 33), (LONGROPE, 32, 32), (DYNAMIC, None, 40)],
+    ids=["longrope", "longrope-by-one", "longrope-short", "dynamic"],
+)
+def test_frequencies_are_those_of_the_longest_text(rope: dict[str, Any], max_context: int | None, tokens: int) -> None:
+    """In every step, as transformers has them for a text of that length in one piece. Instances with other limits differ."""
+    kind = "phi3" if rope is LONGROPE else "llama"
+    more = {"rope_parameters": rope} | ({"original_max_position_embeddings": 32} if rope is LONGROPE else {})
+    model = make(kind, more, max_context=max_context)
+    config = AutoConfig.for_model(kind, **(SIZES | more))
+    untouched: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    untouched.load_state_dict(model.module.state_dict())
+    text = torch.randint(3, 97, (1, tokens), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        want = untouched(input_ids=text, use_cache=False).logits.log_softmax(-1)
+    got = paged_logits(model, text.tolist(), [0], [CHUNK] * tokens, block_size=BLOCK, backend="torch").log_softmax(-1)
+    assert float((got - want).abs().max()) < 5e-4
+    assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") < 1e-4
+    assert model.rotary is not None
+    assert f"texts of {max_context or LAST} tokens" in model.rotary
+    assert model.fingerprint() != make(kind, more, max_context=31).fingerprint()
 
 
 def test_a_switch_of_training_is_no_reason_to_refuse() -> None:

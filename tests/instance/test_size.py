@@ -265,7 +265,7 @@ def test_a_gpu_that_is_not_here_must_be_described(shape_8b: str, capsys: pytest.
     ("config", "message"),
     [
         ({"model_type": "no-such-model"}, "the config of "),
-        (SHAPE_8B | {"model_type": "mistral", "sliding_window": 4096}, "the model's attention needs sliding_window=4096"),
+        (SHAPE_8B | {"model_type": "diffllama"}, "layer 0 calls attention 2 times"),
         (
             SHAPE_8B | {"model_type": "llama", "head_dim": 80},
             "the triton backend takes float32, float16 and bfloat16, head_dim a power of two from 16 to 256",

@@ -13,7 +13,7 @@ from kernels import decode_attention
 from kernels.decode_attention import DecodeAttention, DecodeConfig, DecodeTables, RowReading
 from kernels.launch import num_processors
 from kernels.reference import attention_state
-from kernels.segments import AttentionSizes
+from kernels.segments import AttentionSizes, Scoring
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state, union
 
 HEADS = [(4, 2), (9, 3), (2, 2), (7, 1)]
@@ -29,8 +29,12 @@ def check(
     head_dim: int = 16,
     padding: int = 0,
     seed: int = 0,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
-    """Each row reads a run of its own, or several; the tables' order is not that of q. Twice, as two layers would."""
+    """Each row reads a run of its own, or several; the tables' order is not that of q. Twice, as two layers would.
+
+    With a `window`, only the last so many tokens of each run, and what lies before them is NaN."""
     torch.manual_seed(seed)
     num_rows, scale = len(lens) + padding, 1.3 / math.sqrt(head_dim)
     sizes = AttentionSizes(
@@ -47,11 +51,15 @@ def check(
     runs = [(row, n) for row, each in zip(order, lens, strict=True) for n in (each if isinstance(each, list) else [each])]
     blocks = [-(-n // block_size) for _, n in runs]
     ids = torch.randperm(sum(blocks) + 2).tolist()
-    readings = [RowReading(row, [ids.pop() for _ in range(count)], n) for (row, n), count in zip(runs, blocks, strict=True)]
-    rows, block_table = kernel.tables(readings, num_rows, first_block=3)
+    readings = [
+        RowReading(row, [ids.pop() for _ in range(count)], n, max(0, n - window) if window else 0)
+        for (row, n), count in zip(runs, blocks, strict=True)
+    ]
+    rows, block_table = kernel.tables(readings, num_rows, first_block=3, windowed=window > 0)
     tables = DecodeTables(
         torch.tensor(rows, dtype=torch.int32, device=DEVICE),
         torch.tensor([-1, -1, -1, *block_table], dtype=torch.int32).to(DEVICE),
+        window > 0,
     )
     for _ in range(2):
         kv_2BPKD = torch.full((2, sum(blocks) + 2, block_size, heads[1], head_dim), NAN, dtype=dtype)
@@ -62,14 +70,15 @@ def check(
             token_S = torch.arange(reading.kv_len)
             kv_2SKD = torch.randn(2, reading.kv_len, heads[1], head_dim).to(dtype)
             place = torch.tensor(reading.block_ids, dtype=torch.int64)
-            kv_2BPKD[:, place[token_S // block_size], token_S % block_size] = kv_2SKD
+            seen_S = token_S[reading.start :]
+            kv_2BPKD[:, place[seen_S // block_size], seen_S % block_size] = kv_2SKD[:, reading.start :]
             row = slice(reading.row, reading.row + 1)
-            lens_1 = torch.tensor([reading.kv_len])
-            state = attention_state(q_THD[row].double(), *kv_2SKD.double(), scale, lens_1)
+            starts_1, lens_1 = torch.tensor([[reading.start], [reading.kv_len]])
+            state = attention_state(q_THD[row].double(), *kv_2SKD.double(), scale, lens_1, starts_T=starts_1, soft_cap=soft_cap)
             want_out[row], want_lse[row] = union((want_out[row], want_lse[row]), state)
         out_THD = torch.full(q_THD.shape, NAN, dtype=dtype, device=DEVICE)
         lse_TH = torch.full(q_THD.shape[:2], NAN, device=DEVICE)
-        kernel.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), scale, tables, out_THD=out_THD, lse_TH=lse_TH)
+        kernel.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), Scoring(scale, soft_cap), tables, out_THD=out_THD, lse_TH=lse_TH)
         read = sorted(order)
         check_state(out_THD[read], lse_TH[read], want_out[read], want_lse[read])
         assert out_THD[len(lens) :].isnan().all()  # rows that the tables don't name are left alone
@@ -112,13 +121,47 @@ def test_any_runs_over_any_number_of_programs(
         check(lens, block_size=block_size, heads=(4, 2), config=one_each, padding=padding, seed=seed)
 
 
+@settings(max_examples=60 if ON_GPU else 12)
+@given(
+    st.lists(st.lists(st.integers(0, 400 if ON_GPU else 100), min_size=1, max_size=3), min_size=1, max_size=4),
+    st.integers(1, 90),
+    st.sampled_from([1, 16, 32, 64, 128]),
+    st.sampled_from([0.0, 1.5]),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+)
+def test_any_window_over_any_number_of_programs(
+    lens: list[list[int]], window: int, block_size: int, soft_cap: float, programs: int, seed: int
+) -> None:
+    one_each = replace(config(), programs_per_processor=1)
+    with mock.patch.object(decode_attention, "num_processors", return_value=programs):
+        check(lens, block_size=block_size, heads=(4, 2), config=one_each, seed=seed, window=window, soft_cap=soft_cap)
+
+
+def test_a_start_in_tables_of_whole_runs_is_refused() -> None:
+    sizes = AttentionSizes(
+        num_rows=0, block_size=16, num_heads=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=DEVICE
+    )
+    with pytest.raises(ValueError, match="row 3 sees runs from tokens"):
+        DecodeAttention(sizes, config()).tables([RowReading(3, (0, 1), 20, 4)], 1)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="GPU"))]
 )
 @pytest.mark.parametrize(("block_size", "use_tma"), [(64, True), (128, True), (64, False), (16, False)])
-def test_sixteen_bit_tiles_by_both_loads(block_size: int, use_tma: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [0, 70])
+def test_sixteen_bit_tiles_by_both_loads(block_size: int, use_tma: bool, dtype: torch.dtype, window: int) -> None:
     lens = [[1], [64], [0], [333, 20], [129]]
-    check(lens, block_size=block_size, heads=(8, 2), config=config(64, use_tma=use_tma), dtype=dtype, head_dim=32)
+    check(
+        lens,
+        block_size=block_size,
+        heads=(8, 2),
+        config=config(64, use_tma=use_tma),
+        dtype=dtype,
+        head_dim=32,
+        window=window,
+    )
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU: the interpreter is too slow for these sizes")

@@ -6,12 +6,14 @@ buckets, padding and routing of pending tokens are the real ones.
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from msgspec import structs
+from transformers import LlamaConfig, MinistralConfig
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
@@ -76,6 +78,33 @@ def model() -> Model:
     return made
 
 
+@pytest.fixture(scope="module")
+def windowed() -> Model:
+    """Of two groups: windows in the first of its layers only."""
+    made = random_model(
+        MinistralConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=97,
+            max_position_embeddings=512,
+            sliding_window=21,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        torch.float32,
+        DEVICE,
+        seed=2,
+    )
+    for name, parameter in made.module.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    made.fuse("triton")
+    assert made.fused is not None
+    return made
+
+
 def storage_of(model: Model, seed: int) -> KVStorage:
     storage = KVStorage(
         num_layers=2,
@@ -119,7 +148,7 @@ def step(kv_lens: list[int], pending: list[tuple[int, int]], before: dict[int, l
 def eagerly(model: Model, storage: KVStorage, plan: StepPlan, previous: torch.Tensor) -> torch.Tensor:
     backend = "triton" if DEVICE.type == "cuda" else "torch"
     attention = DistAttention(storage, model.shape, Exchange(None, DEVICE), backend=backend)  # type: ignore[arg-type]
-    attention.plan(plan.layout, plan.slots_T)
+    attention.plan(plan.layouts, plan.slots_T)
     ids = torch.tensor(plan.token_ids_T, device=DEVICE)
     for row, sample in plan.pending:
         ids[row] = previous[sample]
@@ -129,7 +158,16 @@ def eagerly(model: Model, storage: KVStorage, plan: StepPlan, previous: torch.Te
         return model.forward(ids, torch.tensor(plan.positions_T, device=DEVICE), rows)
 
 
-def test_steps_of_any_size_are_those_run_eagerly(model: Model) -> None:
+def in_window(plan: StepPlan) -> StepPlan:
+    """The step for the model with two groups, whose windows see the last 21 tokens of each run."""
+    own = [structs.replace(reading, starts=(max(0, reading.kv_lens[0] - 21),)) for reading in plan.layout.own]
+    return replace(plan, other_layouts=[structs.replace(plan.layout, own=own)])
+
+
+@pytest.mark.parametrize("kind", ["model", "windowed"])
+def test_steps_of_any_size_are_those_run_eagerly(kind: str, request: pytest.FixtureRequest) -> None:
+    model: Model = request.getfixturevalue(kind)
+    assert len(model.shape.sights) == (2 if kind == "windowed" else 1)
     previous = torch.tensor([17, 41, 3, 88, 9, 60, 2, 5], device=DEVICE)
     ours, theirs = storage_of(model, 4), storage_of(model, 4)
     with mock.patch.object(graphs, "BUCKETS", (1, 2, 4)):
@@ -146,6 +184,8 @@ def test_steps_of_any_size_are_those_run_eagerly(model: Model) -> None:
         ]
         for kv_lens, pending, before in steps:
             plan = step(kv_lens, pending, before)
+            if kind == "windowed":
+                plan = in_window(plan)
             assert captured.can_run(plan)
             got = captured.run(plan)
             assert got is not None
@@ -169,11 +209,13 @@ def test_a_step_that_others_have_a_part_in_needs_peers(model: Model) -> None:
     assert not captured.can_run(shared)
 
 
-def test_made_up_steps_run_as_real_ones_do_and_write_nothing(model: Model) -> None:
+@pytest.mark.parametrize("kind", ["model", "windowed"])
+def test_made_up_steps_run_as_real_ones_do_and_write_nothing(kind: str, request: pytest.FixtureRequest) -> None:
     """`instance.calibrate`: those of decodes in graphs, in all of the pool; those of prompts eagerly."""
+    model: Model = request.getfixturevalue(kind)
     storage, previous = storage_of(model, 4), torch.zeros(16, dtype=torch.int64, device=DEVICE)
     before = storage.data_L2BPKD.clone()
-    room = Room(num_blocks=30, block_size=BLOCK, max_context=512, chunk_tokens=64)
+    room = Room(num_blocks=30, block_size=BLOCK, max_context=512, chunk_tokens=64, sights=model.shape.sights)
     decodes, chunks = list(plans("decode", room)), list(plans("prefill", room))
     assert [len(plan.token_ids_T) for plan in decodes] == [1, 1, 4, 4, 16]
     with mock.patch.object(graphs, "BUCKETS", (1, 4, 16)):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import MergePlan, merge_states
-from kernels.reference import attention_state, compare
+from kernels.merge_state import apply_sinks
+from kernels.reference import attention_state, compare, with_sinks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["torch", "triton"]
@@ -90,3 +91,28 @@ def test_wrong_shapes_are_refused() -> None:
         merge_states(out, lse, out, lse, plan, backend="torch")
     with pytest.raises(ValueError, match="got 'auto'"):
         merge_states(out, lse, out[:2].clone(), lse[:2].clone(), plan, backend="auto")
+
+
+@pytest.mark.parametrize(("dtype", "rms", "most"), [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 8e-3, 5e-2)])
+def test_a_sink_is_one_more_logit_without_a_value(dtype: torch.dtype, rms: float, most: float) -> None:
+    """As a softmax over the scores and the sink, whose probability is dropped; a row that saw nothing stays 0."""
+    torch.manual_seed(3)
+    q = torch.randn(5, 6, 16).to(dtype)
+    k, v = torch.randn(2, 11, 3, 16).to(dtype).double()
+    sinks_H = torch.tensor([-50.0, -2.0, 0.0, 1.0, 3.0, 40.0]).to(dtype)
+    lens_T = torch.tensor([0, 1, 4, 11, 11])
+    out, lse = attention_state(q.double(), k, v, 0.3, lens_T)
+    scores = torch.einsum("thd,shd->ths", q.double(), k.repeat_interleave(2, 1)) * 0.3
+    scores = scores.masked_fill((torch.arange(11) >= lens_T[:, None])[:, None], -torch.inf)
+    weights = torch.cat([scores, sinks_H.double().expand(5, -1).unsqueeze(-1)], -1).softmax(-1)[..., :-1]
+    want = torch.einsum("ths,shd->thd", weights, v.repeat_interleave(2, 1))
+    compare(with_sinks(out, lse, sinks_H), want, rms=1e-12, max=1e-11)
+    got, got_lse = out.to(DEVICE, dtype), lse.to(DEVICE).float()
+    apply_sinks(got, got_lse, sinks_H.to(DEVICE))
+    compare(got, want, rms=rms, max=most)
+    assert torch.equal(got_lse.cpu(), lse.float())
+
+
+def test_sinks_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sinks \(5,\) don't fit"):
+        apply_sinks(torch.zeros(2, 4, 16), torch.zeros(2, 4), torch.zeros(5))

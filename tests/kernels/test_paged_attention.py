@@ -44,11 +44,12 @@ class Case:
     num_blocks: int
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    soft_cap: float = 0.0
 
 
 def visible_tokens(segment: Segment, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block and offset of each token that any row of the segment sees."""
-    token_S = torch.arange(max(segment.kv_lens))
+    """Block and offset of each token from the first to the last that any row of the segment sees."""
+    token_S = torch.arange(min(segment.starts, default=0), max(segment.kv_lens))
     ids = torch.tensor(segment.block_ids, dtype=torch.int64)
     return ids[token_S // block_size], token_S % block_size
 
@@ -98,20 +99,46 @@ def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None
             kv_2SKD = torch.randn(2, len(block), num_kv_heads, case.head_dim).to(case.dtype)
             kv_2BPKD[:, block, offset] = kv_2SKD
             rows = slice(segment.first_row, segment.first_row + segment.num_rows)
-            state = attention_state(q_THD[rows].double(), *kv_2SKD.double(), scale, torch.tensor(segment.kv_lens))
+            hidden = min(segment.starts, default=0)
+            state = attention_state(
+                q_THD[rows].double(),
+                *kv_2SKD.double(),
+                scale,
+                torch.tensor(segment.kv_lens) - hidden,
+                starts_T=torch.tensor(segment.starts) - hidden if segment.starts else None,
+                soft_cap=case.soft_cap,
+            )
             want_out[rows], want_lse[rows] = union((want_out[rows], want_lse[rows]), state)
         out_THD = torch.full(want_out.shape, NAN, dtype=case.dtype, device=DEVICE)
         lse_TH = torch.full(want_lse.shape, NAN, device=DEVICE)
-        plan.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), scale, out_THD=out_THD, lse_TH=lse_TH)
+        plan.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), scale, out_THD=out_THD, lse_TH=lse_TH, soft_cap=case.soft_cap)
         check_state(out_THD, lse_TH, want_out, want_lse)
 
 
-def make_segment(first_row: int, lens: list[int], block_ids: list[int], block_size: int) -> Segment:
+def make_segment(
+    first_row: int, lens: list[int], block_ids: list[int], block_size: int, starts: tuple[int, ...] = ()
+) -> Segment:
     """Takes the blocks it needs off the end of `block_ids`."""
     needed = -(-max(lens) // block_size)
     ids = tuple(block_ids[len(block_ids) - needed :])
     del block_ids[len(block_ids) - needed :]
-    return Segment(first_row, len(lens), ids, tuple(lens))
+    return Segment(first_row, len(lens), ids, tuple(lens), starts)
+
+
+@st.composite
+def starts_of(draw: st.DrawFn, lens: list[int]) -> tuple[int, ...]:
+    """Of rows with these kv_lens, that see a window, a chunk, or what begins anywhere."""
+    kind = draw(st.sampled_from(["whole", "window", "chunk", "any"]))
+    size = draw(st.sampled_from([1, 2, 5, 16, 17, 40, 100]))
+    match kind:
+        case "whole":
+            return ()
+        case "window":
+            return tuple(max(0, n - size) for n in lens)
+        case "chunk":
+            return tuple(max(0, n - 1) // size * size for n in lens)
+        case _:
+            return tuple(draw(st.integers(0, n)) for n in lens)
 
 
 @st.composite
@@ -133,7 +160,13 @@ def kv_lens(draw: st.DrawFn, max_rows: int, max_tokens: int) -> list[int]:
 
 @st.composite
 def cases(
-    draw: st.DrawFn, max_rows: int, max_tokens: int, heads: list[tuple[int, int]], dims: list[int], max_segments: int
+    draw: st.DrawFn,
+    max_rows: int,
+    max_tokens: int,
+    heads: list[tuple[int, int]],
+    dims: list[int],
+    max_segments: int,
+    windows: bool = False,
 ) -> Case:
     block_size = draw(st.sampled_from([1, 16, 64]))
     row = draw(st.integers(0, 2))
@@ -156,13 +189,16 @@ def cases(
         rng.shuffle(runs)
         ids = [block for run in runs for block in run]
     return Case(
-        segments=[make_segment(first, lens, ids, block_size) for first, lens in rows_of],
+        segments=[
+            make_segment(first, lens, ids, block_size, draw(starts_of(lens)) if windows else ()) for first, lens in rows_of
+        ],
         num_rows=row,
         block_size=block_size,
         heads=draw(st.sampled_from(heads)),
         head_dim=draw(st.sampled_from(dims)),
         num_blocks=num_blocks,
         seed=draw(st.integers(0, 2**31)),
+        soft_cap=draw(st.sampled_from([0.0, 0.0, 2.0])) if windows else 0.0,
     )
 
 
@@ -192,6 +228,44 @@ def test_plain_twin_is_dense_attention(case: Case) -> None:
 )
 def test_triton_backend_is_dense_attention(case: Case) -> None:
     check(case, "triton")
+
+
+@settings(max_examples=120)
+@given(
+    cases(24, 150, [(4, 2), (9, 3), (8, 8)], [16, 20], 4, windows=True),
+    st.sampled_from([1, 3000, 1 << 20]),
+    st.sampled_from([5000, 1 << 20]),
+    st.sampled_from([1, 7, 256]),
+    st.sampled_from([300, 1 << 20]),
+)
+def test_windows_of_the_torch_backend(case: Case, view_bytes: int, gather_bytes: int, mask_rows: int, score_bytes: int) -> None:
+    few = {"_VIEW_BYTES": view_bytes, "_GATHER_BYTES": gather_bytes, "_MASK_ROWS": mask_rows, "_SCORE_BYTES": score_bytes}
+    with mock.patch.multiple(paged_attention_torch, **few):
+        check(case, "torch")
+
+
+@settings(max_examples=100 if ON_GPU else 25)
+@given(
+    cases(70, 700, [(4, 2), (9, 3), (8, 8), (32, 8)], [16, 64], 4, windows=True)
+    if ON_GPU
+    else cases(7, 90, [(4, 2), (9, 3), (2, 2)], [16], 2, windows=True)
+)
+def test_windows_of_the_triton_backend(case: Case) -> None:
+    check(case, "triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("window", [9, 64, 300])
+def test_a_window_over_a_long_run_is_split_and_merged(window: int, backend: str) -> None:
+    """A chunk of rows far back, beside a row alone and one that sees all, of scattered blocks."""
+    chunk = tuple(range(500, 540))
+    lens = [chunk, (777,), (600,)]
+    ids = torch.randperm(200, generator=torch.Generator().manual_seed(5)).tolist()
+    starts = [tuple(n - window for n in chunk), (777 - window,), ()]
+    segments = [
+        make_segment(first, list(each), ids, 16, start) for first, each, start in zip((0, 41, 42), lens, starts, strict=True)
+    ]
+    check(Case(segments, 44, 16, (4, 2), 16, 200), backend)
 
 
 def mixed_case(heads: tuple[int, int], block_size: int, head_dim: int, dtype: torch.dtype, size: int) -> Case:
@@ -322,6 +396,9 @@ def plan_of(segments: list[Segment], **changed: object) -> PagedAttention:
         ([Segment(0, 1, (1, 2), (33,))], "2 blocks of 16 hold 32"),
         ([Segment(0, 1, (1, 2), (-1,))], "sees -1"),
         ([Segment(0, 1, (1, -2), (3,))], "names block -2"),
+        ([Segment(0, 2, (1,), (3, 4), (0,))], "1 starts from 0 on"),
+        ([Segment(0, 2, (1,), (3, 4), (1, 5))], "2 starts from 1 on"),
+        ([Segment(0, 2, (1,), (3, 4), (-1, 0))], "2 starts from -1 on"),
     ],
 )
 def test_contradictory_segments_are_refused(segments: list[Segment], message: str) -> None:

@@ -269,15 +269,19 @@ def test_with_triton(dtype: torch.dtype, kind: str, is_causal: bool) -> None:
     check(tiles, Segment(2, 13, ids, lens), 17, page_kernel="triton" if ON_GPU or dtype != torch.bfloat16 else "torch")
 
 
-def test_some_runs_in_tiles_and_some_by_the_page_kernel() -> None:
-    """Of two spans and a row, all of several runs; which are tiled depends on the run."""
+@pytest.mark.parametrize("windowed", [False, True])
+def test_some_runs_in_tiles_and_some_by_the_page_kernel(windowed: bool) -> None:
+    """Of two spans and a row, all of several runs; which are tiled depends on the run. Where rows see by a window, only those
+    of which it hides nothing."""
     dtype = DTYPES[0]
     ids = layout("shuffled", 70, Random(3))
     rows_of = [(0, (9,)), (0, (17,)), (1, (37,) * 13), (1, kv_lens(13, 21, True)), (1, tuple(range(0, 26, 2)))]
     rows_of += [(15, (0, 3, 3, 4, 9)), (15, (12,) * 5)]
     segments = []
     for first, lens in rows_of:
-        segments.append(Segment(first, len(lens), tuple(ids.pop() for _ in range(-(-max(lens) // 4))), lens))
+        starts = tuple(max(0, n - 13) for n in lens) if windowed and lens[-1] > 20 else ()
+        segments.append(Segment(first, len(lens), tuple(ids.pop() for _ in range(-(-max(lens) // 4))), lens, starts))
+    assert [is_tileable(segment) for segment in segments[2:]] == [not windowed, not windowed, False, False, True]
     sizes = make_sizes(dtype=dtype)
     tiles = TiledAttention(sizes, backend="triton", row_tiles=(8, 4), token_tiles=(16, 8), least_pairs=1)
     case = Case(segments, 21, 4, (4, 2), 16, 70, dtype)

@@ -222,7 +222,7 @@ def _mutate(mutation: Mutation, block_size: int) -> Any:
             lens = tuple(n + block_size for n in lens)
         else:
             blocks[0], blocks[1] = blocks[1], blocks[2]
-        return Reading(reading.first_row, reading.num_rows, tuple(blocks), lens)
+        return Reading(reading.first_row, reading.num_rows, tuple(blocks), lens, reading.starts)
 
     def mutated(*args: Any) -> Layout:
         layout = lay_out(*args)

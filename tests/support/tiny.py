@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from _tiny import CONFIGS, VOCAB, make_model, make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 __all__ = ["CONFIGS", "VOCAB", "Expected", "make_long_model", "make_model", "make_tokenizer", "prompt_reference", "reference"]
 
@@ -64,4 +64,7 @@ def prompt_reference(path: Path, prompt: list[int]) -> torch.Tensor:
 
 @functools.cache
 def _load(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    # torch's own attention knows neither caps nor sinks
+    plain = AutoConfig.from_pretrained(path).model_type in ("gemma2", "gpt_oss")
+    attention = "eager" if plain else "sdpa"
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention).eval()

@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 
+from distattn.layout import FULL
 from distattn.transfer import PEER_TIMEOUT_S, CopyFailed
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
@@ -296,7 +297,8 @@ class WholeCell:
             role=self.chance.choice(get_args(m.Role)),
         )
         spec = register(rank=0, cell_size=1, blocks=total, block_size=BLOCK, chunk_tokens=8).spec
-        model: Any = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"), fused=None)
+        shape = SimpleNamespace(sights=(FULL,))
+        model: Any = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"), fused=None, shape=shape)
         storage: Any = SimpleNamespace(num_blocks=total, block_size=BLOCK)
         memory = Memory(total, BLOCK)
 
