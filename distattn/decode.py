@@ -20,7 +20,7 @@ from distattn.layout import FULL, Layout, Reading
 from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels import triton_ops
-from kernels.decode_attention import DecodeAttention, DecodeTables, RowReading
+from kernels.decode_attention import DecodeAttention, DecodeTables, RowReading, Written
 from kernels.peer_rows import push_rows, wait_rows
 from kernels.upload import FixedTables
 from kvstore.storage import KVStorage
@@ -115,15 +115,24 @@ class DecodeStep:
         blocks = array("i")
         for group, (layout, tables) in enumerate(zip(layouts, self._groups, strict=True)):
             windowed = tables.own.windowed
+            written: Written = {}
             rows, more = kernel.tables(
-                _all_rows(layout.own, self.num_rows), self.num_rows, first_block=len(blocks), windowed=windowed
+                _all_rows(layout.own, self.num_rows),
+                self.num_rows,
+                first_block=len(blocks),
+                windowed=windowed,
+                written=written,
             )
             write(_of("own", group), rows)
             blocks += more
             if self._peers is not None:
                 self._plan_sends(self._peers, layout, group)
                 served, more = kernel.tables(
-                    _served(self._peers, layout), len(self._served_MH), first_block=len(blocks), windowed=windowed
+                    _served(self._peers, layout),
+                    len(self._served_MH),
+                    first_block=len(blocks),
+                    windowed=windowed,
+                    written=written,
                 )
                 write(_of("others", group), served)
                 blocks += more

@@ -23,7 +23,7 @@ kernels M query heads of one KV head (padded), N tokens of a tile, X pieces.
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -49,6 +49,44 @@ class RowReading:
     block_ids: Sequence[int]
     kv_len: int
     start: int = 0
+
+
+Written = dict[int, tuple[int, Sequence[int]]]
+"""first block of what stands in a table of blocks -> where it begins, and all of it."""
+
+_LEAST_SHARED = 4
+"""Blocks that are worth a piece of their own, which takes two entries of the table."""
+
+
+def _pieces(run: RowReading, block_size: int, written: Written) -> Iterator[tuple[RowReading, int | None]]:
+    """A whole run, cut where it begins to differ from what is written; and where each piece stands already, if it does."""
+    block_ids, kv_len = run.block_ids, run.kv_len
+    while block_ids and (found := written.get(block_ids[0])) is not None:
+        place, there = found
+        common = _num_common(block_ids, there)
+        if common < min(_LEAST_SHARED, len(block_ids)):
+            break
+        tokens = min(kv_len, common * block_size)
+        yield RowReading(run.row, block_ids[:common], tokens), place
+        block_ids, kv_len = block_ids[common:], kv_len - tokens
+        if not kv_len:
+            return
+    yield RowReading(run.row, block_ids, kv_len), None
+
+
+def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Leading elements that are the same: a few comparisons of whole slices."""
+    most = min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    same, differ = 0, most
+    while differ - same > 1:
+        middle = (same + differ) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            differ = middle
+    return same
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,41 +382,56 @@ class DecodeAttention:
         self._piece_lse = torch.empty(pieces, dtype=torch.float32, device=sizes.device)
 
     def tables(
-        self, readings: Sequence[RowReading], num_rows: int, *, first_block: int = 0, windowed: bool = False
+        self,
+        readings: Sequence[RowReading],
+        num_rows: int,
+        *,
+        first_block: int = 0,
+        windowed: bool = False,
+        written: "Written | None" = None,
     ) -> "tuple[array[int], array[int]]":
         """The contents of `DecodeTables` with room for `num_rows` rows, those that are missing reading nothing.
 
-        `first_block`: where in `blocks_N` the second part will stand. Raises ValueError for readings of more rows than
-        that or than `MAX_ROWS`, and for one that has a start in tables that aren't `windowed`.
+        `first_block`: where in `blocks_N` the second part will stand. `written`: what stands there before it, to which this is
+        added. Rows that begin with the same blocks read them at the same place of the table, unless it is `windowed`: so it
+        has no more of them than there are, however many rows share a prefix.
+
+        Raises ValueError for readings of more rows than that or than `MAX_ROWS`, and for one that has a start in tables that
+        aren't `windowed`.
         """
         rows, kv_lens, begins, tiles, blocks = array("i"), array("i"), array("i"), array("i", [0]), array("i")
         ahead = int(windowed)
+        written = {} if written is None else written
         for row, group in groupby(readings, key=attrgetter("row")):
             runs = list(group)
-            if windowed:
-                runs = [self._trimmed(run) for run in runs]
-            elif any(run.start for run in runs):
+            if not windowed and any(run.start for run in runs):
                 raise ValueError(f"row {row} sees runs from tokens {[run.start for run in runs]} on, in tables of whole runs")
+            if windowed:
+                pieces: list[tuple[RowReading, int | None]] = [(self._trimmed(run), None) for run in runs]
+            else:
+                pieces = [piece for run in runs for piece in _pieces(run, self.sizes.block_size, written)]
             rows.append(row)
-            begin = first_block + len(blocks) + ahead
-            if len(runs) == 1:
-                (run,) = runs
-                begins.append(begin)
-                kv_lens.append(run.kv_len)
-                tiles.append(tiles[-1] + self._num_tiles(run))
-                blocks.extend((run.start,) * ahead)
-                blocks.extend(run.block_ids)
-                continue
-            begins.append(begin - ahead)
-            kv_lens.append(-len(runs))
-            tiles.append(tiles[-1] + sum(self._num_tiles(run) for run in runs))
-            begin += 2 * len(runs)
-            for run in runs:
-                blocks.extend((run.kv_len, begin))
-                begin += len(run.block_ids) + ahead
-            for run in runs:
-                blocks.extend((run.start,) * ahead)
-                blocks.extend(run.block_ids)
+            tiles.append(tiles[-1] + sum(self._num_tiles(run) for run, _ in pieces))
+            header = first_block + len(blocks)
+            begin = header + (2 * len(pieces) if len(pieces) > 1 else 0)
+            places: list[int] = []
+            for run, place in pieces:
+                places.append(begin + ahead if place is None else place)
+                begin += 0 if place is not None else ahead + len(run.block_ids)
+            if len(pieces) == 1:
+                kv_lens.append(pieces[0][0].kv_len)
+                begins.append(places[0])
+            else:
+                kv_lens.append(-len(pieces))
+                begins.append(header)
+                for (run, _), place in zip(pieces, places, strict=True):
+                    blocks.extend((run.kv_len, place))
+            for (run, known), place in zip(pieces, places, strict=True):
+                if known is None:
+                    blocks.extend((run.start,) * ahead)
+                    blocks.extend(run.block_ids)
+                    if run.block_ids and not windowed:
+                        written.setdefault(run.block_ids[0], (place, run.block_ids))
         if not len(rows) <= num_rows <= MAX_ROWS:
             raise ValueError(f"{len(rows)} rows in tables of {num_rows}; at most {MAX_ROWS} are supported")
         missing = num_rows - len(rows)

@@ -1,7 +1,9 @@
 """Decode attention against dense float64 attention: tables by hand, programs that split rows anywhere, pages in any order."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from unittest import mock
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import decode_attention
-from kernels.decode_attention import DecodeAttention, DecodeConfig, DecodeTables, RowReading
+from kernels.decode_attention import _LEAST_SHARED, DecodeAttention, DecodeConfig, DecodeTables, RowReading, Written
 from kernels.launch import num_processors
 from kernels.reference import attention_state
 from kernels.segments import AttentionSizes, Scoring
@@ -203,3 +205,70 @@ def test_tiles_that_cross_pages_are_refused_for_tma() -> None:
     )
     with pytest.raises(ValueError, match="tiles of 64 tokens"):
         DecodeAttention(sizes, config(64, use_tma=True))
+
+
+def sizes_of(block_size: int) -> AttentionSizes:
+    return AttentionSizes(
+        num_rows=0, block_size=block_size, num_heads=2, num_kv_heads=1, head_dim=16, dtype=torch.float32, device=DEVICE
+    )
+
+
+def read(rows: Sequence[int], table: Sequence[int], block_size: int) -> dict[int, list[tuple[int, int]]]:
+    """row of q -> (block, tokens of it that are seen), as the kernel walks whole runs in the tables."""
+    count = len(rows) // 4
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for row, kv_len, begin in zip(rows[:count], rows[count : 2 * count], rows[2 * count : 3 * count], strict=True):
+        runs = [(kv_len, begin)] if kv_len >= 0 else [(table[begin + 2 * i], table[begin + 2 * i + 1]) for i in range(-kv_len)]
+        seen[row] = [
+            (table[at + i], min(block_size, tokens - i * block_size))
+            for tokens, at in runs
+            for i in range(-(-tokens // block_size))
+        ]
+    return seen
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(0, 12)), min_size=1, max_size=9),
+    st.integers(0, 9),
+    st.sampled_from([1, 16]),
+)
+def test_rows_that_begin_alike_read_the_same_place(tree: list[tuple[int, int, int]], others: int, block_size: int) -> None:
+    """Each row goes on from some blocks of one before it with blocks of its own, and has a run of its own beside."""
+    runs: list[list[int]] = []
+    blocks = iter(range(10_000))
+    readings: list[RowReading] = []
+    for row, (parent, common, more) in enumerate(tree):
+        begins = runs[parent % len(runs)][:common] if runs else []
+        runs.append([*begins, *islice(blocks, more)])
+        tokens = max(0, len(runs[-1]) * block_size - block_size // 2)
+        alone = list(islice(blocks, row % 3))
+        readings += [RowReading(row, runs[-1], tokens), RowReading(row, alone, len(alone) * block_size)]
+    kernel = DecodeAttention(sizes_of(block_size), config())
+    written: Written = {}
+    served = [reading for reading in readings if reading.row >= others]
+    own = [reading for reading in readings if reading.row < others]
+    one, first = kernel.tables(own, len(tree), written=written)
+    two, second = kernel.tables(served, len(tree), first_block=len(first), written=written)
+    seen = read(one, first + second, block_size) | read(two, first + second, block_size)
+    assert {row: seen[row] for row in range(len(tree))} == {
+        row: [
+            (block, min(block_size, reading.kv_len - i * block_size))
+            for reading in readings
+            if reading.row == row
+            for i, block in enumerate(reading.block_ids)
+        ]
+        for row in range(len(tree))
+    }
+    tiles = [rows[3 * len(rows) // 4 + len({r.row for r in those})] for rows, those in ((one, own), (two, served))]
+    assert sum(tiles) >= sum(-(-reading.kv_len // 32) for reading in readings)
+    distinct = len({block for reading in readings for block in reading.block_ids})
+    pieces = 2 + min(len(tree), 40 // _LEAST_SHARED)
+    assert len(first) + len(second) <= distinct + (2 * pieces + _LEAST_SHARED) * len(tree)
+
+
+def test_many_rows_of_one_document_need_no_more_blocks_than_there_are() -> None:
+    """Each listed all blocks that they share, and a table with room for three times the pool was too small for eight rows."""
+    kernel = DecodeAttention(sizes_of(16), config())
+    readings = [RowReading(row, [*range(20), 20 + row], 20 * 16 + 3) for row in range(8)]
+    _, blocks = kernel.tables(readings, 8)
+    assert len(blocks) <= 21 + 7 * 5
