@@ -152,7 +152,7 @@ class RManager:
 
     def take_reusable(self) -> dict[int, list[list[tuple[int, int]]]]:
         """seq -> for each run the positions that can be shared now, of those for which that has changed since the last call."""
-        self._renewed |= dict.fromkeys(self.shards.cache.take_evicted())
+        self._renewed |= dict.fromkeys(self.shards.cache.take_changed())
         renewed, self._renewed = self._renewed, {}
         return {seq: self._reusable(seq) for seq in renewed}
 

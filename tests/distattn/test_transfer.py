@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from distattn import transfer
 from distattn.exchange import Exchange, ExchangeError
-from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers, checksum_of
+from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers
 from instance.cell import EpochGroup, open_store
 from instance.copies import CHANNELS
+from kvstore.checksum import checksum_of
 from kvstore.storage import KVStorage
 from tests.support.farm import DEVICE, place
 from tests.support.line import Line, LineGroup
