@@ -88,6 +88,15 @@ class StepBudget:
                 raise TransferEnded("the epoch ended")
             self._left = max(0, self._left - tokens)
 
+    def try_take(self, tokens: int) -> bool:
+        """As `take`, without waiting: whether so many tokens may be copied now. After `end` nothing steps, and they may."""
+        with self._changed:
+            self._most = max(tokens, self.tokens_per_step)
+            may = self._is_over or not self._is_busy or self._left >= tokens
+            if may:
+                self._left = max(0, self._left - tokens)
+            return may
+
     def end(self) -> None:
         """Let go of who waits."""
         with self._changed:

@@ -39,6 +39,7 @@ from instance.rmanager import RManager
 from instance.runner import Runner, Times, Traffic
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
 from instance.step import LANES, Lane
+from instance.tiering import Tiering
 from instance.unheard import Unheard
 from kvstore.storage import KVStorage
 
@@ -71,6 +72,8 @@ class Lasting:
     transport: Transport
     listener: Listener[PartyMessage]
     party_decoder: Decoder[PartyMessage]
+    tiering: Tiering | None = None
+    """Of what lies below the pool."""
 
 
 class Epoch:
@@ -135,7 +138,7 @@ class Epoch:
             scheduler=Scheduler(epoch=join.epoch, rank=join.rank, pace=pace, rmanager=lasting.rmanager),
             runners=self._runners,
             sharing=None if lasting.processors is None else sharing_of(lasting.model, lasting.processors),
-            budget=None if self._copies is None else self._copies.budget,
+            budgets=self._budgets(),
             timeout_s=config.step_timeout_s,
         )
         if join.calibrate:
@@ -251,6 +254,16 @@ class Epoch:
     def take_samples(self) -> list[wire.StepSample]:
         """How long the newest steps took that weren't taken yet."""
         return [] if self._lanes is None else self._lanes.log.take()
+
+    def _budgets(self) -> list[StepBudget]:
+        """Of what is copied beside the steps: to other instances, and below the pool."""
+        budgets = [] if self._copies is None else [self._copies.budget]
+        if (tiering := self._lasting.tiering) is not None:
+            budget = StepBudget(self._lasting.config.chunk_tokens)  # as much as a step can bring
+            tiering.use(budget)
+            self._undo(budget.end)
+            budgets.append(budget)
+        return budgets
 
     def _undo(self, undo: Callable[[], None]) -> None:
         """With the epoch; at once if it is over already."""

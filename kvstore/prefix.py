@@ -250,6 +250,11 @@ class PrefixCache:
 
     # --- below --------------------------------------------------------------------------------------------------------
 
+    @property
+    def has_uncopied(self) -> bool:
+        """Whether some block in the pool may have no copy."""
+        return bool(self._uncopied)
+
     def next_uncopied(self) -> tuple[int, int] | None:
         """Of the blocks that have no copy, and of which none is being made, the first to be evicted; and its sequence."""
         while self._uncopied:

@@ -89,7 +89,7 @@ class TierJobs:
         self._shards = shards
         self._cache = shards.cache
         self._tiers = shards.cache.tiers
-        self._batch = batch
+        self.batch = batch
         self._asked: deque[tuple[int, int, int]] = deque()
         self._fetch: _Fetch | None = None
         self._lifts: deque[_Lift] = deque()
@@ -124,6 +124,16 @@ class TierJobs:
         """Of those that are over since the last call."""
         fetched, self._fetched = self._fetched, []
         return fetched
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether somebody waits for something."""
+        return self._fetch is not None or bool(self._asked or self._lifts)
+
+    @property
+    def may_go_down(self) -> bool:
+        """Whether there may be a cached block without a copy."""
+        return not self._tiers.is_off and self._cache.has_uncopied
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -178,7 +188,7 @@ class TierJobs:
         else:
             return []
         count = _blocks_before(run.sunk_ranges, fetch.end, self._shards.block_size)
-        count = min(count, self._batch, fetch.left, self._shards.num_free - fetch.own - MARGIN_BLOCKS)
+        count = min(count, self.batch, fetch.left, self._shards.num_free - fetch.own - MARGIN_BLOCKS)
         if count <= 0:
             return []
         blocks = self._shards.take_for_reading(count, run.block_ids[-1] if run.block_ids else None)
@@ -220,7 +230,7 @@ class TierJobs:
             if not room and keys and (move := self._move_to_disk(without=self._lifts[0].seq)) is not None:
                 return move
             items: list[Copying] = []
-            while keys and len(items) < min(self._batch, room):
+            while keys and len(items) < min(self.batch, room):
                 key = keys.pop()  # the first positions first
                 if self._tiers.is_on(key, "disk"):
                     items.append(self._tiers.begin_move(key, "host"))
@@ -235,7 +245,7 @@ class TierJobs:
         items: list[Copying] = []
         first = self._tiers.first
         lacks_room = False
-        while len(items) < self._batch and not lacks_room and (found := self._cache.next_uncopied()) is not None:
+        while len(items) < self.batch and not lacks_room and (found := self._cache.next_uncopied()) is not None:
             seq, block = found
             if self._tiers.num_free(first) or (not self._has_second and self._give_way(first, seq)):
                 items.append(self._tiers.begin_down(block))
@@ -255,7 +265,7 @@ class TierJobs:
     def _move_to_disk(self, without: int | None = None) -> Job | None:
         """The least recently used of host memory, into free slots. `without`: a sequence whose copies are wanted there."""
         wanted = set() if without is None else {key for run in self._cache.runs_of(without) for key in run.sunk}
-        count = min(self._batch, self._tiers.num_free("disk"))
+        count = min(self.batch, self._tiers.num_free("disk"))
         keys = [key for key in self._tiers.oldest("host", count) if key not in wanted]
         items = tuple(self._tiers.begin_move(key, "disk") for key in keys)
         return Job("move", items) if items else None
@@ -263,7 +273,7 @@ class TierJobs:
     def _give_way(self, tier: Tier, seq: int) -> bool:
         """Lose the least recently used copy, for a block of this sequence. False: it would be a bad bargain."""
         pool = self._shards.pool
-        ahead = max(self._batch, pool.num_blocks // AHEAD_PART) - pool.num_free
+        ahead = max(self.batch, pool.num_blocks // AHEAD_PART) - pool.num_free
         if self._cache.evicted_before(seq, max(0, ahead)) >= ahead:
             return False
         oldest = self._tiers.oldest(tier, 1)

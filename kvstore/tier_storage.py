@@ -22,7 +22,7 @@ import torch
 
 from kvstore.checksum import bytes_of, checksum_of
 from kvstore.storage import KVStorage
-from kvstore.tiers import Copying, Fault, Place
+from kvstore.tiers import Copying, Fault, Place, Tier
 
 PAGE = 4096
 _HEADER = struct.Struct("<8sqqq")
@@ -43,6 +43,11 @@ class TierStorage:
         self._staged_L2PKD = _host_buffer((1, *shape), data.dtype, self._device)[0]
         """For blocks that go between the pool and the disk."""
         self.file = SlotFile(folder, disk_slots, storage.block_bytes) if disk_slots and folder is not None else None
+
+    @property
+    def slots(self) -> dict[Tier, int]:
+        """Of each tier."""
+        return {"host": self.host_SL2PKD.shape[0], "disk": 0 if self.file is None else self.file.num_slots}
 
     def copy(self, items: Sequence[Copying]) -> list[int | Fault]:
         """For each block the checksum of what came, or why nothing did."""
@@ -121,6 +126,7 @@ class SlotFile:
     def __init__(self, folder: Path, num_slots: int, block_bytes: int) -> None:
         """Raises OSError if the folder can't be written, or hasn't the room."""
         self.slot_bytes = slot_bytes(block_bytes)
+        self.num_slots = num_slots
         self._block_bytes = block_bytes
         self._fd, path = tempfile.mkstemp(prefix=f"distattn-{os.getpid()}-", suffix=".kv", dir=folder)  # for its owner alone
         os.unlink(path)
