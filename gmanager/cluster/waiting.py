@@ -7,7 +7,7 @@ running ──take_back──> waiting ──inherit──> with what its member
 
 import logging
 from bisect import insort
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Literal
@@ -49,10 +49,19 @@ class Waiting:
         request.waiting_since = now
         insort(self._queue, request, key=lambda waiting: waiting.precedence)
 
-    def next(self) -> Request | None:
+    def next(self, but: Collection[int] = ()) -> Request | None:
         """The first that the present members could hold all of, alone. The cell may have been larger when one that they can't
-        came, and be again."""
-        return next(filter(self._may_fit, self._queue), None)
+        came, and be again. `but`: numbers of requests that wait for something else."""
+        return next((request for request in self._queue if request.number not in but and self._may_fit(request)), None)
+
+    def first(self, count: int) -> list[Request]:
+        """So many, by precedence."""
+        return self._queue[:count]
+
+    @property
+    def numbers(self) -> Iterable[int]:
+        """Of all of them."""
+        return (request.number for request in self._queue)
 
     def ahead_of(self, request: Request) -> list[Request]:
         """Those that precede it, whether it waits here (yet) or not."""
