@@ -152,6 +152,10 @@ class RManager:
         self._pinned[seq] = self._changed[seq] = None
         return True
 
+    def shares(self, seq: int) -> list[int] | None:
+        """The blocks of others with which a sequence is to begin that has not begun; None: there is no such."""
+        return self.shards[seq].block_ids if seq in self._pinned else None
+
     def take_reusable(self) -> dict[int, list[list[tuple[int, int]]]]:
         """seq -> for each run the positions that can be shared now, or once they are read from `below`, of those for which that
         has changed since the last call."""

@@ -6,7 +6,7 @@ it keeps (`instance.unheard`) for the answer to the Suspend with which the next 
 
 import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -84,7 +84,10 @@ class Instance:
         self._requests: dict[int, int] = {}
         """seq -> number of the request, of KV that was kept over the end of an epoch in which its home was here."""
         self._rmanager = RManager(storage.num_blocks, storage.block_size, None if tiers is None else Tiers(tiers.slots))
-        self._tiering = None if tiers is None else Tiering(self._rmanager, tiers, storage.block_bytes, model.device)
+        self._tiering: Tiering | None = None
+        if tiers is not None:
+            checks = config.check_cache
+            self._tiering = Tiering(self._rmanager, tiers, storage.block_bytes, model.device, checks=checks)
         self._lasting = Lasting(
             config=config,
             model=model,
@@ -336,6 +339,8 @@ class Instance:
             log.warning("message dropped", message_type=type(message).__name__)
         elif isinstance(message, wire.OfferRun | wire.CopyRun):
             self._move_run(self._epoch, message, tasks)
+        elif isinstance(message, wire.Reserve) and message.source:
+            self._share(self._epoch, message, tasks)
         else:
             self._command(self._epoch.lanes, message)
             self._epoch.lanes.parties.wake()
@@ -361,18 +366,45 @@ class Instance:
         if answer is not None and self._epoch is epoch:
             self._tell(answer)
 
+    def _share(self, epoch: Epoch, asked: wire.Reserve, tasks: asyncio.TaskGroup) -> None:
+        """Grant blocks of another sequence and others besides; first compare those with what was written, if that is known."""
+        if not self._rmanager.share(asked.seq, asked.source, asked.shared):
+            self._lacks_source(asked)
+            return
+        sums = {} if self._tiering is None else self._tiering.known(self._rmanager.shares(asked.seq) or ())
+        if self._tiering is None or not sums:
+            self._reserve(asked)
+        else:
+            tasks.create_task(self._check(epoch, self._tiering, asked, sums))
+
+    async def _check(self, epoch: Epoch, tiering: Tiering, asked: wire.Reserve, sums: Mapping[int, int]) -> None:
+        is_right = await tiering.are_right(sums)
+        if self._epoch is not epoch:
+            return
+        if self._rmanager.shares(asked.seq) is None:  # given up meanwhile
+            self._answer_reserve(asked.epoch, asked.seq, 0)
+        elif is_right:
+            self._reserve(asked)
+        else:
+            self._rmanager.drop(asked.seq)
+            self._lacks_source(asked)
+
+    def _lacks_source(self, asked: wire.Reserve) -> None:
+        self._tell_of_cached()
+        free = self._rmanager.free_blocks
+        self._gmanager.send(wire.NotGranted(epoch=asked.epoch, seq=asked.seq, free_blocks=free, lacks_source=True))
+
+    def _reserve(self, asked: wire.Reserve) -> None:
+        is_granted = self._rmanager.reserve(asked.seq, asked.blocks)
+        if not is_granted:
+            self._rmanager.drop(asked.seq)  # what it would have shared
+        self._answer_reserve(asked.epoch, asked.seq, asked.blocks if is_granted else None)
+
     def _command(self, lanes: Lanes, message: wire.Message) -> None:
         scheduler = lanes.scheduler
         match message:
-            case wire.Reserve(seq=seq, source=source) if source and not self._rmanager.share(seq, source, message.shared):
-                self._tell_of_cached()
-                free = self._rmanager.free_blocks
-                self._gmanager.send(wire.NotGranted(epoch=message.epoch, seq=seq, free_blocks=free, lacks_source=True))
-            case wire.Reserve(seq=seq, blocks=blocks):
-                is_granted = self._rmanager.reserve(seq, blocks)
-                if not is_granted:
-                    self._rmanager.drop(seq)  # what it would have shared
-                self._answer_reserve(message.epoch, seq, blocks if is_granted else None)
+            case wire.Reserve():
+                self._reserve(message)
             case wire.ReserveNext(seq=seq):
                 self._answer_reserve(message.epoch, seq, self._rmanager.reserve_next(seq))
             case wire.Drop(seq=seq):

@@ -7,7 +7,7 @@ somebody waits for doesn't.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from distattn.transfer import PATIENCE_S, StepBudget
 from gmanager.wire import messages as wire
 from gmanager.wire.logs import get_logger
 from instance.rmanager import RManager
-from kvstore.tier_jobs import Job, TierJobs
+from kvstore.checks import Checks
+from kvstore.tier_jobs import Job, TierJobs, as_it_is
 from kvstore.tiers import Copying, Fault, Tier
 
 log = get_logger("instance")
@@ -44,12 +45,15 @@ class Store(Protocol):
 class Tiering:
     """One instance's, through all its epochs."""
 
-    def __init__(self, rmanager: RManager, store: Store, block_bytes: int, device: torch.device) -> None:
-        self._rmanager = rmanager
+    def __init__(
+        self, rmanager: RManager, store: Store, block_bytes: int, device: torch.device, *, checks: bool = False
+    ) -> None:
+        """`checks`: compare cached blocks with what was written before they are shared."""
         self._store = store
         self._block_bytes = block_bytes
         self._block_size = rmanager.shards.block_size
-        self.jobs = TierJobs(rmanager.shards, max(1, min(MOST_IN_BATCH, BATCH_BYTES // block_bytes)))
+        batch = max(1, min(MOST_IN_BATCH, BATCH_BYTES // block_bytes))
+        self.jobs = TierJobs(rmanager.shards, batch, Checks(rmanager.shards.pool) if checks else None)
         self.thread: Executor = ThreadPoolExecutor(1, "tiers", _prepare_thread, (device,))
         self._budget: StepBudget | None = None
         self._woken = asyncio.Event()
@@ -87,6 +91,20 @@ class Tiering:
             self.jobs.lift(asked.source, asked.end)
         self.wake()
 
+    def known(self, block_ids: Sequence[int]) -> dict[int, int]:
+        """Of blocks that are about to be shared, those that can be compared, and with what."""
+        return {} if self.jobs.checks is None else self.jobs.checks.known(block_ids)
+
+    async def are_right(self, sums: Mapping[int, int]) -> bool:
+        """Compare blocks of the pool, which stay meanwhile, with what they must be. Those that aren't that are lost."""
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self.thread, self._store.copy, [as_it_is(block) for block in sums])
+        wrong = [block for block, result in zip(sums, found, strict=True) if result != sums[block]]
+        for block in wrong:
+            self.jobs.lose_block(block)
+        self._say_trouble()
+        return not wrong
+
     async def run(self, on_change: Callable[[list[wire.Fetched]], None], epoch: Callable[[], int]) -> None:
         """Copy for ever. `on_change` hears whenever something else is known of what lies where, and which fetches are over."""
         loop = asyncio.get_running_loop()
@@ -113,7 +131,7 @@ class Tiering:
             return None
         if self.jobs.is_asked and (job := self.jobs.next()) is not None:
             return job
-        if not self.jobs.may_go_down:
+        if not self.jobs.has_more:
             return None
         budget = self._budget
         may = not is_patient or budget is None or budget.try_take(self.jobs.batch * self._block_size)
@@ -123,7 +141,7 @@ class Tiering:
         """For a step, or something that was asked for. False: what goes down has waited for its budget long enough."""
         self._woken.clear()
         try:
-            async with asyncio.timeout(PATIENCE_S if self.jobs.may_go_down and not self._is_paused else None):
+            async with asyncio.timeout(PATIENCE_S if self.jobs.has_more and not self._is_paused else None):
                 await self._woken.wait()
         except TimeoutError:
             return False
@@ -164,7 +182,7 @@ class Tiering:
             log.warning("slots below the pool can't be written, and are used no more", slots=counts.unwritable)
         if counts.corrupt and "corrupt" not in self._said:
             self._said.add("corrupt")
-            log.warning("cached KV below the pool is not what was written, and is computed again", blocks=counts.corrupt)
+            log.warning("cached KV is not what was written, and is computed again", blocks=counts.corrupt)
 
 
 def _prepare_thread(device: torch.device) -> None:

@@ -15,7 +15,7 @@ Blocks leave a run from its end, so what is below follows what is in the pool; w
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.pool import BlockPool
 from kvstore.tiers import Tiers
@@ -130,6 +130,17 @@ class CachedRun:
         self.sunk = self.sunk[len(self.sunk) - near :]
         return far if far.sunk else None
 
+    def split_in_pool(self, block_size: int, block: int) -> "CachedRun | None":
+        """Lose a block of the pool: what follows it, there and below, as a run of its own."""
+        near = self.block_ids.index(block)
+        self.ranges, rest = split_tokens(self.ranges, near * block_size)
+        far = CachedRun(split_tokens(rest, block_size)[1], self.block_ids[near + 1 :])
+        far.num_copied = min(self.num_copied, len(far.block_ids))
+        far.sunk, far._sunk_ranges = self.sunk, self._sunk_ranges
+        self.block_ids = self.block_ids[:near]
+        self.num_copied, self.sunk, self._sunk_ranges = 0, [], []
+        return far if far.block_ids or far.sunk else None
+
     def _take_last(self, block_size: int) -> Ranges:
         """The positions of the last block in the pool, ascending."""
         taken: Ranges = []
@@ -161,6 +172,8 @@ class PrefixCache:
         self._uncopied: dict[int, None] = {}
         """Of these, those of which some block in the pool may have no copy, likewise."""
         self._changed: dict[int, None] = {}
+        self.on_cached: Callable[[Sequence[int]], object] = lambda blocks: None
+        """Hears of blocks of sequences that are over."""
         pool.on_free = self.tiers.on_free
 
     def __contains__(self, seq: int) -> bool:
@@ -191,6 +204,7 @@ class PrefixCache:
             freed += len(self._pool.free(block_ids[whole:]))
             if whole:
                 self._pool.cache(block_ids[:whole])
+                self.on_cached(block_ids[:whole])
                 kept.append(CachedRun(first_tokens(ranges, whole * self._block_size), block_ids[:whole]))
         if kept:
             self._shards[seq] = kept
@@ -321,6 +335,17 @@ class PrefixCache:
             far = run.split(self._block_size, key)
             if far is not None:
                 self._shards[seq].append(far)
+            self._tidy(seq)
+
+    def lose_block(self, block: int) -> None:
+        """A block of the pool is not what was written: no cached sequence has it any more."""
+        for seq in [seq for seq, runs in self._shards.items() if any(block in run.block_ids for run in runs)]:
+            self._changed[seq] = None
+            run = next(run for run in self._shards[seq] if block in run.block_ids)
+            far = run.split_in_pool(self._block_size, block)
+            if far is not None:
+                self._shards[seq].append(far)
+            self._pool.forget([block])
             self._tidy(seq)
 
     def _tidy(self, seq: int) -> None:

@@ -2,6 +2,7 @@
 
     fetch   copies of a sequence that somebody asks about, into the pool: before all else
     lift    the same from disk to host memory, for somebody who waits: the pool has no room yet
+    sum     checksums of cached blocks, if they are to be compared when they are shared (`kvstore.checks`)
     down    cached blocks that have no copy, those first that are evicted first; as long as a tier has free slots all of them
     move    the least recently used of host memory to the disk, to make room there
 
@@ -16,16 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvstore.checks import Checks
 from kvstore.prefix import whole_blocks
 from kvstore.shard import ShardTable
-from kvstore.tiers import Copying, Fault, Tier
+from kvstore.tiers import Copying, Fault, Place, Tier
 
 MARGIN_BLOCKS = 2
 """Of the pool, that reading leaves to sequences that run: what is being read into can't make room for them."""
 AHEAD_PART = 8
 """One of so many blocks of the pool counts as soon to be evicted, less those that are free."""
 
-Kind = Literal["up", "move", "down"]
+Kind = Literal["up", "move", "sum", "down"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,15 @@ class _Lift:
 class TierJobs:
     """Of one instance's blocks."""
 
-    def __init__(self, shards: ShardTable, batch: int) -> None:
-        """`batch`: blocks of a job. Raises ValueError unless it is positive."""
+    def __init__(self, shards: ShardTable, batch: int, checks: Checks | None = None) -> None:
+        """`batch`: blocks of a job. `checks`: None: what is in the pool isn't checked. Raises ValueError unless the batch is
+        positive."""
         if batch < 1:
             raise ValueError(f"a job must be at least 1 block, got {batch}")
         self.counts = TierCounts()
+        self.checks = checks
+        if checks is not None:
+            shards.cache.on_cached = checks.put
         self._shards = shards
         self._cache = shards.cache
         self._tiers = shards.cache.tiers
@@ -131,9 +137,10 @@ class TierJobs:
         return self._fetch is not None or bool(self._asked or self._lifts)
 
     @property
-    def may_go_down(self) -> bool:
-        """Whether there may be a cached block without a copy."""
-        return not self._tiers.is_off and self._cache.has_uncopied
+    def has_more(self) -> bool:
+        """Whether there may be something to do that nobody waits for."""
+        is_wanted = self.checks is not None and self.checks.is_wanted
+        return is_wanted or (not self._tiers.is_off and self._cache.has_uncopied)
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -141,7 +148,7 @@ class TierJobs:
         """What is to be done now; None: nothing. Raises RuntimeError before the end of the last one."""
         if self._job is not None:
             raise RuntimeError(f"a job is under way: {self._job}")
-        self._job = self._next_up() or self._next_lift() or self._next_down()
+        self._job = self._next_up() or self._next_lift() or self._next_sum() or self._next_down()
         return self._job
 
     def end(self, results: Sequence[int | Fault]) -> None:
@@ -154,6 +161,8 @@ class TierJobs:
                 self._end_up(item, result)
             elif job.kind == "move":
                 self._end_move(item, result)
+            elif job.kind == "sum":
+                self._end_sum(item, result)
             else:
                 self._end_down(item, result)
 
@@ -216,7 +225,10 @@ class TierJobs:
         self._shards.reading.discard(item.target.slot)
         is_there = self._tiers.end_up(item)
         if result == item.checksum:
-            self.counts.up += self._rise(self._fetch, item.key, item.target.slot)
+            if self._rise(self._fetch, item.key, item.target.slot):
+                self.counts.up += 1
+                if self.checks is not None and item.checksum is not None:
+                    self.checks.set(item.target.slot, item.checksum)
             return
         self._shards.pool.free([item.target.slot])
         self.counts.corrupt += 1
@@ -238,6 +250,19 @@ class TierJobs:
                 return Job("move", tuple(items))
             self._lifts.popleft()
         return None
+
+    def _next_sum(self) -> Job | None:
+        blocks = [] if self.checks is None else self.checks.begin(self.batch)
+        return Job("sum", tuple(as_it_is(block) for block in blocks)) if blocks else None
+
+    def _end_sum(self, item: Copying, result: int | Fault) -> None:
+        if self.checks is not None and isinstance(result, int):
+            self.checks.end(item.source.slot, result)
+
+    def lose_block(self, block: int) -> None:
+        """A cached block of the pool is not what was written."""
+        self.counts.corrupt += 1
+        self._cache.lose_block(block)
 
     def _next_down(self) -> Job | None:
         if self._tiers.is_off:
@@ -283,10 +308,18 @@ class TierJobs:
         return True
 
     def _end_down(self, item: Copying, result: int | Fault) -> None:
+        block = item.source.slot
         if isinstance(result, int):
-            self.counts.down += self._tiers.end_down(item, result)
+            sums = {} if self.checks is None else self.checks.known([block])
+            if sums.get(block, result) == result:
+                self.counts.down += self._tiers.end_down(item, result)
+                return
+            is_there = self._tiers.has_copy(block)
+            self._tiers.end_down(item, None)
+            if is_there:  # it was not freed and used otherwise meanwhile
+                self.lose_block(block)
             return
-        self._tiers.end_down(item, None)
+        self._tiers.end_down(item, None, is_sound=False)
         self.counts.unwritable += 1
         self._cache.look_again()
 
@@ -298,6 +331,11 @@ class TierJobs:
             self.counts.corrupt += 1
             if self._tiers.is_on(item.key, "host") or self._tiers.is_on(item.key, "disk"):
                 self._cache.lose(item.key)
+
+
+def as_it_is(block: int) -> Copying:
+    """To look what a block of the pool has."""
+    return Copying(0, Place("pool", block), Place("pool", block), None)
 
 
 def _blocks_before(ranges: Sequence[tuple[int, int]], end: int, block_size: int) -> int:

@@ -176,8 +176,9 @@ class Tiers:
         self._key_of[block] = key
         return Copying(key, Place("pool", block), Place(tier, slot), None)
 
-    def end_down(self, copying: Copying, checksum: int | None) -> bool:
-        """Whether there is a copy now. `checksum`: None: the slot could not be written, and is used no more."""
+    def end_down(self, copying: Copying, checksum: int | None, *, is_sound: bool = True) -> bool:
+        """Whether there is a copy now. `checksum`: None: it is none; unless `is_sound`, as the slot could not be written, which
+        is used no more then."""
         block, tier, slot = self._arriving.pop(copying.key)
         if block is not None and checksum is not None:
             self._copies[copying.key] = _Copy(tier, slot, checksum, {block})
@@ -185,7 +186,7 @@ class Tiers:
             return True
         if block is not None:
             del self._key_of[block]
-        self._give(tier, slot, is_sound=checksum is not None)
+        self._give(tier, slot, is_sound=is_sound)
         return False
 
     def begin_move(self, key: int, tier: Tier) -> Copying:

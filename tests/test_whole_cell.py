@@ -89,6 +89,7 @@ def happen(cell: WholeCell, what: Happening) -> None:
             cell.leave(living[n % len(living)])
         case "break", n if living and (tiers := living[n % len(living)].tiers) is not None:
             tiers.breaks ^= True
+            cell.spoil_cached(living[n % len(living)], n)
         case ("lose gManager",):
             cell.lose_gmanager()
         case "time", seconds, turns, seed:  # none: an instance lets the others wait, and is expelled in the end
@@ -195,3 +196,13 @@ def test_a_play_reads_what_had_to_make_room() -> None:
         assert cell.seen["Fetch"] and cell.seen["blocks fetched"] > 5, cell.seen
         counters = cell.cluster.stats().counters
         assert counters.tier_tokens and counters.tier_bytes_down and counters.blocks_corrupt + counters.slots_failed, counters
+
+
+def test_a_play_finds_what_is_wrong_in_a_pool_before_it_is_shared() -> None:
+    document: Happening = ("submit", 40, 8, "all", False, 0)
+    again: Happening = ("submit", 44, 6, "auto", False, 2)
+    lets: list[Happening] = [("let", 60, turn) for turn in range(8)]
+    cell = play([30, 30], [document, *lets, ("break", 0), ("break", 1), again, *lets, again, *lets], seed=1)
+    assert cell.checks_cache and cell.seen["spoiled in a pool"] and cell.seen["lacks source"], cell.seen
+    assert cell.cluster.stats().counters.blocks_corrupt == cell.seen["spoiled in a pool"]
+    assert cell.cluster.stats().observed.prefix_hits

@@ -132,6 +132,9 @@ class PlayedTiers:
 
     def _copy(self, item: Copying) -> int | Fault:
         size, kv = self._memory.block_size, self._memory.kv
+        if item.source == item.target:
+            at = item.source.slot * size
+            return hash(tuple(tuple(layer[at : at + size]) for layer in kv))
         if item.source.where == "pool":
             at = item.source.slot * size
             block = [layer[at : at + size] for layer in kv]

@@ -161,6 +161,7 @@ class WholeCell:
         """`sizes`: blocks of the instances with which the cell begins. `seed`: of what aborted devices leave behind, of the
         policy and of roles. `tier_slots`: below the pool of each instance; None: there are none."""
         self.tier_slots = dict(tier_slots or {})
+        self.checks_cache = seed % 3 == 1
         self.loop = PlayedLoop()
         self.network = Network()
         self.network.open(GMANAGER, self)
@@ -310,13 +311,15 @@ class WholeCell:
             chunk_tokens=8,
             mixed_chunk_tokens=5,
             cell_size=len(self.sizes),
+            check_cache=self.checks_cache,
             role=self.chance.choice(get_args(m.Role)),
         )
         spec = register(rank=0, cell_size=1, blocks=total, block_size=BLOCK, chunk_tokens=8).spec
         model: Any = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"), fused=None)
         storage: Any = SimpleNamespace(num_blocks=total, block_size=BLOCK, block_bytes=BLOCK_BYTES)
         memory = Memory(total, BLOCK)
-        tiers = PlayedTiers(self.tier_slots, memory, self.chance) if any(self.tier_slots.values()) else None
+        has_tiers = any(self.tier_slots.values()) or self.checks_cache
+        tiers = PlayedTiers(self.tier_slots, memory, self.chance) if has_tiers else None
 
         async def begin() -> Instance:
             return Instance(config, model, ASSETS, spec, storage, transport, tiers)
@@ -324,7 +327,7 @@ class WholeCell:
         instance = self.loop.run_until_complete(begin())
         shards = instance._rmanager.shards
         pool = PoisoningPool(total, memory)
-        pool.on_free = shards.pool.on_free
+        pool.on_free = shards.pool.on_free  # of the tiers, and of who checks
         shards.pool = shards.cache._pool = pool
         if instance._tiering is not None:
             instance._tiering.thread = PlayedThread(RuntimeError("the instance ends"))
@@ -338,6 +341,16 @@ class WholeCell:
         if not any(cell.is_formed for cell in self.cluster._cells):
             for total in self.sizes[len(self.living) :]:
                 self.start(total)
+
+    def spoil_cached(self, process: Process, which: int) -> None:
+        """A bit flips in a cached block that nobody uses, and whose checksum is known."""
+        tiering = process.instance._tiering
+        pool = process.pool
+        unused = [block for block in range(pool.num_blocks) if pool.is_evictable(block)]
+        known = sorted(tiering.known(unused)) if tiering is not None else []
+        if known:
+            process.memory.kv[0][known[which % len(known)] * BLOCK] ^= 1
+            self.seen["spoiled in a pool"] += 1
 
     def begin_epoch(self, lasting: Any, join: m.JoinEpoch) -> PlayedEpoch:
         """In place of `Epoch`, on an instance."""
