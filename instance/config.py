@@ -179,6 +179,11 @@ class InstanceConfig:
         return "triton" if self.device == "cuda" else "torch"
 
     @property
+    def reads_pool(self) -> bool:
+        """Whether cached blocks are copied below the pool, or checked."""
+        return self.host_memory > 0 or self.disk is not None or self.check_cache
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the pool. Raises RuntimeError while only `kv_memory` is known."""
         if self.kv_tokens is None:

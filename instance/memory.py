@@ -33,6 +33,10 @@ NCCL's channel buffers (hundreds of MiB for each lane's communicator, and those 
 products' work space, kernels' code, and the allocator's waste: 2 GiB, an allowance, not a measurement: 1.4 % of an H200. And
 what block moves take, whose communicator is there in every cell of two or more, whether anything moves or not."""
 
+TIERS_BYTES = 128 * 2**20
+"""For copies to and from the tiers below the pool, where there are some: two blocks on their way and the words and places of a
+checksum, eight bytes for each four, by arithmetic: 8 x (8 MiB) of the 8B shape and as much again."""
+
 OTHER_BYTES = 2**30
 """In use beside the weights when nobody else uses the GPU, predicted: CUDA's context, libraries, the weights' rounding. An
 instance of the 8B shape on an H200 measured 1.0 GiB (docs/performance.md)."""

@@ -20,7 +20,7 @@ import torch
 from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
-from instance.memory import TooLittleMemory, activation_bytes, predict
+from instance.memory import TIERS_BYTES, TooLittleMemory, activation_bytes, predict
 from instance.model import Model, UnsupportedModel, random_model
 from instance.needs import Needs, refuse_shape
 from kvstore.tier_storage import slot_bytes
@@ -170,6 +170,8 @@ def instance_size(question: Question, model: Model, cell_size: int) -> InstanceS
     if question.device == "cuda":
         fraction = question.kv_memory if asked is None else 1  # as `instance.start.size_pool`
         budget = predict(model, needs, device="a GPU", total=question.gpu_bytes, fraction=fraction)
+        if question.host_memory or question.disk_bytes:
+            budget = replace(budget, reserve=budget.reserve + TIERS_BYTES)
         if asked is not None:
             budget.check(asked * question.block_size, needs.token)
         blocks = budget.num_blocks(block_bytes) if asked is None else asked

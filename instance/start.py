@@ -12,7 +12,7 @@ from instance.checkpoint import LOAD_ERRORS, CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
-from instance.memory import TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure
+from instance.memory import TIERS_BYTES, TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure
 from instance.model import Model, UnsupportedModel, load_model, load_text_assets
 from instance.needs import Needs, refuse_shape
 from instance.processors import check_parts
@@ -124,6 +124,8 @@ def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceCon
     if model.device.type == "cpu":
         return config
     budget = measure(model, needs, fraction=1 if config.kv_memory is None else config.kv_memory)
+    if config.reads_pool:
+        budget = replace(budget, reserve=budget.reserve + TIERS_BYTES)
     log.info("GPU memory", **budget.describe())
     if config.kv_tokens is not None:
         budget.check(config.num_blocks * config.block_size, needs.token)
@@ -168,7 +170,7 @@ def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStora
 
 def make_tiers(config: InstanceConfig, storage: KVStorage) -> TierStorage | None:
     """What lies below the pool, or reads it to check it; None: nothing does. Raises TooLittleMemory."""
-    if not config.host_memory and config.disk is None and not config.check_cache:
+    if not config.reads_pool:
         return None
     host_slots = config.host_memory // storage.block_bytes
     disk_slots = config.disk_bytes // slot_bytes(storage.block_bytes)

@@ -55,9 +55,14 @@ class TierStorage:
             return [self._copy(item) for item in items]
 
     def close(self) -> None:
-        """Give the disk's room back."""
+        """Give the disk's room back, and let go of pinned memory. Nothing is copied any more."""
         if self.file is not None:
             self.file.close()
+        if self._device.type == "cuda":
+            for buffer in (self.host_SL2PKD, self._staged_L2PKD):
+                if buffer.numel():
+                    runtime: Any = torch.cuda
+                    runtime.cudart().cudaHostUnregister(buffer.data_ptr())
 
     def _copy(self, item: Copying) -> int | Fault:
         if item.source == item.target:  # only looked at

@@ -181,10 +181,11 @@ def _check_tiers(wanted: Wanted) -> None:
     """Raises CannotStart if all instances together want more below their pools than this machine has."""
     if not wanted.prefix_cache and (wanted.host_memory or wanted.disk):
         raise CannotStart("--host-memory and --disk keep what --prefix-cache off lets go: give one or the other")
+    count = f"{wanted.instances} instance{'s' if wanted.instances > 1 else ''}"
     each = 0 if wanted.host_memory is None else parse_size(wanted.host_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted.instances * each > total:
-        asked = f"{wanted.instances} instances x --host-memory {wanted.host_memory} = {wanted.instances * each:,} bytes"
+        asked = f"{count} x --host-memory {wanted.host_memory} = {wanted.instances * each:,} bytes"
         raise CannotStart(f"{asked}; this machine has {total:,}")
     if wanted.disk is None:
         return
@@ -193,7 +194,7 @@ def _check_tiers(wanted: Wanted) -> None:
         raise CannotStart(f"--disk: there is no directory {folder}")
     free = shutil.disk_usage(folder).free
     if wanted.instances * size > free:
-        asked = f"{wanted.instances} instances x --disk {wanted.disk} = {wanted.instances * size:,} bytes"
+        asked = f"{count} x --disk {wanted.disk} = {wanted.instances * size:,} bytes"
         raise CannotStart(f"{asked}; there are {free:,} free")
 
 

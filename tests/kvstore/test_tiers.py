@@ -14,6 +14,7 @@ from kvstore.storage import KVStorage
 from kvstore.tier_jobs import MARGIN_BLOCKS, TierJobs
 from kvstore.tier_storage import TierStorage, slot_bytes
 from kvstore.tiers import Copying, Fault, Place, Tiers
+from tests.support.farm import DEVICE
 
 Ranges = list[tuple[int, int]]
 
@@ -331,7 +332,7 @@ def storage(blocks: int = 6) -> KVStorage:
         num_kv_heads=2,
         head_dim=8,
         dtype=torch.bfloat16,
-        device=torch.device("cpu"),
+        device=torch.device(DEVICE),
     )
     made.data_L2BPKD.copy_(torch.randn(made.data_L2BPKD.shape))
     return made
