@@ -59,11 +59,12 @@ class StepBudget:
     Shared by the thread that copies (`take`) and the loop that steps (`tell`).
     """
 
-    def __init__(self, tokens_per_step: int) -> None:
-        """Raises ValueError unless it is positive."""
-        if tokens_per_step < 1:
-            raise ValueError(f"a budget must be at least 1 token a step, got {tokens_per_step}")
+    def __init__(self, tokens_per_step: int, prompt_weight: int = 1) -> None:
+        """`prompt_weight`: as how many steps one of prompts counts. Raises ValueError unless both are positive."""
+        if min(tokens_per_step, prompt_weight) < 1:
+            raise ValueError(f"a budget must be at least 1 token a step, got {tokens_per_step} x {prompt_weight}")
         self.tokens_per_step = tokens_per_step
+        self.prompt_weight = prompt_weight
         self._changed = threading.Condition()
         self._left = 0
         self._most = tokens_per_step

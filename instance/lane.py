@@ -60,7 +60,9 @@ class Lanes:
         def progress() -> None:
             self.parties.wake()  # what a lane has done may be work for the other
             for budget in self._budgets:
-                budget.tell(sum(loop.steps_run for loop in self), is_busy=any(loop.is_running for loop in self))
+                weights = {"prefill": budget.prompt_weight, "decode": 1}
+                steps = sum(loop.steps_run * weights[loop.lane] for loop in self)
+                budget.tell(steps, is_busy=any(loop.is_running for loop in self))
             on_progress()
 
         async with asyncio.TaskGroup() as tasks:

@@ -466,6 +466,8 @@ class Instance:
         self._rmanager.take_changes()
         self._rmanager.take_reusable()
         self._evicted_before = self._rmanager.evicted_blocks
+        if self._tiering is not None:
+            self._tiering.jobs.forget_counts()
         self._is_alone, self._unheard, self._requests = False, Unheard(), {}
         self._counted = wire.Counters()  # the gManager has counted what it heard of us
         if self._is_leaving:

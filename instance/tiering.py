@@ -129,7 +129,7 @@ class Tiering:
         """What may be copied now: what somebody waits for, or what the budget allows."""
         if self._is_paused:
             return None
-        if self.jobs.is_asked and (job := self.jobs.next()) is not None:
+        if (job := self.jobs.next_asked()) is not None:
             return job
         if not self.jobs.has_more:
             return None

@@ -126,15 +126,14 @@ class TierJobs:
         self._fetched.clear()
         self._fetch = None
 
+    def forget_counts(self) -> None:
+        """Begin to count anew."""
+        self.counts = TierCounts()
+
     def take_fetched(self) -> list[Fetched]:
         """Of those that are over since the last call."""
         fetched, self._fetched = self._fetched, []
         return fetched
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether somebody waits for something."""
-        return self._fetch is not None or bool(self._asked or self._lifts)
 
     @property
     def has_more(self) -> bool:
@@ -146,10 +145,17 @@ class TierJobs:
 
     def next(self) -> Job | None:
         """What is to be done now; None: nothing. Raises RuntimeError before the end of the last one."""
+        return self.next_asked() or self._begin_job(self._next_sum() or self._next_down())
+
+    def next_asked(self) -> Job | None:
+        """The same of what somebody waits for."""
         if self._job is not None:
             raise RuntimeError(f"a job is under way: {self._job}")
-        self._job = self._next_up() or self._next_lift() or self._next_sum() or self._next_down()
-        return self._job
+        return self._begin_job(self._next_up() or self._next_lift())
+
+    def _begin_job(self, job: Job | None) -> Job | None:
+        self._job = job
+        return job
 
     def end(self, results: Sequence[int | Fault]) -> None:
         """The job is done. `results`: for each block the checksum of what came, or why nothing did."""
@@ -169,14 +175,14 @@ class TierJobs:
     def _next_up(self) -> Job | None:
         while self._fetch is not None or self._asked:
             if self._fetch is None:
-                self._fetch = self._begin(*self._asked.popleft())
+                self._fetch = self._begin_fetch(*self._asked.popleft())
             if items := self._read_next(self._fetch):
                 return Job("up", tuple(items))
             self._fetched.append(Fetched(self._fetch.number, self._fetch.found))
             self._fetch = None
         return None
 
-    def _begin(self, number: int, seq: int, end: int) -> _Fetch:
+    def _begin_fetch(self, number: int, seq: int, end: int) -> _Fetch:
         left = own = 0
         if seq in self._cache:
             self._cache.touch(seq)
@@ -244,7 +250,7 @@ class TierJobs:
             items: list[Copying] = []
             while keys and len(items) < min(self.batch, room):
                 key = keys.pop()  # the first positions first
-                if self._tiers.is_on(key, "disk"):
+                if self._tiers.is_on(key, "disk") and self._tiers.block_of(key) is None:
                     items.append(self._tiers.begin_move(key, "host"))
             if items:
                 return Job("move", tuple(items))

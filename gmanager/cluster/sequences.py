@@ -404,7 +404,7 @@ class Sequences:
                 self._try_improve()
         if self._reuses.has_below and self._cell.is_ready:
             for request in self._waiting.first(LIFTED):
-                if not request.was_lifted:
+                if not request.was_lifted and request.number not in self._reuses.reading.numbers:
                     self._reuses.lift(request)
 
     def _those_who_may_move(self) -> list[Sequence]:

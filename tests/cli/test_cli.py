@@ -380,7 +380,7 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(model), "--device", "cpu", "--disk", f"{tmp_path}:9999T"], "1 instance x --disk"),
             (
                 [str(model), "--device", "cpu", "--prefix-cache", "off", "--disk", f"{tmp_path}:1M"],
-                "keep what --prefix-cache off",
+                "--host-memory and --disk keep what --prefix-cache",
             ),
             (["default", "--device", "cpu", "--kv-tokens", "8"], "--kv-tokens 8 is less than one block of 16 tokens"),
             (

@@ -386,6 +386,18 @@ def test_a_budget_is_kept_while_steps_run_and_not_otherwise(monkeypatch: pytest.
         StepBudget(0)
 
 
+def test_who_does_not_wait_is_told_whether_it_may_copy() -> None:
+    budget = StepBudget(16)
+    assert budget.try_take(1000)
+    budget.tell(1, is_busy=True)
+    assert not budget.try_take(32)
+    budget.tell(2, is_busy=True)
+    assert budget.try_take(32)
+    assert not budget.try_take(32)
+    budget.end()
+    assert budget.try_take(1000)
+
+
 @given(st.binary(min_size=1, max_size=200), st.data())
 def test_a_checksum_sees_what_changed(content: bytes, data: st.DataObject) -> None:
     piece = torch.tensor(list(content), dtype=torch.uint8)
