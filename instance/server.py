@@ -157,7 +157,7 @@ class Instance:
                 await self._epoch.abandon()
             await asyncio.wait([work])
             if self._tiering is not None:
-                await asyncio.get_running_loop().run_in_executor(None, self._tiering.close)
+                await self._tiering.close()
             await self._gmanager.close()
             await self._listener.close()
         if failure is not None:

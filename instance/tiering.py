@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,6 +23,11 @@ from kvstore.tier_jobs import Job, TierJobs, as_it_is
 from kvstore.tiers import Copying, Fault, Tier
 
 log = get_logger("instance")
+
+CHECK_TIMEOUT_S = 10.0
+"""Longest that a request is held up while blocks that it shares are compared."""
+CLOSE_TIMEOUT_S = 5.0
+"""Longest that the end of an instance waits for a copy that is under way."""
 
 BATCH_BYTES = 64 * 2**20
 MOST_IN_BATCH = 16
@@ -96,10 +102,16 @@ class Tiering:
         return {} if self.jobs.checks is None else self.jobs.checks.known(block_ids)
 
     async def are_right(self, sums: Mapping[int, int]) -> bool:
-        """Compare blocks of the pool, which stay meanwhile, with what they must be. Those that aren't that are lost."""
+        """Compare blocks of the pool, which stay meanwhile, with what they must be. Those that aren't that are lost. False,
+        too, if that takes too long: then they are not known to be right."""
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self.thread, self._store.copy, [as_it_is(block) for block in sums])
-        wrong = [block for block, result in zip(sums, found, strict=True) if result != sums[block]]
+        looking = loop.run_in_executor(self.thread, self._store.copy, [as_it_is(block) for block in sums])
+        await asyncio.wait([looking], timeout=CHECK_TIMEOUT_S)
+        if not looking.done():
+            looking.add_done_callback(_forget)
+            log.warning("cached KV was not compared in time, and is computed again", blocks=len(sums))
+            return False
+        wrong = [block for block, result in zip(sums, looking.result(), strict=True) if result != sums[block]]
         for block in wrong:
             self.jobs.lose_block(block)
         self._say_trouble()
@@ -158,9 +170,15 @@ class Tiering:
             slots_failed=counts.unwritable,
         )
 
-    def close(self) -> None:
-        """Give memory and disk back, once what is being copied has come to its end."""
-        self.thread.shutdown(wait=True, cancel_futures=True)
+    async def close(self) -> None:
+        """Give memory and disk back, once what is being copied has come to its end. A disk that hangs is not waited for."""
+        loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(1, "end")  # the process may end without it
+        ending = loop.run_in_executor(pool, partial(self.thread.shutdown, cancel_futures=True))
+        pool.shutdown(wait=False)
+        await asyncio.wait([ending], timeout=CLOSE_TIMEOUT_S)
+        if not ending.done():
+            log.warning("left behind in a copy that does not end")
+            return
         self._store.close()
 
     def _take_fetched(self, epoch: int) -> list[wire.Fetched]:
@@ -183,6 +201,12 @@ class Tiering:
         if counts.corrupt and "corrupt" not in self._said:
             self._said.add("corrupt")
             log.warning("cached KV is not what was written, and is computed again", blocks=counts.corrupt)
+
+
+def _forget(looked: asyncio.Future[list[int | Fault]]) -> None:
+    """Nobody waits for it: what went wrong with it is no news."""
+    if not looked.cancelled():
+        looked.exception()
 
 
 def _prepare_thread(device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """What is copied below the pool waits for its budget; what somebody waits for doesn't."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -23,6 +24,9 @@ class Store:
         self.kinds: list[tuple[str, str]] = []
         self.wrong: set[int] = set()
         """Blocks of the pool that aren't what was written."""
+        self.goes_on = threading.Event()
+        """Cleared: it hangs."""
+        self.goes_on.set()
         self.is_closed = False
 
     @property
@@ -30,6 +34,7 @@ class Store:
         return {"host": 40}
 
     def copy(self, items: Sequence[Copying]) -> list[int | Fault]:
+        self.goes_on.wait()
         self.kinds += [(item.source.where, item.target.where) for item in items]
         return [self._copy(item) for item in items]
 
@@ -55,7 +60,7 @@ async def tiering(*, checks: bool = False) -> AsyncIterator[tuple[Tiering, RMana
     finally:
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
-        made.close()
+        await made.close()
         assert store.is_closed
     rmanager.validate()
 
@@ -158,3 +163,20 @@ async def test_blocks_are_compared_with_what_was_written() -> None:
         assert rmanager.take_reusable() == {1: [[(0, 4)], [(8, 12)]]}
         tiers.jobs.forget_counts()
         assert tiers.counters() == wire.Counters()
+
+
+async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instance.tiering.CHECK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("instance.tiering.CLOSE_TIMEOUT_S", 0.05)
+    async with tiering(checks=True) as (tiers, rmanager, store, _):
+        tiers.resume()
+        leave(rmanager, 1, 1)
+        tiers.wake()
+        await until(store, 2)
+        sums = tiers.known(rmanager.shards.cache.runs(1)[0].block_ids)
+        store.goes_on.clear()
+        assert not await tiers.are_right(sums)
+        assert not tiers.counters().blocks_corrupt, "it isn't known to be wrong, either"
+        await tiers.close()
+        assert not store.is_closed
+        store.goes_on.set()
