@@ -108,6 +108,30 @@ def play(sizes: list[int], whats: list[Happening], seed: int = 0, tier_slots: Ma
     return cell
 
 
+def _asked(begins: st.SearchStrategy[int]) -> st.SearchStrategy[Happening]:
+    spread: st.SearchStrategy[Any] = st.sampled_from(["all", "auto", 1, 2])
+    return st.tuples(st.just("submit"), st.integers(20, 40), st.integers(1, 12), spread, st.booleans(), begins)
+
+
+ASKED_AGAIN = st.one_of(
+    *(_asked(st.integers(1, 9)), _asked(st.integers(1, 9)), _asked(st.just(0)), LETS, LETS, LETS, LETS, TIMES),
+    *(OTHERS["break"], OTHERS["cancel"]),
+)
+
+
+@given(
+    st.sampled_from([[14, 14], [12], [20, 20, 20], [11, 11, 11]]),
+    st.lists(ASKED_AGAIN, min_size=40, max_size=100),
+    st.integers(0, 99),
+    st.sampled_from([{"host": 60}, {"disk": 60}, {"host": 5, "disk": 60}, {"host": 6}, {"host": 30, "disk": 10}]),
+)
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+def test_requests_end_right_whatever_is_driven_out_and_read_again(
+    sizes: list[int], whats: list[Happening], seed: int, tier_slots: dict[Tier, int]
+) -> None:
+    play(sizes, whats, seed, tier_slots)
+
+
 @given(SIZES, happenings(15, 60), st.integers(0, 99), TIERS)
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
 def test_requests_end_right_whatever_happens(
