@@ -186,10 +186,10 @@ class Reuses:
 
     def _find(self, request: Request) -> list[Reuse]:
         """What it could share."""
-        rank_of = {member.id: member.rank for member in self._cell.members}
         matches = self._matches(request, with_below=False)
         if self._prefixes.has_below and request.num_reads < MOST_READS:
             matches += [match for match in self._matches(request, with_below=True) if match.below]
+        rank_of = {member.id: member.rank for member in self._cell.members} if matches else {}
         return [self._as_reuse(match, rank_of) for match in matches]
 
     def _matches(self, request: Request, *, with_below: bool) -> list[Match]:
