@@ -12,16 +12,11 @@ kernel that holds processors until the other end's runs, too, and neither is lau
 A word that doesn't come within `PEER_TIMEOUT_S`, or says no, ends the copy (CopyFailed) and nothing else: words have a group
 of their own, and Gloo takes a late one's connections away from copies alone.
 
-The checksum is a CRC-32 of the bytes where they lie in host memory (zlib: above 1 GB/s a core). On a GPU that would bring all
-of the KV to the host: there it is a sum over 32-bit words, each times its place, modulo 2^64. It is exact whatever the order
-of addition, and unlike a plain sum it sees words that have changed places.
-
 Nothing here decides: who calls has made sure that no step writes what is copied, and that the target's blocks are nobody's.
 """
 
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +24,7 @@ from typing import Any
 import torch
 
 from distattn.exchange import Exchange, ExchangeError
+from kvstore.checksum import bytes_of, checksum_of
 from kvstore.storage import KVStorage
 
 PEER_TIMEOUT_S = 10.0
@@ -42,7 +38,6 @@ word knows how long that may honestly take."""
 _POLL_S = 2e-4
 _NO = -1
 """For the number of a block: this end has no part in the copy."""
-_PRIME = 0x9E3779B1
 
 
 class TransferEnded(Exception):
@@ -64,11 +59,12 @@ class StepBudget:
     Shared by the thread that copies (`take`) and the loop that steps (`tell`).
     """
 
-    def __init__(self, tokens_per_step: int) -> None:
-        """Raises ValueError unless it is positive."""
-        if tokens_per_step < 1:
-            raise ValueError(f"a budget must be at least 1 token a step, got {tokens_per_step}")
+    def __init__(self, tokens_per_step: int, prompt_weight: int = 1) -> None:
+        """`prompt_weight`: as how many steps one of prompts counts. Raises ValueError unless both are positive."""
+        if min(tokens_per_step, prompt_weight) < 1:
+            raise ValueError(f"a budget must be at least 1 token a step, got {tokens_per_step} x {prompt_weight}")
         self.tokens_per_step = tokens_per_step
+        self.prompt_weight = prompt_weight
         self._changed = threading.Condition()
         self._left = 0
         self._most = tokens_per_step
@@ -92,6 +88,15 @@ class StepBudget:
             if self._is_over:
                 raise TransferEnded("the epoch ended")
             self._left = max(0, self._left - tokens)
+
+    def try_take(self, tokens: int) -> bool:
+        """As `take`, without waiting: whether so many tokens may be copied now. After `end` nothing steps, and they may."""
+        with self._changed:
+            self._most = max(tokens, self.tokens_per_step)
+            may = self._is_over or not self._is_busy or self._left >= tokens
+            if may:
+                self._left = max(0, self._left - tokens)
+            return may
 
     def end(self) -> None:
         """Let go of who waits."""
@@ -142,7 +147,7 @@ class Transfers:
                 self._hear(move, to, index)
                 self._budget.take(self._block_size)
                 self._say(move, to, index)
-                self._pass([(_bytes_of(block_L2PKD), {to: 1})], [])
+                self._pass([(bytes_of(block_L2PKD), {to: 1})], [])
             self.blocks_sent += 1
             self.bytes_sent += self._block_bytes
         self._say(move, to, checksum)
@@ -161,7 +166,7 @@ class Transfers:
             with self._on_stream():
                 place_L2PKD = self._data_L2BPKD[:, :, block]
                 block_L2PKD = torch.empty_like(place_L2PKD, memory_format=torch.contiguous_format)
-                self._pass([], [(_bytes_of(block_L2PKD), {source: 1})])
+                self._pass([], [(bytes_of(block_L2PKD), {source: 1})])
                 place_L2PKD.copy_(block_L2PKD)
                 checksum = checksum_of(place_L2PKD.clone(memory_format=torch.contiguous_format), checksum)
         sent = self._word_of(move, source)
@@ -224,20 +229,3 @@ class Transfers:
                 return
             with torch.cuda.stream(self._stream):
                 yield
-
-
-def checksum_of(piece: torch.Tensor, before: int = 0) -> int:
-    """Of a contiguous tensor's bytes and, by `before`, of the pieces before it."""
-    flat = _bytes_of(piece).flatten()
-    if piece.device.type == "cpu":
-        return zlib.crc32(flat.numpy().data, before)
-    padding = -flat.numel() % 4
-    words = torch.nn.functional.pad(flat, (0, padding)).view(torch.int32)
-    places = torch.arange(1, words.numel() + 1, device=piece.device)
-    total = int((words * places).sum().item()) + before * _PRIME
-    return (total + 2**63) % 2**64 - 2**63
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor as one row of bytes, a view."""
-    return tensor.view(-1).view(torch.uint8).unsqueeze(0)

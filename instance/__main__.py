@@ -21,6 +21,7 @@ from distattn.exchange import ExchangeError
 from gmanager.wire import logs
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.errors import AddressError
+from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
@@ -84,6 +85,20 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         help="tokens of KV that are copied beside each step, when runs move to other instances",
     )
     parser.add_argument(
+        "--host-memory",
+        default="0",
+        metavar="SIZE",
+        help="host memory for KV that requests leave and the pool has no room for, as 64G (%(default)s: none)",
+    )
+    parser.add_argument(
+        "--disk", metavar="DIR:SIZE", help="disk for what host memory has no room for, as /scratch:500G (none); scratch"
+    )
+    parser.add_argument(
+        "--check-cache",
+        action="store_true",
+        help="compare cached KV with what was written, each time before it is shared: reads all of it",
+    )
+    parser.add_argument(
         "--grace-s",
         type=float,
         default=20,
@@ -119,6 +134,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     cell_size = _given(args.cell_size, launch.world_size)
     chunk_tokens = _given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if gpu else settings.CPU_CHUNK_TOKENS)
     names = list(dict.fromkeys(args.served_model_name or ()))
+    disk, disk_bytes = (None, 0) if args.disk is None else parse_disk(args.disk)
     return InstanceConfig(
         gmanager=args.gmanager,
         model=args.model,
@@ -137,6 +153,10 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         decode_processors=tuple(sorted(set(args.decode_processors))),
         threads=_given(args.threads, settings.default_threads(cell_size)),
         copy_tokens=args.copy_tokens,
+        host_memory=parse_size(args.host_memory),
+        disk=disk,
+        disk_bytes=disk_bytes,
+        check_cache=args.check_cache,
         grace_s=args.grace_s,
         host=args.host,
         cell=args.cell,

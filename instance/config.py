@@ -103,6 +103,14 @@ class InstanceConfig:
     copy_tokens: int = 16
     """Tokens of KV that are copied to or from this instance for each of its steps, while it steps (Infinite-LLM: 16 are free,
     32 cost 8.6 %). The two ends of a copy need not have the same."""
+    host_memory: int = 0
+    """Bytes of host memory for copies of cached blocks; 0: none."""
+    disk: Path | None = None
+    """Directory in which a file for such copies is made, without a name; None: there is none."""
+    disk_bytes: int = 0
+    """Of that file."""
+    check_cache: bool = False
+    """Whether cached blocks are compared with what was written before they are shared: all of their KV is read for that."""
     grace_s: float = 20
     """How long it may take to be emptied once it is asked to end; 0: it ends at once. Less than the 30 s after which torchrun
     kills what it has asked to end."""
@@ -141,6 +149,10 @@ class InstanceConfig:
         for flag, number in (("--gpu", self.gpu), ("--id", self.id)):
             if number is not None and number < 0:
                 raise ValueError(f"{flag} must not be negative, got {number}")
+        if self.host_memory < 0:
+            raise ValueError(f"--host-memory must not be negative, got {self.host_memory}")
+        if self.disk is not None and self.disk_bytes < 1:
+            raise ValueError(f"--disk {self.disk}:{self.disk_bytes} has no room")
         if not self.grace_s >= 0:
             raise ValueError(f"--grace-s must not be negative, got {self.grace_s:g}")
         if not self.connect_timeout_s > 0:
@@ -165,6 +177,11 @@ class InstanceConfig:
     def backend(self) -> Literal["triton", "torch"]:
         """Which kernels run."""
         return "triton" if self.device == "cuda" else "torch"
+
+    @property
+    def reads_pool(self) -> bool:
+        """Whether cached blocks are copied below the pool, or checked."""
+        return self.host_memory > 0 or self.disk is not None or self.check_cache
 
     @property
     def num_blocks(self) -> int:

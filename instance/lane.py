@@ -30,15 +30,15 @@ class Lanes:
         scheduler: Scheduler,
         runners: Mapping[Lane, Runner],
         sharing: Sharing | None,
-        budget: StepBudget | None,
+        budgets: Sequence[StepBudget],
         timeout_s: float,
     ) -> None:
-        """`sharing`: of a GPU's processors. `budget`: of what is copied beside steps. `timeout_s`: longest that the device may
+        """`sharing`: of a GPU's processors. `budgets`: of what is copied beside steps. `timeout_s`: longest that the device may
         take for a step."""
         self.parties = parties
         self.scheduler = scheduler
         self.log = StepLog()
-        self._budget = budget
+        self._budgets = budgets
         self._sharing = sharing
         self._loops = {
             lane: LaneLoop(lane, parties[lane], scheduler, runner, self.log, self._processors, timeout_s)
@@ -59,8 +59,10 @@ class Lanes:
 
         def progress() -> None:
             self.parties.wake()  # what a lane has done may be work for the other
-            if self._budget is not None:
-                self._budget.tell(sum(loop.steps_run for loop in self), is_busy=any(loop.is_running for loop in self))
+            for budget in self._budgets:
+                weights = {"prefill": budget.prompt_weight, "decode": 1}
+                steps = sum(loop.steps_run * weights[loop.lane] for loop in self)
+                budget.tell(steps, is_busy=any(loop.is_running for loop in self))
             on_progress()
 
         async with asyncio.TaskGroup() as tasks:

@@ -3,6 +3,7 @@
 total x fraction = weights + other use + activations + attention + sampling + reserve + KV
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from distattn.shape import AttentionShape, PackedRows
+from instance.config import InstanceConfig
 from instance.model import Model
 from instance.needs import Needs
 
@@ -31,6 +33,10 @@ NCCL's channel buffers (hundreds of MiB for each lane's communicator, and those 
 products' work space, kernels' code, and the allocator's waste: 2 GiB, an allowance, not a measurement: 1.4 % of an H200. And
 what block moves take, whose communicator is there in every cell of two or more, whether anything moves or not."""
 
+TIERS_BYTES = 128 * 2**20
+"""For copies to and from the tiers below the pool, where there are some: two blocks on their way and the words and places of a
+checksum, eight bytes for each four, by arithmetic: 8 x (8 MiB) of the 8B shape and as much again."""
+
 OTHER_BYTES = 2**30
 """In use beside the weights when nobody else uses the GPU, predicted: CUDA's context, libraries, the weights' rounding. An
 instance of the 8B shape on an H200 measured 1.0 GiB (docs/performance.md)."""
@@ -38,6 +44,41 @@ instance of the 8B shape on an H200 measured 1.0 GiB (docs/performance.md)."""
 ALLOCATOR_WASTE = 1.2
 """Reserved by torch for each byte of activations that lives: what it rounds up, and can't join. The 8B shape on an H200 with
 8,448 rows: 1.3 GiB, of it 1.03 by `activation_bytes`."""
+
+
+def check_tiers(config: InstanceConfig) -> None:
+    """Raises TooLittleMemory if the machine hasn't the host memory or the disk that is asked for. What several instances of a
+    machine take together nobody adds up here: `distattn up` does."""
+    if config.host_memory > (free := available_bytes()):
+        raise TooLittleMemory(
+            f"--host-memory {size(config.host_memory)} is more than the {size(free)} of host memory that are available"
+        )
+    if config.disk is None:
+        return
+    try:
+        free = shutil.disk_usage(config.disk).free
+    except OSError as error:
+        raise TooLittleMemory(f"--disk {config.disk} can't be used: {error.strerror}") from error
+    if config.disk_bytes > free:
+        raise TooLittleMemory(
+            f"--disk {config.disk}:{size(config.disk_bytes)} is more than the {size(free)} that are free there"
+        )
+
+
+def available_bytes() -> int:
+    """Host memory that can be had without swapping, by the kernel and by what this process's control group may take."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            break
+    else:
+        raise RuntimeError("/proc/meminfo does not say how much memory is available")
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return available  # no limit that is known here
+    return available if limit == "max" else max(0, min(available, int(limit) - int(used)))
 
 
 class TooLittleMemory(ValueError):

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Sequence
 
 from kvstore.prefix import whole_blocks
 from kvstore.shard import Shard, ShardTable
+from kvstore.tiers import Tiers
 
 
 class RManager:
@@ -33,8 +34,9 @@ class RManager:
     Every change of what a sequence holds here is noted, and told to the gManager as a delta (`take_changes`).
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.shards = ShardTable(num_blocks, block_size)
+    def __init__(self, num_blocks: int, block_size: int, tiers: Tiers | None = None) -> None:
+        """`tiers`: below the pool; None: there are none."""
+        self.shards = ShardTable(num_blocks, block_size, tiers)
         self._changed: dict[int, None] = {}
         self._dormant: dict[int, None] = {}
         self._copies: dict[int, list[tuple[int, int]]] = {}
@@ -150,9 +152,14 @@ class RManager:
         self._pinned[seq] = self._changed[seq] = None
         return True
 
+    def shares(self, seq: int) -> list[int] | None:
+        """The blocks of others with which a sequence is to begin that has not begun; None: there is no such."""
+        return self.shards[seq].block_ids if seq in self._pinned else None
+
     def take_reusable(self) -> dict[int, list[list[tuple[int, int]]]]:
-        """seq -> for each run the positions that can be shared now, of those for which that has changed since the last call."""
-        self._renewed |= dict.fromkeys(self.shards.cache.take_evicted())
+        """seq -> for each run the positions that can be shared now, or once they are read from `below`, of those for which that
+        has changed since the last call."""
+        self._renewed |= dict.fromkeys(self.shards.cache.take_changed())
         renewed, self._renewed = self._renewed, {}
         return {seq: self._reusable(seq) for seq in renewed}
 
@@ -161,9 +168,15 @@ class RManager:
         self.take_reusable()
         return {seq: self._reusable(seq) for seq in self.shards.cache}
 
+    def below(self, seq: int) -> list[int]:
+        """How many of the last tokens of each run that can be shared lie below the pool; none: all are in it."""
+        size = self.shards.block_size
+        counts = [len(run.sunk) * size for run in self.shards.cache.runs_of(seq)]
+        return counts if any(counts) else []
+
     def _reusable(self, seq: int) -> list[list[tuple[int, int]]]:
         if seq in self.shards.cache:
-            return [list(run.ranges) for run in self.shards.cache.runs(seq)]
+            return [run.all_ranges for run in self.shards.cache.runs(seq)]
         end = self._published.get(seq, 0)
         whole = (whole_blocks(run, end, self.shards.block_size) for run in self.ranges(seq))
         return [run for run in whole if run]

@@ -30,8 +30,10 @@ from instance.party import PartyMessage
 from instance.processors import Processors
 from instance.rmanager import RManager
 from instance.step import Grouping
+from instance.tiering import Store, Tiering
 from instance.unheard import Unheard
 from kvstore.storage import KVStorage
+from kvstore.tiers import Tiers
 
 log = get_logger("instance")
 
@@ -44,7 +46,7 @@ MOST_CACHED = 2**12
 """Sequences of which one message says what is cached."""
 MOST_CACHED_ENTRIES = 2**18
 """Of a message, as the codec counts them: what is told of cached sequences when an epoch ends. What is not told is freed."""
-ENTRIES_OF_SHARD, ENTRIES_OF_RANGE = 12, 3
+ENTRIES_OF_SHARD, ENTRIES_OF_RANGE = 14, 3
 """At most, keys and values."""
 
 
@@ -59,8 +61,10 @@ class Instance:
         spec: wire.InstanceSpec,
         storage: KVStorage,
         transport: Transport,
+        tiers: Store | None = None,
     ) -> None:
-        """Listens for its party, and begins to dial the gManager. Needs a running loop. Raises AddressError."""
+        """Listens for its party, and begins to dial the gManager. `tiers`: below the pool. Needs a running loop. Raises
+        AddressError."""
         to_instance: Decoder[wire.ToInstance] = Decoder(wire.ToInstance)
         party_decoder: Decoder[PartyMessage] = Decoder(PartyMessage)
         self._config = config
@@ -79,7 +83,11 @@ class Instance:
         self._unheard = Unheard()
         self._requests: dict[int, int] = {}
         """seq -> number of the request, of KV that was kept over the end of an epoch in which its home was here."""
-        self._rmanager = RManager(storage.num_blocks, storage.block_size)
+        self._rmanager = RManager(storage.num_blocks, storage.block_size, None if tiers is None else Tiers(tiers.slots))
+        self._tiering: Tiering | None = None
+        if tiers is not None:
+            checks = config.check_cache
+            self._tiering = Tiering(self._rmanager, tiers, storage.block_bytes, model.device, checks=checks)
         self._lasting = Lasting(
             config=config,
             model=model,
@@ -90,6 +98,7 @@ class Instance:
             transport=transport,
             listener=self._listener,
             party_decoder=party_decoder,
+            tiering=self._tiering,
         )
         self._epoch: Epoch | None = None
         """None: there is none yet, or it has ended and the next has yet to begin."""
@@ -147,6 +156,8 @@ class Instance:
             if self._epoch is not None:
                 await self._epoch.abandon()
             await asyncio.wait([work])
+            if self._tiering is not None:
+                await self._tiering.close()
             await self._gmanager.close()
             await self._listener.close()
         if failure is not None:
@@ -159,6 +170,8 @@ class Instance:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._beat())
+                if self._tiering is not None:
+                    tasks.create_task(self._tiering.run(self._on_copied, self._epoch_number))
                 while True:
                     try:
                         async with asyncio.timeout(None) as self._patience:
@@ -275,14 +288,15 @@ class Instance:
                 counters=wire.Counters.sum(self._counted, epoch.counters(), self._own_counters()),
                 cached_blocks=self._rmanager.cached_blocks,
                 samples=epoch.take_samples(),
+                host_blocks=self._rmanager.shards.cache.tiers.num_copies("host"),
+                disk_blocks=self._rmanager.shards.cache.tiers.num_copies("disk"),
             )
         )
 
     def _own_counters(self) -> wire.Counters:
         """Of what isn't counted by epoch."""
-        return wire.Counters(
-            dropped_messages=self._dropped, blocks_evicted=self._rmanager.evicted_blocks - self._evicted_before
-        )
+        own = wire.Counters(dropped_messages=self._dropped, blocks_evicted=self._rmanager.evicted_blocks - self._evicted_before)
+        return own if self._tiering is None else wire.Counters.sum(own, self._tiering.counters())
 
     def _obey(self, message: wire.Message | BadMessage, tasks: asyncio.TaskGroup) -> None:
         """One message of the gManager. Raises InstanceError if it can't be read: what it asks for would never be done."""
@@ -305,6 +319,8 @@ class Instance:
             self._change = tasks.create_task(self._join(message, self._epoch, before=self._change))
         elif isinstance(message, wire.Suspend):
             over, self._epoch = self._epoch, None
+            if self._tiering is not None:
+                self._tiering.pause()
             answer = self._gmanager.send  # not to another gManager than asks
             self._change = tasks.create_task(self._suspend(message, over, answer, before=self._change))
         elif isinstance(message, wire.Discard):
@@ -323,6 +339,8 @@ class Instance:
             log.warning("message dropped", message_type=type(message).__name__)
         elif isinstance(message, wire.OfferRun | wire.CopyRun):
             self._move_run(self._epoch, message, tasks)
+        elif isinstance(message, wire.Reserve) and message.source:
+            self._share(self._epoch, message, tasks)
         else:
             self._command(self._epoch.lanes, message)
             self._epoch.lanes.parties.wake()
@@ -348,23 +366,54 @@ class Instance:
         if answer is not None and self._epoch is epoch:
             self._tell(answer)
 
+    def _share(self, epoch: Epoch, asked: wire.Reserve, tasks: asyncio.TaskGroup) -> None:
+        """Grant blocks of another sequence and others besides; first compare those with what was written, if that is known."""
+        if not self._rmanager.share(asked.seq, asked.source, asked.shared):
+            self._lacks_source(asked)
+            return
+        sums = {} if self._tiering is None else self._tiering.known(self._rmanager.shares(asked.seq) or ())
+        if self._tiering is None or not sums:
+            self._reserve(asked)
+        else:
+            tasks.create_task(self._check(epoch, self._tiering, asked, sums))
+
+    async def _check(self, epoch: Epoch, tiering: Tiering, asked: wire.Reserve, sums: Mapping[int, int]) -> None:
+        is_right = await tiering.are_right(sums)
+        if self._epoch is not epoch:
+            return
+        if self._rmanager.shares(asked.seq) is None:  # given up meanwhile
+            self._answer_reserve(asked.epoch, asked.seq, 0)
+        elif is_right:
+            self._reserve(asked)
+        else:
+            self._rmanager.drop(asked.seq)
+            self._lacks_source(asked)
+
+    def _lacks_source(self, asked: wire.Reserve) -> None:
+        self._tell_of_cached()
+        free = self._rmanager.free_blocks
+        self._gmanager.send(wire.NotGranted(epoch=asked.epoch, seq=asked.seq, free_blocks=free, lacks_source=True))
+
+    def _reserve(self, asked: wire.Reserve) -> None:
+        is_granted = self._rmanager.reserve(asked.seq, asked.blocks)
+        if not is_granted:
+            self._rmanager.drop(asked.seq)  # what it would have shared
+        self._answer_reserve(asked.epoch, asked.seq, asked.blocks if is_granted else None)
+
     def _command(self, lanes: Lanes, message: wire.Message) -> None:
         scheduler = lanes.scheduler
         match message:
-            case wire.Reserve(seq=seq, source=source) if source and not self._rmanager.share(seq, source, message.shared):
-                self._tell_of_cached()
-                free = self._rmanager.free_blocks
-                self._gmanager.send(wire.NotGranted(epoch=message.epoch, seq=seq, free_blocks=free, lacks_source=True))
-            case wire.Reserve(seq=seq, blocks=blocks):
-                is_granted = self._rmanager.reserve(seq, blocks)
-                if not is_granted:
-                    self._rmanager.drop(seq)  # what it would have shared
-                self._answer_reserve(message.epoch, seq, blocks if is_granted else None)
+            case wire.Reserve():
+                self._reserve(message)
             case wire.ReserveNext(seq=seq):
                 self._answer_reserve(message.epoch, seq, self._rmanager.reserve_next(seq))
             case wire.Drop(seq=seq):
                 self._rmanager.drop(seq)
                 self._tell_of_freed()
+            case wire.Fetch() if self._tiering is not None:
+                self._tiering.fetch(message)
+            case wire.Fetch(into_pool=True):
+                self._tell(wire.Fetched(epoch=message.epoch, fetch=message.fetch, blocks=0, us=0))
             case wire.Admit():
                 scheduler.admit(message)
             case wire.Regroup(number=number, parties=parties):
@@ -410,11 +459,15 @@ class Instance:
         self._is_registered, self._unanswered, self._former = False, 0, None
         over, self._epoch = self._epoch, None
         before, self._change = self._change, None
+        if self._tiering is not None:
+            self._tiering.pause()
         self._rmanager.settle(await self._end(over, before))
         self._rmanager.keep([])
         self._rmanager.take_changes()
         self._rmanager.take_reusable()
         self._evicted_before = self._rmanager.evicted_blocks
+        if self._tiering is not None:
+            self._tiering.jobs.forget_counts()
         self._is_alone, self._unheard, self._requests = False, Unheard(), {}
         self._counted = wire.Counters()  # the gManager has counted what it heard of us
         if self._is_leaving:
@@ -454,6 +507,7 @@ class Instance:
             return  # it has ended meanwhile
         self._tell(wire.Joined(epoch=join.epoch))
         log.info("epoch joined", epoch=join.epoch, cell_rank=join.rank, instances=len(join.members))
+        self._resume_tiers(join)
         reason = await epoch.run(partial(self._on_progress, epoch))
         if reason is not None:
             self._on_broken(join.epoch, reason)
@@ -480,9 +534,28 @@ class Instance:
             for seq, runs in kept.items()
         ]
         free, unheard = self._rmanager.free_blocks, self._unheard.report() if self._is_alone else []
-        cached = _newest_that_fit(self._rmanager.cached())
+        cached = _newest_that_fit(self._rmanager)
         answer(wire.Kept(epoch=suspend.epoch, free_blocks=free, shards=shards, cached=cached, unheard=unheard))
         log.info("epoch ended", epoch=suspend.epoch, reason=suspend.reason, kept_sequences=len(shards))
+
+    def _resume_tiers(self, join: wire.JoinEpoch) -> None:
+        if self._tiering is None:
+            return
+        if not join.caches:
+            log.warning("host memory and disk are of no use: the gManager was started with --prefix-cache off")
+        self._tell_of_cached()  # what came to its end meanwhile
+        self._tiering.resume()
+
+    def _epoch_number(self) -> int:
+        return 0 if self._epoch is None else self._epoch.number
+
+    def _on_copied(self, fetched: list[wire.Fetched]) -> None:
+        """Something else is known of what lies in the pool and below it."""
+        self._tell_of_cached()
+        for message in fetched:
+            self._tell(message)
+        if fetched and self._epoch is not None and self._epoch.lanes is not None:
+            self._epoch.lanes.parties.wake()  # what was read into, and is free, somebody may wait for
 
     def _on_broken(self, epoch: int, reason: str) -> None:
         """It can't go on; the gManager knows why, or will, and says what comes next."""
@@ -500,6 +573,8 @@ class Instance:
         self._tell_of_cached()  # before the Released of sequences that left it
         for message in epoch.take_messages(self._unheard, are_sent=not self._is_alone):
             self._tell(message)
+        if self._tiering is not None:
+            self._tiering.wake()
 
     def _tell(self, message: wire.Message) -> None:
         """The gManager, of the epoch that it began."""
@@ -513,7 +588,8 @@ class Instance:
     def _tell_of_cached(self) -> None:
         if self._is_alone or self._epoch is None or self._epoch.lanes is None:
             return  # with the end of the epoch all is told
-        shards = [wire.KeptShard(seq=seq, runs=runs) for seq, runs in self._rmanager.take_reusable().items()]
+        reusable = self._rmanager.take_reusable()
+        shards = [wire.KeptShard(seq=seq, runs=runs, below=self._rmanager.below(seq)) for seq, runs in reusable.items()]
         for first in range(0, len(shards), MOST_CACHED):
             self._tell(wire.Cached(epoch=self._epoch.number, shards=shards[first : first + MOST_CACHED]))
 
@@ -524,15 +600,15 @@ class Instance:
             self._epoch.lanes.scheduler.validate()
 
 
-def _newest_that_fit(cached: Mapping[int, list[list[tuple[int, int]]]]) -> list[wire.KeptShard]:
+def _newest_that_fit(rmanager: RManager) -> list[wire.KeptShard]:
     """Of cached sequences in order of their last use those that one message holds."""
     told: list[wire.KeptShard] = []
     room = MOST_CACHED_ENTRIES
-    for seq, runs in reversed(list(cached.items())):
-        room -= ENTRIES_OF_SHARD + sum(1 + ENTRIES_OF_RANGE * len(run) for run in runs)
+    for seq, runs in reversed(list(rmanager.cached().items())):
+        room -= ENTRIES_OF_SHARD + sum(2 + ENTRIES_OF_RANGE * len(run) for run in runs)
         if room < 0:
             break
-        told.append(wire.KeptShard(seq=seq, runs=runs))
+        told.append(wire.KeptShard(seq=seq, runs=runs, below=rmanager.below(seq)))
     return told
 
 

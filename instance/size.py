@@ -17,12 +17,14 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
 from instance.errors import UnsupportedModel
-from instance.memory import TooLittleMemory, activation_bytes, predict
+from instance.memory import TIERS_BYTES, TooLittleMemory, activation_bytes, predict
 from instance.model import Model, random_model
 from instance.needs import Needs, refuse_shape
+from kvstore.tier_storage import slot_bytes
 
 GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
@@ -50,6 +52,9 @@ class Question:
     """Tokens of the longest sequence served; None: as the model's config says."""
     block_size: int
     chunk_tokens: int
+    host_memory: int = 0
+    disk_bytes: int = 0
+    """Of one instance, below its pool."""
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +67,8 @@ class Question:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.host_memory < 0 or self.disk_bytes < 0:
+            raise ValueError(f"--host-memory and --disk must not be negative, got {self.host_memory} and {self.disk_bytes}")
         if self.kv_tokens is not None and self.kv_tokens < self.block_size:
             raise ValueError(f"--kv-tokens {self.kv_tokens} is less than one block of {self.block_size} tokens")
         if not 0 < self.kv_memory < 1:
@@ -84,6 +91,9 @@ class InstanceSize:
     tokens: int
     """Of KV."""
     kv: int
+    host_tokens: int
+    disk_tokens: int
+    """Whose KV has room below the pool, once requests have left it."""
     limit: int | None
     """What it may take of its GPU; None on the CPU, which isn't measured."""
 
@@ -161,6 +171,8 @@ def instance_size(question: Question, model: Model, cell_size: int) -> InstanceS
     if question.device == "cuda":
         fraction = question.kv_memory if asked is None else 1  # as `instance.start.size_pool`
         budget = predict(model, needs, device="a GPU", total=question.gpu_bytes, fraction=fraction)
+        if question.host_memory or question.disk_bytes:
+            budget = replace(budget, reserve=budget.reserve + TIERS_BYTES)
         if asked is not None:
             budget.check(asked * question.block_size, needs.token)
         blocks = budget.num_blocks(block_bytes) if asked is None else asked
@@ -175,7 +187,15 @@ def instance_size(question: Question, model: Model, cell_size: int) -> InstanceS
             "attention": needs.attention,
             "sampling": needs.sampling,
         }
-    return InstanceSize(parts=parts, blocks=blocks, tokens=blocks * question.block_size, kv=blocks * block_bytes, limit=limit)
+    return InstanceSize(
+        parts=parts,
+        blocks=blocks,
+        tokens=blocks * question.block_size,
+        kv=blocks * block_bytes,
+        host_tokens=question.host_memory // block_bytes * question.block_size,
+        disk_tokens=question.disk_bytes // slot_bytes(block_bytes) * question.block_size,
+        limit=limit,
+    )
 
 
 def fewest_instances(question: Question, model: Model, blocks: int) -> int | None:
@@ -213,6 +233,7 @@ def show(found: Answer) -> str:
         ("one instance", f"on {'a GPU' if found.device == 'cuda' else 'the CPU'}, {found.instances:,} in the cell"),
         *((f"  {name}", _gib(part)) for name, part in one.parts.items()),
         ("  KV", f"{_gib(one.kv)}   {one.tokens:,} tokens, {one.blocks:,} blocks"),
+        *_below(one),
         ("  in all", _gib(sum(one.parts.values()) + one.kv) + limit),
         ("", ""),
         ("KV of the cell", f"{found.cell_tokens:,} tokens"),
@@ -223,6 +244,12 @@ def show(found: Answer) -> str:
         rows.append(("fewest instances", "no number holds them" if found.fewest is None else f"{found.fewest:,}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join([*(f"{name:{width}}  {value}".rstrip() for name, value in rows), "", *found.notes])
+
+
+def _below(one: InstanceSize) -> list[tuple[str, str]]:
+    """What has room below the pool: it holds no sequence that runs."""
+    places = {"host memory": one.host_tokens, "disk": one.disk_tokens}
+    return [(f"  cached, {name}", f"{tokens:13,} tokens") for name, tokens in places.items() if tokens]
 
 
 def _verdict(found: Answer) -> str:
@@ -265,6 +292,8 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
         "--kv-memory", type=float, default=settings.GPU_KV_MEMORY, help="part of a GPU's memory that is used (%(default)s)"
     )
     parser.add_argument("--kv-tokens", type=parse_count, help="tokens of KV of one instance (what its GPU has room for)")
+    parser.add_argument("--host-memory", default="0", metavar="SIZE", help="of one instance, for cached KV, as 64G (none)")
+    parser.add_argument("--disk", metavar="DIR:SIZE", help="likewise, as /scratch:500G (none)")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
     parser.add_argument("--max-context", type=parse_count, help="tokens of the longest sequence served (as the config says)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
@@ -292,6 +321,8 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
         max_context=args.max_context,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if on_gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=_given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if on_gpu else settings.CPU_CHUNK_TOKENS),
+        host_memory=parse_size(args.host_memory),
+        disk_bytes=0 if args.disk is None else parse_disk(args.disk)[1],
         cache_dir=args.cache_dir,
     )
     return question, args.json

@@ -13,7 +13,7 @@ from instance.config import InstanceConfig
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
-from instance.memory import TooLittleMemory, check_weights, checkpoint_bytes, measure
+from instance.memory import TIERS_BYTES, TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure
 from instance.model import Model, load_model, load_text_assets
 from instance.needs import Needs, refuse_shape
 from instance.processors import check_parts
@@ -21,6 +21,7 @@ from instance.scheduler import MAX_DECODE_ROWS
 from instance.server import Instance
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage
+from kvstore.tier_storage import TierStorage, slot_bytes
 
 log = get_logger("instance")
 
@@ -36,9 +37,10 @@ class Loaded:
 def load(config: InstanceConfig) -> Loaded:
     """Find, load and check the model.
 
-    Raises CheckpointError, UnsupportedModel by the name of what is not supported, TooLittleMemory if the GPU can't hold it,
-    InstanceError if it has fewer processors than the config says.
+    Raises CheckpointError, UnsupportedModel by the name of what is not supported, TooLittleMemory if the GPU can't hold it, or
+    the machine what is wanted below the pool, InstanceError if it has fewer processors than the config says.
     """
+    check_tiers(config)
     device = device_of(config)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     torch.set_num_threads(config.threads)  # this thread has its own; too many made the comparison take 9 s, not 0.7
@@ -114,7 +116,7 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
         memory=_mib(storage.nbytes),
     )
     warm_up(model, storage, config.backend)
-    return Instance(config, model, loaded.assets, _make_spec(config, loaded), storage, transport)
+    return Instance(config, model, loaded.assets, _make_spec(config, loaded), storage, transport, make_tiers(config, storage))
 
 
 def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceConfig:
@@ -125,6 +127,8 @@ def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceCon
     if model.device.type == "cpu":
         return config
     budget = measure(model, needs, fraction=1 if config.kv_memory is None else config.kv_memory)
+    if config.reads_pool:
+        budget = replace(budget, reserve=budget.reserve + TIERS_BYTES)
     log.info("GPU memory", **budget.describe())
     if config.kv_tokens is not None:
         budget.check(config.num_blocks * config.block_size, needs.token)
@@ -165,6 +169,24 @@ def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStora
         raise TooLittleMemory(
             f"--kv-tokens {tokens:,} needs {_mib(tokens * token)} on {model.device} ({token:,} bytes a token): {error}"
         ) from error
+
+
+def make_tiers(config: InstanceConfig, storage: KVStorage) -> TierStorage | None:
+    """What lies below the pool, or reads it to check it; None: nothing does. Raises TooLittleMemory."""
+    if not config.reads_pool:
+        return None
+    host_slots = config.host_memory // storage.block_bytes
+    disk_slots = config.disk_bytes // slot_bytes(storage.block_bytes)
+    for flag, given, slots in (("--host-memory", config.host_memory, host_slots), ("--disk", config.disk_bytes, disk_slots)):
+        if given and not slots:
+            raise TooLittleMemory(f"{flag} {given:,} bytes don't hold one block of {storage.block_bytes:,} bytes")
+    try:
+        tiers = TierStorage(storage, host_slots=host_slots, disk_slots=disk_slots, folder=config.disk)
+    except (MemoryError, OSError) as error:
+        raise TooLittleMemory(f"below the pool: {error}") from error
+    sizes = {"host_tokens": host_slots * config.block_size, "disk_tokens": disk_slots * config.block_size}
+    log.info("below the pool", **sizes, block_bytes=storage.block_bytes, checks_pool=config.check_cache)
+    return tiers
 
 
 def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:

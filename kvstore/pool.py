@@ -12,7 +12,7 @@ A block is free, used by one or several sequences, or cached by such as are over
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from operator import add
 
@@ -35,6 +35,8 @@ class BlockPool:
         self._stops = [num_blocks]
         self._uses = [0] * num_blocks
         self._cached = [0] * num_blocks
+        self.on_free: Callable[[int], object] = lambda block: None
+        """Hears of each block that becomes free: what lay there is nobody's any more."""
 
     def can_allocate(self, count: int) -> bool:
         return count <= self.num_free
@@ -106,6 +108,10 @@ class BlockPool:
         """By how many sequences it is used or cached."""
         return self._uses[block] + self._cached[block]
 
+    def is_evictable(self, block: int) -> bool:
+        """Whether it is cached, and nobody uses it."""
+        return not self._uses[block] and self._cached[block] > 0
+
     def validate(self, uses: Counter[int] | None = None, cached: Counter[int] | None = None) -> None:
         """Runs are ascending, apart, inside the pool, and add up; so do references, which are these if they are given. Raises
         RuntimeError otherwise."""
@@ -173,3 +179,4 @@ class BlockPool:
             self._starts.insert(run, block)
             self._stops.insert(run, block + 1)
         self.num_free += 1
+        self.on_free(block)

@@ -6,14 +6,24 @@ them again, so any number of sequences may attend to them where they lie:
     run of a live sequence     | 0 1 2 3 | 4 12 13 14 | 15 16 . . |       block_size 4
     cached                     | 0 1 2 3 | 4 12 13 14 |
     shared up to position 14   | 0 1 2 3 |                                14 is in the second block
+
+Where there are tiers below the pool (`kvstore.tiers`), a block that has to make room and has a copy there lives on in it.
+Blocks leave a run from its end, so what is below follows what is in the pool; what is lost between splits the run:
+
+    run     | in the pool | below ......... |              read up again: the first below is the last in the pool
+    lost                  | below | x | below |   ──>   | in the pool | below |   and   | below |
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.pool import BlockPool
+from kvstore.tiers import Tiers
 
 Ranges = list[tuple[int, int]]
+
+MOST_SUNK_RUNS = 4
+"""Runs of one cached sequence that lie below altogether: each is one run more for who shares it. The shortest go."""
 
 
 def first_tokens(ranges: Sequence[tuple[int, int]], count: int) -> Ranges:
@@ -36,36 +46,135 @@ def whole_blocks(ranges: Sequence[tuple[int, int]], end: int, block_size: int) -
     return first_tokens(ranges, before - before % block_size)
 
 
-class CachedRun:
-    """Whole blocks of one run."""
+def split_tokens(ranges: Sequence[tuple[int, int]], count: int) -> tuple[Ranges, Ranges]:
+    """The first `count` positions of ranges, and the others."""
+    first = first_tokens(ranges, count)
+    rest = list(ranges[max(0, len(first) - 1) :])
+    if first:
+        end = first[-1][1]
+        rest = [(end, rest[0][1]), *rest[1:]] if end < rest[0][1] else rest[1:]
+    return first, rest
 
-    __slots__ = ("block_ids", "ranges")
+
+def join_ranges(first: Sequence[tuple[int, int]], then: Sequence[tuple[int, int]]) -> Ranges:
+    """Ranges that follow others, as one list."""
+    if first and then and first[-1][1] == then[0][0]:
+        return [*first[:-1], (first[-1][0], then[0][1]), *then[1:]]
+    return [*first, *then]
+
+
+class CachedRun:
+    """Whole blocks of one run: the first in the pool, those that follow below."""
+
+    __slots__ = ("_sunk_ranges", "block_ids", "num_copied", "ranges", "sunk")
 
     def __init__(self, ranges: Ranges, block_ids: list[int]) -> None:
         self.ranges = ranges
+        """Positions in the pool."""
         self.block_ids = block_ids
+        self.num_copied = 0
+        """So many of the last blocks in the pool are known to have a copy."""
+        self.sunk: list[int] = []
+        """Keys of copies, the last position's first."""
+        self._sunk_ranges: Ranges = []
+        """Their positions, the last ones first."""
+
+    @property
+    def start(self) -> int:
+        """Position of its first token. Raises IndexError if it has none."""
+        return self.ranges[0][0] if self.ranges else self._sunk_ranges[-1][0]
+
+    @property
+    def sunk_ranges(self) -> Ranges:
+        """Positions below, ascending."""
+        return self._sunk_ranges[::-1]
+
+    @property
+    def all_ranges(self) -> Ranges:
+        """Ascending."""
+        return join_ranges(self.ranges, self.sunk_ranges)
 
     def pop(self, block_size: int) -> int:
-        """Forget the last block, which is returned."""
+        """Forget the last block in the pool, which is returned."""
+        self._take_last(block_size)
+        return self.block_ids.pop()
+
+    def sink(self, block_size: int, key: int) -> int:
+        """The last block in the pool, which is returned, lies below from now on, as this copy."""
+        for start, end in reversed(self._take_last(block_size)):
+            if self._sunk_ranges and self._sunk_ranges[-1][0] == end:
+                self._sunk_ranges[-1] = start, self._sunk_ranges[-1][1]
+            else:
+                self._sunk_ranges.append((start, end))
+        self.sunk.append(key)
+        return self.block_ids.pop()
+
+    def rise(self, block_size: int, block: int) -> int:
+        """The first one below, whose key is returned, is this block of the pool from now on."""
+        first, rest = split_tokens(self.sunk_ranges, block_size)
+        self.ranges = join_ranges(self.ranges, first)
+        self._sunk_ranges = rest[::-1]
+        self.block_ids.append(block)
+        self.num_copied += 1
+        return self.sunk.pop()
+
+    def split(self, block_size: int, key: int | None) -> "CachedRun | None":
+        """Lose a copy (None: the one that would follow the last block in the pool): what follows it, as a run of its own."""
+        near = 0 if key is None else len(self.sunk) - 1 - self.sunk.index(key)
+        lost = 0 if key is None else 1
+        far = CachedRun([], [])
+        stays, rest = split_tokens(self.sunk_ranges, near * block_size)
+        far._sunk_ranges = split_tokens(rest, lost * block_size)[1][::-1]
+        far.sunk = self.sunk[: len(self.sunk) - near - lost]
+        self._sunk_ranges = stays[::-1]
+        self.sunk = self.sunk[len(self.sunk) - near :]
+        return far if far.sunk else None
+
+    def split_in_pool(self, block_size: int, block: int) -> "CachedRun | None":
+        """Lose a block of the pool: what follows it, there and below, as a run of its own."""
+        near = self.block_ids.index(block)
+        self.ranges, rest = split_tokens(self.ranges, near * block_size)
+        far = CachedRun(split_tokens(rest, block_size)[1], self.block_ids[near + 1 :])
+        far.num_copied = min(self.num_copied, len(far.block_ids))
+        far.sunk, far._sunk_ranges = self.sunk, self._sunk_ranges
+        self.block_ids = self.block_ids[:near]
+        self.num_copied, self.sunk, self._sunk_ranges = 0, [], []
+        return far if far.block_ids or far.sunk else None
+
+    def _take_last(self, block_size: int) -> Ranges:
+        """The positions of the last block in the pool, ascending."""
+        taken: Ranges = []
         count = block_size
         while count:
             start, end = self.ranges.pop()
             if end - start > count:
                 self.ranges.append((start, end - count))
-            count -= min(count, end - start)
-        return self.block_ids.pop()
+                start = end - count
+            taken.append((start, end))
+            count -= end - start
+        self.num_copied = max(0, self.num_copied - 1)
+        return taken[::-1]
 
 
 class PrefixCache:
     """The cached shards of one instance, least recently used first."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, tiers: Tiers | None = None) -> None:
+        """`tiers`: below the pool; None: there are none."""
         self.num_evicted = 0
-        """Blocks that had to make room."""
+        """Blocks that had to make room, those that have a copy below included."""
+        self.tiers = Tiers() if tiers is None else tiers
         self._pool = pool
         self._block_size = block_size
         self._shards: dict[int, list[CachedRun]] = {}
+        self._in_pool: dict[int, None] = {}
+        """Those of which something is in the pool, in the same order."""
+        self._uncopied: dict[int, None] = {}
+        """Of these, those of which some block in the pool may have no copy, likewise."""
         self._changed: dict[int, None] = {}
+        self.on_cached: Callable[[Sequence[int]], object] = lambda blocks: None
+        """Hears of blocks of sequences that are over."""
+        pool.on_free = self.tiers.on_free
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._shards
@@ -80,6 +189,10 @@ class PrefixCache:
         """Raises KeyError if nothing of it is cached."""
         return self._shards[seq]
 
+    def runs_of(self, seq: int) -> Sequence[CachedRun]:
+        """None if nothing of it is cached."""
+        return self._shards.get(seq, ())
+
     def put(self, seq: int, runs: Sequence[tuple[Ranges, list[int]]]) -> int:
         """Keep what a sequence has used till now: the ranges of each run and its blocks. Those that aren't full are freed: how
         many blocks that were."""
@@ -91,18 +204,34 @@ class PrefixCache:
             freed += len(self._pool.free(block_ids[whole:]))
             if whole:
                 self._pool.cache(block_ids[:whole])
+                self.on_cached(block_ids[:whole])
                 kept.append(CachedRun(first_tokens(ranges, whole * self._block_size), block_ids[:whole]))
         if kept:
             self._shards[seq] = kept
+            self._in_pool[seq] = None
+            self._uncopied[seq] = None
         return freed
 
     def touch(self, seq: int) -> None:
-        """It is of use: the last to be evicted."""
-        self._shards[seq] = self._shards.pop(seq)
+        """It is of use: the last to be evicted, in the pool and below."""
+        for order in (self._in_pool, self._uncopied):
+            if seq in order:
+                del order[seq]
+                order[seq] = None
+        runs = self._shards[seq] = self._shards.pop(seq)
+        if not self.tiers.is_off:
+            for run in runs:
+                copies = (self.tiers.copy_of(block) for block in reversed(run.block_ids))
+                self.tiers.touch([*run.sunk, *(key for key in copies if key is not None)])
 
     def remove(self, seq: int) -> int:
         """Forget a sequence: how many blocks are free with that."""
-        return len(self._pool.forget([block for run in self._shards.pop(seq) for block in run.block_ids]))
+        runs = self._shards.pop(seq)
+        self._in_pool.pop(seq, None)
+        self._uncopied.pop(seq, None)
+        for run in runs:
+            self._release(seq, run)
+        return len(self._pool.forget([block for run in runs for block in run.block_ids]))
 
     def evict(self, blocks: int) -> None:
         """Let that many blocks be free: those of the sequence that is least recently used, later positions first, then of the
@@ -111,18 +240,134 @@ class PrefixCache:
             raise RuntimeError(f"{blocks} blocks are to be evicted, {self._pool.num_evictable} can be")
         self.num_evicted += blocks
         while blocks > 0:
-            seq, runs = next(iter(self._shards.items()))
+            seq = next(iter(self._in_pool))
+            runs = self._shards[seq]
             self._changed[seq] = None
-            while runs and blocks > 0:
-                last = max(runs, key=lambda run: run.ranges[-1])
-                blocks -= len(self._pool.forget([last.pop(self._block_size)]))
+            in_pool = [run for run in runs if run.block_ids]
+            while in_pool and blocks > 0:
+                last = max(in_pool, key=lambda run: run.ranges[-1])
+                blocks -= self._evict_last(seq, last)
                 if not last.block_ids:
-                    runs.remove(last)
-            if not runs:
-                del self._shards[seq]
+                    in_pool.remove(last)
+            self._tidy(seq)
 
-    def take_evicted(self) -> list[int]:
-        """Sequences of which something was evicted since the last call."""
+    def _evict_last(self, seq: int, run: CachedRun) -> int:
+        """The last block of a run in the pool: how many are free with that."""
+        key = self.tiers.copy_of(run.block_ids[-1])
+        if key is not None:
+            self.tiers.hold(key, seq)
+            return len(self._pool.forget([run.sink(self._block_size, key)]))
+        far = run.split(self._block_size, None)
+        if far is not None:
+            self._shards[seq].append(far)
+        return len(self._pool.forget([run.pop(self._block_size)]))
+
+    # --- below --------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_uncopied(self) -> bool:
+        """Whether some block in the pool may have no copy."""
+        return bool(self._uncopied)
+
+    def next_uncopied(self) -> tuple[int, int] | None:
+        """Of the blocks that have no copy, and of which none is being made, the first to be evicted; and its sequence."""
+        while self._uncopied:
+            seq = next(iter(self._uncopied))
+            runs = [run for run in self._shards[seq] if run.block_ids]
+            for run in sorted(runs, key=lambda run: run.ranges[-1], reverse=True):
+                while run.num_copied < len(run.block_ids):
+                    block = run.block_ids[-1 - run.num_copied]
+                    if not self.tiers.has_copy(block):
+                        return seq, block
+                    run.num_copied += 1
+            del self._uncopied[seq]
+        return None
+
+    def look_again(self) -> None:
+        """Copies of blocks in the pool were lost: look for those that have none."""
+        self._uncopied = dict(self._in_pool)
+        for seq in self._uncopied:
+            for run in self._shards[seq]:
+                run.num_copied = 0
+
+    def evicted_before(self, seq: int, enough: int) -> int:
+        """How many blocks of the pool are evicted before the first of a sequence, `enough` of them if there are more."""
+        count = 0
+        for other in self._in_pool:
+            if other == seq or count >= enough:
+                break
+            count += sum(len(run.block_ids) for run in self._shards[other])
+        return min(count, enough)
+
+    def num_evictable(self, seq: int) -> int:
+        """Blocks of one cached sequence that nobody uses."""
+        return sum(self._pool.is_evictable(block) for run in self._shards[seq] for block in run.block_ids)
+
+    def next_sunk(self, seq: int, end: int) -> CachedRun | None:
+        """A run whose first block below has only positions before `end`; None: there is none, or nothing of it is here."""
+        for run in self._shards.get(seq, ()):
+            if run.sunk and first_tokens(run.sunk_ranges, self._block_size)[-1][1] <= end:
+                return run
+        return None
+
+    def rise(self, seq: int, key: int, block: int) -> bool:
+        """A block of the pool, cached from now on, holds what the sequence had below as this copy, next to what it has in the
+        pool. False: it has not."""
+        run = next((run for run in self._shards.get(seq, ()) if run.sunk and run.sunk[-1] == key), None)
+        if run is None:
+            return False
+        self._pool.cache([block])
+        self.tiers.attach(key, block)
+        run.rise(self._block_size, block)
+        self.tiers.release(key, seq)
+        self._changed[seq] = None
+        if seq not in self._in_pool:
+            self._in_pool[seq] = None
+        return True
+
+    def lose(self, key: int) -> None:
+        """A copy is no more: whatever was there alone is lost."""
+        if self.tiers.block_of(key) is not None:
+            self.look_again()
+        for seq in self.tiers.drop(key):
+            self._changed[seq] = None
+            run = next(run for run in self._shards[seq] if key in run.sunk)
+            far = run.split(self._block_size, key)
+            if far is not None:
+                self._shards[seq].append(far)
+            self._tidy(seq)
+
+    def lose_block(self, block: int) -> None:
+        """A block of the pool is not what was written: no cached sequence has it any more."""
+        for seq in [seq for seq, runs in self._shards.items() if any(block in run.block_ids for run in runs)]:
+            self._changed[seq] = None
+            run = next(run for run in self._shards[seq] if block in run.block_ids)
+            far = run.split_in_pool(self._block_size, block)
+            if far is not None:
+                self._shards[seq].append(far)
+            self._pool.forget([block])
+            self._tidy(seq)
+
+    def _tidy(self, seq: int) -> None:
+        """Of runs that lie below altogether keep the longest; forget runs, and a sequence, of which nothing is left."""
+        runs = self._shards[seq]
+        sunk = sorted((run for run in runs if not run.block_ids and run.sunk), key=lambda run: -len(run.sunk))
+        for run in sunk[MOST_SUNK_RUNS:]:
+            self._release(seq, run)
+        runs[:] = [run for run in runs if run.block_ids or run.sunk]
+        if not any(run.block_ids for run in runs):
+            self._in_pool.pop(seq, None)
+            self._uncopied.pop(seq, None)
+        if not runs:
+            del self._shards[seq]
+
+    def _release(self, seq: int, run: CachedRun) -> None:
+        for key in run.sunk:
+            self.tiers.release(key, seq)
+        run.sunk.clear()
+
+    def take_changed(self) -> list[int]:
+        """Sequences of which something was evicted, lost below or read up since the last call."""
         changed, self._changed = self._changed, {}
         return list(changed)
 
@@ -131,11 +376,18 @@ class PrefixCache:
         return Counter(block for runs in self._shards.values() for run in runs for block in run.block_ids)
 
     def validate(self) -> None:
-        """Every cached run has the blocks that its tokens fill. Raises RuntimeError otherwise."""
+        """Every cached run has the blocks that its tokens fill, in the pool or below. Raises RuntimeError otherwise."""
         for seq, runs in self._shards.items():
             for run in runs:
-                tokens = sum(end - start for start, end in run.ranges)
-                if not run.block_ids or tokens != len(run.block_ids) * self._block_size:
-                    raise RuntimeError(f"cached sequence {seq}: {len(run.block_ids)} blocks for {run.ranges}")
+                tokens = [sum(end - start for start, end in ranges) for ranges in (run.ranges, run.sunk_ranges)]
+                if tokens != [len(run.block_ids) * self._block_size, len(run.sunk) * self._block_size] or not sum(tokens):
+                    there = f"{run.ranges} and {run.sunk_ranges} below"
+                    raise RuntimeError(f"cached sequence {seq}: {len(run.block_ids)} + {len(run.sunk)} blocks for {there}")
+                if not all(self.tiers.has_copy(block) for block in run.block_ids[len(run.block_ids) - run.num_copied :]):
+                    raise RuntimeError(f"cached sequence {seq}: {run.num_copied} of its last blocks have no copy")
             if not runs:
                 raise RuntimeError(f"sequence {seq} is cached and has nothing")
+        in_pool = [seq for seq, runs in self._shards.items() if any(run.block_ids for run in runs)]
+        if self._in_pool.keys() != set(in_pool) or not self._uncopied.keys() <= self._in_pool.keys():
+            raise RuntimeError(f"in the pool are {in_pool}, known {list(self._in_pool)}, uncopied {list(self._uncopied)}")
+        self.tiers.validate({seq: {key for run in runs for key in run.sunk} for seq, runs in self._shards.items()})

@@ -19,11 +19,12 @@ Which run tokens continue follows from where the runs end alone (`continued`), s
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 from kvstore.pool import BlockPool
 from kvstore.prefix import PrefixCache, first_tokens
+from kvstore.tiers import Tiers
 
 
 def continued(ends: Sequence[int], start: int) -> int | None:
@@ -212,12 +213,14 @@ class Shard:
 class ShardTable:
     """All shards of one instance, those that are cached, and the pool they draw on."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        """Raises ValueError unless both are positive."""
+    def __init__(self, num_blocks: int, block_size: int, tiers: Tiers | None = None) -> None:
+        """`tiers`: below the pool; None: there are none. Raises ValueError unless the numbers are positive."""
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.pool = BlockPool(num_blocks)
-        self.cache = PrefixCache(self.pool, block_size)
+        self.cache = PrefixCache(self.pool, block_size, tiers)
+        self.reading: set[int] = set()
+        """Blocks into which copies are being read."""
         self.block_size = block_size
         self._shards: dict[int, Shard] = {}
         self._detached: dict[int, tuple[int, Run, list[int]]] = {}
@@ -255,6 +258,20 @@ class ShardTable:
         shard.newest_block = ids[-1] if ids else shard.newest_block
         self._shards[seq] = shard
 
+    def take_for_reading(self, blocks: int, after: int | None) -> list[int]:
+        """That many blocks, for copies that are read from below; cached ones make room. Ask `can_reserve` first."""
+        if blocks > self.pool.num_free:
+            self.cache.evict(blocks - self.pool.num_free)
+        taken = self.pool.allocate(blocks, after)
+        self.reading.update(taken)
+        return taken
+
+    def end_reading(self, blocks: Iterable[int]) -> None:
+        """Nothing of use came to them: they are free."""
+        given = list(blocks)
+        self.reading.difference_update(given)
+        self.pool.free(given)
+
     def free(self, seq: int) -> None:
         """Give all blocks of the sequence back. Raises KeyError if it has none here."""
         self.pool.free(self._shards.pop(seq).block_ids)
@@ -283,7 +300,7 @@ class ShardTable:
             raise ValueError(f"sequence {seq} is here already and can't begin with blocks of {source}")
         theirs: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
         if source in self.cache:
-            theirs = {run.ranges[0][0]: (run.ranges, run.block_ids) for run in self.cache.runs(source)}
+            theirs = {run.start: (run.ranges, run.block_ids) for run in self.cache.runs(source) if run.block_ids}
         elif source in self._shards:
             theirs = {run.start: (run.ranges, run.block_ids) for run in self._shards[source].runs}
         shard = Shard(self.block_size)
@@ -399,6 +416,7 @@ class ShardTable:
         or fewer blocks than its tokens take. Raises RuntimeError otherwise."""
         held = [block for shard in self._shards.values() for block in shard.block_ids]
         held += [block for _, run, spare in self._detached.values() for block in run.block_ids + spare]
+        held += self.reading
         self.pool.validate(Counter(held), self.cache.refs())
         self.cache.validate()
         for seq, shard in self._shards.items():

@@ -250,7 +250,7 @@ class Loop:
             scheduler=self._scheduler,
             runners=self.runners,
             sharing=self._sharing,
-            budget=None,
+            budgets=(),
             timeout_s=TIMEOUT_S,
         )
         self._work = asyncio.create_task(self._lanes.run(self._on_progress))

@@ -4,12 +4,14 @@ follow its prompt, each once and in order, or with one error that says why it ha
 See `tests.support.whole_cell` for what is real (all that decides) and what is played.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvstore.tiers import Tier
 from tests.support.whole_cell import WholeCell, whole_cell
 
 MOST_INSTANCES = 5
@@ -40,7 +42,11 @@ OTHERS: dict[str, st.SearchStrategy[Happening]] = {
     "cut": st.tuples(st.just("cut"), which),
     "hold": st.tuples(st.just("hold"), which),
     "lose gManager": st.tuples(st.just("lose gManager")),
+    "break": st.tuples(st.just("break"), which),
 }
+TIERS: st.SearchStrategy[dict[Tier, int]] = st.sampled_from(
+    [{}, {"host": 60}, {"disk": 60}, {"host": 5, "disk": 60}, {"host": 6}]
+)
 SIZES = st.sampled_from([[40, 40, 40], [20, 20, 20], [6, 6], [24, 5, 12], [9], [12, 12, 12, 12]])
 
 
@@ -81,6 +87,9 @@ def happen(cell: WholeCell, what: Happening) -> None:
             living[n % len(living)].is_held ^= True
         case "leave", n if len(living) > (n < 6):
             cell.leave(living[n % len(living)])
+        case "break", n if living and (tiers := living[n % len(living)].tiers) is not None:
+            tiers.breaks ^= True
+            cell.spoil_cached(living[n % len(living)], n)
         case ("lose gManager",):
             cell.lose_gmanager()
         case "time", seconds, turns, seed:  # none: an instance lets the others wait, and is expelled in the end
@@ -89,8 +98,8 @@ def happen(cell: WholeCell, what: Happening) -> None:
                 cell.let(turns, seed + second)
 
 
-def play(sizes: list[int], whats: list[Happening], seed: int = 0) -> WholeCell:
-    with whole_cell(sizes, seed) as cell:
+def play(sizes: list[int], whats: list[Happening], seed: int = 0, tier_slots: Mapping[Tier, int] | None = None) -> WholeCell:
+    with whole_cell(sizes, seed, tier_slots) as cell:
         cell.let(200, 0)
         for what in whats:
             happen(cell, what)
@@ -99,10 +108,36 @@ def play(sizes: list[int], whats: list[Happening], seed: int = 0) -> WholeCell:
     return cell
 
 
-@given(SIZES, happenings(15, 60), st.integers(0, 99))
+def _asked(begins: st.SearchStrategy[int]) -> st.SearchStrategy[Happening]:
+    spread: st.SearchStrategy[Any] = st.sampled_from(["all", "auto", 1, 2])
+    return st.tuples(st.just("submit"), st.integers(20, 40), st.integers(1, 12), spread, st.booleans(), begins)
+
+
+ASKED_AGAIN = st.one_of(
+    *(_asked(st.integers(1, 9)), _asked(st.integers(1, 9)), _asked(st.just(0)), LETS, LETS, LETS, LETS, TIMES),
+    *(OTHERS["break"], OTHERS["cancel"]),
+)
+
+
+@given(
+    st.sampled_from([[14, 14], [12], [20, 20, 20], [11, 11, 11]]),
+    st.lists(ASKED_AGAIN, min_size=40, max_size=100),
+    st.integers(0, 99),
+    st.sampled_from([{"host": 60}, {"disk": 60}, {"host": 5, "disk": 60}, {"host": 6}, {"host": 30, "disk": 10}]),
+)
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+def test_requests_end_right_whatever_is_driven_out_and_read_again(
+    sizes: list[int], whats: list[Happening], seed: int, tier_slots: dict[Tier, int]
+) -> None:
+    play(sizes, whats, seed, tier_slots)
+
+
+@given(SIZES, happenings(15, 60), st.integers(0, 99), TIERS)
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
-def test_requests_end_right_whatever_happens(sizes: list[int], whats: list[Happening], seed: int) -> None:
-    play(sizes, whats, seed)
+def test_requests_end_right_whatever_happens(
+    sizes: list[int], whats: list[Happening], seed: int, tier_slots: dict[Tier, int]
+) -> None:
+    play(sizes, whats, seed, tier_slots)
 
 
 def test_one_that_was_forgotten_while_it_waited_comes_as_a_new_one() -> None:
@@ -114,10 +149,12 @@ def test_one_that_was_forgotten_while_it_waited_comes_as_a_new_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@given(SIZES, happenings(20, 150), st.integers(0, 99))
+@given(SIZES, happenings(20, 150), st.integers(0, 99), TIERS)
 @settings(max_examples=400, suppress_health_check=list(HealthCheck))
-def test_requests_end_right_whatever_happens_for_long(sizes: list[int], whats: list[Happening], seed: int) -> None:
-    play(sizes, whats, seed)
+def test_requests_end_right_whatever_happens_for_long(
+    sizes: list[int], whats: list[Happening], seed: int, tier_slots: dict[Tier, int]
+) -> None:
+    play(sizes, whats, seed, tier_slots)
 
 
 def test_a_play_reaches_what_it_is_for() -> None:
@@ -170,3 +207,26 @@ def test_a_play_shares_what_requests_left() -> None:
     assert sum(process.instance._rmanager.evicted_blocks for process in cell.processes) > 10
     observed = cell.cluster.stats().observed
     assert 0 < observed.prefix_hits < observed.prefix_queries
+
+
+def test_a_play_reads_what_had_to_make_room() -> None:
+    """Documents drive each other out of small pools, and are asked about again; some copies are broken."""
+    documents: list[Happening] = [("submit", 40, 8, "all", False, 0), ("submit", 40, 8, 1, False, 0)]
+    lets: list[Happening] = [("let", 60, turn) for turn in range(12)]
+    again: list[Happening] = [("submit", 44, 6, "auto", False, 4), *lets, ("submit", 44, 6, "all", False, 6), *lets]
+    rounds: list[Happening] = [what for document in documents * 3 for what in (document, *lets)]
+    for slots in ({"host": 60}, {"disk": 60}, {"host": 6, "disk": 60}):
+        cell = play([14, 14], [*rounds, *again, *again, ("break", 0), ("break", 1), *rounds, *again, *again], 3, slots)
+        assert cell.seen["Fetch"] and cell.seen["blocks fetched"] > 5, cell.seen
+        counters = cell.cluster.stats().counters
+        assert counters.tier_tokens and counters.tier_bytes_down and counters.blocks_corrupt + counters.slots_failed, counters
+
+
+def test_a_play_finds_what_is_wrong_in_a_pool_before_it_is_shared() -> None:
+    document: Happening = ("submit", 40, 8, "all", False, 0)
+    again: Happening = ("submit", 44, 6, "auto", False, 2)
+    lets: list[Happening] = [("let", 60, turn) for turn in range(8)]
+    cell = play([30, 30], [document, *lets, ("break", 0), ("break", 1), again, *lets, again, *lets], seed=1)
+    assert cell.checks_cache and cell.seen["spoiled in a pool"] and cell.seen["lacks source"], cell.seen
+    assert cell.cluster.stats().counters.blocks_corrupt == cell.seen["spoiled in a pool"]
+    assert cell.cluster.stats().observed.prefix_hits

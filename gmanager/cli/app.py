@@ -50,6 +50,15 @@ def up(
     prefix_cache: Annotated[
         Literal["on", "off"], typer.Option(help="keep KV that requests leave for others that begin with the same tokens")
     ] = "on",
+    host_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="of each instance, for KV that requests leave, as 64G (none)")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="DIR:SIZE", help="of each instance, for what host memory has no room for (none)")
+    ] = None,
+    check_cache: Annotated[
+        bool, typer.Option("--check-cache", help="compare KV that is shared with what was written: reads all of it")
+    ] = False,
     journal: Annotated[
         Path | None, typer.Option(help="file that keeps requests and their tokens, for when the gManager is lost (none)")
     ] = None,
@@ -93,6 +102,9 @@ def up(
         dtype=dtype,
         names=tuple(dict.fromkeys(names or ())),
         prefix_cache=prefix_cache == "on",
+        host_memory=host_memory,
+        disk=disk,
+        check_cache=check_cache,
         journal=journal,
         policy=policy,
         roles=() if roles is None else tuple(roles.split(",")),
@@ -209,7 +221,7 @@ def size(context: typer.Context) -> None:
     from gmanager.cli.up import DEFAULT, CannotStart, find_model
 
     for flag, word in zip(["", *context.args], context.args, strict=False):
-        if word.startswith((".", "/", "~")) and flag != "--cache-dir" and not Path(word).expanduser().exists():
+        if word.startswith((".", "/", "~")) and flag not in ("--cache-dir", "--disk") and not Path(word).expanduser().exists():
             raise typer.BadParameter(f"there is no directory or file {word}")  # before torch, which takes seconds
     try:
         arguments = [find_model(word)[0] if word == DEFAULT else word for word in context.args]

@@ -15,6 +15,7 @@ from gmanager.cli.said import is_echo, stage_of_instances, why_instance_ended
 from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
 from gmanager.wire.messages import Role
+from gmanager.wire.sizes import parse_disk, parse_size
 
 T = TypeVar("T")
 
@@ -57,6 +58,12 @@ class ServiceConfig:
     chunk_tokens: int | None = None
     copy_tokens: int | None = None
     """KV that an instance copies beside a step; None: its own default."""
+    host_memory: str | None = None
+    """Of each instance, for cached KV that its pool has no room for, as 64G; None: none."""
+    disk: str | None = None
+    """Likewise, as DIR:SIZE."""
+    check_cache: bool = False
+    """Whether instances compare cached KV with what was written."""
     cache_dir: Path | None = None
     logs: Path
     ready_timeout_s: float = 300
@@ -99,6 +106,12 @@ class ServiceConfig:
         if self.roles and (len(self.roles) != self.instances or not set(self.roles) <= set(get_args(Role))):
             known = ", ".join(get_args(Role))
             raise ValueError(f"--roles must be {self.instances} of {known}, with commas between, got {','.join(self.roles)}")
+        for flag, given, parse in (("--host-memory", self.host_memory, parse_size), ("--disk", self.disk, parse_disk)):
+            if given is not None:
+                try:
+                    parse(given)
+                except ValueError as error:
+                    raise ValueError(f"{flag}: {error}") from error
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 
@@ -223,13 +236,16 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--threads": config.threads,
         "--chunk-tokens": config.chunk_tokens,
         "--copy-tokens": config.copy_tokens,
+        "--host-memory": config.host_memory,
+        "--disk": config.disk,
         "--cache-dir": config.cache_dir,
         "--max-context": config.max_context,
         "--role": config.roles[number] if config.roles else None,
     }
     names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]
     given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
-    return [*torchrun, "-m", "instance", *given, *names]
+    checks = ["--check-cache"] if config.check_cache else []
+    return [*torchrun, "-m", "instance", *given, *checks, *names]
 
 
 async def _said(process: Process, beginning: str) -> str:

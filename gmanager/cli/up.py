@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -26,6 +27,7 @@ from gmanager.config import GManagerConfig
 from gmanager.gateway.config import GatewayConfig, parse_address, parse_aliases, read_keys
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
+from gmanager.wire.sizes import parse_disk, parse_size
 
 CPU_KV_TOKENS = 8192
 """Of each instance, unless told otherwise: room for a few conversations, 0.7 GB with the default model."""
@@ -57,6 +59,10 @@ class Wanted:
     dtype: str
     names: tuple[str, ...]
     prefix_cache: bool
+    host_memory: str | None
+    disk: str | None
+    """Of each instance, below its pool."""
+    check_cache: bool
     journal: Path | None
     policy: str
     roles: tuple[str, ...]
@@ -145,6 +151,9 @@ def check(wanted: Wanted) -> ServiceConfig:
             roles=wanted.roles,
             http=wanted.http,
             prefix_cache=wanted.prefix_cache,
+            host_memory=wanted.host_memory,
+            disk=wanted.disk,
+            check_cache=wanted.check_cache,
             journal=None if wanted.journal is None else wanted.journal.expanduser().absolute(),
             slo_ttft_s=wanted.slo_ttft_s,
             slo_tpot_s=wanted.slo_tpot_s,
@@ -153,6 +162,7 @@ def check(wanted: Wanted) -> ServiceConfig:
         )
     except ValueError as error:
         raise CannotStart(str(error)) from error
+    _check_tiers(wanted)
     model, name = find_model(wanted.model)  # last: it may take long
     _check_context(model, wanted.max_context)
     return replace(config, model=model, served_model_name=config.served_model_name or name)
@@ -165,6 +175,27 @@ def _gateway_flags(wanted: Wanted) -> tuple[str, ...]:
         *(["--strict"] if wanted.strict else []),
         *(["--trust-special-tokens"] if wanted.trust_special_tokens else []),
     )
+
+
+def _check_tiers(wanted: Wanted) -> None:
+    """Raises CannotStart if all instances together want more below their pools than this machine has."""
+    if not wanted.prefix_cache and (wanted.host_memory or wanted.disk):
+        raise CannotStart("--host-memory and --disk keep what --prefix-cache off lets go: give one or the other")
+    count = f"{wanted.instances} instance{'s' if wanted.instances > 1 else ''}"
+    each = 0 if wanted.host_memory is None else parse_size(wanted.host_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted.instances * each > total:
+        asked = f"{count} x --host-memory {wanted.host_memory} = {wanted.instances * each:,} bytes"
+        raise CannotStart(f"{asked}; this machine has {total:,}")
+    if wanted.disk is None:
+        return
+    folder, size = parse_disk(wanted.disk)
+    if not folder.is_dir():
+        raise CannotStart(f"--disk: there is no directory {folder}")
+    free = shutil.disk_usage(folder).free
+    if wanted.instances * size > free:
+        asked = f"{count} x --disk {wanted.disk} = {wanted.instances * size:,} bytes"
+        raise CannotStart(f"{asked}; there are {free:,} free")
 
 
 def check_port(host: str, port: str, flag: str) -> None:

@@ -202,7 +202,7 @@ def _errors(performance: CellPerformance | None) -> str:
 
 def _instances(stats: Stats, live: dict[str, RequestStats], width: int) -> Table:
     table = _table("instance", "KV", ("used", "right"), ("free", "right"), ("lent", "right"), ("borrowed", "right"))
-    cached = {i: f" ({i.cached_tokens:,} cached)" if i.cached_tokens else "" for i in stats.instances}
+    cached = {i: _cached(i) for i in stats.instances}
     length = max(8, width - 62 - max(map(len, cached.values()), default=0))
     for instance in stats.instances:
         table.add_row(
@@ -214,6 +214,13 @@ def _instances(stats: Stats, live: dict[str, RequestStats], width: int) -> Table
             f"{instance.borrowed_tokens:,}",
         )
     return table
+
+
+def _cached(instance: InstanceStats) -> str:
+    """What is kept of requests that are over, in the pool and below it."""
+    kept = {"cached": instance.cached_tokens, "in host memory": instance.host_tokens, "on disk": instance.disk_tokens}
+    parts = [f"{tokens:,} {name}" for name, tokens in kept.items() if tokens]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _requests(live: dict[str, RequestStats], width: int, most: int) -> Table:

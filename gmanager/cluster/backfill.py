@@ -8,7 +8,7 @@ from when those that run are expected to end; how long another takes likewise. E
 the head of the queue for more than `PATIENCE_S` while others go before it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
 
@@ -84,12 +84,13 @@ class Backfill:
         self._room_at = 0.0
         """When it may find room."""
 
-    def before(self, first: Request) -> Iterator[Request]:
-        """Those that may be admitted before the next in the queue, for which there is no room now, in order of precedence."""
+    def before(self, first: Request, but: Collection[int] = ()) -> Iterator[Request]:
+        """Those that may be admitted before the next in the queue, for which there is no room now, in order of precedence.
+        `but`: as `Waiting.next`."""
         now = self._requests.now
         if self._waiting.waited_s(first) >= PATIENCE_S:
             return
-        others = self._waiting.behind(first, MAX_TRIED)
+        others = self._waiting.behind(first, MAX_TRIED, but)
         if not others:
             return
         views = self._running.views()

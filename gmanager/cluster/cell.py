@@ -23,7 +23,7 @@ from gmanager.cluster.events import Emit, LoadText, Log, Send
 from gmanager.cluster.performance import PerformanceModel
 from gmanager.cluster.placement import why_never
 from gmanager.cluster.policies import Policy
-from gmanager.cluster.prefixes import are_ranges
+from gmanager.cluster.prefixes import Held, is_shareable
 from gmanager.cluster.request import Runs
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
@@ -95,10 +95,13 @@ class Member:
     """seq -> what it has kept of the epoch before. None: it has not said yet."""
     shared_ends: dict[int, int] = field(default_factory=dict)
     """seq -> position before which it can't go on, as it shares blocks with others."""
-    cached: dict[int, Runs] = field(default_factory=dict)
+    cached: dict[int, Held] = field(default_factory=dict)
     """seq -> what it has kept of those that are over, while the membership changes."""
     cached_blocks: int = 0
     """Of the free ones, as last heard."""
+    host_blocks: int = 0
+    disk_blocks: int = 0
+    """Copies of blocks in host memory and on disk, likewise."""
     free_blocks: int = 0
     """As last heard. Answers to Reserve are already in it."""
     outstanding: dict[int, int] = field(default_factory=dict)
@@ -409,7 +412,8 @@ class Cell:
             member.kept = {shard.seq: shard.runs for shard in kept.shards if is_ours}
             member.shared_ends = {shard.seq: shard.shared_end for shard in kept.shards}
             most = member.spec.num_blocks * self.spec.block_size
-            member.cached = {s.seq: s.runs for s in kept.cached if is_ours and s.runs and are_ranges(s.runs, most)}
+            sound = [shard for shard in kept.cached if is_ours and shard.runs and is_shareable(shard, most)]
+            member.cached = {shard.seq: Held.of(shard.runs, shard.below) for shard in sound}
             member.requests = {shard.seq: shard.request for shard in kept.shards if is_ours and shard.request}
             member.unheard = kept.unheard if is_ours else []
             member.is_freeing |= not is_ours
@@ -493,6 +497,7 @@ class Cell:
         member.hear_free(beat.free_blocks)
         member.counters = beat.counters
         member.cached_blocks = max(0, min(beat.cached_blocks, member.free_blocks))
+        member.host_blocks, member.disk_blocks = (max(0, min(n, MAX_KV_TOKENS)) for n in (beat.host_blocks, beat.disk_blocks))
         return member.free_blocks != before
 
     def can_lose(self, member: Member) -> bool:

@@ -94,6 +94,8 @@ class Instances:
             case m.Cached() as cached:
                 if not sequences.on_cached(member, cached):
                     self.on_garbled(member.peer, WRONG_RUNS)
+            case m.Fetched() as fetched:
+                sequences.on_fetched(member, fetched)
             case m.Outputs(outputs=outputs) if _have_wrong_tokens(outputs):
                 self.on_garbled(member.peer, WRONG_TOKENS)
             case m.Outputs() as outputs:

@@ -7,15 +7,19 @@
 
 It holds a sequence as long as it runs, or something of it is left; and digests of it only as far as there is KV. Members are
 named by their ids, which last longer than an epoch.
+
+What lies below an instance's pool, in host memory or on disk, follows what of its run is in the pool. It can be shared only
+once it has been read, so there are two lists of digests: of what is in pools, and of all there is.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from gmanager.cluster.chain import Chain
 from gmanager.cluster.request import Runs, count_tokens, held_once
+from gmanager.wire.messages import KeptShard
 
 MOST_WEIGHED = 8
 """Sequences with the longest common beginning that are looked at, the newest first."""
@@ -46,6 +50,39 @@ def are_ranges(runs: Runs, most_tokens: int) -> bool:
     return count_tokens(runs) <= most_tokens
 
 
+def is_shareable(shard: KeptShard, most_tokens: int) -> bool:
+    """Whether that can be what an instance says of a cached sequence."""
+    if not are_ranges(shard.runs, most_tokens) or len(shard.below) > len(shard.runs):
+        return False
+    return all(0 <= below <= count_tokens([run]) for below, run in zip(shard.below, shard.runs, strict=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What of a sequence can be shared on one instance."""
+
+    runs: Runs
+    """All of each run."""
+    in_pool: Runs
+    """The first tokens of those of which some are in the pool."""
+
+    @classmethod
+    def of(cls, runs: Runs, below: Sequence[int] = ()) -> "Held":
+        """`below`: how many of the last tokens of each run aren't in the pool; none: all are."""
+        if not any(below):
+            return cls(runs, runs)
+        sunk = [*below, *[0] * (len(runs) - len(below))]
+        tokens = [count_tokens([run]) - lies_below for run, lies_below in zip(runs, sunk, strict=True)]
+        return cls(runs, [_first(run, count) for run, count in zip(runs, tokens, strict=True) if count])
+
+    @property
+    def has_below(self) -> bool:
+        return count_tokens(self.in_pool) < count_tokens(self.runs)
+
+
+_NOTHING = Held((), ())
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """A sequence that begins as another does, and what of that can be shared."""
@@ -53,6 +90,8 @@ class Match:
     source: int
     parts: dict[int, Runs]
     """id of a member -> for each run there whole blocks of its first tokens."""
+    below: dict[int, int] = field(default_factory=dict)
+    """id of a member -> tokens of these that are to be read into its pool first."""
 
     @property
     def tokens(self) -> int:
@@ -63,10 +102,47 @@ class Match:
 class _Entry:
     chain: Chain
     is_live: bool = True
-    runs: dict[int, Runs] = field(default_factory=dict)
+    held: dict[int, Held] = field(default_factory=dict)
     """id of a member -> what of it can be shared there, as last told."""
-    num_listed: int = 0
-    """So many first digests are found by others."""
+
+
+class _Digests:
+    """By which sequences are found."""
+
+    def __init__(self) -> None:
+        self.num_listed: dict[int, int] = {}
+        """seq -> so many of its first digests are here."""
+        self._seqs: dict[bytes, dict[int, None]] = {}
+
+    def note(self, seq: int, digests: Sequence[bytes], count: int) -> None:
+        """Let a sequence be found by so many of its first digests, whatever it was."""
+        before = self.num_listed.pop(seq, 0)
+        for digest in digests[before:count]:
+            self._seqs.setdefault(digest, {})[seq] = None
+        for digest in digests[count:before]:
+            seqs = self._seqs[digest]
+            del seqs[seq]
+            if not seqs:
+                del self._seqs[digest]
+        if count:
+            self.num_listed[seq] = count
+
+    def longest(self, digests: Sequence[bytes]) -> int:
+        """How many of the first digests somebody has; whoever has one has all those before it."""
+        return bisect_left(range(len(digests)), True, key=lambda i: digests[i] not in self._seqs)
+
+    def newest(self, digest: bytes) -> Iterator[int]:
+        """Who has it, the newest first."""
+        return reversed(self._seqs[digest])
+
+    def validate(self, entries: Mapping[int, _Entry]) -> None:
+        """Raises RuntimeError if sequences are found by others than their own."""
+        listed: dict[bytes, set[int]] = {}
+        for seq, count in self.num_listed.items():
+            for digest in entries[seq].chain.digests[:count]:
+                listed.setdefault(digest, set()).add(seq)
+        if listed != {digest: set(seqs) for digest, seqs in self._seqs.items()}:
+            raise RuntimeError("sequences are not found by the digests that they have")
 
 
 class Prefixes:
@@ -76,7 +152,10 @@ class Prefixes:
         self._block_size = block_size
         self._entries: dict[int, _Entry] = {}
         """In order of admission."""
-        self._by_digest: dict[bytes, dict[int, None]] = {}
+        self._in_pool = _Digests()
+        self._all = _Digests()
+        self._sunk: set[tuple[int, int]] = set()
+        """(sequence, member) of which something lies below."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -97,18 +176,28 @@ class Prefixes:
         """A sequence is admitted with these tokens."""
         self._entries[seq] = _Entry(chain.copy())
 
-    def tell(self, seq: int, member: int, runs: Runs) -> bool:
-        """What can be shared of a sequence on an instance. False: nobody will ask for that, as the sequence is not known (any
-        more)."""
+    @property
+    def has_below(self) -> bool:
+        """Whether something lies below the pool of a member."""
+        return bool(self._sunk)
+
+    def tell(self, seq: int, member: int, runs: Runs, below: Sequence[int] = ()) -> bool:
+        """What can be shared of a sequence on an instance; `below`: so many of the last tokens of each run once they are read.
+        False: nobody will ask for that, as the sequence is not known (any more)."""
         entry = self._entries.get(seq)
         if entry is None:
             return not runs
-        if runs:
-            entry.runs[member] = runs
-        else:
-            entry.runs.pop(member, None)
+        self._set(seq, entry, member, Held.of(runs, below))
         self._list(seq, entry)
         return seq in self._entries or not runs
+
+    def _set(self, seq: int, entry: _Entry, member: int, held: Held) -> None:
+        self._sunk.discard((seq, member))
+        entry.held.pop(member, None)
+        if held.runs:
+            entry.held[member] = held
+            if held.has_below:
+                self._sunk.add((seq, member))
 
     def end(self, seq: int, generated: bytes) -> list[int]:
         """A sequence is over. `generated`: the tokens that followed those with which it was admitted, packed. Returns members
@@ -119,12 +208,13 @@ class Prefixes:
         entry.is_live = False
         entry.chain.extend(generated)
         self._list(seq, entry)
-        return [] if seq in self._entries else sorted(entry.runs)
+        return [] if seq in self._entries else sorted(entry.held)
 
     def contradict(self, seq: int, member: int, asked: Runs) -> None:
         """An instance hasn't got that of a sequence. If it has not said since what it has instead, it has nothing."""
         entry = self._entries.get(seq)
-        told = [] if entry is None else entry.runs.get(member, ())
+        held = None if entry is None else entry.held.get(member)
+        told = () if held is None else held.in_pool
         if all(any(whole_blocks(run, part[-1][1], self._block_size) == list(part) for run in told) for part in asked):
             self.tell(seq, member, ())
 
@@ -133,65 +223,89 @@ class Prefixes:
         for seq in [seq for seq, entry in self._entries.items() if entry.is_live]:
             self._remove(seq)
 
-    def inherit(self, kept: Mapping[int, Mapping[int, Runs]]) -> None:
-        """All of the next epoch's members have said what they have of sequences that are over: id -> seq -> runs."""
+    def inherit(self, kept: Mapping[int, Mapping[int, Held]]) -> None:
+        """All of the next epoch's members have said what they have of sequences that are over: id -> seq -> that."""
         for seq, entry in list(self._entries.items()):
-            entry.runs = {member: seqs[seq] for member, seqs in kept.items() if seqs.get(seq)}
+            for member in [*entry.held, *kept]:
+                self._set(seq, entry, member, kept.get(member, {}).get(seq, _NOTHING))
             self._list(seq, entry)
 
-    def find(self, chain: Chain, end: int, without: Iterable[int] = ()) -> list[Match]:
+    def find(self, chain: Chain, end: int, without: Iterable[int] = (), *, with_below: bool = False) -> list[Match]:
         """What can be shared of those that begin with most of the tokens before position `end`: most tokens first, newer ones
-        before older, one for each set of members. `without`: members of which nothing is wanted."""
-        digests = chain.digests
-        # whoever has a digest has all those before it
-        count = bisect_left(range(len(digests)), True, key=lambda i: digests[i] not in self._by_digest)
+        before older, one for each set of members. `without`: members of which nothing is wanted. `with_below`: what must be
+        read first counts, too."""
+        digests = self._all if with_below else self._in_pool
+        count = digests.longest(chain.digests)
         if not count:
             return []
         end = min(end, count * self._block_size)
         left_out = set(without)
         found: dict[frozenset[int], Match] = {}
-        for seq in islice(reversed(self._by_digest[digests[count - 1]]), MOST_WEIGHED):
-            match = Match(seq, self._shareable(self._entries[seq], end, left_out))
+        for seq in islice(digests.newest(chain.digests[count - 1]), MOST_WEIGHED):
+            match = self._shareable(seq, end, left_out, with_below=with_below)
             where = frozenset(match.parts)
             if match.parts and (where not in found or match.tokens > found[where].tokens):
                 found[where] = match
         return sorted(found.values(), key=lambda match: (-match.tokens, -match.source))
 
-    def _shareable(self, entry: _Entry, end: int, left_out: set[int]) -> dict[int, Runs]:
+    def _shareable(self, seq: int, end: int, left_out: set[int], *, with_below: bool) -> Match:
+        all_held = {member: held for member, held in sorted(self._entries[seq].held.items()) if member not in left_out}
         parts: dict[int, Runs] = {}
-        for member, runs in sorted(entry.runs.items()):
-            whole = [part for run in runs if (part := whole_blocks(run, end, self._block_size))]
-            if whole and member not in left_out:
+        for member, held in all_held.items():
+            runs = held.runs if with_below else held.in_pool
+            if whole := [part for run in runs if (part := whole_blocks(run, end, self._block_size))]:
                 parts[member] = whole
-        return held_once(parts)
+        parts = held_once(parts)
+        if not with_below:
+            return Match(seq, parts)
+        below: dict[int, int] = {}
+        for member, runs in parts.items():
+            in_pool = {run[0][0]: count_tokens([run]) for run in all_held[member].in_pool}
+            lacks = sum(max(0, count_tokens([run]) - in_pool.get(run[0][0], 0)) for run in runs)
+            if lacks:
+                below[member] = lacks
+        return Match(seq, parts, below)
 
     def _list(self, seq: int, entry: _Entry) -> None:
         """Let it be found by its digests, as far as there is KV of it; forget it if there is none, and will be none."""
-        last = max((run[-1][1] for runs in entry.runs.values() for run in runs), default=0)
-        listed = min(len(entry.chain.digests), -(-last // self._block_size))
-        for digest in entry.chain.digests[entry.num_listed : listed]:
-            self._by_digest.setdefault(digest, {})[seq] = None
-        for digest in entry.chain.digests[listed : entry.num_listed]:
-            seqs = self._by_digest[digest]
-            del seqs[seq]
-            if not seqs:
-                del self._by_digest[digest]
-        entry.num_listed = listed
-        if not entry.is_live and not listed:
+        digests = entry.chain.digests
+        for listing, runs in (
+            (self._in_pool, [run for held in entry.held.values() for run in held.in_pool]),
+            (self._all, [run for held in entry.held.values() for run in held.runs]),
+        ):
+            last = max((run[-1][1] for run in runs), default=0)
+            listing.note(seq, digests, min(len(digests), -(-last // self._block_size)))
+        if not entry.is_live and seq not in self._all.num_listed:
+            self._sunk -= {(seq, member) for member in entry.held}
             del self._entries[seq]
 
     def _remove(self, seq: int) -> None:
         entry = self._entries[seq]
-        entry.is_live, entry.runs = False, {}
+        entry.is_live = False
+        for member in list(entry.held):
+            self._set(seq, entry, member, _NOTHING)
         self._list(seq, entry)
 
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
-        listed: dict[bytes, set[int]] = {}
         for seq, entry in self._entries.items():
-            for digest in entry.chain.digests[: entry.num_listed]:
-                listed.setdefault(digest, set()).add(seq)
-            if not entry.is_live and not entry.runs:
+            if not entry.is_live and not entry.held:
                 raise RuntimeError(f"sequence {seq} is over, has left nothing, and is known")
-        if listed != {digest: set(seqs) for digest, seqs in self._by_digest.items()}:
-            raise RuntimeError("sequences are not found by the digests that they have")
+        for listing in (self._in_pool, self._all):
+            listing.validate(self._entries)
+        if self._sunk != {(s, m) for s, entry in self._entries.items() for m, held in entry.held.items() if held.has_below}:
+            raise RuntimeError(f"something is said to lie below of {sorted(self._sunk)}")
+
+
+def _first(run: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The first so many positions of a run."""
+    return whole_blocks(run, _position_after(run, count), 1)
+
+
+def _position_after(run: Sequence[tuple[int, int]], count: int) -> int:
+    """One more than the position of the run's token of that number, from 1 on."""
+    for start, end in run:
+        if count <= end - start:
+            return start + count
+        count -= end - start
+    return run[-1][1]

@@ -82,6 +82,10 @@ class Request:
     """Names of what its tokens begin with; those generated are added when they are asked for. None: it shares nothing."""
     cached_tokens: int = 0
     """Of its prompt, those whose KV was there when it was admitted for the first time."""
+    num_reads: int = 0
+    """Times that KV which it begins with was read for it from below the pools, since it waits."""
+    was_lifted: bool = False
+    """Instances were told that it waits for what they have on disk."""
     bad_words: list[list[int]] = field(default_factory=list)
     """Their tokens."""
     grammar: str | None = None

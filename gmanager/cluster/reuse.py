@@ -2,16 +2,18 @@
 
 Prefixes.find ──> Reuse: what is shared where ──place_rest──> option ┐
                   (another sequence, other members) ...         option ├── cheapest ──> Reserve with what is to be shared
+                  more, once it is read from below ...          option │      └── or Fetch of what is below, and then again
                   none of it ─────────────────────place──────> option ┘
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Send
 from gmanager.cluster.placement import InstanceView, Placement, prompt_work
-from gmanager.cluster.prefixes import Match, Prefixes, are_ranges
+from gmanager.cluster.prefixes import Match, Prefixes, is_shareable
+from gmanager.cluster.reading import MOST_READS, Reading
 from gmanager.cluster.request import Request, Runs, count_tokens
 from gmanager.wire.messages import Cached, Discard, pack_tokens
 
@@ -22,6 +24,9 @@ exchange with it. That takes 0.7 ms a step (32 layers of 23 us), in which an H20
 HOME_TOKENS = 32
 """What one more sequence that decodes there is held against a home, in tokens to prefill: a beginning that all requests have
 must not make one instance the home of all."""
+
+LEAST_TOKEN_S = 1e-9
+"""Of a token that is computed, whatever was measured: so reading is weighed against something."""
 
 MOST_HOMES = 4
 """Holders of a beginning, the least crowded ones, that are weighed as homes."""
@@ -36,6 +41,8 @@ class Reuse:
     """rank -> for each run there whole blocks of its first tokens."""
     pinned: dict[int, int]
     """rank -> blocks there that are free no longer when they are shared."""
+    below: dict[int, int] = field(default_factory=dict)
+    """rank -> tokens of these that are to be read into the pool there first."""
 
     @property
     def tokens(self) -> int:
@@ -44,7 +51,13 @@ class Reuse:
     def without(self, ranks: Collection[int]) -> "Reuse":
         """What others than these hold."""
         parts = {rank: runs for rank, runs in self.parts.items() if rank not in ranks}
-        return Reuse(self.source, parts, {rank: self.pinned[rank] for rank in parts})
+        below = {rank: tokens for rank, tokens in self.below.items() if rank in parts}
+        return Reuse(self.source, parts, {rank: self.pinned[rank] for rank in parts}, below)
+
+    @property
+    def end(self) -> int:
+        """One more than the last position that is shared."""
+        return max(run[-1][1] for runs in self.parts.values() for run in runs)
 
     def with_pinned(self, blocks: Mapping[int, int]) -> dict[int, int]:
         """rank -> what a placement and this take there together, those that compute nothing included."""
@@ -65,14 +78,21 @@ class Reuses:
         self._cell = cell
         self._emit = emit
         self._prefixes = Prefixes(cell.spec.block_size)
+        self.reading = Reading(cell, emit)
         self._admitted: dict[int, tuple[int, Reuse | None]] = {}
         """seq -> how many tokens had been generated for its request when it was admitted, and what it shares."""
+
+    @property
+    def has_below(self) -> bool:
+        """Whether something lies below the pool of an instance."""
+        return self._prefixes.has_below
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
     def admit(self, seq: int, request: Request, reuse: Reuse | None) -> None:
         """A sequence begins, with all tokens that its request has."""
         chain = request.chain
+        request.num_reads, request.was_lifted = 0, False
         if chain is not None:
             self._lengthen(request)
             self._prefixes.add(seq, chain)
@@ -87,10 +107,10 @@ class Reuses:
     def hear(self, member: Member, cached: Cached) -> bool:
         """What of sequences can be shared on an instance. False: it can't be."""
         most = member.spec.num_blocks * self._cell.spec.block_size
-        if not all(are_ranges(shard.runs, most) for shard in cached.shards):
+        if not all(is_shareable(shard, most) for shard in cached.shards):
             return False
         for shard in cached.shards:
-            if not self._prefixes.tell(shard.seq, member.id, shard.runs):
+            if not self._prefixes.tell(shard.seq, member.id, shard.runs, shard.below):
                 self._discard(member.id, shard.seq)
         return True
 
@@ -101,6 +121,7 @@ class Reuses:
     def suspend(self) -> None:
         """The epoch is over."""
         self._prefixes.suspend()
+        self.reading.suspend()
         self._admitted.clear()
 
     def inherit(self) -> None:
@@ -108,7 +129,7 @@ class Reuses:
         self._prefixes.inherit({member.id: member.cached for member in self._cell.members})
         wanted = self._prefixes.over
         for member in self._cell.members:
-            said, member.cached = member.cached, {seq: runs for seq, runs in member.cached.items() if seq in wanted}
+            said, member.cached = member.cached, {seq: held for seq, held in member.cached.items() if seq in wanted}
             member.is_freeing |= len(member.cached) < len(said)  # it frees the others with the JoinEpoch
 
     def _discard(self, number: int, seq: int) -> None:
@@ -123,8 +144,10 @@ class Reuses:
         request: Request,
         views: Sequence[InstanceView],
         place: Callable[[Sequence[InstanceView], Reuse | None], Placement | None],
+        now: float,
     ) -> tuple[Placement | None, Reuse | None]:
-        """Where a request is computed soonest, None if it fits nowhere now; and what it shares there."""
+        """Where a request is computed soonest, None if it fits nowhere now; and what it shares there, some of which may have to
+        be read first."""
         plain = place(views, None)
         options: list[Option] = []
         for reuse in self._find(request):
@@ -135,30 +158,63 @@ class Reuses:
         if plain is not None:
             options.append((plain, None))
         reach, tokens = self._cell.spec.reach, request.num_tokens
-        return min(options, key=lambda option: _cost(option, views, tokens, reach), default=(None, None))
+
+        def cost(option: Option) -> float:
+            return _cost(option, views, tokens, reach) + self._read_cost(option[1], now)
+
+        return min(options, key=cost, default=(None, None))
+
+    def _read_cost(self, reuse: Reuse | None, now: float) -> float:
+        """How long what is below is read, in tokens at the beginning of a prompt."""
+        if reuse is None or not reuse.below:
+            return 0.0
+        members, prefill = self._cell.members, self._cell.performance.costs.prefill
+        seconds = max(self.reading.token_s(members[rank].id, now) * tokens for rank, tokens in reuse.below.items())
+        return seconds / max(prefill.row_s + prefill.step_s / self._cell.spec.chunk_tokens, LEAST_TOKEN_S)
+
+    def read(self, request: Request, reuse: Reuse, now: float) -> None:
+        """Have what is below read, for a request that waits for it."""
+        below = {self._cell.members[rank].id: tokens for rank, tokens in reuse.below.items()}
+        self.reading.begin(request, reuse.source, reuse.end, below, now)
+
+    def lift(self, request: Request) -> None:
+        """What is on disk of what it begins with is soon wanted."""
+        request.was_lifted = True
+        for match in self._matches(request, with_below=True)[:1]:
+            on_disk = [m.id for m in self._cell.members if m.disk_blocks and m.id in match.below]
+            self.reading.lift(match.source, request.num_tokens - 1, on_disk)
 
     def _find(self, request: Request) -> list[Reuse]:
-        """What it could share; the last token's row is computed anew, for the token that follows."""
+        """What it could share."""
+        matches = self._matches(request, with_below=False)
+        if self._prefixes.has_below and request.num_reads < MOST_READS:
+            matches += [match for match in self._matches(request, with_below=True) if match.below]
+        rank_of = {member.id: member.rank for member in self._cell.members} if matches else {}
+        return [self._as_reuse(match, rank_of) for match in matches]
+
+    def _matches(self, request: Request, *, with_below: bool) -> list[Match]:
+        """Those that begin as it does; the last token's row is computed anew, for the token that follows."""
         if request.chain is None or request.kept or request.lacks_scores or not len(self._prefixes):
             return []
         self._lengthen(request)
-        members = self._cell.members
-        rank_of = {member.id: member.rank for member in members}
-        draining = [member.id for member in members if member.is_draining]
-        found = self._prefixes.find(request.chain, request.num_tokens - 1, draining)
-        return [self._as_reuse(match, rank_of) for match in found]
+        draining = [member.id for member in self._cell.members if member.is_draining]
+        return self._prefixes.find(request.chain, request.num_tokens - 1, draining, with_below=with_below)
 
     def _as_reuse(self, match: Match, rank_of: dict[int, int]) -> Reuse:
         parts = {rank_of[number]: runs for number, runs in match.parts.items()}
-        blocks = {rank: count_tokens(runs) // self._cell.spec.block_size for rank, runs in parts.items()}
+        below = {rank_of[number]: tokens for number, tokens in match.below.items()}
+        size = self._cell.spec.block_size
+        blocks = {rank: count_tokens(runs) // size for rank, runs in parts.items()}
         if self._prefixes.is_live(match.source):
             return Reuse(match.source, parts, dict.fromkeys(parts, 0))
         shared: dict[int, int] = {}
         for _, reuse in self._admitted.values():
             if reuse is not None and reuse.source == match.source:
                 for rank, runs in reuse.parts.items():
-                    shared[rank] = max(shared.get(rank, 0), count_tokens(runs) // self._cell.spec.block_size)
-        return Reuse(match.source, parts, {rank: max(0, n - shared.get(rank, 0)) for rank, n in blocks.items()})
+                    shared[rank] = max(shared.get(rank, 0), count_tokens(runs) // size)
+        # what others share of it is in the pool, and used anyhow
+        pinned = {rank: max(0, n - min(shared.get(rank, 0), n - below.get(rank, 0) // size)) for rank, n in blocks.items()}
+        return Reuse(match.source, parts, pinned, below)
 
     def _place(
         self,

@@ -45,6 +45,7 @@ from gmanager.wire.messages import (
     Copied,
     Done,
     Drop,
+    Fetched,
     Granted,
     KeptPart,
     MoveSequence,
@@ -64,6 +65,8 @@ from gmanager.wire.messages import (
 
 MAX_BACKFILLED = 4
 """Of those that may go before the next in the queue, for how many room is looked for at a time."""
+LIFTED = 8
+"""So many of the first that wait have what they begin with brought from disk to host memory meanwhile."""
 
 
 def candidate(sequence: Sequence) -> Candidate:
@@ -120,6 +123,7 @@ class Sequences:
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
         if was == "queued":
+            self._reuses.reading.forget(request.number)
             self._waiting.withdraw(request)
             self._changed = True
         elif was == "reserving":
@@ -195,7 +199,9 @@ class Sequences:
         self._running.clear()
 
     def look_again(self) -> None:
-        """Time has passed: what runs may lie better elsewhere now, and who has waited for better may wait no longer."""
+        """Time has passed: what runs may lie better elsewhere now, and who has waited for better, or for what is read, may wait
+        no longer."""
+        self._changed |= self._reuses.reading.end_overdue(self._requests.now)
         if not self._cell.is_draining and self._cell.policy.relocates:
             again = self._running.all() if self._cell.policy.looks_at_all else self._running.shared
             self._unsettled.add(again)
@@ -286,6 +292,13 @@ class Sequences:
     def on_cached(self, member: Member, cached: Cached) -> bool:
         """What of sequences others may share there now. False: that can't be."""
         return self._reuses.hear(member, cached)
+
+    def on_fetched(self, member: Member, fetched: Fetched) -> None:
+        """It has read what was below its pool."""
+        if self._reuses.reading.on_fetched(member, fetched, self._requests.now):
+            self._changed = True
+        else:
+            self._running.num_dropped += 1
 
     def on_outputs(self, member: Member, outputs: Outputs) -> None:
         self._forecast.on_outputs(member, outputs)
@@ -394,6 +407,10 @@ class Sequences:
             elif not any(self._try_move(sequence) for sequence in self._those_who_may_move()):
                 self._try_admit()
                 self._try_improve()
+        if self._reuses.has_below and self._cell.is_ready:
+            for request in self._waiting.first(LIFTED):
+                if not request.was_lifted and request.number not in self._reuses.reading.numbers:
+                    self._reuses.lift(request)
 
     def _those_who_may_move(self) -> list[Sequence]:
         """For want of a block, or because a client asked, while nobody is drained: the oldest first."""
@@ -485,7 +502,7 @@ class Sequences:
     def _try_admit(self) -> None:
         if not self._waiting or self._crowded or self._running.lacks_blocks:
             return
-        first = self._waiting.next()
+        first = self._waiting.next(self._reuses.reading.numbers)
         if first is None or self._is_asked_for(first):
             return
         if self._find_place(first):
@@ -493,13 +510,20 @@ class Sequences:
         if not self._running and not self._running.blocks_come:
             self._waiting.give_up_kept(last=first)
             return
-        for other in islice(self._backfill.before(first), MAX_BACKFILLED):
+        for other in islice(self._backfill.before(first, self._reuses.reading.numbers), MAX_BACKFILLED):
             if not self._is_asked_for(other) and self._find_place(other):
                 return
 
     def _find_place(self, request: Request) -> bool:
-        """Reserve what it takes, if there is room. False: there is none. That may be better in a moment, and is waited for."""
-        placement, reuse = self._reuses.choose(request, self._running.views(), self._waiting.placer(request))
+        """Reserve what it takes, if there is room. False: there is none. That may be better in a moment, and is waited for, as
+        is what has to be read first."""
+        place, now = self._waiting.placer(request), self._requests.now
+        placement, reuse = self._reuses.choose(request, self._running.views(), place, now)
+        if reuse is not None and reuse.below:
+            if not self._reuses.reading.is_full:  # else it waits for one of those before it
+                self._reuses.read(request, reuse, now)
+                self._changed = True  # who comes next need not wait for that
+            return True
         if placement is None:
             return False
         is_better_later = self._cell.policy.waits_for_even and not (request.kept or reuse or placement.is_even)
@@ -717,6 +741,7 @@ class Sequences:
         self._running.validate()
         self._waiting.validate()
         self._reuses.validate()
+        self._reuses.reading.validate(self._waiting.numbers)
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
         elif self._changed and self._cell.is_ready:

@@ -91,4 +91,6 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
         is_draining=member.is_draining,
         slowness=cell.performance.factor(member.id),
         cached_tokens=member.cached_blocks * cell.spec.block_size,
+        host_tokens=min(member.host_blocks * cell.spec.block_size, 2**63 - 1),
+        disk_tokens=min(member.disk_blocks * cell.spec.block_size, 2**63 - 1),
     )

@@ -7,7 +7,7 @@ running ──take_back──> waiting ──inherit──> with what its member
 
 import logging
 from bisect import insort
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Literal
@@ -53,22 +53,31 @@ class Waiting:
         request.waiting_since = now
         insort(self._queue, request, key=lambda waiting: waiting.precedence)
 
-    def next(self) -> Request | None:
+    def next(self, but: Collection[int] = ()) -> Request | None:
         """The first that the present members could hold all of, alone. The cell may have been larger when one that they can't
-        came, and be again."""
-        first = next(filter(self._may_fit, self._queue), None)
+        came, and be again. `but`: numbers of requests that wait for something else."""
+        first = next((request for request in self._queue if request.number not in but and self._may_fit(request)), None)
         if first is not self._first:
             self._first, self._next_since = first, self._requests.now
         return first
+
+    def first(self, count: int) -> list[Request]:
+        """So many, by precedence."""
+        return self._queue[:count]
+
+    @property
+    def numbers(self) -> Iterable[int]:
+        """Of all of them."""
+        return (request.number for request in self._queue)
 
     def waited_s(self, request: Request) -> float:
         """How long it has been the next."""
         return self._requests.now - self._next_since if request is self._first else 0.0
 
-    def behind(self, request: Request, most: int) -> list[Request]:
-        """Of those that wait behind one, the first."""
-        others = self._queue[self._queue.index(request) + 1 :] if len(self._queue) > 1 else []
-        return list(islice(filter(self._may_fit, others), most))
+    def behind(self, request: Request, most: int, but: Collection[int] = ()) -> list[Request]:
+        """Of those that wait behind one, the first. `but`: as `next`."""
+        others = self._queue[self._queue.index(request) + 1 :]
+        return list(islice((other for other in others if other.number not in but and self._may_fit(other)), most))
 
     def ahead_of(self, request: Request) -> list[Request]:
         """Those that precede it, whether it waits here (yet) or not."""

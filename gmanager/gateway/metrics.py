@@ -36,6 +36,11 @@ _COUNTED = {
     "home_moves": "Sequences that came here to be at home.",
     "blocks_copied": "Blocks of KV copied to other instances.",
     "blocks_evicted": "Blocks of cached KV that had to make room.",
+    "tier_bytes_down": "Bytes of cached KV copied to host memory or disk.",
+    "tier_bytes_up": "Bytes of cached KV read from there into the pool.",
+    "tier_tokens": "Tokens whose KV was read from host memory or disk instead of being computed.",
+    "blocks_corrupt": "Cached blocks that were not what was written, and are computed again.",
+    "slots_failed": "Slots of host memory or disk that could not be written.",
     "query_bytes": "Bytes of queries sent to other instances.",
     "partial_bytes": "Bytes of partial attention states sent to other instances.",
     "kv_bytes": "Bytes of KV sent to other instances.",
@@ -138,11 +143,11 @@ def _cost_parts(lane: LanePerformance) -> dict[str, float]:
 def _memory(instances: list[InstanceStats]) -> Iterator[Metric]:
     usage = [(_place(i), i.used_tokens / i.total_tokens if i.total_tokens else 0) for i in instances]
     yield _gauge("kv_cache_usage_perc", "Part of an instance's KV memory that is in use; 1 is all.", usage, _PLACE)
-    kinds = ("used", "free", "total", "lent", "borrowed", "cached")
+    kinds = ("used", "free", "total", "lent", "borrowed", "cached", "host", "disk")
     tokens = [((*_place(i), kind), getattr(i, f"{kind}_tokens")) for i in instances for kind in kinds]
     help_text = (
         "Tokens of KV: used (lent ones too) + free = total; cached: of the free ones, those whose KV is kept for others; "
-        "lent to sequences at home elsewhere; borrowed from others."
+        "lent to sequences at home elsewhere; borrowed from others; with a copy in host memory, on disk."
     )
     yield _gauge("kv_tokens", help_text, tokens, [*_PLACE, "kind"])
 

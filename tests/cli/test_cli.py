@@ -371,6 +371,17 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(tmp_path / "none.gguf")], f"there is no file {tmp_path / 'none.gguf'}"),
             (["/nowhere"], "/nowhere is no directory, no GGUF file, and no hub id like Qwen/Qwen3-0.6B"),
             ([str(weightless)], f"{weightless} holds no weights in safetensors"),
+            ([str(model), "--host-memory", "lots"], "--host-memory: 'lots' is no size, like 64G"),
+            (
+                [str(model), "--device", "cpu", "--instances", "3", "--host-memory", "1024T"],
+                "3 instances x --host-memory 1024T",
+            ),
+            ([str(model), "--device", "cpu", "--disk", f"{tmp_path}/no:1G"], "--disk: there is no directory"),
+            ([str(model), "--device", "cpu", "--disk", f"{tmp_path}:9999T"], "1 instance x --disk"),
+            (
+                [str(model), "--device", "cpu", "--prefix-cache", "off", "--disk", f"{tmp_path}:1M"],
+                "--host-memory and --disk keep what --prefix-cache",
+            ),
             (["default", "--device", "cpu", "--kv-tokens", "8"], "--kv-tokens 8 is less than one block of 16 tokens"),
             (
                 ["default", "--device", "cpu", "--kv-memory", "0.9"],

@@ -4,6 +4,7 @@ from io import StringIO
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console
 
 from gmanager.cli.watch import Segment, bar, colour, screen, segments
@@ -86,3 +87,14 @@ def test_a_service_without_instances() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "no instance has registered yet" in text
     assert "no requests" in text
+
+
+def test_what_lies_below_the_pools_is_shown() -> None:
+    cell = CellStats(
+        name="main", epoch=1, state="ready", size=1, model="tiny", block_size=4, max_context=100, total_tokens=1000
+    )
+    one = replace(instance(0, 100), cached_tokens=300, host_tokens=2000, disk_tokens=3000)
+    stats = Stats(epoch=1, cells=[cell], instances=[one], requests={}, counters=Counters(), observed=NOTHING)
+    console = Console(file=StringIO(), width=160)
+    console.print(screen(stats, 160))
+    assert "900 (300 cached, 2,000 in host memory, 3,000 on disk)" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from distattn import transfer
 from distattn.exchange import Exchange, ExchangeError
-from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers, checksum_of
+from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers
 from instance.cell import EpochGroup, open_store
 from instance.copies import CHANNELS
+from kvstore.checksum import checksum_of
 from kvstore.storage import KVStorage
 from tests.support.farm import DEVICE, place
 from tests.support.line import Line, LineGroup
@@ -383,6 +384,18 @@ def test_a_budget_is_kept_while_steps_run_and_not_otherwise(monkeypatch: pytest.
     assert passed == [0, 1, 2]
     with pytest.raises(ValueError, match="at least 1 token a step, got 0"):
         StepBudget(0)
+
+
+def test_who_does_not_wait_is_told_whether_it_may_copy() -> None:
+    budget = StepBudget(16)
+    assert budget.try_take(1000)
+    budget.tell(1, is_busy=True)
+    assert not budget.try_take(32)
+    budget.tell(2, is_busy=True)
+    assert budget.try_take(32)
+    assert not budget.try_take(32)
+    budget.end()
+    assert budget.try_take(1000)
 
 
 @given(st.binary(min_size=1, max_size=200), st.data())

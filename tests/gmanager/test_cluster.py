@@ -174,7 +174,7 @@ def test_members_are_told_each_others_hosts() -> None:
         ({"max_context": 10}, "its max context is 10, that of cell 'main' is 1000"),
         ({"device": "cuda:0"}, "its device is cuda:0, that of cell 'main' is cpu"),
         ({"cell_size": 3}, "its cell size is 3, that of cell 'main' is 2"),
-        ({"protocol": 1}, "it speaks protocol 1, this gManager 3"),
+        ({"protocol": 1}, "it speaks protocol 1, this gManager 4"),
         ({"cell": "\n"}, "a cell's name has 1 to 64 printable characters"),
         ({"cell_size": 0}, "cell size must be between 1 and 4096, got 0"),
         ({"rank": -1}, "RANK must not be negative, got -1"),

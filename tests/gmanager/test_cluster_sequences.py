@@ -395,7 +395,7 @@ def test_messages_of_another_epoch_are_dropped_and_counted() -> None:
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        (m.Hello(protocol=1), "it speaks protocol 1, this gManager 3"),
+        (m.Hello(protocol=1), "it speaks protocol 1, this gManager 4"),
         (submit("r"), "the first message must be Hello or Register, not Submit"),
         (m.Leave(reason="x", failed=False), "the first message must be Hello or Register, not Leave"),
     ],

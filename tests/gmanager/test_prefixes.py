@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmanager.cluster.chain import Chain, seed_of
-from gmanager.cluster.prefixes import Prefixes, are_ranges, whole_blocks
+from gmanager.cluster.prefixes import Held, Prefixes, are_ranges, whole_blocks
 from gmanager.wire.messages import pack_tokens
 from kvstore import prefix as of_instances
 
@@ -90,7 +90,7 @@ def test_the_index_finds_the_longest_beginning(data: st.DataObject) -> None:
                 told[which][0] = []
             case "suspend":
                 index.suspend()
-                index.inherit({0: {which: told[which].get(0, []) for which in known}})
+                index.inherit({0: {which: Held.of(told[which].get(0, [])) for which in known}})
                 live.clear()
                 told = {which: {0: its[0]} if 0 in its else {} for which, its in told.items()}
             case "find":

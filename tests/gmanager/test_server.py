@@ -614,10 +614,10 @@ BAD: dict[str, tuple[list[bytes], str]] = {
         [frame(SUBMIT, params=params(temperature=math.nan))],
         "can't read this: temperature must be a finite number >= 0, got nan - at `$.params`",
     ),
-    "wrong protocol": ([encode(m.Hello(protocol=1))], "it speaks protocol 1, this gManager 3"),
+    "wrong protocol": ([encode(m.Hello(protocol=1))], "it speaks protocol 1, this gManager 4"),
     "an instance of another protocol": (
         [encode(msgspec.structs.replace(register(rank=0, cell_size=1), protocol=0))],
-        "it speaks protocol 0, this gManager 3",
+        "it speaks protocol 0, this gManager 4",
     ),
     "no greeting": ([encode(SUBMIT)], "the first message must be Hello or Register, not Submit"),
 }

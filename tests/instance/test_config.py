@@ -9,6 +9,7 @@ import torch
 
 from distattn.attention import DistAttention
 from gmanager.wire.messages import TextAssets
+from gmanager.wire.sizes import parse_disk, parse_size
 from instance import needs as needs_module
 from instance import start
 from instance.__main__ import parse
@@ -17,7 +18,7 @@ from instance.config import InstanceConfig, Launch
 from instance.memory import MemoryBudget, TooLittleMemory
 from instance.model import load_model
 from instance.needs import Needs
-from instance.start import load, size_pool
+from instance.start import load, make_tiers, size_pool
 from tests.support.tiny import make_model
 
 LAUNCH = Launch(rank=1, local_rank=1, world_size=2, run_id="x")
@@ -227,3 +228,36 @@ def test_a_checkpoint_without_a_tokenizer_is_served_by_token_ids(ends: list[int]
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends if len(ends) > 1 else ends[0]}))
     assets = load(config(model=str(path))).assets
     assert assets == TextAssets(tokenizer_json=None, chat_template=None, special_tokens={}, eos_token_ids=ends)
+
+
+def test_sizes_of_what_lies_below_the_pool() -> None:
+    parsed = parse([*NEEDED, "--device", "cpu", "--host-memory", "1.5G", "--disk", "/a:b:2T", "--check-cache"], LAUNCH)
+    assert (parsed.host_memory, parsed.disk, parsed.disk_bytes) == (3 * 2**29, Path("/a:b"), 2**41)
+    assert parsed.check_cache
+    assert [parse_size(text) for text in ("7", "64K", "500MiB", "2gb")] == [7, 2**16, 500 * 2**20, 2**31]
+    for wrong in ("", "-1", "G", "1P", "1e9"):
+        with pytest.raises(ValueError, match="is no size, like 64G"):
+            parse_size(wrong)
+    for wrong in ("/scratch", ":4G", "5G"):
+        with pytest.raises(ValueError, match="is no directory and size, like /scratch:500G"):
+            parse_disk(wrong)
+    with pytest.raises(ValueError, match="--disk /a:0 has no room"):
+        parse([*NEEDED, "--device", "cpu", "--disk", "/a:0"], LAUNCH)
+
+
+def test_what_the_machine_has_not_is_an_error_before_the_start(tmp_path: Path) -> None:
+    with pytest.raises(TooLittleMemory, match=r"--host-memory 1,048,576.0 GiB is more than the \S+ GiB of host memory"):
+        load(config(model=str(tmp_path), host_memory=2**50))
+    with pytest.raises(TooLittleMemory, match=r"--disk \S+:1,048,576.0 GiB is more than the \S+ GiB that are free there"):
+        load(config(model=str(tmp_path), disk=tmp_path, disk_bytes=2**50))
+    with pytest.raises(TooLittleMemory, match="nowhere can't be used: No such file or directory"):
+        load(config(model=str(tmp_path), disk=tmp_path / "nowhere", disk_bytes=2**20))
+    storage = start.KVStorage(
+        num_layers=1, num_blocks=2, block_size=4, num_kv_heads=1, head_dim=8, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert make_tiers(config(), storage) is None
+    with pytest.raises(TooLittleMemory, match="--host-memory 100 bytes don't hold one block of 256 bytes"):
+        make_tiers(config(host_memory=100), storage)
+    tiers = make_tiers(config(host_memory=1000, disk=tmp_path, disk_bytes=10_000), storage)
+    assert tiers is not None and tiers.slots == {"host": 3, "disk": 2}
+    tiers.close()

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instance.rmanager import RManager
+from kvstore.tier_jobs import TierJobs
+from kvstore.tiers import Tiers
 
 
 @dataclass
@@ -278,4 +280,26 @@ def test_without_caching_nothing_is_kept() -> None:
     rmanager.retire(1)
     assert rmanager.take_reusable() == {}
     assert rmanager.shards.pool.num_free == 4
+    rmanager.validate()
+
+
+def test_what_lies_below_is_told_and_not_shared() -> None:
+    rmanager = RManager(4, 4, Tiers({"host": 4}))
+    rmanager.caches = True
+    written(rmanager, 1, 12)
+    rmanager.retire(1)
+    jobs = TierJobs(rmanager.shards, batch=8)
+    down = jobs.next()
+    assert down is not None and len(down.items) == 3
+    jobs.end([7, 8, 9])
+    assert rmanager.take_reusable() == {1: [[(0, 12)]]}
+    assert rmanager.below(1) == []
+    assert rmanager.reserve(2, 3)
+    assert rmanager.take_reusable() == {1: [[(0, 12)]]}
+    assert rmanager.below(1) == [8]
+    assert not rmanager.share(3, 1, [[(0, 12)]])
+    assert rmanager.share(3, 1, [[(0, 4)]])
+    assert rmanager.shares(3) == rmanager.shards[3].block_ids
+    rmanager.keep([])
+    assert rmanager.shards.cache.tiers.num_copies("host") == 1, "that of the block which is shared"
     rmanager.validate()

@@ -298,3 +298,15 @@ def _refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr()
     assert code == 2 and not said.out
     assert said.err.startswith("instance.size: ") and message in said.err and said.err.count("\n") == 1
+
+
+def test_what_has_room_below_the_pool_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(make_model("llama", tmp_path))
+    tiers = ["--host-memory", "1M", "--disk", "/scratch:1M"]
+    found = ask(path, "--device", "cpu", "--context", "512", *tiers, capsys=capsys)
+    block = found["kv_per_token"] * 16
+    one = found["instance"]
+    assert one["host_tokens"] == 2**20 // block * 16
+    assert one["disk_tokens"] == 2**20 // (-(-(block + 32) // 4096) * 4096) * 16
+    assert main([path, "--device", "cpu", "--context", "512", *tiers]) == 0
+    assert f"cached, host memory  {one['host_tokens']:13,} tokens" in capsys.readouterr().out

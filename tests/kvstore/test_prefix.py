@@ -165,10 +165,10 @@ def test_the_least_recently_used_is_evicted_first_and_from_its_end() -> None:
     assert table.num_free == 7
     table.reserve(4, 4)
     assert cached(table, 1, 2) == [[[(0, 12)]], [[(0, 4)]]]
-    assert table.cache.take_evicted() == [2]
+    assert table.cache.take_changed() == [2]
     table.reserve(4, 2)
     assert cached(table, 1, 2) == [[[(0, 8)]], []]
-    assert table.cache.take_evicted() == [2, 1]
+    assert table.cache.take_changed() == [2, 1]
     assert not table.can_reserve(2), "one block is in use"
     table.reserve(4, 1)
     assert cached(table, 1) == [[[(0, 4)]]]

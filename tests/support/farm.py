@@ -56,6 +56,10 @@ class Setup:
     dtype: Literal["float32", "bfloat16"] = "float32"
     served_model_name: str | None = None
     other_names: tuple[str, ...] = ()
+    host_memory: int = 0
+    disk: Path | None = None
+    disk_bytes: int = 0
+    check_cache: bool = False
 
 
 @dataclass
@@ -133,6 +137,9 @@ async def _obey(pipe: Connection) -> None:
                 pipe.send(("ok", None))
             elif name == "rest" and serving is not None:
                 pipe.send(("ok", await serving.rest()))
+            elif name == "spoil" and serving is not None:
+                serving.spoil(*arguments)
+                pipe.send(("ok", None))
             elif name == "stop" and serving is not None:
                 pipe.send(("ok", await serving.end()))
         except Exception as error:
@@ -167,6 +174,10 @@ class _Serving:
             block_size=setup.block_size,
             chunk_tokens=setup.chunk_tokens,
             cell_size=size,
+            host_memory=setup.host_memory,
+            disk=setup.disk,
+            disk_bytes=setup.disk_bytes,
+            check_cache=setup.check_cache,
             threads=1,
             step_timeout_s=30,
         )
@@ -189,6 +200,19 @@ class _Serving:
         if self._task.done():
             await self._task
         self._instance.validate()
+
+    def spoil(self, where: Literal["pool", "host", "disk"]) -> None:
+        """Flip a bit in each cached block there, as broken memory or a broken disk would."""
+        tiers = self._instance._tiering._store
+        if where == "pool":
+            pool, data = self._rmanager.shards.pool, tiers.storage.data_L2BPKD
+            for block in filter(pool.is_evictable, range(pool.num_blocks)):
+                data[0, 0, block, 0, 0, 0] += 1
+        elif where == "host":
+            tiers.host_SL2PKD.view(torch.uint8)[:, 0, 0, 0, 0, 0] ^= 1
+        else:
+            for slot in range(tiers.file.num_slots):
+                tiers.file.spoil(slot, 200, b"spoiled")
 
     async def end(self) -> None:
         """Stop the instance. Another one, or the gManager, may have been first, and so have ended the cell."""

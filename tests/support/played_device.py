@@ -26,6 +26,7 @@ from instance.runner import StepResult, Times, Traffic
 from instance.scheduler import SampledRow, StepPlan
 from instance.step import Lane
 from kvstore.pool import BlockPool
+from kvstore.tiers import Copying, Fault, Place, Tier
 from tests.support.played import Job, PlayedThread
 
 MODULUS = 2**61
@@ -110,6 +111,49 @@ class Memory:
                 for at in range(count):
                     seen[row] += kv[reading.block_ids[at // size] * size + at % size]
         return seen
+
+
+class PlayedTiers:
+    """What lies below one instance's pool. Some of what is written goes wrong, by chance, and some of what is read."""
+
+    def __init__(self, slots: Mapping[Tier, int], memory: Memory, chance: random.Random) -> None:
+        self.slots = dict(slots)
+        self.breaks = False
+        """Whether anything goes wrong."""
+        self._memory = memory
+        self._chance = chance
+        self._at: dict[Place, list[list[int]]] = {}
+
+    def copy(self, items: Sequence[Copying]) -> list[int | Fault]:
+        return [self._copy(item) for item in items]
+
+    def close(self) -> None:
+        self._at.clear()
+
+    def _copy(self, item: Copying) -> int | Fault:
+        size, kv = self._memory.block_size, self._memory.kv
+        if item.source == item.target:
+            at = item.source.slot * size
+            return hash(tuple(tuple(layer[at : at + size]) for layer in kv))
+        if item.source.where == "pool":
+            at = item.source.slot * size
+            block = [layer[at : at + size] for layer in kv]
+        else:
+            block = [list(layer) for layer in self._at[item.source]]
+        written = hash(tuple(map(tuple, block)))
+        if self.breaks and self._chance.random() < 0.1:
+            wrong: list[Fault] = ["unwritable"] if item.source.where == "pool" else ["unreadable"]
+            if self._chance.random() < 0.5:
+                return wrong[0]
+            block[0][0] ^= 1
+        if item.target.where == "pool":
+            at = item.target.slot * size
+            for layer, values in zip(kv, block, strict=True):
+                layer[at : at + size] = values
+        else:
+            self._at[item.target] = block
+            return written if item.checksum is None else item.checksum
+        return hash(tuple(map(tuple, block)))
 
 
 class PoisoningPool(BlockPool):

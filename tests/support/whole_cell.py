@@ -14,7 +14,7 @@ import random
 import re
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -56,11 +56,24 @@ from instance.sequence import gaps_between
 from instance.server import Instance
 from instance.step import LANES
 from kvstore.pool import BlockPool
+from kvstore.tiers import Tier
 from tests.gmanager.cluster_support import one_by_one, register
-from tests.support.played import GMANAGER, Connection, Network, PlayedLoop, PlayedTransport, read
-from tests.support.played_device import EOS, VOCAB, Expected, Memory, PlayedEpoch, PlayedRunner, PoisoningPool, run_step
+from tests.support.played import GMANAGER, Connection, Network, PlayedLoop, PlayedThread, PlayedTransport, read
+from tests.support.played_device import (
+    EOS,
+    VOCAB,
+    Expected,
+    Memory,
+    PlayedEpoch,
+    PlayedRunner,
+    PlayedTiers,
+    PoisoningPool,
+    run_step,
+)
 
 BLOCK = 4
+BLOCK_BYTES = 2**24
+"""So large that few are copied at once."""
 SEED = 7
 NEVER = 1e6
 QUIET_S = 10
@@ -91,6 +104,7 @@ class Process:
     memory: Memory
     instance: Instance
     task: "asyncio.Task[None]"
+    tiers: PlayedTiers | None = None
     is_dead: bool = False
     is_held: bool = False
     """It stands still: nothing reaches it, nothing comes from it, and its device waits."""
@@ -144,9 +158,11 @@ class Asked:
 
 
 class WholeCell:
-    def __init__(self, sizes: list[int], seed: int = 0) -> None:
+    def __init__(self, sizes: list[int], seed: int = 0, tier_slots: Mapping[Tier, int] | None = None) -> None:
         """`sizes`: blocks of the instances with which the cell begins. `seed`: of what aborted devices leave behind, of the
-        policy and of roles."""
+        policy and of roles. `tier_slots`: below the pool of each instance; None: there are none."""
+        self.tier_slots = dict(tier_slots or {})
+        self.checks_cache = seed % 3 == 1
         self.loop = PlayedLoop()
         self.network = Network()
         self.network.open(GMANAGER, self)
@@ -190,6 +206,7 @@ class WholeCell:
         self.seen[type(message).__name__] += 1
         if isinstance(message, m.Kept):
             self.seen["cached when an epoch ended"] += len(message.cached)
+        self.seen["blocks fetched"] += message.blocks if isinstance(message, m.Fetched) else 0
         self.seen["lacks source"] += isinstance(message, m.NotGranted) and message.lacks_source
         self.tell(PeerSaid(peer, message, self.loop.now))
 
@@ -214,6 +231,7 @@ class WholeCell:
                 self.seen[type(answer).__name__] += 1
                 assert not isinstance(answer, m.Output | BadMessage), answer
             case Send(peer=peer, message=message):
+                self.seen["Fetch"] += isinstance(message, m.Fetch)
                 if isinstance(message, m.Reserve) and message.source:
                     self.seen["tokens to be shared"] += sum(end - start for run in message.shared for start, end in run)
                     self.seen["shared where nothing is computed"] += not message.blocks
@@ -294,21 +312,28 @@ class WholeCell:
             chunk_tokens=8,
             mixed_chunk_tokens=5,
             cell_size=len(self.sizes),
+            check_cache=self.checks_cache,
             role=self.chance.choice(get_args(m.Role)),
         )
         spec = register(rank=0, cell_size=1, blocks=total, block_size=BLOCK, chunk_tokens=8).spec
         shape = SimpleNamespace(sights=(FULL,))
         model: Any = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"), fused=None, shape=shape)
-        storage: Any = SimpleNamespace(num_blocks=total, block_size=BLOCK)
+        storage: Any = SimpleNamespace(num_blocks=total, block_size=BLOCK, block_bytes=BLOCK_BYTES)
         memory = Memory(total, BLOCK)
+        has_tiers = any(self.tier_slots.values()) or self.checks_cache
+        tiers = PlayedTiers(self.tier_slots, memory, self.chance) if has_tiers else None
 
         async def begin() -> Instance:
-            return Instance(config, model, ASSETS, spec, storage, transport)
+            return Instance(config, model, ASSETS, spec, storage, transport, tiers)
 
         instance = self.loop.run_until_complete(begin())
         shards = instance._rmanager.shards
-        shards.pool = shards.cache._pool = PoisoningPool(total, memory)
-        process = Process(number, total, transport, memory, instance, self.loop.start(instance.run()))
+        pool = PoisoningPool(total, memory)
+        pool.on_free = shards.pool.on_free  # of the tiers, and of who checks
+        shards.pool = shards.cache._pool = pool
+        if instance._tiering is not None:
+            instance._tiering.thread = PlayedThread(RuntimeError("the instance ends"))
+        process = Process(number, total, transport, memory, instance, self.loop.start(instance.run()), tiers)
         transport.process = process
         self.processes.append(process)
         self.settle()
@@ -318,6 +343,16 @@ class WholeCell:
         if not any(cell.is_formed for cell in self.cluster._cells):
             for total in self.sizes[len(self.living) :]:
                 self.start(total)
+
+    def spoil_cached(self, process: Process, which: int) -> None:
+        """A bit flips in a cached block that nobody uses, and whose checksum is known."""
+        tiering = process.instance._tiering
+        pool = process.pool
+        unused = [block for block in range(pool.num_blocks) if pool.is_evictable(block)]
+        known = sorted(tiering.known(unused)) if tiering is not None else []
+        if known:
+            process.memory.kv[0][known[which % len(known)] * BLOCK] ^= 1
+            self.seen["spoiled in a pool"] += 1
 
     def begin_epoch(self, lasting: Any, join: m.JoinEpoch) -> PlayedEpoch:
         """In place of `Epoch`, on an instance."""
@@ -400,6 +435,7 @@ class WholeCell:
         for epoch in alive:
             if self.is_held(epoch):
                 continue
+            yield from self.acts_of_tiers(self.processes[epoch.process])
             if epoch in waiting and has_losses:
                 yield "groups", lambda _, epoch=epoch: epoch.meeting.end(error=RuntimeError("another closed the connection"))
             for lane in LANES:
@@ -412,6 +448,15 @@ class WholeCell:
                 elif group and group[0] is runner and not any(self.is_held(members[each.rank]) for each in group):
                     yield f"device {lane} {epoch.process}", lambda _, group=group: run_step(group)
             yield from self.acts_of_copy(epoch, members)
+
+    def acts_of_tiers(self, process: Process) -> Iterator[Act]:
+        """What is copied below a pool, or from there."""
+        tiering, tiers = process.instance._tiering, process.tiers
+        if tiering is None or tiers is None or process.is_dead:
+            return
+        thread: Any = tiering.thread
+        if (job := thread.job) is not None:
+            yield f"tiers {process.number}", lambda _: thread.end(tiers.copy(job.args[0]))
 
     def is_held(self, epoch: PlayedEpoch) -> bool:
         return self.processes[epoch.process].is_held
@@ -585,7 +630,7 @@ class WholeCell:
 
 
 @contextmanager
-def whole_cell(sizes: list[int], seed: int = 0) -> Iterator[WholeCell]:
+def whole_cell(sizes: list[int], seed: int = 0, tier_slots: Mapping[Tier, int] | None = None) -> Iterator[WholeCell]:
     """A service that has begun to form a cell; its instances get what is played here in place of devices and clocks."""
     idle_gc = SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None)
     began: list[WholeCell] = []
@@ -595,7 +640,7 @@ def whole_cell(sizes: list[int], seed: int = 0) -> Iterator[WholeCell]:
         patch("instance.server.gc", idle_gc),
         patch("gmanager.cluster.reuse.FAR_TOKENS", BLOCK),
     ):
-        cell = WholeCell(sizes, seed)
+        cell = WholeCell(sizes, seed, tier_slots)
         began.append(cell)
         try:
             yield cell

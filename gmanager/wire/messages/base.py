@@ -7,7 +7,7 @@ from typing import Any, dataclass_transform
 
 import msgspec
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Spoken version. A peer that speaks another is refused in its first message."""
 
 

@@ -142,6 +142,10 @@ class Beat(Message):
     """Of the free ones, those that hold KV for whoever may want it."""
     samples: list[StepSample] = []
     """Of the steps that have run since the last Beat, the newest of each lane."""
+    host_blocks: int = 0
+    """Copies of blocks in host memory."""
+    disk_blocks: int = 0
+    """And on disk."""
 
     def __post_init__(self) -> None:
         if len(self.samples) > MAX_STEP_SAMPLES:
@@ -177,6 +181,9 @@ class KeptShard(Part):
     """The number of the request that runs as this sequence, if its home is (or was last) here; 0: it isn't known here."""
     shared_end: int = 0
     """It can't go on from a position before this one: until there it shares blocks with others."""
+    below: list[int] = []
+    """Of each run so many of the last tokens lie below the pool, in host memory or on disk: a Fetch brings them up. None: all
+    are in the pool."""
 
 
 class Cached(Message):
@@ -186,6 +193,17 @@ class Cached(Message):
     epoch: int
     shards: list[KeptShard]
     """Whole blocks; no runs: nothing can be shared of it any more."""
+
+
+class Fetched(Message):
+    """Answer to a Fetch into the pool, behind a Cached that says what is there now."""
+
+    epoch: int
+    fetch: int
+    blocks: int
+    """That came up."""
+    us: int
+    """In which they were read."""
 
 
 class Unheard(Part):
@@ -394,6 +412,17 @@ class ReserveNext(Message):
     seq: int
 
 
+class Fetch(Message):
+    """Bring up from below what a cached sequence has there before position `end`: into the pool, as far as there is room, and
+    answer Fetched; or only from disk to host memory, for one that still waits for room, without an answer."""
+
+    epoch: int
+    fetch: int
+    source: int
+    end: int
+    into_pool: bool = True
+
+
 class Discard(Message):
     """Free what was kept or cached of a sequence: it isn't wanted (any more)."""
 
@@ -544,6 +573,7 @@ FromInstance = (
     | Kept
     | Beat
     | Cached
+    | Fetched
     | Granted
     | NotGranted
     | Outputs
@@ -565,6 +595,7 @@ ToInstance = (
     | Expelled
     | EndEpoch
     | Discard
+    | Fetch
     | Reserve
     | ReserveNext
     | Drop

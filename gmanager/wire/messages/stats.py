@@ -20,6 +20,16 @@ class Counters(Part):
     blocks_copied: int = 0
     blocks_evicted: int = 0
     """Cached ones that had to make room."""
+    tier_bytes_down: int = 0
+    """Of cached KV, copied to host memory or disk."""
+    tier_bytes_up: int = 0
+    """And read again into the pool."""
+    tier_tokens: int = 0
+    """Whose KV was read again."""
+    blocks_corrupt: int = 0
+    """Cached ones that were not what was written, in the pool or below: they are computed again."""
+    slots_failed: int = 0
+    """Of host memory and disk, that could not be written and are used no more."""
     query_bytes: int = 0
     partial_bytes: int = 0
     kv_bytes: int = 0
@@ -60,6 +70,10 @@ class InstanceStats(Part):
     """How many times longer its steps take than its cell's `performance` says."""
     cached_tokens: int = 0
     """Of the free ones, those whose KV is kept for requests that begin with them."""
+    host_tokens: int = 0
+    """Whose KV has a copy in host memory."""
+    disk_tokens: int = 0
+    """And on disk."""
 
 
 class RequestStats(Part):

@@ -1,0 +1,24 @@
+"""Sizes and places as flags have them: `64G`, `/scratch:2T`."""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+
+_UNITS = {unit: 2 ** (10 * power) for power, unit in enumerate(("", "K", "M", "G", "T"))}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes: `64G`, `1.5T`, `500M`; units are powers of 1024. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size, like 64G, 1.5T or 500M")
+    return int(Fraction(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_disk(text: str) -> tuple[Path, int]:
+    """`DIR:SIZE`: where, and how many bytes of it. Raises ValueError."""
+    folder, colon, size = text.rpartition(":")
+    if not (colon and folder):
+        raise ValueError(f"{text!r} is no directory and size, like /scratch:500G")
+    return Path(folder).expanduser(), parse_size(size)

@@ -1,0 +1,182 @@
+"""What is copied below the pool waits for its budget; what somebody waits for doesn't."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+
+from distattn.transfer import StepBudget
+from gmanager.wire import messages as wire
+from instance.rmanager import RManager
+from instance.tiering import Tiering
+from kvstore.tiers import Copying, Fault, Tier, Tiers
+
+SIZE = 4
+
+
+class Store:
+    """Blocks are their own checksums."""
+
+    def __init__(self) -> None:
+        self.kinds: list[tuple[str, str]] = []
+        self.wrong: set[int] = set()
+        """Blocks of the pool that aren't what was written."""
+        self.goes_on = threading.Event()
+        """Cleared: it hangs."""
+        self.goes_on.set()
+        self.is_closed = False
+
+    @property
+    def slots(self) -> dict[Tier, int]:
+        return {"host": 40}
+
+    def copy(self, items: Sequence[Copying]) -> list[int | Fault]:
+        self.goes_on.wait()
+        self.kinds += [(item.source.where, item.target.where) for item in items]
+        return [self._copy(item) for item in items]
+
+    def _copy(self, item: Copying) -> int:
+        if item.source == item.target:
+            return -1 if item.source.slot in self.wrong else item.source.slot
+        return item.source.slot if item.checksum is None else item.checksum
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@asynccontextmanager
+async def tiering(*, checks: bool = False) -> AsyncIterator[tuple[Tiering, RManager, Store, list[wire.Fetched]]]:
+    store = Store()
+    rmanager = RManager(20, SIZE, Tiers(store.slots))
+    rmanager.caches = True
+    made = Tiering(rmanager, store, block_bytes=2**25, device=torch.device("cpu"), checks=checks)
+    heard: list[wire.Fetched] = []
+    work = asyncio.create_task(made.run(heard.extend, lambda: 3))
+    try:
+        yield made, rmanager, store, heard
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        await made.close()
+        assert store.is_closed
+    rmanager.validate()
+
+
+def leave(rmanager: RManager, seq: int, blocks: int) -> None:
+    """A sequence that is over."""
+    assert rmanager.reserve(seq, blocks)
+    rmanager.append(seq, 0, blocks * SIZE)
+    rmanager.retire(seq)
+
+
+async def until(store: Store, copies: int) -> None:
+    async with asyncio.timeout(5):
+        while len(store.kinds) < copies:
+            await asyncio.sleep(0.001)
+
+
+async def quiet(store: Store, copies: int) -> None:
+    """Nothing more is copied, though the loop turns."""
+    await asyncio.sleep(0.05)
+    assert len(store.kinds) == copies
+
+
+async def test_copies_wait_for_steps_and_go_on_when_none_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instance.tiering.PATIENCE_S", 60.0)
+    async with tiering() as (tiers, rmanager, store, _):
+        budget = StepBudget(SIZE, prompt_weight=2)
+        budget.tell(0, is_busy=True)
+        tiers.use(budget)
+        tiers.resume()
+        leave(rmanager, 1, 6)
+        tiers.wake()
+        await quiet(store, 0)
+        assert tiers.jobs.batch == 2
+        for steps, copies in ((1, 0), (2, 2), (3, 2), (4, 4)):  # a batch is two blocks
+            budget.tell(steps, is_busy=True)
+            tiers.wake()
+            await until(store, copies)
+            await quiet(store, copies)
+        budget.tell(4, is_busy=False)
+        tiers.wake()
+        await until(store, 6)
+        assert set(store.kinds) == {("pool", "host")}
+
+
+async def test_a_fetch_does_not_wait_and_says_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instance.tiering.PATIENCE_S", 60.0)
+    async with tiering() as (tiers, rmanager, store, heard):
+        tiers.resume()
+        leave(rmanager, 1, 6)
+        tiers.wake()
+        await until(store, 6)
+        assert rmanager.reserve(2, 20)
+        rmanager.free(2)
+        assert rmanager.below(1) == [24]
+        budget = StepBudget(1)
+        budget.tell(0, is_busy=True)
+        tiers.use(budget)
+        leave(rmanager, 3, 4)
+        tiers.fetch(wire.Fetch(epoch=3, fetch=7, source=1, end=17))
+        tiers.fetch(wire.Fetch(epoch=3, fetch=8, source=99, end=17))
+        async with asyncio.timeout(5):
+            while len(heard) < 2:
+                await asyncio.sleep(0.001)
+        first, second = heard
+        assert (first.epoch, first.fetch, first.blocks) == (3, 7, 4) and first.us > 0
+        assert (second.fetch, second.blocks, second.us) == (8, 0, 0)
+        assert store.kinds[6:] == [("host", "pool")] * 4
+        assert rmanager.below(1) == [8]
+        counters = tiers.counters()
+        assert (counters.tier_bytes_up, counters.tier_tokens) == (4 * 2**25, 16)
+
+
+async def test_nothing_is_begun_between_epochs() -> None:
+    async with tiering() as (tiers, rmanager, store, heard):
+        leave(rmanager, 1, 2)
+        tiers.wake()
+        await quiet(store, 0)
+        tiers.resume()
+        await until(store, 2)
+        tiers.pause()
+        tiers.fetch(wire.Fetch(epoch=3, fetch=1, source=1, end=8))
+        await quiet(store, 2)
+        assert not heard
+
+
+async def test_blocks_are_compared_with_what_was_written() -> None:
+    async with tiering(checks=True) as (tiers, rmanager, store, _):
+        tiers.resume()
+        leave(rmanager, 1, 3)
+        tiers.wake()
+        await until(store, 6)
+        blocks = rmanager.shards.cache.runs(1)[0].block_ids
+        sums = tiers.known(blocks)
+        assert sums == {block: block for block in blocks}
+        assert await tiers.are_right(sums)
+        store.wrong = {blocks[1]}
+        assert not await tiers.are_right(sums)
+        assert tiers.counters().blocks_corrupt == 1
+        assert rmanager.take_reusable() == {1: [[(0, 4)], [(8, 12)]]}
+        tiers.jobs.forget_counts()
+        assert tiers.counters() == wire.Counters()
+
+
+async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instance.tiering.CHECK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("instance.tiering.CLOSE_TIMEOUT_S", 0.05)
+    async with tiering(checks=True) as (tiers, rmanager, store, _):
+        tiers.resume()
+        leave(rmanager, 1, 1)
+        tiers.wake()
+        await until(store, 2)
+        sums = tiers.known(rmanager.shards.cache.runs(1)[0].block_ids)
+        store.goes_on.clear()
+        assert not await tiers.are_right(sums)
+        assert not tiers.counters().blocks_corrupt, "it isn't known to be wrong, either"
+        await tiers.close()
+        assert not store.is_closed
+        store.goes_on.set()
