@@ -1,8 +1,10 @@
 """One admission of a request, and one reservation: what `gmanager.cluster.sequences` keeps of each."""
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from gmanager.cluster.events import Log
 from gmanager.cluster.placement import PARALLEL_EFFICIENCY, Placement, prompt_work
 from gmanager.cluster.request import Request
 from gmanager.cluster.reuse import Reuse
@@ -100,6 +102,12 @@ class Sequence:
                 raise RuntimeError(f"{name}: its request is preempted and it was not cancelled")
         elif not self.ending:
             raise RuntimeError(f"{name}: nobody wants it and it was not cancelled")
+
+
+def told_of(sequence: Sequence, event: str, **fields: object) -> Log:
+    """A line of the log."""
+    request = sequence.request
+    return Log(logging.INFO, event, {"request": request.id, "number": request.number, "sequence": sequence.number} | fields)
 
 
 def works_of(shares: Collection[Share], reach: int, done: Mapping[int, int] | None = None) -> dict[int, int]:

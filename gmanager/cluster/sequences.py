@@ -16,7 +16,6 @@
   nobody else can make room; none is for one of a lower priority.
 """
 
-import logging
 from collections.abc import Collection, Mapping
 from itertools import islice
 
@@ -24,17 +23,18 @@ from msgspec.structs import replace
 
 from gmanager.cluster.backfill import Backfill
 from gmanager.cluster.cell import Cell, Member
-from gmanager.cluster.events import Emit, Log, Send, SendAll
+from gmanager.cluster.events import Emit, Send, SendAll
 from gmanager.cluster.forecast import Forecast
+from gmanager.cluster.homes import Homes
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
-from gmanager.cluster.placement import Candidate, Placement, choose_target
+from gmanager.cluster.placement import Placement
 from gmanager.cluster.policies import NewHolder, NewHome
 from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.reuse import Reuses
-from gmanager.cluster.running import Running, in_order
-from gmanager.cluster.sequence import Reservation, Sequence
+from gmanager.cluster.running import Running
+from gmanager.cluster.sequence import Reservation, Sequence, told_of
 from gmanager.cluster.unsettled import Unsettled
 from gmanager.cluster.waiting import Waiting
 from gmanager.wire.messages import (
@@ -43,12 +43,10 @@ from gmanager.wire.messages import (
     Cached,
     Cancel,
     Copied,
-    Done,
     Drop,
     Fetched,
     Granted,
     KeptPart,
-    MoveSequence,
     NotGranted,
     Outputs,
     Refusal,
@@ -69,12 +67,6 @@ LIFTED = 8
 """So many of the first that wait have what they begin with brought from disk to host memory meanwhile."""
 
 
-def candidate(sequence: Sequence) -> Candidate:
-    """As somebody who may be preempted."""
-    request = sequence.request
-    return Candidate(sequence.number, request.number, request.num_tokens, sequence.home, request.priority, sequence.left)
-
-
 class Sequences:
     """Admission, placement and homes in a cell, through all its epochs. Pure: what is to be done is emitted."""
 
@@ -91,8 +83,7 @@ class Sequences:
         self._moves = Moves(cell, self._running, emit)
         self._forecast = Forecast(cell, self._running, self._waiting, requests)
         self._unsettled = Unsettled(cell)
-        self._restless: dict[int, Sequence] = {}
-        """Those that may want another home."""
+        self._homes = Homes(cell, requests, self._running, self._waiting, emit, self._make_way)
         self._released: dict[int, Sequence] = {}
         """Those whose blocks are free, and whose last tokens may be on their way."""
         self._reuses = Reuses(cell, emit)
@@ -134,19 +125,7 @@ class Sequences:
 
     def move_home(self, request: Request, call: MoveCall) -> None:
         """A client wants another home for a request. Answered when it has moved, or can't."""
-        target = self._rank(call.target)
-        sequence = self._running.get(request.seq) if request.is_running else None
-        request.move_call = call
-        if target is None:
-            ids = ", ".join(str(member.id) for member in self._cell.members)
-            self._requests.fail_move(request, f"there is no instance {call.target}; cell '{self._cell.name}' has {ids}")
-        elif sequence is None or sequence.ending:
-            self._requests.fail_move(request, f"request {request.id!r} has no home now: it is {request.shown_state}")
-        elif sequence.moving_to is None and sequence.home == target:
-            self._answer_move(sequence)
-        else:
-            self._restless[sequence.number] = sequence
-            self._changed = True
+        self._changed |= self._homes.wish(request, call)
 
     # --- changes of membership ----------------------------------------------------------------------------------------
 
@@ -172,7 +151,7 @@ class Sequences:
         self._reuses.suspend()
         self._running.clear()
         self._unsettled.clear()
-        self._restless.clear()
+        self._homes.clear()
         self._released.clear()
         self._crowded = False
         self._changed = False
@@ -215,10 +194,6 @@ class Sequences:
         """Of a member: what the world outside the epoch knows it by."""
         return self._cell.members[rank].id
 
-    def _rank(self, number: int) -> int | None:
-        """Of the member with this id, in the epoch; None if there is none."""
-        return next((member.rank for member in self._cell.members if member.id == number), None)
-
     # --- what instances say -------------------------------------------------------------------------------------------
 
     def on_beat(self, member: Member, beat: Beat, is_news: bool) -> None:
@@ -258,7 +233,7 @@ class Sequences:
             if reservation.placement is not None:
                 self._admit(reservation, reservation.placement)
             else:
-                self._start_move(self._running[seq], member.rank)
+                self._homes.begin(self._running[seq], member.rank)
 
     def on_not_granted(self, member: Member, refused: NotGranted) -> None:
         seq, free_blocks = refused.seq, refused.free_blocks
@@ -333,37 +308,10 @@ class Sequences:
                 self._take_outputs(sequence)
 
     def on_need_block(self, member: Member, seq: int) -> None:
-        sequence = self._running.get(seq)
-        if sequence is None or sequence.ending:
-            return
-        if member.rank != sequence.home:
-            self._running.num_dropped += 1
-            return
-        member.hear_free(0)
-        sequence.needs_block = True
-        self._running.touch(sequence)
-        self._restless[sequence.number] = sequence
-        self._changed = True
+        self._changed |= self._homes.on_need_block(member, seq)
 
     def on_home_moved(self, seq: int, home: int) -> None:
-        sequence = self._running.get(seq)
-        if sequence is None or home not in sequence.participants:
-            self._running.num_dropped += 1
-            return
-        sequence.home = home
-        sequence.is_written = False
-        sequence.moving_to = None
-        sequence.needs_block = False
-        self._running.touch(sequence)
-        self._changed = True
-        if sequence.is_current:
-            sequence.request.home = self._id(home)
-            sequence.request.home_moves += 1
-            self._log(sequence, "home moved", home=self._id(home))
-        if not sequence.ending:
-            self._rest(sequence)
-            # A call for another instance came while this move was under way: it is tried next.
-            self._answer_move(sequence)
+        self._changed |= self._homes.on_moved(seq, home)
 
     def on_move(self, member: Member, message: RunOffered | Copied | RunMoved) -> None:
         """What an instance says of the move of a run."""
@@ -404,20 +352,13 @@ class Sequences:
                 if not any(self._try_move(sequence) for sequence in everybody):
                     self._moves.start(everybody)
                     self._try_admit()
-            elif not any(self._try_move(sequence) for sequence in self._those_who_may_move()):
+            elif not any(self._try_move(sequence) for sequence in self._homes.restless()):
                 self._try_admit()
                 self._try_improve()
         if self._reuses.has_below and self._cell.is_ready:
             for request in self._waiting.first(LIFTED):
                 if not request.was_lifted and request.number not in self._reuses.reading.numbers:
                     self._reuses.lift(request)
-
-    def _those_who_may_move(self) -> list[Sequence]:
-        """For want of a block, or because a client asked, while nobody is drained: the oldest first."""
-        if self._restless:
-            wishes = {n: s for n, s in self._restless.items() if s.needs_block or s.request.move_call is not None}
-            self._restless = {n: s for n, s in wishes.items() if not s.ending and self._running.get(n) is s}
-        return in_order(self._restless.values())
 
     def emptied(self) -> Member | None:
         """A member that is being drained and has nothing left, or nothing that could go elsewhere now."""
@@ -434,28 +375,10 @@ class Sequences:
 
     def _try_move(self, sequence: Sequence) -> bool:
         """Whether a reservation for its next home was begun."""
-        call = sequence.request.move_call
-        target: int | None = None
-        if sequence.ending or sequence.moving_to is not None or self._moves.concerns(sequence):
-            return False
-        if call is not None:
-            target = self._rank(call.target)
-            homes = 0 if target is None else self._running.homes(target)
-            if target is not None and self._cell.members[target].is_draining:
-                self._requests.fail_move(sequence.request, f"instance {call.target} is being drained")
-                return False
-            if target is not None and homes >= self._cell.members[target].spec.decode_rows:
-                reason = f"instance {call.target} decodes {homes} sequences, as many as it can"
-                self._requests.fail_move(sequence.request, reason)
-                return False
-        elif sequence.needs_block and not self._cell.members[sequence.home].free:
-            target = self._make_room(sequence)
-        elif self._cell.members[sequence.home].is_draining and sequence.is_written:
-            target = choose_target(self._running.views(), home=sequence.home, reserve=1)
-        if target is None:
-            return False
-        self._reserve_home(sequence, target)
-        return True
+        target = self._homes.next_of(sequence, self._moves)
+        if target is not None:
+            self._reserve_home(sequence, target)
+        return target is not None
 
     def _try_improve(self) -> None:
         """Begin what the policy wants to be moved, if that can begin now."""
@@ -473,31 +396,6 @@ class Sequences:
         if target not in sequence.asked:
             sequence.asked.append(target)
         self._reserve(Reservation(sequence.number, {target: 1}, sequence.request, None))
-
-    def _make_room(self, sequence: Sequence) -> int | None:
-        """Its home has no block left for it: another home, or None if somebody must make (or is making) room first."""
-        views, policy, home = self._running.views(), self._cell.policy, sequence.home
-        target = policy.next_home(views, home)
-        if target is not None:
-            own = [other for other in self._running.all() if home in other.participants]
-            # of whom most lies elsewhere, little would be free here
-            at_home = [candidate(s) for s in own if s.home == home and 2 * s.held.get(home, 0) >= s.request.num_tokens]
-            gives_way = policy.gives_way(candidate(sequence), at_home, target, self._waiting.outlook(views))
-            if gives_way is None:
-                return target
-            blocks_come = self._cell.members[home].is_freeing or any(other.ending for other in own)
-            if not blocks_come and not self._waiting.give_up_kept():
-                self._preempt(self._running[gives_way])
-            return None
-        if self._running.blocks_come or self._waiting.give_up_kept():
-            return None
-        victim = policy.victim(map(candidate, self._running.all()), home)
-        if victim is None:
-            target = policy.last_resort(views, home)
-        if target is None:
-            self._crowded = True
-            self._preempt(sequence if victim is None else self._running[victim])
-        return target
 
     def _try_admit(self) -> None:
         if not self._waiting or self._crowded or self._running.lacks_blocks:
@@ -568,7 +466,7 @@ class Sequences:
         self._changed = True
         sequence = self._running.get(reservation.seq) if reservation.placement is None else None
         if sequence is not None:
-            self._rest(sequence)
+            self._homes.rest(sequence)
         for rank in reservation.blocks:
             member = self._cell.members[rank]
             asked = reservation.seq in member.outstanding
@@ -610,28 +508,7 @@ class Sequences:
         told = {"home": self._id(home), "kv_tokens": {self._id(share.rank): share.tokens for share in placement.shares}}
         if kept:
             told["kept" if reuse is None else "shared"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
-        self._log(sequence, "request admitted", **told)
-
-    # --- homes --------------------------------------------------------------------------------------------------------
-
-    def _start_move(self, sequence: Sequence, target: int) -> None:
-        self._running.join(sequence, target)
-        sequence.moving_to = target
-        self._running.touch(sequence)
-        home = self._cell.members[sequence.home].peer
-        self._emit(Send(home, MoveSequence(epoch=self._cell.epoch, seq=sequence.number, to=target)))
-
-    def _answer_move(self, sequence: Sequence) -> None:
-        request = sequence.request
-        call = request.move_call
-        if call is not None and call.target == self._id(sequence.home):
-            request.move_call = None
-            self._emit(Send(call.peer, Done(call=call.call)))
-
-    def _rest(self, sequence: Sequence) -> None:
-        """Its move is over."""
-        if sequence.is_current and sequence.request.state == "moving":
-            self._requests.change(sequence.request, "rest" if sequence.received else "rest early")
+        self._emit(told_of(sequence, "request admitted", **told))
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -683,6 +560,11 @@ class Sequences:
             home = self._cell.members[sequence.home].peer
             self._emit(Send(home, Cancel(epoch=self._cell.epoch, seq=sequence.number)))
 
+    def _make_way(self, sequence: Sequence, crowded: bool) -> None:
+        """It is preempted for another that lacks a block. `crowded`: there is none in the cell."""
+        self._crowded |= crowded
+        self._preempt(sequence)
+
     def _preempt(self, sequence: Sequence) -> None:
         self._cancel(sequence)
         self.num_preemptions += 1
@@ -690,7 +572,7 @@ class Sequences:
         request.preemptions += 1
         self._requests.change(request, "preempt")
         self._requests.fail_move(request, f"request {request.id!r} was preempted: the cell is full")
-        self._log(sequence, "request preempted")
+        self._emit(told_of(sequence, "request preempted"))
 
     def _give_up_move(self, sequence: Sequence) -> None:
         reservation = self._reservation
@@ -746,8 +628,3 @@ class Sequences:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
         elif self._changed and self._cell.is_ready:
             raise RuntimeError("something has changed and was not looked at")
-
-    def _log(self, sequence: Sequence, event: str, **fields: object) -> None:
-        request = sequence.request
-        named = {"request": request.id, "number": request.number, "sequence": sequence.number}
-        self._emit(Log(logging.INFO, event, named | fields))
