@@ -105,6 +105,27 @@ async def test_a_document_on_three_instances_is_prefilled_once(farm: Farm, llama
         assert len(used) == 3
 
 
+async def test_a_document_that_many_ask_about_at_once_is_computed_once(
+    farm: Farm, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that come while the first is computed wait for it, and for nothing of each other."""
+    monkeypatch.setattr("gmanager.cluster.following.LEAST_SAVED", 64)
+    asked = [question(llama, DOC, 20 + i, i) for i in range(4)]
+    expected = [reference(llama, tuple(ids), NEW) for ids in asked]
+    params = SamplingParams(max_tokens=NEW, temperature=0, logprobs=0, ignore_eos=True)
+    async with serve(farm, 2, Setup(model=llama, kv_tokens=4096, chunk_tokens=16)) as service:
+
+        async def one(ids: list[int]) -> tuple[list[int], list[float], int]:
+            chunks = [chunk async for chunk in service.client.generate(ids, params)]
+            logprobs = [p.logprob for chunk in chunks for p in chunk.logprobs or []]
+            return [token for chunk in chunks for token in chunk.token_ids], logprobs, chunks[-1].cached_tokens
+
+        answers = await asyncio.gather(*map(one, asked))
+        for (tokens, logprobs, _), right in zip(answers, expected, strict=True):
+            check(tokens, logprobs, right)
+        assert sorted(cached for _, _, cached in answers) == [0, *[len(DOC) - len(DOC) % BLOCK] * 3]
+
+
 async def test_a_conversation_computes_what_was_said_since(farm: Farm, llama: Path) -> None:
     turn = question(llama, (), 105, 1)
     answer = reference(llama, tuple(turn), NEW).token_ids

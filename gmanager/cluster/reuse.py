@@ -6,16 +6,17 @@ Prefixes.find ──> Reuse: what is shared where ──place_rest──> option
                   none of it ─────────────────────place──────> option ┘
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Send
+from gmanager.cluster.following import Following
 from gmanager.cluster.placement import InstanceView, Placement, prompt_work
 from gmanager.cluster.prefixes import Match, Prefixes, is_shareable
 from gmanager.cluster.reading import MOST_READS, Reading
 from gmanager.cluster.request import Request, Runs, count_tokens
-from gmanager.wire.messages import Cached, Discard, pack_tokens
+from gmanager.wire.messages import Cached, Discard, Share, pack_tokens
 
 FAR_TOKENS = 512
 """So many must lie on an instance that computes nothing of a request, to be attended to there: each of its steps needs an
@@ -79,6 +80,7 @@ class Reuses:
         self._emit = emit
         self._prefixes = Prefixes(cell.spec.block_size)
         self.reading = Reading(cell, emit)
+        self.following = Following(cell.spec.block_size)
         self._admitted: dict[int, tuple[int, Reuse | None]] = {}
         """seq -> how many tokens had been generated for its request when it was admitted, and what it shares."""
 
@@ -89,17 +91,36 @@ class Reuses:
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
-    def admit(self, seq: int, request: Request, reuse: Reuse | None) -> None:
-        """A sequence begins, with all tokens that its request has."""
+    @property
+    def waits(self) -> Collection[int]:
+        """Numbers of the requests that wait for what they will share."""
+        return {*self.reading.numbers, *self.following.numbers}
+
+    def forget(self, number: int) -> None:
+        """A request waits for nothing any more: it has ended."""
+        self.reading.forget(number)
+        self.following.forget(number)
+
+    def end_overdue(self, now: float) -> bool:
+        """Whether some wait no longer for what they would have shared."""
+        reading, following = self.reading.end_overdue(now), self.following.end_overdue(now)
+        return reading or following
+
+    def admit(self, seq: int, request: Request, reuse: Reuse | None, shares: Iterable[Share]) -> None:
+        """A sequence begins, with all tokens that its request has. `shares`: who computes how many of them."""
+        self.following.forget(request.number)
         chain = request.chain
         request.num_reads, request.was_lifted = 0, False
         if chain is not None:
             self._lengthen(request)
             self._prefixes.add(seq, chain)
             self._admitted[seq] = len(request.tokens), reuse
+            computed = ((self._cell.members[share.rank].id, share.tokens) for share in shares)
+            self.following.begin(seq, chain, request.num_tokens, computed)
 
     def end(self, seq: int, request: Request) -> None:
         """A sequence is released."""
+        self.following.end(seq)
         generated, _ = self._admitted.pop(seq, (0, None))
         for number in self._prefixes.end(seq, pack_tokens(request.tokens[generated:])):
             self._discard(number, seq)
@@ -112,6 +133,7 @@ class Reuses:
         for shard in cached.shards:
             if not self._prefixes.tell(shard.seq, member.id, shard.runs, shard.below):
                 self._discard(member.id, shard.seq)
+            self.following.told(shard.seq, member.id)
         return True
 
     def contradict(self, member: Member, reuse: Reuse) -> None:
@@ -122,6 +144,7 @@ class Reuses:
         """The epoch is over."""
         self._prefixes.suspend()
         self.reading.suspend()
+        self.following.suspend()
         self._admitted.clear()
 
     def inherit(self) -> None:
@@ -183,6 +206,17 @@ class Reuses:
         for match in self._matches(request, with_below=True)[:1]:
             on_disk = [m.id for m in self._cell.members if m.disk_blocks and m.id in match.below]
             self.reading.lift(match.source, request.num_tokens - 1, on_disk)
+
+    def should_wait(self, request: Request, reuse: Reuse | None, now: float) -> bool:
+        """Whether a request waits, for a prompt that is computed just now to be shared. `reuse`: what is there already."""
+        if request.chain is None or request.kept or request.lacks_scores:
+            return False
+        found = self.following.worth_waiting(request, 0 if reuse is None else reuse.tokens)
+        if found is not None:
+            seq, tokens = found
+            takes_s = self._cell.performance.costs.prefill_s(tokens, chunk=self._cell.spec.chunk_tokens)
+            self.following.wait(request, seq, now, takes_s)
+        return found is not None
 
     def _find(self, request: Request) -> list[Reuse]:
         """What it could share."""

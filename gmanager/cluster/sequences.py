@@ -113,8 +113,8 @@ class Sequences:
 
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
+        self._reuses.forget(request.number)
         if was == "queued":
-            self._reuses.reading.forget(request.number)
             self._waiting.withdraw(request)
             self._changed = True
         elif was == "reserving":
@@ -180,7 +180,7 @@ class Sequences:
     def look_again(self) -> None:
         """Time has passed: what runs may lie better elsewhere now, and who has waited for better, or for what is read, may wait
         no longer."""
-        self._changed |= self._reuses.reading.end_overdue(self._requests.now)
+        self._changed |= self._reuses.end_overdue(self._requests.now)
         if not self._cell.is_draining and self._cell.policy.relocates:
             again = self._running.all() if self._cell.policy.looks_at_all else self._running.shared
             self._unsettled.add(again)
@@ -266,7 +266,15 @@ class Sequences:
 
     def on_cached(self, member: Member, cached: Cached) -> bool:
         """What of sequences others may share there now. False: that can't be."""
-        return self._reuses.hear(member, cached)
+        waited = len(self._reuses.following.numbers)
+        for shard in cached.shards:  # of one that runs they say it when its prompt is done, before its first token is here
+            sequence = self._running.get(shard.seq)
+            if sequence is not None and not sequence.received and member.rank in sequence.participants:
+                sequence.end_prompt()
+                self._running.touch(sequence)
+        is_sound = self._reuses.hear(member, cached)
+        self._changed |= len(self._reuses.following.numbers) < waited
+        return is_sound
 
     def on_fetched(self, member: Member, fetched: Fetched) -> None:
         """It has read what was below its pool."""
@@ -357,7 +365,7 @@ class Sequences:
                 self._try_improve()
         if self._reuses.has_below and self._cell.is_ready:
             for request in self._waiting.first(LIFTED):
-                if not request.was_lifted and request.number not in self._reuses.reading.numbers:
+                if not request.was_lifted and request.number not in self._reuses.waits:
                     self._reuses.lift(request)
 
     def emptied(self) -> Member | None:
@@ -400,7 +408,7 @@ class Sequences:
     def _try_admit(self) -> None:
         if not self._waiting or self._crowded or self._running.lacks_blocks:
             return
-        first = self._waiting.next(self._reuses.reading.numbers)
+        first = self._waiting.next(self._reuses.waits)
         if first is None or self._is_asked_for(first):
             return
         if self._find_place(first):
@@ -408,7 +416,7 @@ class Sequences:
         if not self._running and not self._running.blocks_come:
             self._waiting.give_up_kept(last=first)
             return
-        for other in islice(self._backfill.before(first, self._reuses.reading.numbers), MAX_BACKFILLED):
+        for other in islice(self._backfill.before(first, self._reuses.waits), MAX_BACKFILLED):
             if not self._is_asked_for(other) and self._find_place(other):
                 return
 
@@ -421,6 +429,9 @@ class Sequences:
             if not self._reuses.reading.is_full:  # else it waits for one of those before it
                 self._reuses.read(request, reuse, now)
                 self._changed = True  # who comes next need not wait for that
+            return True
+        if self._reuses.should_wait(request, reuse, now):
+            self._changed = True
             return True
         if placement is None:
             return False
@@ -491,7 +502,7 @@ class Sequences:
         request.seq = sequence.number
         request.home = self._id(home)
         request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
-        self._reuses.admit(sequence.number, request, reuse)
+        self._reuses.admit(sequence.number, request, reuse, placement.shares)
         self._requests.admit(request, 0 if reuse is None else reuse.tokens)
         self._forecast.on_admitted(sequence)
         self._running.regroup(sequence)
@@ -624,6 +635,8 @@ class Sequences:
         self._waiting.validate()
         self._reuses.validate()
         self._reuses.reading.validate(self._waiting.numbers)
+        reserving = [] if self._reservation is None else [self._reservation.request.number]
+        self._reuses.following.validate([*self._waiting.numbers, *reserving])
         if self._reservation is not None:
             self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
         elif self._changed and self._cell.is_ready:

@@ -639,6 +639,7 @@ def whole_cell(sizes: list[int], seed: int = 0, tier_slots: Mapping[Tier, int] |
         patch("instance.server.open_store", lambda host, timeout_s: (None, "127.0.0.1:1")),
         patch("instance.server.gc", idle_gc),
         patch("gmanager.cluster.reuse.FAR_TOKENS", BLOCK),
+        patch("gmanager.cluster.following.LEAST_SAVED", BLOCK),
     ):
         cell = WholeCell(sizes, seed, tier_slots)
         began.append(cell)

@@ -1,0 +1,143 @@
+"""Requests that wait for a prompt which another computes just now, because they begin as it does: pure.
+
+    queued ──wait──> the other's prompt is done: its instances say what can be shared ──> queued, and shares it
+                                       │ it has ended without, or takes too long     ──> queued, and computes it
+
+So a document that many ask about at once, or of which one asks for several answers, is computed once, not once for each.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from gmanager.cluster.chain import Chain
+from gmanager.cluster.request import Request
+
+LEAST_SAVED = 512
+"""Tokens that one need not compute, to wait for them."""
+LEAST_PART = 0.5
+"""Of the other's prompt that is common to both: it tells what can be shared once all of it is done."""
+PATIENCE_S, PATIENCE = 5.0, 4.0
+"""Nobody waits longer than so many seconds and so many times what the prompt should take."""
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """One that is computed."""
+
+    chain: Chain
+    tokens: int
+    untold: set[int]
+    """ids of the instances that have not said yet what can be shared there."""
+
+
+class Following:
+    """Of one cell, through all its epochs."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._prompts: dict[int, _Prompt] = {}
+        """By sequence."""
+        self._by_first: dict[bytes, dict[int, None]] = {}
+        """Digest of a first block -> those that begin with it, the oldest first."""
+        self._waits: dict[int, tuple[int, float]] = {}
+        """By number of the request: which sequence it waits for, and until when."""
+        self._impatient: set[int] = set()
+        """Those that have waited too long once."""
+
+    @property
+    def numbers(self) -> Collection[int]:
+        """Of the requests that wait."""
+        return self._waits.keys()
+
+    # --- prompts ------------------------------------------------------------------------------------------------------
+
+    def begin(self, seq: int, chain: Chain, tokens: int, computed: Iterable[tuple[int, int]]) -> None:
+        """A prompt of so many tokens is going to be computed. `computed`: (id of an instance, tokens there)."""
+        # what has no full block of it, with the last token left out, will say nothing
+        untold = {number for number, its in computed if its > self._block_size}
+        if untold and len(chain.digests) * self._block_size >= LEAST_SAVED:
+            self._prompts[seq] = _Prompt(chain, tokens, untold)
+            self._by_first.setdefault(chain.digests[0], {})[seq] = None
+
+    def told(self, seq: int, number: int) -> bool:
+        """An instance has said what can be shared there. Whether somebody waits no longer."""
+        prompt = self._prompts.get(seq)
+        if prompt is None:
+            return False
+        prompt.untold.discard(number)
+        return not prompt.untold and self.end(seq)
+
+    def end(self, seq: int) -> bool:
+        """There is no more to wait for. Whether somebody waits no longer."""
+        prompt = self._prompts.pop(seq, None)
+        if prompt is None:
+            return False
+        same = self._by_first[prompt.chain.digests[0]]
+        del same[seq]
+        if not same:
+            del self._by_first[prompt.chain.digests[0]]
+        let_go = [number for number, (other, _) in self._waits.items() if other == seq]
+        for number in let_go:
+            del self._waits[number]
+        return bool(let_go)
+
+    # --- who waits ----------------------------------------------------------------------------------------------------
+
+    def worth_waiting(self, request: Request, shared: int) -> tuple[int, int] | None:
+        """Which sequence a request should wait for, and how long its prompt is; None: none. `shared`: tokens that are there."""
+        chain = request.chain
+        if chain is None or not chain.digests or request.number in self._impatient:
+            return None
+        best: tuple[int, int, int] | None = None
+        for seq in self._by_first.get(chain.digests[0], ()):
+            prompt = self._prompts[seq]
+            common = min(_num_common(chain.digests, prompt.chain.digests) * self._block_size, request.num_tokens - 1)
+            if common - shared >= LEAST_SAVED and common >= LEAST_PART * prompt.tokens and (best is None or common > best[0]):
+                best = common, seq, prompt.tokens
+        return None if best is None else (best[1], best[2])
+
+    def wait(self, request: Request, seq: int, now: float, takes_s: float) -> None:
+        """Let it wait for a prompt that should take so long."""
+        self._waits[request.number] = seq, now + PATIENCE_S + PATIENCE * takes_s
+
+    def end_overdue(self, now: float) -> bool:
+        """Whether some wait no longer."""
+        overdue = [number for number, (_, until) in self._waits.items() if now > until]
+        for number in overdue:
+            del self._waits[number]
+            self._impatient.add(number)
+        return bool(overdue)
+
+    def forget(self, number: int) -> None:
+        """A request waits for nothing any more: it has ended, or is admitted."""
+        self._waits.pop(number, None)
+        self._impatient.discard(number)
+
+    def suspend(self) -> None:
+        """The epoch is over."""
+        self._prompts.clear()
+        self._by_first.clear()
+        self._waits.clear()
+        self._impatient.clear()
+
+    def validate(self, queued: Iterable[int]) -> None:
+        """Raises RuntimeError if one waits that isn't queued, or for a prompt that nobody computes."""
+        waiting = set(queued)
+        lost = [number for number, (seq, _) in self._waits.items() if number not in waiting or seq not in self._prompts]
+        if lost or not self._impatient <= waiting:
+            raise RuntimeError(f"requests {lost or self._impatient - waiting} wait for a prompt that nobody computes")
+        found = sorted(seq for same in self._by_first.values() for seq in same)
+        if found != sorted(self._prompts):
+            raise RuntimeError(f"prompts {sorted(self._prompts)} are computed, found are {found}")
+
+
+def _num_common(one: list[bytes], other: list[bytes]) -> int:
+    """Blocks with which both begin: names of longer beginnings differ from the first on that does."""
+    same, differ = 0, min(len(one), len(other)) + 1
+    while differ - same > 1:
+        middle = (same + differ) // 2
+        if one[middle - 1] == other[middle - 1]:
+            same = middle
+        else:
+            differ = middle
+    return same
