@@ -25,6 +25,9 @@ from kernels.peer_rows import push_rows, wait_rows
 from kernels.upload import FixedTables
 from kvstore.storage import KVStorage
 
+_PIECES = 8
+"""Of rows that share what they begin with, for which there is room in any case: two entries each."""
+
 
 def decode_kernel(storage: KVStorage, shape: AttentionShape, processors: int | None = None) -> DecodeAttention:
     """The kernel that all `DecodeStep`s of a stream share. `processors`: of the stream, if not all of the device's."""
@@ -100,7 +103,12 @@ class DecodeStep:
                 }
             sizes |= {_of(name, group): size for name, size in its.items()}
             # a run among several has two more entries than blocks; where there are starts every run has one, of empty rows too
-            blocks += 3 * storage.num_blocks if sight == FULL else 4 * storage.num_blocks + num_rows + most_served
+            all_rows = num_rows + most_served
+            if sight == FULL:  # with no more than twice the pool, each for itself, or the pool and a few pieces of each row
+                blocks += 3 * storage.num_blocks + _PIECES * 2 * all_rows
+            else:  # rows that share a prefix list what they see of it each for itself
+                seen = (sight.window or sight.chunk) // storage.block_size + 2
+                blocks += 4 * storage.num_blocks + all_rows * (1 + min(seen, storage.num_blocks))
         return sizes | {"blocks": blocks}
 
     def plan(self, layouts: Sequence[Layout], slots: list[int]) -> None:
@@ -115,7 +123,9 @@ class DecodeStep:
         blocks = array("i")
         for group, (layout, tables) in enumerate(zip(layouts, self._groups, strict=True)):
             windowed = tables.own.windowed
-            written: Written = {}
+            written: Written | None = None
+            if not windowed and sum(len(r.block_ids) for r in (*layout.own, *layout.others)) > 2 * self._storage.num_blocks:
+                written = {}  # rows share so much that there is no room for all of them apart; to look for it takes time
             rows, more = kernel.tables(
                 _all_rows(layout.own, self.num_rows),
                 self.num_rows,

@@ -393,45 +393,52 @@ class DecodeAttention:
         """The contents of `DecodeTables` with room for `num_rows` rows, those that are missing reading nothing.
 
         `first_block`: where in `blocks_N` the second part will stand. `written`: what stands there before it, to which this is
-        added. Rows that begin with the same blocks read them at the same place of the table, unless it is `windowed`: so it
-        has no more of them than there are, however many rows share a prefix.
+        added: then rows that begin with the same blocks read them at the same place, so there are no more entries than blocks,
+        and `2 * pieces` for each row. Not for `windowed` tables.
 
         Raises ValueError for readings of more rows than that or than `MAX_ROWS`, and for one that has a start in tables that
         aren't `windowed`.
         """
         rows, kv_lens, begins, tiles, blocks = array("i"), array("i"), array("i"), array("i", [0]), array("i")
-        ahead = int(windowed)
-        written = {} if written is None else written
+        ahead, is_plain, block_n = int(windowed), not windowed and written is None, self.config.block_n
         for row, group in groupby(readings, key=attrgetter("row")):
             runs = list(group)
-            if not windowed and any(run.start for run in runs):
-                raise ValueError(f"row {row} sees runs from tokens {[run.start for run in runs]} on, in tables of whole runs")
+            if is_plain and len(runs) == 1 and not runs[0].start:  # as most rows are
+                (run,) = runs
+                rows.append(row)
+                begins.append(first_block + len(blocks))
+                kv_lens.append(run.kv_len)
+                tiles.append(tiles[-1] + -(-run.kv_len // block_n))
+                blocks.extend(run.block_ids)
+                continue
             if windowed:
-                pieces: list[tuple[RowReading, int | None]] = [(self._trimmed(run), None) for run in runs]
-            else:
+                runs = [self._trimmed(run) for run in runs]
+            elif any(run.start for run in runs):
+                raise ValueError(f"row {row} sees runs from tokens {[run.start for run in runs]} on, in tables of whole runs")
+            places: list[int | None] = [None] * len(runs)
+            if written is not None:
                 pieces = [piece for run in runs for piece in _pieces(run, self.sizes.block_size, written)]
+                runs, places = [run for run, _ in pieces], [place for _, place in pieces]
             rows.append(row)
-            tiles.append(tiles[-1] + sum(self._num_tiles(run) for run, _ in pieces))
-            header = first_block + len(blocks)
-            begin = header + (2 * len(pieces) if len(pieces) > 1 else 0)
-            places: list[int] = []
-            for run, place in pieces:
-                places.append(begin + ahead if place is None else place)
-                begin += 0 if place is not None else ahead + len(run.block_ids)
-            if len(pieces) == 1:
-                kv_lens.append(pieces[0][0].kv_len)
-                begins.append(places[0])
+            begin = first_block + len(blocks) + ahead
+            if len(runs) == 1:
+                kv_lens.append(runs[0].kv_len)
+                begins.append(begin if places[0] is None else places[0])
+                tiles.append(tiles[-1] + self._num_tiles(runs[0]))
             else:
-                kv_lens.append(-len(pieces))
-                begins.append(header)
-                for (run, _), place in zip(pieces, places, strict=True):
-                    blocks.extend((run.kv_len, place))
-            for (run, known), place in zip(pieces, places, strict=True):
-                if known is None:
+                begins.append(begin - ahead)
+                kv_lens.append(-len(runs))
+                tiles.append(tiles[-1] + sum(self._num_tiles(run) for run in runs))
+                begin += 2 * len(runs)
+                for run, place in zip(runs, places, strict=True):
+                    blocks.extend((run.kv_len, begin if place is None else place))
+                    begin += 0 if place is not None else len(run.block_ids) + ahead
+            for run, place in zip(runs, places, strict=True):
+                if place is None:
+                    if written is not None and run.block_ids:
+                        written.setdefault(run.block_ids[0], (first_block + len(blocks), run.block_ids))
                     blocks.extend((run.start,) * ahead)
                     blocks.extend(run.block_ids)
-                    if run.block_ids and not windowed:
-                        written.setdefault(run.block_ids[0], (place, run.block_ids))
         if not len(rows) <= num_rows <= MAX_ROWS:
             raise ValueError(f"{len(rows)} rows in tables of {num_rows}; at most {MAX_ROWS} are supported")
         missing = num_rows - len(rows)

@@ -270,5 +270,7 @@ def test_many_rows_of_one_document_need_no_more_blocks_than_there_are() -> None:
     """Each listed all blocks that they share, and a table with room for three times the pool was too small for eight rows."""
     kernel = DecodeAttention(sizes_of(16), config())
     readings = [RowReading(row, [*range(20), 20 + row], 20 * 16 + 3) for row in range(8)]
-    _, blocks = kernel.tables(readings, 8)
+    _, blocks = kernel.tables(readings, 8, written={})
     assert len(blocks) <= 21 + 7 * 5
+    _, apart = kernel.tables(readings, 8)
+    assert len(apart) == 8 * 21

@@ -194,6 +194,31 @@ def test_steps_of_any_size_are_those_run_eagerly(kind: str, request: pytest.Fixt
             torch.testing.assert_close(ours.data_L2BPKD, theirs.data_L2BPKD, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["model", "windowed"])
+def test_many_rows_may_share_what_they_begin_with(kind: str, request: pytest.FixtureRequest) -> None:
+    """Eight rows see 20 blocks of 30 and one of their own: tables had room for three times the pool, rows for one each."""
+    model: Model = request.getfixturevalue(kind)
+    previous = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    ours, theirs = storage_of(model, 4), storage_of(model, 4)
+    lens = [20 * BLOCK + 1 + row for row in range(8)]
+    own = [Reading(row, 1, (*range(20), 20 + row), (kv_len,)) for row, kv_len in enumerate(lens)]
+    alone = step([1] * 8, [])
+    plan = replace(
+        alone,
+        positions_T=[kv_len - 1 for kv_len in lens],
+        sampled=[SampledRow(row, row, kv_len, PARAMS, num_generated=0) for row, kv_len in enumerate(lens)],
+        slots_T=[(20 + row) * BLOCK + row for row in range(8)],
+        layout=structs.replace(alone.layout, own=own),
+    )
+    if kind == "windowed":
+        plan = in_window(plan)
+    with mock.patch.object(graphs, "BUCKETS", (8,)):
+        assert model.fused is not None
+        got = Graphs(model.fused, model.shape, ours, previous, None).run(plan)
+        assert got is not None
+        torch.testing.assert_close(got, eagerly(model, theirs, plan, previous), rtol=2e-4, atol=2e-4)
+
+
 def test_a_step_that_others_have_a_part_in_needs_peers(model: Model) -> None:
     previous = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     with mock.patch.object(graphs, "BUCKETS", (1,)):
