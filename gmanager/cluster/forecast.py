@@ -13,7 +13,7 @@
   taken and measured anew.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gmanager.cluster.cell import Cell, Member
@@ -142,24 +142,26 @@ class Forecast:
 
     # --- what is to be expected ---------------------------------------------------------------------------------------
 
-    def refusal(self, request: Request, reserving: Request | None) -> Refusal | None:
+    def refusal(self, request: Request, reserving: Request | None, shared: Callable[[], int]) -> Refusal | None:
         """Why a request that is about to be queued is not taken; None: it may meet its objectives, or nothing is known.
-        `reserving`: who waits for instances' grants."""
+        `reserving`: who waits for instances' grants. `shared`: tokens of it that need not be computed."""
         if not (request.objectives and self._cell.is_ready):
             return None
         views = self._running.views()
         ahead = [*self._waiting.ahead_of(request), *([] if reserving is None else [reserving])]
-        load = self._load(request, ahead, views)
-        return self._late_refusal(request, load) or self._slow_refusal(request, load, views)
+        is_there = shared()
+        load = self._load(request, ahead, views, is_there)
+        return self._late_refusal(request, load, is_there) or self._slow_refusal(request, load, views)
 
-    def _late_refusal(self, request: Request, load: _Load) -> Refusal | None:
-        wanted, alone = request.objectives.ttft_s, self._alone(request)
+    def _late_refusal(self, request: Request, load: _Load, shared: int) -> Refusal | None:
+        wanted, alone = request.objectives.ttft_s, self._alone(request, shared)
         own_s, busy_s = self.predictor.prefill_s(alone), self.predictor.prefill_s(max(load.work, alone))
         is_known = self._num_measured >= LEAST and alone <= BEYOND * self._largest
         if wanted is None or own_s is None or busy_s is None or self._fastest.value is None or not is_known:
             return None
         trust = self._trust()
         what, size = f"objective TTFT {wanted:g} s", f"a prompt of {request.missing_tokens:,} tokens"
+        size += f", {shared:,} of them there already," if shared else ""
         best_s = trust * min(own_s, alone * self._fastest.value)  # crowds teach little of what one takes that is alone
         if best_s > wanted:
             return Refusal("unreachable", f"{what}: {size} takes {_shown(best_s)} alone here at best")
@@ -190,19 +192,19 @@ class Forecast:
         detail = f"a token is expected to take {_shown(step_s)} beside {load.rows - 1} others"
         return Refusal("overloaded", f"{what}: {detail}; try again in {_shown(retry_s)}", retry_s)
 
-    def _load(self, request: Request, ahead: Sequence[Request], views: Sequence[InstanceView]) -> _Load:
+    def _load(self, request: Request, ahead: Sequence[Request], views: Sequence[InstanceView], shared: int) -> _Load:
         """Who waits before it, as if spread over all instances; itself where it would lie now, or with the least before it."""
         reach = self._cell.spec.reach
         others = self._running.backlogs(range(len(views)))
-        for other in ahead:
-            each = round(prompt_work(other.missing_tokens, reach) / len(views))
-            others.append(dict.fromkeys((view.rank for view in views), each))
+        waiting = [prompt_work(other.missing_tokens, reach) for other in ahead]
         placement = self._waiting.placer(request)(views, None)
-        if placement is None:
-            work = min(work_until({view.rank: self._alone(request)}, others) for view in views)
+        if placement is None or shared:
+            alone = self._alone(request, shared)
+            before = _before(alone, range(len(views)), others, waiting, len(views))
+            work = min(_until(alone, shorter, longer) for shorter, longer in before.values())
             homes = sum(view.homes for view in views) // len(views)
         else:
-            work = work_until(works_of(placement.shares, reach), others)
+            work = work_until(works_of(placement.shares, reach), others, waiting, len(views))
             homes = next(view.homes for view in views if view.rank == placement.shares[0].rank)
         rows = min(homes + -(-len(ahead) // len(views)) + 1, max(1, *(view.max_homes for view in views)))
         fits = placement is not None and not ahead
@@ -222,14 +224,14 @@ class Forecast:
         lacks_places = max(len(queue) - places, 0 if fits else 1)  # of one, where there is room and it is divided badly
         return runs_s * max(0.0, lacks_blocks / max(1, used), lacks_places / max(1, homes))
 
-    def _alone(self, request: Request) -> float:
-        """The least work until its first token: alone, by as many instances as would prefill it."""
+    def _alone(self, request: Request, shared: int) -> float:
+        """The least work until its first token: alone, by as many instances as would prefill it, what it shares left out."""
         tokens, spread, size = request.missing_tokens, request.spread, max(1, self._cell.size)
         if spread == "auto":
             count = size if tokens >= LONG_PROMPT else 1
         else:
             count = size if spread == "all" else min(spread, size)
-        work = prompt_work(tokens, self._cell.spec.reach)
+        work = prompt_work(tokens, self._cell.spec.reach) - prompt_work(min(shared, tokens - 1), self._cell.spec.reach)
         return work if count == 1 else work / (count * PARALLEL_EFFICIENCY)
 
     def _trust(self) -> float:
@@ -244,13 +246,28 @@ def _shown(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def work_until(own: Mapping[int, float], others: Iterable[Mapping[int, int]]) -> float:
-    """Work that is done before a prompt is computed, at the instance that has most of it. `own`, `others`: by rank."""
-    total = sum(own.values())
-    shorter, longer = dict.fromkeys(own, 0.0), dict.fromkeys(own, 0.0)
+def work_until(
+    own: Mapping[int, float], others: Iterable[Mapping[int, int]], waiting: Sequence[float] = (), instances: int = 1
+) -> float:
+    """Work that is done before a prompt is computed, at the instance that has most of it. `own`, `others`: by rank. `waiting`:
+    of prompts that will be spread evenly over so many instances."""
+    before = _before(sum(own.values()), own, others, waiting, instances)
+    return max((_until(work, *before[rank]) for rank, work in own.items()), default=0.0)
+
+
+def _before(
+    total: float, ranks: Iterable[int], others: Iterable[Mapping[int, int]], waiting: Sequence[float], instances: int
+) -> dict[int, list[float]]:
+    """rank -> work there of prompts that are no longer than one of so much, and of longer ones."""
+    evenly = [sum(work for work in waiting if work <= total), sum(work for work in waiting if work > total)]
+    before = {rank: [work / instances for work in evenly] for rank in ranks}
     for other in others:
-        before = shorter if sum(other.values()) <= total else longer
+        is_longer = sum(other.values()) > total
         for rank, work in other.items():
-            if rank in own:
-                before[rank] += work
-    return max((shorter[rank] + work + min(longer[rank], shorter[rank] + work) for rank, work in own.items()), default=0.0)
+            if rank in before:
+                before[rank][is_longer] += work
+    return before
+
+
+def _until(own: float, shorter: float, longer: float) -> float:
+    return shorter + own + min(longer, shorter + own)

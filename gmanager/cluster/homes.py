@@ -133,8 +133,12 @@ class Homes:
         target = policy.next_home(views, home)
         if target is not None:
             own = [other for other in self._running.all() if home in other.participants]
-            # of whom most lies elsewhere, little would be free here
-            at_home = [candidate(s) for s in own if s.home == home and 2 * s.held.get(home, 0) >= s.request.num_tokens]
+            its = sequence.request.priority, sequence.request.number
+            # none gives way to one of a lower priority; of whom most lies elsewhere, little would be free here
+            after = [s for s in own if s.home == home and (s.request.priority, s.request.number) > its]
+            at_home = [
+                candidate(s) for s in (sequence, *after) if 2 * s.held.get(home, 0) >= s.request.num_tokens or s is sequence
+            ]
             gives_way = policy.gives_way(candidate(sequence), at_home, target, self._waiting.outlook(views))
             if gives_way is None:
                 return target

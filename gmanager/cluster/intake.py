@@ -136,12 +136,12 @@ class Intake:
         else:
             given = request.params.max_tokens
             request.max_tokens = cell.room(request.prompt_tokens) if given is None else given
+            if cell.caches and request.chain is None and request.prompt_tokens <= SCANNED_AT_ONCE:
+                request.chain = Chain(cell.chain_seed(request.cache_salt), cell.spec.block_size, request.prompt)
             refusal = None if request.is_restored else sequences.refusal(request)
             if refusal is not None:
                 self._refuse(request, refusal)
                 return
-            if cell.caches and request.chain is None and request.prompt_tokens <= SCANNED_AT_ONCE:
-                request.chain = Chain(cell.chain_seed(request.cache_salt), cell.spec.block_size, request.prompt)
             sequences.enqueue(request, request.waiting_since)
 
     def _refuse(self, request: Request, refusal: Refusal) -> None:

@@ -1,11 +1,11 @@
-"""Block moves in a cell: runs of sequences that leave an instance, since it is drained or for a gain, one after the other.
+"""Block moves in a cell: runs of sequences that leave an instance, since it is drained or for a gain.
 
     offering ──RunOffered──> reserving ──Granted──> copying ──Copied──> flipping ──RunMoved──> over
         │ nothing is there        │ NotGranted        │ why not             │ Released
         │                         └─ nothing has changed: Drop ─────────────┴──> over
         └──> the instance leaves the sequence's participants
 
-- One move is under way at a time, so the transfers of two instances never wait for each other.
+- An instance has a part in one move at a time, so the transfers of two never wait for each other.
 - A run is moved only while its sequence decodes elsewhere, and a token has come of its present home: so no step writes to it,
   and all that it holds is written. Its home doesn't move meanwhile.
 - Blocks of a copy are reserved as a number of its own: what becomes of the sequence meanwhile is nothing to them.
@@ -65,7 +65,9 @@ class Moves:
         self._cell = cell
         self._ground = ground
         self._emit = emit
-        self._move: Move | None = None
+        self._moves: dict[int, Move] = {}
+        """Under way, by number."""
+        self.num_ended = 0
         self._homeless: set[tuple[int, int]] = set()
         """(sequence, rank) of runs that no instance had room for, until one may have again."""
         self._failures: dict[tuple[int, int], int] = {}
@@ -73,35 +75,41 @@ class Moves:
 
     @property
     def is_idle(self) -> bool:
-        return self._move is None
+        return not self._moves
 
     def concerns(self, sequence: SequenceState) -> bool:
         """Whether a run of it is on its way."""
-        return self._move is not None and self._move.sequence is sequence
+        return any(move.sequence is sequence for move in self._moves.values())
+
+    def takes_part(self, rank: int) -> bool:
+        """Whether an instance has a part in a move."""
+        return any(rank in (move.source, move.target, move.wanted) for move in self._moves.values())
 
     def is_reserving(self, number: int) -> bool:
         """Whether an answer to a Reserve of this number is one to a move."""
-        return self._move is not None and self._move.number == number
+        return number in self._moves
 
     def start(self, in_order: Sequence[SequenceState]) -> None:
-        """Begin the next move away from an instance that is drained, if there is one to begin."""
-        for sequence in in_order if self._move is None else ():
+        """Begin the next moves away from instances that are drained, if there are any to begin."""
+        for sequence in in_order:
             for rank in sequence.participants:
                 is_leaving = self._cell.members[rank].is_draining and (sequence.number, rank) not in self._homeless
                 if is_leaving and self.can_begin(sequence, rank):
                     self.begin(sequence, rank)
-                    return
 
     def can_begin(self, sequence: SequenceState, rank: int) -> bool:
         """Whether a run of a sequence may be copied away from an instance now."""
         failures = self._failures.get((sequence.number, rank), 0)
         is_still = sequence.is_written and sequence.moving_to is None and not sequence.ending
-        return self._move is None and is_still and rank != sequence.home and failures < MAX_COPIES
+        is_free = not (self.concerns(sequence) or self.takes_part(rank))
+        return is_free and is_still and rank != sequence.home and failures < MAX_COPIES
 
     def begin(self, sequence: SequenceState, source: int, target: int | None = None) -> None:
-        """Copy a run of a sequence from an instance to another. `target`: None: to one that has room. Ask `can_begin` first."""
-        self._move = Move(self._ground.next_number(), sequence, source, wanted=target)
-        asked = OfferRun(epoch=self._cell.epoch, move=self._move.number, seq=sequence.number)
+        """Copy a run of a sequence from an instance to another. `target`: None: to one that has room. Ask `can_begin` first,
+        and whether the target has a part in another."""
+        number = self._ground.next_number()
+        self._moves[number] = Move(number, sequence, source, wanted=target)
+        asked = OfferRun(epoch=self._cell.epoch, move=number, seq=sequence.number)
         self._emit(Send(self._cell.members[source].peer, asked))
 
     def room_came(self) -> None:
@@ -114,30 +122,29 @@ class Moves:
             return False
         sequence = move.sequence
         if move.is_vain or sequence.ending:
-            return self._end()
+            return self._end(move)
         if not offered.ranges:
             self._ground.part(sequence, move.source)
-            return self._end()
+            return self._end(move)
         tokens = sum(end - start for start, end in offered.ranges)
         blocks = -(-tokens // self._cell.spec.block_size)
         target = move.wanted
         if target is None:
-            target = choose_holder(self._ground.views(), blocks=blocks, holders=sequence.participants)
+            free = [view for view in self._ground.views() if not self.takes_part(view.rank)]
+            target = choose_holder(free, blocks=blocks, holders=sequence.participants)
         if target is None:
             self._homeless.add((sequence.number, move.source))
-            return self._end()
+            return self._end(move)
         move.stage, move.target, move.ranges = "reserving", target, offered.ranges
         self._cell.members[target].outstanding[move.number] = blocks
         self._tell(target, Reserve(epoch=self._cell.epoch, seq=move.number, blocks=blocks))
         return False
 
-    def on_granted(self, member: Member) -> bool:
+    def on_granted(self, number: int) -> bool:
         """The answer that `is_reserving` expects."""
-        move = self._move
-        if move is None:
-            raise RuntimeError("nothing is reserved for a move")
+        move = self._moves[number]
         if move.is_vain or move.sequence.ending:
-            return self._end(drop=True)
+            return self._end(move, drop=True)
         move.stage = "copying"
         asked = CopyRun(
             epoch=self._cell.epoch,
@@ -151,8 +158,8 @@ class Moves:
         self._tell(move.target, asked)
         return False
 
-    def on_not_granted(self) -> bool:
-        return self._end()
+    def on_not_granted(self, number: int) -> bool:
+        return self._end(self._moves[number])
 
     def on_copied(self, member: Member, copied: Copied) -> bool:
         move = self._expected(copied.move, "copying", member.rank, "target")
@@ -167,7 +174,7 @@ class Moves:
         else:
             self._cell.performance.take_copy(sum(end - start for start, end in move.ranges), copied.us)
         if copied.error is not None or move.is_vain or sequence.ending:
-            return self._end(drop=True)
+            return self._end(move, drop=True)
         move.stage = "flipping"
         self._ground.join(sequence, move.target)
         told = FlipRun(
@@ -185,28 +192,31 @@ class Moves:
         move = self._expected(moved.move, "flipping", member.rank, "home")
         if move is None:
             return False
-        return self._end()
+        return self._end(move)
 
     def forget(self, sequence: SequenceState) -> None:
         """It is released: its copy, if there is one, is nobody's."""
-        if self._move is not None and self._move.sequence is sequence:
-            self._move.is_vain = True
-            if self._move.stage == "flipping":
-                self._end(drop=True)
+        for move in [move for move in self._moves.values() if move.sequence is sequence]:
+            move.is_vain = True
+            if move.stage == "flipping":
+                self._end(move, drop=True)
 
     def _expected(self, number: int, stage: str, rank: int, who: Literal["source", "target", "home"]) -> Move | None:
         """The move, if that is what it waits for."""
-        move = self._move
-        if move is not None and move.number == number and move.stage == stage:
+        move = self._moves.get(number)
+        if move is not None and move.stage == stage:
             ranks = {"source": move.source, "target": move.target, "home": move.sequence.home}
             if ranks[who] == rank:
                 return move
         self._ground.num_dropped += 1
         return None
 
-    def _end(self, *, drop: bool = False) -> bool:
-        move, self._move = self._move, None
-        if move is not None and drop:
+    def _end(self, move: Move, *, drop: bool = False) -> bool:
+        del self._moves[move.number]
+        self.num_ended += 1
+        if move.target >= 0:
+            self._homeless.clear()  # one that had a part in it may have room
+        if drop:
             self._tell(move.target, Drop(epoch=self._cell.epoch, seq=move.number))
         return True
 

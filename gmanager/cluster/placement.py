@@ -6,6 +6,7 @@ share plus one *spare*, into which generation grows where the home is.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from gmanager.config import Spread
 from gmanager.wire.messages import Refusal, Role, Share
@@ -17,6 +18,12 @@ users measured what a static split costs: -22 % throughput at 1K tokens, +68 % a
 PARALLEL_EFFICIENCY = 0.9
 """Of several instances that prefill one prompt: two H200 take 5.52 s for 128K tokens of the 8B shape, one takes 9.73 to 10.06
 (docs/performance.md)."""
+
+LEAST_SHARE = 2048
+"""Tokens that each of several instances computes of a prompt, at least: each more is one more that its rows visit."""
+
+FEW = 8
+"""Numbers of instances up to which each is weighed; beyond, only twice as many each time, and the most."""
 
 KEPT_FREE = 8
 """One of so many instances is for prompts that are not long."""
@@ -168,9 +175,9 @@ def _least_busy(
 ) -> list[InstanceView] | None:
     """As many of `rooms` as `degree` says, with least to prefill, the home first. None: no number of them holds even shares."""
     options: dict[int, list[InstanceView]] = {}
-    most = 1 if tokens < LONG_PROMPT else min(len(rooms), num_blocks)
     kept_free = [] if tokens < LONG_PROMPT else _kept_free(rooms)
-    for count in range(1, most + 1):
+    most = 1 if tokens < LONG_PROMPT else min(len(rooms) - len(kept_free), num_blocks, tokens // LEAST_SHARE)
+    for count in _weighed(most):
         able = [view for view in rooms if view.free_blocks > -(-num_blocks // count) and view.rank not in kept_free]
         able.sort(key=lambda view: view.backlog // LONG_PROMPT)  # less than that is no reason against more room
         home = next((view for view in able if view.homes < view.max_homes), None)
@@ -181,6 +188,12 @@ def _least_busy(
     backlogs = {count: [view.backlog for view in able] for count, able in options.items()}
     count = degree(tokens, waiting, backlogs, reach)
     return options[count][:count]
+
+
+def _weighed(most: int) -> list[int]:
+    """Of 1 to `most` those numbers of instances that are looked at."""
+    doubled = takewhile(lambda count: count < most, (FEW << power for power in range(1, 32)))
+    return [*range(1, min(most, FEW) + 1), *doubled, *([most] if most > FEW else [])]
 
 
 def _kept_free(rooms: Sequence[InstanceView]) -> list[int]:

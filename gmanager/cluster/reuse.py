@@ -218,6 +218,10 @@ class Reuses:
             self.following.wait(request, seq, now, takes_s)
         return found is not None
 
+    def known(self, request: Request) -> int:
+        """Tokens of it that it could share now, or once they are read."""
+        return max((reuse.tokens for reuse in self._find(request)), default=0)
+
     def _find(self, request: Request) -> list[Reuse]:
         """What it could share."""
         matches = self._matches(request, with_below=False)

@@ -109,7 +109,8 @@ class Sequences:
         """Why a request that is to be queued would miss its objectives; None: it may meet them."""
         reservation = self._reservation
         is_admission = reservation is not None and reservation.placement is not None
-        return self._forecast.refusal(request, reservation.request if reservation and is_admission else None)
+        reserving = reservation.request if reservation and is_admission else None
+        return self._forecast.refusal(request, reserving, lambda: self._reuses.known(request))
 
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
@@ -218,7 +219,7 @@ class Sequences:
         blocks = max(0, min(granted.blocks, asked))
         member.hear_free(granted.free_blocks)
         if self._moves.is_reserving(seq):
-            self._changed |= self._moves.on_granted(member)
+            self._changed |= self._moves.on_granted(seq)
             return
         reservation = self._reservation
         if reservation is None or reservation.seq != seq:
@@ -250,7 +251,7 @@ class Sequences:
             member.hear_free(min(free_blocks, blocks - 1))
         self._changed = True
         if self._moves.is_reserving(seq):
-            self._moves.on_not_granted()
+            self._moves.on_not_granted(seq)
             return
         reservation = self._reservation
         if reservation is None or reservation.seq != seq:
@@ -390,14 +391,15 @@ class Sequences:
 
     def _try_improve(self) -> None:
         """Begin what the policy wants to be moved, if that can begin now."""
-        if self._reservation is not None or self._running.lacks_blocks:
-            return
-        found = self._unsettled.ask(self._moves, lambda: self._waiting.outlook(self._running.views()))
-        match found:
-            case sequence, NewHome(to=target):
-                self._reserve_home(sequence, target)
-            case sequence, NewHolder(source=source, to=target):
-                self._moves.begin(sequence, source, target)
+        while self._reservation is None and not self._running.lacks_blocks:
+            found = self._unsettled.ask(self._moves, lambda: self._waiting.outlook(self._running.views()))
+            match found:
+                case None:
+                    return
+                case sequence, NewHome(to=target):
+                    self._reserve_home(sequence, target)
+                case sequence, NewHolder(source=source, to=target):
+                    self._moves.begin(sequence, source, target)
 
     def _reserve_home(self, sequence: Sequence, target: int) -> None:
         self._requests.change(sequence.request, "move")

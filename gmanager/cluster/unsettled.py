@@ -25,6 +25,8 @@ class Unsettled:
         self._sequences: dict[int, Sequence] = {}
         self._wait: dict[int, Sequence] = {}
         """Those that may want to be copied, once what is under way is."""
+        self._num_ended = 0
+        """Moves that had ended when these were last asked about."""
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Something of these is new."""
@@ -37,10 +39,12 @@ class Unsettled:
         """The epoch is over."""
         self._sequences.clear()
         self._wait.clear()
+        self._num_ended = 0
 
     def ask(self, moves: Moves, outlook: Callable[[], Outlook]) -> tuple[Sequence, Relocation] | None:
         """What is best moved now, of the oldest; what is not is settled."""
-        if moves.is_idle:
+        if moves.num_ended != self._num_ended:
+            self._num_ended = moves.num_ended
             self._sequences |= self._wait
             self._wait.clear()
         while self._sequences:
@@ -62,11 +66,12 @@ def view_of(sequence: Sequence, moves: Moves) -> SequenceView:
     """What a policy sees of it."""
     request = sequence.request
     is_free = sequence.is_written and sequence.moving_to is None and not moves.concerns(sequence)
+    home_is_free = not moves.takes_part(sequence.home)
     return SequenceView(
         seq=sequence.number,
         home=sequence.home,
         held={rank: tokens for rank, tokens in sequence.held.items() if tokens},
         left=sequence.left,
         can_move=is_free and request.move_call is None,
-        copyable=[rank for rank in sequence.participants if moves.can_begin(sequence, rank)],
+        copyable=[rank for rank in sequence.participants if home_is_free and moves.can_begin(sequence, rank)],
     )

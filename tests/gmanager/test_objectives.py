@@ -133,6 +133,23 @@ def test_what_nobody_could_meet_is_said_with_the_best() -> None:
     assert refusal.error == "objective TTFT 0.15 s: a prompt of 24 tokens takes 0.3 s alone here at best"
 
 
+def test_what_is_there_already_takes_no_time() -> None:
+    """A long conversation goes on: only what was said since is computed."""
+    cell = Cell(slo_ttft_s=0.3)
+    cell.learn(40, seconds=0.5)
+    text = list(range(100, 140))
+    refusal = cell.ask(prompt=text)
+    assert isinstance(refusal, Deliver) and refusal.refusal == "unreachable"
+    seq = cell.ask(prompt=text, slo_ttft_s=10)
+    assert isinstance(seq, int)
+    cell.driver.say(peer(0), m.Cached(epoch=1, shards=[m.KeptShard(seq=seq, runs=[[(0, 40)]])]))
+    cell.first(seq, 0.5)
+    assert isinstance(cell.ask(prompt=[*text, 1, 2, 3]), int)
+    refusal = cell.ask(prompt=[*text, *range(40)])
+    assert isinstance(refusal, Deliver) and refusal.error is not None
+    assert "a prompt of 80 tokens, 40 of them there already, takes" in refusal.error
+
+
 def test_crowds_dont_teach_that_one_alone_is_too_slow() -> None:
     """All that were measured but the first had others before them, and took as long as they: that is no reason for ever."""
     cell = Cell(400)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gmanager.cluster.parties import connected
 from gmanager.cluster.placement import (
+    LEAST_SHARE,
     LONG_PROMPT,
     PARALLEL_EFFICIENCY,
     Candidate,
@@ -334,9 +335,12 @@ def test_spread_is_parsed() -> None:
 def test_some_of_many_instances_are_kept_free_of_long_prompts() -> None:
     """Those with least to prefill; whoever has a short prompt finds them, and memory may want all the same."""
     many = [replace(view, max_homes=64) for view in views([200] * 16, total=200)]
-    long = place(many, tokens=LONG_PROMPT, block_size=64, spread="auto")
+    long = place(many, tokens=4 * LONG_PROMPT, block_size=64, spread="auto")
     assert long is not None
     assert len(long.shares) == 14
+    shorter = place(many, tokens=LONG_PROMPT, block_size=64, spread="auto")
+    assert shorter is not None
+    assert [share.tokens for share in shorter.shares] == [LEAST_SHARE] * 4
     busy = [replace(view, backlog=10**6 if view.rank in long.blocks else 0) for view in many]
     second = place(busy, tokens=LONG_PROMPT, block_size=64, spread="auto")
     assert second is not None

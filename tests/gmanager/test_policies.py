@@ -292,6 +292,15 @@ def test_a_home_that_is_full_preempts_who_is_cheap_to_compute_again(policy: str)
         assert acts == [pong(0), reserve_next(1, 1)]
 
 
+def test_nobody_gives_way_to_a_lower_priority_at_a_full_home() -> None:
+    """The one that wants a block comes after the other, though it is older; it moves."""
+    driver = serving(8, 2)
+    running(driver, "low", 8, generated=1, max_tokens=20, priority=5)
+    running(driver, "high", 8, generated=1, max_tokens=20)
+    acts = driver.say(peer(0), beat(0, {1: 9, 2: 9}), m.NeedBlock(epoch=1, seq=1))
+    assert acts == [pong(0), reserve_next(1, 1)]
+
+
 def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
     """No instance alone has room for 20 blocks: it is spread where those that step together then lose less than it gains."""
     busy = cell(instance(0, free_blocks=15, rows=4, held=4000), instance(1, free_blocks=12, rows=4, held=4000))

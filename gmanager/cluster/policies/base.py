@@ -51,7 +51,7 @@ class SequenceView:
     can_move: bool
     """Whether it may have another home now."""
     copyable: Collection[int] = ()
-    """Ranks whose run may be copied to another now, none of them the home."""
+    """Ranks whose run may be copied to the home now, none of them the home."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,8 @@ class Policy:
         return choose_target(views, home=home)
 
     def gives_way(self, wanting: Candidate, at_home: Sequence[Candidate], target: int, outlook: Outlook) -> int | None:
-        """Who of a home's sequences is preempted rather than that who wants a block goes on at `target`; None: nobody."""
+        """Who of a home's sequences is preempted rather than that who wants a block goes on at `target`; None: nobody.
+        `at_home`: itself, and those that may give way to it."""
         return None
 
     def last_resort(self, views: Sequence[InstanceView], home: int) -> int | None:
