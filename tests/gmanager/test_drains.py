@@ -244,3 +244,21 @@ def test_a_client_that_goes_waits_no_more_and_the_drain_goes_on() -> None:
     driver.handle(PeerWasLost(CLIENT, "gone", driver.now))
     assert driver.cluster.stats().instances[0].is_draining
     assert driver.say(peer(1), beat(4)) == [Send(peer(1), m.Pong())]
+
+
+def test_runs_of_different_instances_are_copied_at_a_time_and_no_instance_has_two() -> None:
+    driver = serving(20, 20, 20, 20)
+    running(driver, "a", 8, generated=1, spread=2, max_tokens=4)
+    running(driver, "b", 8, generated=1, spread=2, max_tokens=4)
+    driver.say(peer(0), beat(18, {1: 4}))
+    driver.say(peer(1), beat(18, {1: 4}))
+    driver.say(peer(2), beat(18, {2: 4}))
+    driver.say(peer(3), beat(18, {2: 4}))
+    assert [sorted(request_stats(driver, name).kv_tokens) for name in ("a", "b")] == [[0, 1], [2, 3]]
+    assert driver.say(CLIENT, drain(1)) == [to(1, m.OfferRun, move=3, seq=1)]
+    assert driver.say(CLIENT, drain(3, call=8)) == [to(3, m.OfferRun, move=4, seq=2)]
+    assert driver.say(peer(1), offered(3, (4, 8))) == [reserve(0, 3, 1)], "its home holds something already"
+    assert driver.say(peer(3), offered(4, (4, 8))) == [reserve(2, 4, 1)]
+    for move, source, target, seq in ((3, 1, 0, 1), (4, 3, 2, 2)):
+        copy = {"move": move, "seq": seq, "source": source, "target": target, "ranges": [(4, 8)]}
+        assert driver.say(peer(target), granted(move, 1, 10)) == [to(source, m.CopyRun, **copy), to(target, m.CopyRun, **copy)]
