@@ -259,6 +259,9 @@ def test_runs_of_different_instances_are_copied_at_a_time_and_no_instance_has_tw
     assert driver.say(CLIENT, drain(3, call=8)) == [to(3, m.OfferRun, move=4, seq=2)]
     assert driver.say(peer(1), offered(3, (4, 8))) == [reserve(0, 3, 1)], "its home holds something already"
     assert driver.say(peer(3), offered(4, (4, 8))) == [reserve(2, 4, 1)]
-    for move, source, target, seq in ((3, 1, 0, 1), (4, 3, 2, 2)):
-        copy = {"move": move, "seq": seq, "source": source, "target": target, "ranges": [(4, 8)]}
-        assert driver.say(peer(target), granted(move, 1, 10)) == [to(source, m.CopyRun, **copy), to(target, m.CopyRun, **copy)]
+    for number, source, target, seq in ((3, 1, 0, 1), (4, 3, 2, 2)):
+        copy = {"move": number, "seq": seq, "source": source, "target": target, "ranges": [(4, 8)]}
+        assert driver.say(peer(target), granted(number, 1, 10)) == [
+            to(source, m.CopyRun, **copy),
+            to(target, m.CopyRun, **copy),
+        ]
