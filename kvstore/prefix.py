@@ -16,6 +16,7 @@ Blocks leave a run from its end, so what is below follows what is in the pool; w
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from kvstore.pool import BlockPool
 from kvstore.tiers import Tiers
@@ -269,8 +270,8 @@ class PrefixCache:
         """Whether some block in the pool may have no copy."""
         return bool(self._uncopied)
 
-    def next_uncopied(self) -> tuple[int, int] | None:
-        """Of the blocks that have no copy, and of which none is being made, the first to be evicted; and its sequence."""
+    def next_uncopied(self) -> int | None:
+        """Of the blocks that have no copy, and of which none is being made, the first to be evicted."""
         while self._uncopied:
             seq = next(iter(self._uncopied))
             runs = [run for run in self._shards[seq] if run.block_ids]
@@ -278,7 +279,7 @@ class PrefixCache:
                 while run.num_copied < len(run.block_ids):
                     block = run.block_ids[-1 - run.num_copied]
                     if not self.tiers.has_copy(block):
-                        return seq, block
+                        return block
                     run.num_copied += 1
             del self._uncopied[seq]
         return None
@@ -290,14 +291,19 @@ class PrefixCache:
             for run in self._shards[seq]:
                 run.num_copied = 0
 
-    def evicted_before(self, seq: int, enough: int) -> int:
-        """How many blocks of the pool are evicted before the first of a sequence, `enough` of them if there are more."""
+    def count_uncopied(self, ahead: int, most: int) -> int:
+        """How many blocks of the sequences of which some are among the next `ahead` of the pool to be evicted have no copy:
+        `most` if there are more."""
         count = 0
-        for other in self._in_pool:
-            if other == seq or count >= enough:
+        for seq in self._in_pool:
+            if ahead <= 0 or count >= most:
                 break
-            count += sum(len(run.block_ids) for run in self._shards[other])
-        return min(count, enough)
+            runs = self._shards[seq]
+            ahead -= sum(len(run.block_ids) for run in runs)
+            if seq in self._uncopied:
+                left = (block for run in runs for block in run.block_ids[: len(run.block_ids) - run.num_copied])
+                count += sum(1 for _ in islice((block for block in left if not self.tiers.has_copy(block)), most - count))
+        return count
 
     def num_evictable(self, seq: int) -> int:
         """Blocks of one cached sequence that nobody uses."""

@@ -152,6 +152,11 @@ class Tiers:
         """So many of the least recently used ones that aren't being read, or all."""
         return list(islice((key for key in self._order[tier] if key not in self._moving), count))
 
+    def oldest_alone(self, tier: Tier, count: int) -> list[int]:
+        """The same of those that no block of the pool holds."""
+        alone = (key for key in self._order[tier] if key not in self._moving and not self._copies[key].blocks)
+        return list(islice(alone, count))
+
     def block_of(self, key: int) -> int | None:
         """A block of the pool that holds the same; None: there is none. Raises KeyError if there is no such copy."""
         return min(self._copies[key].blocks, default=None)

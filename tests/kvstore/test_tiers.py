@@ -304,6 +304,34 @@ def test_what_stays_in_the_pool_does_not_drive_out_what_is_below_alone() -> None
     assert line.below(1) == 0
 
 
+def test_full_tiers_make_room_for_a_whole_job() -> None:
+    line = Line(32, host=8, disk=16, batch=4)
+    for seq in range(1, 25):
+        line.leave(seq, 2)
+        line.run()
+    tiers = line.table.cache.tiers
+    assert (tiers.num_copies("host"), tiers.num_copies("disk")) == (8, 16)
+    for seq in range(30, 42):
+        line.leave(seq, 2)
+    copied = line.jobs.counts.down
+    kinds = line.run()
+    assert set(kinds) == {"down", "move"}
+    assert len(kinds) <= -(-2 * (line.jobs.counts.down - copied) // 4), "no job is of less than a batch"
+    assert line.jobs.counts.down > copied
+
+
+def test_a_sequence_that_runs_on_does_not_keep_others_from_below() -> None:
+    line = Line(64, host=32)
+    line.leave(1, 4)
+    line.run()
+    assert line.table.share(2, 1, [[(0, 4)]])
+    for seq in range(10, 110):
+        line.leave(seq, 2)
+        line.run()
+    assert line.jobs.counts.down >= 100, "the oldest copies are those of blocks that are in use"
+    assert line.below(1) == 4, "once it ends they are there still"
+
+
 def test_a_broken_copy_is_a_hole() -> None:
     line = Line(10, host=20, batch=2)
     line.leave(1, 7)
