@@ -12,6 +12,10 @@ Blocks leave a run from its end, so what is below follows what is in the pool; w
 
     run     | in the pool | below ......... |              read up again: the first below is the last in the pool
     lost                  | below | x | below |   ──>   | in the pool | below |   and   | below |
+
+A sequence is *spare* while others that are cached have all that it has here, too. On another instance it may have more, that
+is of use only with this; so some of them stay, but no more than `MOST_SPARE`: else each that began with the same few blocks
+would be known for as long as these are.
 """
 
 from collections import Counter
@@ -25,6 +29,9 @@ Ranges = list[tuple[int, int]]
 
 MOST_SUNK_RUNS = 4
 """Runs of one cached sequence that lie below altogether: each is one run more for who shares it. The shortest go."""
+
+MOST_SPARE = 256
+"""Spare sequences that stay cached, the most recently used ones."""
 
 
 def first_tokens(ranges: Sequence[tuple[int, int]], count: int) -> Ranges:
@@ -173,6 +180,8 @@ class PrefixCache:
         self._uncopied: dict[int, None] = {}
         """Of these, those of which some block in the pool may have no copy, likewise."""
         self._changed: dict[int, None] = {}
+        self._spare: dict[int, None] = {}
+        """Those that were spare when last looked at, least recently used first."""
         self.on_cached: Callable[[Sequence[int]], object] = lambda blocks: None
         """Hears of blocks of sequences that are over."""
         pool.on_free = self.tiers.on_free
@@ -211,11 +220,12 @@ class PrefixCache:
             self._shards[seq] = kept
             self._in_pool[seq] = None
             self._uncopied[seq] = None
+            self._weigh(seq)
         return freed
 
     def touch(self, seq: int) -> None:
         """It is of use: the last to be evicted, in the pool and below."""
-        for order in (self._in_pool, self._uncopied):
+        for order in (self._in_pool, self._uncopied, self._spare):
             if seq in order:
                 del order[seq]
                 order[seq] = None
@@ -228,8 +238,8 @@ class PrefixCache:
     def remove(self, seq: int) -> int:
         """Forget a sequence: how many blocks are free with that."""
         runs = self._shards.pop(seq)
-        self._in_pool.pop(seq, None)
-        self._uncopied.pop(seq, None)
+        for known in (self._in_pool, self._uncopied, self._spare):
+            known.pop(seq, None)
         for run in runs:
             self._release(seq, run)
         return len(self._pool.forget([block for run in runs for block in run.block_ids]))
@@ -336,8 +346,10 @@ class PrefixCache:
         if self.tiers.block_of(key) is not None:
             self.look_again()
         for seq in self.tiers.drop(key):
+            run = next((run for run in self.runs_of(seq) if key in run.sunk), None)
+            if run is None:  # as others lost it, too, this one was spare
+                continue
             self._changed[seq] = None
-            run = next(run for run in self._shards[seq] if key in run.sunk)
             far = run.split(self._block_size, key)
             if far is not None:
                 self._shards[seq].append(far)
@@ -346,8 +358,10 @@ class PrefixCache:
     def lose_block(self, block: int) -> None:
         """A block of the pool is not what was written: no cached sequence has it any more."""
         for seq in [seq for seq, runs in self._shards.items() if any(block in run.block_ids for run in runs)]:
+            run = next((run for run in self.runs_of(seq) if block in run.block_ids), None)
+            if run is None:  # likewise
+                continue
             self._changed[seq] = None
-            run = next(run for run in self._shards[seq] if block in run.block_ids)
             far = run.split_in_pool(self._block_size, block)
             if far is not None:
                 self._shards[seq].append(far)
@@ -364,8 +378,37 @@ class PrefixCache:
         if not any(run.block_ids for run in runs):
             self._in_pool.pop(seq, None)
             self._uncopied.pop(seq, None)
-        if not runs:
+        if runs:
+            self._weigh(seq)
+        else:
             del self._shards[seq]
+            self._spare.pop(seq, None)
+
+    def _weigh(self, seq: int) -> None:
+        """If a sequence is spare, note it, and forget the one for which that are too many."""
+        self._spare.pop(seq, None)
+        if not self._is_spare(seq):
+            return
+        self._spare[seq] = None
+        if len(self._spare) > MOST_SPARE:
+            oldest = next(iter(self._spare))
+            if self._is_spare(oldest):
+                self._changed[oldest] = None
+                self.remove(oldest)
+            else:
+                del self._spare[oldest]
+
+    def _is_spare(self, seq: int) -> bool:
+        """Whether other cached sequences have all that it has. What it alone has are its last blocks: these come first."""
+        refs = self._pool.cached_refs
+        for run in self._shards[seq]:
+            for key in run.sunk:
+                num_seqs, blocks = self.tiers.holders(key)
+                if num_seqs < 2 and not any(map(refs, blocks)):
+                    return False
+            if any(refs(block) < 2 for block in reversed(run.block_ids)):
+                return False
+        return True
 
     def _release(self, seq: int, run: CachedRun) -> None:
         for key in run.sunk:
@@ -393,6 +436,8 @@ class PrefixCache:
                     raise RuntimeError(f"cached sequence {seq}: {run.num_copied} of its last blocks have no copy")
             if not runs:
                 raise RuntimeError(f"sequence {seq} is cached and has nothing")
+        if len(self._spare) > MOST_SPARE or not self._spare.keys() <= self._shards.keys():
+            raise RuntimeError(f"spare are {list(self._spare)}, cached {list(self._shards)}")
         in_pool = [seq for seq, runs in self._shards.items() if any(run.block_ids for run in runs)]
         if self._in_pool.keys() != set(in_pool) or not self._uncopied.keys() <= self._in_pool.keys():
             raise RuntimeError(f"in the pool are {in_pool}, known {list(self._in_pool)}, uncopied {list(self._uncopied)}")

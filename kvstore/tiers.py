@@ -117,6 +117,12 @@ class Tiers:
         """A cached sequence has the block there alone. Raises KeyError if there is no such copy."""
         self._copies[key].seqs[seq] = None
 
+    def holders(self, key: int) -> tuple[int, Iterable[int]]:
+        """How many cached sequences have a block there alone, and which blocks of the pool hold the same. Raises KeyError if
+        there is no such copy."""
+        copy = self._copies[key]
+        return len(copy.seqs), copy.blocks
+
     def release(self, key: int, seq: int) -> None:
         """It has it there no more."""
         copy = self._copies[key]
