@@ -9,7 +9,8 @@ It takes no blocks that anybody reserves: what was read is cached like what requ
 if they need it. Then the request finds less, and reads once more or computes it.
 
 How long reading takes is guessed until an instance has said it, and again some time after: one that was slow once may not be so
-for ever.
+for ever. One that nobody waits for any more takes at least as long as was waited, whatever was known before, and its answer
+counts when it comes.
 """
 
 from bisect import insort
@@ -35,6 +36,8 @@ MOST_READS = 2
 """Times that one request is read for until it computes what lacks."""
 PATIENCE_S, PATIENCE = 5.0, 4.0
 """A request waits for no reading longer than so many seconds and so many times what it should take."""
+MOST_LATE = 64
+"""Fetches that nobody waits for any more, and whose answer still counts."""
 MAX_READ_US = 3600 * 10**6
 
 
@@ -50,6 +53,7 @@ class _Fetch:
     end: int
     tokens: int
     """Most that it can bring."""
+    begun: float
     requests: dict[int, None] = field(default_factory=dict)
     """Numbers of those that wait for it."""
 
@@ -73,6 +77,8 @@ class Reading:
         """(precedence, number) of those that wait for their turn, in that order."""
         self._fetches: dict[Key, _Fetch] = {}
         """That somebody waits for."""
+        self._late: dict[Key, _Fetch] = {}
+        """That nobody waits for any more."""
         self._rates: dict[int, deque[tuple[float, float]]] = {}
         """id of a member -> (when it was heard, seconds of a token) of its newest reads."""
         self._num_fetches = 0
@@ -105,7 +111,7 @@ class Reading:
                 key = under_way.get(member.id)
                 if key is None:
                     key = member.id, self._send(member, source, end, into_pool=True)
-                    self._fetches[key] = _Fetch(source, end, below[member.id])
+                    self._fetches[key] = _Fetch(source, end, below[member.id], now)
                 self._fetches[key].requests[request.number] = None
                 wait.fetches[key] = None
 
@@ -127,21 +133,23 @@ class Reading:
         return self._num_fetches
 
     def on_fetched(self, member: Member, fetched: Fetched, now: float) -> bool:
-        """An instance has read. False: nobody has waited for that."""
+        """An instance has read. False: nobody has ever waited for that."""
         key = member.id, fetched.fetch
-        fetch = self._fetches.pop(key, None)
+        fetch = self._fetches.pop(key, None) or self._late.pop(key, None)
         if fetch is None:
             return False
         tokens = min(fetched.blocks * self._cell.spec.block_size, fetch.tokens)
         if tokens > 0 and 0 < fetched.us <= MAX_READ_US:
-            rates = self._rates.setdefault(member.id, deque(maxlen=NUM_READS))
-            rates.append((now, fetched.us / 1e6 / tokens))
+            self._note(member.id, now, fetched.us / 1e6 / tokens)
         for number in fetch.requests:
             wait = self._waits[number]
             del wait.fetches[key]
             if not wait.fetches:
                 del self._waits[number]
         return True
+
+    def _note(self, number: int, now: float, token_s: float) -> None:
+        self._rates.setdefault(number, deque(maxlen=NUM_READS)).append((now, token_s))
 
     def token_s(self, number: int, now: float) -> float:
         """Seconds in which an instance reads a token."""
@@ -152,6 +160,10 @@ class Reading:
         """Whether some wait no longer."""
         overdue = [number for number, wait in self._waits.items() if now > wait.until]
         for number in overdue:
+            for key in self._waits[number].fetches:
+                fetch = self._fetches[key]
+                self._rates.pop(key[0], None)
+                self._note(key[0], now, (now - fetch.begun) / fetch.tokens)
             self.forget(number)
         return bool(overdue)
 
@@ -163,13 +175,16 @@ class Reading:
             fetch = self._fetches[key]
             del fetch.requests[number]
             if not fetch.requests:
-                del self._fetches[key]
+                self._late[key] = self._fetches.pop(key)
+                if len(self._late) > MOST_LATE:
+                    del self._late[next(iter(self._late))]
 
     def suspend(self) -> None:
         """The epoch is over, and nothing is answered any more."""
         self._waits.clear()
         self._turns.clear()
         self._fetches.clear()
+        self._late.clear()
 
     def validate(self, queued: Iterable[int]) -> None:
         """Raises RuntimeError if one waits that isn't queued, or for nothing."""

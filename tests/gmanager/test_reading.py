@@ -71,15 +71,29 @@ def test_what_finds_no_room_is_read_once_more_and_then_computed() -> None:
     assert driver.say(peer(0), fetched(MOST_READS, 0)) == [sharing(0, 2, 6, 1, [[(0, 4)]])]
 
 
-def test_a_reading_that_does_not_end_is_waited_for_no_longer() -> None:
+def test_a_reading_that_does_not_end_is_waited_for_once() -> None:
+    """Whatever was known before: it takes longer than to compute what is below."""
     driver = sunk(20)
     driver.say(CLIENT, ask("again", AGAIN))
-    assert fetch(2) not in driver.wait(int(PATIENCE_S), peer(0), CLIENT)
-    assert fetch(2) in driver.wait(2, peer(0), CLIENT), "it is tried again"
-    assert sharing(0, 2, 6, 1, [[(0, 4)]]) in driver.wait(int(PATIENCE_S) + 2, peer(0), CLIENT)
+    computed = sharing(0, 2, 6, 1, [[(0, 4)]])
+    assert computed not in driver.wait(int(PATIENCE_S), peer(0), CLIENT)
+    assert computed in driver.wait(2, peer(0), CLIENT)
+    driver.say(peer(0), granted(2, 6, 14))
     before = dropped(driver)
-    driver.say(peer(0), fetched(1, 2), fetched(2, 2), fetched(77, 2))
-    assert dropped(driver) == before + 3
+    driver.say(peer(0), fetched(1, 2), fetched(1, 2), fetched(77, 2))
+    assert dropped(driver) == before + 2, "the first was late, and counts"
+    assert driver.say(CLIENT, ask("next", AGAIN)) == [sharing(0, 3, 6, 1, [[(0, 4)]])], "it is not read for the next, either"
+    driver.say(peer(0), granted(3, 6, 8))
+    driver.wait(61, peer(0), CLIENT)
+    assert driver.say(CLIENT, ask("later", AGAIN)) == [fetch(2)], "it may be faster now"
+
+
+def test_an_answer_that_comes_late_says_how_long_reading_takes() -> None:
+    driver = sunk(20)
+    driver.say(CLIENT, ask("again", AGAIN))
+    driver.say(CLIENT, m.Abort(call=1, request_id="again"))
+    driver.say(peer(0), fetched(1, 2, us=3600 * 10**6))
+    assert driver.say(CLIENT, ask("next", AGAIN)) == [sharing(0, 2, 6, 1, [[(0, 4)]])]
 
 
 def test_who_is_cancelled_waits_no_longer() -> None:
