@@ -138,6 +138,12 @@ class CachedRun:
         self.sunk = self.sunk[len(self.sunk) - near :]
         return far if far.sunk else None
 
+    def forget_copies(self) -> list[int]:
+        """There is nothing below any more: the keys of what lay there alone."""
+        lost, self.sunk, self._sunk_ranges = self.sunk, [], []
+        self.num_copied = 0
+        return lost
+
     def split_in_pool(self, block_size: int, block: int) -> "CachedRun | None":
         """Lose a block of the pool: what follows it, there and below, as a run of its own."""
         near = self.block_ids.index(block)
@@ -354,6 +360,19 @@ class PrefixCache:
             if far is not None:
                 self._shards[seq].append(far)
             self._tidy(seq)
+
+    def lose_tiers(self) -> None:
+        """All that lies below is no more, and nothing will."""
+        for seq in list(self._shards):
+            for run in self._shards[seq]:
+                lost = run.forget_copies()
+                if lost:
+                    self._changed[seq] = None
+                for key in lost:
+                    self.tiers.release(key, seq)
+            self._tidy(seq)
+        self._uncopied.clear()
+        self.tiers.shut()
 
     def lose_block(self, block: int) -> None:
         """A block of the pool is not what was written: no cached sequence has it any more."""

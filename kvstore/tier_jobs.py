@@ -110,7 +110,7 @@ class TierJobs:
 
     def lift(self, seq: int, end: int) -> None:
         """Bring what of it is on disk to host memory."""
-        if seq not in self._cache or not self._tiers.num_slots["host"]:
+        if seq not in self._cache or not self._tiers.num_slots["host"] or self._tiers.is_off:
             return
         self._cache.touch(seq)
         keys: list[int] = []
@@ -125,6 +125,21 @@ class TierJobs:
         self._lifts.clear()
         self._fetched.clear()
         self._fetch = None
+
+    def turn_off(self) -> None:
+        """Use the tiers no more: what lies there is lost, and who asks for it is told at once. A job that is under way may
+        still end; nothing comes of it."""
+        self._lifts.clear()
+        self._cache.lose_tiers()
+        if self._fetch is not None:
+            self._fetched.append(Fetched(self._fetch.number, self._fetch.found))
+            self._fetch = None
+        self.refuse_asked()
+
+    def refuse_asked(self) -> None:
+        """Nothing is read for those that have asked."""
+        self._fetched += [Fetched(number, 0) for number, _, _ in self._asked]
+        self._asked.clear()
 
     def forget_counts(self) -> None:
         """Begin to count anew."""
@@ -308,6 +323,9 @@ class TierJobs:
 
     def _end_down(self, item: Copying, result: int | Fault) -> None:
         block = item.source.slot
+        if self._tiers.is_off:
+            self._tiers.end_down(item, None)
+            return
         if isinstance(result, int):
             sums = {} if self.checks is None else self.checks.known([block])
             if sums.get(block, result) == result:

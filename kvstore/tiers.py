@@ -77,11 +77,19 @@ class Tiers:
         self._retired: Counter[Tier] = Counter()
         """Slots that could not be written."""
         self._num_keys = 0
+        self._is_shut = False
 
     @property
     def is_off(self) -> bool:
-        """Whether there is no tier at all."""
-        return not any(self.num_slots.values())
+        """Whether there is no tier at all (any more)."""
+        return self._is_shut or not any(self.num_slots.values())
+
+    def shut(self) -> None:
+        """Lose all copies, for good. Raises RuntimeError if a cached sequence has a block there alone."""
+        for key in list(self._copies):
+            if self.drop(key):
+                raise RuntimeError(f"copy {key} is still held")
+        self._is_shut = True
 
     @property
     def first(self) -> Tier:

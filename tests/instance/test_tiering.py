@@ -180,3 +180,43 @@ async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
         await tiers.close()
         assert not store.is_closed
         store.goes_on.set()
+
+
+async def test_tiers_that_hang_are_given_up_and_nobody_waits_for_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instance.tiering.HANG_S", 0.05)
+    async with tiering(checks=True) as (tiers, rmanager, store, heard):
+        tiers.resume()
+        leave(rmanager, 1, 6)
+        tiers.wake()
+        await until(store, 12)
+        assert rmanager.reserve(2, 20)
+        rmanager.free(2)
+        leave(rmanager, 3, 2)
+        blocks = rmanager.shards.cache.runs(3)[0].block_ids
+        tiers.wake()
+        await until(store, 16)
+        assert rmanager.below(1) == [24] and tiers.known(blocks)
+        rmanager.take_reusable()
+        store.goes_on.clear()
+        for number, source in ((7, 1), (8, 1), (9, 99)):
+            tiers.fetch(wire.Fetch(epoch=3, fetch=number, source=source, end=24))
+        async with asyncio.timeout(5):
+            while len(heard) < 3:
+                await asyncio.sleep(0.001)
+        assert [(each.fetch, each.blocks) for each in heard] == [(7, 0), (8, 0), (9, 0)]
+        assert rmanager.take_reusable() == {1: []}, "it is told as gone"
+        tiers.fetch(wire.Fetch(epoch=3, fetch=10, source=3, end=24))
+        async with asyncio.timeout(5):
+            while len(heard) < 4:
+                await asyncio.sleep(0.001)
+        async with asyncio.timeout(5):
+            assert not await tiers.are_right(tiers.known(blocks)), "not compared, and not waited for"
+        taken = rmanager.free_blocks
+        leave(rmanager, 4, 4)
+        store.goes_on.set()
+        async with asyncio.timeout(5):
+            while rmanager.free_blocks == taken:
+                await asyncio.sleep(0.001)
+        rmanager.validate()
+        assert await tiers.are_right(tiers.known(blocks)), "it goes on"
+        assert rmanager.shards.cache.tiers.is_off and not tiers.counters().blocks_corrupt

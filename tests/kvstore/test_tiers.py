@@ -112,7 +112,7 @@ def _come_and_go(slots: tuple[int, int], batch: int, data: st.DataObject) -> Non
     for number in range(1, data.draw(st.integers(1, 60))):
         known = sorted(seq for seq in contents if seq in table.cache)
         match data.draw(
-            st.sampled_from(["new", "new", "end", "end", "share", "fetch", "lift", "discard", "break", *["job"] * 8])
+            st.sampled_from(["new", "new", "end", "end", "share", "fetch", "lift", "discard", "break", "off", *["job"] * 8])
         ):
             case "new":
                 blocks = data.draw(st.integers(1, 6))
@@ -152,6 +152,9 @@ def _come_and_go(slots: tuple[int, int], batch: int, data: st.DataObject) -> Non
                 jobs.lift(data.draw(st.sampled_from(known)), data.draw(st.integers(0, 14)))
             case "discard" if known:
                 table.cache.remove(data.draw(st.sampled_from(known)))
+            case "off" if number > 20:
+                jobs.turn_off()
+                assert not any(table.cache.tiers.num_copies(tier) for tier in ("host", "disk"))
             case "break" if below := sorted((p.where, p.slot) for p in store.at if p.where != "pool"):
                 where, slot = data.draw(st.sampled_from(below))
                 store.at[Place(where, slot)] = object()
