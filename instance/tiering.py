@@ -109,18 +109,22 @@ class Tiering:
         return {} if self.jobs.checks is None else self.jobs.checks.known(block_ids)
 
     async def are_right(self, sums: Mapping[int, int]) -> bool:
-        """Compare blocks of the pool, which stay meanwhile, with what they must be. Those that aren't that are lost. False,
-        too, if that takes too long, or can't be done: then they are not known to be right."""
-        if self._hung is not None:
+        """Compare blocks of the pool with what they must be. Those that aren't that are lost; one that was freed meanwhile is
+        somebody else's, and not judged. False, too, if that takes too long, or can't be done: then they are not known to be
+        right."""
+        checks = self.jobs.checks
+        if self._hung is not None or checks is None:
             return False
         loop = asyncio.get_running_loop()
-        looking = loop.run_in_executor(self.thread, self._store.copy, [as_it_is(block) for block in sums])
-        await asyncio.wait([looking], timeout=CHECK_TIMEOUT_S)
+        with checks.watch(sums) as stay:
+            looking = loop.run_in_executor(self.thread, self._store.copy, [as_it_is(block) for block in sums])
+            await asyncio.wait([looking], timeout=CHECK_TIMEOUT_S)
         if not looking.done():
             looking.add_done_callback(_forget)
             log.warning("cached KV was not compared in time, and is computed again", blocks=len(sums))
             return False
-        wrong = [block for block, result in zip(sums, looking.result(), strict=True) if result != sums[block]]
+        found = zip(sums, looking.result(), strict=True)
+        wrong = [block for block, result in found if result != sums[block] and block in stay]
         for block in wrong:
             self.jobs.lose_block(block)
         self._say_trouble()

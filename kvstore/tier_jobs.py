@@ -156,6 +156,11 @@ class TierJobs:
         is_wanted = self.checks is not None and self.checks.is_wanted
         return is_wanted or (not self._tiers.is_off and self._cache.has_uncopied)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job is under way."""
+        return self._job is not None
+
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def next(self) -> Job | None:
