@@ -56,6 +56,9 @@ class StepBudget:
     """How much may be copied beside steps: so many tokens of KV for each step that runs, all at once while none runs; and a
     block each `PATIENCE_S`, however long steps take.
 
+    What steps bring is saved up, but no more than one step of prompts brings and the block that waits takes: beside any steps
+    in a row no more is copied than they bring and that. Who copies beside each step loses nothing.
+
     Shared by the thread that copies (`take`) and the loop that steps (`tell`).
     """
 
@@ -67,8 +70,8 @@ class StepBudget:
         self.prompt_weight = prompt_weight
         self._changed = threading.Condition()
         self._left = 0
-        self._most = tokens_per_step
-        """What may be saved up: enough for the block that waits."""
+        self._most = tokens_per_step * prompt_weight
+        """What may be saved up."""
         self._steps = 0
         self._is_busy = False
         self._is_over = False
@@ -83,7 +86,7 @@ class StepBudget:
     def take(self, tokens: int) -> None:
         """Wait until a block of so many tokens may be copied. Raises TransferEnded after `end`."""
         with self._changed:
-            self._most = max(tokens, self.tokens_per_step)
+            self._most = tokens + self.tokens_per_step * self.prompt_weight
             self._changed.wait_for(lambda: self._is_over or not self._is_busy or self._left >= tokens, PATIENCE_S)
             if self._is_over:
                 raise TransferEnded("the epoch ended")
@@ -92,7 +95,7 @@ class StepBudget:
     def try_take(self, tokens: int) -> bool:
         """As `take`, without waiting: whether so many tokens may be copied now. After `end` nothing steps, and they may."""
         with self._changed:
-            self._most = max(tokens, self.tokens_per_step)
+            self._most = tokens + self.tokens_per_step * self.prompt_weight
             may = self._is_over or not self._is_busy or self._left >= tokens
             if may:
                 self._left = max(0, self._left - tokens)

@@ -3,6 +3,9 @@
 `kvstore.tier_jobs` says what is next; here it is done. Nothing that runs waits for it: a block that has to make room while it
 is being copied down does so, and the copy is none. What goes down waits for its budget, as copies to other instances do; what
 somebody waits for doesn't.
+
+A copy that does not end, as a disk hangs, holds its thread, and may still write where it was to: so these places stay taken,
+and the tiers are given up: what lies there is told as gone, and nobody waits for it again.
 """
 
 import asyncio
@@ -26,6 +29,8 @@ log = get_logger("instance")
 
 CHECK_TIMEOUT_S = 10.0
 """Longest that a request is held up while blocks that it shares are compared."""
+HANG_S = 30.0
+"""After which a job does not end: 64 MiB at 2 MB/s."""
 CLOSE_TIMEOUT_S = 5.0
 """Longest that the end of an instance waits for a copy that is under way."""
 
@@ -66,6 +71,8 @@ class Tiering:
         self._is_paused = True
         self._read_ns = 0
         """Of the present fetch."""
+        self._hung: asyncio.Future[list[int | Fault]] | None = None
+        """A job that does not end."""
         self._said: set[str] = set()
         """Kinds of trouble that the log has."""
 
@@ -102,16 +109,22 @@ class Tiering:
         return {} if self.jobs.checks is None else self.jobs.checks.known(block_ids)
 
     async def are_right(self, sums: Mapping[int, int]) -> bool:
-        """Compare blocks of the pool, which stay meanwhile, with what they must be. Those that aren't that are lost. False,
-        too, if that takes too long: then they are not known to be right."""
+        """Compare blocks of the pool with what they must be. Those that aren't that are lost; one that was freed meanwhile is
+        somebody else's, and not judged. False, too, if that takes too long, or can't be done: then they are not known to be
+        right."""
+        checks = self.jobs.checks
+        if self._hung is not None or checks is None:
+            return False
         loop = asyncio.get_running_loop()
-        looking = loop.run_in_executor(self.thread, self._store.copy, [as_it_is(block) for block in sums])
-        await asyncio.wait([looking], timeout=CHECK_TIMEOUT_S)
+        with checks.watch(sums) as stay:
+            looking = loop.run_in_executor(self.thread, self._store.copy, [as_it_is(block) for block in sums])
+            await asyncio.wait([looking], timeout=CHECK_TIMEOUT_S)
         if not looking.done():
             looking.add_done_callback(_forget)
             log.warning("cached KV was not compared in time, and is computed again", blocks=len(sums))
             return False
-        wrong = [block for block, result in zip(sums, looking.result(), strict=True) if result != sums[block]]
+        found = zip(sums, looking.result(), strict=True)
+        wrong = [block for block, result in found if result != sums[block] and block in stay]
         for block in wrong:
             self.jobs.lose_block(block)
         self._say_trouble()
@@ -130,12 +143,29 @@ class Tiering:
                 continue
             is_patient = True
             began_ns = time.perf_counter_ns()
-            results = await loop.run_in_executor(self.thread, self._store.copy, job.items)
+            copying = loop.run_in_executor(self.thread, self._store.copy, job.items)
+            await asyncio.wait([copying], timeout=HANG_S)
+            if not copying.done():
+                await self._give_up(copying, lambda: on_change(self._take_fetched(epoch())))
+            results = copying.result()
             if job.kind == "up":
                 self._read_ns += time.perf_counter_ns() - began_ns
             self.jobs.end(results)
             self._say_trouble()
             on_change([])
+
+    async def _give_up(self, hung: asyncio.Future[list[int | Fault]], on_change: Callable[[], None]) -> None:
+        """A job does not end. Comes back when it does."""
+        log.warning("a copy below the pool does not end: nothing lies there any more", seconds=HANG_S)
+        self._hung = hung
+        self.jobs.turn_off()
+        hung.add_done_callback(lambda _: self.wake())
+        while not hung.done():
+            self._woken.clear()
+            self.jobs.refuse_asked()
+            on_change()
+            await self._woken.wait()
+        self._hung = None
 
     def _next(self, *, is_patient: bool) -> Job | None:
         """What may be copied now: what somebody waits for, or what the budget allows."""

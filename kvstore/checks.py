@@ -7,7 +7,8 @@
 A block that is shared while its first sequence still runs has none yet; it gets one when that is over.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 from kvstore.pool import BlockPool
@@ -21,6 +22,7 @@ class Checks:
         self._sums: dict[int, int] = {}
         self._wanted: dict[int, None] = {}
         self._under_way: set[int] = set()
+        self._watched: list[set[int]] = []
         self._heard_first = pool.on_free
         pool.on_free = self._on_free
 
@@ -56,8 +58,20 @@ class Checks:
         """Those of these blocks that have one, and what it is."""
         return {block: self._sums[block] for block in blocks if block in self._sums}
 
+    @contextmanager
+    def watch(self, blocks: Iterable[int]) -> Iterator[Collection[int]]:
+        """Those of these blocks that haven't been freed since it began."""
+        stay = set(blocks)
+        self._watched.append(stay)
+        try:
+            yield stay
+        finally:
+            self._watched = [other for other in self._watched if other is not stay]
+
     def _on_free(self, block: int) -> None:
         self._heard_first(block)
         self._sums.pop(block, None)
         self._wanted.pop(block, None)
         self._under_way.discard(block)
+        for stay in self._watched:
+            stay.discard(block)

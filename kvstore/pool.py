@@ -108,6 +108,10 @@ class BlockPool:
         """By how many sequences it is used or cached."""
         return self._uses[block] + self._cached[block]
 
+    def cached_refs(self, block: int) -> int:
+        """By how many sequences that are over it is cached."""
+        return self._cached[block]
+
     def is_evictable(self, block: int) -> bool:
         """Whether it is cached, and nobody uses it."""
         return not self._uses[block] and self._cached[block] > 0

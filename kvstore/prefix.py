@@ -12,10 +12,15 @@ Blocks leave a run from its end, so what is below follows what is in the pool; w
 
     run     | in the pool | below ......... |              read up again: the first below is the last in the pool
     lost                  | below | x | below |   ──>   | in the pool | below |   and   | below |
+
+A sequence is *spare* while others that are cached have all that it has here, too. On another instance it may have more, that
+is of use only with this; so some of them stay, but no more than `MOST_SPARE`: else each that began with the same few blocks
+would be known for as long as these are.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from kvstore.pool import BlockPool
 from kvstore.tiers import Tiers
@@ -24,6 +29,9 @@ Ranges = list[tuple[int, int]]
 
 MOST_SUNK_RUNS = 4
 """Runs of one cached sequence that lie below altogether: each is one run more for who shares it. The shortest go."""
+
+MOST_SPARE = 256
+"""Spare sequences that stay cached, the most recently used ones."""
 
 
 def first_tokens(ranges: Sequence[tuple[int, int]], count: int) -> Ranges:
@@ -130,6 +138,12 @@ class CachedRun:
         self.sunk = self.sunk[len(self.sunk) - near :]
         return far if far.sunk else None
 
+    def forget_copies(self) -> list[int]:
+        """There is nothing below any more: the keys of what lay there alone."""
+        lost, self.sunk, self._sunk_ranges = self.sunk, [], []
+        self.num_copied = 0
+        return lost
+
     def split_in_pool(self, block_size: int, block: int) -> "CachedRun | None":
         """Lose a block of the pool: what follows it, there and below, as a run of its own."""
         near = self.block_ids.index(block)
@@ -172,6 +186,8 @@ class PrefixCache:
         self._uncopied: dict[int, None] = {}
         """Of these, those of which some block in the pool may have no copy, likewise."""
         self._changed: dict[int, None] = {}
+        self._spare: dict[int, None] = {}
+        """Those that were spare when last looked at, least recently used first."""
         self.on_cached: Callable[[Sequence[int]], object] = lambda blocks: None
         """Hears of blocks of sequences that are over."""
         pool.on_free = self.tiers.on_free
@@ -210,11 +226,12 @@ class PrefixCache:
             self._shards[seq] = kept
             self._in_pool[seq] = None
             self._uncopied[seq] = None
+            self._weigh(seq)
         return freed
 
     def touch(self, seq: int) -> None:
         """It is of use: the last to be evicted, in the pool and below."""
-        for order in (self._in_pool, self._uncopied):
+        for order in (self._in_pool, self._uncopied, self._spare):
             if seq in order:
                 del order[seq]
                 order[seq] = None
@@ -227,8 +244,8 @@ class PrefixCache:
     def remove(self, seq: int) -> int:
         """Forget a sequence: how many blocks are free with that."""
         runs = self._shards.pop(seq)
-        self._in_pool.pop(seq, None)
-        self._uncopied.pop(seq, None)
+        for known in (self._in_pool, self._uncopied, self._spare):
+            known.pop(seq, None)
         for run in runs:
             self._release(seq, run)
         return len(self._pool.forget([block for run in runs for block in run.block_ids]))
@@ -269,8 +286,8 @@ class PrefixCache:
         """Whether some block in the pool may have no copy."""
         return bool(self._uncopied)
 
-    def next_uncopied(self) -> tuple[int, int] | None:
-        """Of the blocks that have no copy, and of which none is being made, the first to be evicted; and its sequence."""
+    def next_uncopied(self) -> int | None:
+        """Of the blocks that have no copy, and of which none is being made, the first to be evicted."""
         while self._uncopied:
             seq = next(iter(self._uncopied))
             runs = [run for run in self._shards[seq] if run.block_ids]
@@ -278,7 +295,7 @@ class PrefixCache:
                 while run.num_copied < len(run.block_ids):
                     block = run.block_ids[-1 - run.num_copied]
                     if not self.tiers.has_copy(block):
-                        return seq, block
+                        return block
                     run.num_copied += 1
             del self._uncopied[seq]
         return None
@@ -290,14 +307,19 @@ class PrefixCache:
             for run in self._shards[seq]:
                 run.num_copied = 0
 
-    def evicted_before(self, seq: int, enough: int) -> int:
-        """How many blocks of the pool are evicted before the first of a sequence, `enough` of them if there are more."""
+    def count_uncopied(self, ahead: int, most: int) -> int:
+        """How many blocks of the sequences of which some are among the next `ahead` of the pool to be evicted have no copy:
+        `most` if there are more."""
         count = 0
-        for other in self._in_pool:
-            if other == seq or count >= enough:
+        for seq in self._in_pool:
+            if ahead <= 0 or count >= most:
                 break
-            count += sum(len(run.block_ids) for run in self._shards[other])
-        return min(count, enough)
+            runs = self._shards[seq]
+            ahead -= sum(len(run.block_ids) for run in runs)
+            if seq in self._uncopied:
+                left = (block for run in runs for block in run.block_ids[: len(run.block_ids) - run.num_copied])
+                count += sum(1 for _ in islice((block for block in left if not self.tiers.has_copy(block)), most - count))
+        return count
 
     def num_evictable(self, seq: int) -> int:
         """Blocks of one cached sequence that nobody uses."""
@@ -330,18 +352,35 @@ class PrefixCache:
         if self.tiers.block_of(key) is not None:
             self.look_again()
         for seq in self.tiers.drop(key):
+            run = next((run for run in self.runs_of(seq) if key in run.sunk), None)
+            if run is None:  # as others lost it, too, this one was spare
+                continue
             self._changed[seq] = None
-            run = next(run for run in self._shards[seq] if key in run.sunk)
             far = run.split(self._block_size, key)
             if far is not None:
                 self._shards[seq].append(far)
             self._tidy(seq)
 
+    def lose_tiers(self) -> None:
+        """All that lies below is no more, and nothing will."""
+        for seq in list(self._shards):
+            for run in self._shards[seq]:
+                lost = run.forget_copies()
+                if lost:
+                    self._changed[seq] = None
+                for key in lost:
+                    self.tiers.release(key, seq)
+            self._tidy(seq)
+        self._uncopied.clear()
+        self.tiers.shut()
+
     def lose_block(self, block: int) -> None:
         """A block of the pool is not what was written: no cached sequence has it any more."""
         for seq in [seq for seq, runs in self._shards.items() if any(block in run.block_ids for run in runs)]:
+            run = next((run for run in self.runs_of(seq) if block in run.block_ids), None)
+            if run is None:  # likewise
+                continue
             self._changed[seq] = None
-            run = next(run for run in self._shards[seq] if block in run.block_ids)
             far = run.split_in_pool(self._block_size, block)
             if far is not None:
                 self._shards[seq].append(far)
@@ -358,8 +397,37 @@ class PrefixCache:
         if not any(run.block_ids for run in runs):
             self._in_pool.pop(seq, None)
             self._uncopied.pop(seq, None)
-        if not runs:
+        if runs:
+            self._weigh(seq)
+        else:
             del self._shards[seq]
+            self._spare.pop(seq, None)
+
+    def _weigh(self, seq: int) -> None:
+        """If a sequence is spare, note it, and forget the one for which that are too many."""
+        self._spare.pop(seq, None)
+        if not self._is_spare(seq):
+            return
+        self._spare[seq] = None
+        if len(self._spare) > MOST_SPARE:
+            oldest = next(iter(self._spare))
+            if self._is_spare(oldest):
+                self._changed[oldest] = None
+                self.remove(oldest)
+            else:
+                del self._spare[oldest]
+
+    def _is_spare(self, seq: int) -> bool:
+        """Whether other cached sequences have all that it has. What it alone has are its last blocks: these come first."""
+        refs = self._pool.cached_refs
+        for run in self._shards[seq]:
+            for key in run.sunk:
+                num_seqs, blocks = self.tiers.holders(key)
+                if num_seqs < 2 and not any(map(refs, blocks)):
+                    return False
+            if any(refs(block) < 2 for block in reversed(run.block_ids)):
+                return False
+        return True
 
     def _release(self, seq: int, run: CachedRun) -> None:
         for key in run.sunk:
@@ -387,6 +455,8 @@ class PrefixCache:
                     raise RuntimeError(f"cached sequence {seq}: {run.num_copied} of its last blocks have no copy")
             if not runs:
                 raise RuntimeError(f"sequence {seq} is cached and has nothing")
+        if len(self._spare) > MOST_SPARE or not self._spare.keys() <= self._shards.keys():
+            raise RuntimeError(f"spare are {list(self._spare)}, cached {list(self._shards)}")
         in_pool = [seq for seq, runs in self._shards.items() if any(run.block_ids for run in runs)]
         if self._in_pool.keys() != set(in_pool) or not self._uncopied.keys() <= self._in_pool.keys():
             raise RuntimeError(f"in the pool are {in_pool}, known {list(self._in_pool)}, uncopied {list(self._uncopied)}")

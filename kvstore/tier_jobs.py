@@ -6,8 +6,8 @@
     down    cached blocks that have no copy, those first that are evicted first; as long as a tier has free slots all of them
     move    the least recently used of host memory to the disk, to make room there
 
-When all slots are taken the least recently used copy makes way, but only for a block that is soon to be evicted: else blocks
-that stay in the pool would drive out what is below and nowhere else.
+When all slots are taken the least recently used copies make way, but only for blocks that are soon to be evicted: else blocks
+that stay in the pool would drive out what is below and nowhere else. A copy of what is in the pool stays.
 
 One job at a time. Whatever becomes of blocks and sequences while it runs, what it brings counts only if it still fits.
 """
@@ -110,7 +110,7 @@ class TierJobs:
 
     def lift(self, seq: int, end: int) -> None:
         """Bring what of it is on disk to host memory."""
-        if seq not in self._cache or not self._tiers.num_slots["host"]:
+        if seq not in self._cache or not self._tiers.num_slots["host"] or self._tiers.is_off:
             return
         self._cache.touch(seq)
         keys: list[int] = []
@@ -126,6 +126,21 @@ class TierJobs:
         self._fetched.clear()
         self._fetch = None
 
+    def turn_off(self) -> None:
+        """Use the tiers no more: what lies there is lost, and who asks for it is told at once. A job that is under way may
+        still end; nothing comes of it."""
+        self._lifts.clear()
+        self._cache.lose_tiers()
+        if self._fetch is not None:
+            self._fetched.append(Fetched(self._fetch.number, self._fetch.found))
+            self._fetch = None
+        self.refuse_asked()
+
+    def refuse_asked(self) -> None:
+        """Nothing is read for those that have asked."""
+        self._fetched += [Fetched(number, 0) for number, _, _ in self._asked]
+        self._asked.clear()
+
     def forget_counts(self) -> None:
         """Begin to count anew."""
         self.counts = TierCounts()
@@ -140,6 +155,11 @@ class TierJobs:
         """Whether there may be something to do that nobody waits for."""
         is_wanted = self.checks is not None and self.checks.is_wanted
         return is_wanted or (not self._tiers.is_off and self._cache.has_uncopied)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job is under way."""
+        return self._job is not None
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -273,20 +293,15 @@ class TierJobs:
     def _next_down(self) -> Job | None:
         if self._tiers.is_off:
             return None
+        self._make_way()
         items: list[Copying] = []
-        first = self._tiers.first
-        lacks_room = False
-        while len(items) < self.batch and not lacks_room and (found := self._cache.next_uncopied()) is not None:
-            seq, block = found
-            if self._tiers.num_free(first) or (not self._has_second and self._give_way(first, seq)):
-                items.append(self._tiers.begin_down(block))
-            else:
-                lacks_room = True
+        while (found := self._cache.next_uncopied()) is not None:
+            if len(items) == self.batch or not self._tiers.num_free(self._tiers.first):
+                break
+            items.append(self._tiers.begin_down(found))
         if items:
             return Job("down", tuple(items))
-        if lacks_room and self._has_second and (self._tiers.num_free("disk") or self._give_way("disk", seq)):
-            return self._move_to_disk()
-        return None
+        return self._move_to_disk() if found is not None and self._has_second else None
 
     @property
     def _has_second(self) -> bool:
@@ -301,20 +316,21 @@ class TierJobs:
         items = tuple(self._tiers.begin_move(key, "disk") for key in keys)
         return Job("move", items) if items else None
 
-    def _give_way(self, tier: Tier, seq: int) -> bool:
-        """Lose the least recently used copy, for a block of this sequence. False: it would be a bad bargain."""
+    def _make_way(self) -> None:
+        """Lose the least recently used copies, for blocks that are soon to be evicted and have none: for a job at once."""
         pool = self._shards.pool
         ahead = max(self.batch, pool.num_blocks // AHEAD_PART) - pool.num_free
-        if self._cache.evicted_before(seq, max(0, ahead)) >= ahead:
-            return False
-        oldest = self._tiers.oldest(tier, 1)
-        if not oldest or self._tiers.block_of(oldest[0]) is not None:  # that one is evicted sooner
-            return False
-        self._cache.lose(oldest[0])
-        return True
+        tiers: list[Tier] = ["host", "disk"] if self._has_second else [self._tiers.first]
+        lacks = self._cache.count_uncopied(ahead, self.batch) - sum(map(self._tiers.num_free, tiers))
+        for key in self._tiers.oldest_alone(tiers[-1], max(0, lacks)):
+            if self._tiers.is_on(key, tiers[-1]):  # else it went with one before it
+                self._cache.lose(key)
 
     def _end_down(self, item: Copying, result: int | Fault) -> None:
         block = item.source.slot
+        if self._tiers.is_off:
+            self._tiers.end_down(item, None)
+            return
         if isinstance(result, int):
             sums = {} if self.checks is None else self.checks.known([block])
             if sums.get(block, result) == result:

@@ -77,11 +77,19 @@ class Tiers:
         self._retired: Counter[Tier] = Counter()
         """Slots that could not be written."""
         self._num_keys = 0
+        self._is_shut = False
 
     @property
     def is_off(self) -> bool:
-        """Whether there is no tier at all."""
-        return not any(self.num_slots.values())
+        """Whether there is no tier at all (any more)."""
+        return self._is_shut or not any(self.num_slots.values())
+
+    def shut(self) -> None:
+        """Lose all copies, for good. Raises RuntimeError if a cached sequence has a block there alone."""
+        for key in list(self._copies):
+            if self.drop(key):
+                raise RuntimeError(f"copy {key} is still held")
+        self._is_shut = True
 
     @property
     def first(self) -> Tier:
@@ -117,6 +125,12 @@ class Tiers:
         """A cached sequence has the block there alone. Raises KeyError if there is no such copy."""
         self._copies[key].seqs[seq] = None
 
+    def holders(self, key: int) -> tuple[int, Iterable[int]]:
+        """How many cached sequences have a block there alone, and which blocks of the pool hold the same. Raises KeyError if
+        there is no such copy."""
+        copy = self._copies[key]
+        return len(copy.seqs), copy.blocks
+
     def release(self, key: int, seq: int) -> None:
         """It has it there no more."""
         copy = self._copies[key]
@@ -151,6 +165,11 @@ class Tiers:
     def oldest(self, tier: Tier, count: int) -> list[int]:
         """So many of the least recently used ones that aren't being read, or all."""
         return list(islice((key for key in self._order[tier] if key not in self._moving), count))
+
+    def oldest_alone(self, tier: Tier, count: int) -> list[int]:
+        """The same of those that no block of the pool holds."""
+        alone = (key for key in self._order[tier] if key not in self._moving and not self._copies[key].blocks)
+        return list(islice(alone, count))
 
     def block_of(self, key: int) -> int | None:
         """A block of the pool that holds the same; None: there is none. Raises KeyError if there is no such copy."""

@@ -96,6 +96,10 @@ class Reuses:
         """Numbers of the requests that wait for what they will share."""
         return {*self.reading.numbers, *self.following.numbers}
 
+    def is_coming(self, request: Request) -> bool:
+        """Whether what it will share is read or computed now."""
+        return self.reading.is_read_for(request) or request.number in self.following.numbers
+
     def forget(self, number: int) -> None:
         """A request waits for nothing any more: it has ended."""
         self.reading.forget(number)
@@ -171,6 +175,7 @@ class Reuses:
     ) -> tuple[Placement | None, Reuse | None]:
         """Where a request is computed soonest, None if it fits nowhere now; and what it shares there, some of which may have to
         be read first."""
+        self.reading.take_turn(request)
         plain = place(views, None)
         options: list[Option] = []
         for reuse in self._find(request):
@@ -196,7 +201,7 @@ class Reuses:
         return seconds / max(prefill.row_s + prefill.step_s / self._cell.spec.chunk_tokens, LEAST_TOKEN_S)
 
     def read(self, request: Request, reuse: Reuse, now: float) -> None:
-        """Have what is below read, for a request that waits for it."""
+        """Have what is below read, for a request that waits for it; or let it wait for its turn."""
         below = {self._cell.members[rank].id: tokens for rank, tokens in reuse.below.items()}
         self.reading.begin(request, reuse.source, reuse.end, below, now)
 

@@ -366,7 +366,7 @@ class Sequences:
                 self._try_improve()
         if self._reuses.has_below and self._cell.is_ready:
             for request in self._waiting.first(LIFTED):
-                if not request.was_lifted and request.number not in self._reuses.waits:
+                if not request.was_lifted and not self._reuses.is_coming(request):
                     self._reuses.lift(request)
 
     def emptied(self) -> Member | None:
@@ -428,9 +428,8 @@ class Sequences:
         place, now = self._waiting.placer(request), self._requests.now
         placement, reuse = self._reuses.choose(request, self._running.views(), place, now)
         if reuse is not None and reuse.below:
-            if not self._reuses.reading.is_full:  # else it waits for one of those before it
-                self._reuses.read(request, reuse, now)
-                self._changed = True  # who comes next need not wait for that
+            self._reuses.read(request, reuse, now)
+            self._changed = True  # who comes next need not wait for that, nor for its turn
             return True
         if self._reuses.should_wait(request, reuse, now):
             self._changed = True

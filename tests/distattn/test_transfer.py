@@ -398,6 +398,32 @@ def test_who_does_not_wait_is_told_whether_it_may_copy() -> None:
     assert budget.try_take(1000)
 
 
+@given(
+    st.integers(1, 40), st.integers(1, 8), st.integers(1, 100), st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30)
+)
+def test_no_more_is_saved_up_than_a_step_of_prompts_brings(
+    per_step: int, weight: int, block: int, steps: list[tuple[bool, bool]]
+) -> None:
+    """`steps`: whether each is one of prompts, and whether as much as may be is copied beside it."""
+    budget = StepBudget(per_step, weight)
+    budget.tell(0, is_busy=True)
+    assert not budget.try_take(block)
+    told = copied = lost = 0
+    marks = [0]
+    """After each step: by how much more was copied than steps had brought."""
+    for is_prompt, copies in steps:
+        told += weight if is_prompt else 1
+        budget.tell(told, is_busy=True)
+        while copies and budget.try_take(block):
+            copied += block
+        if not copies:
+            lost = told * per_step - copied  # at most
+        assert told * per_step - copied < block + lost
+        marks.append(copied - told * per_step)
+    most = block + per_step * weight
+    assert all(after - before <= most for i, before in enumerate(marks) for after in marks[i:])
+
+
 @given(st.binary(min_size=1, max_size=200), st.data())
 def test_a_checksum_sees_what_changed(content: bytes, data: st.DataObject) -> None:
     piece = torch.tensor(list(content), dtype=torch.uint8)

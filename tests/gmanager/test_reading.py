@@ -13,8 +13,8 @@ from gmanager.cluster.events import Action, Send
 from gmanager.cluster.prefixes import Held, Prefixes
 from gmanager.cluster.reading import MOST_READING, MOST_READS, PATIENCE_S
 from gmanager.wire import messages as m
-from tests.gmanager.cluster_support import CLIENT, Driver, dropped, granted, kept, peer, serving
-from tests.gmanager.test_reuse import DOC, admits, ask, lacks, sharing, with_doc
+from tests.gmanager.cluster_support import CLIENT, Driver, beat, dropped, granted, kept, peer, running, serving
+from tests.gmanager.test_reuse import DOC, admits, ask, finish, lacks, sharing, with_doc
 
 Runs = list[list[tuple[int, int]]]
 AGAIN = [*DOC, 7, 8]
@@ -71,15 +71,29 @@ def test_what_finds_no_room_is_read_once_more_and_then_computed() -> None:
     assert driver.say(peer(0), fetched(MOST_READS, 0)) == [sharing(0, 2, 6, 1, [[(0, 4)]])]
 
 
-def test_a_reading_that_does_not_end_is_waited_for_no_longer() -> None:
+def test_a_reading_that_does_not_end_is_waited_for_once() -> None:
+    """Whatever was known before: it takes longer than to compute what is below."""
     driver = sunk(20)
     driver.say(CLIENT, ask("again", AGAIN))
-    assert fetch(2) not in driver.wait(int(PATIENCE_S), peer(0), CLIENT)
-    assert fetch(2) in driver.wait(2, peer(0), CLIENT), "it is tried again"
-    assert sharing(0, 2, 6, 1, [[(0, 4)]]) in driver.wait(int(PATIENCE_S) + 2, peer(0), CLIENT)
+    computed = sharing(0, 2, 6, 1, [[(0, 4)]])
+    assert computed not in driver.wait(int(PATIENCE_S), peer(0), CLIENT)
+    assert computed in driver.wait(2, peer(0), CLIENT)
+    driver.say(peer(0), granted(2, 6, 14))
     before = dropped(driver)
-    driver.say(peer(0), fetched(1, 2), fetched(2, 2), fetched(77, 2))
-    assert dropped(driver) == before + 3
+    driver.say(peer(0), fetched(1, 2), fetched(1, 2), fetched(77, 2))
+    assert dropped(driver) == before + 2, "the first was late, and counts"
+    assert driver.say(CLIENT, ask("next", AGAIN)) == [sharing(0, 3, 6, 1, [[(0, 4)]])], "it is not read for the next, either"
+    driver.say(peer(0), granted(3, 6, 8))
+    driver.wait(61, peer(0), CLIENT)
+    assert driver.say(CLIENT, ask("later", AGAIN)) == [fetch(2)], "it may be faster now"
+
+
+def test_an_answer_that_comes_late_says_how_long_reading_takes() -> None:
+    driver = sunk(20)
+    driver.say(CLIENT, ask("again", AGAIN))
+    driver.say(CLIENT, m.Abort(call=1, request_id="again"))
+    driver.say(peer(0), fetched(1, 2, us=3600 * 10**6))
+    assert driver.say(CLIENT, ask("next", AGAIN)) == [sharing(0, 2, 6, 1, [[(0, 4)]])]
 
 
 def test_who_is_cancelled_waits_no_longer() -> None:
@@ -90,12 +104,55 @@ def test_who_is_cancelled_waits_no_longer() -> None:
     assert driver.say(CLIENT, ask("next", AGAIN)) == [sharing(0, 2, 4, 1, [[(0, 12)]])]
 
 
-def test_no_more_than_a_few_are_read_for_at_once() -> None:
+def test_those_that_need_the_same_wait_for_one_reading() -> None:
     driver = sunk(40)
+    assert driver.say(CLIENT, ask("first", AGAIN)) == [fetch(1)]
     for number in range(MOST_READING):
-        assert driver.say(CLIENT, ask(f"r{number}", AGAIN)) == [fetch(number + 1)]
-    assert driver.say(CLIENT, ask("more", AGAIN)) == []
-    assert driver.say(peer(0), fetched(1, 0)) == [fetch(MOST_READING + 1)], "the first one's second try"
+        assert driver.say(CLIENT, ask(f"r{number}", [*DOC, 5, number])) == []
+    assert driver.say(CLIENT, ask("other", [1, 2, 3])) == [Send(peer(0), m.Reserve(epoch=1, seq=2, blocks=2))]
+    driver.say(peer(0), granted(2, 2, 38))
+    driver.say(CLIENT, m.Abort(call=1, request_id="first"))
+    driver.say(peer(0), below(1, [[(0, 12)]]))
+    assert driver.say(peer(0), fetched(1, 2)) == [sharing(0, 3, 4, 1, [[(0, 12)]])], "for the others it is read all the same"
+    for seq in range(3, 3 + MOST_READING):
+        assert driver.cluster.stats().requests[f"r{seq - 3}"].state == "reserving"
+        driver.say(peer(0), granted(seq, 4, 30))
+
+
+def many_sunk(count: int) -> Driver:
+    """A cell that has so many documents below. The first token of number n is 100 n."""
+    driver = serving(200)
+    for seq in range(1, count + 1):
+        running(driver, f"doc{seq}", prompt=long_ago(seq), max_tokens=3, generated=2)
+        finish(driver, seq, 3, runs=[[(0, 12)]])
+        driver.say(peer(0), beat(200 - seq))
+        driver.say(peer(0), below(seq, [[(0, 12)]], 8))
+    return driver
+
+
+def long_ago(seq: int) -> list[int]:
+    return list(range(100 * seq, 100 * seq + 12))
+
+
+def test_who_waits_for_a_turn_to_be_read_for_holds_nobody_up() -> None:
+    driver = many_sunk(MOST_READING + 2)
+    for seq in range(1, MOST_READING + 1):
+        assert driver.say(CLIENT, ask(f"again{seq}", [*long_ago(seq), 7])) == [fetch(seq, source=seq)]
+    for seq in (MOST_READING + 1, MOST_READING + 2):
+        assert driver.say(CLIENT, ask(f"again{seq}", [*long_ago(seq), 7])) == []
+    same = ask("same", [*long_ago(1), 7])
+    assert driver.say(CLIENT, same) == [], "what it needs is read already: it takes no turn"
+    number = MOST_READING + 3
+    assert driver.say(CLIENT, ask("short", [1, 2, 3])) == [Send(peer(0), m.Reserve(epoch=1, seq=number, blocks=2))]
+    driver.say(peer(0), granted(number, 2, 38))
+    driver.say(peer(0), below(1, [[(0, 12)]]))
+    turn = driver.say(peer(0), fetched(1, 2))
+    assert turn[0] == sharing(0, number + 1, 4, 1, [[(0, 12)]]), "who has it precedes who has a turn now"
+    turn = driver.say(peer(0), granted(number + 1, 4, 30))
+    turn += driver.say(peer(0), granted(number + 2, 4, 28))
+    assert fetch(MOST_READING + 1, source=MOST_READING + 1) in turn
+    assert fetch(MOST_READING + 2, source=MOST_READING + 2) not in turn
+    driver.say(CLIENT, m.Abort(call=1, request_id=f"again{MOST_READING + 2}"))
 
 
 def test_what_takes_longer_to_read_than_to_compute_is_computed() -> None:

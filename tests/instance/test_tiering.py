@@ -72,9 +72,10 @@ def leave(rmanager: RManager, seq: int, blocks: int) -> None:
     rmanager.retire(seq)
 
 
-async def until(store: Store, copies: int) -> None:
+async def until(tiers: Tiering, store: Store, copies: int) -> None:
+    """So many blocks are copied, and that is known."""
     async with asyncio.timeout(5):
-        while len(store.kinds) < copies:
+        while len(store.kinds) < copies or tiers.jobs.is_busy:
             await asyncio.sleep(0.001)
 
 
@@ -98,11 +99,11 @@ async def test_copies_wait_for_steps_and_go_on_when_none_runs(monkeypatch: pytes
         for steps, copies in ((1, 0), (2, 2), (3, 2), (4, 4)):  # a batch is two blocks
             budget.tell(steps, is_busy=True)
             tiers.wake()
-            await until(store, copies)
+            await until(tiers, store, copies)
             await quiet(store, copies)
         budget.tell(4, is_busy=False)
         tiers.wake()
-        await until(store, 6)
+        await until(tiers, store, 6)
         assert set(store.kinds) == {("pool", "host")}
 
 
@@ -112,7 +113,7 @@ async def test_a_fetch_does_not_wait_and_says_when_it_is_over(monkeypatch: pytes
         tiers.resume()
         leave(rmanager, 1, 6)
         tiers.wake()
-        await until(store, 6)
+        await until(tiers, store, 6)
         assert rmanager.reserve(2, 20)
         rmanager.free(2)
         assert rmanager.below(1) == [24]
@@ -140,7 +141,7 @@ async def test_nothing_is_begun_between_epochs() -> None:
         tiers.wake()
         await quiet(store, 0)
         tiers.resume()
-        await until(store, 2)
+        await until(tiers, store, 2)
         tiers.pause()
         tiers.fetch(wire.Fetch(epoch=3, fetch=1, source=1, end=8))
         await quiet(store, 2)
@@ -152,7 +153,7 @@ async def test_blocks_are_compared_with_what_was_written() -> None:
         tiers.resume()
         leave(rmanager, 1, 3)
         tiers.wake()
-        await until(store, 6)
+        await until(tiers, store, 6)
         blocks = rmanager.shards.cache.runs(1)[0].block_ids
         sums = tiers.known(blocks)
         assert sums == {block: block for block in blocks}
@@ -165,6 +166,30 @@ async def test_blocks_are_compared_with_what_was_written() -> None:
         assert tiers.counters() == wire.Counters()
 
 
+async def test_blocks_that_are_given_back_while_they_are_compared_are_not_judged() -> None:
+    async with tiering(checks=True) as (tiers, rmanager, store, _):
+        tiers.resume()
+        leave(rmanager, 1, 2)
+        tiers.wake()
+        await until(tiers, store, 4)
+        assert rmanager.share(2, 1, [[(0, 8)]])
+        sums = tiers.known(rmanager.shares(2) or ())
+        assert len(sums) == 2
+        tiers.pause()
+        store.goes_on.clear()
+        comparing = asyncio.create_task(tiers.are_right(sums))
+        await asyncio.sleep(0.05)
+        rmanager.drop(2)
+        rmanager.reserve(3, 20)
+        rmanager.append(3, 0, 20 * SIZE)
+        rmanager.retire(3)
+        store.wrong = set(range(20))  # other tokens
+        store.goes_on.set()
+        assert await comparing
+        assert not tiers.counters().blocks_corrupt
+        assert rmanager.take_reusable() == {1: [[(0, 8)]], 3: [[(0, 20 * SIZE)]]}, "1 is below"
+
+
 async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("instance.tiering.CHECK_TIMEOUT_S", 0.05)
     monkeypatch.setattr("instance.tiering.CLOSE_TIMEOUT_S", 0.05)
@@ -172,7 +197,7 @@ async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
         tiers.resume()
         leave(rmanager, 1, 1)
         tiers.wake()
-        await until(store, 2)
+        await until(tiers, store, 2)
         sums = tiers.known(rmanager.shards.cache.runs(1)[0].block_ids)
         store.goes_on.clear()
         assert not await tiers.are_right(sums)
@@ -180,3 +205,43 @@ async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
         await tiers.close()
         assert not store.is_closed
         store.goes_on.set()
+
+
+async def test_tiers_that_hang_are_given_up_and_nobody_waits_for_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instance.tiering.HANG_S", 0.05)
+    async with tiering(checks=True) as (tiers, rmanager, store, heard):
+        tiers.resume()
+        leave(rmanager, 1, 6)
+        tiers.wake()
+        await until(tiers, store, 12)
+        assert rmanager.reserve(2, 20)
+        rmanager.free(2)
+        leave(rmanager, 3, 2)
+        blocks = rmanager.shards.cache.runs(3)[0].block_ids
+        tiers.wake()
+        await until(tiers, store, 16)
+        assert rmanager.below(1) == [24] and tiers.known(blocks)
+        rmanager.take_reusable()
+        store.goes_on.clear()
+        for number, source in ((7, 1), (8, 1), (9, 99)):
+            tiers.fetch(wire.Fetch(epoch=3, fetch=number, source=source, end=24))
+        async with asyncio.timeout(5):
+            while len(heard) < 3:
+                await asyncio.sleep(0.001)
+        assert [(each.fetch, each.blocks) for each in heard] == [(7, 0), (8, 0), (9, 0)]
+        assert rmanager.take_reusable() == {1: []}, "it is told as gone"
+        tiers.fetch(wire.Fetch(epoch=3, fetch=10, source=3, end=24))
+        async with asyncio.timeout(5):
+            while len(heard) < 4:
+                await asyncio.sleep(0.001)
+        async with asyncio.timeout(5):
+            assert not await tiers.are_right(tiers.known(blocks)), "not compared, and not waited for"
+        taken = rmanager.free_blocks
+        leave(rmanager, 4, 4)
+        store.goes_on.set()
+        async with asyncio.timeout(5):
+            while rmanager.free_blocks == taken:
+                await asyncio.sleep(0.001)
+        rmanager.validate()
+        assert await tiers.are_right(tiers.known(blocks)), "it goes on"
+        assert rmanager.shards.cache.tiers.is_off and not tiers.counters().blocks_corrupt

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.checksum import checksum_of
-from kvstore.prefix import CachedRun, join_ranges, split_tokens, whole_blocks
+from kvstore.prefix import MOST_SPARE, CachedRun, join_ranges, split_tokens, whole_blocks
 from kvstore.shard import ShardTable
 from kvstore.storage import KVStorage
 from kvstore.tier_jobs import MARGIN_BLOCKS, TierJobs
@@ -94,6 +94,12 @@ SLOTS = st.sampled_from([(0, 0), (3, 0), (0, 4), (2, 3), (20, 0), (6, 20)])
 def test_what_comes_back_is_what_was_there(slots: tuple[int, int], batch: int, data: st.DataObject) -> None:
     """Sequences come, share, end and are forgotten; blocks are copied down, evicted and read again, and some copies broken.
     What is shared holds at each position what was written there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvstore.prefix.MOST_SPARE", data.draw(st.sampled_from([1, 2, 256])))
+        _come_and_go(slots, batch, data)
+
+
+def _come_and_go(slots: tuple[int, int], batch: int, data: st.DataObject) -> None:
     size = 2
     table = ShardTable(data.draw(st.integers(4, 14)), size, Tiers({"host": slots[0], "disk": slots[1]}))
     jobs = TierJobs(table, batch)
@@ -106,7 +112,7 @@ def test_what_comes_back_is_what_was_there(slots: tuple[int, int], batch: int, d
     for number in range(1, data.draw(st.integers(1, 60))):
         known = sorted(seq for seq in contents if seq in table.cache)
         match data.draw(
-            st.sampled_from(["new", "new", "end", "end", "share", "fetch", "lift", "discard", "break", *["job"] * 8])
+            st.sampled_from(["new", "new", "end", "end", "share", "fetch", "lift", "discard", "break", "off", *["job"] * 8])
         ):
             case "new":
                 blocks = data.draw(st.integers(1, 6))
@@ -146,6 +152,9 @@ def test_what_comes_back_is_what_was_there(slots: tuple[int, int], batch: int, d
                 jobs.lift(data.draw(st.sampled_from(known)), data.draw(st.integers(0, 14)))
             case "discard" if known:
                 table.cache.remove(data.draw(st.sampled_from(known)))
+            case "off" if number > 20:
+                jobs.turn_off()
+                assert not any(table.cache.tiers.num_copies(tier) for tier in ("host", "disk"))
             case "break" if below := sorted((p.where, p.slot) for p in store.at if p.where != "pool"):
                 where, slot = data.draw(st.sampled_from(below))
                 store.at[Place(where, slot)] = object()
@@ -302,6 +311,57 @@ def test_what_stays_in_the_pool_does_not_drive_out_what_is_below_alone() -> None
     line.take(4, 8)
     assert line.run() == ["down"] * 2, "now it is soon to be evicted"
     assert line.below(1) == 0
+
+
+@pytest.mark.parametrize("host", [0, 128])
+@pytest.mark.parametrize("own", [0, 2], ids=["the same", "with more"])
+def test_of_those_that_begin_alike_no_more_are_known_than_there_is_room_for(host: int, own: int) -> None:
+    line = Line(64, host=host, batch=16)
+    line.leave(1, 6)
+    source = 1
+    for seq in range(2, 10_000):
+        assert line.table.share(seq, source, [[(0, 4)]])
+        if own:
+            line.table.reserve(seq, own)
+            line.table.append(seq, 4, 4 + own)
+        line.table.retire(seq)
+        source = seq  # the gManager takes the newest
+        if not seq % 8:
+            while (job := line.jobs.next()) is not None:
+                line.jobs.end([item.checksum or 7 for item in job.items])
+        assert len(line.table.cache) <= MOST_SPARE + 64 + host + 4
+    line.table.validate()
+    told = line.table.cache.take_changed()
+    assert 9_000 in told and 9_000 not in line.table.cache, "the gManager hears that it is no more"
+    assert line.table.share(10_000, source, [[(0, 4)]])
+
+
+def test_full_tiers_make_room_for_a_whole_job() -> None:
+    line = Line(32, host=8, disk=16, batch=4)
+    for seq in range(1, 25):
+        line.leave(seq, 2)
+        line.run()
+    tiers = line.table.cache.tiers
+    assert (tiers.num_copies("host"), tiers.num_copies("disk")) == (8, 16)
+    for seq in range(30, 42):
+        line.leave(seq, 2)
+    copied = line.jobs.counts.down
+    kinds = line.run()
+    assert set(kinds) == {"down", "move"}
+    assert len(kinds) <= -(-2 * (line.jobs.counts.down - copied) // 4), "no job is of less than a batch"
+    assert line.jobs.counts.down > copied
+
+
+def test_a_sequence_that_runs_on_does_not_keep_others_from_below() -> None:
+    line = Line(64, host=32)
+    line.leave(1, 4)
+    line.run()
+    assert line.table.share(2, 1, [[(0, 4)]])
+    for seq in range(10, 110):
+        line.leave(seq, 2)
+        line.run()
+    assert line.jobs.counts.down >= 100, "the oldest copies are those of blocks that are in use"
+    assert line.below(1) == 4, "once it ends they are there still"
 
 
 def test_a_broken_copy_is_a_hole() -> None:
