@@ -54,7 +54,7 @@ def load(config: InstanceConfig) -> Loaded:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             check_weights(str(device), needed=checkpoint_bytes(path, dtype), free=free, total=total)
-        model = load_model(path, dtype, device, config.max_context)
+        model = load_model(path, dtype, device, config.max_context, config.rope_scaling)
         assets = load_text_assets(path)
         if assets.tokenizer_json is None:
             log.warning("no tokenizer: only token ids are served", model=config.model)
@@ -75,7 +75,7 @@ def _verify(model: Model, config: InstanceConfig) -> None:
     found = refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
     log.info("agrees with transformers' own attention", difference=f"{found:.2g}")
     if model.rotary is not None:
-        log.info("all texts have the same frequencies", rotary=model.rotary)
+        log.info("rotary frequencies of all texts", rotary=model.rotary, max_context=model.max_context)
     if config.backend != "triton":
         return
     reason = model.fuse(config.backend)
@@ -198,6 +198,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
         tokenizer=hashlib.sha256(repr(loaded.assets).encode()).hexdigest(),
         dtype=str(model.shape.dtype).removeprefix("torch."),
         layers="as transformers has them" if model.fused is None else "fused",
+        rotary=model.rotary or "",
         block_size=config.block_size,
         vocab_size=model.vocab_size,
         max_context=model.max_context,
