@@ -32,7 +32,7 @@ from instance.calls import (
     refuse_layer_types,
     whole_shape,
 )
-from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole
+from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
@@ -338,6 +338,7 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     max_context = _prepare(config, max_context, scaling)
+    dequantise_experts(config, path, dtype)
     with _refusing_old_style(str(path)):
         module = load_whole(
             path,

@@ -20,7 +20,7 @@ import torch
 from gmanager.wire.scaling import RopeScaling, parse_scaling
 from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
-from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, has_packed_experts, read_config
 from instance.errors import UnsupportedModel
 from instance.memory import TIERS_BYTES, TooLittleMemory, activation_bytes, predict
 from instance.model import Model, random_model
@@ -353,7 +353,9 @@ class _Parser(argparse.ArgumentParser):
 def _shape_of(question: Question) -> Model:
     """The model without values. Raises CheckpointError, or UnsupportedModel as an instance would."""
     config = read_config(question.model, cache_dir=question.cache_dir)
-    if getattr(config, "quantization_config", None) is not None:
+    if has_packed_experts(config):
+        del config.quantization_config  # they are plain once loaded
+    elif getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"{question.model} has quantised weights, which are not counted")
     dtype: Any = config.dtype if question.dtype == "auto" else getattr(torch, question.dtype)
     if dtype is None:
