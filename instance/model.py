@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distattn.layout import FULL, Sight
@@ -30,6 +38,7 @@ from instance.calls import (
     refuse_arguments,
     refuse_calls,
     refuse_layer_types,
+    refuse_state,
     whole_shape,
 )
 from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole
@@ -97,7 +106,7 @@ class Model:
         self.rotary = fix_rotary(module, declared) or (None if scaling is None else str(scaling))
         """What the service has chosen of its frequencies: another scaling than the model's own, or those that all texts have
         where they would depend on the batch."""
-        _refuse_state(module)
+        refuse_state(config, is_stateful=getattr(module, "_is_stateful", False))
         refuse_layer_types(config)
         self._fused: FusedDecoder | None = None
         self.shape = self._probe(declared)
@@ -381,8 +390,14 @@ def random_model(
 
 
 def _prepare(config: PretrainedConfig, max_context: int | None, scaling: RopeScaling | None) -> int | None:
-    """Write the scaling into a model's config; how long texts are served then, None if nobody says. Raises UnsupportedModel."""
+    """Write the scaling into a model's config; how long texts are served then, None if nobody says.
+
+    Raises UnsupportedModel for that, and for layers that the config says can't be served.
+    """
     text = config.get_text_config()
+    of_kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    refuse_state(text, is_stateful=getattr(of_kind, "_is_stateful", False))
+    refuse_layer_types(text)
     longest = longest_text(text, max_context, scaling)
     if scaling is not None:
         scale_rotary(text, scaling)
@@ -528,13 +543,3 @@ def _refusing_old_style(name: str) -> Iterator[None]:
         if error.args != (ATTENTION,):
             raise
         raise UnsupportedModel(f"{name}: its attention does not go through transformers' attention interface") from error
-
-
-def _refuse_state(module: PreTrainedModel) -> None:
-    """Raises UnsupportedModel for layers that remember rows by something else than KV."""
-    kinds = set(getattr(module.config.get_text_config(), "layer_types", None) or ())
-    if getattr(module, "_is_stateful", False) or "linear_attention" in kinds:
-        raise UnsupportedModel(
-            f"{module.config.model_type}: its layers keep a state from token to token (state space, linear attention), "
-            "which is not implemented"
-        )
