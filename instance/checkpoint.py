@@ -26,6 +26,7 @@ log = get_logger("instance")
 _VERSION = 2
 """Of the conversion: another one gets other directories."""
 
+_HUB_SETTINGS = ["config.json"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 _HUB_DUPLICATES = ["consolidated*", "*/*"]
 """The same weights in another layout, or for other programs."""
@@ -64,8 +65,16 @@ def resolve_checkpoint(model: str, *, cache_dir: Path | None = None) -> Path:
     """
     path = locate(model)
     if path is None:
-        return _check_directory(_download(model))
+        return _check_directory(_download(model, _HUB_FILES))
     return _check_directory(path) if path.is_dir() else convert_gguf(path, cache_dir or default_cache_dir())
+
+
+def fetch_settings(model: str) -> Path:
+    """A directory with config.json for a hub id, and no weights that weren't there before. Raises CheckpointError."""
+    path = _download(model, _HUB_SETTINGS)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{model} has no config.json at the hub")
+    return path
 
 
 def locate(model: str) -> Path | None:
@@ -269,12 +278,12 @@ def has_tokenizer(path: Path) -> bool:
     return any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern))
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+        return Path(snapshot_download(model, allow_patterns=files, ignore_patterns=_HUB_DUPLICATES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"'{model}' is no local path, and could not be had from the hub: {first_line(error)}") from error
 

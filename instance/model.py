@@ -363,6 +363,14 @@ def load_model(
     return Model(module, max_context, scaling)
 
 
+def refuse_by_config(path: Path, max_context: int | None = None, scaling: RopeScaling | None = None) -> None:
+    """What `load_model` would refuse of a directory before it looks at weights, which need not be there yet.
+
+    Raises UnsupportedModel, or OSError or ValueError for what is no config.
+    """
+    _prepare(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), max_context, scaling)
+
+
 def random_model(
     config: PretrainedConfig,
     dtype: torch.dtype,

@@ -8,13 +8,13 @@ import torch
 from gmanager.wire.channel import Transport
 from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import InstanceSpec, TextAssets
-from instance.checkpoint import LOAD_ERRORS, CheckpointError, resolve_checkpoint
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, fetch_settings, locate, resolve_checkpoint
 from instance.config import InstanceConfig
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
 from instance.memory import TIERS_BYTES, TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure
-from instance.model import Model, load_model, load_text_assets
+from instance.model import Model, load_model, load_text_assets, refuse_by_config
 from instance.needs import Needs, refuse_shape
 from instance.processors import check_parts
 from instance.scheduler import MAX_DECODE_ROWS
@@ -50,6 +50,8 @@ def load(config: InstanceConfig) -> Loaded:
         torch.cuda.set_device(device)  # kernels run here already, in this thread
         check_parts(config.decode_processors, device)
     try:
+        if locate(config.model) is None:  # weights that would be refused aren't fetched
+            refuse_by_config(fetch_settings(config.model), config.max_context, config.rope_scaling)
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)

@@ -223,6 +223,18 @@ def make(kind: str, more: dict[str, Any], max_context: int | None = None, dtype:
     return model
 
 
+def instance_of(model: str, max_context: int | None) -> InstanceConfig:
+    return InstanceConfig(
+        gmanager="tcp://127.0.0.1:5570",
+        model=model,
+        kv_tokens=64,
+        launch=Launch(rank=0, local_rank=0, world_size=1, run_id="test"),
+        device="cpu",
+        cell_size=1,
+        max_context=max_context,
+    )
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of an older transformers
 @pytest.mark.parametrize("kind", EXACT)
 def test_log_probabilities_over_a_paged_pool_are_transformers_own(kind: str) -> None:
@@ -261,6 +273,36 @@ def test_a_state_is_refused_in_a_sentence_before_weights_are_loaded(
     assert str(refusal.value).startswith(f"{kind}: ")
     assert str(refusal.value).endswith("which is not implemented: of a sequence only KV can be kept, shared and moved")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "max_context", "sentence"),
+    [
+        ("jamba", MOE, None, "keep a state"),
+        ("llama", {}, 129, "--max-context 129 is more than the 128 tokens that llama takes"),
+    ],
+)
+def test_weights_that_would_be_refused_are_not_fetched(
+    kind: str,
+    more: dict[str, Any],
+    max_context: int | None,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model at the hub: here a stand-in for it, which has nothing but the config."""
+    asked: list[list[str]] = []
+
+    def snapshot_download(model: str, *, allow_patterns: list[str], **_: object) -> str:
+        assert model == "org/name"
+        asked.append(allow_patterns)
+        AutoConfig.for_model(kind, **(SIZES | more)).save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UnsupportedModel, match=sentence):
+        load(instance_of("org/name", max_context))
+    assert asked == [["config.json"]]
 
 
 def test_the_longest_context_is_the_configs_or_a_shorter_one_or_must_be_said() -> None:
@@ -418,15 +460,7 @@ def test_only_where_rounding_may_choose_experts_may_rows_differ(
 
 
 def test_an_instance_compares_what_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = InstanceConfig(
-        gmanager="tcp://127.0.0.1:5570",
-        model=str(make_model("llama", tmp_path)),
-        kv_tokens=64,
-        launch=Launch(rank=0, local_rank=0, world_size=1, run_id="test"),
-        device="cpu",
-        cell_size=1,
-        max_context=100,
-    )
+    config = instance_of(str(make_model("llama", tmp_path)), max_context=100)
     assert load(config).model.max_context == 100
     monkeypatch.setattr("instance.exact.eager_logits", lambda *_: torch.rand(2, 25, VOCAB))
     with pytest.raises(UnsupportedModel, match="would answer wrongly"):
