@@ -83,8 +83,8 @@ def lengths(config: Mapping[str, Any], scaling: RopeScaling | None) -> Lengths |
         return Lengths(longest, longest)
     if kind_of(rope) == "dynamic":
         return Lengths(longest, math.floor(longest * factor))
-    if kind_of(rope) == "yarn" and (original := _original(config)) is not None:
-        longest = max(longest, math.floor(original * factor))  # some configs state the one, some the other
+    if kind_of(rope) == "yarn":  # some configs state the length with it, some that before, which is also what none says
+        longest = max(longest, math.floor((_original(config) or longest) * factor))
     return Lengths(longest, longest)
 
 

@@ -65,6 +65,7 @@ def test_other_flags_are_refused_in_a_sentence(text: str, sentence: str) -> None
         ({"max_position_embeddings": 128, "rope_scaling": YARN}, None, Lengths(128, 128)),
         ({"max_position_embeddings": 32, "rope_parameters": YARN}, None, Lengths(128, 128)),
         ({"max_position_embeddings": 32, "rope_scaling": {"type": "yarn", "factor": None}}, None, Lengths(32, 32)),
+        ({"max_position_embeddings": 32, "rope_scaling": {"type": "yarn", "factor": 4.0}}, None, Lengths(128, 128)),
         # all begin from what the model was trained with before its own scaling
         ({"max_position_embeddings": 128, "rope_scaling": YARN}, "yarn:8", Lengths(256, 256)),
         ({"max_position_embeddings": 128, "rope_scaling": LLAMA3}, "none", Lengths(16, 16)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gmanager.wire.scaling import RopeScaling
+from gmanager.wire.scaling import RopeScaling, lengths
 from instance.errors import UnsupportedModel
 from instance.exact import paged_logits, refuse_inexact
 from instance.model import Model, load_model, random_model
@@ -134,6 +134,18 @@ def test_a_models_own_dynamic_may_be_asked_for_longer_texts() -> None:
     assert random_model(config, torch.float32, CPU, seed=1, max_context=64).max_context == 64
     with pytest.raises(UnsupportedModel, match="--max-context 65 is more than the 64 tokens that llama takes"):
         random_model(config, torch.float32, CPU, seed=1, max_context=65)
+
+
+@pytest.mark.parametrize("stated", [{}, {"original_max_position_embeddings": TRAINED}])
+def test_lengths_are_the_same_by_a_stored_config_and_by_transformers(stated: dict[str, Any]) -> None:
+    """Which fills in what isn't stated: `distattn up` reads the one, an instance the other."""
+    rope = DEFAULT | {"rope_type": "yarn", "factor": 4.0} | stated
+    stored = {"max_position_embeddings": TRAINED, "rope_parameters": dict(rope)}
+    for scaling in (None, RopeScaling("yarn", 2), RopeScaling("none")):
+        found = lengths(stored, scaling)
+        assert found is not None
+        model = random_model(config_of("llama", rope), torch.float32, CPU, seed=1, scaling=scaling)
+        assert found.usual == model.max_context
 
 
 @pytest.mark.parametrize(("longest", "factors"), [(TRAINED, "short"), (TRAINED + 1, "long")])
