@@ -21,6 +21,7 @@ from distattn.exchange import ExchangeError
 from gmanager.wire import logs
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.errors import AddressError
+from gmanager.wire.scaling import parse_scaling
 from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
 from instance.checkpoint import CheckpointError
@@ -60,6 +61,11 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     pool.add_argument("--kv-memory", type=float, help=f"or, on GPU: fill this part of its memory ({settings.GPU_KV_MEMORY})")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
     parser.add_argument("--max-context", type=int, help="tokens of the longest sequence served (as the model's config says)")
+    parser.add_argument(
+        "--rope-scaling",
+        metavar="KIND:F",
+        help="rotary frequencies for texts F times as long: yarn:4, linear:2, dynamic:2; none (what the model's config says)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--gpu", type=int, help="index of its GPU, among those that are seen (LOCAL_RANK)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
@@ -147,6 +153,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         gpu=index if gpu else 0,
         dtype=args.dtype,
         max_context=args.max_context,
+        rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),

@@ -25,6 +25,13 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 # ... and that is free to have any value: how rows are placed is the step's business.
 _IGNORED = frozenset({"position_ids", "cache_position"})
 
+# Types of layers that remember rows by something else than KV, or beside it.
+_STATES = {
+    "linear_attention": "linear attention or a state space",
+    "mamba": "a state space",
+    "hybrid": "a state space beside attention",
+    "conv": "a convolution over tokens",
+}
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
@@ -130,6 +137,21 @@ def not_through_the_interface(module: PreTrainedModel) -> str:
     return (
         f"{module.config.model_type}: its attention does not go through transformers' attention interface"
         f"{' (it adds ALiBi biases)' if alibi else ''}, so that it can't read a KV pool"
+    )
+
+
+def refuse_state(config: Any, *, is_stateful: bool) -> None:
+    """Raises UnsupportedModel for layers of a (text) config that remember rows by something else than KV. `is_stateful`: what
+    transformers says of the whole model, some of which don't tell their layers' types."""
+    types = list(getattr(config, "layer_types", None) or ())
+    found = [kind for kind in types if kind in _STATES]
+    if not (found or is_stateful):
+        return
+    which = f"{len(found)} of its {len(types)} layers" if found else "its layers"
+    what = ", ".join(_STATES[kind] for kind in sorted(set(found))) or "a recurrence"
+    raise UnsupportedModel(
+        f"{config.model_type}: {which} keep a state from token to token ({what}), which is not implemented: of a sequence only "
+        "KV can be kept, shared and moved"
     )
 
 

@@ -26,12 +26,18 @@ log = get_logger("instance")
 _VERSION = 2
 """Of the conversion: another one gets other directories."""
 
+_HUB_SETTINGS = ["config.json"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 _HUB_DUPLICATES = ["consolidated*", "*/*"]
 """The same weights in another layout, or for other programs."""
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """One of these makes a tokenizer."""
+
+_PACKED = "mxfp4"
+"""Experts in blocks of 32 numbers of 4 bits (e2m1) with one scale each (e8m0), after the OCP's MX formats."""
+
+_BLOCK_BYTES = 16
 
 _NAMES_SHOWN = 3
 """Of weights, in a message about many."""
@@ -59,8 +65,16 @@ def resolve_checkpoint(model: str, *, cache_dir: Path | None = None) -> Path:
     """
     path = locate(model)
     if path is None:
-        return _check_directory(_download(model))
+        return _check_directory(_download(model, _HUB_FILES))
     return _check_directory(path) if path.is_dir() else convert_gguf(path, cache_dir or default_cache_dir())
+
+
+def fetch_settings(model: str) -> Path:
+    """A directory with config.json for a hub id, and no weights that weren't there before. Raises CheckpointError."""
+    path = _download(model, _HUB_SETTINGS)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{model} has no config.json at the hub")
+    return path
 
 
 def locate(model: str) -> Path | None:
@@ -118,7 +132,7 @@ def read_config(model: str, *, cache_dir: Path | None = None) -> "PretrainedConf
 def _stored_dtype(path: Path) -> torch.dtype | None:
     """Of the first floating-point weight in a directory's safetensors; None if there is none."""
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for file in sorted(path.glob("model*.safetensors")):
+    for file in weight_files(path):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 if (found := names.get(weights.get_slice(name).get_dtype())) is not None:
@@ -171,6 +185,49 @@ def load_whole(folder: Path, name: str, **options: Any) -> "PreTrainedModel":
     return module
 
 
+def has_packed_experts(config: "PretrainedConfig") -> bool:
+    """Whether the weights of a model's experts are stored as gpt-oss's are shipped."""
+    packing: Any = getattr(config, "quantization_config", None) or {}
+    return bool(dict(packing if isinstance(packing, Mapping) else packing.to_dict()).get("quant_method") == _PACKED)
+
+
+def dequantise_experts(config: "PretrainedConfig", folder: Path, dtype: torch.dtype | None) -> None:
+    """Let packed experts of a directory be loaded as plain weights of `dtype` (None: as the others are stored), and say so in
+    the log. Their values are exact, but for the smallest and largest in float16.
+
+    Raises CheckpointError if blocks lack their scales, or scales their blocks.
+    """
+    if not has_packed_experts(config):
+        return
+    stored_shapes = tensor_shapes(folder)
+    parts = {name: name.removesuffix("_blocks").removesuffix("_scales") for name in stored_shapes}
+    torn = set()
+    for whole in {whole for name, whole in parts.items() if name != whole}:
+        blocks, scales = (stored_shapes.get(f"{whole}_{part}", ()) for part in ("blocks", "scales"))
+        if not blocks or blocks != (*scales, _BLOCK_BYTES):
+            torn.add(whole)
+    if torn:
+        raise CheckpointError(f"{folder} has {len(torn)} packed weights whose blocks and scales don't match: {_first(torn)}")
+    settings: Any = config
+    settings.quantization_config = {**settings.quantization_config, "dequantize": True}
+    stored = "the type of the other weights" if dtype is None else str(dtype).removeprefix("torch.")
+    log.info("experts are dequantised", model=str(folder), stored=_PACKED, to=stored)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of all weights in a directory's safetensors, by their names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    return shapes
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A directory's safetensors: beside them some have consolidated.safetensors, the same again."""
+    return sorted(folder.glob("model*.safetensors"))
+
+
 def _refuse_made_up(found: Mapping[str, Set[Any]], name: str) -> None:
     """`found`: what transformers says of a load, after tying."""
     if missing := found["missing_keys"]:
@@ -221,12 +278,12 @@ def has_tokenizer(path: Path) -> bool:
     return any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern))
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+        return Path(snapshot_download(model, allow_patterns=files, ignore_patterns=_HUB_DUPLICATES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"'{model}' is no local path, and could not be had from the hub: {first_line(error)}") from error
 

@@ -10,6 +10,7 @@ from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
 from gmanager.wire.logs import Style
 from gmanager.wire.messages import Role
+from gmanager.wire.scaling import RopeScaling
 from instance.sharing import SPLITS
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
@@ -90,6 +91,8 @@ class InstanceConfig:
     """auto: what the checkpoint says."""
     max_context: int | None = None
     """Tokens of the longest sequence served; None: as many as the model's config says."""
+    rope_scaling: RopeScaling | None = None
+    """Of the model's rotary frequencies; None: what its config says."""
     block_size: int = CPU_BLOCK_SIZE
     """Tokens in a block."""
     chunk_tokens: int = CPU_CHUNK_TOKENS

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from distattn.shape import AttentionShape, PackedRows
+from instance.checkpoint import tensor_shapes, weight_files
 from instance.config import InstanceConfig
 from instance.model import Model
 from instance.needs import Needs
@@ -175,15 +175,19 @@ def check_weights(device: str, *, needed: int, free: int, total: int) -> None:
 
 
 def checkpoint_bytes(folder: Path, dtype: torch.dtype | None) -> int:
-    """Bytes of the weights in `folder`'s safetensors files once they are loaded as `dtype` (None: as they are)."""
-    files = sorted(folder.glob("model*.safetensors"))  # beside them some have consolidated.safetensors, the same again
+    """Bytes of the weights in `folder`'s safetensors files once they are loaded as `dtype` (None: as they are).
+
+    Packed numbers of 4 bits become such of `dtype`, or of 2 bytes.
+    """
+    shapes = tensor_shapes(folder)
+    count = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    scales = {name for name in shapes if name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in shapes}
+    blocks = {f"{name.removesuffix('_scales')}_blocks" for name in scales}
+    numbers = sum(2 * count[name] for name in blocks)
     if dtype is None:
-        return sum(file.stat().st_size for file in files)
-    count = 0
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            count += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
-    return count * dtype.itemsize
+        stored = sum(file.stat().st_size for file in weight_files(folder)) - sum(count[name] for name in blocks | scales)
+        return stored + numbers * torch.bfloat16.itemsize
+    return (sum(count[name] for name in shapes if name not in blocks | scales) + numbers) * dtype.itemsize
 
 
 def measure(model: Model, needs: Needs, *, fraction: float) -> MemoryBudget:

@@ -15,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distattn.layout import FULL, Sight
 from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
+from gmanager.wire.scaling import RopeScaling
 from instance.calls import (
     Call,
     agreed_sights,
@@ -29,12 +38,13 @@ from instance.calls import (
     refuse_arguments,
     refuse_calls,
     refuse_layer_types,
+    refuse_state,
     whole_shape,
 )
-from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole
+from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
-from instance.rotary import fix_rotary
+from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
 
 ATTENTION = "distattn"
@@ -70,8 +80,9 @@ class AttentionContext(threading.local):
 class Model:
     """A loaded causal language model: rows in, logits of chosen rows out."""
 
-    def __init__(self, module: PreTrainedModel, max_context: int | None = None) -> None:
-        """`max_context`: tokens of the longest sequence served; None: as many as the config says.
+    def __init__(self, module: PreTrainedModel, max_context: int | None = None, scaling: RopeScaling | None = None) -> None:
+        """`max_context`: tokens of the longest sequence served; None: as many as the config says. `scaling`: of its rotary
+        frequencies, as the config has it already; None: the model's own.
 
         Raises UnsupportedModel by the name of what can't be served exactly, as far as layers show it; `instance.exact` compares
         the whole.
@@ -85,14 +96,17 @@ class Model:
         """What `_base` returns: a class with fields of the model's own, all but the hidden states empty in `logits`."""
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
-        declared = _declared_context(config, max_context)
+        declared = longest_text(config, max_context)
         self.context = AttentionContext()
         self._base.forward = _unless_given(self._base.forward, self.context)
         _scale_by_place(module, self.context)
         self.device = module.device
-        self.rotary = fix_rotary(module, declared)
-        """What holds for all texts of its frequencies, where they would depend on the batch."""
-        _refuse_state(module)
+        if scaling is not None:
+            refuse_unscaled(module, scaling)
+        self.rotary = fix_rotary(module, declared) or (None if scaling is None else str(scaling))
+        """What the service has chosen of its frequencies: another scaling than the model's own, or those that all texts have
+        where they would depend on the batch."""
+        refuse_state(config, is_stateful=getattr(module, "_is_stateful", False))
         refuse_layer_types(config)
         self._fused: FusedDecoder | None = None
         self.shape = self._probe(declared)
@@ -319,15 +333,26 @@ class Model:
         return out.logits[0]  # type: ignore[no-any-return]
 
 
-def load_model(path: Path, dtype: torch.dtype | None, device: torch.device, max_context: int | None = None) -> Model:
+def load_model(
+    path: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    max_context: int | None = None,
+    scaling: RopeScaling | None = None,
+) -> Model:
     """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own.
 
-    Raises UnsupportedModel, CheckpointError if it lacks a weight, or OSError if it lacks a file.
+    What its config says is looked at before its weights are. Raises UnsupportedModel, CheckpointError if it lacks a weight, or
+    OSError if it lacks a file.
     """
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    max_context = _prepare(config, max_context, scaling)
+    dequantise_experts(config, path, dtype)
     with _refusing_old_style(str(path)):
         module = load_whole(
             path,
             str(path),
+            config=config,
             dtype=dtype or "auto",
             use_safetensors=True,
             attn_implementation=_register(),
@@ -335,16 +360,30 @@ def load_model(path: Path, dtype: torch.dtype | None, device: torch.device, max_
         )
     module.to(device)  # type: ignore[arg-type]
     module.train(False)
-    return Model(module, max_context)
+    return Model(module, max_context, scaling)
+
+
+def refuse_by_config(path: Path, max_context: int | None = None, scaling: RopeScaling | None = None) -> None:
+    """What `load_model` would refuse of a directory before it looks at weights, which need not be there yet.
+
+    Raises UnsupportedModel, or OSError or ValueError for what is no config.
+    """
+    _prepare(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), max_context, scaling)
 
 
 def random_model(
-    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int, max_context: int | None = None
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    max_context: int | None = None,
+    scaling: RopeScaling | None = None,
 ) -> Model:
     """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
 
-    Raises UnsupportedModel.
+    `scaling` is written into `config`. Raises UnsupportedModel.
     """
+    max_context = _prepare(config, max_context, scaling)
     default = torch.get_default_dtype()
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
@@ -355,7 +394,22 @@ def random_model(
     finally:
         torch.set_default_dtype(default)
     module.train(False)
-    return Model(module, max_context)
+    return Model(module, max_context, scaling)
+
+
+def _prepare(config: PretrainedConfig, max_context: int | None, scaling: RopeScaling | None) -> int | None:
+    """Write the scaling into a model's config; how long texts are served then, None if nobody says.
+
+    Raises UnsupportedModel for that, and for layers that the config says can't be served.
+    """
+    text = config.get_text_config()
+    of_kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    refuse_state(text, is_stateful=getattr(of_kind, "_is_stateful", False))
+    refuse_layer_types(text)
+    longest = longest_text(text, max_context, scaling)
+    if scaling is not None:
+        scale_rotary(text, scaling)
+    return longest
 
 
 def load_text_assets(path: Path) -> TextAssets:
@@ -497,23 +551,3 @@ def _refusing_old_style(name: str) -> Iterator[None]:
         if error.args != (ATTENTION,):
             raise
         raise UnsupportedModel(f"{name}: its attention does not go through transformers' attention interface") from error
-
-
-def _declared_context(config: Any, asked: int | None) -> int | None:
-    """Tokens served at most, None if nobody says. Raises UnsupportedModel if more are asked for than the model takes."""
-    length = getattr(config, "max_position_embeddings", None)
-    if not isinstance(length, int) or length < 1:
-        return asked
-    if asked is not None and asked > length:
-        raise UnsupportedModel(f"--max-context {asked:,} is more than the {length:,} tokens that {config.model_type} takes")
-    return length if asked is None else asked
-
-
-def _refuse_state(module: PreTrainedModel) -> None:
-    """Raises UnsupportedModel for layers that remember rows by something else than KV."""
-    kinds = set(getattr(module.config.get_text_config(), "layer_types", None) or ())
-    if getattr(module, "_is_stateful", False) or "linear_attention" in kinds:
-        raise UnsupportedModel(
-            f"{module.config.model_type}: its layers keep a state from token to token (state space, linear attention), "
-            "which is not implemented"
-        )

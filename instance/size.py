@@ -17,9 +17,10 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from gmanager.wire.scaling import RopeScaling, parse_scaling
 from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
-from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, has_packed_experts, read_config
 from instance.errors import UnsupportedModel
 from instance.memory import TIERS_BYTES, TooLittleMemory, activation_bytes, predict
 from instance.model import Model, random_model
@@ -50,6 +51,8 @@ class Question:
     dtype: settings.DType = "auto"
     max_context: int | None = None
     """Tokens of the longest sequence served; None: as the model's config says."""
+    rope_scaling: RopeScaling | None = None
+    """Of its rotary frequencies; None: what its config says."""
     block_size: int
     chunk_tokens: int
     host_memory: int = 0
@@ -296,6 +299,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     parser.add_argument("--disk", metavar="DIR:SIZE", help="likewise, as /scratch:500G (none)")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
     parser.add_argument("--max-context", type=parse_count, help="tokens of the longest sequence served (as the config says)")
+    parser.add_argument("--rope-scaling", metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the config says)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=parse_count, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
@@ -319,6 +323,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
         kv_tokens=args.kv_tokens,
         dtype=args.dtype,
         max_context=args.max_context,
+        rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if on_gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=_given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if on_gpu else settings.CPU_CHUNK_TOKENS),
         host_memory=parse_size(args.host_memory),
@@ -348,14 +353,16 @@ class _Parser(argparse.ArgumentParser):
 def _shape_of(question: Question) -> Model:
     """The model without values. Raises CheckpointError, or UnsupportedModel as an instance would."""
     config = read_config(question.model, cache_dir=question.cache_dir)
-    if getattr(config, "quantization_config", None) is not None:
+    if has_packed_experts(config):
+        del config.quantization_config  # they are plain once loaded
+    elif getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(f"{question.model} has quantised weights, which are not counted")
     dtype: Any = config.dtype if question.dtype == "auto" else getattr(torch, question.dtype)
     if dtype is None:
         raise CheckpointError(f"the config of {question.model} doesn't say of which type its weights are: give --dtype")
     config.dtype = dtype
     try:
-        model = random_model(config, dtype, torch.device("meta"), seed=0, max_context=question.max_context)
+        model = random_model(config, dtype, torch.device("meta"), 0, question.max_context, question.rope_scaling)
         refuse_shape(model, question.model, block_size=question.block_size, backend=question.backend)
     except UnsupportedModel:
         raise

@@ -8,13 +8,13 @@ import torch
 from gmanager.wire.channel import Transport
 from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import InstanceSpec, TextAssets
-from instance.checkpoint import LOAD_ERRORS, CheckpointError, resolve_checkpoint
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, fetch_settings, locate, resolve_checkpoint
 from instance.config import InstanceConfig
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
 from instance.memory import TIERS_BYTES, TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure
-from instance.model import Model, load_model, load_text_assets
+from instance.model import Model, load_model, load_text_assets, refuse_by_config
 from instance.needs import Needs, refuse_shape
 from instance.processors import check_parts
 from instance.scheduler import MAX_DECODE_ROWS
@@ -50,11 +50,13 @@ def load(config: InstanceConfig) -> Loaded:
         torch.cuda.set_device(device)  # kernels run here already, in this thread
         check_parts(config.decode_processors, device)
     try:
+        if locate(config.model) is None:  # weights that would be refused aren't fetched
+            refuse_by_config(fetch_settings(config.model), config.max_context, config.rope_scaling)
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             check_weights(str(device), needed=checkpoint_bytes(path, dtype), free=free, total=total)
-        model = load_model(path, dtype, device, config.max_context)
+        model = load_model(path, dtype, device, config.max_context, config.rope_scaling)
         assets = load_text_assets(path)
         if assets.tokenizer_json is None:
             log.warning("no tokenizer: only token ids are served", model=config.model)
@@ -75,7 +77,7 @@ def _verify(model: Model, config: InstanceConfig) -> None:
     found = refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
     log.info("agrees with transformers' own attention", difference=f"{found:.2g}")
     if model.rotary is not None:
-        log.info("all texts have the same frequencies", rotary=model.rotary)
+        log.info("rotary frequencies of all texts", rotary=model.rotary, max_context=model.max_context)
     if config.backend != "triton":
         return
     reason = model.fuse(config.backend)
@@ -198,6 +200,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
         tokenizer=hashlib.sha256(repr(loaded.assets).encode()).hexdigest(),
         dtype=str(model.shape.dtype).removeprefix("torch."),
         layers="as transformers has them" if model.fused is None else "fused",
+        rotary=model.rotary or "",
         block_size=config.block_size,
         vocab_size=model.vocab_size,
         max_context=model.max_context,

@@ -5,6 +5,7 @@ Real processes, real sockets, real Gloo; pools poisoned with NaN. Ids must equal
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from typing import Literal
 import pytest
 
 from gmanager import AsyncClient, SamplingParams, TokenLogprob
+from gmanager.wire.scaling import RopeScaling
 from tests.support.exactness import LOGPROB_TOLERANCE, MIXED_LENGTHS, Differs, ask, ask_mixed, move_on, prompt
 from tests.support.farm import Farm, Mutation, Setup
 from tests.support.service import Service, serve
@@ -83,6 +85,25 @@ async def test_masks_in_small_chunks_over_several_instances(
         await ask_mixed(service.client, path, prompts)
         await ask(service.client, path, moving, spread=1 if size > 1 else None, new=30, move=size > 1)
         await ask(service.client, path, prompts[-1])  # its beginning is cached, wherever it lies
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+async def test_texts_beyond_a_models_own_limit(kind: Literal["yarn", "linear"], size: int, farm: Farm, tmp_path: Path) -> None:
+    """By --rope-scaling: as transformers has them with the same `rope_parameters` in the config."""
+    short, told = make_model("qwen3", tmp_path / "short"), make_model("qwen3", tmp_path / "told")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    rope = config["rope_parameters"] | {"rope_type": kind, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 64} if kind == "yarn" else {}
+    (told / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256, "rope_parameters": rope}))
+    long, moving = prompt(told, 200), prompt(told, 60, new=30)
+    setup = Setup(model=short, kv_tokens=512 // size, chunk_tokens=24, rope_scaling=RopeScaling(kind, 4))
+    async with serve(farm, size, setup) as service:
+        (cell,) = (await service.client.stats()).cells
+        assert (cell.max_context, cell.rotary) == (256, f"{kind}:4")
+        await ask(service.client, told, long, spread="all")
+        await ask(service.client, told, moving, spread=1, new=30, move=size > 1)
 
 
 async def test_a_prompt_larger_than_every_pool_and_a_generation_that_outgrows_its_home(farm: Farm, llama: Path) -> None:

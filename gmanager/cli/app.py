@@ -42,6 +42,9 @@ def up(
     kv_tokens: Annotated[int | None, typer.Option(min=1, help="tokens of KV of each instance (CPU: 8192)")] = None,
     kv_memory: Annotated[float | None, typer.Option(help="or, on GPUs: part of their memory to use (0.92)")] = None,
     max_context: Annotated[int | None, typer.Option(help="tokens of the longest sequence (as the model's config says)")] = None,
+    rope_scaling: Annotated[
+        str | None, typer.Option(metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the model's config says)")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; CPU: float32), float32, float16, bfloat16")] = "auto",
     names: Annotated[
         list[str] | None,
@@ -99,6 +102,7 @@ def up(
         kv_tokens=kv_tokens,
         kv_memory=kv_memory,
         max_context=max_context,
+        rope_scaling=rope_scaling,
         dtype=dtype,
         names=tuple(dict.fromkeys(names or ())),
         prefix_cache=prefix_cache == "on",

@@ -15,6 +15,7 @@ from gmanager.cli.said import is_echo, stage_of_instances, why_instance_ended
 from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
 from gmanager.wire.messages import Role
+from gmanager.wire.scaling import RopeScaling
 from gmanager.wire.sizes import parse_disk, parse_size
 
 T = TypeVar("T")
@@ -85,6 +86,8 @@ class ServiceConfig:
     """By which requests may ask for the model, too."""
     max_context: int | None = None
     """Tokens of the longest sequence; None: as the model's config says."""
+    rope_scaling: RopeScaling | None = None
+    """Of its rotary frequencies; None: what its config says."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what an instance would refuse, before one is started."""
@@ -240,6 +243,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--disk": config.disk,
         "--cache-dir": config.cache_dir,
         "--max-context": config.max_context,
+        "--rope-scaling": config.rope_scaling,
         "--role": config.roles[number] if config.roles else None,
     }
     names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]

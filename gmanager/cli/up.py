@@ -27,6 +27,7 @@ from gmanager.config import GManagerConfig
 from gmanager.gateway.config import GatewayConfig, parse_address, parse_aliases, read_keys
 from gmanager.wire.channel import check_address
 from gmanager.wire.errors import AddressError
+from gmanager.wire.scaling import RopeScaling, lengths, parse_scaling
 from gmanager.wire.sizes import parse_disk, parse_size
 
 CPU_KV_TOKENS = 8192
@@ -56,6 +57,7 @@ class Wanted:
     kv_tokens: int | None
     kv_memory: float | None
     max_context: int | None
+    rope_scaling: str | None
     dtype: str
     names: tuple[str, ...]
     prefix_cache: bool
@@ -141,6 +143,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             kv_tokens=kv_tokens,
             kv_memory=wanted.kv_memory,
             max_context=wanted.max_context,
+            rope_scaling=None if wanted.rope_scaling is None else parse_scaling(wanted.rope_scaling),
             device=device,
             dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
             threads=max(1, len(os.sched_getaffinity(0)) // wanted.instances),
@@ -164,7 +167,7 @@ def check(wanted: Wanted) -> ServiceConfig:
         raise CannotStart(str(error)) from error
     _check_tiers(wanted)
     model, name = find_model(wanted.model)  # last: it may take long
-    _check_context(model, wanted.max_context)
+    _check_context(model, wanted.max_context, config.rope_scaling)
     return replace(config, model=model, served_model_name=config.served_model_name or name)
 
 
@@ -237,18 +240,27 @@ def find_model(given: str) -> tuple[str, str]:
     return given, given
 
 
-def _check_context(model: str, asked: int | None) -> None:
-    """Raises CannotStart if a directory's config says that the model takes fewer tokens. Of others its instances will know."""
+def _check_context(model: str, asked: int | None, scaling: RopeScaling | None) -> None:
+    """Raises CannotStart if a directory's config says that the model takes fewer tokens, or can't be scaled so. Of others its
+    instances will know."""
     file = Path(model) / "config.json"
-    if asked is None or not file.is_file():
+    if not file.is_file():
         return
     try:
-        config = json.loads(file.read_bytes())
-        most = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+        whole = json.loads(file.read_bytes())
+        config = {**whole, **(whole.get("text_config") or {})}
+        stated = isinstance(config.get("max_position_embeddings"), int)
     except (ValueError, TypeError, AttributeError):
         return  # it is no config, which the instances say better
-    if isinstance(most, int) and asked > most:
-        raise CannotStart(f"--max-context {asked:,} is more than the {most:,} tokens that {model} takes")
+    if not stated:
+        return  # it is as transformers has it for this kind of model
+    try:
+        found = lengths(config, scaling)
+    except ValueError as error:
+        raise CannotStart(f"{model}: {error}") from error
+    if found is not None and asked is not None and asked > found.most:
+        scaled = "" if scaling is None else f" with --rope-scaling {scaling}"
+        raise CannotStart(f"--max-context {asked:,} is more than the {found.most:,} tokens that {model} takes{scaled}")
 
 
 def _check_hub(name: str) -> None:

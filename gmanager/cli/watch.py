@@ -186,11 +186,13 @@ def _headline(stats: Stats, live: dict[str, RequestStats], rates: dict[str, floa
 
 def _cells(stats: Stats) -> Table:
     numbers = [(name, "right") for name in ("instances", "epoch", "KV tokens", "context", "steps \u00b1")]
-    table = _table("cell", "model", "state", *numbers)
+    chosen = any(cell.rotary for cell in stats.cells)
+    table = _table("cell", "model", "state", *numbers, *(["rotary"] if chosen else []))
     for cell in stats.cells:
         state = Text(cell.state, style="green" if cell.state == "ready" else "yellow")
         values = (cell.size, cell.epoch, cell.total_tokens, cell.max_context)
-        table.add_row(cell.name, cell.model, state, *(f"{value:,}" for value in values), _errors(cell.performance))
+        texts = [*(f"{value:,}" for value in values), _errors(cell.performance), *([cell.rotary] if chosen else [])]
+        table.add_row(cell.name, cell.model, state, *texts)
     return table
 
 

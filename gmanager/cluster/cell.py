@@ -52,6 +52,7 @@ from gmanager.wire.peer import PeerId
 MAX_CELL_NAME = 64
 MAX_CELL_SIZE = 4096
 MAX_HOST = 64
+MAX_ROTARY = 200
 MAX_KV_TOKENS = 2**50
 """Most tokens of KV of one instance. Those of a whole cell fit the wire's integers."""
 
@@ -72,7 +73,8 @@ RETURN_GRACE_S = 5.0
 
 Phase = Literal["registering", "returning", "opening", "joining", "ready", "suspending"]
 
-_SAME = ("dtype", "fingerprint", "layers", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
+_SAME = ("dtype", "rotary", "fingerprint", "layers", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
+_IN_WORDS = {"layers": "way to run layers", "rotary": "rotary scaling"}
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
 
@@ -255,10 +257,12 @@ class Cell:
         for field_name in _SAME:
             own, theirs = getattr(register.spec, field_name), getattr(self.spec, field_name)
             if own != theirs:
-                what = "way to run layers" if field_name == "layers" else field_name.replace("_", " ")
+                what = _IN_WORDS.get(field_name, field_name.replace("_", " "))
                 if field_name == "fingerprint":
                     what = "model"
                     own, theirs = (f"{spec.model[:40]} ({spec.fingerprint[:12]})" for spec in (register.spec, self.spec))
+                if field_name == "rotary":
+                    own, theirs = (rotary or "the model's own" for rotary in (own, theirs))
                 return f"its {what} is {str(own)[:80]}, that of cell '{self.name}' is {str(theirs)[:80]}"
         if (register.spec.device == "cpu") != (self.spec.device == "cpu"):
             return f"its device is {register.spec.device[:80]}, that of cell '{self.name}' is {self.spec.device[:80]}"
@@ -615,6 +619,8 @@ def malformed(register: Register) -> str | None:
         return f"RANK must not be negative, got {register.rank}"
     if register.wanted_id is not None and not 0 <= register.wanted_id < MAX_CELL_SIZE:
         return f"an instance's number must be in [0, {MAX_CELL_SIZE}), got {register.wanted_id}"
+    if len(register.spec.rotary) > MAX_ROTARY or not register.spec.rotary.isprintable():
+        return f"rotary frequencies are told with at most {MAX_ROTARY} printable characters, got {len(register.spec.rotary)}"
     if len(register.spec.host) > MAX_HOST:
         return f"a host is named with at most {MAX_HOST} characters, got {len(register.spec.host)}"
     for field_name in _POSITIVE:

@@ -48,6 +48,7 @@ def _cell(cell: Cell) -> CellStats:
         max_context=cell.spec.max_context,
         total_tokens=cell.total_tokens,
         other_names=cell.spec.other_names,
+        rotary=cell.spec.rotary,
         performance=_performance(cell.performance),
     )
 

@@ -446,6 +446,7 @@ def _model(served: Served) -> dict[str, Any]:
         "owned_by": "distattn",
         "root": served.root,
         "max_model_len": served.max_context,
+        "rope_scaling": served.rotary or None,
     }
 
 

@@ -28,6 +28,8 @@ class Served:
     cell: str
     epoch: int
     max_context: int
+    rotary: str
+    """What was chosen of its rotary frequencies; empty: nothing."""
     tokenizer: Tokenizer
     since: int
     """Unix time."""
@@ -158,7 +160,9 @@ class Backend:
                 try:
                     assets = await client.text_assets(cell.name)
                     if known is not None and known.tokenizer.assets == assets:  # its membership has changed, no more
-                        self._models[name] = replace(known, cell=cell.name, epoch=cell.epoch, max_context=cell.max_context)
+                        self._models[name] = replace(
+                            known, cell=cell.name, epoch=cell.epoch, max_context=cell.max_context, rotary=cell.rotary
+                        )
                         continue
                     tokenizer = await asyncio.to_thread(Tokenizer, assets)
                 except CallFailed as error:  # it has gone since: the other cells' requests are none the worse
@@ -174,6 +178,7 @@ class Backend:
                     cell=cell.name,
                     epoch=cell.epoch,
                     max_context=cell.max_context,
+                    rotary=cell.rotary,
                     tokenizer=tokenizer,
                     since=int(time.time()),
                     habits=habits_of(assets.chat_template),

@@ -308,18 +308,19 @@ def test_an_instance_says_itself_why_it_can_not_start(model: Path, tmp_path: Pat
     assert "Traceback" not in logs_in(tmp_path / "logs", "instance-0.log") + logs_in(tmp_path / "logs", "instance-1.log")
 
 
-def test_a_model_without_a_tokenizer_and_with_less_context(model: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_and_with_another_context(model: Path, tmp_path: Path) -> None:
     mute = shutil.copytree(model, tmp_path / "mute")
     for file in mute.glob("*token*"):
         file.unlink()
-    with up(mute, tmp_path / "logs", "--no-http", "--max-context", "100") as (started, address, _):
+    with up(mute, tmp_path / "logs", "--no-http", "--rope-scaling", "yarn:3", "--max-context", "100") as (started, address, _):
         started.wait_for("text    none: the model has no tokenizer, prompts are token ids")
         asked = run("generate", "hello", "--gmanager", address)
         assert (asked.returncode, asked.stderr) == (1, "distattn: prompt: this model has no tokenizer: give token ids\n")
         asked = run("chat", "--gmanager", address, given="hello\n")
         assert (asked.returncode, asked.stderr) == (1, "distattn: messages: this model has no tokenizer: give token ids\n")
         (tmp_path / "hay.txt").write_text("Hay. " * 1000)
-        assert json.loads(run("status", "--json", "--gmanager", address).stdout)["cells"][0]["max_context"] == 100
+        (cell,) = json.loads(run("status", "--json", "--gmanager", address).stdout)["cells"]
+        assert (cell["max_context"], cell["rotary"]) == (100, "yarn:3")
         asked = run("needle", "--gmanager", address, "--haystack", str(tmp_path), "--out", str(tmp_path / "out"))
         assert asked.returncode == 2
         assert "the model has no tokenizer" in asked.stderr
@@ -393,6 +394,12 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(model), "--served-model-name", "a", "--served-model-name", ""], "--served-model-name must not be empty"),
             ([str(model), "--max-context", "0"], "--max-context must be at least 1, got 0"),
             ([str(model), "--max-context", "513"], f"--max-context 513 is more than the 512 tokens that {model} takes"),
+            ([str(model), "--rope-scaling", "ntk:2"], "--rope-scaling must be yarn:F, linear:F, dynamic:F or none, got "),
+            ([str(model), "--rope-scaling", "yarn:1"], "--rope-scaling: the factor of yarn must be more than 1 and at most "),
+            (
+                [str(model), "--rope-scaling", "yarn:2", "--max-context", "129"],
+                f"--max-context 129 is more than the 128 tokens that {model} takes with --rope-scaling yarn:2",
+            ),
             ([str(model), "--device", "tpu"], "--device must be auto, cpu or cuda, got tpu"),
             ([str(model), "--device", "cuda", "--instances", "99"], "99 instances need as many GPUs; this machine has "),
             ([str(model), "--allow-origin", "a.b"], "an origin is * or SCHEME://HOST[:PORT], got 'a.b'"),

@@ -2,6 +2,7 @@
 
 from io import StringIO
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -62,10 +63,12 @@ def test_a_request_keeps_its_colour() -> None:
     assert styles == [colour("a")] * 4 + [colour("b")] * 2 + ["dim"]
 
 
-def test_screens_fit_their_terminal() -> None:
+@pytest.mark.parametrize("rotary", ["", "longrope with the long factors, those of texts of 131,072 tokens"])
+def test_screens_fit_their_terminal(rotary: str) -> None:
     cell = CellStats(
         name="main", epoch=1, state="ready", size=2, model="m" * 300, block_size=64, max_context=131072, total_tokens=1_751_296
     )
+    cell = replace(cell, rotary=rotary)
     requests = {f"request-{i}" * 9: request({0: 123_456, 1: 654_321}, prompt_tokens=777_777) for i in range(60)}
     ranks = [instance(rank, 800_000, 875_648) for rank in (0, 1)]
     stats = Stats(
@@ -87,6 +90,19 @@ def test_a_service_without_instances() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "no instance has registered yet" in text
     assert "no requests" in text
+
+
+def test_chosen_rotary_frequencies_are_shown() -> None:
+    cell = CellStats(
+        name="main", epoch=1, state="ready", size=1, model="tiny", block_size=4, max_context=100, total_tokens=1000
+    )
+    for rotary in ("", "yarn:4"):
+        cells = [replace(cell, rotary=rotary), replace(cell, name="other")]
+        stats = Stats(epoch=1, cells=cells, instances=[], requests={}, counters=Counters(), observed=NOTHING)
+        console = Console(file=StringIO(), width=160)
+        console.print(screen(stats, 160))
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert ("yarn:4" in text) == ("rotary" in text) == bool(rotary)
 
 
 def test_what_lies_below_the_pools_is_shown() -> None:

@@ -165,6 +165,9 @@ def test_members_are_told_each_others_hosts() -> None:
     [
         ({"fingerprint": "c0de"}, "its model is tiny (c0de), that of cell 'main' is tiny (f00d)"),
         ({"model": "big", "fingerprint": "c0de"}, "its model is big (c0de), that of cell 'main' is tiny (f00d)"),
+        ({"rotary": "yarn:4", "fingerprint": "c0de"}, "its rotary scaling is yarn:4, that of cell 'main' is the model's own"),
+        ({"rotary": "\n"}, "rotary frequencies are told with at most 200 printable characters, got 1"),
+        ({"rotary": "y" * 201}, "rotary frequencies are told with at most 200 printable characters, got 201"),
         ({"tokenizer": "cafe"}, "its tokenizer is cafe, that of cell 'main' is beef"),
         ({"dtype": "float16"}, "its dtype is float16, that of cell 'main' is float32"),
         ({"block_size": 16}, "its block size is 16, that of cell 'main' is 4"),

@@ -13,6 +13,7 @@ from gmanager import AsyncClient, SamplingParams
 from gmanager.config import GManagerConfig
 from gmanager.gateway import aside
 from gmanager.server import Server
+from gmanager.wire.scaling import RopeScaling
 from tests.support.exactness import LOGPROB_TOLERANCE, prompt
 from tests.support.farm import Farm, Setup
 from tests.support.gateway import gateway
@@ -58,6 +59,19 @@ async def test_models(client: AsyncOpenAI, llama: Path) -> None:
     (model,) = (await client.models.list()).data
     assert (model.id, model.object, model.owned_by) == (str(llama), "model", "distattn")
     assert (await client.models.retrieve(model.id)).id == model.id
+    assert model.model_extra["rope_scaling"] is None  # type: ignore[index]
+
+
+async def test_what_was_chosen_of_rotary_frequencies_is_told(farm: Farm, tmp_path: Path) -> None:
+    setup = Setup(model=make_model("qwen2", tmp_path), rope_scaling=RopeScaling("dynamic", 4))
+    async with (
+        serve(farm, 1, setup) as service,
+        gateway(service.server.address) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        (model,) = (await client.models.list()).data
+    told = {name: model.model_extra[name] for name in ("max_model_len", "rope_scaling")}  # type: ignore[index]
+    assert told == {"max_model_len": 2048, "rope_scaling": "dynamic:4 with the frequencies of texts of 2,048 tokens"}
 
 
 async def test_a_completion_is_what_the_service_answers(client: AsyncOpenAI, service: Service, llama: Path) -> None:

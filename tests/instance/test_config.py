@@ -9,6 +9,7 @@ import torch
 
 from distattn.attention import DistAttention
 from gmanager.wire.messages import TextAssets
+from gmanager.wire.scaling import RopeScaling
 from gmanager.wire.sizes import parse_disk, parse_size
 from instance import needs as needs_module
 from instance import start
@@ -52,6 +53,13 @@ def test_auto_is_resolved_once() -> None:
     assert (parsed.block_size, parsed.chunk_tokens, parsed.cell_size, parsed.backend) == (16, 512, 2, "torch")
     assert parsed.num_blocks == 6  # 100 tokens, rounded down to blocks
     assert parsed.threads >= 1
+
+
+def test_rotary_scaling_is_read() -> None:
+    assert parse([*NEEDED, "--device", "cpu"], LAUNCH).rope_scaling is None
+    assert parse([*NEEDED, "--device", "cpu", "--rope-scaling", "yarn:2.5"], LAUNCH).rope_scaling == RopeScaling("yarn", 2.5)
+    with pytest.raises(ValueError, match="--rope-scaling: the factor of yarn must be more than 1 and at most 1024, got 0.5"):
+        parse([*NEEDED, "--device", "cpu", "--rope-scaling", "yarn:0.5"], LAUNCH)
 
 
 def test_one_torchrun_each(monkeypatch: pytest.MonkeyPatch) -> None:

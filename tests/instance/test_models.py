@@ -16,7 +16,7 @@ from distattn.shape import AttentionShape
 from instance.config import InstanceConfig, Launch
 from instance.errors import UnsupportedModel
 from instance.exact import difference, eager_logits, paged_logits, refuse_inexact
-from instance.model import Model, random_model
+from instance.model import Model, load_model, random_model
 from instance.start import load
 from kernels.segments import Scoring
 from tests.support.tiny import VOCAB, make_model
@@ -166,16 +166,50 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "gpt_neo: its attention does not go through transformers' attention interface",
     ),
     "gptj": ({"rotary_dim": 8}, "gptj: its attention does not go through transformers' attention interface"),
-    "mamba": ({}, "mamba: its layers keep a state"),
+    "mamba": ({}, "mamba: 2 of its 2 layers keep a state"),
     "mimo_v2_flash": (
         HEAD | MOE | SOME_WINDOWS | {"v_head_dim": 8, "swa_head_dim": 16, "swa_v_head_dim": 8, "swa_num_attention_heads": 4},
         "mimo_v2_flash: its layers differ: 4 heads on 4 of 16, values of 8 in layer 0, 4 heads on 2 of 16, values of 8 in 1",
     ),
     "mpt": ({}, "mpt: its attention does not go through transformers' attention interface (it adds ALiBi biases)"),
-    "qwen3_next": (HEAD | MOE, "qwen3_next: its layers keep a state"),
-    "rwkv": ({}, "rwkv: "),
+    "rwkv": ({}, "rwkv: its layers keep a state from token to token (a recurrence)"),
     "xglm": ({}, "xglm: its attention does not go through transformers' attention interface"),
 }
+
+
+LINEAR_THEN_FULL: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+STATEFUL: dict[str, tuple[dict[str, Any], str]] = {
+    "bamba": ({"attn_layer_indices": [1]}, "1 of its 2 layers keep a state from token to token (linear attention or a state"),
+    "falcon_h1": (HEAD, "2 of its 2 layers keep a state from token to token (a state space beside attention)"),
+    "granitemoehybrid": (
+        MOE | LINEAR_THEN_FULL,
+        "1 of its 2 layers keep a state from token to token (linear attention or a state space)",
+    ),
+    "jamba": (
+        MOE | {"attn_layer_offset": 1, "attn_layer_period": 2},
+        "1 of its 2 layers keep a state from token to token (linear attention or a state space)",
+    ),
+    "kimi_linear": (LINEAR_THEN_FULL, "1 of its 2 layers keep a state from token to token (linear attention or a state"),
+    "lfm2": (
+        {"layer_types": ["conv", "full_attention"]},
+        "1 of its 2 layers keep a state from token to token (a convolution over tokens)",
+    ),
+    "lfm2_moe": (
+        MOE | {"layer_types": ["conv", "full_attention"]},
+        "1 of its 2 layers keep a state from token to token (a convolution over tokens)",
+    ),
+    "minimax": (MOE, "1 of its 2 layers keep a state from token to token (linear attention or a state space)"),
+    "nemotron_h": ({}, " layers keep a state from token to token (linear attention or a state space)"),
+    "olmo_hybrid": (LINEAR_THEN_FULL, "1 of its 2 layers keep a state from token to token (linear attention or a state"),
+    "qwen3_5_moe_text": (
+        HEAD | MOE | LINEAR_THEN_FULL,
+        "1 of its 2 layers keep a state from token to token (linear attention or a state space)",
+    ),
+    "qwen3_5_text": (HEAD | LINEAR_THEN_FULL, "1 of its 2 layers keep a state from token to token (linear attention or a"),
+    "qwen3_next": (HEAD | MOE | LINEAR_THEN_FULL, "1 of its 2 layers keep a state from token to token (linear attention or a"),
+    "recurrent_gemma": ({}, "2 of its 2 layers keep a state from token to token (linear attention or a state space)"),
+}
+"""Linear attention, state spaces and convolutions beside attention."""
 
 
 def make(kind: str, more: dict[str, Any], max_context: int | None = None, dtype: torch.dtype = torch.float32) -> Model:
@@ -187,6 +221,18 @@ def make(kind: str, more: dict[str, Any], max_context: int | None = None, dtype:
         for name, weight in model.module.named_parameters():  # as made, attention hardly shows, and a lost bias not at all
             weight.normal_(1.0 if "norm" in name and "bias" not in name else 0.0, 0.15, generator=generator)
     return model
+
+
+def instance_of(model: str, max_context: int | None) -> InstanceConfig:
+    return InstanceConfig(
+        gmanager="tcp://127.0.0.1:5570",
+        model=model,
+        kv_tokens=64,
+        launch=Launch(rank=0, local_rank=0, world_size=1, run_id="test"),
+        device="cpu",
+        cell_size=1,
+        max_context=max_context,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of an older transformers
@@ -211,6 +257,52 @@ def test_what_is_not_served_says_in_a_sentence_why(kind: str) -> None:
     with pytest.raises(UnsupportedModel, match=re.escape(sentence)) as refusal:
         make(kind, more)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_state_is_refused_in_a_sentence_before_weights_are_loaded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    more, sentence = STATEFUL[kind]
+    AutoConfig.for_model(kind, **(SIZES | more)).save_pretrained(tmp_path)
+    monkeypatch.setattr("instance.model.load_whole", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(UnsupportedModel, match=re.escape(sentence)) as refusal:
+        load_model(tmp_path, None, CPU)
+    assert str(refusal.value).startswith(f"{kind}: ")
+    assert str(refusal.value).endswith("which is not implemented: of a sequence only KV can be kept, shared and moved")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "max_context", "sentence"),
+    [
+        ("jamba", MOE, None, "keep a state"),
+        ("llama", {}, 129, "--max-context 129 is more than the 128 tokens that llama takes"),
+    ],
+)
+def test_weights_that_would_be_refused_are_not_fetched(
+    kind: str,
+    more: dict[str, Any],
+    max_context: int | None,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model at the hub: here a stand-in for it, which has nothing but the config."""
+    asked: list[list[str]] = []
+
+    def snapshot_download(model: str, *, allow_patterns: list[str], **_: object) -> str:
+        assert model == "org/name"
+        asked.append(allow_patterns)
+        AutoConfig.for_model(kind, **(SIZES | more)).save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UnsupportedModel, match=sentence):
+        load(instance_of("org/name", max_context))
+    assert asked == [["config.json"]]
 
 
 def test_the_longest_context_is_the_configs_or_a_shorter_one_or_must_be_said() -> None:
@@ -368,15 +460,7 @@ def test_only_where_rounding_may_choose_experts_may_rows_differ(
 
 
 def test_an_instance_compares_what_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = InstanceConfig(
-        gmanager="tcp://127.0.0.1:5570",
-        model=str(make_model("llama", tmp_path)),
-        kv_tokens=64,
-        launch=Launch(rank=0, local_rank=0, world_size=1, run_id="test"),
-        device="cpu",
-        cell_size=1,
-        max_context=100,
-    )
+    config = instance_of(str(make_model("llama", tmp_path)), max_context=100)
     assert load(config).model.max_context == 100
     monkeypatch.setattr("instance.exact.eager_logits", lambda *_: torch.rand(2, 25, VOCAB))
     with pytest.raises(UnsupportedModel, match="would answer wrongly"):
@@ -448,4 +532,4 @@ def test_the_docs_list_exactly_these() -> None:
     served, refused = (re.findall(r"^\| `([a-z0-9_]+)`", part, re.MULTILINE) for part in text.split("## Refused"))
     assert served == sorted(EXACT)
     assert set(re.findall(r"^\| `([a-z0-9_]+)` \|[^|]*\| fused \|", text, re.MULTILINE)) == FUSED
-    assert refused == sorted(REFUSED)
+    assert refused == sorted(REFUSED | STATEFUL)

@@ -155,6 +155,14 @@ def test_a_model_on_meta_is_shaped_as_the_loaded_one(tmp_path: Path) -> None:
         assert Needs.of(shaped, **settings) == Needs.of(loaded, **settings)
 
 
+def test_a_scaled_model_takes_longer_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(make_model("qwen2", tmp_path))
+    found = ask(path, "--device", "cpu", "--rope-scaling", "yarn:4", capsys=capsys)
+    assert (found["max_context"], found["context"]) == (2048, 2048)
+    assert main([path, "--device", "cpu", "--rope-scaling", "linear:2", "--max-context", "2K"]) == 2
+    assert "is more than the 1,024 tokens that qwen2 takes with --rope-scaling linear:2" in capsys.readouterr().err
+
+
 def test_on_the_cpu_it_says_what_each_instance_is_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(make_model("llama", tmp_path))
     found = ask(path, "--device", "cpu", "--context", "1K", "--gpus", "3", capsys=capsys)

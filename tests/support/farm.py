@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from gmanager.wire.scaling import RopeScaling
 from instance.config import InstanceConfig, Launch
 
 Mutation = Literal["drop", "double", "shift"]
@@ -60,6 +61,7 @@ class Setup:
     disk: Path | None = None
     disk_bytes: int = 0
     check_cache: bool = False
+    rope_scaling: RopeScaling | None = None
 
 
 @dataclass
@@ -146,7 +148,7 @@ async def _obey(pipe: Connection) -> None:
             pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
-_loaded: dict[tuple[Path, str, int], Any] = {}
+_loaded: dict[tuple[Path, str, RopeScaling | None, int], Any] = {}
 
 
 class _Serving:
@@ -178,10 +180,11 @@ class _Serving:
             disk=setup.disk,
             disk_bytes=setup.disk_bytes,
             check_cache=setup.check_cache,
+            rope_scaling=setup.rope_scaling,
             threads=1,
             step_timeout_s=30,
         )
-        key = (setup.model, setup.dtype, rank)
+        key = (setup.model, setup.dtype, setup.rope_scaling, rank)
         if key not in _loaded:
             _loaded[key] = load(config)
         instance = make_instance(config, _loaded[key], ZmqTransport())

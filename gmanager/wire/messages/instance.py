@@ -36,6 +36,8 @@ class InstanceSpec(Part):
     """The same in instances that can map each other's GPU memory."""
     other_names: list[str] = []
     """That requests may call the model by. A cell has those of its first instance."""
+    rotary: str = ""
+    """What the service has chosen of the model's rotary frequencies, in words; empty: they are as the model has them."""
 
 
 Role = Literal["mixed", "prefill", "decode"]

@@ -132,6 +132,8 @@ class CellStats(Part):
     total_tokens: int
     other_names: list[str] = []
     """By which the model may be asked for, too."""
+    rotary: str = ""
+    """What the service has chosen of its rotary frequencies, in words; empty: they are as the model has them."""
     performance: CellPerformance | None = None
 
 
