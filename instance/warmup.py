@@ -1,5 +1,8 @@
 """Made-up steps before the first real one: nothing compiles or tunes once an instance has said that it is ready."""
 
+from collections.abc import Sequence
+from itertools import product
+
 import torch
 
 from distattn.layout import FULL, Sight
@@ -25,8 +28,10 @@ def warm_up(model: Model, storage: KVStorage, backend: str) -> None:
     device = model.device
     try:
         with torch.inference_mode():
-            for num_decodes, num_chunk_rows in ((1, 0), (1, _CHUNK_ROWS)):
-                model.context.attention = _MadeUpStep(model, storage, num_decodes, num_chunk_rows, backend)
+            # rows of texts that are shorter than a window see all, and kernels for that are others
+            sights = [model.shape.sights, (FULL,) * len(model.shape.sights)] if set(model.shape.sights) != {FULL} else [(FULL,)]
+            for (num_decodes, num_chunk_rows), seen in product(((1, 0), (1, _CHUNK_ROWS)), sights):
+                model.context.attention = _MadeUpStep(model, storage, num_decodes, num_chunk_rows, seen, backend)
                 rows_T = torch.zeros(num_decodes + num_chunk_rows, dtype=torch.int64, device=device)
                 logits_SV = model.forward(rows_T, rows_T, rows_T[:1]).float()
                 states_NV = torch.zeros_like(logits_SV, dtype=torch.int32)
@@ -40,7 +45,16 @@ def warm_up(model: Model, storage: KVStorage, backend: str) -> None:
 class _MadeUpStep:
     """Attention of decode rows and a chunk to a long shard that is block 0 over and over; row 0 is merged with itself."""
 
-    def __init__(self, model: Model, storage: KVStorage, num_decodes: int, num_chunk_rows: int, backend: str) -> None:
+    def __init__(
+        self,
+        model: Model,
+        storage: KVStorage,
+        num_decodes: int,
+        num_chunk_rows: int,
+        sights: Sequence[Sight],
+        backend: str,
+    ) -> None:
+        """`sights`: how much of it rows see, for each group of layers."""
         self._shape = shape = model.shape
         self._storage = storage
         self._backend = backend
@@ -61,7 +75,7 @@ class _MadeUpStep:
                 device=model.device,
                 backend=backend,
             )
-            for sight in shape.sights
+            for sight in sights
         ]
         self._merge = MergePlan.build([0], num_rows, device=model.device)
         self._slots_T = torch.full((num_rows,), -1, dtype=torch.int64, device=model.device)
