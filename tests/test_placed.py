@@ -71,7 +71,7 @@ async def test_split_decodes_where_it_does_not_compute(started: Processes, model
             await at_rest(client)
 
 
-async def test_a_missing_role_is_told_and_all_serve(started: Processes, model: Path) -> None:
+async def test_a_missing_role_is_told_and_all_serve(started: Processes, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     ids, expected = text(model, 100, 20)
     async with here(GManagerConfig(bind="tcp://127.0.0.1:*", policy="split")) as server:
         for rank in range(2):
@@ -79,6 +79,7 @@ async def test_a_missing_role_is_told_and_all_serve(started: Processes, model: P
         await until_ready(server.address)
         async with client_of(server.address) as client:
             await Stream(client, "s", ids, 20, "auto").is_right(expected)
+        assert "roles mean nothing" in caplog.text
 
 
 async def test_a_role_that_does_not_exist_is_refused(started: Processes, model: Path) -> None:

@@ -125,4 +125,8 @@ def kind_of(spec: InstanceSpec) -> str:
 
 
 def _counters(sequences: Sequences) -> Counters:
-    return Counters(preemptions=sequences.num_preemptions, dropped_messages=sequences.num_dropped)
+    return Counters(
+        preemptions=sequences.num_preemptions,
+        copies_failed=sequences.num_copies_failed,
+        dropped_messages=sequences.num_dropped,
+    )

@@ -100,6 +100,11 @@ class Sequences:
         """Messages that meant nothing here."""
         return self._running.num_dropped
 
+    @property
+    def num_copies_failed(self) -> int:
+        """Runs that were not what was sent, or never came."""
+        return self._running.num_copies_failed
+
     def enqueue(self, request: Request, now: float) -> None:
         """Let a request wait for memory, behind all that precede it."""
         self._waiting.add(request, now, "enqueue")

@@ -102,6 +102,8 @@ def _requests(stats: Stats) -> Iterator[Metric]:
     yield _counter(
         "num_preemptions", "Times that a request gave its memory back to others.", [((), stats.counters.preemptions)]
     )
+    help_text = "Runs of KV that were not what was sent, or never came: copied anew."
+    yield _counter("copies_failed", help_text, [((), stats.counters.copies_failed)])
 
 
 def _cells(stats: Stats) -> Iterator[Metric]:
