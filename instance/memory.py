@@ -33,9 +33,9 @@ NCCL's channel buffers (hundreds of MiB for each lane's communicator, and those 
 products' work space, kernels' code, and the allocator's waste: 2 GiB, an allowance, not a measurement: 1.4 % of an H200. And
 what block moves take, whose communicator is there in every cell of two or more, whether anything moves or not."""
 
-TIERS_BYTES = 128 * 2**20
+TIERS_BLOCKS, LEAST_TIERS_BYTES = 16, 128 * 2**20
 """For copies to and from the tiers below the pool, where there are some: two blocks on their way and the words and places of a
-checksum, eight bytes for each four, by arithmetic: 8 x (8 MiB) of the 8B shape and as much again."""
+checksum, eight bytes for each four, by arithmetic: 8 blocks, and as much again. No less than the 8B shape's, of 8 MiB each."""
 
 OTHER_BYTES = 2**30
 """In use beside the weights when nobody else uses the GPU, predicted: CUDA's context, libraries, the weights' rounding. An
@@ -44,6 +44,11 @@ instance of the 8B shape on an H200 measured 1.0 GiB (docs/performance.md)."""
 ALLOCATOR_WASTE = 1.2
 """Reserved by torch for each byte of activations that lives: what it rounds up, and can't join. The 8B shape on an H200 with
 8,448 rows: 1.3 GiB, of it 1.03 by `activation_bytes`."""
+
+
+def tiers_bytes(block_bytes: int) -> int:
+    """What copies to and from tiers take of the GPU."""
+    return max(LEAST_TIERS_BYTES, TIERS_BLOCKS * block_bytes)
 
 
 def check_tiers(config: InstanceConfig) -> None:

@@ -22,7 +22,7 @@ from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, has_packed_experts, read_config
 from instance.errors import UnsupportedModel
-from instance.memory import TIERS_BYTES, TooLittleMemory, activation_bytes, predict
+from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
 from instance.model import Model, random_model
 from instance.needs import Needs, refuse_shape
 from kvstore.tier_storage import slot_bytes
@@ -175,7 +175,7 @@ def instance_size(question: Question, model: Model, cell_size: int) -> InstanceS
         fraction = question.kv_memory if asked is None else 1  # as `instance.start.size_pool`
         budget = predict(model, needs, device="a GPU", total=question.gpu_bytes, fraction=fraction)
         if question.host_memory or question.disk_bytes:
-            budget = replace(budget, reserve=budget.reserve + TIERS_BYTES)
+            budget = replace(budget, reserve=budget.reserve + tiers_bytes(block_bytes))
         if asked is not None:
             budget.check(asked * question.block_size, needs.token)
         blocks = budget.num_blocks(block_bytes) if asked is None else asked

@@ -13,7 +13,7 @@ from instance.config import InstanceConfig
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
-from instance.memory import TIERS_BYTES, TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure
+from instance.memory import TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure, tiers_bytes
 from instance.model import Model, load_model, load_text_assets, refuse_by_config
 from instance.needs import Needs, refuse_shape
 from instance.processors import check_parts
@@ -130,7 +130,7 @@ def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceCon
         return config
     budget = measure(model, needs, fraction=1 if config.kv_memory is None else config.kv_memory)
     if config.reads_pool:
-        budget = replace(budget, reserve=budget.reserve + TIERS_BYTES)
+        budget = replace(budget, reserve=budget.reserve + tiers_bytes(config.block_size * needs.token))
     log.info("GPU memory", **budget.describe())
     if config.kv_tokens is not None:
         budget.check(config.num_blocks * config.block_size, needs.token)

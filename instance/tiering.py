@@ -124,11 +124,12 @@ class Tiering:
             log.warning("cached KV was not compared in time, and is computed again", blocks=len(sums))
             return False
         found = zip(sums, looking.result(), strict=True)
-        wrong = [block for block, result in found if result != sums[block] and block in stay]
-        for block in wrong:
-            self.jobs.lose_block(block)
+        others = {block: result for block, result in found if result != sums[block] and block in stay}
+        for block, result in others.items():
+            if result != "no_memory":
+                self.jobs.lose_block(block)
         self._say_trouble()
-        return not wrong
+        return not others
 
     async def run(self, on_change: Callable[[list[wire.Fetched]], None], epoch: Callable[[], int]) -> None:
         """Copy for ever. `on_change` hears whenever something else is known of what lies where, and which fetches are over."""
@@ -153,6 +154,8 @@ class Tiering:
             self.jobs.end(results)
             self._say_trouble()
             on_change([])
+            if job.kind == "down" and "no_memory" in results:
+                await asyncio.sleep(PATIENCE_S)  # the steps that run may need less then
 
     async def _give_up(self, hung: asyncio.Future[list[int | Fault]], on_change: Callable[[], None]) -> None:
         """A job does not end. Comes back when it does."""
@@ -198,6 +201,7 @@ class Tiering:
             tier_tokens=counts.up * self._block_size,
             blocks_corrupt=counts.corrupt,
             slots_failed=counts.unwritable,
+            copies_failed=counts.no_memory,
         )
 
     async def close(self) -> None:
@@ -228,6 +232,9 @@ class Tiering:
         if counts.unwritable and "unwritable" not in self._said:
             self._said.add("unwritable")
             log.warning("slots below the pool can't be written, and are used no more", slots=counts.unwritable)
+        if counts.no_memory and "no memory" not in self._said:
+            self._said.add("no memory")
+            log.warning("the device had no memory to copy KV below the pool or back", blocks=counts.no_memory)
         if counts.corrupt and "corrupt" not in self._said:
             self._said.add("corrupt")
             log.warning("cached KV is not what was written, and is computed again", blocks=counts.corrupt)

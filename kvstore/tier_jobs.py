@@ -44,7 +44,7 @@ class Fetched:
 
     number: int
     blocks: int
-    """That were read, or were in the pool for another sequence."""
+    """That were read: others may have been in the pool for another sequence."""
 
 
 @dataclass(slots=True)
@@ -59,6 +59,8 @@ class TierCounts:
     """Read and not what was written, or not readable at all."""
     unwritable: int = 0
     """Slots that could not be written."""
+    no_memory: int = 0
+    """Not copied, as the device had no memory for that."""
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ class _Fetch:
     """Blocks that it may still read: no more than there were when it began."""
     own: int
     """Evictable blocks of the sequence itself: they don't make room for it."""
-    found: int = 0
+    num_read: int = 0
 
 
 @dataclass(slots=True)
@@ -132,7 +134,7 @@ class TierJobs:
         self._lifts.clear()
         self._cache.lose_tiers()
         if self._fetch is not None:
-            self._fetched.append(Fetched(self._fetch.number, self._fetch.found))
+            self._fetched.append(Fetched(self._fetch.number, self._fetch.num_read))
             self._fetch = None
         self.refuse_asked()
 
@@ -182,6 +184,7 @@ class TierJobs:
         job, self._job = self._job, None
         if job is None:
             raise RuntimeError("no job is under way")
+        self.counts.no_memory += sum(result == "no_memory" for result in results)
         for item, result in zip(job.items, results, strict=True):
             if job.kind == "up":
                 self._end_up(item, result)
@@ -198,7 +201,7 @@ class TierJobs:
                 self._fetch = self._begin_fetch(*self._asked.popleft())
             if items := self._read_next(self._fetch):
                 return Job("up", tuple(items))
-            self._fetched.append(Fetched(self._fetch.number, self._fetch.found))
+            self._fetched.append(Fetched(self._fetch.number, self._fetch.num_read))
             self._fetch = None
         return None
 
@@ -243,13 +246,14 @@ class TierJobs:
         if fetch is None or not self._cache.rise(fetch.seq, key, block):
             self._shards.pool.free([block])
             return False
-        fetch.found += 1
         fetch.own += self._shards.pool.is_evictable(block)
         return True
 
     def _end_up(self, item: Copying, result: int | Fault) -> None:
         self._shards.reading.discard(item.target.slot)
         is_there = self._tiers.end_up(item)
+        if self._fetch is not None and isinstance(result, int):
+            self._fetch.num_read += 1
         if result == item.checksum:
             if self._rise(self._fetch, item.key, item.target.slot):
                 self.counts.up += 1
@@ -257,6 +261,8 @@ class TierJobs:
                     self.checks.set(item.target.slot, item.checksum)
             return
         self._shards.pool.free([item.target.slot])
+        if result == "no_memory":
+            return
         self.counts.corrupt += 1
         if is_there:
             self._cache.lose(item.key)
@@ -341,8 +347,8 @@ class TierJobs:
             if is_there:  # it was not freed and used otherwise meanwhile
                 self.lose_block(block)
             return
-        self._tiers.end_down(item, None, is_sound=False)
-        self.counts.unwritable += 1
+        self._tiers.end_down(item, None, is_sound=result != "unwritable")
+        self.counts.unwritable += result == "unwritable"
         self._cache.look_again()
 
     def _end_move(self, item: Copying, result: int | Fault) -> None:

@@ -52,7 +52,7 @@ class TierStorage:
     def copy(self, items: Sequence[Copying]) -> list[int | Fault]:
         """For each block the checksum of what came, or why nothing did."""
         with self._on_stream():
-            return [self._copy(item) for item in items]
+            return [self._try(item) for item in items]
 
     def close(self) -> None:
         """Give the disk's room back, and let go of pinned memory. Nothing is copied any more."""
@@ -63,6 +63,14 @@ class TierStorage:
                 if buffer.numel():
                     runtime: Any = torch.cuda
                     runtime.cudart().cudaHostUnregister(buffer.data_ptr())
+
+    def _try(self, item: Copying) -> int | Fault:
+        try:
+            return self._copy(item)
+        except torch.OutOfMemoryError:  # the model's steps take what they need; this can wait
+            if self._stream is not None:
+                self._stream.synchronize()
+            return "no_memory"
 
     def _copy(self, item: Copying) -> int | Fault:
         if item.source == item.target:  # only looked at

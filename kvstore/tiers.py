@@ -17,8 +17,8 @@ from itertools import islice
 from typing import Literal
 
 Tier = Literal["host", "disk"]
-Fault = Literal["unreadable", "unwritable"]
-"""Why bytes did not come to where they were to be copied: by their source, or their target."""
+Fault = Literal["unreadable", "unwritable", "no_memory"]
+"""Why bytes did not come to where they were to be copied: by their source, or their target, or as the device had no memory."""
 
 TIERS: tuple[Tier, Tier] = ("host", "disk")
 """From the fastest to the slowest."""

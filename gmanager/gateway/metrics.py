@@ -41,6 +41,7 @@ _COUNTED = {
     "tier_tokens": "Tokens whose KV was read from host memory or disk instead of being computed.",
     "blocks_corrupt": "Cached blocks that were not what was written, and are computed again.",
     "slots_failed": "Slots of host memory or disk that could not be written.",
+    "copies_failed": "Blocks that were not copied below the pool or back, as the device had no memory for that.",
     "query_bytes": "Bytes of queries sent to other instances.",
     "partial_bytes": "Bytes of partial attention states sent to other instances.",
     "kv_bytes": "Bytes of KV sent to other instances.",

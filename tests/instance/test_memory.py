@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distattn.shape import AttentionShape, PackedRows
-from instance.memory import MemoryBudget, NoAttention, TooLittleMemory, check_weights, checkpoint_bytes, run_step, size
+from instance.memory import (
+    MemoryBudget,
+    NoAttention,
+    TooLittleMemory,
+    check_weights,
+    checkpoint_bytes,
+    run_step,
+    size,
+    tiers_bytes,
+)
 from instance.model import load_model
 from tests.support.tiny import make_model
 
@@ -157,3 +166,9 @@ def test_no_attention_is_zeros_for_loose_and_packed_rows() -> None:
     packed = PackedRows(qkv_TE=qkv_TE, cos_TD=cos_TD, sin_TD=cos_TD, q_norm_D=None, k_norm_D=None, eps=1e-6)
     for out_THD in (nothing.run(0, q_THD, kv_TKD, kv_TKD), nothing.run_packed(0, packed)):
         assert out_THD.shape == (7, 4, 16) and out_THD.dtype == shape.dtype and not out_THD.any()
+
+
+def test_what_tiers_take_of_the_gpu_grows_with_blocks() -> None:
+    """A block on its way, and of it a checksum: eight bytes for each four, for words, places and their products."""
+    assert tiers_bytes(2**16) == tiers_bytes(8 * 2**20) == 128 * 2**20
+    assert tiers_bytes(40 * 2**20) == 16 * 40 * 2**20

@@ -28,6 +28,8 @@ class Store:
         """Cleared: it hangs."""
         self.goes_on.set()
         self.is_closed = False
+        self.is_short = False
+        """The device has no memory for checksums."""
 
     @property
     def slots(self) -> dict[Tier, int]:
@@ -38,7 +40,9 @@ class Store:
         self.kinds += [(item.source.where, item.target.where) for item in items]
         return [self._copy(item) for item in items]
 
-    def _copy(self, item: Copying) -> int:
+    def _copy(self, item: Copying) -> int | Fault:
+        if item.source == item.target and self.is_short:
+            return "no_memory"
         if item.source == item.target:
             return -1 if item.source.slot in self.wrong else item.source.slot
         return item.source.slot if item.checksum is None else item.checksum
@@ -158,6 +162,10 @@ async def test_blocks_are_compared_with_what_was_written() -> None:
         sums = tiers.known(blocks)
         assert sums == {block: block for block in blocks}
         assert await tiers.are_right(sums)
+        store.is_short = True
+        assert not await tiers.are_right(sums), "it isn't known"
+        assert not tiers.counters().blocks_corrupt and 1 in rmanager.shards.cache
+        store.is_short = False
         store.wrong = {blocks[1]}
         assert not await tiers.are_right(sums)
         assert tiers.counters().blocks_corrupt == 1

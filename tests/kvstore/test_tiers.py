@@ -162,9 +162,9 @@ def _come_and_go(slots: tuple[int, int], batch: int, data: st.DataObject) -> Non
                 under_way = jobs.next()
             case "job":
                 faults: dict[str, list[Fault | None]] = {
-                    "up": [None, None, None, "unreadable"],
-                    "move": [None, None, None, "unreadable", "unwritable"],
-                    "down": [None, None, None, "unwritable"],
+                    "up": [None, None, None, "unreadable", "no_memory"],
+                    "move": [None, None, None, "unreadable", "unwritable", "no_memory"],
+                    "down": [None, None, None, "unwritable", "no_memory"],
                 }
                 of_kind = [store.copy(i, data.draw(st.sampled_from(faults[under_way.kind]))) for i in under_way.items]
                 jobs.end(of_kind)
@@ -276,7 +276,7 @@ def test_a_document_that_many_asked_about_is_copied_once_and_read_once() -> None
     for number, seq in enumerate((2, 3)):
         line.jobs.fetch(number, seq, 7)
     line.run()
-    assert [f.blocks for f in line.jobs.take_fetched()] == [7, 7]
+    assert [f.blocks for f in line.jobs.take_fetched()] == [7, 1], "the others are in the pool by then"
     assert line.jobs.counts.up == 8
     assert line.table.pool.num_free == 8
 
@@ -445,6 +445,45 @@ def test_a_bit_that_flips_in_host_memory_is_seen() -> None:
     tiers.host_SL2PKD.view(torch.uint8)[0, 1, 1, 3, 1, 5] ^= 4
     assert isinstance(checksum, int)
     assert tiers.copy([Copying(1, Place("host", 0), Place("pool", 0), checksum)]) != [checksum]
+
+
+def test_what_the_device_has_no_memory_for_is_not_copied_and_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = storage()
+    tiers = TierStorage(kv, host_slots=3)
+    down = [Copying(key, Place("pool", key), Place("host", key), None) for key in range(2)]
+    sums = tiers.copy(down)
+    before = kv.data_L2BPKD.clone()
+
+    def too_little(*_: object) -> int:
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvstore.tier_storage.checksum_of", too_little)
+        assert tiers.copy(down) == ["no_memory"] * 2
+    assert torch.equal(kv.data_L2BPKD, before)
+    assert tiers.copy(down) == sums
+
+
+def test_no_memory_is_no_fault_of_a_copy_or_a_slot() -> None:
+    line = Line(10, host=20)
+    line.leave(1, 6)
+    job = line.jobs.next()
+    assert job is not None and job.kind == "down"
+    line.jobs.end(["no_memory"] * 4)
+    assert line.run() == ["down", "down"]
+    line.take(2, 10)
+    line.table.free(2)
+    line.jobs.fetch(1, 1, 6)
+    job = line.jobs.next()
+    assert job is not None and job.kind == "up"
+    line.jobs.end(["no_memory"] * 4)
+    line.run()
+    assert (line.in_pool(1), line.below(1)) == (2, 4), "it goes on with the others"
+    line.jobs.fetch(2, 1, 6)
+    line.run()
+    assert line.in_pool(1) == 6
+    counts = line.jobs.counts
+    assert (counts.no_memory, counts.corrupt, counts.unwritable) == (8, 0, 0)
 
 
 def test_a_disk_without_the_room_is_an_error_before_the_start(tmp_path: Path) -> None:

@@ -204,7 +204,11 @@ def is_alive(pid: int) -> bool:
 def children(pid: int) -> list[int]:
     """Process ids of all that descend from `pid`."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").glob("*/children"))
+    except OSError:  # it has ended just now
+        return []
+    for task in tasks:
         try:
             direct = [int(child) for child in task.read_text().split()]
         except OSError:

@@ -203,7 +203,7 @@ class Fetched(Message):
     epoch: int
     fetch: int
     blocks: int
-    """That came up."""
+    """That were read; what was in the pool for others doesn't count."""
     us: int
     """In which they were read."""
 

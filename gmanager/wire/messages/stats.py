@@ -32,6 +32,8 @@ class Counters(Part):
     """Cached ones that were not what was written, in the pool or below: they are computed again."""
     slots_failed: int = 0
     """Of host memory and disk, that could not be written and are used no more."""
+    copies_failed: int = 0
+    """Blocks that were not copied there or back, as the device had no memory for that."""
     query_bytes: int = 0
     partial_bytes: int = 0
     kv_bytes: int = 0
