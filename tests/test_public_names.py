@@ -93,7 +93,7 @@ def test_chunk_and_stats() -> None:
     assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))
     tokens = ["steps", "rows", "rows_dispatched", "tokens_prefilled", "tokens_generated"]
     tiers = ["tier_bytes_down", "tier_bytes_up", "tier_tokens", "blocks_corrupt", "slots_failed", "copies_failed"]
-    moves = ["home_moves", "preemptions", "blocks_copied", "blocks_evicted", *tiers]
+    moves = ["home_moves", "preemptions", "moves_failed", "blocks_copied", "blocks_evicted", *tiers]
     moves += ["query_bytes", "partial_bytes", "kv_bytes"]
     times = ["step_us", "exchange_us", "attention_us", "notice_us"]
     assert fields(Counters) == [*tokens, *moves, *times, "dropped_messages"]

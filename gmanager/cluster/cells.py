@@ -127,6 +127,6 @@ def kind_of(spec: InstanceSpec) -> str:
 def _counters(sequences: Sequences) -> Counters:
     return Counters(
         preemptions=sequences.num_preemptions,
-        copies_failed=sequences.num_copies_failed,
+        moves_failed=sequences.num_moves_failed,
         dropped_messages=sequences.num_dropped,
     )

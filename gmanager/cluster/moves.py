@@ -30,7 +30,7 @@ class Ground(Protocol):
     """What moves need of the cell's sequences."""
 
     num_dropped: int
-    num_copies_failed: int
+    num_moves_failed: int
 
     def next_number(self) -> int: ...
 
@@ -168,7 +168,7 @@ class Moves:
             return False
         sequence = move.sequence
         if copied.error is not None:
-            self._ground.num_copies_failed += 1
+            self._ground.num_moves_failed += 1
             key = sequence.number, move.source
             self._failures[key] = self._failures.get(key, 0) + 1
             fields = {"move": move.number, "sequence": sequence.number, "tries": self._failures[key], "reason": copied.error}

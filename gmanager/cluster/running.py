@@ -64,7 +64,7 @@ class Running:
     def __init__(self, cell: Cell, emit: Emit) -> None:
         self.num_dropped = 0
         """Messages that meant nothing here."""
-        self.num_copies_failed = 0
+        self.num_moves_failed = 0
         self._cell = cell
         self._emit = emit
         self._numbers = 0

@@ -101,9 +101,9 @@ class Sequences:
         return self._running.num_dropped
 
     @property
-    def num_copies_failed(self) -> int:
+    def num_moves_failed(self) -> int:
         """Runs that were not what was sent, or never came."""
-        return self._running.num_copies_failed
+        return self._running.num_moves_failed
 
     def enqueue(self, request: Request, now: float) -> None:
         """Let a request wait for memory, behind all that precede it."""

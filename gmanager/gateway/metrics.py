@@ -104,7 +104,7 @@ def _requests(stats: Stats) -> Iterator[Metric]:
         "num_preemptions", "Times that a request gave its memory back to others.", [((), stats.counters.preemptions)]
     )
     help_text = "Runs of KV that were not what was sent, or never came: copied anew."
-    yield _counter("copies_failed", help_text, [((), stats.counters.copies_failed)])
+    yield _counter("moves_failed", help_text, [((), stats.counters.moves_failed)])
 
 
 def _cells(stats: Stats) -> Iterator[Metric]:

@@ -166,7 +166,7 @@ def test_a_copy_that_fails_is_tried_again_and_then_left() -> None:
         assert actions[1:] == [to(0, m.OfferRun, move=number + 1, seq=1)]
         assert driver.say(peer(0), offered(number + 1, (0, 9))) == [reserve(1, number + 1, 3)]
         driver.say(peer(1), granted(number + 1, 3, 4))
-    assert driver.cluster.stats().counters.copies_failed == 3
+    assert driver.cluster.stats().counters.moves_failed == 3
 
 
 def test_a_copy_that_is_refused_changes_nothing() -> None:

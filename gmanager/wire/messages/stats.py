@@ -17,7 +17,7 @@ class Counters(Part):
     tokens_generated: int = 0
     home_moves: int = 0
     preemptions: int = 0
-    copies_failed: int = 0
+    moves_failed: int = 0
     """Runs that were not what was sent, or never came: they stay where they are, and are copied anew."""
     blocks_copied: int = 0
     blocks_evicted: int = 0
