@@ -85,7 +85,7 @@ async def test_an_objective_that_would_be_missed(farm: Farm, llama: Path) -> Non
             error = answer.json()["error"]
             assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
             assert error["message"].startswith(
-                "objective TTFT 0.5 s: a prompt of 60 tokens is expected to have its first token"
+                "objective TTFT 0.5 s: a prompt of 60 tokens, 48 of them there already, is expected to have its first token"
             )
         answers = await asyncio.gather(*(http.post("/v1/messages", json=turns | {"slo_ttft": 0.5}) for _ in range(8)))
         refused = [answer for answer in answers if answer.status_code != 200]
