@@ -17,15 +17,14 @@ Nothing here decides: who calls has made sure that no step writes what is copied
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from distattn.exchange import Exchange, ExchangeError
 from kvstore.checksum import bytes_of, checksum_of
-from kvstore.storage import KVStorage
+from kvstore.storage import KVStorage, on_stream
 
 PEER_TIMEOUT_S = 10.0
 """Longest that a copy waits for its other end. More than that one may wait for its budget, and more than the lease after which
@@ -144,7 +143,7 @@ class Transfers:
             raise CopyFailed("nothing was offered for it here")
         checksum = 0
         for index, block in enumerate(block_ids):
-            with self._on_stream():
+            with on_stream(self._stream):
                 block_L2PKD = self._data_L2BPKD[:, :, block].clone(memory_format=torch.contiguous_format)
                 checksum = checksum_of(block_L2PKD, checksum)
                 self._hear(move, to, index)
@@ -166,7 +165,7 @@ class Transfers:
             self._budget.take(self._block_size)
             self._say(move, source, index)
             self._hear(move, source, index)
-            with self._on_stream():
+            with on_stream(self._stream):
                 place_L2PKD = self._data_L2BPKD[:, :, block]
                 block_L2PKD = torch.empty_like(place_L2PKD, memory_format=torch.contiguous_format)
                 self._pass([], [(bytes_of(block_L2PKD), {source: 1})])
@@ -222,13 +221,3 @@ class Transfers:
                 what = f"a block of KV that is copied to or from {who} did not pass within {self._timeout_s:g} s"
                 raise ExchangeError(what)
             time.sleep(_POLL_S)
-
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """On a GPU on a stream of its own."""
-        with torch.inference_mode():
-            if self._stream is None:
-                yield
-                return
-            with torch.cuda.stream(self._stream):
-                yield

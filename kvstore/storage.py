@@ -1,5 +1,8 @@
 """The tensors that hold KV: allocated once, never resized."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -43,3 +46,14 @@ class KVStorage:
     def layer(self, layer: int) -> torch.Tensor:
         """`kv_2BPKD` of one layer, a view."""
         return self.data_L2BPKD[layer]
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Copy there, and not on the stream of steps; None: where there is but one, on the CPU."""
+    with torch.inference_mode():
+        if stream is None:
+            yield
+            return
+        with torch.cuda.stream(stream):
+            yield

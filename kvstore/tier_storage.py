@@ -13,15 +13,14 @@ is read:
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvstore.checksum import bytes_of, checksum_of
-from kvstore.storage import KVStorage
+from kvstore.storage import KVStorage, on_stream
 from kvstore.tiers import Copying, Fault, Place, Tier
 
 PAGE = 4096
@@ -51,7 +50,7 @@ class TierStorage:
 
     def copy(self, items: Sequence[Copying]) -> list[int | Fault]:
         """For each block the checksum of what came, or why nothing did."""
-        with self._on_stream():
+        with on_stream(self._stream):
             return [self._try(item) for item in items]
 
     def close(self) -> None:
@@ -125,15 +124,6 @@ class TierStorage:
         if self.file is None:
             raise RuntimeError("there is no tier on disk")
         return self.file
-
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        with torch.inference_mode():
-            if self._stream is None:
-                yield
-                return
-            with torch.cuda.stream(self._stream):
-                yield
 
 
 class SlotFile:
