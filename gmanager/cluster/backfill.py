@@ -14,6 +14,7 @@ from heapq import nsmallest
 
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.placement import InstanceView
+from gmanager.cluster.policies.gain import step_s
 from gmanager.cluster.request import Request
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.running import Running
@@ -94,21 +95,21 @@ class Backfill:
         if not others:
             return
         views = self._running.views()
-        step_s = self._step_s(views)
-        if first is not self._next or now - self._looked_at >= REFRESH_S:
-            self._next, self._looked_at, self._room_at = first, now, now + self._room_in(first, views, step_s)
         costs, chunk = self._cell.performance.costs, self._cell.spec.chunk_tokens
-        slowest = max(step_s)
+        steps_s = [step_s(view if view.rows else replace(view, rows=1), costs) for view in views]
+        if first is not self._next or now - self._looked_at >= REFRESH_S:
+            self._next, self._looked_at, self._room_at = first, now, now + self._room_in(first, views, steps_s)
+        slowest = max(steps_s)
         for other in others:
             prompt_s = costs.prefill_s(other.missing_tokens, chunk=chunk, beside=True)
             if now + prompt_s + other.left * slowest <= self._room_at:
                 yield other
 
-    def _room_in(self, first: Request, views: Sequence[InstanceView], step_s: Sequence[float]) -> float:
+    def _room_in(self, first: Request, views: Sequence[InstanceView], steps_s: Sequence[float]) -> float:
         place, size = self._waiting.placer(first), self._cell.spec.block_size
         endings = (
             Ending(
-                0.0 if sequence.ending else sequence.left * step_s[sequence.home],
+                0.0 if sequence.ending else sequence.left * steps_s[sequence.home],
                 sequence.number,
                 sequence.home,
                 {rank: -(-tokens // size) for rank, tokens in sequence.held.items()},
@@ -117,10 +118,3 @@ class Backfill:
         )
         soonest = nsmallest(MAX_ENDINGS, endings, key=lambda ending: (ending.in_s, ending.seq))
         return room_in(lambda then: place(then, None) is not None, views, soonest)
-
-    def _step_s(self, views: Sequence[InstanceView]) -> list[float]:
-        """By rank: of a decode step, beside what decodes there and prompts that run."""
-        costs = self._cell.performance.costs
-        return [
-            costs.decode_step_s(max(1, view.rows), view.held, view.sent, view.served, beside=view.backlog > 0) for view in views
-        ]

@@ -10,14 +10,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from gmanager.cluster.chain import Chain
+from gmanager.cluster.reading import deadline
 from gmanager.cluster.request import Request
 
 LEAST_SAVED = 512
 """Tokens that one need not compute, to wait for them."""
 LEAST_PART = 0.5
 """Of the other's prompt that is common to both: it tells what can be shared once all of it is done."""
-PATIENCE_S, PATIENCE = 5.0, 4.0
-"""Nobody waits longer than so many seconds and so many times what the prompt should take."""
 
 
 @dataclass(slots=True)
@@ -59,27 +58,24 @@ class Following:
             self._prompts[seq] = _Prompt(chain, tokens, untold)
             self._by_first.setdefault(chain.digests[0], {})[seq] = None
 
-    def told(self, seq: int, number: int) -> bool:
-        """An instance has said what can be shared there. Whether somebody waits no longer."""
+    def told(self, seq: int, number: int) -> None:
+        """An instance has said what can be shared there: with the last of them nobody waits any longer."""
         prompt = self._prompts.get(seq)
-        if prompt is None:
-            return False
-        prompt.untold.discard(number)
-        return not prompt.untold and self.end(seq)
+        if prompt is not None:
+            prompt.untold.discard(number)
+            if not prompt.untold:
+                self.end(seq)
 
-    def end(self, seq: int) -> bool:
-        """There is no more to wait for. Whether somebody waits no longer."""
+    def end(self, seq: int) -> None:
+        """There is no more to wait for."""
         prompt = self._prompts.pop(seq, None)
         if prompt is None:
-            return False
+            return
         same = self._by_first[prompt.chain.digests[0]]
         del same[seq]
         if not same:
             del self._by_first[prompt.chain.digests[0]]
-        let_go = [number for number, (other, _) in self._waits.items() if other == seq]
-        for number in let_go:
-            del self._waits[number]
-        return bool(let_go)
+        self._waits = {number: wait for number, wait in self._waits.items() if wait[0] != seq}
 
     # --- who waits ----------------------------------------------------------------------------------------------------
 
@@ -98,7 +94,7 @@ class Following:
 
     def wait(self, request: Request, seq: int, now: float, takes_s: float) -> None:
         """Let it wait for a prompt that should take so long."""
-        self._waits[request.number] = seq, now + PATIENCE_S + PATIENCE * takes_s
+        self._waits[request.number] = seq, deadline(now, takes_s)
 
     def end_overdue(self, now: float) -> bool:
         """Whether some wait no longer."""

@@ -35,10 +35,15 @@ MOST_READING = 4
 MOST_READS = 2
 """Times that one request is read for until it computes what lacks."""
 PATIENCE_S, PATIENCE = 5.0, 4.0
-"""A request waits for no reading longer than so many seconds and so many times what it should take."""
+"""A request waits for nothing longer than so many seconds and so many times what it should take."""
 MOST_LATE = 64
 """Fetches that nobody waits for any more, and whose answer still counts."""
 MAX_READ_US = 3600 * 10**6
+
+
+def deadline(now: float, takes_s: float) -> float:
+    """Until when a request waits for what should take so long."""
+    return now + PATIENCE_S + PATIENCE * takes_s
 
 
 Key = tuple[int, int]
@@ -104,7 +109,7 @@ class Reading:
             insort(self._turns, (request.precedence, request.number))
             return
         seconds = max(self.token_s(number, now) * tokens for number, tokens in below.items())
-        wait = self._waits[request.number] = _Wait(now + PATIENCE_S + PATIENCE * seconds)
+        wait = self._waits[request.number] = _Wait(deadline(now, seconds))
         request.num_reads += 1
         for member in self._cell.members:
             if member.id in below:

@@ -214,7 +214,7 @@ class Reuses:
 
     def should_wait(self, request: Request, reuse: Reuse | None, now: float) -> bool:
         """Whether a request waits, for a prompt that is computed just now to be shared. `reuse`: what is there already."""
-        if request.chain is None or request.kept or request.lacks_scores:
+        if not _may_share(request):
             return False
         found = self.following.worth_waiting(request, 0 if reuse is None else reuse.tokens)
         if found is not None:
@@ -237,7 +237,7 @@ class Reuses:
 
     def _matches(self, request: Request, *, with_below: bool) -> list[Match]:
         """Those that begin as it does; the last token's row is computed anew, for the token that follows."""
-        if request.chain is None or request.kept or request.lacks_scores or not len(self._prefixes):
+        if request.chain is None or not _may_share(request) or not len(self._prefixes):
             return []
         self._lengthen(request)
         draining = [member.id for member in self._cell.members if member.is_draining]
@@ -286,6 +286,11 @@ class Reuses:
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
         self._prefixes.validate()
+
+
+def _may_share(request: Request) -> bool:
+    """Whether it may begin with what others have computed: not if it brings KV of its own, or each of its rows is needed."""
+    return request.chain is not None and not request.kept and not request.lacks_scores
 
 
 def _by_home(views: Sequence[InstanceView], reuse: Reuse) -> Iterator[Sequence[InstanceView]]:

@@ -4,8 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from gmanager.cluster.placement import Candidate, Placement, choose_victim
-from gmanager.cluster.policies.base import Outlook, Policy, Prompt, Relocation, SequenceView
-from gmanager.cluster.policies.gain import apart, best_of, copies_home, homes_among_holders, relative_gain, tied, together
+from gmanager.cluster.policies.base import NewHome, Outlook, Policy, Prompt, Relocation, SequenceView
+from gmanager.cluster.policies.gain import (
+    after,
+    apart,
+    best_of,
+    copies_home,
+    homes_among_holders,
+    relative_gain,
+    tied,
+    together,
+)
 
 WAITS_S = 10.0
 """The longest that the next in the queue waits for one instance to have room: who decodes there may do so for hours."""
@@ -60,12 +69,14 @@ class Elastic(Policy):
         if victim is None:
             return None
         tokens = next(candidate.tokens for candidate in at_home if candidate.seq == victim)
-        costs, home, there = outlook.costs, outlook.views[wanting.home], outlook.views[target]
-        before = apart((home, there), costs)
-        moved = replace(home, rows=home.rows - 1, served=home.served + 1)
-        taken = replace(there, rows=there.rows + 1, sent=there.sent + 1)
+        costs, home = outlook.costs, outlook.views[wanting.home]
+        views = {rank: outlook.views[rank] for rank in (wanting.home, target)}
+        its = SequenceView(
+            seq=wanting.seq, home=wanting.home, held={wanting.home: wanting.tokens}, left=wanting.left, can_move=True
+        )
+        moved = after(views, its, NewHome(wanting.seq, target))
         left_s = wanting.left * home.rows / apart((home,), costs) if home.rows else 0.0
-        lost_together = (before - together((moved, taken), costs)) * left_s
+        lost_together = (apart(views.values(), costs) - together(moved.values(), costs)) * left_s
         again_s = costs.prefill_s(tokens, chunk=outlook.chunk_tokens)
         return victim if again_s * apart((home,), costs) < lost_together else None
 

@@ -78,18 +78,19 @@ def throughput(views: Mapping[int, InstanceView], costs: Costs, before: Mapping[
 def apart(views: Iterable[InstanceView], costs: Costs) -> float:
     """Tokens per second of instances each of which steps by itself: nothing travels."""
     each = (replace(view, sent=0, served=0) for view in views)
-    return sum(view.rows / _step_s(view, costs) for view in each if view.rows)
+    return sum(view.rows / step_s(view, costs) for view in each if view.rows)
 
 
 def together(views: Iterable[InstanceView], costs: Costs) -> float:
     """Tokens per second of instances that share a sequence: all step with the slowest, which is one that computes a prompt."""
     rows, slowest = 0, 0.0
     for view in views:
-        rows, slowest = rows + view.rows, max(slowest, _step_s(view, costs))
+        rows, slowest = rows + view.rows, max(slowest, step_s(view, costs))
     return rows / slowest if rows else 0.0
 
 
-def _step_s(view: InstanceView, costs: Costs) -> float:
+def step_s(view: InstanceView, costs: Costs) -> float:
+    """Of a decode step, beside a prompt if one runs there."""
     return costs.decode_step_s(view.rows, view.held, view.sent, view.served, beside=view.backlog > 0)
 
 
