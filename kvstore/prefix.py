@@ -364,13 +364,14 @@ class PrefixCache:
     def lose_tiers(self) -> None:
         """All that lies below is no more, and nothing will."""
         for seq in list(self._shards):
-            for run in self._shards[seq]:
+            for run in self.runs_of(seq):  # of those before it one more may have been spare, and this the one too many
                 lost = run.forget_copies()
                 if lost:
                     self._changed[seq] = None
                 for key in lost:
                     self.tiers.release(key, seq)
-            self._tidy(seq)
+            if seq in self._shards:
+                self._tidy(seq)
         self._uncopied.clear()
         self.tiers.shut()
 

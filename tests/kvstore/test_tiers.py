@@ -364,6 +364,20 @@ def test_a_sequence_that_runs_on_does_not_keep_others_from_below() -> None:
     assert line.below(1) == 4, "once it ends they are there still"
 
 
+def test_tiers_that_are_lost_may_leave_more_that_are_spare_than_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.prefix.MOST_SPARE", 1)
+    line = Line(10, host=20)
+    line.leave(1, 6)
+    assert line.table.share(2, 1, [[(0, 5)]])
+    line.table.retire(2)  # spare: all that it has the first has, too
+    line.run()
+    line.table.cache.evict(1)
+    assert (line.below(1), line.below(2)) == (1, 0)
+    line.jobs.turn_off()  # with what was below gone the first is spare as well, and drives out the second
+    line.table.validate()
+    assert [seq for seq in (1, 2) if seq in line.table.cache] == [1]
+
+
 def test_a_broken_copy_is_a_hole() -> None:
     line = Line(10, host=20, batch=2)
     line.leave(1, 7)
