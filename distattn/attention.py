@@ -82,6 +82,7 @@ class _GroupPlan:
     """One step on this instance in the layers of one group. S dispatched rows."""
 
     layout: Layout
+    slots_T: torch.Tensor
     own: PagedAttention
     send_rows_S: torch.Tensor
     merge: MergePlan
@@ -94,7 +95,6 @@ class _Plan:
     """One step on this instance."""
 
     num_rows: int
-    slots_T: torch.Tensor
     groups: list[_GroupPlan]
 
 
@@ -110,7 +110,7 @@ class DistAttention:
         self._device = storage.data_L2BPKD.device
         self._clock_ns = time.perf_counter_ns if self._device.type == "cpu" else _no_clock
         self._times = LayerTimes()
-        self._layers = [(shape.layer(i).scoring, shape.group(i)) for i in range(storage.data_L2BPKD.shape[0])]
+        self._layers = [(shape.layer(i).scoring, shape.group(i)) for i in range(storage.num_layers)]
         self._plan: _Plan | None = None
         self._tiles: TiledAttention | None = None
         self._queued: deque[torch.cuda.Event] = deque()
@@ -152,8 +152,11 @@ class DistAttention:
         self._tiles = TiledAttention(sizes, backend=self.backend, row_tiles=row_tiles)
         self._tiles.warm_up(self._storage.layer(0))
 
-    def plan(self, layouts: Sequence[Layout], slots: list[int]) -> None:
-        """Prepare all layers of a step: a layout for each group of `shape.sights`. `slots[i]`: where own row i's K and V go."""
+    def plan(self, layouts: Sequence[Layout], slots: Sequence[list[int]]) -> None:
+        """Prepare all layers of a step: a layout for each group of `shape.sights`. `slots[g][i]`: where own row i's K and V go
+        in the layers of a group, or in all if there is but one list."""
+        if len(slots) not in (1, len(layouts)):
+            raise ValueError(f"{len(slots)} lists of slots for {len(layouts)} groups of layers: one, or one for each")
         if len(layouts) != len(self.shape.sights) or len({layout.num_rows for layout in layouts}) != 1:
             rows = [layout.num_rows for layout in layouts]
             raise ValueError(
@@ -180,9 +183,11 @@ class DistAttention:
             recv_out_MHD=rows_of(num_received),
             recv_lse_MH=lses_of(num_received),
         )
+        slots_T = [upload(its, device) for its in slots]
         groups = [
             _GroupPlan(
                 layout=layout,
+                slots_T=slots_T[group if len(slots) > 1 else 0],
                 own=self._attend(layout.own, num_rows, group),
                 send_rows_S=upload(layout.dispatched_rows, device),
                 merge=MergePlan.build(layout.dispatched_rows, num_rows, device=device),
@@ -191,7 +196,7 @@ class DistAttention:
             )
             for group, layout in enumerate(layouts)
         ]
-        self._plan = _Plan(num_rows, upload(slots, device), groups)
+        self._plan = _Plan(num_rows, groups)
 
     def run(
         self,
@@ -206,26 +211,26 @@ class DistAttention:
         `sinks_H`: one more logit for each head, that stands for no value. The result is a buffer that the next layer writes.
         Raises RuntimeError if no step was planned or the rows are not those of the plan.
         """
-        plan, kv_2BPKD = self._planned(q_THD.shape[0]), self._storage.layer(layer)
+        group, kv_2BPKD = self._planned(layer, q_THD.shape[0]), self._storage.layer(layer)
         with self._attending():
-            store_kv(k_TKD, v_TKD, kv_2BPKD, plan.slots_T, backend=self.backend)
-            return self._attend_rows(plan, layer, q_THD, kv_2BPKD, sinks_H)
+            store_kv(k_TKD, v_TKD, kv_2BPKD, group.slots_T, backend=self.backend)
+            return self._attend_rows(group, layer, q_THD, kv_2BPKD, sinks_H)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `run`, of rows that come packed."""
-        plan, kv_2BPKD = self._planned(rows.qkv_TE.shape[0]), self._storage.layer(layer)
+        group, kv_2BPKD = self._planned(layer, rows.qkv_TE.shape[0]), self._storage.layer(layer)
         with self._attending():
-            q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, plan.slots_T, self.backend)
-            return self._attend_rows(plan, layer, q_THD, kv_2BPKD, None)
+            q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, group.slots_T, self.backend)
+            return self._attend_rows(group, layer, q_THD, kv_2BPKD, None)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """Keep the rows' keys and values, and attend to nothing: no member of the party may expect more of this layer."""
-        plan = self._planned(rows.qkv_TE.shape[0])
+        group = self._planned(layer, rows.qkv_TE.shape[0])
         with self._attending():
-            rows.rotate_and_store(self.shape.num_heads, self._storage.layer(layer), plan.slots_T, self.backend)
+            rows.rotate_and_store(self.shape.num_heads, self._storage.layer(layer), group.slots_T, self.backend)
 
-    def _planned(self, num_rows: int) -> _Plan:
-        """The step's plan, once the device is near enough."""
+    def _planned(self, layer: int, num_rows: int) -> _GroupPlan:
+        """The step's plan for a layer, once the device is near enough."""
         if self._device.type == "cuda":
             done = self._queued.popleft() if len(self._queued) == LAYERS_AHEAD else _new_event()
             done.synchronize()
@@ -235,14 +240,12 @@ class DistAttention:
         if plan is None or num_rows != plan.num_rows:
             planned = "no step" if plan is None else f"{plan.num_rows} rows"
             raise RuntimeError(f"{num_rows} rows came, {planned} was planned")
-        return plan
+        return plan.groups[self._layers[layer][1]]
 
     def _attend_rows(
-        self, plan: _Plan, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None
+        self, group: _GroupPlan, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None
     ) -> torch.Tensor:
-        scoring, index = self._layers[layer]
-        group = plan.groups[index]
-        self._attend_group(group, q_THD, kv_2BPKD, scoring)
+        self._attend_group(group, q_THD, kv_2BPKD, self._layers[layer][0])
         to = group.buffers
         if sinks_H is not None:
             apply_sinks(to.out_THD, to.lse_TH, sinks_H)

@@ -16,13 +16,14 @@ from itertools import accumulate
 
 import torch
 
-from distattn.layout import FULL, Layout, Reading
+from distattn.layout import Layout, Reading
 from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels import triton_ops
 from kernels.decode_attention import DecodeAttention, DecodeTables, RowReading, Written
 from kernels.peer_rows import push_rows, wait_rows
 from kernels.upload import FixedTables
+from kvstore.sight import FULL
 from kvstore.storage import KVStorage
 
 _PIECES = 8
@@ -68,7 +69,7 @@ class DecodeStep:
         self._tables = tables
         self._kernel = kernel
         self._peers = peers
-        self._layers = [(shape.layer(i).scoring, shape.group(i)) for i in range(storage.data_L2BPKD.shape[0])]
+        self._layers = [(shape.layer(i).scoring, shape.group(i)) for i in range(storage.num_layers)]
         self._groups = [
             _Group(
                 DecodeTables(tables[_of("own", group)], tables["blocks"], sight != FULL),
@@ -85,7 +86,7 @@ class DecodeStep:
     @staticmethod
     def table_sizes(storage: KVStorage, shape: AttentionShape, num_rows: int, peers: PeerMemory | None) -> dict[str, int]:
         """Of the tables that `plan` writes; blocks last, because a step rarely fills them."""
-        sizes = {"slots": num_rows}
+        sizes = {_of("slots", table): num_rows for table in range(1 + len(shape.windows))}
         blocks = 0
         for group, sight in enumerate(shape.sights):
             its = {"own": 4 * (num_rows + 1)}
@@ -107,19 +108,24 @@ class DecodeStep:
             if sight == FULL:  # with no more than twice the pool, each for itself, or the pool and a few pieces of each row
                 blocks += 3 * storage.num_blocks + _PIECES * 2 * all_rows
             else:  # rows that share a prefix list what they see of it each for itself
-                seen = (sight.window or sight.chunk) // storage.block_size + 2
-                blocks += 4 * storage.num_blocks + all_rows * (1 + min(seen, storage.num_blocks))
+                seen = sight.span // storage.block_size + 2
+                # tables of their own have no more than the pool together
+                apart = bool(shape.windows) and group > 1
+                blocks += (0 if apart else 4 * storage.num_blocks) + all_rows * (1 + min(seen, storage.num_blocks))
         return sizes | {"blocks": blocks}
 
-    def plan(self, layouts: Sequence[Layout], slots: list[int]) -> None:
-        """Write the tables of a step: a layout for each group of `shape.sights`. `slots[i]`: where own row i's K and V go.
+    def plan(self, layouts: Sequence[Layout], slots: Sequence[list[int]]) -> None:
+        """Write the tables of a step: a layout for each group of `shape.sights`. `slots[g][i]`: where own row i's K and V go in
+        the layers of a group, or in all if there is but one list.
 
         Raises ValueError for a step with spans of several rows, or with more rows than there is room for.
         """
         if any(r.num_rows != 1 for layout in layouts for r in (*layout.own, *layout.others)):
             raise ValueError("a decode step has single rows only")
         write, kernel = self._tables.write, self._kernel
-        write("slots", array("i", slots + [-1] * (self.num_rows - len(slots))))
+        for table in range(1 + len(self._shape.windows)):
+            its = slots[table if len(slots) > 1 else 0]
+            write(_of("slots", table), array("i", its + [-1] * (self.num_rows - len(its))))
         blocks = array("i")
         for group, (layout, tables) in enumerate(zip(layouts, self._groups, strict=True)):
             windowed = tables.own.windowed
@@ -151,12 +157,15 @@ class DecodeStep:
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `DistAttention.run_packed`."""
         kv_2BPKD = self._storage.layer(layer)
-        q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._tables["slots"], "triton")
+        q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots(layer), "triton")
         return self._attend(layer, q_THD, kv_2BPKD)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """As `DistAttention.store_packed`."""
-        rows.rotate_and_store(self._shape.num_heads, self._storage.layer(layer), self._tables["slots"], "triton")
+        rows.rotate_and_store(self._shape.num_heads, self._storage.layer(layer), self._slots(layer), "triton")
+
+    def _slots(self, layer: int) -> torch.Tensor:
+        return self._tables[_of("slots", self._shape.table(self._layers[layer][1]))]
 
     def serve(self, layer: int) -> None:
         """Attend for others, with no rows of our own."""

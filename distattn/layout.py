@@ -7,7 +7,7 @@ For one instance and step:
     received rows     from rank 1 | from rank 2                 rows of others that see KV held here
 
 Sender and receiver walk the same spans in the same order, so no lengths travel. A row goes to a holder once, however many runs
-(`kvstore.shard`) it sees there: the holder merges what it reads of each. That a row sees something of a run follows from the
+(`kvstore.run`) it sees there: the holder merges what it reads of each. That a row sees something of a run follows from the
 run's first position and its last, which everybody knows; how much of it, only the holder needs to know.
 
 A model's layers fall into *groups* by what a row sees there (`Sight`), and each group has a layout of its own: a holder of
@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from kvstore.shard import Run, ShardTable, continued
+from kvstore.run import Run, continued
+from kvstore.shard import ShardTable
+from kvstore.sight import FULL, Sight
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -28,45 +30,6 @@ class Span(msgspec.Struct, frozen=True):
     rank: int
     start: int
     stop: int
-
-
-class Sight(msgspec.Struct, frozen=True):
-    """Which tokens a row sees in one group of layers: those from position `first(p)` up to its own, p. All, unless there is a
-    window or a chunk."""
-
-    window: int = 0
-    """The row and so many less one before it."""
-    chunk: int = 0
-    """The row and those before it in the same chunk, which begin at multiples of this."""
-
-    def __post_init__(self) -> None:
-        if min(self.window, self.chunk) < 0 or (self.window and self.chunk):
-            raise ValueError(
-                f"layers have a window or chunks of at least 1 token, got window {self.window}, chunk {self.chunk}"
-            )
-
-    def first(self, position: int) -> int:
-        """The first position that a row at `position` sees; never falls as that grows."""
-        if self.chunk:
-            return position - position % self.chunk
-        return max(0, position + 1 - self.window) if self.window else 0
-
-    def hidden(self, run: Run, start: int, stop: int) -> tuple[int, ...]:
-        """For each position of `[start, stop)`: how many tokens of the run lie before what a row there sees. Empty: none of
-        any."""
-        if self.window:
-            lens = run.kv_lens(start - self.window, stop - self.window)
-        elif self.chunk:
-            lens = []
-            for first in range(self.first(start), stop, self.chunk):
-                (before,) = run.kv_lens(first - 1, first)
-                lens += [before] * (min(stop, first + self.chunk) - max(start, first))
-        else:
-            return ()
-        return tuple(lens) if lens[-1] else ()
-
-
-FULL = Sight()
 
 
 class HeldRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -179,18 +142,19 @@ class Layout(msgspec.Struct, frozen=True):
         return sum(self.received.values())
 
 
-def read_run(run: Run, first_row: int, start: int, stop: int, sight: Sight) -> Reading | None:
-    """What rows at the positions `[start, stop)` read of a run; None if it is nothing."""
+def read_run(run: Run, first_row: int, start: int, stop: int, sight: Sight, table: int = 0) -> Reading | None:
+    """What rows at the positions `[start, stop)` read of a run, in one of its tables of blocks; None if it is nothing."""
     if run.start >= stop:
         return None
     size, lens = run.block_size, run.kv_lens(start, stop)
+    gone, block_ids = run.table(table)
     hidden = sight.hidden(run, start, stop) if sight.window or sight.chunk else ()
     if not hidden:
-        return Reading(first_row, stop - start, tuple(run.block_ids[: -(-lens[-1] // size)]), tuple(lens))
+        return Reading(first_row, stop - start, tuple(block_ids[: -(-lens[-1] // size)]), tuple(lens))
     if hidden == tuple(lens):
         return None
     begin = hidden[0] // size
-    blocks, skipped = tuple(run.block_ids[begin : -(-lens[-1] // size)]), begin * size
+    blocks, skipped = tuple(block_ids[begin - gone : -(-lens[-1] // size) - gone]), begin * size
     starts = tuple(n - skipped for n in hidden) if hidden[-1] > skipped else ()
     return Reading(first_row, stop - start, blocks, tuple(n - skipped for n in lens), starts)
 
@@ -201,8 +165,9 @@ def lay_out(
     shards: ShardTable,
     rank: int,
     sight: Sight = FULL,
+    table: int = 0,
 ) -> Layout:
-    """The part of `rank` in a step, in layers where rows see by `sight`.
+    """The part of `rank` in a step, in layers where rows see by `sight` what lies in a table of blocks.
 
     `holdings[seq]` says who holds what of a sequence once this step has written its KV; `shards` are this rank's, with this
     step's tokens appended.
@@ -210,7 +175,7 @@ def lay_out(
 
     def read(span: Span, first_row: int) -> Iterator[Reading]:
         for run in shards[span.seq].runs:
-            reading = read_run(run, first_row, span.start, span.stop, sight)
+            reading = read_run(run, first_row, span.start, span.stop, sight, table)
             if reading is not None:
                 yield reading
 

@@ -1,12 +1,14 @@
 """What attention layers look like, and the rows they are given."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from distattn.layout import FULL, Sight
 from kernels.layer_ops import rotate_and_store
 from kernels.segments import AttentionSizes, Scoring
+from kvstore.sight import FULL, Sight
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,57 @@ class LayerView:
 
     scoring: Scoring
     sight: Sight = FULL
+
+
+MOST_TABLES = 8
+"""Of a model whose layers have tables of blocks of their own by what their rows see: a step has a plan for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A model's layers by what their rows see, and where the KV of each lies in a block.
+
+    Where all see the same, a block has the tokens of all layers. Where some see all and others a window or a chunk, blocks have
+    the layers of one group alone, as many as the first group has: then what a window's layers see no more is freed without the
+    others, and all blocks are of one size, so that all are of one pool. A group with more layers has several tables.
+    """
+
+    sights: tuple[Sight, ...]
+    """Of each group; first that of the layers that see all, if there are any: its holders are all that a step may need. As many
+    with the same sight as there are tables for it."""
+    group_of: tuple[int, ...]
+    """Of each layer."""
+    place_of: tuple[int, ...]
+    """Of each layer: which of a block's."""
+    are_apart: bool
+    """Whether each group has a table of its own: otherwise all have the first."""
+
+    @property
+    def layers_of_block(self) -> int:
+        return max(self.place_of) + 1
+
+    @property
+    def windows(self) -> tuple[Sight, ...]:
+        """What rows see by the tables behind the first."""
+        return self.sights[1:] if self.are_apart else ()
+
+
+@cache
+def groups_of(sights: tuple[Sight, ...]) -> Groups:
+    """Groups of layers of which each has one of these sights."""
+    distinct = sorted(dict.fromkeys(sights), key=lambda sight: sight != FULL)
+    if distinct[0] != FULL or len(distinct) == 1:
+        return Groups(tuple(distinct), tuple(map(distinct.index, sights)), tuple(range(len(sights))), are_apart=False)
+    layers = [[layer for layer, its in enumerate(sights) if its == sight] for sight in distinct]
+    size = max(len(layers[0]), -(-(len(sights) - len(layers[0])) // (MOST_TABLES - len(distinct))))
+    tables = [(sight, its[i : i + size]) for sight, its in zip(distinct, layers, strict=True) for i in range(0, len(its), size)]
+    placed = {layer: (group, place) for group, (_, its) in enumerate(tables) for place, layer in enumerate(its)}
+    return Groups(
+        tuple(sight for sight, _ in tables),
+        tuple(placed[layer][0] for layer in range(len(sights))),
+        tuple(placed[layer][1] for layer in range(len(sights))),
+        are_apart=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,15 +86,31 @@ class AttentionShape:
         return self.layers[index] if self.layers else LayerView(Scoring(self.scale))
 
     @property
+    def groups(self) -> Groups | None:
+        """None: there is but one, of all layers, whose rows see all before them."""
+        return groups_of(tuple(layer.sight for layer in self.layers)) if self.layers else None
+
+    @property
     def sights(self) -> tuple[Sight, ...]:
-        """One of each group of layers, first that of the layers that see all, if there are any: its holders are all that a step
-        may need."""
-        found = dict.fromkeys(layer.sight for layer in self.layers) or {FULL: None}
-        return tuple(sorted(found, key=lambda sight: sight != FULL))
+        """As `Groups` has them."""
+        return (FULL,) if self.groups is None else self.groups.sights
+
+    @property
+    def windows(self) -> tuple[Sight, ...]:
+        """Likewise."""
+        return () if self.groups is None else self.groups.windows
 
     def group(self, index: int) -> int:
         """Which of the groups a layer belongs to."""
-        return self.sights.index(self.layer(index).sight)
+        return 0 if self.groups is None else self.groups.group_of[index]
+
+    def table(self, group: int) -> int:
+        """Which table of blocks a group has."""
+        return group if self.windows else 0
+
+    def places(self, num_layers: int) -> Sequence[int]:
+        """Of each layer: where it is in a block."""
+        return range(num_layers) if self.groups is None else self.groups.place_of
 
     def is_capped(self, group: int) -> bool:
         """Whether one of the group's layers caps its scores."""

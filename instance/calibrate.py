@@ -7,11 +7,12 @@ Small ones first: a large one isn't tried on a device that is too slow for it.
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
-from distattn.layout import FULL, Layout, Sight, read_run
+from distattn.layout import Layout, read_run
 from gmanager.wire.messages import SequenceParams
 from instance.scheduler import SampledRow, StepPlan
 from instance.step import LANES, Lane
-from kvstore.shard import Run
+from kvstore.run import Run
+from kvstore.sight import FULL, Sight
 
 BUDGET_S = 0.4
 """For the steps of one lane."""

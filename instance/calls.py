@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from distattn.layout import FULL, Sight
 from distattn.shape import AttentionShape, LayerView
 from instance.errors import UnsupportedModel
 from kernels.segments import Scoring
+from kvstore.sight import FULL, Sight
 
 # What transformers passes to an attention function that is done here.
 _DONE = frozenset({"softcap", "s_aux"})

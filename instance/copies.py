@@ -38,8 +38,9 @@ class Copies:
         if shard is None or not shard.runs:
             return wire.RunOffered(epoch=asked.epoch, move=asked.move, ranges=[])
         run = shard.runs[0]
-        self._offered = asked.move, tuple(run.block_ids)
-        return wire.RunOffered(epoch=asked.epoch, move=asked.move, ranges=list(run.ranges))
+        self._offered = asked.move, tuple(run.all_blocks)
+        firsts = [window.first for window in run.windows]
+        return wire.RunOffered(epoch=asked.epoch, move=asked.move, ranges=list(run.ranges), firsts=firsts)
 
     async def copy(self, asked: wire.CopyRun) -> wire.Copied | None:
         """Do this instance's part. The target's answer; None: it is the source, or the epoch has ended.
@@ -68,7 +69,7 @@ class Copies:
             if asked.source == self._rank:
                 return None
         if wrong is None:
-            self._rmanager.note_copy(asked.move, asked.ranges)
+            self._rmanager.note_copy(asked.move, asked.ranges, asked.firsts)
         return wire.Copied(epoch=asked.epoch, move=asked.move, error=wrong, us=took_us)
 
     def counters(self) -> wire.Counters:

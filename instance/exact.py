@@ -20,7 +20,7 @@ from distattn.shape import AttentionShape
 from instance.errors import UnsupportedModel
 from instance.model import ATTENTION, TOLERANCE, Model, relative
 from instance.sights import smaller
-from kvstore.shard import Run
+from kvstore.run import Run
 from kvstore.storage import KVStorage
 
 _MORE_THAN_A_BLOCK = 9
@@ -103,7 +103,7 @@ def paged_logits(
                 for sight in shape.sights:
                     own = [read_run(run, text * rows, start, stop, sight) for text, run in enumerate(runs)]
                     layouts.append(Layout(count * rows, [r for r in own if r is not None], [], {}, {}, []))
-                attention.plan(layouts, slots)
+                attention.plan(layouts, [slots])
                 ids_T = torch.tensor([token for text in texts for token in text[start:stop]], device=model.device)
                 places_T = torch.tensor([place + i for place in first for i in range(start, stop)], device=model.device)
                 rows_S = torch.arange(count * rows, device=model.device)

@@ -153,5 +153,5 @@ def _fill_tables(tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> 
     tables.write("token_ids", array("i", plan.token_ids_T + padding))
     tables.write("positions", array("i", plan.positions_T + padding))
     tables.write("sources", sources)
-    attention.plan(plan.layouts, plan.slots_T)
+    attention.plan(plan.layouts, plan.slots)
     tables.upload()

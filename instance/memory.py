@@ -14,7 +14,7 @@ from distattn.shape import AttentionShape, PackedRows
 from instance.checkpoint import tensor_shapes, weight_files
 from instance.config import InstanceConfig
 from instance.model import Model
-from instance.needs import Needs
+from instance.needs import KVNeeds, Needs
 
 COPIES_BYTES = 384 * 2**20
 """For block moves: NCCL's buffers of their communicator, and one block on its way. By arithmetic, not measured:
@@ -130,11 +130,13 @@ class MemoryBudget:
             raise self._short({"one block of KV": block_bytes}, "--kv-memory")
         return self.pool // block_bytes
 
-    def check(self, kv_tokens: int, token_bytes: int) -> None:
-        """Raises TooLittleMemory if that many tokens of KV don't fit."""
-        if kv_tokens * token_bytes > self.pool:
-            fits = f"; at most {max(0, self.pool) // token_bytes:,} tokens fit ({token_bytes:,} bytes each)"
-            raise self._short({"KV": kv_tokens * token_bytes}, f"--kv-tokens {kv_tokens:,}", fits)
+    def check(self, kv_tokens: int, needs: KVNeeds) -> None:
+        """Raises TooLittleMemory if that many tokens of KV, in whole blocks, don't fit."""
+        needed = needs.bytes_of(kv_tokens)
+        if needed > self.pool:
+            most = needs.tokens(max(0, self.pool) // needs.block)
+            fits = f"; at most {most:,} tokens fit ({needed // kv_tokens:,} bytes each)"
+            raise self._short({"KV": needed}, f"--kv-tokens {kv_tokens:,}", fits)
 
     def describe(self) -> dict[str, str]:
         """Where all of it goes, for the log."""

@@ -26,7 +26,6 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from distattn.layout import FULL, Sight
 from distattn.shape import AttentionShape
 from gmanager.wire.messages import TextAssets
 from gmanager.wire.scaling import RopeScaling
@@ -46,6 +45,7 @@ from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
+from kvstore.sight import FULL, Sight
 
 ATTENTION = "distattn"
 """Our attention's name in transformers."""

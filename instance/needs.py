@@ -4,14 +4,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distattn.attention import DistAttention
+from gmanager.wire import footprint
 from instance.errors import UnsupportedModel
 from instance.fused import MLP_ROWS, is_like_llama
 from instance.model import Model
+from instance.rmanager import UNSURE_ROWS
 from instance.sampler import scratch_bytes as sampler_scratch_bytes
 from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.sharing import SPLITS
 from instance.step import LANES
 from kernels.paged_attention import plan_attention
+from kvstore.sight import Sight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVNeeds:
+    """Of KV."""
+
+    block_size: int
+    """Tokens."""
+    block: int
+    """Bytes of a block: of all layers, or of those of one table (`distattn.shape.Groups`)."""
+    windows: list[int]
+    """For each table behind the first: most blocks of one sequence."""
+
+    def blocks(self, tokens: int) -> int:
+        """That hold one sequence of so many tokens, which are whole blocks."""
+        return footprint.taken(tokens // self.block_size, self.windows)
+
+    def bytes_of(self, tokens: int) -> int:
+        """Likewise."""
+        return self.blocks(tokens) * self.block
+
+    def tokens(self, blocks: int) -> int:
+        """Of the longest sequence that so many blocks hold, in whole blocks."""
+        return footprint.held(blocks, self.windows) * self.block_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +48,7 @@ class Needs:
     weights: int
     token: int
     """One token's KV in all layers."""
+    kv: "KVNeeds"
     steps: list[tuple[int, int]]
     """The largest of each lane: its rows, and those of them whose logits are wanted."""
     mlp_rows: int
@@ -33,7 +61,9 @@ class Needs:
     """Scratch of their sampling."""
 
     @staticmethod
-    def of(model: Model, *, chunk_tokens: int, cell_size: int, backend: str, splits: Sequence[int] = SPLITS) -> "Needs":
+    def of(
+        model: Model, *, block_size: int, chunk_tokens: int, cell_size: int, backend: str, splits: Sequence[int] = SPLITS
+    ) -> "Needs":
         """The needs of one of `cell_size` instances. A model on `meta` is taken for one on a GPU if the backend is `triton`.
 
         `splits`: processors that the decode lane may have on a GPU.
@@ -43,6 +73,11 @@ class Needs:
         return Needs(
             weights=model.weight_bytes(),
             token=model.token_bytes(),
+            kv=KVNeeds(
+                block_size=block_size,
+                block=block_size * model.token_bytes() // model.num_layers * (max(shape.places(model.num_layers)) + 1),
+                windows=[most_blocks(sight, block_size, chunk_tokens) for sight in shape.windows],
+            ),
             steps=[(rows[lane], MAX_SAMPLES[lane]) for lane in LANES],
             mlp_rows=MLP_ROWS if backend == "triton" and is_like_llama(model.module) else chunk_tokens,
             streams=1 + len(splits) if backend == "triton" else 1,
@@ -52,6 +87,11 @@ class Needs:
             ),
             sampling=sum(sampler_scratch_bytes(MAX_SAMPLES[lane], model.vocab_size) for lane in LANES),
         )
+
+
+def most_blocks(sight: Sight, block_size: int, chunk_tokens: int) -> int:
+    """Of a table of layers whose rows see so much: what the rows of a step see, wherever in a block that begins."""
+    return -(-(sight.span + max(chunk_tokens, UNSURE_ROWS + 1)) // block_size) + 1
 
 
 def refuse_shape(model: Model, name: str, *, block_size: int, backend: str) -> None:

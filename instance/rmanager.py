@@ -23,9 +23,18 @@ A prefix that several sequences have:
 
 from collections.abc import Iterable, Sequence
 
-from kvstore.prefix import whole_blocks
+from kvstore.ranges import whole_blocks
 from kvstore.shard import Shard, ShardTable
+from kvstore.sight import Sight
 from kvstore.tiers import Tiers
+
+ANCHOR_TOKENS = 1024
+"""Where some layers see but a window: so many of the last tokens of a prompt may be others in one that begins alike, and that
+one can still go on where the two part."""
+
+UNSURE_ROWS = 4
+"""Rows of a sequence that decodes which may have to be computed again when the epoch ends: those on their way here and, one
+step further at most, on another instance of its party."""
 
 
 class RManager:
@@ -34,15 +43,26 @@ class RManager:
     Every change of what a sequence holds here is noted, and told to the gManager as a delta (`take_changes`).
     """
 
-    def __init__(self, num_blocks: int, block_size: int, tiers: Tiers | None = None) -> None:
-        """`tiers`: below the pool; None: there are none."""
-        self.shards = ShardTable(num_blocks, block_size, tiers)
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        tiers: Tiers | None = None,
+        windows: Sequence[Sight] = (),
+        chunk_tokens: int = ANCHOR_TOKENS,
+    ) -> None:
+        """`tiers`: below the pool; None: there are none. `windows`: what rows see by each table of blocks behind the first;
+        `chunk_tokens`: most rows of a step that are computed here, for which there is room in each of these."""
+        self.shards = ShardTable(num_blocks, block_size, tiers, windows)
         self._changed: dict[int, None] = {}
         self._dormant: dict[int, None] = {}
-        self._copies: dict[int, list[tuple[int, int]]] = {}
-        """move -> positions of the copy that is here."""
+        self._copies: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        """move -> positions of the copy that is here, and the first block of each table behind the first."""
         self.caches = False
         """Whether what sequences leave here is kept for others."""
+        self._prompts: dict[int, int] = {}
+        """Sequences of whose prompts steps may be under way, and which of their positions others may be able to begin with."""
+        self._anchor_tokens = min(chunk_tokens, ANCHOR_TOKENS)
         self._pinned: dict[int, None] = {}
         """Sequences that share blocks of others, and have not begun."""
         self._published: dict[int, int] = {}
@@ -77,22 +97,46 @@ class RManager:
     def reserve_next(self, seq: int) -> int | None:
         """Make sure of room for a token behind all that is here of a sequence. How many blocks that took; None: it can't."""
         shard = self.shard(seq)
-        if shard is not None:
-            end = max((run.end for run in shard.runs), default=0)
-            if shard.can_append(end, end + 1):
-                return 0
-        return 1 if self.reserve(seq, 1) else None
+        lacks = self._lacks_for(seq, 0 if shard is None else max((run.end for run in shard.runs), default=0))
+        return lacks if not lacks or self.reserve(seq, lacks) else None
+
+    def has_room(self, seq: int, position: int) -> bool:
+        """Whether `grant` would make some."""
+        return self._lacks_for(seq, position) <= self.free_blocks
 
     def grant(self, seq: int, position: int) -> bool:
-        """Make room for a token of a sequence, with a new block if the last of the run that it continues is full."""
-        if seq in self.shards and self.shards[seq].can_append(position, position + 1):
-            return True
-        return self.reserve(seq, 1)
+        """Make room for a token of a sequence, with a new block in each table if the last of the run that it continues is
+        full."""
+        lacks = self._lacks_for(seq, position)
+        return not lacks or self.reserve(seq, lacks)
+
+    def _lacks_for(self, seq: int, position: int) -> int:
+        """How many blocks more than are reserved a token takes."""
+        if seq not in self.shards:
+            return 1 + len(self.shards.windows)
+        return max(0, self.shards[seq].lacks_for(position, position + 1))
+
+    def trim(self, seq: int, position: int) -> None:
+        """Rows from `position` on are all that will come of a sequence: free the blocks of windows that none of them sees.
+
+        While its prompt is computed they are reserved for the rest of it. Then some more rows are seen to: those that are under
+        way, and such as may have to be computed again.
+        """
+        if self.shards.windows and seq in self.shards:
+            in_prompt = seq in self._prompts
+            first = min(position, self._prompts[seq]) if in_prompt else max(0, position - UNSURE_ROWS)
+            self._note_freed(self.shards.trim(seq, first, recycles=in_prompt))
 
     def append(self, seq: int, start: int, stop: int) -> list[int]:
-        """Slots for positions `[start, stop)`. Raises as `ShardTable.append`."""
+        """Slots for positions `[start, stop)` in the first table. Raises as `ShardTable.append`."""
         self._changed[seq] = None
         return self.shards.append(seq, start, stop)
+
+    def end_prompt(self, seq: int) -> None:
+        """All of it is written: what was reserved for it is free but for one token's blocks."""
+        self._prompts.pop(seq, None)
+        if self.shards.windows and seq in self.shards:
+            self._note_freed(self.shards.free_spare(seq, but=1 + len(self.shards.windows)))
 
     def shard(self, seq: int) -> Shard | None:
         return self.shards[seq] if seq in self.shards else None
@@ -114,8 +158,11 @@ class RManager:
             self.shards.free(seq)
             self._end(seq)
 
-    def _end(self, seq: int) -> None:
+    def _end(self, seq: int, *, keeps_anchor: bool = False) -> None:
+        if not keeps_anchor:
+            self.shards.cache.drop_anchor(seq)
         self._dormant.pop(seq, None)
+        self._prompts.pop(seq, None)
         self._copies.pop(seq, None)
         self._pinned.pop(seq, None)
         if self._published.pop(seq, None) is not None:
@@ -130,6 +177,8 @@ class RManager:
         if self.caches and seq in self.shards:
             self._published[seq] = end
             self._renewed[seq] = None
+            if self.shards.windows:
+                self.shards.set_anchor(seq, end)
 
     def retire(self, seq: int) -> None:
         """A sequence is over, and all that is here of it is written: keep what can be of use, free the rest."""
@@ -137,7 +186,7 @@ class RManager:
             self.free(seq)
             return
         self.shards.retire(seq)
-        self._end(seq)
+        self._end(seq, keeps_anchor=True)
         if seq in self.shards.cache:
             self._renewed[seq] = None
 
@@ -174,26 +223,37 @@ class RManager:
         counts = [len(run.sunk) * size for run in self.shards.cache.runs_of(seq)]
         return counts if any(counts) else []
 
+    def since(self, seq: int) -> int:
+        """The first row that can follow what can be shared of a sequence, or what is kept of it: those before it would see more
+        than is left."""
+        anchor = self.shards.cache.anchor(seq)
+        if anchor is not None:
+            return anchor.since
+        return self.shards.seen_whole_from(seq) if seq in self.shards else 0
+
     def _reusable(self, seq: int) -> list[list[tuple[int, int]]]:
         if seq in self.shards.cache:
             return [run.all_ranges for run in self.shards.cache.runs(seq)]
+        if self.shards.windows and self.shards.cache.anchor(seq) is None:
+            return []
         end = self._published.get(seq, 0)
         whole = (whole_blocks(run, end, self.shards.block_size) for run in self.ranges(seq))
         return [run for run in whole if run]
 
     # --- runs that move -----------------------------------------------------------------------------------------------
 
-    def note_copy(self, move: int, ranges: Sequence[tuple[int, int]]) -> None:
-        """What is reserved as `move` holds a copy of tokens at these positions. Nothing happens if it was dropped."""
+    def note_copy(self, move: int, ranges: Sequence[tuple[int, int]], firsts: Sequence[int] = ()) -> None:
+        """What is reserved as `move` holds a copy of tokens at these positions. `firsts`: as `ShardTable.adopt`. Nothing
+        happens if it was dropped."""
         if move in self.shards:
-            self._copies[move] = list(ranges)
+            self._copies[move] = list(ranges), list(firsts)
 
     def adopt(self, move: int, seq: int) -> bool:
         """A copy becomes a run of its sequence. False: there is none. Raises ValueError as `ShardTable.adopt`."""
-        ranges = self._copies.pop(move, None)
-        if ranges is None:
+        copy = self._copies.pop(move, None)
+        if copy is None:
             return False
-        self.shards.adopt(move, seq, ranges)
+        self.shards.adopt(move, seq, *copy)
         self._changed[seq] = None
         return True
 
@@ -205,6 +265,7 @@ class RManager:
             self._renewed[seq] = None
             if seq not in self.shards:
                 del self._published[seq]
+                self.shards.cache.drop_anchor(seq)
 
     def let_go(self, move: int) -> None:
         """No step reads a detached run any more. Raises KeyError if there is none."""
@@ -221,7 +282,10 @@ class RManager:
         """
         for seq in list(self._pinned):
             self.free(seq)
+        for seq in self._published:
+            self.shards.cache.drop_anchor(seq)
         self._published.clear()
+        self._prompts.clear()
         self._changed |= dict.fromkeys(self.shards.attach_again())
         for seq, position in uncertain:
             if seq in self.shards:
@@ -261,6 +325,7 @@ class RManager:
         that would cut a block which others have.
         """
         self._pinned.pop(seq, None)
+        self._prompts[seq] = max(0, end - self._anchor_tokens)
         if seq in self._dormant:
             if (shared := self.shards.shared_end(seq)) > end:
                 raise ValueError(f"sequence {seq} shares its blocks up to position {shared}, and can't be cut at {end}")
@@ -284,6 +349,7 @@ class RManager:
         if empty:
             raise RuntimeError(f"sequences {empty} are dormant and hold nothing")
         gone = [seq for seq in [*self._pinned, *self._published] if seq not in self.shards]
+        gone += [seq for seq in self.shards.cache.anchored if seq not in self._published and seq not in self.shards.cache]
         both = [seq for seq in self.shards if seq in self.shards.cache]
         if gone or both or (len(self.shards.cache) and not self.caches):
             raise RuntimeError(f"sequences {gone} hold nothing, {both} are cached and go on; caching: {self.caches}")

@@ -246,7 +246,7 @@ class Runner:
             return self._run_eagerly(plan)
 
     def _run_eagerly(self, plan: StepPlan) -> _Results:
-        self._attention.plan(plan.layouts, plan.slots_T)
+        self._attention.plan(plan.layouts, plan.slots)
         if not plan.token_ids_T:
             self._serve(plan)
             return _Results()

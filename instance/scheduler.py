@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distattn.layout import FULL, HeldRun, Holding, Layout, Sight, Span, held_after_flip, lay_out, run_from
+from distattn.layout import HeldRun, Holding, Layout, Span, held_after_flip, lay_out, run_from
 from gmanager.wire.messages import (
     Admit,
     FlipRun,
@@ -59,6 +59,7 @@ from instance.step import (
     StepMismatch,
 )
 from instance.unheard import Origin
+from kvstore.sight import FULL, Sight
 
 MAX_DECODE_ROWS = 256
 """Most decode rows an instance brings to one step; the oldest sequences go first."""
@@ -105,10 +106,13 @@ class StepPlan:
     sampled: list[SampledRow]
     scored: list[ScoredRows]
     slots_T: list[int]
+    """Where the rows' KV goes in the first table of blocks."""
     layout: Layout
     """In the model's first group of layers: that of those in which rows see all before them, if there are any."""
     other_layouts: list[Layout] = field(default_factory=list)
     """In its other groups."""
+    other_slots: list[list[int]] = field(default_factory=list)
+    """In the tables of these groups, if each has its own."""
     needs_logits: bool
     """Whether any member of the party does in this step: else nobody needs what the last layer attends to."""
     is_decode: bool
@@ -123,6 +127,11 @@ class StepPlan:
     def layouts(self) -> list[Layout]:
         """One for each group."""
         return [self.layout, *self.other_layouts]
+
+    @property
+    def slots(self) -> list[list[int]]:
+        """One list for each table of blocks."""
+        return [self.slots_T, *self.other_slots]
 
     @property
     def is_shared(self) -> bool:
@@ -429,6 +438,7 @@ class Scheduler:
                 self._steps[lane].last_tokens.append(LastToken(seq=seq, token=token))
         accepted = self._steps[lane].accepted.pop(0)
         for seq, num_tokens in accepted.prompts:
+            self._rmanager.end_prompt(seq)
             self._rmanager.publish(seq, num_tokens - 1)  # who is admitted again computes the last row anew
         for seq in accepted.released:
             if seq in accepted.unwritten:
@@ -524,9 +534,7 @@ class Scheduler:
         """Whether it has a row to propose, or a lack of room to tell of."""
         if home.generated >= home.params.max_tokens:
             return False
-        shard = self._rmanager.shard(home.seq)
-        room = self._rmanager.free_blocks > 0 or (shard is not None and shard.can_append(home.position, home.position + 1))
-        return room or not home.waits_for_block
+        return not home.waits_for_block or self._rmanager.has_room(home.seq, home.position)
 
     def _grant(self, home: Home) -> bool:
         """Room for its next row. The gManager hears once of each lack."""
@@ -597,12 +605,16 @@ class Scheduler:
         positions: list[int] = []
         pending: list[tuple[int, int]] = []
         slots: list[int] = []
+        other_slots: list[list[int]] = [[] for _ in self._rmanager.shards.windows]
         sampled: list[SampledRow] = []
         scored: list[ScoredRows] = []
         spans_of: dict[int, list[Span]] = {}
         previous = self._steps[lane].previous_samples
         for span in step.spans:
             spans_of.setdefault(span.seq, []).append(span)
+        if other_slots:
+            for seq, spans in spans_of.items():
+                self._rmanager.trim(seq, min(span.start for span in spans))
         ends = {seq: max(span.stop for span in spans_of[seq]) for seq in step.sampled}
         for span in step.spans:
             if span.rank != self.rank:
@@ -620,6 +632,10 @@ class Scheduler:
                 token_ids.append(known or 0)
             positions += range(span.start, span.stop)
             slots += self._rmanager.append(span.seq, span.start, span.stop)
+            if other_slots:
+                behind = self._rmanager.shards.window_slots(span.seq, span.start, span.stop)
+                for table, its in zip(other_slots, behind, strict=True):
+                    table += its
             self._steps[lane].accepted[-1].written.append((span.seq, span.start))
             if ends.get(span.seq) == span.stop:
                 home = self._homes[span.seq]
@@ -633,7 +649,10 @@ class Scheduler:
         self._check_holdings(step)
         self.tally.steps += not step.is_empty()
         self.tally.rows += len(token_ids)
-        layouts = [self._lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank, sight) for sight in self._sights]
+        layouts = [
+            self._lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank, sight, group if other_slots else 0)
+            for group, sight in enumerate(self._sights)
+        ]
         return StepPlan(
             token_ids_T=token_ids,
             positions_T=positions,
@@ -643,6 +662,7 @@ class Scheduler:
             slots_T=slots,
             layout=layouts[0],
             other_layouts=layouts[1:],
+            other_slots=other_slots,
             needs_logits=bool(step.sampled or step.scored),
             is_decode=_is_decode(step),
         )

@@ -83,7 +83,13 @@ class Instance:
         self._unheard = Unheard()
         self._requests: dict[int, int] = {}
         """seq -> number of the request, of KV that was kept over the end of an epoch in which its home was here."""
-        self._rmanager = RManager(storage.num_blocks, storage.block_size, None if tiers is None else Tiers(tiers.slots))
+        self._rmanager = RManager(
+            storage.num_blocks,
+            storage.block_size,
+            None if tiers is None else Tiers(tiers.slots),
+            model.shape.windows,
+            config.chunk_tokens,
+        )
         self._tiering: Tiering | None = None
         if tiers is not None:
             checks = config.check_cache
@@ -530,7 +536,13 @@ class Instance:
         self._requests = {seq: self._requests.get(seq, 0) for seq in kept}
         ends = self._rmanager.shared_ends()
         shards = [
-            wire.KeptShard(seq=seq, runs=runs, request=self._requests[seq], shared_end=ends.get(seq, 0))
+            wire.KeptShard(
+                seq=seq,
+                runs=runs,
+                request=self._requests[seq],
+                shared_end=ends.get(seq, 0),
+                since=self._rmanager.since(seq),
+            )
             for seq, runs in kept.items()
         ]
         free, unheard = self._rmanager.free_blocks, self._unheard.report() if self._is_alone else []
@@ -589,7 +601,7 @@ class Instance:
         if self._is_alone or self._epoch is None or self._epoch.lanes is None:
             return  # with the end of the epoch all is told
         reusable = self._rmanager.take_reusable()
-        shards = [wire.KeptShard(seq=seq, runs=runs, below=self._rmanager.below(seq)) for seq, runs in reusable.items()]
+        shards = [_told(self._rmanager, seq, runs) for seq, runs in reusable.items()]
         for first in range(0, len(shards), MOST_CACHED):
             self._tell(wire.Cached(epoch=self._epoch.number, shards=shards[first : first + MOST_CACHED]))
 
@@ -608,8 +620,13 @@ def _newest_that_fit(rmanager: RManager) -> list[wire.KeptShard]:
         room -= ENTRIES_OF_SHARD + sum(2 + ENTRIES_OF_RANGE * len(run) for run in runs)
         if room < 0:
             break
-        told.append(wire.KeptShard(seq=seq, runs=runs, below=rmanager.below(seq)))
+        told.append(_told(rmanager, seq, runs))
     return told
+
+
+def _told(rmanager: RManager, seq: int, runs: list[list[tuple[int, int]]]) -> wire.KeptShard:
+    """What can be shared of a sequence."""
+    return wire.KeptShard(seq=seq, runs=runs, below=rmanager.below(seq), since=rmanager.since(seq) if runs else 0)
 
 
 def _is_forgotten(message: object) -> TypeGuard[wire.Expelled | wire.Refused]:

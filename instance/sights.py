@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AttentionMaskInterface, PretrainedConfig
 
-from distattn.layout import FULL, Sight
+from kvstore.sight import FULL, Sight
 
 _FAR = 1 << 20
 """Places that are tried of a model that doesn't say how many it takes."""

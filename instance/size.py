@@ -111,6 +111,8 @@ class Answer:
     parameters: int
     weights: int
     kv_per_token: int
+    kv_windows: int
+    """Most that a sequence takes on an instance besides, in layers that see but a window or a chunk of it."""
     max_context: int
     """Tokens that the model takes."""
     context: int
@@ -146,6 +148,7 @@ def answer(question: Question) -> Answer:
             "each beside it takes some for the rows that they exchange"
         )
     one = instance_size(question, model, count)
+    kv = _needs(question, model, count).kv
     longest = _longest(one, count, question.block_size)
     return Answer(
         model=question.model,
@@ -153,7 +156,8 @@ def answer(question: Question) -> Answer:
         dtype=str(model.shape.dtype).removeprefix("torch."),
         parameters=sum(p.numel() for p in model.module.parameters()),
         weights=model.weight_bytes(),
-        kv_per_token=one.kv // one.tokens,
+        kv_per_token=kv.block // kv.block_size,
+        kv_windows=sum(kv.windows) * kv.block,
         max_context=model.max_context,
         context=context,
         instances=count,
@@ -168,22 +172,22 @@ def answer(question: Question) -> Answer:
 
 def instance_size(question: Question, model: Model, cell_size: int) -> InstanceSize:
     """One of `cell_size` instances. Raises TooLittleMemory if its GPU has no room for a block, or for the tokens asked for."""
-    needs = Needs.of(model, chunk_tokens=question.chunk_tokens, cell_size=cell_size, backend=question.backend)
-    block_bytes = question.block_size * needs.token
-    asked = None if question.kv_tokens is None else question.kv_tokens // question.block_size
+    size = question.block_size
+    needs = _needs(question, model, cell_size)
+    asked = None if question.kv_tokens is None else question.kv_tokens // size * size
     if question.device == "cuda":
         fraction = question.kv_memory if asked is None else 1  # as `instance.start.size_pool`
         budget = predict(model, needs, device="a GPU", total=question.gpu_bytes, fraction=fraction)
         if question.host_memory or question.disk_bytes:
-            budget = replace(budget, reserve=budget.reserve + tiers_bytes(block_bytes))
+            budget = replace(budget, reserve=budget.reserve + tiers_bytes(needs.kv.block))
         if asked is not None:
-            budget.check(asked * question.block_size, needs.token)
-        blocks = budget.num_blocks(block_bytes) if asked is None else asked
+            budget.check(asked, needs.kv)
+        tokens = needs.kv.tokens(budget.num_blocks(needs.kv.block)) if asked is None else asked
         parts, limit = budget.parts(), budget.limit
     else:
         if asked is None:
             raise ValueError("an instance on the CPU needs --kv-tokens")
-        blocks, limit = asked, None
+        tokens, limit = asked, None
         parts = {
             "weights": needs.weights,
             "activations": activation_bytes(model, needs),
@@ -192,12 +196,22 @@ def instance_size(question: Question, model: Model, cell_size: int) -> InstanceS
         }
     return InstanceSize(
         parts=parts,
-        blocks=blocks,
-        tokens=blocks * question.block_size,
-        kv=blocks * block_bytes,
-        host_tokens=question.host_memory // block_bytes * question.block_size,
-        disk_tokens=question.disk_bytes // slot_bytes(block_bytes) * question.block_size,
+        blocks=needs.kv.blocks(tokens),
+        tokens=tokens,
+        kv=needs.kv.bytes_of(tokens),
+        host_tokens=question.host_memory // needs.kv.block * size,
+        disk_tokens=question.disk_bytes // slot_bytes(needs.kv.block) * size,
         limit=limit,
+    )
+
+
+def _needs(question: Question, model: Model, cell_size: int) -> Needs:
+    return Needs.of(
+        model,
+        block_size=question.block_size,
+        chunk_tokens=question.chunk_tokens,
+        cell_size=cell_size,
+        backend=question.backend,
     )
 
 
@@ -210,7 +224,7 @@ def fewest_instances(question: Question, model: Model, blocks: int) -> int | Non
     count = 1
     while True:
         try:
-            room = instance_size(question, model, count).blocks - 1
+            room = instance_size(question, model, count).tokens // question.block_size - 1
         except TooLittleMemory:
             if count == 1:
                 raise
@@ -228,10 +242,11 @@ def show(found: Answer) -> str:
     one = found.instance
     limit = "" if one.limit is None else f"   of {_gib(one.limit).strip()}"
     why = "alone in the cell" if found.longest < found.max_context else "the model's most"
+    windows = f", and {_gib(found.kv_windows).strip()} for the windows of a sequence" if found.kv_windows else ""
     rows = [
         ("model", found.model),
         ("parameters", f"{found.parameters:,} in {found.dtype}, {_gib(found.weights).strip()}"),
-        ("KV of a token", f"{found.kv_per_token:,} bytes"),
+        ("KV of a token", f"{found.kv_per_token:,} bytes{windows}"),
         ("", ""),
         ("one instance", f"on {'a GPU' if found.device == 'cuda' else 'the CPU'}, {found.instances:,} in the cell"),
         *((f"  {name}", _gib(part)) for name, part in one.parts.items()),
@@ -373,7 +388,7 @@ def _shape_of(question: Question) -> Model:
 
 def _longest(one: InstanceSize, count: int, block_size: int) -> int:
     """Of a sequence alone in the cell (`gmanager.cluster.placement.why_never`)."""
-    return count * (one.blocks - 1) * block_size
+    return count * (one.tokens - block_size)
 
 
 def _notes(question: Question) -> list[str]:

@@ -65,6 +65,10 @@ def load(config: InstanceConfig) -> Loaded:
     except LOAD_ERRORS as error:
         raise CheckpointError(f"{config.model} can't be loaded: {type(error).__name__}: {error}") from error
     refuse_shape(model, config.model, block_size=config.block_size, backend=config.backend)
+    if config.reads_pool and model.shape.windows:
+        raise UnsupportedModel(
+            f"{config.model}: some of its layers see but a window, whose KV --host-memory, --disk and --check-cache don't know"
+        )
     _verify(model, config)
     return Loaded(model, assets)
 
@@ -98,7 +102,7 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
     needs = _needs(config, model)
     config = size_pool(config, model, needs)
     storage = _make_storage(config, model, needs)
-    tokens = storage.num_blocks * config.block_size
+    tokens = config.num_blocks * config.block_size
     log.info(
         "model loaded",
         model=config.model,
@@ -118,7 +122,8 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
         memory=_mib(storage.nbytes),
     )
     warm_up(model, storage, config.backend)
-    return Instance(config, model, loaded.assets, _make_spec(config, loaded), storage, transport, make_tiers(config, storage))
+    spec = _make_spec(config, loaded, storage.num_blocks, needs.kv.windows)
+    return Instance(config, model, loaded.assets, spec, storage, transport, make_tiers(config, storage))
 
 
 def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceConfig:
@@ -130,13 +135,13 @@ def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceCon
         return config
     budget = measure(model, needs, fraction=1 if config.kv_memory is None else config.kv_memory)
     if config.reads_pool:
-        budget = replace(budget, reserve=budget.reserve + tiers_bytes(config.block_size * needs.token))
+        budget = replace(budget, reserve=budget.reserve + tiers_bytes(needs.kv.block))
     log.info("GPU memory", **budget.describe())
     if config.kv_tokens is not None:
-        budget.check(config.num_blocks * config.block_size, needs.token)
+        budget.check(config.num_blocks * config.block_size, needs.kv)
         return config
-    blocks = budget.num_blocks(config.block_size * needs.token)
-    return replace(config, kv_memory=None, kv_tokens=blocks * config.block_size)
+    tokens = needs.kv.tokens(budget.num_blocks(needs.kv.block))
+    return replace(config, kv_memory=None, kv_tokens=tokens)
 
 
 def device_of(config: InstanceConfig) -> torch.device:
@@ -147,6 +152,7 @@ def device_of(config: InstanceConfig) -> torch.device:
 def _needs(config: InstanceConfig, model: Model) -> Needs:
     return Needs.of(
         model,
+        block_size=config.block_size,
         chunk_tokens=config.chunk_tokens,
         cell_size=config.cell_size,
         backend=config.backend,
@@ -158,8 +164,9 @@ def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStora
     shape = model.shape
     try:
         return KVStorage(
-            num_layers=model.num_layers,
-            num_blocks=config.num_blocks,
+            num_layers=max(shape.places(model.num_layers)) + 1,
+            places=shape.places(model.num_layers),
+            num_blocks=needs.kv.blocks(config.num_blocks * config.block_size),
             block_size=config.block_size,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
@@ -167,9 +174,10 @@ def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStora
             device=model.device,
         )
     except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError, on a GPU and on the CPU
-        tokens, token = config.num_blocks * config.block_size, needs.token
+        tokens = config.num_blocks * config.block_size
+        needed = needs.kv.bytes_of(tokens)
         raise TooLittleMemory(
-            f"--kv-tokens {tokens:,} needs {_mib(tokens * token)} on {model.device} ({token:,} bytes a token): {error}"
+            f"--kv-tokens {tokens:,} needs {_mib(needed)} on {model.device} ({needed // tokens:,} bytes a token): {error}"
         ) from error
 
 
@@ -191,7 +199,7 @@ def make_tiers(config: InstanceConfig, storage: KVStorage) -> TierStorage | None
     return tiers
 
 
-def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
+def _make_spec(config: InstanceConfig, loaded: Loaded, num_blocks: int, windows: list[int]) -> InstanceSpec:
     """What this instance tells the gManager of itself."""
     model = loaded.model
     return InstanceSpec(
@@ -204,7 +212,8 @@ def _make_spec(config: InstanceConfig, loaded: Loaded) -> InstanceSpec:
         block_size=config.block_size,
         vocab_size=model.vocab_size,
         max_context=model.max_context,
-        num_blocks=config.num_blocks,
+        num_blocks=num_blocks,
+        windows=windows,
         chunk_tokens=config.chunk_tokens,
         decode_rows=MAX_DECODE_ROWS,
         reach=model.reach(),

@@ -5,7 +5,6 @@ from itertools import product
 
 import torch
 
-from distattn.layout import FULL, Sight
 from distattn.shape import PackedRows
 from instance.model import Model
 from kernels.kv_blocks import store_kv
@@ -13,6 +12,7 @@ from kernels.merge_state import MergePlan, apply_sinks, merge_states
 from kernels.paged_attention import plan_attention
 from kernels.penalties import penalize
 from kernels.segments import Segment
+from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
 
 _CHUNK_ROWS = 64

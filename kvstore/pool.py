@@ -91,6 +91,13 @@ class BlockPool:
             self._cached[block] += 1
             self.num_evictable += not self._uses[block]
 
+    def cache_too(self, block_ids: Iterable[int]) -> None:
+        """They are left to whoever wants them, while those that use them go on. Raises RuntimeError for one that is free."""
+        for block in block_ids:
+            if not self.refs(block):
+                raise RuntimeError(f"block {block} of a pool of {self.num_blocks} is not in use")
+            self._cached[block] += 1
+
     def forget(self, block_ids: Iterable[int]) -> list[int]:
         """A cached sequence has them no more: those that are free now. Raises RuntimeError for one that none has."""
         freed: list[int] = []

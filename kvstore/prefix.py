@@ -19,56 +19,19 @@ would be known for as long as these are.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
+from kvstore.anchor import Anchor
 from kvstore.pool import BlockPool
+from kvstore.ranges import Ranges, first_tokens, join_ranges, split_tokens
 from kvstore.tiers import Tiers
-
-Ranges = list[tuple[int, int]]
 
 MOST_SUNK_RUNS = 4
 """Runs of one cached sequence that lie below altogether: each is one run more for who shares it. The shortest go."""
 
 MOST_SPARE = 256
 """Spare sequences that stay cached, the most recently used ones."""
-
-
-def first_tokens(ranges: Sequence[tuple[int, int]], count: int) -> Ranges:
-    """The first `count` positions of ranges."""
-    first: Ranges = []
-    for start, end in ranges:
-        if count <= 0:
-            break
-        first.append((start, min(end, start + count)))
-        count -= end - start
-    return first
-
-
-def whole_blocks(ranges: Sequence[tuple[int, int]], end: int, block_size: int) -> Ranges:
-    """The positions before `end` of a run that lie in blocks which have no others, and are full.
-
-    The gManager comes to the same (`gmanager.cluster.prefixes`).
-    """
-    before = sum(max(0, min(stop, end) - start) for start, stop in ranges)
-    return first_tokens(ranges, before - before % block_size)
-
-
-def split_tokens(ranges: Sequence[tuple[int, int]], count: int) -> tuple[Ranges, Ranges]:
-    """The first `count` positions of ranges, and the others."""
-    first = first_tokens(ranges, count)
-    rest = list(ranges[max(0, len(first) - 1) :])
-    if first:
-        end = first[-1][1]
-        rest = [(end, rest[0][1]), *rest[1:]] if end < rest[0][1] else rest[1:]
-    return first, rest
-
-
-def join_ranges(first: Sequence[tuple[int, int]], then: Sequence[tuple[int, int]]) -> Ranges:
-    """Ranges that follow others, as one list."""
-    if first and then and first[-1][1] == then[0][0]:
-        return [*first[:-1], (first[-1][0], then[0][1]), *then[1:]]
-    return [*first, *then]
 
 
 class CachedRun:
@@ -188,6 +151,8 @@ class PrefixCache:
         self._changed: dict[int, None] = {}
         self._spare: dict[int, None] = {}
         """Those that were spare when last looked at, least recently used first."""
+        self._anchors: dict[int, Anchor] = {}
+        """Of cached sequences and of such as run."""
         self.on_cached: Callable[[Sequence[int]], object] = lambda blocks: None
         """Hears of blocks of sequences that are over."""
         pool.on_free = self.tiers.on_free
@@ -209,6 +174,29 @@ class PrefixCache:
         """None if nothing of it is cached."""
         return self._shards.get(seq, ())
 
+    def anchor(self, seq: int) -> Anchor | None:
+        """What is kept of it for layers that don't see all; None: nothing."""
+        return self._anchors.get(seq)
+
+    @property
+    def anchored(self) -> Iterable[int]:
+        """Sequences that have one."""
+        return self._anchors
+
+    def set_anchor(self, seq: int, anchor: Anchor) -> None:
+        """Of one that runs, and uses these blocks, or had them in the one that this replaces."""
+        self._pool.cache_too(anchor.block_ids())
+        self.drop_anchor(seq)
+        self._anchors[seq] = anchor
+
+    def drop_anchor(self, seq: int) -> int:
+        """If there is one: how many blocks are free with that."""
+        anchor = self._anchors.pop(seq, None)
+        if anchor is None:
+            return 0
+        self._changed[seq] = None
+        return len(self._pool.forget(anchor.block_ids()))
+
     def put(self, seq: int, runs: Sequence[tuple[Ranges, list[int]]]) -> int:
         """Keep what a sequence has used till now: the ranges of each run and its blocks. Those that aren't full are freed: how
         many blocks that were."""
@@ -227,6 +215,8 @@ class PrefixCache:
             self._in_pool[seq] = None
             self._uncopied[seq] = None
             self._weigh(seq)
+        else:
+            freed += self.drop_anchor(seq)
         return freed
 
     def touch(self, seq: int) -> None:
@@ -248,18 +238,23 @@ class PrefixCache:
             known.pop(seq, None)
         for run in runs:
             self._release(seq, run)
-        return len(self._pool.forget([block for run in runs for block in run.block_ids]))
+        freed = len(self._pool.forget([block for run in runs for block in run.block_ids]))
+        return freed + self.drop_anchor(seq)
 
     def evict(self, blocks: int) -> None:
         """Let that many blocks be free: those of the sequence that is least recently used, later positions first, then of the
-        next. Raises RuntimeError if not so many are evictable."""
+        next. What has an anchor goes as a whole: who begins alike would go on where it ends, or a little before. Those of
+        sequences that run go last. Raises RuntimeError if not so many are evictable."""
         if blocks > self._pool.num_evictable:
             raise RuntimeError(f"{blocks} blocks are to be evicted, {self._pool.num_evictable} can be")
         self.num_evicted += blocks
         while blocks > 0:
-            seq = next(iter(self._in_pool))
-            runs = self._shards[seq]
+            seq = next(iter(self._in_pool or self._anchors))
             self._changed[seq] = None
+            if seq in self._anchors:
+                blocks -= self.remove(seq) if seq in self._shards else self.drop_anchor(seq)
+                continue
+            runs = self._shards[seq]
             in_pool = [run for run in runs if run.block_ids]
             while in_pool and blocks > 0:
                 last = max(in_pool, key=lambda run: run.ranges[-1])
@@ -407,7 +402,7 @@ class PrefixCache:
     def _weigh(self, seq: int) -> None:
         """If a sequence is spare, note it, and forget the one for which that are too many."""
         self._spare.pop(seq, None)
-        if not self._is_spare(seq):
+        if seq in self._anchors or not self._is_spare(seq):
             return
         self._spare[seq] = None
         if len(self._spare) > MOST_SPARE:
@@ -441,8 +436,10 @@ class PrefixCache:
         return list(changed)
 
     def refs(self) -> Counter[int]:
-        """How many cached shards have each block."""
-        return Counter(block for runs in self._shards.values() for run in runs for block in run.block_ids)
+        """How many cached shards and anchors have each block."""
+        refs = Counter(block for runs in self._shards.values() for run in runs for block in run.block_ids)
+        refs.update(block for anchor in self._anchors.values() for block in anchor.block_ids())
+        return refs
 
     def validate(self) -> None:
         """Every cached run has the blocks that its tokens fill, in the pool or below. Raises RuntimeError otherwise."""

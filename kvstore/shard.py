@@ -1,145 +1,33 @@
 """Which tokens of which sequence lie in which blocks of this instance: pure integers, no tensors.
 
-A shard is one or several *runs*. A run packs its tokens into blocks of its own in ascending position, whichever positions
-they are:
-
-    positions   0 .. 4        12 .. 17            (tokens [5, 12) lie on other instances)
-    ranges     [0, 5)        [12, 18)
-    blocks     | 0 1 2 3 | 4 12 13 14 | 15 16 17 . |      block_size 4: 11 tokens, 1 more fits
-
-So the tokens of a run that a row at position p may see are a *prefix* of it, and one number per row and run says which
-(in layers with windows or chunks a slice, and two). A position range is no run of its own: a prompt prefilled with others
-leaves hundreds of ranges on an instance, which would each waste part of a block, and weigh in every notice. A run wastes less
-than one block, and a shard has a second one only where tokens came out of order:
-
-    runs   [0, 18): 0 .. 4, 12 .. 17        [5, 9): 5 .. 8       tokens [5, 9) came when 17 was here
-
-Which run tokens continue follows from where the runs end alone (`continued`), so all that know this derive the same.
+A shard is one or several *runs* (`kvstore.run`), and blocks that are reserved for what follows.
 """
 
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 
+from kvstore.anchor import Anchor, Window, sees_whole_from
 from kvstore.pool import BlockPool
-from kvstore.prefix import PrefixCache, first_tokens
+from kvstore.prefix import PrefixCache
+from kvstore.ranges import Ranges, first_tokens
+from kvstore.run import Run, continued
+from kvstore.sight import Sight
 from kvstore.tiers import Tiers
-
-
-def continued(ends: Sequence[int], start: int) -> int | None:
-    """Which of the runs that end there a token at `start` goes on with: the last to end at or before it. None: a new one.
-
-    So no more runs come to be than must (patience sorting).
-    """
-    best: int | None = None
-    last = -1
-    for i, end in enumerate(ends):
-        if last < end <= start:
-            best, last = i, end
-    return best
-
-
-class Run:
-    """Tokens that lie in ascending position: token i is at `block_ids[i // block_size]`, offset `i % block_size`.
-
-    `[start, end)` holds the positions of all of them, not every position in it is one of theirs.
-    """
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.block_ids: list[int] = []
-        self.num_tokens = 0
-        # [start, end) are positions whose KV is written here (or will be, by a step that was accepted)
-        self.ranges: list[tuple[int, int]] = []
-        self._before: list[int] = []
-        """For each range: tokens of the ranges before it."""
-
-    @property
-    def start(self) -> int:
-        """Position of the first token. Raises IndexError if there is none."""
-        return self.ranges[0][0]
-
-    @property
-    def end(self) -> int:
-        """One more than the position of the last token. Raises IndexError if there is none."""
-        return self.ranges[-1][1]
-
-    def blocks_for(self, count: int) -> int:
-        """How many more blocks so many more tokens take."""
-        return -(-(self.num_tokens + count) // self.block_size) - len(self.block_ids)
-
-    def append(self, start: int, end: int) -> list[int]:
-        """Take positions `[start, end)`, which follow all that it has, into blocks that are there: their slots."""
-        if self.ranges and self.ranges[-1][1] == start:
-            self.ranges[-1] = (self.ranges[-1][0], end)
-        else:
-            self.ranges.append((start, end))
-            self._before.append(self.num_tokens)
-        first = self.num_tokens
-        self.num_tokens += end - start
-        size = self.block_size
-        return [self.block_ids[i // size] * size + i % size for i in range(first, self.num_tokens)]
-
-    @classmethod
-    def of(cls, block_size: int, ranges: Sequence[tuple[int, int]], block_ids: Sequence[int]) -> "Run":
-        """Tokens at these positions, ascending, that were written into these blocks. Raises ValueError if the blocks are too
-        few or too many for them."""
-        run = cls(block_size)
-        tokens = sum(end - start for start, end in ranges)
-        if not tokens or -(-tokens // block_size) != len(block_ids):
-            raise ValueError(f"{tokens} tokens don't take {len(block_ids)} blocks of {block_size}")
-        run.block_ids = list(block_ids)
-        for start, end in ranges:
-            run.append(start, end)
-        return run
-
-    def cut(self, position: int) -> list[int]:
-        """Forget the tokens at `position` and after it: the blocks that the others don't take."""
-        kept = bisect_left(self.ranges, (position,))
-        del self.ranges[kept:], self._before[kept:]
-        self.num_tokens = 0
-        if self.ranges:
-            start, end = self.ranges[-1]
-            self.ranges[-1] = (start, min(end, position))
-            self.num_tokens = self._before[-1] + self.end - start
-        used = -(-self.num_tokens // self.block_size)
-        freed = self.block_ids[used:]
-        del self.block_ids[used:]
-        return freed
-
-    def kv_lens(self, start: int, end: int) -> list[int]:
-        """For each position p of `[start, end)`: how many tokens here have a position <= p."""
-        lens: list[int] = []
-        p = start
-        for i in range(max(0, bisect_right(self.ranges, (start, start)) - 1), len(self.ranges)):
-            a, b = self.ranges[i]
-            held = self._before[i]
-            if p < a:  # rows before this range see what came before it
-                lens += [held] * (min(a, end) - p)
-                p = min(a, end)
-            if p < min(b, end):  # rows inside see one more each
-                lens += range(held + p - a + 1, held + min(b, end) - a + 1)
-                p = min(b, end)
-            if p == end:
-                return lens
-        return lens + [self.num_tokens] * (end - p)
-
-    def overlaps(self, start: int, end: int) -> bool:
-        """Whether it has a token at one of the positions `[start, end)`."""
-        last = bisect_left(self.ranges, (end,)) - 1  # range to begin before `end`
-        return last >= 0 and self.ranges[last][1] > start
 
 
 class Shard:
     """The part of one sequence that lies here."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_windows: int = 0) -> None:
         self.block_size = block_size
+        self._num_windows = num_windows
         self.runs: list[Run] = []
         """In the order in which they were opened; none is empty."""
         self.spare: list[int] = []
         """Blocks that are reserved, in the order in which runs will take them."""
+        self.stale: list[int] = []
+        """Blocks that no row to come sees, but perhaps one under way, and that others have, too."""
         self.newest_block: int | None = None
         """One of its blocks, behind which the next should lie."""
 
@@ -150,11 +38,15 @@ class Shard:
     @property
     def block_ids(self) -> list[int]:
         """All its blocks."""
-        return [block for run in self.runs for block in run.block_ids] + self.spare
+        return [block for run in self.runs for block in run.all_blocks] + self.spare + self.stale
 
     def can_append(self, start: int, end: int) -> bool:
         """Whether its blocks hold positions `[start, end)`, too."""
-        return self._run_for(start).blocks_for(end - start) <= len(self.spare)
+        return self.lacks_for(start, end) <= 0
+
+    def lacks_for(self, start: int, end: int) -> int:
+        """How many blocks more than it has positions `[start, end)` take; none or fewer: they fit."""
+        return self._run_for(start).blocks_for(end - start) - len(self.spare)
 
     def append(self, start: int, end: int) -> list[int]:
         """Take positions `[start, end)` into the run that they continue, or a new one; returns their slots
@@ -169,8 +61,7 @@ class Shard:
         if blocks > len(self.spare):
             room = (len(run.block_ids) + len(self.spare)) * self.block_size
             raise RuntimeError(f"{end - start} tokens don't fit: {run.num_tokens} of {room} in use")
-        run.block_ids += self.spare[:blocks]
-        del self.spare[:blocks]
+        run.take(end - start, self.spare)
         if not run.num_tokens:
             self.runs.append(run)
         return run.append(start, end)
@@ -187,9 +78,11 @@ class Shard:
         """
         return self._cut_runs([run for run in self.runs if run.overlaps(position, position + 1)], position)
 
-    def take_spare(self) -> list[int]:
-        """The blocks that no run has taken: they are reserved no longer."""
-        freed, self.spare = self.spare, []
+    def take_spare(self, but: int = 0) -> list[int]:
+        """The blocks that no run has taken, but so many, and those that none sees: they are reserved no longer."""
+        freed = self.spare[but:] + self.stale
+        del self.spare[but:]
+        self.stale = []
         self.find_newest_block()
         return freed
 
@@ -207,14 +100,17 @@ class Shard:
     def _run_for(self, start: int) -> Run:
         """An empty one if none is continued."""
         index = continued([run.end for run in self.runs], start)
-        return Run(self.block_size) if index is None else self.runs[index]
+        return Run(self.block_size, self._num_windows) if index is None else self.runs[index]
 
 
 class ShardTable:
     """All shards of one instance, those that are cached, and the pool they draw on."""
 
-    def __init__(self, num_blocks: int, block_size: int, tiers: Tiers | None = None) -> None:
-        """`tiers`: below the pool; None: there are none. Raises ValueError unless the numbers are positive."""
+    def __init__(self, num_blocks: int, block_size: int, tiers: Tiers | None = None, windows: Sequence[Sight] = ()) -> None:
+        """`tiers`: below the pool; None: there are none. `windows`: what rows see by each table behind the first.
+
+        Raises ValueError unless the numbers are positive.
+        """
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.pool = BlockPool(num_blocks)
@@ -222,6 +118,7 @@ class ShardTable:
         self.reading: set[int] = set()
         """Blocks into which copies are being read."""
         self.block_size = block_size
+        self.windows = tuple(windows)
         self._shards: dict[int, Shard] = {}
         self._detached: dict[int, tuple[int, Run, list[int]]] = {}
         """move -> a run that is another instance's now, its sequence, and blocks that were spare beside it: steps that read
@@ -249,11 +146,11 @@ class ShardTable:
         return blocks <= self.num_free
 
     def reserve(self, seq: int, blocks: int) -> None:
-        """Give the sequence's shard (new, if there is none) that many more blocks; cached ones are evicted for it where they
-        must be. Ask `can_reserve` first."""
+        """Give the sequence's shard (new, if there is none) that many more blocks, for any table; cached ones are evicted for
+        it where they must be. Ask `can_reserve` first."""
         if blocks > self.pool.num_free:
             self.cache.evict(blocks - self.pool.num_free)
-        shard = self._shards.get(seq) or Shard(self.block_size)
+        shard = self._shards.get(seq) or self._new_shard()
         shard.spare += (ids := self.pool.allocate(blocks, shard.newest_block))
         shard.newest_block = ids[-1] if ids else shard.newest_block
         self._shards[seq] = shard
@@ -284,11 +181,80 @@ class ShardTable:
             raise RuntimeError(f"sequence {seq} would write positions [{start}, {end}) into a block that others have")
         return slots
 
+    def window_slots(self, seq: int, start: int, end: int) -> list[list[int]]:
+        """Where the tokens at `[start, end)`, which were appended last, go in each table behind the first."""
+        run = next(run for run in self._shards[seq].runs if run.end == end)
+        return [run.slots(table, end - start) for table in range(1, 1 + len(self.windows))]
+
+    def trim(self, seq: int, position: int, *, recycles: bool) -> int:
+        """Free the blocks of the sequence of which rows from `position` on see nothing: how many. `recycles`: they are reserved
+        for it instead, until `free_spare`: rows under way may still see them, and only what follows these writes there."""
+        shard = self._shards[seq]
+        given = [block for run in shard.runs for block in run.trim(self.windows, position)]
+        if not recycles:
+            return len(self.pool.free(given))
+        for block in given:
+            (shard.spare if self.pool.refs(block) == 1 else shard.stale).append(block)
+        return 0
+
+    def seen_whole_from(self, seq: int) -> int:
+        """The first row of the sequence that sees nothing of it that was trimmed here, nor does any after it."""
+        return max((run.seen_whole_from(self.windows) for run in self._shards[seq].runs), default=0)
+
     def retire(self, seq: int) -> int:
-        """The sequence is over: its whole blocks are cached, the others freed: how many. Raises KeyError if it has none."""
+        """The sequence is over: its whole blocks are cached, the others freed: how many. Raises KeyError if it has none.
+
+        Where there are windows, what lies behind its anchor is of use to nobody.
+        """
         shard = self._shards.pop(seq)
-        freed = len(self.pool.free(shard.spare))
-        return freed + self.cache.put(seq, [(run.ranges, run.block_ids) for run in shard.runs])
+        freed = len(self.pool.free(shard.take_spare()))
+        if not self.windows:
+            return freed + self.cache.put(seq, [(run.ranges, run.block_ids) for run in shard.runs])
+        self._lengthen_anchor(seq, shard)
+        anchor = self.cache.anchor(seq)
+        freed += len(self.pool.free(block for run in shard.runs for window in run.windows for block in window.block_ids))
+        if anchor is None:
+            return freed + len(self.pool.free(block for run in shard.runs for block in run.block_ids))
+        runs: list[tuple[Ranges, list[int]]] = []
+        for run in shard.runs:
+            count = run.count_before(anchor.end)
+            blocks = -(-count // self.block_size)
+            freed += len(self.pool.free(run.block_ids[blocks:]))
+            runs.append((first_tokens(run.ranges, count), run.block_ids[:blocks]))
+        return freed + self.cache.put(seq, runs)
+
+    def _lengthen_anchor(self, seq: int, shard: Shard) -> None:
+        """If all that follows the anchor of a sequence is still here, let it be part of it."""
+        anchor = self.cache.anchor(seq)
+        if anchor is None:
+            return
+        windows: dict[int, list[Window]] = {}
+        since = anchor.since
+        for run in shard.runs:
+            whole = run.num_tokens // self.block_size
+            before = anchor.windows.get(run.start) or [Window(window.first) for window in run.windows]
+            if any(window.first > kept.stop for kept, window in zip(before, run.windows, strict=True)):
+                return
+            windows[run.start] = [
+                Window(kept.first, kept.block_ids + window.block_ids[kept.stop - window.first : max(0, whole - window.first)])
+                for kept, window in zip(before, run.windows, strict=True)
+            ]
+            since = max(since, sees_whole_from(run.ranges, windows[run.start], self.windows, self.block_size))
+        end = max(run.end for run in shard.runs)
+        if since <= end:
+            self.cache.set_anchor(seq, Anchor(windows, since, end))
+
+    def set_anchor(self, seq: int, end: int) -> None:
+        """Keep what rows before position `end` see of the sequence in windows, for those that begin alike. All of it up to
+        there is written."""
+        windows: dict[int, list[Window]] = {}
+        since = 0
+        for run in self._shards[seq].runs:
+            whole = run.count_before(end) // self.block_size
+            its = [window.part(window.first, max(window.first, min(window.stop, whole))) or Window() for window in run.windows]
+            since = max(since, sees_whole_from(run.ranges, its, self.windows, self.block_size))
+            windows[run.start] = its
+        self.cache.set_anchor(seq, Anchor(windows, since, end))
 
     def share(self, seq: int, source: int, runs: Sequence[Sequence[tuple[int, int]]]) -> bool:
         """Let a new sequence have whole blocks of another's, live or cached, which are the first tokens of its runs at exactly
@@ -298,25 +264,41 @@ class ShardTable:
         """
         if seq in self._shards:
             raise ValueError(f"sequence {seq} is here already and can't begin with blocks of {source}")
-        theirs: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        theirs: dict[int, tuple[Ranges, list[int]]] = {}
         if source in self.cache:
             theirs = {run.start: (run.ranges, run.block_ids) for run in self.cache.runs(source) if run.block_ids}
         elif source in self._shards:
             theirs = {run.start: (run.ranges, run.block_ids) for run in self._shards[source].runs}
-        shard = Shard(self.block_size)
+        shard = self._new_shard()
         for wanted in runs:
             tokens = sum(end - start for start, end in wanted)
             ranges, block_ids = theirs.pop(wanted[0][0] if wanted else -1, ([], []))
             if not tokens or tokens % self.block_size or first_tokens(ranges, tokens) != list(wanted):
                 return False
             shard.runs.append(Run.of(self.block_size, wanted, block_ids[: tokens // self.block_size]))
-        if not shard.runs:
+        if not shard.runs or not self._share_windows(shard, source):
             return False
         self.pool.share(shard.block_ids)
         if source in self.cache:
             self.cache.touch(source)
         shard.find_newest_block()
         self._shards[seq] = shard
+        return True
+
+    def _share_windows(self, shard: Shard, source: int) -> bool:
+        """Let a new shard have all of another's anchor that belongs to its runs: rows may fill gaps between them first. False:
+        those behind them would see something that is gone."""
+        if not self.windows:
+            return True
+        anchor = self.cache.anchor(source)
+        end = max(run.end for run in shard.runs)
+        if anchor is None or not anchor.since <= end <= anchor.end:
+            return False
+        for run in shard.runs:
+            parts = [window.part(window.first, len(run.block_ids)) for window in anchor.windows[run.start]]
+            run.windows = [part for part in parts if part is not None]
+            if len(run.windows) < len(parts):
+                return False
         return True
 
     def shared_end(self, seq: int) -> int:
@@ -333,14 +315,15 @@ class ShardTable:
         shard = self._shards.get(seq)
         return next((run for run in shard.runs if run.start == start), None) if shard is not None else None
 
-    def adopt(self, move: int, seq: int, ranges: Sequence[tuple[int, int]]) -> None:
+    def adopt(self, move: int, seq: int, ranges: Sequence[tuple[int, int]], firsts: Sequence[int] = ()) -> None:
         """What is reserved as `move` holds tokens of a sequence at these positions now: it becomes that one's newest run.
+        `firsts`: the first block of each table behind the first; the reserved ones are those of one table after the other.
 
         Raises KeyError if nothing is reserved, ValueError if it is too little or too much, or one of the positions is here.
         """
         blocks = self._shards[move].spare
-        run = Run.of(self.block_size, ranges, blocks)
-        shard = self._shards.get(seq) or Shard(self.block_size)
+        run = self._run_of(ranges, blocks, firsts)
+        shard = self._shards.get(seq) or self._new_shard()
         if any(other.overlaps(start, end) for other in shard.runs for start, end in ranges):
             raise ValueError(f"sequence {seq} has some of the positions {ranges} already")
         del self._shards[move]
@@ -368,16 +351,16 @@ class ShardTable:
     def let_go(self, move: int) -> None:
         """Give the blocks of a detached run back. Raises KeyError if there is none."""
         _, run, spare = self._detached.pop(move)
-        self.pool.free(run.block_ids + spare)
+        self.pool.free(run.all_blocks + spare)
 
     def attach_again(self) -> list[int]:
         """Undo what was detached and not let go: the sequences. Whose positions have come here again since is let go."""
         detached, self._detached = self._detached, {}
         for seq, run, spare in detached.values():
-            shard = self._shards.get(seq) or Shard(self.block_size)
+            shard = self._shards.get(seq) or self._new_shard()
             self.pool.free(spare)
             if any(other.overlaps(start, end) for other in shard.runs for start, end in run.ranges):
-                self.pool.free(run.block_ids)
+                self.pool.free(run.all_blocks)
                 continue
             shard.runs.append(run)
             shard.find_newest_block()
@@ -390,7 +373,7 @@ class ShardTable:
         gone = [run for run in shard.runs if run.start not in starts]
         shard.runs = [run for run in shard.runs if run.start in starts]
         shard.find_newest_block()
-        return self._give_back(seq, [block for run in gone for block in run.block_ids])
+        return self._give_back(seq, [block for run in gone for block in run.all_blocks])
 
     def cut(self, seq: int, position: int) -> int:
         """Forget the sequence's tokens at `position` and after it: how many blocks that frees. Raises KeyError if it has
@@ -401,9 +384,24 @@ class ShardTable:
         """As `Shard.take_back`, otherwise as `cut`."""
         return self._give_back(seq, self._shards[seq].take_back(position))
 
-    def free_spare(self, seq: int) -> int:
-        """Free the blocks that the sequence has reserved and not used, otherwise as `cut`."""
-        return self._give_back(seq, self._shards[seq].take_spare())
+    def free_spare(self, seq: int, but: int = 0) -> int:
+        """Free the blocks that the sequence has reserved and not used, but so many; otherwise as `cut`."""
+        return self._give_back(seq, self._shards[seq].take_spare(but))
+
+    def _new_shard(self) -> Shard:
+        return Shard(self.block_size, len(self.windows))
+
+    def _run_of(self, ranges: Sequence[tuple[int, int]], blocks: Sequence[int], firsts: Sequence[int]) -> Run:
+        """A run of which all tables' blocks are listed one after the other. Raises ValueError if they are too few or many."""
+        tokens = sum(end - start for start, end in ranges)
+        stop = -(-tokens // self.block_size)
+        counts = [stop, *(max(0, stop - first) for first in firsts)]
+        if len(firsts) != len(self.windows) or sum(counts) != len(blocks):
+            tables = f" in tables from {[0, *firsts]}" if self.windows else ""
+            raise ValueError(f"{tokens} tokens don't take {len(blocks)} blocks of {self.block_size}{tables}")
+        left = iter(blocks)
+        first, *others = [list(islice(left, count)) for count in counts]
+        return Run.of(self.block_size, ranges, first, [Window(*window) for window in zip(firsts, others, strict=True)])
 
     def _give_back(self, seq: int, block_ids: Sequence[int]) -> int:
         self.pool.free(block_ids)
@@ -415,7 +413,7 @@ class ShardTable:
         """The pool knows who refers to each block; only full ones have several; no position is in two runs; and no run has more
         or fewer blocks than its tokens take. Raises RuntimeError otherwise."""
         held = [block for shard in self._shards.values() for block in shard.block_ids]
-        held += [block for _, run, spare in self._detached.values() for block in run.block_ids + spare]
+        held += [block for _, run, spare in self._detached.values() for block in run.all_blocks + spare]
         held += self.reading
         self.pool.validate(Counter(held), self.cache.refs())
         self.cache.validate()

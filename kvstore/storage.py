@@ -1,14 +1,15 @@
 """The tensors that hold KV: allocated once, never resized."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 
 class KVStorage:
-    """KV of all layers of one instance, `data_L2BPKD`: layers, (K, V), blocks, block size, KV heads, head dim.
+    """KV of one instance, `data_L2BPKD`: layers of a block, (K, V), blocks, block size, KV heads, head dim.
 
+    A block has all of a model's layers, or those of one of several tables (`kvstore.run`): then several have the same place.
     Token-major inside a block, so that consecutive blocks are one strided view (`kernels.paged_attention`). The memory is
     not cleared: nothing may be read that no step has written.
     """
@@ -23,14 +24,19 @@ class KVStorage:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        places: Sequence[int] = (),
     ) -> None:
-        """Raises ValueError for a size below 1, MemoryError (with the sizes) if the device can't hold it."""
+        """`num_layers`: of a block; `places`: where each of the model's layers is in one, if it doesn't have all.
+
+        Raises ValueError for a size below 1, MemoryError (with the sizes) if the device can't hold it.
+        """
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
         if min(shape) < 1:
             raise ValueError(f"every size of KV storage must be at least 1, got {shape}")
         self.block_bytes = num_layers * 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._places = tuple(places) or tuple(range(num_layers))
         try:
             self.data_L2BPKD = torch.empty(shape, dtype=dtype, device=device)
         except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -43,9 +49,14 @@ class KVStorage:
     def nbytes(self) -> int:
         return self.data_L2BPKD.untyped_storage().nbytes()
 
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return len(self._places)
+
     def layer(self, layer: int) -> torch.Tensor:
         """`kv_2BPKD` of one layer, a view."""
-        return self.data_L2BPKD[layer]
+        return self.data_L2BPKD[self._places[layer]]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvstore.checks import Checks
-from kvstore.prefix import whole_blocks
+from kvstore.ranges import whole_blocks
 from kvstore.shard import ShardTable
 from kvstore.tiers import Copying, Fault, Place, Tier
 

@@ -41,7 +41,7 @@ def make_model(config: str | None, device: torch.device) -> Model:
 
 def pool_tokens(model: Model, chunk_tokens: int, cell_size: int) -> int:
     """Tokens of KV that an instance with `--kv-memory 0.92` holds (`instance.start.size_pool`)."""
-    needs = Needs.of(model, chunk_tokens=chunk_tokens, cell_size=cell_size, backend="triton")
+    needs = Needs.of(model, block_size=BLOCK, chunk_tokens=chunk_tokens, cell_size=cell_size, backend="triton")
     budget = measure(model, needs, fraction=GPU_KV_MEMORY)
     for name, value in budget.describe().items():
         print(f"{name}: {value}")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvstore.sight import FULL, Sight
 from kvstore.tiers import Tier
 from tests.support.whole_cell import WholeCell, whole_cell
 
@@ -47,6 +48,7 @@ OTHERS: dict[str, st.SearchStrategy[Happening]] = {
 TIERS: st.SearchStrategy[dict[Tier, int]] = st.sampled_from(
     [{}, {"host": 60}, {"disk": 60}, {"host": 5, "disk": 60}, {"host": 6}]
 )
+SIGHTS = st.sampled_from([Sight(window=1), Sight(window=6), Sight(window=17), Sight(chunk=8), Sight(chunk=11)])
 SIZES = st.sampled_from([[40, 40, 40], [20, 20, 20], [6, 6], [24, 5, 12], [9], [12, 12, 12, 12]])
 
 
@@ -98,8 +100,14 @@ def happen(cell: WholeCell, what: Happening) -> None:
                 cell.let(turns, seed + second)
 
 
-def play(sizes: list[int], whats: list[Happening], seed: int = 0, tier_slots: Mapping[Tier, int] | None = None) -> WholeCell:
-    with whole_cell(sizes, seed, tier_slots) as cell:
+def play(
+    sizes: list[int],
+    whats: list[Happening],
+    seed: int = 0,
+    tier_slots: Mapping[Tier, int] | None = None,
+    sight: Sight = FULL,
+) -> WholeCell:
+    with whole_cell(sizes, seed, tier_slots, sight) as cell:
         cell.let(200, 0)
         for what in whats:
             happen(cell, what)
@@ -138,6 +146,14 @@ def test_requests_end_right_whatever_happens(
     sizes: list[int], whats: list[Happening], seed: int, tier_slots: dict[Tier, int]
 ) -> None:
     play(sizes, whats, seed, tier_slots)
+
+
+@given(SIZES, st.one_of(happenings(15, 60), st.lists(ASKED_AGAIN, min_size=30, max_size=60)), st.integers(0, 99), SIGHTS)
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+def test_requests_end_right_whatever_happens_where_a_layer_sees_but_a_window(
+    sizes: list[int], whats: list[Happening], seed: int, sight: Sight
+) -> None:
+    play(sizes, whats, seed, sight=sight)
 
 
 def test_one_that_was_forgotten_while_it_waited_comes_as_a_new_one() -> None:

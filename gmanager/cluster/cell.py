@@ -25,6 +25,7 @@ from gmanager.cluster.placement import why_never
 from gmanager.cluster.policies import Policy
 from gmanager.cluster.prefixes import Held, is_shareable
 from gmanager.cluster.request import Runs
+from gmanager.wire import footprint
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
 from gmanager.wire.messages import (
@@ -73,8 +74,19 @@ RETURN_GRACE_S = 5.0
 
 Phase = Literal["registering", "returning", "opening", "joining", "ready", "suspending"]
 
-_SAME = ("dtype", "rotary", "fingerprint", "layers", "tokenizer", "block_size", "chunk_tokens", "vocab_size", "max_context")
-_IN_WORDS = {"layers": "way to run layers", "rotary": "rotary scaling"}
+_SAME = (
+    "dtype",
+    "rotary",
+    "fingerprint",
+    "layers",
+    "tokenizer",
+    "block_size",
+    "chunk_tokens",
+    "vocab_size",
+    "max_context",
+    "windows",
+)
+_IN_WORDS = {"layers": "way to run layers", "rotary": "rotary scaling", "windows": "blocks in windows"}
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
 
@@ -97,6 +109,8 @@ class Member:
     """seq -> what it has kept of the epoch before. None: it has not said yet."""
     shared_ends: dict[int, int] = field(default_factory=dict)
     """seq -> position before which it can't go on, as it shares blocks with others."""
+    since: dict[int, int] = field(default_factory=dict)
+    """seq -> the first row that can follow what it has kept."""
     cached: dict[int, Held] = field(default_factory=dict)
     """seq -> what it has kept of those that are over, while the membership changes."""
     cached_blocks: int = 0
@@ -132,6 +146,16 @@ class Member:
     def free(self) -> int:
         """Blocks that a new Reserve may count on."""
         return max(0, self.free_blocks - sum(self.outstanding.values())) if self.outstanding else self.free_blocks
+
+    @property
+    def room(self) -> int:
+        """The longest new sequence for which `free` are enough, in blocks of tokens."""
+        return footprint.held(self.free, self.spec.windows)
+
+    @property
+    def size(self) -> int:
+        """The longest sequence that all its blocks hold, likewise."""
+        return footprint.held(self.spec.num_blocks, self.spec.windows)
 
     @property
     def name(self) -> str:
@@ -229,7 +253,7 @@ class Cell:
 
     @property
     def total_tokens(self) -> int:
-        return sum(member.spec.num_blocks for member in self.members) * self.spec.block_size
+        return sum(member.size for member in self.members) * self.spec.block_size
 
     @property
     def is_draining(self) -> bool:
@@ -238,8 +262,13 @@ class Cell:
 
     @property
     def lasting_blocks(self) -> list[int]:
-        """Blocks of each that isn't being drained, and is a member or about to be one again."""
-        return [member.spec.num_blocks for member in [*self.everybody, *self._awaited] if not member.is_draining]
+        """Blocks of tokens of one sequence that each holds which isn't being drained, and is a member or about to be one
+        again."""
+        return [member.size for member in [*self.everybody, *self._awaited] if not member.is_draining]
+
+    def taken(self, length: int) -> int:
+        """Blocks that so many blocks of a sequence's tokens take on an instance."""
+        return footprint.taken(length, self.spec.windows)
 
     @property
     def max_tokens(self) -> int:
@@ -415,9 +444,10 @@ class Cell:
             is_ours = former is None or former.identity == self._identity
             member.kept = {shard.seq: shard.runs for shard in kept.shards if is_ours}
             member.shared_ends = {shard.seq: shard.shared_end for shard in kept.shards}
+            member.since = {shard.seq: shard.since for shard in kept.shards}
             most = member.spec.num_blocks * self.spec.block_size
             sound = [shard for shard in kept.cached if is_ours and shard.runs and is_shareable(shard, most)]
-            member.cached = {shard.seq: Held.of(shard.runs, shard.below) for shard in sound}
+            member.cached = {shard.seq: Held.of(shard.runs, shard.below, shard.since) for shard in sound}
             member.requests = {shard.seq: shard.request for shard in kept.shards if is_ours and shard.request}
             member.unheard = kept.unheard if is_ours else []
             member.is_freeing |= not is_ours

@@ -107,7 +107,7 @@ class Homes:
             return None
         if call is not None:
             return self._called_for(sequence, call)
-        if sequence.needs_block and not members[sequence.home].free:
+        if sequence.needs_block and not members[sequence.home].room:
             return self._with_room(sequence)
         if members[sequence.home].is_draining and sequence.is_written:
             return choose_target(self._running.views(), home=sequence.home, reserve=1)

@@ -55,6 +55,7 @@ class Move:
     stage: Literal["offering", "reserving", "copying", "flipping"] = "offering"
     target: int = -1
     ranges: list[tuple[int, int]] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
     is_vain: bool = False
     """Its sequence is gone."""
 
@@ -128,15 +129,19 @@ class Moves:
             self._ground.part(sequence, move.source)
             return self._end(move)
         tokens = sum(end - start for start, end in offered.ranges)
-        blocks = -(-tokens // self._cell.spec.block_size)
+        length = -(-tokens // self._cell.spec.block_size)
+        if len(offered.firsts) != len(self._cell.spec.windows) or not all(0 <= first <= length for first in offered.firsts):
+            self._ground.num_dropped += 1
+            return self._end(move)
         target = move.wanted
         if target is None:
             free = [view for view in self._ground.views() if not self.takes_part(view.rank)]
-            target = choose_holder(free, blocks=blocks, holders=sequence.participants)
+            target = choose_holder(free, blocks=length, holders=sequence.participants)
         if target is None:
             self._homeless.add((sequence.number, move.source))
             return self._end(move)
-        move.stage, move.target, move.ranges = "reserving", target, offered.ranges
+        move.stage, move.target, move.ranges, move.firsts = "reserving", target, offered.ranges, offered.firsts
+        blocks = length + sum(length - first for first in offered.firsts)
         self._cell.members[target].outstanding[move.number] = blocks
         self._tell(target, Reserve(epoch=self._cell.epoch, seq=move.number, blocks=blocks))
         return False
@@ -154,6 +159,7 @@ class Moves:
             source=move.source,
             target=move.target,
             ranges=move.ranges,
+            firsts=move.firsts,
         )
         self._tell(move.source, asked)
         self._tell(move.target, asked)

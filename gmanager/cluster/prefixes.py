@@ -52,7 +52,7 @@ def are_ranges(runs: Runs, most_tokens: int) -> bool:
 
 def is_shareable(shard: KeptShard, most_tokens: int) -> bool:
     """Whether that can be what an instance says of a cached sequence."""
-    if not are_ranges(shard.runs, most_tokens) or len(shard.below) > len(shard.runs):
+    if not are_ranges(shard.runs, most_tokens) or len(shard.below) > len(shard.runs) or shard.since < 0:
         return False
     return all(0 <= below <= count_tokens([run]) for below, run in zip(shard.below, shard.runs, strict=False))
 
@@ -65,15 +65,17 @@ class Held:
     """All of each run."""
     in_pool: Runs
     """The first tokens of those of which some are in the pool."""
+    since: int = 0
+    """The first row that can follow it."""
 
     @classmethod
-    def of(cls, runs: Runs, below: Sequence[int] = ()) -> "Held":
+    def of(cls, runs: Runs, below: Sequence[int] = (), since: int = 0) -> "Held":
         """`below`: how many of the last tokens of each run aren't in the pool; none: all are."""
         if not any(below):
-            return cls(runs, runs)
+            return cls(runs, runs, since)
         sunk = [*below, *[0] * (len(runs) - len(below))]
         tokens = [count_tokens([run]) - lies_below for run, lies_below in zip(runs, sunk, strict=True)]
-        return cls(runs, [_first(run, count) for run, count in zip(runs, tokens, strict=True) if count])
+        return cls(runs, [_first(run, count) for run, count in zip(runs, tokens, strict=True) if count], since)
 
     @property
     def has_below(self) -> bool:
@@ -92,6 +94,8 @@ class Match:
     """id of a member -> for each run there whole blocks of its first tokens."""
     below: dict[int, int] = field(default_factory=dict)
     """id of a member -> tokens of these that are to be read into its pool first."""
+    is_whole: bool = False
+    """Whether all of it is needed: rows go on behind it, and see something of it that lies nowhere else."""
 
     @property
     def tokens(self) -> int:
@@ -181,13 +185,13 @@ class Prefixes:
         """Whether something lies below the pool of a member."""
         return bool(self._sunk)
 
-    def tell(self, seq: int, member: int, runs: Runs, below: Sequence[int] = ()) -> bool:
-        """What can be shared of a sequence on an instance; `below`: so many of the last tokens of each run once they are read.
-        False: nobody will ask for that, as the sequence is not known (any more)."""
+    def tell(self, seq: int, member: int, runs: Runs, below: Sequence[int] = (), since: int = 0) -> bool:
+        """What can be shared of a sequence on an instance, by rows from `since` on; `below`: so many of the last tokens of each
+        run once they are read. False: nobody will ask for that, as the sequence is not known (any more)."""
         entry = self._entries.get(seq)
         if entry is None:
             return not runs
-        self._set(seq, entry, member, Held.of(runs, below))
+        self._set(seq, entry, member, Held.of(runs, below, since))
         self._list(seq, entry)
         return seq in self._entries or not runs
 
@@ -256,15 +260,20 @@ class Prefixes:
             if whole := [part for run in runs if (part := whole_blocks(run, end, self._block_size))]:
                 parts[member] = whole
         parts = held_once(parts)
+        since = max((all_held[member].since for member in parts), default=0)
+        if since:
+            parts = _without_gaps(parts, self._block_size)
+            if since > first_gap(parts):
+                parts = {}
         if not with_below:
-            return Match(seq, parts)
+            return Match(seq, parts, is_whole=since > 0)
         below: dict[int, int] = {}
         for member, runs in parts.items():
             in_pool = {run[0][0]: count_tokens([run]) for run in all_held[member].in_pool}
             lacks = sum(max(0, count_tokens([run]) - in_pool.get(run[0][0], 0)) for run in runs)
             if lacks:
                 below[member] = lacks
-        return Match(seq, parts, below)
+        return Match(seq, parts, below, is_whole=since > 0)
 
     def _list(self, seq: int, entry: _Entry) -> None:
         """Let it be found by its digests, as far as there is KV of it; forget it if there is none, and will be none."""
@@ -295,6 +304,26 @@ class Prefixes:
             listing.validate(self._entries)
         if self._sunk != {(s, m) for s, entry in self._entries.items() for m, held in entry.held.items() if held.has_below}:
             raise RuntimeError(f"something is said to lie below of {sorted(self._sunk)}")
+
+
+def first_gap(parts: Mapping[int, Runs]) -> int:
+    """The first position that none of the parts has."""
+    end = 0
+    for start, stop in sorted(piece for runs in parts.values() for run in runs for piece in run):
+        if start > end:
+            break
+        end = max(end, stop)
+    return end
+
+
+def _without_gaps(parts: dict[int, Runs], block_size: int) -> dict[int, Runs]:
+    """What of them, in whole blocks, lies before the first gap that is left then."""
+    end = 0
+    while parts and first_gap(parts) != end:
+        end = first_gap(parts)
+        cut = {member: [whole_blocks(run, end, block_size) for run in runs] for member, runs in parts.items()}
+        parts = {member: whole for member, runs in cut.items() if (whole := [run for run in runs if run])}
+    return parts
 
 
 def _first(run: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:

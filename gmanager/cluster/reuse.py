@@ -44,6 +44,8 @@ class Reuse:
     """rank -> blocks there that are free no longer when they are shared."""
     below: dict[int, int] = field(default_factory=dict)
     """rank -> tokens of these that are to be read into the pool there first."""
+    is_whole: bool = False
+    """Whether it is of no use without one of them."""
 
     @property
     def tokens(self) -> int:
@@ -53,7 +55,7 @@ class Reuse:
         """What others than these hold."""
         parts = {rank: runs for rank, runs in self.parts.items() if rank not in ranks}
         below = {rank: tokens for rank, tokens in self.below.items() if rank in parts}
-        return Reuse(self.source, parts, {rank: self.pinned[rank] for rank in parts}, below)
+        return Reuse(self.source, {} if self.is_whole else parts, {rank: self.pinned[rank] for rank in parts}, below)
 
     @property
     def end(self) -> int:
@@ -135,7 +137,7 @@ class Reuses:
         if not all(is_shareable(shard, most) for shard in cached.shards):
             return False
         for shard in cached.shards:
-            if not self._prefixes.tell(shard.seq, member.id, shard.runs, shard.below):
+            if not self._prefixes.tell(shard.seq, member.id, shard.runs, shard.below, shard.since):
                 self._discard(member.id, shard.seq)
             self.following.told(shard.seq, member.id)
         return True
@@ -249,7 +251,7 @@ class Reuses:
         size = self._cell.spec.block_size
         blocks = {rank: count_tokens(runs) // size for rank, runs in parts.items()}
         if self._prefixes.is_live(match.source):
-            return Reuse(match.source, parts, dict.fromkeys(parts, 0))
+            return Reuse(match.source, parts, dict.fromkeys(parts, 0), is_whole=match.is_whole)
         shared: dict[int, int] = {}
         for _, reuse in self._admitted.values():
             if reuse is not None and reuse.source == match.source:
@@ -257,7 +259,7 @@ class Reuses:
                     shared[rank] = max(shared.get(rank, 0), count_tokens(runs) // size)
         # what others share of it is in the pool, and used anyhow
         pinned = {rank: max(0, n - min(shared.get(rank, 0), n - below.get(rank, 0) // size)) for rank, n in blocks.items()}
-        return Reuse(match.source, parts, pinned, below)
+        return Reuse(match.source, parts, pinned, below, match.is_whole)
 
     def _place(
         self,

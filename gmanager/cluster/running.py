@@ -225,8 +225,8 @@ class Running:
         rank = member.rank
         return InstanceView(
             rank=rank,
-            free_blocks=0 if member.is_draining else member.free,
-            total_blocks=0 if member.is_draining else member.spec.num_blocks,
+            free_blocks=0 if member.is_draining else member.room,
+            total_blocks=0 if member.is_draining else member.size,
             homes=self._homes[rank],
             max_homes=0 if member.is_draining else member.spec.decode_rows,
             backlog=self._backlogs[rank],

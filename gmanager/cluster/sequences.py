@@ -266,9 +266,8 @@ class Sequences:
         if reservation.placement is not None:
             self._waiting.add(request, request.waiting_since, "deny")
         elif (call := request.move_call) is not None and call.target == member.id:
-            self._requests.fail_move(
-                request, f"instance {member.id} has no room: {blocks} block asked, {max(0, free_blocks)} free"
-            )
+            asked = f"{blocks} block{'s' * (blocks != 1)} asked"
+            self._requests.fail_move(request, f"instance {member.id} has no room: {asked}, {max(0, free_blocks)} free")
 
     def on_cached(self, member: Member, cached: Cached) -> bool:
         """What of sequences others may share there now. False: that can't be."""
@@ -410,7 +409,7 @@ class Sequences:
         self._requests.change(sequence.request, "move")
         if target not in sequence.asked:
             sequence.asked.append(target)
-        self._reserve(Reservation(sequence.number, {target: 1}, sequence.request, None))
+        self._reserve(Reservation(sequence.number, {target: self._cell.taken(1)}, sequence.request, None))
 
     def _try_admit(self) -> None:
         if not self._waiting or self._crowded or self._running.lacks_blocks:
@@ -447,7 +446,9 @@ class Sequences:
         self._waiting.take(request)
         self._requests.change(request, "reserve")
         number = request.seq if request.kept else self._running.next_number()
-        blocks = placement.blocks if reuse is None else reuse.with_pinned(placement.blocks)
+        blocks = {rank: self._cell.taken(length) for rank, length in placement.blocks.items()}
+        if reuse is not None:
+            blocks = reuse.with_pinned(blocks)
         self._reserve(Reservation(number, blocks, request, placement, reuse))
         return True
 
@@ -469,7 +470,8 @@ class Sequences:
         """What an instance is asked for."""
         if reservation.placement is None:
             return ReserveNext(epoch=self._cell.epoch, seq=reservation.seq)
-        reserve = Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=reservation.placement.blocks.get(rank, 0))
+        blocks = self._cell.taken(reservation.placement.blocks.get(rank, 0))
+        reserve = Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=blocks)
         reuse = reservation.reuse
         if reuse is None or rank not in reuse.parts:
             return reserve

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.performance import Lane, PerformanceModel
 from gmanager.cluster.sequences import Sequences
+from gmanager.wire import footprint
 from gmanager.wire.messages import (
     CellPerformance,
     CellStats,
@@ -78,8 +79,9 @@ def _instances(cell: Cell, sequences: Sequences) -> list[InstanceStats]:
 
 
 def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceStats:
-    total = member.spec.num_blocks * cell.spec.block_size
-    free = member.free_blocks * cell.spec.block_size
+    size, windows = cell.spec.block_size, cell.spec.windows
+    total = member.size * size
+    free = footprint.held(member.free_blocks, windows) * size
     return InstanceStats(
         cell=cell.name,
         rank=member.id,
@@ -91,7 +93,7 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
         counters=member.counters,
         is_draining=member.is_draining,
         slowness=cell.performance.factor(member.id),
-        cached_tokens=member.cached_blocks * cell.spec.block_size,
-        host_tokens=min(member.host_blocks * cell.spec.block_size, 2**63 - 1),
-        disk_tokens=min(member.disk_blocks * cell.spec.block_size, 2**63 - 1),
+        cached_tokens=footprint.held(member.cached_blocks, windows) * size,
+        host_tokens=min(member.host_blocks * size, 2**63 - 1),
+        disk_tokens=min(member.disk_blocks * size, 2**63 - 1),
     )

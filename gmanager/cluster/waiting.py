@@ -16,6 +16,7 @@ from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Log, Send
 from gmanager.cluster.placement import LONG_PROMPT, MOST_WEIGHED, InstanceView, Placement
 from gmanager.cluster.policies import Outlook, Prompt
+from gmanager.cluster.prefixes import first_gap
 from gmanager.cluster.request import Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.reuse import Reuse
@@ -221,6 +222,9 @@ class Waiting:
                 if last >= member.shared_ends.get(seq, 0)
             }
             request.kept = held_once(kept)
+            since = max((self._cell.members[rank].since.get(seq, 0) for rank in request.kept), default=0)
+            if since > first_gap(request.kept):
+                request.kept = {}  # what is missing would see more of it than is left, in layers with windows
             request.seq = seq
             request.held = {self._cell.members[rank].id: count_tokens(runs) for rank, runs in request.kept.items()}
         for member in self._cell.members:

@@ -6,8 +6,10 @@ that rows attend to are sums of arithmetic series. `tests/scripts/test_simulate.
 
 from collections.abc import Mapping, Sequence
 
-from distattn.layout import FULL, Holding, Layout, Reading, Sight, Span
-from kvstore.shard import Run, ShardTable
+from distattn.layout import Holding, Layout, Reading, Span
+from kvstore.run import Run
+from kvstore.shard import ShardTable
+from kvstore.sight import FULL, Sight
 
 
 class Counting:
@@ -28,12 +30,13 @@ class Counting:
         shards: ShardTable,
         rank: int,
         sight: Sight = FULL,
+        table: int = 0,
     ) -> Layout:
         """The part of `rank` in a step, with one reading that has all that its rows and others attend to there.
 
         Raises ValueError for layers in which rows don't see all before them.
         """
-        if sight != FULL:
+        if sight != FULL or table:
             raise ValueError(f"rows that see only {sight} are not counted")
         if spans is not self._spans:
             self._look_through(spans, holdings)

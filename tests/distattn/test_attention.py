@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
-from distattn.layout import FULL, HeldRun, Holding, Layout, Sight, Span, lay_out
+from distattn.layout import HeldRun, Holding, Layout, Span, lay_out
 from distattn.shape import AttentionShape, LayerView
 from instance.cell import EpochGroup, open_store
 from kernels.paged_attention import attention_scratch_bytes
 from kernels.reference import compare
 from kernels.segments import Scoring
 from kvstore.shard import ShardTable
+from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
 
 SIZE = 3
@@ -172,8 +173,8 @@ class Rank:
         k = torch.cat([self.sequences[s.seq].keys_SKD[s.start : s.stop] for s in own] or [torch.empty(shape)])
         v = torch.cat([self.sequences[s.seq].values_SKD[s.start : s.stop] for s in own] or [torch.empty(shape)])
         q = torch.cat([queries[s] for s in own] or [torch.empty((0, SHAPE.num_heads, SHAPE.head_dim))])
-        self.attention.plan(layouts, self.slots)
-        layers = range(self.storage.data_L2BPKD.shape[0])
+        self.attention.plan(layouts, [self.slots])
+        layers = range(self.storage.num_layers)
         return [self.attention.run(layer, q, k, v, sinks_H).clone() for layer in layers]
 
 
@@ -242,7 +243,7 @@ def test_layouts_that_are_not_the_groups_are_refused(cell: Cell) -> None:
     shape = replace(SHAPE, layers=(LayerView(Scoring(0.3)), LayerView(Scoring(0.3), Sight(window=4))))
     attention = DistAttention(storage, shape, Exchange(cell.groups[0].group, CPU), backend="torch")
     with pytest.raises(ValueError, match="for 2 groups of layers"):
-        attention.plan([lay_out([], {}, ShardTable(1, 4), 0)], [])
+        attention.plan([lay_out([], {}, ShardTable(1, 4), 0)], [[]])
 
 
 def test_rows_that_were_not_planned_are_refused(cell: Cell) -> None:
@@ -251,7 +252,7 @@ def test_rows_that_were_not_planned_are_refused(cell: Cell) -> None:
     rows = torch.zeros((2, 4, 16)), torch.zeros((2, 2, 16)), torch.zeros((2, 2, 16))
     with pytest.raises(RuntimeError, match="2 rows came, no step was planned"):
         attention.run(0, *rows)
-    attention.plan([lay_out([], {}, ShardTable(1, 4), 0)], [])
+    attention.plan([lay_out([], {}, ShardTable(1, 4), 0)], [[]])
     with pytest.raises(RuntimeError, match="2 rows came, 0 rows was planned"):
         attention.run(0, *rows)
 
@@ -263,7 +264,7 @@ def test_scratch_is_what_is_allocated(cell: Cell) -> None:
     rows, both = 10, {1: 10, 2: 10}
     attention.plan(
         [Layout(num_rows=rows, own=[], dispatched_rows=[*range(rows)] * 2, dispatched=both, received=both, others=[])],
-        [0] * rows,
+        [[0] * rows],
     )
     plan = attention._plan
     assert plan is not None

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distattn.layout import HeldRun, Holding, Layout, Sight, Span, held_after, lay_out
+from distattn.layout import HeldRun, Holding, Layout, Span, held_after, lay_out
 from kvstore.shard import ShardTable
+from kvstore.sight import Sight
 from tests.distattn.layout_support import read_by_rows
 
 SIZE = 3

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gmanager.cluster.chain import Chain, seed_of
 from gmanager.cluster.prefixes import Held, Prefixes, are_ranges, whole_blocks
 from gmanager.wire.messages import pack_tokens
-from kvstore import prefix as of_instances
+from kvstore import ranges as of_instances
 
 SEED = seed_of("model", "dtype", "")
 SIZE = 2

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 
+from gmanager.wire import footprint
 from gmanager.wire.messages import (
     Admit,
     FlipRun,
@@ -24,12 +25,25 @@ from gmanager.wire.messages import (
     TokenLogprob,
     pack_tokens,
 )
+from instance.needs import most_blocks
 from instance.rmanager import RManager
 from instance.scheduler import Pace, Scheduler, StepPlan
 from instance.step import LANES, Lane, Step, derive
+from kvstore.run import Run
+from kvstore.sight import FULL, Sight
 from tests.distattn.layout_support import Token, read_by_rows
 
 VOCAB = 50
+
+WINDOWS: list[tuple[Sight, ...]] = [
+    (),
+    (),
+    (Sight(window=1),),
+    (Sight(window=3),),
+    (Sight(window=6), Sight(window=6)),
+    (Sight(chunk=4), Sight(window=9)),
+]
+"""What rows see by the tables behind the first."""
 
 Runs = list[list[tuple[int, int]]]
 """The ranges of each run of a sequence at an instance."""
@@ -61,6 +75,8 @@ class FakeInstance:
     previous: dict[Lane, list[int]] = field(default_factory=lambda: defaultdict(list))
     kv: dict[int, Token] = field(default_factory=dict)
     """What has been written to each slot."""
+    behind: list[dict[int, Token]] = field(default_factory=list)
+    """Likewise in each table behind the first: a block has one of them."""
     certain: set[Token] = field(default_factory=set)
     """What steps that are known to have run have written in this epoch, and what was kept from those before."""
 
@@ -92,14 +108,25 @@ class FakeCell:
     """All instances as one party in each lane, driven round by round, or in any order that devices allow (`moves_on`)."""
 
     def __init__(
-        self, size: int, *, blocks: int, block_size: int, chunk_tokens: int, reach: int = 20, attends: bool = False
+        self,
+        size: int,
+        *,
+        blocks: int,
+        block_size: int,
+        chunk_tokens: int,
+        reach: int = 20,
+        attends: bool = False,
+        windows: Sequence[Sight] = (),
     ) -> None:
-        """`attends`: whether it sees what each row reads, which takes time with long prompts."""
+        """`attends`: whether it sees what each row reads, which takes time with long prompts. `windows`: what rows see by the
+        tables behind the first."""
         self.epoch = 0
         self.block_size = block_size
         self.attends = attends
+        self.windows = tuple(windows)
+        self.most = [most_blocks(sight, block_size, chunk_tokens) for sight in windows]
         self._pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), reach)
-        self._begin_epoch([RManager(blocks, block_size) for _ in range(size)])
+        self._begin_epoch([RManager(blocks, block_size, windows=windows, chunk_tokens=chunk_tokens) for _ in range(size)])
         self.home: dict[int, int] = {}
         self.outputs: dict[int, dict[int, int]] = {}
         self.known_before: dict[int, int] = {}
@@ -115,10 +142,11 @@ class FakeCell:
 
     def _begin_epoch(self, rmanagers: Sequence[RManager]) -> None:
         self.epoch += 1
-        self.instances = [
-            FakeInstance(rank, rmanager, Scheduler(epoch=self.epoch, rank=rank, pace=self._pace, rmanager=rmanager))
-            for rank, rmanager in enumerate(rmanagers)
-        ]
+        self.instances = []
+        for rank, rmanager in enumerate(rmanagers):
+            sights = (FULL, *self.windows)
+            scheduler = Scheduler(epoch=self.epoch, rank=rank, pace=self._pace, rmanager=rmanager, sights=sights)
+            self.instances.append(FakeInstance(rank, rmanager, scheduler, behind=[{} for _ in self.windows]))
         self.members = list(range(len(rmanagers)))
         self.copies = {}
         self.told: set[int] = set()
@@ -160,6 +188,7 @@ class FakeCell:
                     tokens = dict(zip(slots, ((seq, p) for p in positions), strict=False))
                     assert tokens.items() <= old.kv.items()
                     new.kv |= tokens  # all else is as good as poison
+                    self._keep_behind(run, seq, positions, old, new)
             new.certain = set(new.kv.values())
         assert all(sorted(outputs) == list(range(len(outputs))) for outputs in self.outputs.values())
         self.known_before = {seq: len(outputs) for seq, outputs in self.outputs.items()}
@@ -179,7 +208,8 @@ class FakeCell:
         runs_at = {part.rank: len(part.runs) for part in kept}
         for share in shares:
             rm = self.instances[share.rank].rmanager
-            if not rm.reserve(seq, -(-share.tokens // self.block_size) + runs_at.get(share.rank, 0) + 1):
+            length = -(-share.tokens // self.block_size) + runs_at.get(share.rank, 0) + 1
+            if not rm.reserve(seq, footprint.taken(length, self.most)):
                 for other in shares:
                     self.instances[other.rank].rmanager.drop(seq)
                 return False
@@ -285,12 +315,23 @@ class FakeCell:
         """A step runs on all devices: each row reads all tokens up to its own once."""
         for instance in self.instances:
             mine = launched[instance.rank]
-            instance.kv |= zip(mine.plan.slots_T, mine.rows, strict=True)
-        layouts = [launched[rank].plan.layout for rank in self.members]
-        read = read_by_rows(layouts, [instance.kv for instance in self.instances], self.block_size)
-        for rank, rows in enumerate(read):
-            wanted = [Counter((seq, p) for p in range(position + 1)) for seq, position in launched[rank].rows]
-            assert rows == wanted
+            tables = [instance.kv, *instance.behind]
+            for written, slots in zip(tables, mine.plan.slots, strict=True):
+                for table in tables:
+                    for slot in slots:
+                        table.pop(slot, None)  # what a block had of another table is no more
+                written |= zip(slots, mine.rows, strict=True)
+        for group, sight in enumerate((FULL, *self.windows)):
+            layouts = [launched[rank].plan.layouts[group] for rank in self.members]
+            there = [instance.behind[group - 1] if group else instance.kv for instance in self.instances]
+            for rank, rows in enumerate(read_by_rows(layouts, there, self.block_size)):
+                seen = [(seq, range(sight.first(position), position + 1)) for seq, position in launched[rank].rows]
+                assert rows == [Counter((seq, p) for p in positions) for seq, positions in seen]
+        for instance in self.instances if self.windows else ():
+            for seq in instance.rmanager.shards:
+                for table, most in enumerate(self.most):
+                    held = sum(len(run.windows[table].block_ids) for run in instance.rmanager.shards[seq].runs)
+                    assert held <= most + len(instance.rmanager.shards[seq].runs) - 1
 
     def commit(self, instance: FakeInstance, lane: Lane) -> None:
         done = instance.running[lane].popleft()
@@ -347,15 +388,28 @@ class FakeCell:
         to = self.instances[target]
         self.copy_numbers += 1
         move = self.copy_numbers
-        if not to.rmanager.reserve(move, len(run.block_ids)):
+        if not to.rmanager.reserve(move, len(run.all_blocks)):
             return
         tokens = [(seq, p) for start, end in run.ranges for p in range(start, end)]
         # the token of its home proves it, though the source may have yet to take the result of the step that wrote them
         assert set(tokens) <= set(self.instances[source].kv.values())
         slots = [block * self.block_size + i for block in to.rmanager.shards[move].block_ids for i in range(self.block_size)]
-        to.kv |= dict(zip(slots, tokens, strict=False))
-        to.rmanager.note_copy(move, run.ranges)
+        to.kv |= dict(zip(slots[: len(run.block_ids) * self.block_size], tokens, strict=False))
+        at = len(run.block_ids) * self.block_size
+        for written, window in zip(to.behind, run.windows, strict=True):
+            its = slots[at : at + len(window.block_ids) * self.block_size]
+            written |= dict(zip(its, tokens[window.first * self.block_size :], strict=False))
+            at += len(its)
+        to.rmanager.note_copy(move, run.ranges, [window.first for window in run.windows])
         self.copies[seq] = Copy(move, seq, source, target, run.start, tokens)
+
+    def _keep_behind(self, run: Run, seq: int, positions: Sequence[int], old: FakeInstance, new: FakeInstance) -> None:
+        size = self.block_size
+        for window, before, after in zip(run.windows, old.behind, new.behind, strict=True):
+            slots = [block * size + i for block in window.block_ids for i in range(size)]
+            tokens = dict(zip(slots, ((seq, p) for p in positions[window.first * size :]), strict=False))
+            assert tokens.items() <= before.items()
+            after |= tokens
 
     def flip(self, seq: int) -> None:
         """As the gManager: a copy is complete."""

@@ -16,6 +16,7 @@ from instance import start
 from instance.__main__ import parse
 from instance.checkpoint import CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig, Launch
+from instance.errors import UnsupportedModel
 from instance.memory import MemoryBudget, TooLittleMemory
 from instance.model import load_model
 from instance.needs import Needs
@@ -133,7 +134,7 @@ def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.Monk
         DistAttention, "scratch_bytes", staticmethod(lambda shape, rows, peers, device, backend, tiles: rows * 100 * peers)
     )
     settings: dict[str, Any] = {"device": "cuda", "chunk_tokens": 44, "kv_tokens": None}
-    needs = Needs.of(model, chunk_tokens=44, cell_size=2, backend="triton")
+    needs = Needs.of(model, block_size=16, chunk_tokens=44, cell_size=2, backend="triton")
     assert (needs.attention, needs.sampling) == (30_000, 3_200)
     sized = size_pool(config(**settings, kv_memory=0.5), model, needs)
     assert asked == {"fraction": 0.5, "steps": [(44, 64), (256, 256)]}
@@ -142,7 +143,7 @@ def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.Monk
     given = config(**settings | {"kv_tokens": 8000})
     assert size_pool(given, model, needs) is given
     assert asked["fraction"] == 1
-    with pytest.raises(TooLittleMemory, match="--kv-tokens 9,008: .* at most 8,919 tokens fit"):
+    with pytest.raises(TooLittleMemory, match="--kv-tokens 9,008: .* at most 8,912 tokens fit"):
         size_pool(config(**settings | {"kv_tokens": 9010}), model, needs)
 
 
@@ -269,3 +270,9 @@ def test_what_the_machine_has_not_is_an_error_before_the_start(tmp_path: Path) -
     tiers = make_tiers(config(host_memory=1000, disk=tmp_path, disk_bytes=10_000), storage)
     assert tiers is not None and tiers.slots == {"host": 3, "disk": 2}
     tiers.close()
+
+
+def test_what_lies_below_the_pool_is_not_offered_where_layers_have_windows(tmp_path: Path) -> None:
+    path = make_model("gemma2", tmp_path)
+    with pytest.raises(UnsupportedModel, match="some of its layers see but a window, whose KV --host-memory, --disk and"):
+        load(config(model=str(path), host_memory=2**20))

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gmanager.cluster.prefixes import first_gap
 from gmanager.wire.messages import Admit, KeptPart, SequenceParams, Share, pack_tokens
 from instance.rmanager import RManager
 from instance.scheduler import Pace, Scheduler
 from instance.step import StepMismatch
-from tests.instance.scheduler_support import FakeCell, Runs, positions_of, token_at
+from kvstore.sight import Sight
+from tests.instance.scheduler_support import WINDOWS, FakeCell, Runs, positions_of, token_at
 
 
 def cut(runs: Runs, end: int) -> Runs:
@@ -28,13 +30,14 @@ def draw_shares(data: st.DataObject, tokens: int, size: int) -> list[Share]:
     return [Share(rank=r, tokens=b - a) for r, a, b in zip(ranks, edges, edges[1:], strict=False)]
 
 
-def draw_cell(data: st.DataObject, size: int) -> FakeCell:
+def draw_cell(data: st.DataObject, size: int, windows: Sequence[Sight] = ()) -> FakeCell:
     return FakeCell(
         size,
         blocks=400,
         block_size=data.draw(st.sampled_from([1, 4, 16])),
         chunk_tokens=data.draw(st.sampled_from([1, 7, 64])),
         attends=True,
+        windows=windows,
     )
 
 
@@ -69,6 +72,9 @@ def admit_again(
         if runs and data.draw(st.integers(0, 9)):
             parts.append(KeptPart(rank=rank, runs=runs))
             taken.update(p for run in positions_of(runs) for p in run)  # a run may be here and where it was to go
+    since = max((cell.instances[part.rank].rmanager.since(seq) for part in parts), default=0)
+    if since > first_gap({part.rank: part.runs for part in parts}):
+        parts = []
     for rank in set(cell.members) - {part.rank for part in parts}:
         cell.instances[rank].rmanager.discard(seq)
     missing = tokens - sum(len(run) for part in parts for run in positions_of(part.runs))
@@ -130,7 +136,7 @@ def test_a_sequence_goes_on_from_any_of_its_kv(data: st.DataObject) -> None:
 @given(st.data())
 def test_losses_change_no_token(data: st.DataObject) -> None:
     """Steps are under way when an instance goes; those left have other ranks then, and sequences other shares and homes."""
-    cell = draw_cell(data, data.draw(st.integers(2, 3)))
+    cell = draw_cell(data, data.draw(st.integers(2, 3)), data.draw(st.sampled_from(WINDOWS)))
     go_on = goes_on(data, cell)
     wanted: dict[int, tuple[int, int]] = {}
 

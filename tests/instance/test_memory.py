@@ -19,6 +19,7 @@ from instance.memory import (
     tiers_bytes,
 )
 from instance.model import load_model
+from instance.needs import KVNeeds
 from tests.support.tiny import make_model
 
 GIB = 2**30
@@ -50,13 +51,18 @@ def budget(
     )
 
 
+def kv_of(token: int) -> KVNeeds:
+    """Of tokens of so many bytes."""
+    return KVNeeds(block_size=1, block=token, windows=[])
+
+
 def test_the_pool_gets_what_nothing_else_takes() -> None:
     some = budget()
     assert some.limit == 126 * GIB
     assert some.taken == 19 * GIB
     assert some.pool == 107 * GIB
     assert some.num_blocks(64 * TOKEN) == 13_696  # 107 GiB / 8 MiB
-    some.check(13_696 * 64, TOKEN)
+    some.check(13_696 * 64, kv_of(TOKEN))
 
 
 def test_a_part_of_a_block_is_none() -> None:
@@ -88,14 +94,14 @@ def test_too_little_says_how_much_is_missing_and_for_what() -> None:
     whole = budget(fraction=1)
     assert whole.pool == 121 * GIB
     with pytest.raises(TooLittleMemory) as told:
-        whole.check(1_000_000, TOKEN)
+        whole.check(1_000_000, kv_of(TOKEN))
     assert str(told.value) == (
         "--kv-tokens 1,000,000: cuda:1 needs 141.1 GiB (weights 15.0 GiB, other use of the device 1.0 GiB, "
         "activations 512.0 MiB, attention 256.0 MiB, sampling 256.0 MiB, CUDA graphs and NCCL 2.0 GiB, KV 122.1 GiB), "
         "short by 1.1 GiB of 140.0 GiB; at most 991,232 tokens fit (131,072 bytes each)"
     )
     with pytest.raises(TooLittleMemory, match="at most 0 tokens fit"):
-        budget(fraction=1, weights=150 * GIB).check(1, TOKEN)
+        budget(fraction=1, weights=150 * GIB).check(1, kv_of(TOKEN))
 
 
 def test_weights_are_refused_before_they_are_loaded() -> None:
@@ -121,13 +127,13 @@ def test_blocks_fit_and_one_more_does_not(total: int, fraction: float, parts: li
         with pytest.raises(TooLittleMemory, match="short by"):
             some.num_blocks(block)
         with pytest.raises(TooLittleMemory, match="short by"):
-            some.check(1, block)
+            some.check(1, kv_of(block))
         return
     blocks = some.num_blocks(block)
     assert blocks * block <= some.pool < (blocks + 1) * block
-    some.check(blocks, block)
+    some.check(blocks, kv_of(block))
     with pytest.raises(TooLittleMemory, match=f"at most {blocks:,} tokens fit"):
-        some.check(blocks + 1, block)
+        some.check(blocks + 1, kv_of(block))
 
 
 def test_sizes_are_read_in_the_unit_that_fits() -> None:

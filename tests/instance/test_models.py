@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from distattn.layout import FULL, Sight
 from distattn.shape import AttentionShape
 from instance.config import InstanceConfig, Launch
 from instance.errors import UnsupportedModel
@@ -19,6 +18,7 @@ from instance.exact import difference, eager_logits, paged_logits, refuse_inexac
 from instance.model import Model, load_model, random_model
 from instance.start import load
 from kernels.segments import Scoring
+from kvstore.sight import FULL, Sight
 from tests.support.tiny import VOCAB, make_model
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distattn.layout import HeldRun, Holding
 from gmanager.wire.messages import FlipRun, SequenceParams, Share
 from instance.step import STRETCH, Handoff, Step, StepMismatch, derive
-from tests.instance.scheduler_support import FakeCell, token_at
+from tests.instance.scheduler_support import WINDOWS, FakeCell, token_at
 
 
 @settings(max_examples=100)
@@ -24,6 +24,7 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
         block_size=data.draw(st.sampled_from([1, 4, 16])),
         chunk_tokens=data.draw(st.sampled_from([1, 7, 64])),
         attends=True,
+        windows=data.draw(st.sampled_from(WINDOWS)),
     )
     in_any_order = data.draw(st.booleans())
 

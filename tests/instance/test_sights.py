@@ -15,8 +15,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from distattn.layout import FULL, Sight
 from instance.sights import Rule, ruled_as, smaller
+from kvstore.sight import FULL, Sight
 
 STAND_IN = torch.zeros((1, 1, 2, 2), dtype=torch.bool)
 

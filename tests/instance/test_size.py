@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig
 
+from gmanager.wire import footprint
 from instance.checkpoint import resolve_checkpoint
 from instance.memory import activation_bytes, run_step
 from instance.model import load_model, random_model
 from instance.needs import Needs
+from instance.rmanager import RManager
 from instance.size import Question, answer, fewest_instances, instance_size, main, parse_count
+from kvstore.sight import Sight
 from tests.support.processes import processes
 from tests.support.tiny import make_model
 
@@ -32,6 +35,17 @@ SHAPE_8B = {
     "vocab_size": 128256,
     "max_position_embeddings": 2_097_152,
     "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+GEMMA_3_27B = {
+    "hidden_size": 5376,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "intermediate_size": 21504,
+    "sliding_window": 1024,
+    "max_position_embeddings": 131_072,
     "dtype": "bfloat16",
 }
 # docs/performance.md, "Memory of a GPU": one of two H200s, the 8B shape, --kv-memory 0.92, --chunk-tokens 8192
@@ -69,6 +83,37 @@ def test_the_8b_shape_on_two_h200s_has_the_room_that_was_measured(shape_8b: str,
     assert {name: part / 2**30 for name, part in one["parts"].items()} == pytest.approx(H200_PARTS_GIB, abs=0.1)
     assert sum(one["parts"].values()) + one["kv"] <= one["limit"] == int(int(H200_GIB * 2**30) * 0.92)
     assert (found["fits"], found["fewest"], found["context"]) == (True, 2, 2**20)
+
+
+def test_layers_with_windows_take_what_their_rows_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shape of Gemma 3 27B: of 62 layers ten see all, the others 1,024 tokens. A prompt of 128K takes what is said."""
+    Gemma3TextConfig(**GEMMA_3_27B).save_pretrained(tmp_path)
+    context, chunk, size = 2**17, 2048, 64
+    found = ask(
+        str(tmp_path),
+        *("--gpu-memory", "139.8", "--context", "128K", "--kv-tokens", "128K", "--chunk-tokens", str(chunk)),
+        capsys=capsys,
+    )
+    assert found["kv_per_token"] == 10 * 2 * 16 * 128 * 2
+    blocks = found["instance"]["blocks"]
+    rmanager = RManager(blocks, size, windows=[Sight(window=1024)] * 6, chunk_tokens=chunk)
+    assert rmanager.reserve(1, footprint.taken(context // size, [(1024 + chunk) // size + 1] * 6))
+    rmanager.wake(1, context - 1)
+    most = 0
+    for start in range(0, context, chunk):
+        rmanager.trim(1, start)
+        rmanager.append(1, start, start + chunk)
+        shard = rmanager.shards[1]
+        most = max(most, len(shard.block_ids) - len(shard.spare))
+    assert most <= blocks <= 1.03 * most
+    rmanager.end_prompt(1)
+    for position in range(context - 1, context + 99):  # of the last row's token its KV comes with the next step
+        rmanager.trim(1, position)
+    rmanager.validate()
+    in_use = (blocks - rmanager.free_blocks) * found["instance"]["kv"] / blocks
+    all_full, as_config = context * 62 * 8192, (10 * context + 52 * 1024) * 8192
+    assert as_config <= in_use <= 1.05 * as_config
+    assert 0.16 < in_use / all_full < 0.18
 
 
 def test_tokens_that_are_given_need_not_leave_anything_free(shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +196,7 @@ def test_a_model_on_meta_is_shaped_as_the_loaded_one(tmp_path: Path) -> None:
         loaded = load_model(make_model(kind, tmp_path / kind), None, torch.device("cpu"))
         shaped = random_model(loaded.module.config, torch.float32, META, seed=0)
         assert (shaped.shape, shaped.num_layers, shaped.max_context) == (loaded.shape, loaded.num_layers, loaded.max_context)
-        settings: dict[str, Any] = {"chunk_tokens": 512, "cell_size": 3, "backend": "torch"}
+        settings: dict[str, Any] = {"block_size": 16, "chunk_tokens": 512, "cell_size": 3, "backend": "torch"}
         assert Needs.of(shaped, **settings) == Needs.of(loaded, **settings)
 
 
@@ -222,7 +267,7 @@ def test_activations_are_predicted_never_too_few(chunk_tokens: int, dtype: torch
     for changed in ({}, {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}):
         config = LlamaConfig(**SHAPE_8B | {"num_hidden_layers": 2, "dtype": dtype} | changed)
         model = random_model(config, dtype, META, seed=0)
-        needs = Needs.of(model, chunk_tokens=chunk_tokens, cell_size=1, backend="torch")
+        needs = Needs.of(model, block_size=64, chunk_tokens=chunk_tokens, cell_size=1, backend="torch")
         most = 0
         for rows, sampled in needs.steps:
             with _Live() as live:

@@ -148,7 +148,7 @@ def step(kv_lens: list[int], pending: list[tuple[int, int]], before: dict[int, l
 def eagerly(model: Model, storage: KVStorage, plan: StepPlan, previous: torch.Tensor) -> torch.Tensor:
     backend = "triton" if DEVICE.type == "cuda" else "torch"
     attention = DistAttention(storage, model.shape, Exchange(None, DEVICE), backend=backend)  # type: ignore[arg-type]
-    attention.plan(plan.layouts, plan.slots_T)
+    attention.plan(plan.layouts, plan.slots)
     ids = torch.tensor(plan.token_ids_T, device=DEVICE)
     for row, sample in plan.pending:
         ids[row] = previous[sample]

@@ -11,7 +11,7 @@ import torch
 
 from distattn import decode
 from distattn.decode import DecodeStep, decode_kernel
-from distattn.layout import FULL, HeldRun, Holding, Sight, Span, lay_out
+from distattn.layout import HeldRun, Holding, Span, lay_out
 from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape, LayerView
 from kernels.peer_rows import Inbox
@@ -19,6 +19,7 @@ from kernels.reference import attention_state, compare
 from kernels.segments import Scoring
 from kernels.upload import FixedTables
 from kvstore.shard import ShardTable
+from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE
 
@@ -106,7 +107,7 @@ def test_rows_see_what_is_theirs_in_each_group_wherever_it_lies(monkeypatch: pyt
         tables = FixedTables(DecodeStep.table_sizes(storages[rank], SHAPE, num_rows, memories[rank]), DEVICE)
         step = DecodeStep(storages[rank], SHAPE, tables, num_rows, decode_kernel(storages[rank], SHAPE), memories[rank])
         tables.begin()
-        step.plan(layouts[rank], [-1] * num_rows)
+        step.plan(layouts[rank], [[-1] * num_rows])
         tables.upload()
         steps.append(step)
 

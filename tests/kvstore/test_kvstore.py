@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.pool import BlockPool
-from kvstore.shard import Run, Shard, ShardTable, continued
+from kvstore.run import Run, continued
+from kvstore.shard import Shard, ShardTable
 from kvstore.storage import KVStorage
 
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.pool import BlockPool
-from kvstore.prefix import CachedRun, first_tokens, whole_blocks
+from kvstore.prefix import CachedRun
+from kvstore.ranges import first_tokens, whole_blocks
 from kvstore.shard import ShardTable
 
 Ranges = list[tuple[int, int]]

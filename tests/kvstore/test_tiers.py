@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.checksum import checksum_of
-from kvstore.prefix import MOST_SPARE, CachedRun, join_ranges, split_tokens, whole_blocks
+from kvstore.prefix import MOST_SPARE, CachedRun
+from kvstore.ranges import join_ranges, split_tokens, whole_blocks
 from kvstore.shard import ShardTable
 from kvstore.storage import KVStorage
 from kvstore.tier_jobs import MARGIN_BLOCKS, TierJobs

@@ -33,7 +33,7 @@ from gmanager.cluster.cluster import Cluster
 from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
 from instance.sharing import Load as KvRead
-from kvstore.shard import Run
+from kvstore.run import Run
 
 SMALL = Profile(
     name="small",

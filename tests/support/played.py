@@ -95,6 +95,7 @@ class Job:
             self.future.set_result(result)
         else:
             self.future.set_exception(error)
+            self.future.exception()  # who waits hears of it; of a process that was killed nobody does
 
 
 class PlayedThread(Executor):

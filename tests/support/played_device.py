@@ -11,12 +11,13 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
 from distattn.exchange import ExchangeError
-from distattn.layout import Reading
+from distattn.layout import Layout, Reading
 from distattn.transfer import StepBudget, TransferEnded
 from gmanager.wire import messages as m
 from instance.copies import Copies
@@ -26,6 +27,7 @@ from instance.runner import StepResult, Times, Traffic
 from instance.scheduler import SampledRow, StepPlan
 from instance.step import Lane
 from kvstore.pool import BlockPool
+from kvstore.sight import FULL, Sight
 from kvstore.tiers import Copying, Fault, Place, Tier
 from tests.support.played import Job, PlayedThread
 
@@ -52,9 +54,12 @@ def choose(seen: int, seed: int, position: int, past: "array[int] | None") -> in
 class Expected:
     """The tokens that follow a prompt, where nothing goes wrong."""
 
-    def __init__(self, prompt: Sequence[int], seed: int, *, depends_on_past: bool) -> None:
+    def __init__(self, prompt: Sequence[int], seed: int, *, depends_on_past: bool, sight: Sight = FULL) -> None:
+        """`sight`: what rows see in the second layer."""
         self._seed = seed
+        self._sight = sight
         self._first = self._second = self._length = 0
+        self._seconds: list[int] = []
         self._past = array("I") if depends_on_past else None
         self._tokens: list[int] = []
         for token in prompt:
@@ -72,7 +77,8 @@ class Expected:
 
     def _see(self, token: int) -> None:
         self._first = (self._first + first_layer(self._length, token)) % MODULUS
-        self._second = (self._second + second_layer(self._length, self._first)) % MODULUS
+        self._seconds.append(second_layer(self._length, self._first))
+        self._second = sum(self._seconds[self._sight.first(self._length) :]) % MODULUS
         self._length += 1
 
 
@@ -106,9 +112,9 @@ class Memory:
         kv, size = self.kv[layer], self.block_size
         seen = [0] * num_rows
         for reading in readings:
-            for i, count in enumerate(reading.kv_lens):
-                row = reading.first_row + i
-                for at in range(count):
+            starts = reading.starts or (0,) * reading.num_rows
+            for row, (start, count) in enumerate(zip(starts, reading.kv_lens, strict=True), reading.first_row):
+                for at in range(start, count):
                     seen[row] += kv[reading.block_ids[at // size] * size + at % size]
         return seen
 
@@ -210,7 +216,7 @@ class PlayedRunner:
             return
         self.is_closed = True
         for queued in self.queue:
-            for slot in queued.plan.slots_T:
+            for slot in chain(*queued.plan.slots):
                 if self._chance.random() < 0.5:
                     self._memory.spoil(slot)
             queued.job.future.cancel()
@@ -219,7 +225,7 @@ class PlayedRunner:
     def break_off(self) -> None:
         """Rows of another member don't come."""
         queued = self.queue.popleft()
-        for slot in queued.plan.slots_T:
+        for slot in chain(*queued.plan.slots):
             self._memory.spoil(slot)
         queued.job.end(error=ExchangeError("another member closed the connection"))
 
@@ -239,22 +245,26 @@ class PlayedRunner:
 
     def store_seen(self, seen: Sequence[int]) -> None:
         plan = self.queue[0].plan
-        for slot, position, sum_ in zip(plan.slots_T, plan.positions_T, seen, strict=True):
+        for slot, position, sum_ in zip(plan.slots[-1], plan.positions_T, seen, strict=True):
             self._memory.kv[1][slot] = second_layer(position, sum_)
+
+    def layout(self, layer: int) -> Layout:
+        """Of the next step; the second layer may see less than the first."""
+        return self.queue[0].plan.layouts[-layer]
 
     def serve(self, layer: int) -> list[int]:
         """What rows of others see here."""
-        layout = self.queue[0].plan.layout
+        layout = self.layout(layer)
         return self._memory.read(layer, layout.others, layout.num_received)
 
     def attend(self, layer: int, served: Mapping[int, "tuple[PlayedRunner, list[int]]"]) -> list[int]:
         """What own rows see, here and at others. `served`: what each partner has read for others."""
-        layout = self.queue[0].plan.layout
+        layout = self.layout(layer)
         seen = self._memory.read(layer, layout.own, layout.num_rows)
         at = 0
         for rank, count in layout.dispatched.items():
             partner, sums = served[rank]
-            received = partner.queue[0].plan.layout.received
+            received = partner.layout(layer).received
             assert received.get(self.rank) == count, "one sends other rows than the other takes"
             first = sum(n for other, n in received.items() if other < self.rank)
             for row, sum_ in zip(layout.dispatched_rows[at : at + count], sums[first : first + count], strict=True):

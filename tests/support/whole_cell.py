@@ -25,7 +25,6 @@ from unittest.mock import patch
 
 import torch
 
-from distattn.layout import FULL
 from distattn.transfer import PEER_TIMEOUT_S, CopyFailed
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
@@ -47,15 +46,18 @@ from gmanager.cluster.events import (
 from gmanager.cluster.policies import POLICIES
 from gmanager.config import GManagerConfig
 from gmanager.journal_file import Batch, JournalFile
+from gmanager.wire import footprint
 from gmanager.wire import messages as m
 from gmanager.wire.codec import Decoder, encode
 from gmanager.wire.errors import BadMessage
 from instance.config import InstanceConfig, Launch
 from instance.errors import EpochEnded, WasDrained
+from instance.needs import most_blocks
 from instance.sequence import gaps_between
 from instance.server import Instance
 from instance.step import LANES
 from kvstore.pool import BlockPool
+from kvstore.sight import FULL, Sight
 from kvstore.tiers import Tier
 from tests.gmanager.cluster_support import one_by_one, register
 from tests.support.played import GMANAGER, Connection, Network, PlayedLoop, PlayedThread, PlayedTransport, read
@@ -72,6 +74,7 @@ from tests.support.played_device import (
 )
 
 BLOCK = 4
+CHUNK = 8
 BLOCK_BYTES = 2**24
 """So large that few are copied at once."""
 SEED = 7
@@ -158,11 +161,21 @@ class Asked:
 
 
 class WholeCell:
-    def __init__(self, sizes: list[int], seed: int = 0, tier_slots: Mapping[Tier, int] | None = None) -> None:
+    def __init__(
+        self,
+        sizes: list[int],
+        seed: int = 0,
+        tier_slots: Mapping[Tier, int] | None = None,
+        sight: Sight = FULL,
+    ) -> None:
         """`sizes`: blocks of the instances with which the cell begins. `seed`: of what aborted devices leave behind, of the
-        policy and of roles. `tier_slots`: below the pool of each instance; None: there are none."""
+        policy and of roles. `tier_slots`: below the pool of each instance; None: there are none. `sight`: what
+        rows see in the second layer."""
         self.tier_slots = dict(tier_slots or {})
-        self.checks_cache = seed % 3 == 1
+        self.sight = sight
+        self.windows = () if sight == FULL else (sight,)
+        self.most = [most_blocks(window, BLOCK, CHUNK) for window in self.windows]
+        self.checks_cache = seed % 3 == 1 and not self.windows
         self.loop = PlayedLoop()
         self.network = Network()
         self.network.open(GMANAGER, self)
@@ -309,14 +322,15 @@ class WholeCell:
             launch=Launch(rank=0, local_rank=0, world_size=1, run_id=str(number)),
             device="cpu",
             block_size=BLOCK,
-            chunk_tokens=8,
+            chunk_tokens=CHUNK,
             mixed_chunk_tokens=5,
             cell_size=len(self.sizes),
             check_cache=self.checks_cache,
             role=self.chance.choice(get_args(m.Role)),
         )
-        spec = register(rank=0, cell_size=1, blocks=total, block_size=BLOCK, chunk_tokens=8).spec
-        shape = SimpleNamespace(sights=(FULL,))
+        total = footprint.taken(total, self.most)
+        spec = register(rank=0, cell_size=1, blocks=total, block_size=BLOCK, chunk_tokens=CHUNK, windows=self.most).spec
+        shape = SimpleNamespace(sights=(FULL, *self.windows), windows=self.windows)
         model: Any = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"), fused=None, shape=shape)
         storage: Any = SimpleNamespace(num_blocks=total, block_size=BLOCK, block_bytes=BLOCK_BYTES)
         memory = Memory(total, BLOCK)
@@ -550,7 +564,7 @@ class WholeCell:
         salt = "its own" if begins % 7 == 6 else None
         tokens = m.pack_tokens(prompt)
         submit = m.Submit(request_id=name, params=params, token_ids=tokens, spread=spread, cache_salt=salt)
-        self.asked[name] = Asked(submit, Expected(prompt, SEED, depends_on_past=depends_on_past))
+        self.asked[name] = Asked(submit, Expected(prompt, SEED, depends_on_past=depends_on_past, sight=self.sight))
         self.hear(self.client_of(name), submit)
         self.settle()
 
@@ -565,7 +579,7 @@ class WholeCell:
     @property
     def capacity(self) -> int:
         """Tokens of the longest request that the living can serve together."""
-        return BLOCK * sum(process.total - 1 for process in self.living)
+        return BLOCK * sum(footprint.held(process.total, self.most) - 1 for process in self.living)
 
     def member(self, n: int) -> int:
         """Number of one of the cell's instances; 7 is none."""
@@ -630,7 +644,9 @@ class WholeCell:
 
 
 @contextmanager
-def whole_cell(sizes: list[int], seed: int = 0, tier_slots: Mapping[Tier, int] | None = None) -> Iterator[WholeCell]:
+def whole_cell(
+    sizes: list[int], seed: int = 0, tier_slots: Mapping[Tier, int] | None = None, sight: Sight = FULL
+) -> Iterator[WholeCell]:
     """A service that has begun to form a cell; its instances get what is played here in place of devices and clocks."""
     idle_gc = SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None)
     began: list[WholeCell] = []
@@ -641,7 +657,7 @@ def whole_cell(sizes: list[int], seed: int = 0, tier_slots: Mapping[Tier, int] |
         patch("gmanager.cluster.reuse.FAR_TOKENS", BLOCK),
         patch("gmanager.cluster.following.LEAST_SAVED", BLOCK),
     ):
-        cell = WholeCell(sizes, seed, tier_slots)
+        cell = WholeCell(sizes, seed, tier_slots, sight)
         began.append(cell)
         try:
             yield cell

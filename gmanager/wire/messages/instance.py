@@ -36,6 +36,9 @@ class InstanceSpec(Part):
     """The same in instances that can map each other's GPU memory."""
     other_names: list[str] = []
     """That requests may call the model by. A cell has those of its first instance."""
+    windows: list[int] = []
+    """For each table of blocks behind the first, of layers that see but a window or a chunk: the most blocks that one sequence
+    takes on an instance (`gmanager.wire.footprint`)."""
     rotary: str = ""
     """What the service has chosen of the model's rotary frequencies, in words; empty: they are as the model has them."""
 
@@ -186,6 +189,8 @@ class KeptShard(Part):
     below: list[int] = []
     """Of each run so many of the last tokens lie below the pool, in host memory or on disk: a Fetch brings them up. None: all
     are in the pool."""
+    since: int = 0
+    """Rows before this one can't follow it: in layers that see but a window, some of what they see is gone."""
 
 
 class Cached(Message):
@@ -303,6 +308,8 @@ class RunOffered(Message):
     move: int
     ranges: list[tuple[int, int]]
     """Its positions; none: nothing of the sequence is here."""
+    firsts: list[int] = []
+    """For each table of blocks behind the first: the first block of the run that is still there."""
 
 
 class Copied(Message):
@@ -458,6 +465,8 @@ class CopyRun(Message):
     source: int
     target: int
     ranges: list[tuple[int, int]]
+    firsts: list[int] = []
+    """As RunOffered has them; blocks are copied table by table."""
 
 
 class FlipRun(Message):
