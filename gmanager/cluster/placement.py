@@ -59,6 +59,8 @@ class InstanceView:
     """Rows that go to other instances in such a step, once for each."""
     served: int = 0
     """Rows of other homes that come here."""
+    coming: int = 0
+    """Tokens of KV that sequences at home here will soon have here, beyond what they have: `Sequence.coming`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,7 @@ def view_of(sequence: Sequence, moves: Moves) -> SequenceView:
         home=sequence.home,
         held={rank: tokens for rank, tokens in sequence.held.items() if tokens},
         left=sequence.left,
+        growth=sequence.growth,
         can_move=is_free and request.move_call is None,
         copyable=[rank for rank in sequence.participants if home_is_free and moves.can_begin(sequence, rank)],
     )

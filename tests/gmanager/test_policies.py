@@ -31,8 +31,10 @@ from gmanager.wire import messages as m
 from gmanager.wire.messages import Role
 from tests.gmanager.cluster_support import (
     CLIENT,
+    Driver,
     beat,
     cancel,
+    granted,
     outputs,
     peer,
     pong,
@@ -197,6 +199,38 @@ def test_split_computes_here_and_decodes_there() -> None:
     huge = Split().place(Prompt(missing=64 * 2100), cell(*(replace(v, free_blocks=2000) for v in there)))
     assert huge is not None
     assert len(huge.shares) > 1, "no prefill instance holds it"
+
+
+def test_who_was_sent_a_home_needs_room_for_what_follows_it() -> None:
+    """20,000 tokens are 313 blocks. One that was sent there before has as many elsewhere, which follow."""
+    for coming, homes, wanted in ((0, 0, 1), (20_000, 1, 1), (64 * 683, 1, 1), (64 * 683, 2, None), (64 * 684, 1, None)):
+        there = instance(1, role="decode", coming=coming, homes=homes)
+        found = Split().improve([sequence({0: 20_000}, copyable=(), growth=64)], cell(instance(0, role="prefill"), there))
+        assert found == (None if wanted is None else NewHome(7, wanted)), (coming, homes)
+        short = sequence({0: 20_000}, copyable=(), growth=0)
+        assert Split().improve([short], cell(instance(0, role="prefill"), replace(there, coming=0))) == NewHome(7, 1)
+    debtor = instance(0, rows=1, held=100_000, free_blocks=3, total_blocks=1600)
+    creditor = instance(1, rows=40, held=40_000, free_blocks=2500, total_blocks=3200, coming=64 * 1000)
+    crowd = cell(debtor, creditor, waiting=100, mean_tokens=1000)
+    assert Infinite().improve([sequence({0: 100_000}, copyable=())], crowd) is None
+    assert Infinite().improve([sequence({0: 50_000}, copyable=())], crowd) == NewHome(7, 1)
+
+
+def test_a_decode_instance_is_not_sent_more_than_it_will_hold() -> None:
+    """1,900 blocks there. Each of two has 1,000, which are still where they were computed when both begin to decode."""
+    driver = Driver(policy="split")
+    driver.ready_cell(5000, 1900, roles=("prefill", "decode"), max_context=100_000)
+    driver.say(CLIENT, m.Hello(protocol=m.PROTOCOL))
+    for token in (5, 6):
+        running(driver, f"r{token}", prompt=[token] * 4000, max_tokens=8)
+    driver.say(peer(0), beat(2998, {1: 4000, 2: 4000}))
+    assert reserve_next(1, 1) in driver.say(peer(0), outputs(1, 0, [9]))
+    driver.say(peer(1), granted(1, 1, 1899))
+    driver.say(peer(0), m.HomeMoved(epoch=1, seq=1, home=1))
+    acts = driver.say(peer(0), outputs(2, 0, [9]))
+    assert reserve_next(1, 2) not in acts, "there are 1,899 blocks, of which 1,000 are the first one's"
+    view = driver.cluster._cells.sequences["main"]._running.views()[1]
+    assert (view.free_blocks, view.coming) == (1899, 4000 + 8)
 
 
 def test_roles_that_say_nothing_are_told() -> None:

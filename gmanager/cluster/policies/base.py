@@ -52,6 +52,8 @@ class SequenceView:
     """Whether it may have another home now."""
     copyable: Collection[int] = ()
     """Ranks whose run may be copied to the home now, none of them the home."""
+    growth: int = 0
+    """Tokens that it generates next: `Sequence.growth`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,11 @@ class Outlook:
     def blocks_for(self, tokens: int) -> int:
         """That so many tokens take, in one run."""
         return -(-tokens // self.block_size)
+
+    def room_at(self, view: InstanceView) -> int:
+        """Free blocks of an instance that are left once all is there that is known to come to those at home there. What comes
+        of each may leave a block part full."""
+        return view.free_blocks - self.blocks_for(view.coming) - view.homes
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,9 @@ class Infinite(Policy):
 
     @staticmethod
     def _fits(sequence: SequenceView, creditor: InstanceView, outlook: Outlook) -> bool:
-        needed = outlook.blocks_for(sequence.held.get(sequence.home, 0)) + RESERVE_BLOCKS
-        return creditor.free_blocks >= needed and creditor.homes < creditor.max_homes
+        kv = sequence.held.get(sequence.home, 0), sequence.growth
+        needed = sum(map(outlook.blocks_for, kv)) + RESERVE_BLOCKS
+        return outlook.room_at(creditor) >= needed and creditor.homes < creditor.max_homes
 
     @staticmethod
     def _gain(sequence: SequenceView, creditor: InstanceView, outlook: Outlook) -> float:
