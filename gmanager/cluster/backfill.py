@@ -66,6 +66,7 @@ def _after(views: Sequence[InstanceView], endings: Sequence[Ending]) -> list[Ins
             free_blocks=min(view.total_blocks, view.free_blocks + free[view.rank]),
             homes=max(0, view.homes - homes[view.rank]),
             rows=max(0, view.rows - homes[view.rank]),
+            coming=view.coming * max(0, view.homes - homes[view.rank]) // max(1, view.homes),
         )
         for view in views
     ]

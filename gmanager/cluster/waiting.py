@@ -19,6 +19,7 @@ from gmanager.cluster.policies import Outlook, Prompt
 from gmanager.cluster.request import Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.reuse import Reuse
+from gmanager.cluster.sequence import SOON
 from gmanager.wire.messages import Discard, Unheard
 
 MAX_BREAKS = 3
@@ -92,8 +93,11 @@ class Waiting:
         """Where its next admission would lie, with what it shares and as instances are then; None if nowhere. What else the
         policy sees is looked up once, however many ways are tried."""
         outlook = self.outlook((), request)
+        left = next((member.rank for member in self._cell.members if member.id == request.gave_way_at), None)
 
         def place(views: Sequence[InstanceView], reuse: Reuse | None) -> Placement | None:
+            if left is not None:
+                views = self._with_reserve(views, left, request, outlook)
             there = request.kept if reuse is None else reuse.parts
             prompt = Prompt(
                 missing=request.num_tokens - sum(map(count_tokens, there.values())),
@@ -104,6 +108,16 @@ class Waiting:
             return self._cell.policy.place(prompt, replace(outlook, views=views))
 
         return place
+
+    @staticmethod
+    def _with_reserve(views: Sequence[InstanceView], rank: int, request: Request, outlook: Outlook) -> list[InstanceView]:
+        """Instances as one sees them that gave way at this one: what those at home there and itself generate next needs room,
+        too, or it would give way again, in a moment. With nobody there it needs no more than any other."""
+        seen, view = list(views), views[rank]
+        if view.homes:
+            room = outlook.room_at(view) - outlook.blocks_for(min(SOON, request.left))
+            seen[rank] = replace(view, free_blocks=max(0, room))
+        return seen
 
     def outlook(self, views: Sequence[InstanceView], request: Request | None = None) -> Outlook:
         """What a policy sees. `request`: that is to be placed."""

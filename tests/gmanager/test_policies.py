@@ -39,6 +39,7 @@ from tests.gmanager.cluster_support import (
     peer,
     pong,
     request_stats,
+    reserve,
     reserve_next,
     running,
     serving,
@@ -366,15 +367,35 @@ def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
 
 
 def test_one_that_gave_way_comes_again_as_soon_as_there_is_room() -> None:
-    """Not only when another has ended, as after a preemption for want of any room in the cell."""
-    driver = serving(8, 2)
+    """Not only when another has ended, as after a preemption for want of any room in the cell. But there is no room for what
+    both generate next: 19 tokens each."""
+    driver = serving(20, 2)
     for name in ("old", "young"):
         running(driver, name, 8, generated=1, max_tokens=20)
     assert driver.say(peer(0), beat(0, {1: 9, 2: 9}), m.NeedBlock(epoch=1, seq=1)) == [pong(0), cancel(0, 2)]
     driver.say(peer(0), beat(6), m.Released(epoch=1, seq=2, generated=1))
+    acts = driver.say(peer(0), outputs(1, 1, [9]), beat(13))
+    assert request_stats(driver, "young").state == "preempted", "3 blocks and one to spare, 5 more each, 1 may be part full"
+    assert not any(isinstance(act, Send) and isinstance(act.message, m.Reserve) for act in acts)
+    assert driver.say(peer(0), beat(15))[1:] == [reserve(0, 3, 4)]
+
+
+def test_one_that_gave_way_goes_elsewhere_or_waits_till_nobody_is_there() -> None:
+    """What it has computed is still there, so that it needs four blocks beside those that it shares: it came back, and gave way
+    again."""
+    cached = m.Cached(epoch=1, shards=[m.KeptShard(seq=2, runs=[[(0, 8)]])])
+    for elsewhere, wanted in ((2, []), (6, [reserve(1, 3, 4)])):
+        driver = serving(20, elsewhere)
+        for name in ("old", "young"):
+            running(driver, name, 8, generated=1, max_tokens=20)
+        driver.say(peer(0), beat(0, {1: 9, 2: 9}), m.NeedBlock(epoch=1, seq=1))
+        driver.say(peer(0), cached, beat(9), m.Released(epoch=1, seq=2, generated=1))
+        assert driver.say(peer(0), outputs(1, 1, [9]))[1:] == wanted
+    driver.say(peer(1), m.NotGranted(epoch=1, seq=3, free_blocks=2))
     assert request_stats(driver, "young").state == "preempted"
-    acts = driver.say(peer(0), outputs(1, 1, [9]))
-    assert any(isinstance(act, Send) and isinstance(act.message, m.Reserve) for act in acts)
+    driver.say(peer(0), outputs(1, 2, [2], finish_reason="stop"))
+    acts = driver.say(peer(0), m.Released(epoch=1, seq=1, generated=3))
+    assert acts == [Send(peer(0), m.Reserve(epoch=1, seq=4, blocks=4, source=2, shared=[[(0, 8)]]))]
 
 
 def test_what_ends_is_not_moved() -> None:
