@@ -6,7 +6,9 @@ asked. Then, for each of the rounds, one request ends and one comes, and what is
 
     submit     a request comes, is placed, and its blocks are asked for
     grant      the last grant of it: it is admitted, and parties are told
+    shared     as submit, of one whose first 2,048 tokens many others have, on many instances
     beat       an instance tells of free blocks while others wait
+    tick       a second has passed, while others wait: what runs may lie better elsewhere
 
 Exit code 0, or 1 if the longest median is above --most-ms.
 """
@@ -21,12 +23,16 @@ import zlib
 from _measure import facts, show
 
 from gmanager.cluster.cluster import Cluster
-from gmanager.cluster.events import Action, Event, PeerSaid, Send, SendAll, TextLoaded
+from gmanager.cluster.events import Action, Event, PeerSaid, Send, SendAll, TextLoaded, Ticked
 from gmanager.config import GManagerConfig, PolicyName
 from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
 
 CLIENT: PeerId = b"client"
+COMMON = 2048
+"""Tokens with which all begin that share."""
+SHARERS = 200
+TICKS = 20
 BLOCK_SIZE = 64
 ASSETS = m.TextAssets(tokenizer_json="{}", chat_template=None, special_tokens={}, eos_token_ids=[2])
 
@@ -62,7 +68,7 @@ class Driver:
         self.reserved: dict[tuple[int, int], int] = {}
         self.homes: dict[str, tuple[int, int]] = {}
         """request -> its home and its sequence."""
-        self.ms: dict[str, list[float]] = {"submit": [], "grant": [], "beat": []}
+        self.ms: dict[str, list[float]] = {kind: [] for kind in ("submit", "grant", "shared", "beat", "tick")}
 
     def form(self) -> None:
         for rank, peer in enumerate(self.peers):
@@ -101,7 +107,22 @@ class Driver:
         asked = m.Submit(request_id=name, params=params, token_ids=packed, spread=spread)
         self.follow(self.say(CLIENT, asked, "submit" if timed else None), name, timed=timed)
 
-    def follow(self, actions: list[Action], name: str, *, timed: bool) -> None:
+    def submit_shared(self, name: str, own: int, spread: int | None, *, timed: bool = False) -> None:
+        """The same, of one that begins as all others submitted so, and has so many tokens of its own, at least a block. Its
+        instances say what others can share there."""
+        number = zlib.crc32(name.encode())
+        tokens = [*range(COMMON), *(number >> shift & 0xFF for shift in (0, 8, 16, 24)), *[5] * own]
+        params = m.SamplingParams(max_tokens=1000, temperature=0)
+        asked = m.Submit(request_id=name, params=params, token_ids=m.pack_tokens(tokens), spread=spread)
+        self.follow(self.say(CLIENT, asked, "shared" if timed else None), name)
+        _, seq = self.homes[name]
+        ranks = [rank for rank, of in self.reserved if of == seq]
+        part = COMMON // len(ranks)
+        for place, rank in enumerate(ranks):
+            run = [(place * part, (place + 1) * part)]
+            self.say(self.peers[rank], m.Cached(epoch=1, shards=[m.KeptShard(seq=seq, runs=[run])]))
+
+    def follow(self, actions: list[Action], name: str, *, timed: bool = False) -> None:
         waiting = list(actions)
         while waiting:
             action = waiting.pop(0)
@@ -128,6 +149,13 @@ class Driver:
             self.free[rank] += self.reserved.pop((rank, of))
             actions += self.beat(rank)
         return actions
+
+    def tick(self) -> None:
+        """A second passes, in which all instances are heard."""
+        self.now += 1.0
+        for rank in range(len(self.peers)):
+            self.beat(rank)
+        self.handle(Ticked(self.now), "tick")
 
     def beat(self, rank: int, *, timed: bool = False) -> list[Action]:
         told = m.Beat(epoch=1, free_blocks=self.free[rank], held_tokens={}, counters=m.Counters())
@@ -157,6 +185,12 @@ def main() -> int:
         victim = rng.choice(list(driver.homes))
         driver.end(victim)
         driver.submit(f"n{number}", rng.randint(64, 4096), spread(), timed=True)
+    for number in range(SHARERS):
+        driver.submit_shared(f"s{number}", rng.randint(64, 1024), rng.choice((None, None, 2)))
+        if number % 2:
+            driver.end(f"s{number}")
+    for number in range(args.rounds):
+        driver.submit_shared(f"t{number}", rng.randint(64, 1024), None, timed=True)
     # a queue that waits for more than there is: each news is a reason to look again
     for number in range(50):
         driver.submit(f"w{number}", 2**21 - 1000, args.instances)
@@ -164,6 +198,8 @@ def main() -> int:
         rank = rng.randrange(args.instances)
         driver.free[rank] += rng.choice((-1, 1))
         driver.beat(rank, timed=True)
+    for _ in range(TICKS):
+        driver.tick()
     driver.cluster.validate()
     print(facts())
     rows = [
