@@ -7,8 +7,9 @@ Prefixes.find ──> Reuse: what is shared where ──place_rest──> option
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Send
@@ -74,6 +75,16 @@ class Reuse:
 
 
 Option = tuple[Placement, Reuse | None]
+
+
+class Places(Protocol):
+    """Where a request may lie."""
+
+    def __call__(self, views: Sequence[InstanceView], reuse: Reuse | None) -> Placement | None:
+        """With what it shares, and as instances are then; None if nowhere."""
+
+    def reaches_for(self, views: Sequence[InstanceView], reuse: Reuse, placement: Placement, far: Collection[int]) -> bool:
+        """Whether what these ranks hold of it, which compute nothing, is worth that they take part in each of its steps."""
 
 
 class Reuses:
@@ -201,7 +212,7 @@ class Reuses:
         self,
         request: Request,
         views: Sequence[InstanceView],
-        place: Callable[[Sequence[InstanceView], Reuse | None], Placement | None],
+        place: Places,
         now: float,
     ) -> tuple[Placement | None, Reuse | None]:
         """Where a request is computed soonest, None if it fits nowhere now; and what it shares there, some of which may have to
@@ -286,19 +297,18 @@ class Reuses:
         pinned = {rank: max(0, n - min(shared.get(rank, 0), n - below.get(rank, 0) // size)) for rank, n in blocks.items()}
         return Reuse(match.source, parts, pinned, below)
 
-    def _place(
-        self,
-        reuse: Reuse,
-        views: Sequence[InstanceView],
-        place: Callable[[Sequence[InstanceView], Reuse | None], Placement | None],
-    ) -> Option | None:
+    @staticmethod
+    def _place(reuse: Reuse, views: Sequence[InstanceView], place: Places) -> Option | None:
         """Without those parts for which another instance would have to take part, if they are not worth that."""
         while reuse.parts:
-            placement = place(reuse.seen_by(views), reuse)
+            seen = reuse.seen_by(views)
+            placement = place(seen, reuse)
             if placement is None:
                 return None
             far = [rank for rank in reuse.parts if rank not in placement.blocks]
             vain = [rank for rank in far if count_tokens(reuse.parts[rank]) < FAR_TOKENS]
+            if not vain and far and not place.reaches_for(seen, reuse, placement, far):
+                vain = far
             if not vain:
                 return placement, reuse
             reuse = reuse.without(vain)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gmanager.cluster.events import Deliver, Send
 from gmanager.cluster.performance import guess
-from gmanager.cluster.placement import Candidate, InstanceView
+from gmanager.cluster.placement import Candidate, InstanceView, Placement
 from gmanager.cluster.policies import (
     POLICIES,
     Elastic,
@@ -364,6 +364,40 @@ def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
         assert len(placed.blocks) == degree, "its first token comes sooner, unless others wait for theirs"
     small = cell(*(replace(view, total_blocks=18) for view in busy.views))
     assert Elastic().place(prompt, replace(small, costs=slow)) is not None, "no instance ever holds it"
+
+
+def test_what_is_shared_from_afar_costs_less_than_it_would_to_compute_it() -> None:
+    """2,000 tokens take 0.2 s to compute, an exchange 2 ms of both for each token that is generated."""
+    placement = Placement([m.Share(rank=0, tokens=100)], {0: 3})
+    prompt = Prompt(missing=100, kept={1: (2000, 1)}, is_shared=True, left=1000)
+    for far, left, rows, wanted in (
+        (2000, 1000, 90, False),
+        (2000, 1000, 0, False),
+        (2000, 10, 0, True),
+        (300_000, 100, 0, True),
+        (300_000, 10_000, 90, False),
+    ):
+        asked = replace(prompt, kept={1: (far, 1)}, left=left)
+        for tied in (0, 1):  # what others lose is no less if they are tied by others already
+            views = cell(instance(0, rows=4, held=4000, sent=tied), instance(1, rows=rows, held=1000 * rows, served=tied))
+            assert Elastic().reaches_for(asked, placement, {1: far}, views) == wanted, (far, left, rows)
+        assert Elastic().reaches_for(replace(asked, spread=1), placement, {1: far}, views)
+        assert Loong().reaches_for(asked, placement, {1: far}, views)
+    # spread over two, it would tie those together, wherever some of it lies: as one of which nothing lies anywhere
+    busy = cell(instance(0, free_blocks=15, rows=4, held=4000), instance(1, free_blocks=12, rows=4, held=4000))
+    long = Prompt(missing=64 * 16, kept={1: (640, 1)})
+    assert Elastic().place(long, busy) is not None, "its own KV, of which it would lose some"
+    assert Elastic().place(replace(long, is_shared=True), busy) is None
+
+
+def test_a_beginning_that_lies_where_others_are_busy_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instance 0 decodes one that begins so, and has no room for more."""
+    monkeypatch.setattr("gmanager.cluster.reuse.FAR_TOKENS", 4)
+    driver = serving(20, 20)
+    running(driver, "doc", prompt=list(range(40)), max_tokens=2, generated=1)
+    driver.say(peer(0), m.Cached(epoch=1, shards=[m.KeptShard(seq=1, runs=[[(0, 36)]])]), beat(3))
+    (asked,) = driver.say(CLIENT, submit("late", prompt=[*range(40), 8], max_tokens=100))
+    assert asked == reserve(1, 2, 12)
 
 
 def test_one_that_gave_way_comes_again_as_soon_as_there_is_room() -> None:

@@ -36,6 +36,10 @@ class Prompt:
     """As its client, or the service's flag, asks for."""
     waited_s: float = 0.0
     """Since it is the next."""
+    is_shared: bool = False
+    """What lies there is another's, and may be computed anew instead."""
+    left: int = 1
+    """Tokens that it may generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +135,11 @@ class Policy:
             waiting=outlook.waiting,
             reach=outlook.reach,
         )
+
+    def reaches_for(self, prompt: Prompt, placement: Placement, far: Mapping[int, int], outlook: Outlook) -> bool:
+        """Whether a prompt that is placed so attends to what it shares on other instances, which compute nothing of it (`far`,
+        rank -> tokens), rather than compute that again."""
+        return True
 
     def next_home(self, views: Sequence[InstanceView], home: int) -> int | None:
         """Where a sequence goes on whose home has no block left; None: nowhere, somebody makes room."""
