@@ -190,9 +190,11 @@ class Sequences:
         no longer."""
         self._changed |= self._reuses.end_overdue(self._requests.now)
         if not self._cell.is_draining and self._cell.policy.relocates:
-            again = self._running.all() if self._cell.policy.looks_at_all else self._running.shared
-            self._unsettled.add(again)
-            self._changed |= bool(again) or bool(self._waiting)
+            homes = set(self._cell.policy.looks_at(self._waiting.outlook(self._running.views())))
+            self._unsettled.look_again(self._running.shared)
+            if homes:
+                self._unsettled.look_again(sequence for sequence in self._running.all() if sequence.next_home in homes)
+            self._changed |= bool(self._unsettled) or bool(self._waiting)
 
     def resume(self) -> None:
         """The cell steps (again)."""

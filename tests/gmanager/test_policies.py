@@ -1,5 +1,6 @@
 """What policies decide: by numbers alone, and in a cluster that is driven by events."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from gmanager.cluster.policies import (
 )
 from gmanager.cluster.policies.elastic import WAITS_S
 from gmanager.cluster.policies.gain import after
-from gmanager.cluster.unsettled import view_of
+from gmanager.cluster.unsettled import MAX_ASKED, view_of
 from gmanager.config import GManagerConfig, PolicyName
 from gmanager.wire import messages as m
 from gmanager.wire.messages import Role
@@ -156,6 +157,40 @@ def test_infinite_lets_a_debtor_go_when_others_wait() -> None:
     # what it left behind follows
     left = sequence({0: 100_000, 1: 10}, home=1)
     assert Infinite().improve([left], cell(debtor, creditor)) == NewHolder(7, 0, 1)
+
+
+def test_infinite_looks_at_debtors_while_others_wait() -> None:
+    crowd = [instance(0, rows=1, free_blocks=3), instance(1, rows=1), instance(2, rows=256, free_blocks=3), instance(3)]
+    for waiting, debtors in ((0, []), (10, [0]), (100, [0, 1])):
+        assert list(Infinite().looks_at(cell(*crowd, waiting=waiting, mean_tokens=1000))) == debtors
+    full = [replace(view, free_blocks=3, homes=1) for view in crowd]
+    assert list(Infinite().looks_at(cell(*full, waiting=100, mean_tokens=1000))) == [], "nobody has memory to spare"
+
+
+def test_all_that_may_be_moved_have_their_turn_and_none_waits_for_all_others() -> None:
+    asked: list[list[int]] = []
+
+    class Asked(Infinite):
+        def looks_at(self, outlook: Outlook) -> Collection[int]:
+            return [0]
+
+        def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> None:
+            asked.append([sequence.seq for sequence in sequences])
+
+    driver = serving(1000, policy="infinite")
+    driver.cluster._cells["main"].policy = Asked()
+    for i in range(MAX_ASKED + 6):
+        running(driver, f"r{i}", prompt=[i] * 4, generated=1, max_tokens=9)
+    assert asked == [[i] for i in range(1, MAX_ASKED + 7)], "each when its first token comes"
+    asked.clear()
+    driver.wait(1, peer(0))
+    assert asked == [[*range(1, MAX_ASKED + 1)]]
+    running(driver, "new", prompt=[99] * 4, generated=1, max_tokens=9)
+    assert asked[1:] == [[*range(MAX_ASKED + 1, MAX_ASKED + 7)], [MAX_ASKED + 7]], "something has changed"
+    asked.clear()
+    driver.wait(2, peer(0))
+    assert sorted({seq for seqs in asked for seq in seqs}) == [*range(1, MAX_ASKED + 8)]
+    assert max(map(len, asked)) == MAX_ASKED
 
 
 def test_infinite_fills_local_memory_first() -> None:

@@ -115,8 +115,6 @@ class Policy:
     name: ClassVar[str]
     relocates: ClassVar[bool] = False
     """Whether it has anything to `improve`."""
-    looks_at_all: ClassVar[bool] = False
-    """Whether every second it may find something to improve of any sequence; otherwise of those on several instances."""
     waits_for_even: ClassVar[bool] = True
     """Whether a placement with uneven shares is put off while blocks become free."""
 
@@ -162,6 +160,11 @@ class Policy:
         """What instances with these roles lack, so that all serve as if mixed; None: nothing."""
         named = sorted(set(roles) - {"mixed"})
         return f"policy {self.name} knows no roles, and these have some: {', '.join(named)}" if named else None
+
+    def looks_at(self, outlook: Outlook) -> Collection[int]:
+        """Ranks of homes of whose sequences it may find something to improve as time passes, beside those of all that lie on
+        several instances."""
+        return ()
 
     def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> Relocation | None:
         """The one thing that is best moved now; None: nothing is, until something changes. Oldest sequences first."""

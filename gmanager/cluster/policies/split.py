@@ -26,7 +26,6 @@ class Split(Policy):
 
     name = "split"
     relocates = True
-    looks_at_all = True
 
     def wrong_with(self, roles: Collection[str]) -> str | None:
         missing = [role for role in ("prefill", "decode") if not {role, "mixed"}.intersection(roles)]
@@ -65,6 +64,10 @@ class Split(Policy):
         decode = _ranks(views, "decode")
         target = choose_target([view for view in views if view.rank in decode], home=home)
         return choose_target(views, home=home) if target is None else target
+
+    def looks_at(self, outlook: Outlook) -> Collection[int]:
+        decode = _ranks(outlook.views, "decode")
+        return _ranks(outlook.views, "prefill") - decode if decode else ()
 
     def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> Relocation | None:
         prefill, decode = _ranks(outlook.views, "prefill"), _ranks(outlook.views, "decode")
