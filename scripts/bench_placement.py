@@ -27,7 +27,7 @@ from _measure import facts, show
 
 from gmanager.cluster.chain import Chain, seed_of
 from gmanager.cluster.cluster import Cluster
-from gmanager.cluster.events import Action, Event, PeerSaid, Send, SendAll, TextLoaded, Ticked
+from gmanager.cluster.events import Action, Encode, Encoded, Event, PeerSaid, Send, SendAll, TextLoaded, Ticked
 from gmanager.cluster.prefixes import Prefixes
 from gmanager.config import GManagerConfig, PolicyName
 from gmanager.wire import messages as m
@@ -38,6 +38,8 @@ COMMON = 2048
 """Tokens with which all begin that share."""
 SHARERS = 200
 TICKS = 20
+QUEUE = 20
+"""Of 2M tokens each, for most of which there is no room."""
 BLOCK_SIZE = 64
 ASSETS = m.TextAssets(tokenizer_json="{}", chat_template=None, special_tokens={}, eos_token_ids=[2])
 
@@ -104,7 +106,7 @@ class Driver:
             self.ms[kind].append(1e3 * (time.perf_counter() - began))
         return actions
 
-    def submit(self, name: str, tokens: int, spread: int, *, timed: bool = False) -> None:
+    def submit(self, name: str, tokens: int, spread: int | None, *, timed: bool = False) -> None:
         """Let it be admitted, prefilled and begin to decode, if there is room."""
         number = zlib.crc32(name.encode())  # no two begin alike, or one would wait for the other
         packed = m.pack_tokens([*(number >> shift & 0xFF for shift in (0, 8, 16, 24)), *[5] * tokens][:tokens])
@@ -137,6 +139,17 @@ class Driver:
                 self.reserved[rank, asked.seq] = asked.blocks
                 answer = m.Granted(epoch=1, seq=asked.seq, blocks=asked.blocks, free_blocks=self.free[rank])
                 waiting += self.say(action.peer, answer, "grant" if timed else None)
+            elif isinstance(action, Send) and isinstance(action.message, m.ReserveNext):
+                rank, seq = self.peers.index(action.peer), action.message.seq
+                self.free[rank] -= 1
+                self.reserved[rank, seq] = self.reserved.get((rank, seq), 0) + 1
+                waiting += self.say(action.peer, m.Granted(epoch=1, seq=seq, blocks=1, free_blocks=self.free[rank]))
+            elif isinstance(action, Send) and isinstance(action.message, m.MoveSequence):
+                moved = m.HomeMoved(epoch=1, seq=action.message.seq, home=action.message.to)
+                waiting += self.say(action.peer, moved)
+            elif isinstance(action, Encode):  # a long prompt, which the shell looks through
+                ids = action.submit.token_ids or b""
+                waiting += self.handle(Encoded(action.request, self.now, token_ids=ids, highest=5))
             elif isinstance(action, SendAll) and isinstance(action.message, m.Admit):
                 admit = action.message
                 home = admit.shares[0].rank
@@ -160,7 +173,7 @@ class Driver:
         self.now += 1.0
         for rank in range(len(self.peers)):
             self.beat(rank)
-        self.handle(Ticked(self.now), "tick")
+        self.follow(self.handle(Ticked(self.now), "tick"), "")
 
     def beat(self, rank: int, *, timed: bool = False) -> list[Action]:
         told = m.Beat(epoch=1, free_blocks=self.free[rank], held_tokens={}, counters=m.Counters())
@@ -184,17 +197,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instances", type=int, default=1024)
     parser.add_argument("--requests", type=int, default=10_000, help="that run")
+    parser.add_argument("--blocks", type=int, default=640, help="of each instance (%(default)d)")
     parser.add_argument("--spread-share", type=float, default=0.1, help="of them that lie on several instances (%(default)g)")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--policy", default=GManagerConfig().policy, help=f"one of {PolicyName}")
     parser.add_argument("--most-ms", type=float, default=10.0)
     args = parser.parse_args()
     rng = random.Random(0)
-    driver = Driver(args.instances, 4096, args.policy)
+    driver = Driver(args.instances, args.blocks, args.policy)
     driver.form()
 
-    def spread() -> int:
-        return rng.randint(2, 8) if rng.random() < args.spread_share else 1
+    def spread() -> int | None:
+        return rng.randint(2, 8) if rng.random() < args.spread_share else None
 
     for number in range(args.requests):
         driver.submit(f"r{number}", rng.randint(64, 4096), spread())
@@ -210,7 +224,7 @@ def main() -> int:
     for number in range(args.rounds):
         driver.submit_shared(f"t{number}", rng.randint(64, 1024), None, timed=True)
     # a queue that waits for more than there is: each news is a reason to look again
-    for number in range(50):
+    for number in range(QUEUE):
         driver.submit(f"w{number}", 2**21 - 1000, args.instances)
     for _ in range(args.rounds):
         rank = rng.randrange(args.instances)
