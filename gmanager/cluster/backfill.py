@@ -11,7 +11,6 @@ the head of the queue for more than `PATIENCE_S` while others go before it.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from heapq import nsmallest
 
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.placement import InstanceView
@@ -115,7 +114,7 @@ class Backfill:
         )
         soonest = [
             Ending(in_s, number, sequence.home, {rank: -(-tokens // size) for rank, tokens in sequence.held.items()})
-            for in_s, number in nsmallest(MAX_ENDINGS, running)
+            for in_s, number in sorted(running)[:MAX_ENDINGS]
             for sequence in (self._running[number],)
         ]
         return room_in(lambda then: place(then, None) is not None, views, soonest)
