@@ -420,6 +420,9 @@ class Instance:
                 self._tiering.fetch(message)
             case wire.Fetch(into_pool=True):
                 self._tell(wire.Fetched(epoch=message.epoch, fetch=message.fetch, blocks=0, us=0))
+            case wire.StopFetch():
+                if self._tiering is not None:
+                    self._tiering.stop_fetch(message)
             case wire.Admit():
                 scheduler.admit(message)
             case wire.Regroup(number=number, parties=parties):

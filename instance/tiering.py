@@ -104,6 +104,11 @@ class Tiering:
             self.jobs.lift(asked.source, asked.end)
         self.wake()
 
+    def stop_fetch(self, asked: wire.StopFetch) -> None:
+        """Likewise."""
+        self.jobs.stop_fetch(asked.fetch)
+        self.wake()
+
     def known(self, block_ids: Sequence[int]) -> dict[int, int]:
         """Of blocks that are about to be shared, those that can be compared, and with what."""
         return {} if self.jobs.checks is None else self.jobs.checks.known(block_ids)

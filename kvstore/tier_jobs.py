@@ -110,6 +110,13 @@ class TierJobs:
         """Read into the pool what is below of a cached sequence before a position. `take_fetched` says when that is over."""
         self._asked.append((number, seq, end))
 
+    def stop_fetch(self, number: int) -> None:
+        """Nobody waits for that any more: what is being read is the last of it."""
+        if self._fetch is not None and self._fetch.number == number:
+            self._fetch.left = 0
+        self._fetched += [Fetched(number, 0) for asked, _, _ in self._asked if asked == number]
+        self._asked = deque(asked for asked in self._asked if asked[0] != number)
+
     def lift(self, seq: int, end: int) -> None:
         """Bring what of it is on disk to host memory."""
         if seq not in self._cache or not self._tiers.num_slots["host"] or self._tiers.is_off:

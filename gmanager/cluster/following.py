@@ -9,7 +9,7 @@ So a document that many ask about at once, or of which one asks for several answ
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from gmanager.cluster.chain import Chain
+from gmanager.cluster.chain import DIGEST_BYTES, Chain, num_common
 from gmanager.cluster.reading import deadline
 from gmanager.cluster.request import Request
 
@@ -54,9 +54,9 @@ class Following:
         """A prompt of so many tokens is going to be computed. `computed`: (id of an instance, tokens there)."""
         # what has no full block of it, with the last token left out, will say nothing
         untold = {number for number, its in computed if its > self._block_size}
-        if untold and len(chain.digests) * self._block_size >= LEAST_SAVED:
+        if untold and chain.num_blocks * self._block_size >= LEAST_SAVED:
             self._prompts[seq] = _Prompt(chain, tokens, untold)
-            self._by_first.setdefault(chain.digests[0], {})[seq] = None
+            self._by_first.setdefault(_first(chain), {})[seq] = None
 
     def told(self, seq: int, number: int) -> None:
         """An instance has said what can be shared there: with the last of them nobody waits any longer."""
@@ -71,10 +71,11 @@ class Following:
         prompt = self._prompts.pop(seq, None)
         if prompt is None:
             return
-        same = self._by_first[prompt.chain.digests[0]]
+        first = _first(prompt.chain)
+        same = self._by_first[first]
         del same[seq]
         if not same:
-            del self._by_first[prompt.chain.digests[0]]
+            del self._by_first[first]
         self._waits = {number: wait for number, wait in self._waits.items() if wait[0] != seq}
 
     # --- who waits ----------------------------------------------------------------------------------------------------
@@ -82,12 +83,12 @@ class Following:
     def worth_waiting(self, request: Request, shared: int) -> tuple[int, int] | None:
         """Which sequence a request should wait for, and how long its prompt is; None: none. `shared`: tokens that are there."""
         chain = request.chain
-        if chain is None or not chain.digests or request.number in self._impatient:
+        if chain is None or not chain.num_blocks or request.number in self._impatient:
             return None
         best: tuple[int, int, int] | None = None
-        for seq in self._by_first.get(chain.digests[0], ()):
+        for seq in self._by_first.get(_first(chain), ()):
             prompt = self._prompts[seq]
-            common = min(_num_common(chain.digests, prompt.chain.digests) * self._block_size, request.num_tokens - 1)
+            common = min(num_common(chain.digests, prompt.chain.digests) * self._block_size, request.num_tokens - 1)
             if common - shared >= LEAST_SAVED and common >= LEAST_PART * prompt.tokens and (best is None or common > best[0]):
                 best = common, seq, prompt.tokens
         return None if best is None else (best[1], best[2])
@@ -127,13 +128,6 @@ class Following:
             raise RuntimeError(f"prompts {sorted(self._prompts)} are computed, found are {found}")
 
 
-def _num_common(one: list[bytes], other: list[bytes]) -> int:
-    """Blocks with which both begin: names of longer beginnings differ from the first on that does."""
-    same, differ = 0, min(len(one), len(other)) + 1
-    while differ - same > 1:
-        middle = (same + differ) // 2
-        if one[middle - 1] == other[middle - 1]:
-            same = middle
-        else:
-            differ = middle
-    return same
+def _first(chain: Chain) -> bytes:
+    """Digest of its first block."""
+    return chain.digests[:DIGEST_BYTES]

@@ -59,6 +59,8 @@ class InstanceView:
     """Rows that go to other instances in such a step, once for each."""
     served: int = 0
     """Rows of other homes that come here."""
+    coming: int = 0
+    """Tokens of KV that sequences at home here will soon have here, beyond what they have: `Sequence.coming`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,10 @@ def place(
     spread: Spread,
     waiting: Sequence[int] = (),
     reach: int = LONG_PROMPT,
+    aside: int = 0,
 ) -> Placement | None:
     """Participants and shares for a prompt, or None if it doesn't fit now. `waiting`: tokens of those behind it; `reach`: as
-    `prompt_work` has it.
+    `prompt_work` has it. `aside`: blocks that each participant must have left.
 
     'auto' is one where it fits (every further participant costs each step an exchange), but as many as `degree` says for a
     prompt of LONG_PROMPT tokens or more; those that have least to prefill take part, of those with room for an even share.
@@ -115,19 +118,20 @@ def place(
         10 tokens in blocks of 4 on 2 instances      home [0 .. 5]   other [4 tokens]    (6 and 4)
     """
     num_blocks = -(-tokens // block_size)
-    rooms = sorted((view for view in views if view.free_blocks > 1), key=lambda v: (-v.free_blocks, v.homes, v.rank))
+    rooms = sorted((view for view in views if view.free_blocks > 1 + aside), key=lambda v: (-v.free_blocks, v.homes, v.rank))
     home = next((view for view in rooms if view.homes < view.max_homes), None)
     if home is None or not num_blocks:
         return None
-    chosen = _least_busy(rooms, tokens, num_blocks, waiting, reach) if spread == "auto" else None
+    chosen = _least_busy(rooms, tokens, num_blocks, waiting, reach, aside) if spread == "auto" else None
     if chosen is None:
         able = sum(view.total_blocks > 1 for view in views)
         wanted = able if spread == "all" else 1 if spread == "auto" else spread
-        chosen = _roomiest([home, *(view for view in rooms if view is not home)], min(wanted, able, num_blocks), num_blocks)
+        others = (view for view in rooms if view is not home)
+        chosen = _roomiest([home, *others], min(wanted, able, num_blocks), num_blocks, aside)
     if chosen is None:
         return None
     by_room = sorted(chosen, key=lambda view: -view.free_blocks)
-    sizes = dict(zip(by_room, _even_shares([view.free_blocks - 1 for view in by_room], num_blocks), strict=True))
+    sizes = dict(zip(by_room, _even_shares([view.free_blocks - 1 - aside for view in by_room], num_blocks), strict=True))
     return share_out({view.rank: sizes[view] for view in chosen}, tokens, block_size)
 
 
@@ -156,29 +160,31 @@ def place_rest(
     where it was. Tokens that fill gaps may open one run more on an instance and leave a part-filled block behind in each of
     those that it has, so it reserves as many blocks more.
     """
-    more = {view.rank: 1 + kept.get(view.rank, (0, 0))[1] for view in views}
-    roomy = [replace(view, free_blocks=max(0, view.free_blocks - more[view.rank])) for view in views]
+    more = {rank: runs for rank, (_, runs) in kept.items()}
+    less = {v.rank: replace(v, free_blocks=max(0, v.free_blocks - more[v.rank])) for v in views if v.rank in kept}
     placement = None
     if (spread in ("auto", 1) and missing < LONG_PROMPT) or missing <= block_size:
-        by_tokens = sorted(roomy, key=lambda view: (-kept.get(view.rank, (0, 0))[0], view.rank))
-        fits = (place([view], tokens=missing, block_size=block_size, spread=1) for view in by_tokens if view.rank in kept)
+        by_tokens = sorted(less.values(), key=lambda view: (-kept[view.rank][0], view.rank))
+        fits = (place([view], tokens=missing, block_size=block_size, spread=1, aside=1) for view in by_tokens)
         placement = next((one for one in fits if one is not None), None)
     if placement is None:
-        placement = place(roomy, tokens=missing, block_size=block_size, spread=spread, waiting=waiting, reach=reach)
+        views = [less.get(view.rank, view) for view in views]
+        placement = place(views, tokens=missing, block_size=block_size, spread=spread, waiting=waiting, reach=reach, aside=1)
     if placement is None:
         return None
-    return Placement(placement.shares, {rank: blocks + more[rank] for rank, blocks in placement.blocks.items()})
+    return Placement(placement.shares, {rank: blocks + 1 + more.get(rank, 0) for rank, blocks in placement.blocks.items()})
 
 
 def _least_busy(
-    rooms: Sequence[InstanceView], tokens: int, num_blocks: int, waiting: Sequence[int], reach: int
+    rooms: Sequence[InstanceView], tokens: int, num_blocks: int, waiting: Sequence[int], reach: int, aside: int
 ) -> list[InstanceView] | None:
     """As many of `rooms` as `degree` says, with least to prefill, the home first. None: no number of them holds even shares."""
     options: dict[int, list[InstanceView]] = {}
     kept_free = [] if tokens < LONG_PROMPT else _kept_free(rooms)
     most = 1 if tokens < LONG_PROMPT else min(len(rooms) - len(kept_free), num_blocks, tokens // LEAST_SHARE)
     for count in _weighed(most):
-        able = [view for view in rooms if view.free_blocks > -(-num_blocks // count) and view.rank not in kept_free]
+        least = -(-num_blocks // count) + aside
+        able = [view for view in rooms if view.free_blocks > least and view.rank not in kept_free]
         able.sort(key=lambda view: view.backlog // LONG_PROMPT)  # less than that is no reason against more room
         home = next((view for view in able if view.homes < view.max_homes), None)
         if home is not None and len(able) >= count:
@@ -207,9 +213,9 @@ def _kept_free(rooms: Sequence[InstanceView]) -> list[int]:
     return [view.rank for view in by_backlog[: len(rooms) // KEPT_FREE]]
 
 
-def _roomiest(rooms: Sequence[InstanceView], wanted: int, num_blocks: int) -> list[InstanceView] | None:
+def _roomiest(rooms: Sequence[InstanceView], wanted: int, num_blocks: int, aside: int) -> list[InstanceView] | None:
     """The first `wanted`, or as many as memory needs; None if they have too little."""
-    needed = _least_for_memory([view.free_blocks - 1 for view in rooms], num_blocks)
+    needed = _least_for_memory([view.free_blocks - 1 - aside for view in rooms], num_blocks)
     if needed is None or max(wanted, needed) > len(rooms):
         return None
     return list(rooms[: max(wanted, needed)])

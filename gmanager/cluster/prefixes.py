@@ -12,11 +12,11 @@ What lies below an instance's pool, in host memory or on disk, follows what of i
 once it has been read, so there are two lists of digests: of what is in pools, and of all there is.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from gmanager.cluster.beginnings import Beginnings
 from gmanager.cluster.chain import Chain
 from gmanager.cluster.request import Runs, count_tokens, held_once
 from gmanager.wire.messages import KeptShard
@@ -110,45 +110,6 @@ class _Entry:
     """id of a member -> what of it can be shared there, as last told."""
 
 
-class _Digests:
-    """By which sequences are found."""
-
-    def __init__(self) -> None:
-        self.num_listed: dict[int, int] = {}
-        """seq -> so many of its first digests are here."""
-        self._seqs: dict[bytes, dict[int, None]] = {}
-
-    def note(self, seq: int, digests: Sequence[bytes], count: int) -> None:
-        """Let a sequence be found by so many of its first digests, whatever it was."""
-        before = self.num_listed.pop(seq, 0)
-        for digest in digests[before:count]:
-            self._seqs.setdefault(digest, {})[seq] = None
-        for digest in digests[count:before]:
-            seqs = self._seqs[digest]
-            del seqs[seq]
-            if not seqs:
-                del self._seqs[digest]
-        if count:
-            self.num_listed[seq] = count
-
-    def longest(self, digests: Sequence[bytes]) -> int:
-        """How many of the first digests somebody has; whoever has one has all those before it."""
-        return bisect_left(range(len(digests)), True, key=lambda i: digests[i] not in self._seqs)
-
-    def newest(self, digest: bytes) -> Iterator[int]:
-        """Who has it, the newest first."""
-        return reversed(self._seqs[digest])
-
-    def validate(self, entries: Mapping[int, _Entry]) -> None:
-        """Raises RuntimeError if sequences are found by others than their own."""
-        listed: dict[bytes, set[int]] = {}
-        for seq, count in self.num_listed.items():
-            for digest in entries[seq].chain.digests[:count]:
-                listed.setdefault(digest, set()).add(seq)
-        if listed != {digest: set(seqs) for digest, seqs in self._seqs.items()}:
-            raise RuntimeError("sequences are not found by the digests that they have")
-
-
 class Prefixes:
     """Those of one cell."""
 
@@ -156,8 +117,8 @@ class Prefixes:
         self._block_size = block_size
         self._entries: dict[int, _Entry] = {}
         """In order of admission."""
-        self._in_pool = _Digests()
-        self._all = _Digests()
+        self._in_pool = Beginnings()
+        self._all = Beginnings()
         self._sunk: set[tuple[int, int]] = set()
         """(sequence, member) of which something lies below."""
 
@@ -238,14 +199,11 @@ class Prefixes:
         """What can be shared of those that begin with most of the tokens before position `end`: most tokens first, newer ones
         before older, one for each set of members. `without`: members of which nothing is wanted. `with_below`: what must be
         read first counts, too."""
-        digests = self._all if with_below else self._in_pool
-        count = digests.longest(chain.digests)
-        if not count:
-            return []
+        count, seqs = (self._all if with_below else self._in_pool).longest(chain.digests)
         end = min(end, count * self._block_size)
         left_out = set(without)
         found: dict[frozenset[int], Match] = {}
-        for seq in islice(digests.newest(chain.digests[count - 1]), MOST_WEIGHED):
+        for seq in islice(seqs, MOST_WEIGHED):
             match = self._shareable(seq, end, left_out, with_below=with_below)
             where = frozenset(match.parts)
             if match.parts and (where not in found or match.tokens > found[where].tokens):
@@ -277,13 +235,12 @@ class Prefixes:
 
     def _list(self, seq: int, entry: _Entry) -> None:
         """Let it be found by its digests, as far as there is KV of it; forget it if there is none, and will be none."""
-        digests = entry.chain.digests
         for listing, runs in (
             (self._in_pool, [run for held in entry.held.values() for run in held.in_pool]),
             (self._all, [run for held in entry.held.values() for run in held.runs]),
         ):
             last = max((run[-1][1] for run in runs), default=0)
-            listing.note(seq, digests, min(len(digests), -(-last // self._block_size)))
+            listing.note(seq, entry.chain.digests, min(entry.chain.num_blocks, -(-last // self._block_size)))
         if not entry.is_live and seq not in self._all.num_listed:
             self._sunk -= {(seq, member) for member in entry.held}
             del self._entries[seq]
@@ -301,7 +258,7 @@ class Prefixes:
             if not entry.is_live and not entry.held:
                 raise RuntimeError(f"sequence {seq} is over, has left nothing, and is known")
         for listing in (self._in_pool, self._all):
-            listing.validate(self._entries)
+            listing.validate({seq: entry.chain for seq, entry in self._entries.items()})
         if self._sunk != {(s, m) for s, entry in self._entries.items() for m, held in entry.held.items() if held.has_below}:
             raise RuntimeError(f"something is said to lie below of {sorted(self._sunk)}")
 

@@ -9,8 +9,8 @@ It takes no blocks that anybody reserves: what was read is cached like what requ
 if they need it. Then the request finds less, and reads once more or computes it.
 
 How long reading takes is guessed until an instance has said it, and again some time after: one that was slow once may not be so
-for ever. One that nobody waits for any more takes at least as long as was waited, whatever was known before, and its answer
-counts when it comes.
+for ever. One that took too long takes at least as long as was waited, whatever was known before. One that nobody waits for any
+more is stopped (StopFetch), and its answer counts when it comes.
 """
 
 from bisect import insort
@@ -22,7 +22,7 @@ from statistics import median
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Send
 from gmanager.cluster.request import Request
-from gmanager.wire.messages import Fetch, Fetched
+from gmanager.wire.messages import Fetch, Fetched, StopFetch
 
 READ_S = 10e-6
 """Of a token, until it is known: 128 KiB at 13 GB/s."""
@@ -137,6 +137,12 @@ class Reading:
         self._emit(Send(member.peer, fetch))
         return self._num_fetches
 
+    def _stop(self, member_id: int, number: int) -> None:
+        """Nobody waits for a fetch any more."""
+        for member in self._cell.members:
+            if member.id == member_id:
+                self._emit(Send(member.peer, StopFetch(epoch=self._cell.epoch, fetch=number)))
+
     def on_fetched(self, member: Member, fetched: Fetched, now: float) -> bool:
         """An instance has read. False: nobody has ever waited for that."""
         key = member.id, fetched.fetch
@@ -181,6 +187,7 @@ class Reading:
             del fetch.requests[number]
             if not fetch.requests:
                 self._late[key] = self._fetches.pop(key)
+                self._stop(*key)
                 if len(self._late) > MOST_LATE:
                     del self._late[next(iter(self._late))]
 

@@ -128,6 +128,8 @@ class Request:
     """Tokens of KV per rank, as last heard."""
     home_moves: int = 0
     preemptions: int = 0
+    gave_way_at: int | None = None
+    """Id of the instance at which it was at home when it was preempted, until it is admitted again."""
     is_restored: bool = False
     """A gManager before this one took it in: it is not refused because its cell is smaller now."""
     was_interrupted: bool = False

@@ -6,8 +6,10 @@ Prefixes.find ──> Reuse: what is shared where ──place_rest──> option
                   none of it ─────────────────────place──────> option ┘
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Send
@@ -68,10 +70,23 @@ class Reuse:
 
     def seen_by(self, views: Sequence[InstanceView]) -> list[InstanceView]:
         """Instances as they are once it is shared."""
-        return [replace(view, free_blocks=max(0, view.free_blocks - self.pinned.get(view.rank, 0))) for view in views]
+        seen = list(views)
+        for rank in filter(self.pinned.get, self.pinned):
+            seen[rank] = replace(views[rank], free_blocks=max(0, views[rank].free_blocks - self.pinned[rank]))
+        return seen
 
 
 Option = tuple[Placement, Reuse | None]
+
+
+class Places(Protocol):
+    """Where a request may lie."""
+
+    def __call__(self, views: Sequence[InstanceView], reuse: Reuse | None) -> Placement | None:
+        """With what it shares, and as instances are then; None if nowhere."""
+
+    def reaches_for(self, views: Sequence[InstanceView], reuse: Reuse, placement: Placement, far: Collection[int]) -> bool:
+        """Whether what these ranks hold of it, which compute nothing, is worth that they take part in each of its steps."""
 
 
 class Reuses:
@@ -85,6 +100,8 @@ class Reuses:
         self.following = Following(cell.spec.block_size)
         self._admitted: dict[int, tuple[int, Reuse | None]] = {}
         """seq -> how many tokens had been generated for its request when it was admitted, and what it shares."""
+        self._sharing: dict[int, dict[int, Counter[int]]] = {}
+        """source -> rank -> how many of these share so many of its blocks there."""
 
     @property
     def has_below(self) -> bool:
@@ -121,15 +138,39 @@ class Reuses:
             self._lengthen(request)
             self._prefixes.add(seq, chain)
             self._admitted[seq] = len(request.tokens), reuse
+            self._count(self._sharing, reuse)
             computed = ((self._cell.members[share.rank].id, share.tokens) for share in shares)
             self.following.begin(seq, chain, request.num_tokens, computed)
 
     def end(self, seq: int, request: Request) -> None:
         """A sequence is released."""
         self.following.end(seq)
-        generated, _ = self._admitted.pop(seq, (0, None))
+        generated, reuse = self._admitted.pop(seq, (0, None))
+        if reuse is not None:
+            self._uncount(reuse)
         for number in self._prefixes.end(seq, pack_tokens(request.tokens[generated:])):
             self._discard(number, seq)
+
+    def _count(self, sharing: dict[int, dict[int, Counter[int]]], reuse: Reuse | None) -> None:
+        """One more shares that."""
+        if reuse is None:
+            return
+        for rank, runs in reuse.parts.items():
+            blocks = count_tokens(runs) // self._cell.spec.block_size
+            sharing.setdefault(reuse.source, {}).setdefault(rank, Counter())[blocks] += 1
+
+    def _uncount(self, reuse: Reuse) -> None:
+        """One fewer does."""
+        by_rank = self._sharing[reuse.source]
+        for rank, runs in reuse.parts.items():
+            numbers, blocks = by_rank[rank], count_tokens(runs) // self._cell.spec.block_size
+            numbers[blocks] -= 1
+            if not numbers[blocks]:
+                del numbers[blocks]
+            if not numbers:
+                del by_rank[rank]
+        if not by_rank:
+            del self._sharing[reuse.source]
 
     def hear(self, member: Member, cached: Cached) -> bool:
         """What of sequences can be shared on an instance. False: it can't be."""
@@ -152,6 +193,7 @@ class Reuses:
         self.reading.suspend()
         self.following.suspend()
         self._admitted.clear()
+        self._sharing.clear()
 
     def inherit(self) -> None:
         """All members of the next epoch are known, and what they have kept (`Member.cached`)."""
@@ -172,7 +214,7 @@ class Reuses:
         self,
         request: Request,
         views: Sequence[InstanceView],
-        place: Callable[[Sequence[InstanceView], Reuse | None], Placement | None],
+        place: Places,
         now: float,
     ) -> tuple[Placement | None, Reuse | None]:
         """Where a request is computed soonest, None if it fits nowhere now; and what it shares there, some of which may have to
@@ -252,28 +294,23 @@ class Reuses:
         blocks = {rank: count_tokens(runs) // size for rank, runs in parts.items()}
         if self._prefixes.is_live(match.source):
             return Reuse(match.source, parts, dict.fromkeys(parts, 0), is_whole=match.is_whole)
-        shared: dict[int, int] = {}
-        for _, reuse in self._admitted.values():
-            if reuse is not None and reuse.source == match.source:
-                for rank, runs in reuse.parts.items():
-                    shared[rank] = max(shared.get(rank, 0), count_tokens(runs) // size)
+        shared = {rank: max(numbers) for rank, numbers in self._sharing.get(match.source, {}).items()}
         # what others share of it is in the pool, and used anyhow
         pinned = {rank: max(0, n - min(shared.get(rank, 0), n - below.get(rank, 0) // size)) for rank, n in blocks.items()}
         return Reuse(match.source, parts, pinned, below, match.is_whole)
 
-    def _place(
-        self,
-        reuse: Reuse,
-        views: Sequence[InstanceView],
-        place: Callable[[Sequence[InstanceView], Reuse | None], Placement | None],
-    ) -> Option | None:
+    @staticmethod
+    def _place(reuse: Reuse, views: Sequence[InstanceView], place: Places) -> Option | None:
         """Without those parts for which another instance would have to take part, if they are not worth that."""
         while reuse.parts:
-            placement = place(reuse.seen_by(views), reuse)
+            seen = reuse.seen_by(views)
+            placement = place(seen, reuse)
             if placement is None:
                 return None
             far = [rank for rank in reuse.parts if rank not in placement.blocks]
             vain = [rank for rank in far if count_tokens(reuse.parts[rank]) < FAR_TOKENS]
+            if not vain and far and not place.reaches_for(seen, reuse, placement, far):
+                vain = far
             if not vain:
                 return placement, reuse
             reuse = reuse.without(vain)
@@ -288,6 +325,11 @@ class Reuses:
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
         self._prefixes.validate()
+        sharing: dict[int, dict[int, Counter[int]]] = {}
+        for _, reuse in self._admitted.values():
+            self._count(sharing, reuse)
+        if sharing != self._sharing:
+            raise RuntimeError(f"shared are {sharing}, counted {self._sharing}")
 
 
 def _may_share(request: Request) -> bool:
@@ -296,19 +338,23 @@ def _may_share(request: Request) -> bool:
 
 
 def _by_home(views: Sequence[InstanceView], reuse: Reuse) -> Iterator[Sequence[InstanceView]]:
-    """Instances as they are; then as if each of the least crowded holders were the only one that can be home: placement takes
-    the one that holds most, which would be the same for all who share."""
+    """Instances as they are; then as if each of the least crowded holders were the only one of them that can be home: placement
+    takes the one that holds most, which would be the same for all who share."""
     yield views
-    holders = sorted((view for view in views if view.rank in reuse.parts), key=lambda view: (view.homes, view.rank))
-    for home in holders[:MOST_HOMES] if len(holders) > 1 else ():
-        yield [view if view is home else replace(view, max_homes=0) for view in views]
+    if len(reuse.parts) < 2:
+        return
+    holders = sorted((views[rank] for rank in reuse.parts), key=lambda view: (view.homes, view.rank))
+    closed = list(views)
+    for view in holders:
+        closed[view.rank] = replace(view, max_homes=0)
+    for home in holders[:MOST_HOMES]:
+        yield [*closed[: home.rank], home, *closed[home.rank + 1 :]]
 
 
 def _cost(option: Option, views: Sequence[InstanceView], tokens: int, reach: int) -> float:
     """When its prompt is computed, by what is to be computed before it and of it, and how crowded its home is; in tokens."""
     placement, _ = option
-    view_of = {view.rank: view for view in views}
     missing = sum(share.tokens for share in placement.shares)
     work = prompt_work(tokens, reach) - prompt_work(tokens - missing, reach)
-    backlog = max(view_of[share.rank].backlog for share in placement.shares)
-    return backlog + work / len(placement.shares) + HOME_TOKENS * view_of[placement.shares[0].rank].homes
+    backlog = max(views[share.rank].backlog for share in placement.shares)
+    return backlog + work / len(placement.shares) + HOME_TOKENS * views[placement.shares[0].rank].homes

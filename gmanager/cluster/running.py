@@ -28,6 +28,8 @@ class _Load:
     """rank -> tokens there that each of its rows attends to; None while its prompt runs."""
     is_ending: bool
     lacks_block: bool
+    coming: int
+    """Tokens of KV that its home will soon have of it, beyond what it has."""
 
 
 def in_order(sequences: Iterable[Sequence]) -> list[Sequence]:
@@ -76,6 +78,7 @@ class Running:
         self._touched: dict[int, None] = {}
         """Those whose load may be another than `_loads` has."""
         self._homes = [0] * cell.size
+        self._coming = [0] * cell.size
         self._backlogs = [0] * cell.size
         self._decodes = _Decodes.of(cell.size)
         self._prefilling: list[dict[int, _Load]] = [{} for _ in range(cell.size)]
@@ -145,6 +148,7 @@ class Running:
         self._loads.clear()
         self._touched.clear()
         self._homes, self._backlogs = [0] * self._cell.size, [0] * self._cell.size
+        self._coming = [0] * self._cell.size
         self._decodes = _Decodes.of(self._cell.size)
         self._prefilling = [{} for _ in range(self._cell.size)]
         self._views, self._seen = [], []
@@ -210,7 +214,8 @@ class Running:
         """What placement sees of each instance: made anew of those of which something has changed."""
         self._count()
         members, decodes = self._cell.members, self._decodes
-        loads = list(zip(self._homes, self._backlogs, decodes.rows, decodes.held, decodes.sent, decodes.served, strict=True))
+        sums = decodes.rows, decodes.held, decodes.sent, decodes.served
+        loads = list(zip(self._homes, self._backlogs, self._coming, *sums, strict=True))
         seen = [(m, m.free, m.is_draining, loads[m.rank]) for m in members]
         if len(self._seen) != len(seen):
             self._views, self._seen = list(map(self._view_of, members)), seen
@@ -235,6 +240,7 @@ class Running:
             held=self._decodes.held[rank],
             sent=self._decodes.sent[rank],
             served=self._decodes.served[rank],
+            coming=self._coming[rank],
         )
 
     def backlogs(self, at: Iterable[int], *, but: Sequence | None = None) -> list[Mapping[int, int]]:
@@ -266,6 +272,7 @@ class Running:
 
     def _add(self, load: _Load, sign: int) -> None:
         self._homes[load.home] += sign
+        self._coming[load.home] += sign * load.coming
         self._num_ending += sign * load.is_ending
         self._num_lacking += sign * load.lacks_block
         for rank, work in load.backlog.items():
@@ -275,11 +282,12 @@ class Running:
 
     def _load_of(self, sequence: Sequence) -> _Load:
         return _Load(
-            home=sequence.home if sequence.moving_to is None else sequence.moving_to,
+            home=sequence.next_home,
             backlog=sequence.backlog(self._cell.spec.reach),
             decodes_over=sequence.decodes_over(),
             is_ending=sequence.ending,
             lacks_block=sequence.needs_block and not sequence.ending,
+            coming=sequence.coming(),
         )
 
     def lent_and_borrowed(self) -> tuple[list[int], list[int]]:

@@ -10,6 +10,10 @@ from gmanager.cluster.request import Request
 from gmanager.cluster.reuse import Reuse
 from gmanager.wire.messages import SequenceOutput, Share
 
+SOON = 256
+"""Tokens that each sequence is counted with at its home beyond those that are there, if it may generate so many: till then what
+others hold of it has followed, and some of those beside it have ended. One that finds its home full all the same moves on."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -70,6 +74,24 @@ class Sequence:
     def left(self) -> int:
         """As its request's."""
         return self.request.left
+
+    @property
+    def next_home(self) -> int:
+        """Where it decodes, or is about to."""
+        return self.home if self.moving_to is None else self.moving_to
+
+    @property
+    def growth(self) -> int:
+        """Tokens that it generates next, by what is known to be held."""
+        return max(0, min(SOON, self.request.prompt_tokens + self.request.max_tokens - sum(self.held.values())))
+
+    def coming(self) -> int:
+        """Tokens of KV that its home is soon to have of it, beyond those that are there: what others hold, if that may follow,
+        and what it generates next."""
+        if self.ending:
+            return 0
+        follows = self.request.spread == "auto"  # else it lies as its client wants it
+        return self.growth + follows * sum(tokens for rank, tokens in self.held.items() if rank != self.next_home)
 
     def decodes_over(self) -> dict[int, int] | None:
         """rank -> tokens there that each of its rows attends to, as last heard; None while its prompt runs."""

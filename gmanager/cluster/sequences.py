@@ -9,6 +9,8 @@
 - `advance` is tried only when something has changed that could let it succeed; it never polls.
 - A sequence that waits for a block goes before any admission, and a reservation for it before any preemption.
 - After a preemption nothing is admitted until a sequence has ended: else the victim would take back what it gave.
+- One that was preempted comes back to the instance where it gave way only if there is room for what it and those at home there
+  generate next, or nobody is: else it would be preempted again as soon as one of them needs a block.
 - KV of those that wait is given up before any that runs is preempted, and where nothing runs and the next has no room.
 - When the membership changes, all that runs goes back to the queue with what is left of its KV (`suspend`, `inherit`), and
   is admitted again in the next epoch, where only what is missing is computed.
@@ -188,9 +190,11 @@ class Sequences:
         no longer."""
         self._changed |= self._reuses.end_overdue(self._requests.now)
         if not self._cell.is_draining and self._cell.policy.relocates:
-            again = self._running.all() if self._cell.policy.looks_at_all else self._running.shared
-            self._unsettled.add(again)
-            self._changed |= bool(again) or bool(self._waiting)
+            homes = set(self._cell.policy.looks_at(self._waiting.outlook(self._running.views())))
+            self._unsettled.look_again(self._running.shared)
+            if homes:
+                self._unsettled.look_again(sequence for sequence in self._running.all() if sequence.next_home in homes)
+            self._changed |= bool(self._unsettled) or bool(self._waiting)
 
     def resume(self) -> None:
         """The cell steps (again)."""
@@ -508,7 +512,7 @@ class Sequences:
             request.scores.clear()
         self._running.add(sequence)
         request.seq = sequence.number
-        request.home = self._id(home)
+        request.home, request.gave_way_at = self._id(home), None
         request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
         self._reuses.admit(sequence.number, request, reuse, placement.shares)
         self._requests.admit(request, 0 if reuse is None else reuse.tokens)
@@ -589,6 +593,7 @@ class Sequences:
         self.num_preemptions += 1
         request = sequence.request
         request.preemptions += 1
+        request.gave_way_at = self._id(sequence.home)
         self._requests.change(request, "preempt")
         self._requests.fail_move(request, f"request {request.id!r} was preempted: the cell is full")
         self._emit(told_of(sequence, "request preempted"))

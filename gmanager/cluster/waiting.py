@@ -7,7 +7,7 @@ running ──take_back──> waiting ──inherit──> with what its member
 
 import logging
 from bisect import insort
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Literal
@@ -15,11 +15,12 @@ from typing import Literal
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Log, Send
 from gmanager.cluster.placement import LONG_PROMPT, MOST_WEIGHED, InstanceView, Placement
-from gmanager.cluster.policies import Outlook, Prompt
+from gmanager.cluster.policies import Outlook, Policy, Prompt
 from gmanager.cluster.prefixes import first_gap
 from gmanager.cluster.request import Request, count_tokens, cut, held_once
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.reuse import Reuse
+from gmanager.cluster.sequence import SOON
 from gmanager.wire.messages import Discard, Unheard
 
 MAX_BREAKS = 3
@@ -89,22 +90,10 @@ class Waiting:
         generated = len(request.tokens)
         return request.prompt_tokens + max(request.max_tokens, generated + bool(generated)) <= most
 
-    def placer(self, request: Request) -> Callable[[Sequence[InstanceView], Reuse | None], Placement | None]:
-        """Where its next admission would lie, with what it shares and as instances are then; None if nowhere. What else the
-        policy sees is looked up once, however many ways are tried."""
-        outlook = self.outlook((), request)
-
-        def place(views: Sequence[InstanceView], reuse: Reuse | None) -> Placement | None:
-            there = request.kept if reuse is None else reuse.parts
-            prompt = Prompt(
-                missing=request.num_tokens - sum(map(count_tokens, there.values())),
-                kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
-                spread=request.spread,
-                waited_s=self.waited_s(request),
-            )
-            return self._cell.policy.place(prompt, replace(outlook, views=views))
-
-        return place
+    def placer(self, request: Request) -> "Placer":
+        """Where its next admission would lie. What else the policy sees is looked up once, however many ways are tried."""
+        left = next((member.rank for member in self._cell.members if member.id == request.gave_way_at), None)
+        return Placer(self._cell.policy, request, self.outlook((), request), self.waited_s(request), left)
 
     def outlook(self, views: Sequence[InstanceView], request: Request | None = None) -> Outlook:
         """What a policy sees. `request`: that is to be placed."""
@@ -252,3 +241,44 @@ class Waiting:
         for request in self._queue:
             if request.state != "queued" or not request.prompt:
                 raise RuntimeError(f"request {request.number} waits and is {request.state}")
+
+
+class Placer:
+    """Where a request's next admission would lie: what `gmanager.cluster.reuse` has as `Places`."""
+
+    def __init__(self, policy: Policy, request: Request, outlook: Outlook, waited_s: float, left: int | None) -> None:
+        """`left`: the instance at which it gave way."""
+        self._policy = policy
+        self._request = request
+        self._outlook = outlook
+        self._waited_s = waited_s
+        self._left = left
+
+    def __call__(self, views: Sequence[InstanceView], reuse: Reuse | None) -> Placement | None:
+        return self._policy.place(self._prompt(reuse), replace(self._outlook, views=self._with_reserve(views)))
+
+    def reaches_for(self, views: Sequence[InstanceView], reuse: Reuse, placement: Placement, far: Collection[int]) -> bool:
+        tokens = {rank: count_tokens(reuse.parts[rank]) for rank in far}
+        return self._policy.reaches_for(self._prompt(reuse), placement, tokens, replace(self._outlook, views=views))
+
+    def _prompt(self, reuse: Reuse | None) -> Prompt:
+        request = self._request
+        there = request.kept if reuse is None else reuse.parts
+        return Prompt(
+            missing=request.num_tokens - sum(map(count_tokens, there.values())),
+            kept={rank: (count_tokens(runs), len(runs)) for rank, runs in there.items()},
+            spread=request.spread,
+            waited_s=self._waited_s,
+            is_shared=reuse is not None,
+            left=request.left,
+        )
+
+    def _with_reserve(self, views: Sequence[InstanceView]) -> Sequence[InstanceView]:
+        """Where it gave way, what those at home there and itself generate next needs room, too, or it would give way again, in
+        a moment. With nobody there it needs no more than any other."""
+        if self._left is None or not views[self._left].homes:
+            return views
+        seen, view, outlook = list(views), views[self._left], self._outlook
+        room = outlook.room_at(view) - outlook.blocks_for(min(SOON, self._request.left))
+        seen[self._left] = replace(view, free_blocks=max(0, room))
+        return seen

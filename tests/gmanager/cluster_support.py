@@ -1,7 +1,11 @@
 """What tests of the cluster share: instances' registrations, a cell made ready, and a cluster that is driven by events."""
 
 from array import array
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
+
+from msgspec.structs import replace
 
 from gmanager.cluster.chain import seed_of
 from gmanager.cluster.cluster import Cluster
@@ -140,15 +144,22 @@ class Driver:
         return actions
 
     def ready_cell(
-        self, *blocks: int, cell: str = "main", epoch: int = 1, assets: m.TextAssets = ASSETS, **spec: object
+        self,
+        *blocks: int,
+        cell: str = "main",
+        epoch: int = 1,
+        assets: m.TextAssets = ASSETS,
+        roles: Sequence[m.Role] = (),
+        **spec: object,
     ) -> list[Action]:
-        """Register instances with pools of these sizes (block size 4) and go through to a ready cell.
+        """Register instances with pools of these sizes (block size 4) and go through to a ready cell. `roles`: of the first of
+        them; the others are mixed.
 
         Returns what the last event, TextLoaded, brought about.
         """
         messages: list[tuple[int, m.Message]] = [
-            (rank, register(rank=rank, cell_size=len(blocks), blocks=size, cell=cell, **spec))
-            for rank, size in enumerate(blocks)
+            (rank, replace(register(rank=rank, cell_size=len(blocks), blocks=size, cell=cell, **spec), role=role))
+            for rank, (size, role) in enumerate(zip_longest(blocks, roles, fillvalue="mixed"))
         ]
         messages += [(0, m.Text(assets=assets)), (0, m.StoreOpened(epoch=epoch, address="tcp://127.0.0.1:7000"))]
         messages += [(rank, m.Joined(epoch=epoch)) for rank in range(len(blocks))]

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmanager.cluster.chain import Chain
-from gmanager.cluster.following import _num_common
+from gmanager.cluster.chain import Chain, num_common
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import CLIENT, Driver, beat, outputs, peer, request_stats, reserve, running, serving
 from tests.gmanager.test_reuse import ask, cached, released, sharing
@@ -112,4 +111,4 @@ def test_an_epoch_that_ends_lets_all_go() -> None:
 def test_common_beginnings(one: list[int], other: list[int]) -> None:
     chains = [Chain(b"", 1, m.pack_tokens(tokens)) for tokens in (one, other)]
     expected = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    assert _num_common(chains[0].digests, chains[1].digests) == expected
+    assert num_common(chains[0].digests, chains[1].digests) == expected

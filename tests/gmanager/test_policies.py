@@ -1,5 +1,6 @@
 """What policies decide: by numbers alone, and in a cluster that is driven by events."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from gmanager.cluster.events import Deliver, Send
 from gmanager.cluster.performance import guess
-from gmanager.cluster.placement import Candidate, InstanceView
+from gmanager.cluster.placement import Candidate, InstanceView, Placement
 from gmanager.cluster.policies import (
     POLICIES,
     Elastic,
@@ -25,18 +26,21 @@ from gmanager.cluster.policies import (
 )
 from gmanager.cluster.policies.elastic import WAITS_S
 from gmanager.cluster.policies.gain import after
-from gmanager.cluster.unsettled import view_of
+from gmanager.cluster.unsettled import MAX_ASKED, view_of
 from gmanager.config import GManagerConfig, PolicyName
 from gmanager.wire import messages as m
 from gmanager.wire.messages import Role
 from tests.gmanager.cluster_support import (
     CLIENT,
+    Driver,
     beat,
     cancel,
+    granted,
     outputs,
     peer,
     pong,
     request_stats,
+    reserve,
     reserve_next,
     running,
     serving,
@@ -155,6 +159,40 @@ def test_infinite_lets_a_debtor_go_when_others_wait() -> None:
     assert Infinite().improve([left], cell(debtor, creditor)) == NewHolder(7, 0, 1)
 
 
+def test_infinite_looks_at_debtors_while_others_wait() -> None:
+    crowd = [instance(0, rows=1, free_blocks=3), instance(1, rows=1), instance(2, rows=256, free_blocks=3), instance(3)]
+    for waiting, debtors in ((0, []), (10, [0]), (100, [0, 1])):
+        assert list(Infinite().looks_at(cell(*crowd, waiting=waiting, mean_tokens=1000))) == debtors
+    full = [replace(view, free_blocks=3, homes=1) for view in crowd]
+    assert list(Infinite().looks_at(cell(*full, waiting=100, mean_tokens=1000))) == [], "nobody has memory to spare"
+
+
+def test_all_that_may_be_moved_have_their_turn_and_none_waits_for_all_others() -> None:
+    asked: list[list[int]] = []
+
+    class Asked(Infinite):
+        def looks_at(self, outlook: Outlook) -> Collection[int]:
+            return [0]
+
+        def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> None:
+            asked.append([sequence.seq for sequence in sequences])
+
+    driver = serving(1000, policy="infinite")
+    driver.cluster._cells["main"].policy = Asked()
+    for i in range(MAX_ASKED + 6):
+        running(driver, f"r{i}", prompt=[i] * 4, generated=1, max_tokens=9)
+    assert asked == [[i] for i in range(1, MAX_ASKED + 7)], "each when its first token comes"
+    asked.clear()
+    driver.wait(1, peer(0))
+    assert asked == [[*range(1, MAX_ASKED + 1)]]
+    running(driver, "new", prompt=[99] * 4, generated=1, max_tokens=9)
+    assert asked[1:] == [[*range(MAX_ASKED + 1, MAX_ASKED + 7)], [MAX_ASKED + 7]], "something has changed"
+    asked.clear()
+    driver.wait(2, peer(0))
+    assert sorted({seq for seqs in asked for seq in seqs}) == [*range(1, MAX_ASKED + 8)]
+    assert max(map(len, asked)) == MAX_ASKED
+
+
 def test_infinite_fills_local_memory_first() -> None:
     placed = Infinite().place(Prompt(missing=64 * 30), cell(instance(0, free_blocks=11), instance(1, free_blocks=21, rows=1)))
     assert placed is not None
@@ -197,6 +235,38 @@ def test_split_computes_here_and_decodes_there() -> None:
     huge = Split().place(Prompt(missing=64 * 2100), cell(*(replace(v, free_blocks=2000) for v in there)))
     assert huge is not None
     assert len(huge.shares) > 1, "no prefill instance holds it"
+
+
+def test_who_was_sent_a_home_needs_room_for_what_follows_it() -> None:
+    """20,000 tokens are 313 blocks. One that was sent there before has as many elsewhere, which follow."""
+    for coming, homes, wanted in ((0, 0, 1), (20_000, 1, 1), (64 * 683, 1, 1), (64 * 683, 2, None), (64 * 684, 1, None)):
+        there = instance(1, role="decode", coming=coming, homes=homes)
+        found = Split().improve([sequence({0: 20_000}, copyable=(), growth=64)], cell(instance(0, role="prefill"), there))
+        assert found == (None if wanted is None else NewHome(7, wanted)), (coming, homes)
+        short = sequence({0: 20_000}, copyable=(), growth=0)
+        assert Split().improve([short], cell(instance(0, role="prefill"), replace(there, coming=0))) == NewHome(7, 1)
+    debtor = instance(0, rows=1, held=100_000, free_blocks=3, total_blocks=1600)
+    creditor = instance(1, rows=40, held=40_000, free_blocks=2500, total_blocks=3200, coming=64 * 1000)
+    crowd = cell(debtor, creditor, waiting=100, mean_tokens=1000)
+    assert Infinite().improve([sequence({0: 100_000}, copyable=())], crowd) is None
+    assert Infinite().improve([sequence({0: 50_000}, copyable=())], crowd) == NewHome(7, 1)
+
+
+def test_a_decode_instance_is_not_sent_more_than_it_will_hold() -> None:
+    """1,900 blocks there. Each of two has 1,000, which are still where they were computed when both begin to decode."""
+    driver = Driver(policy="split")
+    driver.ready_cell(5000, 1900, roles=("prefill", "decode"), max_context=100_000)
+    driver.say(CLIENT, m.Hello(protocol=m.PROTOCOL))
+    for token in (5, 6):
+        running(driver, f"r{token}", prompt=[token] * 4000, max_tokens=8)
+    driver.say(peer(0), beat(2998, {1: 4000, 2: 4000}))
+    assert reserve_next(1, 1) in driver.say(peer(0), outputs(1, 0, [9]))
+    driver.say(peer(1), granted(1, 1, 1899))
+    driver.say(peer(0), m.HomeMoved(epoch=1, seq=1, home=1))
+    acts = driver.say(peer(0), outputs(2, 0, [9]))
+    assert reserve_next(1, 2) not in acts, "there are 1,899 blocks, of which 1,000 are the first one's"
+    view = driver.cluster._cells.sequences["main"]._running.views()[1]
+    assert (view.free_blocks, view.coming) == (1899, 4000 + 8)
 
 
 def test_roles_that_say_nothing_are_told() -> None:
@@ -331,16 +401,70 @@ def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
     assert Elastic().place(prompt, replace(small, costs=slow)) is not None, "no instance ever holds it"
 
 
+def test_what_is_shared_from_afar_costs_less_than_it_would_to_compute_it() -> None:
+    """2,000 tokens take 0.2 s to compute, an exchange 2 ms of both for each token that is generated."""
+    placement = Placement([m.Share(rank=0, tokens=100)], {0: 3})
+    prompt = Prompt(missing=100, kept={1: (2000, 1)}, is_shared=True, left=1000)
+    for far, left, rows, wanted in (
+        (2000, 1000, 90, False),
+        (2000, 1000, 0, False),
+        (2000, 10, 0, True),
+        (300_000, 100, 0, True),
+        (300_000, 10_000, 90, False),
+    ):
+        asked = replace(prompt, kept={1: (far, 1)}, left=left)
+        for tied in (0, 1):  # what others lose is no less if they are tied by others already
+            views = cell(instance(0, rows=4, held=4000, sent=tied), instance(1, rows=rows, held=1000 * rows, served=tied))
+            assert Elastic().reaches_for(asked, placement, {1: far}, views) == wanted, (far, left, rows)
+        assert Elastic().reaches_for(replace(asked, spread=1), placement, {1: far}, views)
+        assert Loong().reaches_for(asked, placement, {1: far}, views)
+    # spread over two, it would tie those together, wherever some of it lies: as one of which nothing lies anywhere
+    busy = cell(instance(0, free_blocks=15, rows=4, held=4000), instance(1, free_blocks=12, rows=4, held=4000))
+    long = Prompt(missing=64 * 16, kept={1: (640, 1)})
+    assert Elastic().place(long, busy) is not None, "its own KV, of which it would lose some"
+    assert Elastic().place(replace(long, is_shared=True), busy) is None
+
+
+def test_a_beginning_that_lies_where_others_are_busy_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instance 0 decodes one that begins so, and has no room for more."""
+    monkeypatch.setattr("gmanager.cluster.reuse.FAR_TOKENS", 4)
+    driver = serving(20, 20)
+    running(driver, "doc", prompt=list(range(40)), max_tokens=2, generated=1)
+    driver.say(peer(0), m.Cached(epoch=1, shards=[m.KeptShard(seq=1, runs=[[(0, 36)]])]), beat(3))
+    (asked,) = driver.say(CLIENT, submit("late", prompt=[*range(40), 8], max_tokens=100))
+    assert asked == reserve(1, 2, 12)
+
+
 def test_one_that_gave_way_comes_again_as_soon_as_there_is_room() -> None:
-    """Not only when another has ended, as after a preemption for want of any room in the cell."""
-    driver = serving(8, 2)
+    """Not only when another has ended, as after a preemption for want of any room in the cell. But there is no room for what
+    both generate next: 19 tokens each."""
+    driver = serving(20, 2)
     for name in ("old", "young"):
         running(driver, name, 8, generated=1, max_tokens=20)
     assert driver.say(peer(0), beat(0, {1: 9, 2: 9}), m.NeedBlock(epoch=1, seq=1)) == [pong(0), cancel(0, 2)]
     driver.say(peer(0), beat(6), m.Released(epoch=1, seq=2, generated=1))
+    acts = driver.say(peer(0), outputs(1, 1, [9]), beat(13))
+    assert request_stats(driver, "young").state == "preempted", "3 blocks and one to spare, 5 more each, 1 may be part full"
+    assert not any(isinstance(act, Send) and isinstance(act.message, m.Reserve) for act in acts)
+    assert driver.say(peer(0), beat(15))[1:] == [reserve(0, 3, 4)]
+
+
+def test_one_that_gave_way_goes_elsewhere_or_waits_till_nobody_is_there() -> None:
+    """What it has computed is still there, so that it needs four blocks beside those that it shares: it came back, and gave way
+    again."""
+    cached = m.Cached(epoch=1, shards=[m.KeptShard(seq=2, runs=[[(0, 8)]])])
+    for elsewhere, wanted in ((2, []), (6, [reserve(1, 3, 4)])):
+        driver = serving(20, elsewhere)
+        for name in ("old", "young"):
+            running(driver, name, 8, generated=1, max_tokens=20)
+        driver.say(peer(0), beat(0, {1: 9, 2: 9}), m.NeedBlock(epoch=1, seq=1))
+        driver.say(peer(0), cached, beat(9), m.Released(epoch=1, seq=2, generated=1))
+        assert driver.say(peer(0), outputs(1, 1, [9]))[1:] == wanted
+    driver.say(peer(1), m.NotGranted(epoch=1, seq=3, free_blocks=2))
     assert request_stats(driver, "young").state == "preempted"
-    acts = driver.say(peer(0), outputs(1, 1, [9]))
-    assert any(isinstance(act, Send) and isinstance(act.message, m.Reserve) for act in acts)
+    driver.say(peer(0), outputs(1, 2, [2], finish_reason="stop"))
+    acts = driver.say(peer(0), m.Released(epoch=1, seq=1, generated=3))
+    assert acts == [Send(peer(0), m.Reserve(epoch=1, seq=4, blocks=4, source=2, shared=[[(0, 8)]]))]
 
 
 def test_what_ends_is_not_moved() -> None:

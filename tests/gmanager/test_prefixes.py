@@ -1,10 +1,13 @@
 """Names of prefixes, and the index of who begins with which: beside a model that compares tokens."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmanager.cluster.chain import Chain, seed_of
+from gmanager.cluster.beginnings import Beginnings
+from gmanager.cluster.chain import DIGEST_BYTES, Chain, num_common, seed_of
 from gmanager.cluster.prefixes import Held, Prefixes, are_ranges, whole_blocks
 from gmanager.wire.messages import pack_tokens
 from kvstore import ranges as of_instances
@@ -28,11 +31,11 @@ def test_instances_and_gmanager_mean_the_same_whole_blocks(runs: list[tuple[int,
 def test_a_chain_grows_as_if_it_had_been_whole_from_the_start(tokens: list[int], cut: int, size: int) -> None:
     whole = Chain(SEED, size, pack_tokens(tokens))
     grown = Chain(SEED, size, pack_tokens(tokens[:cut]))
-    before = list(grown.digests)
+    before = grown.digests
     other = grown.copy()
     grown.extend(pack_tokens(tokens[cut:]))
     assert grown.digests == whole.digests
-    assert (grown.num_tokens, len(grown.digests)) == (len(tokens), len(tokens) // size)
+    assert (grown.num_tokens, grown.num_blocks) == (len(tokens), len(tokens) // size)
     assert other.digests == before == whole.digests[: len(before)]
     other.extend(pack_tokens([1] * size))
     assert grown.digests == whole.digests
@@ -41,10 +44,42 @@ def test_a_chain_grows_as_if_it_had_been_whole_from_the_start(tokens: list[int],
 def test_names_differ_by_model_salt_and_all_that_comes_before() -> None:
     tokens = pack_tokens([1, 2, 3, 4])
     seeds = [SEED, seed_of("model", "dtype", "salt"), seed_of("model", "dtypes", "alt"), seed_of("modeldtype", "", "")]
-    assert len({Chain(seed, 4, tokens).digests[0] for seed in seeds}) == 4
+    assert len({Chain(seed, 4, tokens).digests for seed in seeds}) == 4
     one, two = Chain(SEED, 2, tokens), Chain(SEED, 2, pack_tokens([9, 9, 3, 4]))
-    assert one.digests[1] != two.digests[1]
+    assert one.digests[-DIGEST_BYTES:] != two.digests[-DIGEST_BYTES:]
     assert seed_of("half of a pair: \ud800")
+
+
+bits = st.lists(st.integers(0, 1), max_size=12)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), bits, st.integers(0, 12), bits), max_size=25))
+def test_the_tree_finds_who_begins_alike(steps: list[tuple[int, list[int], int, list[int]]]) -> None:
+    """Beside one that compares all: sequences are listed with more and fewer of their blocks, and grow."""
+    tree = Beginnings()
+    chains: dict[int, Chain] = {}
+    for seq, tokens, count, wanted in steps:
+        chains.setdefault(seq, Chain(SEED, 1)).extend(pack_tokens(tokens[: 12 - chains[seq].num_blocks]))
+        tree.note(seq, chains[seq].digests, min(count, chains[seq].num_blocks))
+        tree.validate(chains)
+        digests = Chain(SEED, 1, pack_tokens(wanted)).digests
+        alike = {seq: min(listed, num_common(chains[seq].digests, digests)) for seq, listed in tree.num_listed.items()}
+        most, found = tree.longest(digests)
+        assert most == max(alike.values(), default=0)
+        assert not most or sorted(found) == sorted(seq for seq, common in alike.items() if common == most)
+
+
+def test_a_sequence_that_begins_as_no_other_takes_few_bytes() -> None:
+    """131,072 tokens in blocks of 16: a dictionary's entry for each took 577 bytes a block."""
+    index = Prefixes(16)
+    index.add(1, Chain(SEED, 16, pack_tokens([5])))
+    index.tell(1, 0, [[(0, 16)]])
+    tracemalloc.start()
+    index.add(2, Chain(SEED, 16, pack_tokens(range(131_072))))
+    index.tell(2, 0, [[(0, 131_072)]])
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 24 * 8192
 
 
 @given(st.data())

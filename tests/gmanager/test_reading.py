@@ -29,6 +29,10 @@ def fetch(number: int, source: int = 1, end: int = 12, rank: int = 0, **more: bo
     return Send(peer(rank), m.Fetch(epoch=1, fetch=number, source=source, end=end, **more))
 
 
+def stop_fetch(number: int) -> Send:
+    return Send(peer(0), m.StopFetch(epoch=1, fetch=number))
+
+
 def fetched(number: int, blocks: int, us: int = 10) -> m.Fetched:
     return m.Fetched(epoch=1, fetch=number, blocks=blocks, us=us)
 
@@ -77,7 +81,8 @@ def test_a_reading_that_does_not_end_is_waited_for_once() -> None:
     driver.say(CLIENT, ask("again", AGAIN))
     computed = sharing(0, 2, 6, 1, [[(0, 4)]])
     assert computed not in driver.wait(int(PATIENCE_S), peer(0), CLIENT)
-    assert computed in driver.wait(2, peer(0), CLIENT)
+    acts = driver.wait(2, peer(0), CLIENT)
+    assert computed in acts and stop_fetch(1) in acts
     driver.say(peer(0), granted(2, 6, 14))
     before = dropped(driver)
     driver.say(peer(0), fetched(1, 2), fetched(1, 2), fetched(77, 2))
@@ -99,7 +104,9 @@ def test_an_answer_that_comes_late_says_how_long_reading_takes() -> None:
 def test_who_is_cancelled_waits_no_longer() -> None:
     driver = sunk(20)
     driver.say(CLIENT, ask("again", AGAIN))
-    driver.say(CLIENT, m.Abort(call=1, request_id="again"))
+    driver.say(CLIENT, ask("too", AGAIN))
+    assert stop_fetch(1) not in driver.say(CLIENT, m.Abort(call=1, request_id="again")), "another waits"
+    assert stop_fetch(1) in driver.say(CLIENT, m.Abort(call=2, request_id="too"))
     driver.say(peer(0), below(1, [[(0, 12)]]), fetched(1, 2))
     assert driver.say(CLIENT, ask("next", AGAIN)) == [sharing(0, 2, 4, 1, [[(0, 12)]])]
 

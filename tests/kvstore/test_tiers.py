@@ -113,7 +113,9 @@ def _come_and_go(slots: tuple[int, int], batch: int, data: st.DataObject) -> Non
     for number in range(1, data.draw(st.integers(1, 60))):
         known = sorted(seq for seq in contents if seq in table.cache)
         match data.draw(
-            st.sampled_from(["new", "new", "end", "end", "share", "fetch", "lift", "discard", "break", "off", *["job"] * 8])
+            st.sampled_from(
+                ["new", "new", "end", "end", "share", "fetch", "stop", "lift", "discard", "break", "off", *["job"] * 8]
+            )
         ):
             case "new":
                 blocks = data.draw(st.integers(1, 6))
@@ -146,6 +148,8 @@ def _come_and_go(slots: tuple[int, int], batch: int, data: st.DataObject) -> Non
                     else:
                         table.free(number)
                         del contents[number]
+            case "stop":
+                jobs.stop_fetch(data.draw(st.integers(0, asked)))
             case "fetch" if known:
                 asked += 1
                 jobs.fetch(asked, data.draw(st.sampled_from(known)), data.draw(st.integers(0, 14)))
@@ -257,6 +261,27 @@ def test_reading_leaves_room_to_those_that_run_and_takes_none_of_its_own() -> No
     line.run()
     assert line.in_pool(1) == 6 - MARGIN_BLOCKS
     assert [f.blocks for f in line.jobs.take_fetched()] == [0, 3]
+
+
+def test_what_nobody_waits_for_is_read_no_further() -> None:
+    """One block is being read for the first, nothing for the second."""
+    line = Line(20, host=20, batch=1)
+    for seq in (1, 2):
+        line.leave(seq, 6)
+        line.run()
+    line.take(3, 20)
+    assert (line.in_pool(1), line.in_pool(2)) == (0, 0)
+    line.table.free(3)
+    line.jobs.fetch(1, 1, 6)
+    line.jobs.fetch(2, 2, 6)
+    job = line.jobs.next()
+    assert job is not None
+    line.jobs.stop_fetch(1)
+    line.jobs.stop_fetch(2)
+    line.jobs.end([line.store.copy(item, None) for item in job.items])
+    line.run()
+    assert (line.in_pool(1), line.in_pool(2)) == (1, 0)
+    assert sorted((f.number, f.blocks) for f in line.jobs.take_fetched()) == [(1, 1), (2, 0)]
 
 
 def test_a_document_that_many_asked_about_is_copied_once_and_read_once() -> None:

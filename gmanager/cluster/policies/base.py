@@ -36,6 +36,10 @@ class Prompt:
     """As its client, or the service's flag, asks for."""
     waited_s: float = 0.0
     """Since it is the next."""
+    is_shared: bool = False
+    """What lies there is another's, and may be computed anew instead."""
+    left: int = 1
+    """Tokens that it may generate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,8 @@ class SequenceView:
     """Whether it may have another home now."""
     copyable: Collection[int] = ()
     """Ranks whose run may be copied to the home now, none of them the home."""
+    growth: int = 0
+    """Tokens that it generates next: `Sequence.growth`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +82,11 @@ class Outlook:
     def blocks_for(self, tokens: int) -> int:
         """That so many tokens take, in one run."""
         return -(-tokens // self.block_size)
+
+    def room_at(self, view: InstanceView) -> int:
+        """Free blocks of an instance that are left once all is there that is known to come to those at home there. What comes
+        of each may leave a block part full."""
+        return view.free_blocks - self.blocks_for(view.coming) - view.homes
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +115,6 @@ class Policy:
     name: ClassVar[str]
     relocates: ClassVar[bool] = False
     """Whether it has anything to `improve`."""
-    looks_at_all: ClassVar[bool] = False
-    """Whether every second it may find something to improve of any sequence; otherwise of those on several instances."""
     waits_for_even: ClassVar[bool] = True
     """Whether a placement with uneven shares is put off while blocks become free."""
 
@@ -124,6 +133,11 @@ class Policy:
             waiting=outlook.waiting,
             reach=outlook.reach,
         )
+
+    def reaches_for(self, prompt: Prompt, placement: Placement, far: Mapping[int, int], outlook: Outlook) -> bool:
+        """Whether a prompt that is placed so attends to what it shares on other instances, which compute nothing of it (`far`,
+        rank -> tokens), rather than compute that again."""
+        return True
 
     def next_home(self, views: Sequence[InstanceView], home: int) -> int | None:
         """Where a sequence goes on whose home has no block left; None: nowhere, somebody makes room."""
@@ -146,6 +160,11 @@ class Policy:
         """What instances with these roles lack, so that all serve as if mixed; None: nothing."""
         named = sorted(set(roles) - {"mixed"})
         return f"policy {self.name} knows no roles, and these have some: {', '.join(named)}" if named else None
+
+    def looks_at(self, outlook: Outlook) -> Collection[int]:
+        """Ranks of homes of whose sequences it may find something to improve as time passes, beside those of all that lie on
+        several instances."""
+        return ()
 
     def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> Relocation | None:
         """The one thing that is best moved now; None: nothing is, until something changes. Oldest sequences first."""

@@ -1,6 +1,6 @@
 """The default: as few instances as let all that is known to wait end soonest, and what moves is predicted to gain."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from gmanager.cluster.placement import Candidate, Placement, choose_victim
@@ -12,6 +12,7 @@ from gmanager.cluster.policies.gain import (
     copies_home,
     homes_among_holders,
     relative_gain,
+    step_s,
     tied,
     together,
 )
@@ -40,7 +41,8 @@ class Elastic(Policy):
         """While others wait, a prompt that one instance can hold is spread if those that it ties together generate more tokens
         a second then, itself included, than each for itself. If not it is computed by one, or waits for one to have room."""
         placement = super().place(prompt, outlook)
-        if placement is None or len(placement.blocks) == 1 or prompt.kept or prompt.spread != "auto":
+        is_kept = bool(prompt.kept) and not prompt.is_shared  # it lies there, whatever is gained
+        if placement is None or len(placement.blocks) == 1 or is_kept or prompt.spread != "auto":
             return placement
         if self._gains(placement, outlook):
             return placement
@@ -61,6 +63,25 @@ class Elastic(Policy):
         shares = {share.rank: share.tokens for share in placement.shares}
         before = apart((outlook.views[rank] for rank in shares), outlook.costs)
         return together(tied(outlook.views, placement.shares[0].rank, shares), outlook.costs) > before
+
+    def reaches_for(self, prompt: Prompt, placement: Placement, far: Mapping[int, int], outlook: Outlook) -> bool:
+        """If fewer tokens are lost by stepping together with these till it ends than while its home computes what they hold.
+        Counted as if no other sequence tied any of them together."""
+        if prompt.spread != "auto":
+            return True
+        home, costs = placement.shares[0].rank, outlook.costs
+        own, far = {share.rank: share.tokens for share in placement.shares}, dict(far)
+        for rank, (tokens, _) in prompt.kept.items():
+            if rank not in far:
+                own[rank] = own.get(rank, 0) + tokens
+        again = sum(far.values())
+        views = [replace(v, sent=0, served=0) if v.rank in own or v.rank in far else v for v in outlook.views]
+        near = tied(views, home, own | {home: own[home] + again})
+        alone = together(near, costs)
+        lost = alone + apart((views[rank] for rank in far), costs) - together(tied(views, home, own | far), costs)
+        left_s = prompt.left * max(step_s(view, costs) for view in near)
+        again_s = costs.prefill_s(again, degree=len(placement.shares), chunk=outlook.chunk_tokens)
+        return lost * left_s < alone * again_s
 
     def gives_way(self, wanting: Candidate, at_home: Sequence[Candidate], target: int, outlook: Outlook) -> int | None:
         """The one that is cheapest to compute again, if fewer tokens are lost while that is computed than by stepping together

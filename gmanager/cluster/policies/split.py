@@ -5,8 +5,9 @@ integers, so the second token waits for no copy. Rows travel to the KV until it 
 reserved before, beside the steps. The papers push KV, layer by layer, while prefill goes on, since there a decode can't
 begin before all of it is there.
 
-Back-pressure: a decode instance takes a home only if it has room for all the KV that will follow; until then the sequence
-decodes where it was computed. Prompts that cost a decode instance no more than a few of its steps are computed there.
+Back-pressure: a decode instance takes a home only if it has room for all KV that will follow, its own and that of those which
+were sent there before, and for what they generate next (`Outlook.room_at`); until then the sequence decodes where it was
+computed. Prompts that cost a decode instance no more than a few of its steps are computed there.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -25,7 +26,6 @@ class Split(Policy):
 
     name = "split"
     relocates = True
-    looks_at_all = True
 
     def wrong_with(self, roles: Collection[str]) -> str | None:
         missing = [role for role in ("prefill", "decode") if not {role, "mixed"}.intersection(roles)]
@@ -65,6 +65,10 @@ class Split(Policy):
         target = choose_target([view for view in views if view.rank in decode], home=home)
         return choose_target(views, home=home) if target is None else target
 
+    def looks_at(self, outlook: Outlook) -> Collection[int]:
+        decode = _ranks(outlook.views, "decode")
+        return _ranks(outlook.views, "prefill") - decode if decode else ()
+
     def improve(self, sequences: Sequence[SequenceView], outlook: Outlook) -> Relocation | None:
         prefill, decode = _ranks(outlook.views, "prefill"), _ranks(outlook.views, "decode")
         only_prefill = prefill - decode
@@ -72,8 +76,9 @@ class Split(Policy):
             return None
         for sequence in sequences:
             if sequence.home in only_prefill and sequence.can_move:
-                needed = sum(map(outlook.blocks_for, sequence.held.values())) + RESERVE_BLOCKS
-                able = [view for view in outlook.views if view.rank in decode and view.free_blocks >= needed]
+                kv = [*sequence.held.values(), sequence.growth]
+                needed = sum(map(outlook.blocks_for, kv)) + RESERVE_BLOCKS
+                able = [view for view in outlook.views if view.rank in decode and outlook.room_at(view) >= needed]
                 able = [view for view in able if view.homes < view.max_homes]
                 if able:
                     return NewHome(sequence.seq, min(able, key=lambda v: (v.rows, v.held, v.rank)).rank)

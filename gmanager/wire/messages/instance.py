@@ -432,6 +432,13 @@ class Fetch(Message):
     into_pool: bool = True
 
 
+class StopFetch(Message):
+    """Nobody waits any more for what a Fetch brings into the pool: read no further. It is answered all the same."""
+
+    epoch: int
+    fetch: int
+
+
 class Discard(Message):
     """Free what was kept or cached of a sequence: it isn't wanted (any more)."""
 
@@ -607,6 +614,7 @@ ToInstance = (
     | EndEpoch
     | Discard
     | Fetch
+    | StopFetch
     | Reserve
     | ReserveNext
     | Drop
