@@ -219,7 +219,7 @@ def _attend_run(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_of(ends_ptr, num_rows, tile):  # type: ignore[no-untyped-def]
+def row_of(ends_ptr, num_rows, tile):  # type: ignore[no-untyped-def]
     """The row that a tile belongs to: the first whose end lies beyond it, by bisection."""
     low = 0
     high = num_rows
@@ -254,7 +254,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     dim_D = tl.arange(0, D)
     wait_for_previous(DEPENDENT)
     while tile < last:
-        index = _row_of(rows_ptr + 3 * size + 1, num_rows, tile)
+        index = row_of(rows_ptr + 3 * size + 1, num_rows, tile)
         tiles_before = tl.load(rows_ptr + 3 * size + index)
         tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
         first_tile = (tile - tiles_before).to(tl.int32)
@@ -378,7 +378,7 @@ class DecodeAttention:
         self._block_m = max(16, triton.next_power_of_2(sizes.group))
         self._slots = max(1, self.config.programs(processors) // sizes.num_kv_heads)
         pieces = 2 * self._slots * sizes.num_kv_heads * self._block_m
-        self._piece_out = torch.empty((pieces, sizes.head_dim), dtype=torch.float32, device=sizes.device)
+        self._piece_out = torch.empty((pieces, sizes.out_dim), dtype=torch.float32, device=sizes.device)
         self._piece_lse = torch.empty(pieces, dtype=torch.float32, device=sizes.device)
 
     def tables(
@@ -481,6 +481,27 @@ class DecodeAttention:
 
         Nothing is checked: the tables' contents may change between launches of a graph.
         """
+        self._launch(q_THD, kv_2BPKD, scoring, tables, out_THD, lse_TH)
+        sizes = self.sizes
+        num_rows = tables.rows_4R1.numel() // 4 - 1
+        dependent = has_dependent_launch(sizes.device)
+        _merge_kernel[(num_rows, sizes.num_heads)](
+            out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, num_rows, self._slots,
+            *out_THD.stride()[:2], *lse_TH.stride(),
+            K=sizes.num_kv_heads, G=sizes.group, D=sizes.out_dim, BLOCK_M=self._block_m, BLOCK_X=_MERGE_PIECES,
+            DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
+        )  # fmt: skip
+
+    def _launch(
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scoring: Scoring,
+        tables: DecodeTables,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+    ) -> None:
+        """The slots: rows that lie in one, and the pieces of the others."""
         sizes, config = self.sizes, self.config
         num_rows = tables.rows_4R1.numel() // 4 - 1
         dependent = has_dependent_launch(sizes.device)
@@ -497,12 +518,6 @@ class DecodeAttention:
             BLOCK_M=self._block_m, BLOCK_N=config.block_n,
             USE_TMA=config.use_tma, DEPENDENT=dependent, WINDOWED=tables.windowed, CAPPED=scoring.soft_cap > 0,
             num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
-        )  # fmt: skip
-        _merge_kernel[(num_rows, sizes.num_heads)](
-            out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, num_rows, self._slots,
-            *out_THD.stride()[:2], *lse_TH.stride(),
-            K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, BLOCK_M=self._block_m, BLOCK_X=_MERGE_PIECES,
-            DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
         )  # fmt: skip
 
 
