@@ -7,7 +7,8 @@ import torch
 
 
 class KVStorage:
-    """KV of all layers of one instance, `data_L2BPKD`: layers, (K, V), blocks, block size, KV heads, head dim.
+    """KV of all layers of one instance, `data_L2BPKD`: layers, (K, V), blocks, block size, KV heads, head dim. Of latent KV
+    `data_L1BPKD`, by the same name.
 
     Token-major inside a block, so that consecutive blocks are one strided view (`kernels.paged_attention`). The memory is
     not cleared: nothing may be read that no step has written.
@@ -23,12 +24,15 @@ class KVStorage:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        parts: int = 2,
     ) -> None:
-        """Raises ValueError for a size below 1, MemoryError (with the sizes) if the device can't hold it."""
-        shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+        """`parts` of a token in a layer: its keys and values, or 1, where KV is latent. Raises ValueError for a size below 1,
+        MemoryError (with the sizes) if the device can't hold it.
+        """
+        shape = (num_layers, parts, num_blocks, block_size, num_kv_heads, head_dim)
         if min(shape) < 1:
             raise ValueError(f"every size of KV storage must be at least 1, got {shape}")
-        self.block_bytes = num_layers * 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+        self.block_bytes = num_layers * parts * block_size * num_kv_heads * head_dim * dtype.itemsize
         self.num_blocks = num_blocks
         self.block_size = block_size
         try:
