@@ -8,7 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DeepseekV3Config
 
+from instance.exact import refuse_inexact
+from instance.model import random_model
+from instance.warmup import warm_up
 from kernels import decode_attention, latent_attention, paged_attention_torch
 from kernels.decode_attention import DecodeConfig, RowReading
 from kernels.kv_blocks import store_kv
@@ -16,6 +20,7 @@ from kernels.latent_attention import LatentDecode
 from kernels.paged_attention import attention_scratch_bytes, plan_attention
 from kernels.reference import attention_state
 from kernels.segments import AttentionSizes, Scoring, Segment
+from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, Case, cases, check, check_state, mixed_case, union
 
 HEADS = [(4, 1), (7, 1), (80, 1)]
@@ -173,3 +178,28 @@ def test_scratch_is_what_is_allocated() -> None:
     pieces = kernel._piece_out.nbytes + kernel._piece_lse.nbytes
     parts = latent_attention.parts_bytes(64, 1, 512, DEVICE)
     assert attention_scratch_bytes(9, 16, 1, 576, DEVICE, "triton", 512) == pieces + parts
+
+
+def test_a_tiny_deepseek_by_these_kernels() -> None:
+    """Steps of spans and of single rows, over an instance's kind of pool, as transformers' own attention; and made-up steps."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "vocab_size": 97,
+        "max_position_embeddings": 64,
+    }
+    ranks = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 2, "initializer_range": 0.1}
+    model = random_model(DeepseekV3Config(**sizes, **ranks, **heads), torch.float32, DEVICE, seed=1)
+    shape = model.shape
+    assert (shape.head_dim, shape.value_dim) == (48, 32)
+    assert refuse_inexact(model, "deepseek", block_size=16, backend="triton") < 1e-4
+    storage = KVStorage(
+        num_layers=2, num_blocks=2, block_size=16, num_kv_heads=1, head_dim=48, dtype=shape.dtype, device=DEVICE, parts=1
+    )
+    storage.data_L2BPKD.fill_(NAN)
+    with mock.patch.multiple("instance.warmup", _LONG_TOKENS=80, _CHUNK_ROWS=8):
+        warm_up(model, storage, "triton")
+    assert torch.equal(storage.data_L2BPKD[:, :, 0], torch.zeros_like(storage.data_L2BPKD[:, :, 0]))
+    assert storage.data_L2BPKD[:, :, 1].isnan().all()
