@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeConfig, DecodeTables, RowReading, row_of
+from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeConfig, DecodeTables, MergeShape, RowReading, row_of
 from kernels.launch import has_dependent_launch, num_processors, wait_for_previous
 from kernels.paged_attention_triton import (
     SECTION_COLUMNS,
@@ -65,20 +65,19 @@ def _add_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_tile(  # type: ignore[no-untyped-def]
-    acc_MC, top_M, sum_M, q_MC, q_MR, token, kv_len, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
+    acc_MC, top_M, sum_M, q_MC, q_MR, token, kv_len, block, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
     C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`_add_tile` of tokens [token, token + BLOCK_N) of a run, those from kv_len on masked."""
     token_N = token + tl.arange(0, BLOCK_N)
     is_seen_N = token_N < kv_len
     if USE_TMA:
-        place = tl.load(table_ptr + token // P) * P + token % P
+        place = block * P + token % P
         c_NC = c_src.load([place, 0])
         r_NR = r_src.load([place, 0])
     else:
         if P % BLOCK_N == 0:  # the tile lies in one block
-            block = tl.load(table_ptr + token // P).to(tl.int64)
-            at_N = block * stride_b + (token % P + tl.arange(0, BLOCK_N)) * stride_p
+            at_N = block.to(tl.int64) * stride_b + (token % P + tl.arange(0, BLOCK_N)) * stride_p
         else:
             block_N = tl.load(table_ptr + token_N // P, mask=is_seen_N, other=0).to(tl.int64)
             at_N = block_N * stride_b + (token_N % P) * stride_p
@@ -100,18 +99,28 @@ def _attend_run(  # type: ignore[no-untyped-def]
     acc_MC, top_M, sum_M, q_MC, q_MR, first_tile, num_tiles, kv_len, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
     C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """`_attend_tile` over some tiles of one run, of which the last may be cut off by `kv_len`."""
+    """`_attend_tile` over some tiles of one run, of which the last may be cut off by `kv_len`.
+
+    The block of the next tile is looked up meanwhile: looked up where it is needed it takes one of the compiler's stages, and
+    so a tile's buffer.
+    """
     begin = first_tile * BLOCK_N
     end = begin + num_tiles * BLOCK_N
     full_end = tl.maximum(begin, tl.minimum(end, kv_len // BLOCK_N * BLOCK_N))
+    if end > begin:
+        block = tl.load(table_ptr + begin // P)
+    else:
+        block = 0
     for token in tl.range(begin, full_end, BLOCK_N):
+        following = tl.load(table_ptr + tl.minimum(token + BLOCK_N, end - BLOCK_N) // P)
         acc_MC, top_M, sum_M = _attend_tile(
-            acc_MC, top_M, sum_M, q_MC, q_MR, token, kv_len, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
+            acc_MC, top_M, sum_M, q_MC, q_MR, token, kv_len, block, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
             C, R, P, BLOCK_N, USE_TMA, False,
         )  # fmt: skip
+        block = following
     if full_end < end:
         acc_MC, top_M, sum_M = _attend_tile(
-            acc_MC, top_M, sum_M, q_MC, q_MR, full_end, kv_len, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
+            acc_MC, top_M, sum_M, q_MC, q_MR, full_end, kv_len, block, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
             C, R, P, BLOCK_N, USE_TMA, True,
         )  # fmt: skip
     return acc_MC, top_M, sum_M
@@ -295,6 +304,9 @@ class LatentDecode(DecodeAttention):
         """`sizes`: one KV head, and a `value_dim`; else as there."""
         tiled = _in_head_tiles(sizes)
         super().__init__(tiled, config or _decode_config(tiled), processors)
+        # A row alone has a piece from every program, two on a processor: 264 of 512 numbers for each head. 16 at a time, all
+        # their numbers, they would be 17 rounds of 32 KB in 16 programs; so it is 5 of 16 KB in 128.
+        self._merging = MergeShape(64, min(64, sizes.value_dim), 4)
 
     def _launch(
         self,
@@ -418,15 +430,23 @@ def _refuse_unsupported(sizes: AttentionSizes, segments: Sequence[Segment]) -> N
 
 
 def _decode_config(sizes: AttentionSizes) -> DecodeConfig:
-    """By arithmetic, for a processor's 227 KB of shared memory and 65,536 registers, and not tuned on a GPU yet
-    (`scripts/bench_attention.py --only latent` times others beside it). A tile of 32 latents of 576 numbers takes 36 KB in 16
-    bits: two programs of three stages; 64 heads (a tile of queries of 72 KB, and half of the registers): one of two."""
+    """By what the compiler says of sm_90, and not timed on a GPU yet (`scripts/bench_attention.py --only latent --sweep`).
+
+    A tile of 32 latents of 576 numbers in 16 bits is 36 KB. 16 heads, four warps, three stages: two tiles are under way, 91 KB
+    of shared memory, so that two programs fit on a processor, and no register is spilled within the loop; a third tile
+    (127 KB) would leave room for one program, tiles of 64 latents (164 KB), too. Up to 64 heads, eight warps: 181 KB, nothing
+    spilled within the loop either; four warps spill there from 32 heads on.
+    """
     if sizes.dtype == torch.float32:  # IEEE products run outside the tensor cores
         return DecodeConfig(block_n=16, num_warps=8, num_stages=2, programs_per_processor=1, use_tma=False)
-    use_tma = sizes.block_size % 32 == 0
-    if sizes.group > 32:
-        return DecodeConfig(block_n=32, num_warps=8, num_stages=2, programs_per_processor=1, use_tma=use_tma)
-    return DecodeConfig(block_n=32, num_warps=4, num_stages=3, programs_per_processor=_MOST_DECODE_PROGRAMS, use_tma=use_tma)
+    is_narrow = sizes.group <= 16
+    return DecodeConfig(
+        block_n=32,
+        num_warps=4 if is_narrow else 8,
+        num_stages=3,
+        programs_per_processor=_MOST_DECODE_PROGRAMS if is_narrow else 1,
+        use_tma=sizes.block_size % 32 == 0,
+    )
 
 
 _MOST_DECODE_PROGRAMS = 2
@@ -434,7 +454,8 @@ _MOST_DECODE_PROGRAMS = 2
 
 
 def _tile_shape(sizes: AttentionSizes) -> TileShape:
-    """Of spans: queries of 64 x 576 in 16 bits take 72 KB of shared memory, a stage of 32 latents 36 KB. Not tuned yet."""
+    """Of spans: queries of 64 x 576 in 16 bits take 72 KB of shared memory, two tiles of 32 latents 72 more; by warp group
+    products, nothing spilled (the compiler, sm_90). Not timed yet."""
     least = max(16, int(triton.next_power_of_2(sizes.group)))
     if sizes.dtype == torch.float32:
         return TileShape(least, 16, 8, 1)
