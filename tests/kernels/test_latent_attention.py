@@ -1,7 +1,12 @@
 """Latent KV, one row as key and value of a token, against dense float64 attention, in layouts made to be awkward."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -203,3 +208,21 @@ def test_a_tiny_deepseek_by_these_kernels() -> None:
         warm_up(model, storage, "triton")
     assert torch.equal(storage.data_L2BPKD[:, :, 0], torch.zeros_like(storage.data_L2BPKD[:, :, 0]))
     assert storage.data_L2BPKD[:, :, 1].isnan().all()
+
+
+def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
+    """By the compiler, for Hopper: two tiles are under way, and as many programs fit as are launched."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.compiled"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, tuple[int, int, int]] = json.loads(done.stdout)
+    assert len(found) == 4
+    for kernel, (shared, programs, tile) in found.items():
+        assert programs * (shared + 1024) <= 228 * 1024, kernel
+        assert shared >= 2 * tile, kernel
