@@ -126,16 +126,15 @@ class DistAttention:
         `tiles`: whether `use_tiles` is called.
         """
         kernels = sum(
-            attention_scratch_bytes(rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, backend)
+            attention_scratch_bytes(rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, backend, shape.value_dim)
             for rows in (max_rows, num_peers * max_rows)
         )
         if backend == "triton":  # whose plans have theirs for as long as the step runs
             kernels *= len(shape.sights)
-        if tiles and backend == "triton" and uses_tiles(ROW_TILES[0], TOKEN_TILES[0], shape.dtype, shape.head_dim):
+        if tiles and backend == "triton" and _may_use_tiles(shape):
             kernels += tiles_scratch_bytes(attention_sizes(shape, 1, device), max(1, num_peers) * max_rows)
-        state = shape.num_heads * (shape.head_dim * shape.dtype.itemsize + 4)
-        query = shape.num_heads * shape.head_dim * shape.dtype.itemsize
-        return max_rows * (state + 2 * num_peers * (state + query)) + kernels
+        state = shape.state_bytes
+        return max_rows * (state + 2 * num_peers * (state + shape.query_bytes)) + kernels
 
     def use_tiles(self, max_rows: int) -> None:
         """Give spans of many rows to the library's dense kernel, where it takes this shape, and build all that needs.
@@ -144,7 +143,7 @@ class DistAttention:
         """
         shape = self.shape
         row_tiles = [rows for rows in ROW_TILES if rows <= max_rows]
-        if not row_tiles or not uses_tiles(row_tiles[0], TOKEN_TILES[0], shape.dtype, shape.head_dim):
+        if not row_tiles or not _may_use_tiles(shape):
             return
         if TOKEN_TILES[-1] % self._storage.block_size:
             return  # a tile must begin where a block does
@@ -162,10 +161,13 @@ class DistAttention:
             raise ValueError(
                 f"layouts of {rows} rows for {len(self.shape.sights)} groups of layers: one each, of the same rows"
             )
-        heads, dim, device = self.shape.num_heads, self.shape.head_dim, self._device
+        heads, device = self.shape.num_heads, self._device
 
-        def rows_of(count: int) -> torch.Tensor:
-            return torch.empty((count, heads, dim), dtype=self.shape.dtype, device=device)
+        def queries_of(count: int) -> torch.Tensor:
+            return torch.empty((count, heads, self.shape.head_dim), dtype=self.shape.dtype, device=device)
+
+        def outs_of(count: int) -> torch.Tensor:
+            return torch.empty((count, heads, self.shape.out_dim), dtype=self.shape.dtype, device=device)
 
         def lses_of(count: int) -> torch.Tensor:
             return torch.empty((count, heads), dtype=torch.float32, device=device)
@@ -174,13 +176,13 @@ class DistAttention:
         num_sent = max(len(layout.dispatched_rows) for layout in layouts)
         num_received = max(layout.num_received for layout in layouts)
         buffers = _Buffers(
-            out_THD=rows_of(num_rows),
+            out_THD=outs_of(num_rows),
             lse_TH=lses_of(num_rows),
-            send_q_SHD=rows_of(num_sent),
-            part_out_SHD=rows_of(num_sent),
+            send_q_SHD=queries_of(num_sent),
+            part_out_SHD=outs_of(num_sent),
             part_lse_SH=lses_of(num_sent),
-            recv_q_MHD=rows_of(num_received),
-            recv_out_MHD=rows_of(num_received),
+            recv_q_MHD=queries_of(num_received),
+            recv_out_MHD=outs_of(num_received),
             recv_lse_MH=lses_of(num_received),
         )
         slots_T = [upload(its, device) for its in slots]
@@ -208,12 +210,13 @@ class DistAttention:
     ) -> torch.Tensor:
         """Attention output `[T, H, D]` of the planned step's own rows in one layer; serves the party's rows meanwhile.
 
+        Where KV is latent `k_TKD` has one KV head and all that there is of a token: `v_TKD`, its beginning, isn't looked at.
         `sinks_H`: one more logit for each head, that stands for no value. The result is a buffer that the next layer writes.
         Raises RuntimeError if no step was planned or the rows are not those of the plan.
         """
         group, kv_2BPKD = self._planned(layer, q_THD.shape[0]), self._storage.layer(layer)
         with self._attending():
-            store_kv(k_TKD, v_TKD, kv_2BPKD, group.slots_T, backend=self.backend)
+            store_kv(k_TKD, None if self.shape.value_dim else v_TKD, kv_2BPKD, group.slots_T, backend=self.backend)
             return self._attend_rows(group, layer, q_THD, kv_2BPKD, sinks_H)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
@@ -288,12 +291,10 @@ class DistAttention:
 
     def bytes_sent(self, layouts: Sequence[Layout]) -> tuple[int, int]:
         """Bytes of queries and of partial states that this instance sends in a step of these layouts, in all layers."""
-        query = self.shape.num_heads * self.shape.head_dim * self.shape.dtype.itemsize
-        state = query + self.shape.num_heads * 4
         counts = Counter(group for _, group in self._layers)
         sent = sum(count * len(layouts[group].dispatched_rows) for group, count in counts.items())
         returned = sum(count * layouts[group].num_received for group, count in counts.items())
-        return query * sent, state * returned
+        return self.shape.query_bytes * sent, self.shape.state_bytes * returned
 
     def _attend(self, readings: list[Reading], num_rows: int, group: int) -> PagedAttention:
         return plan_attention(
@@ -307,7 +308,13 @@ class DistAttention:
             device=self._device,
             backend=self.backend,
             tiles=None if self.shape.is_capped(group) else self._tiles,
+            value_dim=self.shape.value_dim,
         )
+
+
+def _may_use_tiles(shape: AttentionShape) -> bool:
+    """Whether the library's dense kernel takes the shape: it knows nothing of latents."""
+    return not shape.value_dim and uses_tiles(ROW_TILES[0], TOKEN_TILES[0], shape.dtype, shape.head_dim)
 
 
 def _new_event() -> torch.cuda.Event:

@@ -81,6 +81,34 @@ class AttentionShape:
     dtype: torch.dtype
     layers: tuple[LayerView, ...] = ()
     """Each; empty: in all of them rows see all before them, by `scale`."""
+    value_dim: int = 0
+    """0: tokens have keys and values of `head_dim`. Else KV is latent: a token is one key, for all query heads, whose first
+    `value_dim` numbers are its value. Such is what returns for a row, too: `instance.latent` makes heads' values of it."""
+
+    @property
+    def out_dim(self) -> int:
+        """Of a head's output."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def parts(self) -> int:
+        """Of what is stored of a token: keys and values, or keys alone."""
+        return 1 if self.value_dim else 2
+
+    @property
+    def layer_token_bytes(self) -> int:
+        """Of one token's KV in one layer."""
+        return self.parts * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        """Of a row's query in one layer, as it travels."""
+        return self.num_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a row's partial state in one layer, as it travels: its output, and an lse in fp32 for each head."""
+        return self.num_heads * (self.out_dim * self.dtype.itemsize + 4)
 
     def layer(self, index: int) -> LayerView:
         return self.layers[index] if self.layers else LayerView(Scoring(self.scale))
@@ -127,6 +155,7 @@ def attention_sizes(shape: AttentionShape, block_size: int, device: torch.device
         head_dim=shape.head_dim,
         dtype=shape.dtype,
         device=device,
+        value_dim=shape.value_dim,
     )
 
 

@@ -66,6 +66,12 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         metavar="KIND:F",
         help="rotary frequencies for texts F times as long: yarn:4, linear:2, dynamic:2; none (what the model's config says)",
     )
+    parser.add_argument(
+        "--kv-format",
+        default="auto",
+        choices=settings.KV_FORMATS,
+        help="of a model with latent attention: latents, or with plain the keys and values of all its heads (%(default)s)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--gpu", type=int, help="index of its GPU, among those that are seen (LOCAL_RANK)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
@@ -154,6 +160,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         dtype=args.dtype,
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
+        kv_format=args.kv_format,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),

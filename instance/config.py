@@ -16,6 +16,9 @@ from instance.sharing import SPLITS
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 
+KVFormat = Literal["auto", "plain"]
+KV_FORMATS: tuple[KVFormat, ...] = ("auto", "plain")
+
 GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
 GPU_CHUNK_TOKENS = 8192
@@ -93,6 +96,8 @@ class InstanceConfig:
     """Tokens of the longest sequence served; None: as many as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of the model's rotary frequencies; None: what its config says."""
+    kv_format: KVFormat = "auto"
+    """auto: latents where the model's layers have some; plain: keys and values of all heads, to compare with."""
     block_size: int = CPU_BLOCK_SIZE
     """Tokens in a block."""
     chunk_tokens: int = CPU_CHUNK_TOKENS
@@ -139,6 +144,8 @@ class InstanceConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.kv_format not in KV_FORMATS:
+            raise ValueError(f"--kv-format must be one of {', '.join(KV_FORMATS)}, got {self.kv_format}")
         for flag, value in (
             ("--block-size", self.block_size),
             ("--chunk-tokens", self.chunk_tokens),

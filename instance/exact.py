@@ -86,6 +86,7 @@ def paged_logits(
         block_size=block_size,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        parts=shape.parts,
         dtype=shape.dtype,
         device=model.device,
     )

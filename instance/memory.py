@@ -250,17 +250,21 @@ def activation_bytes(model: Model, needs: Needs) -> int:
     """Most bytes that live at once in the largest steps of all lanes, on all streams, attention left out: by formula.
 
         in a layer      rows x (3 hidden + heads + (heads + 2 KV heads)) + MLP rows x 3 intermediate
+        over latents    rows x (3 hidden + 2 heads + absorbed queries + those joined to what is rotated) + the same
         at the logits   rows x 2 hidden + sampled x (3 hidden + vocabulary)
 
     The first is when `FusedDecoder` computes silu(gate) * up: what the layer before adds, the residual and its norm; what
     attention returned and the projections it was given (heads times head dim); gate, up and their product, of `MLP_ROWS` at a
-    time. transformers' own layers hold up to a quarter less, and gate and up of all rows. The larger of both counts, times the
+    time. Where KV is latent, when attention begins: transformers' heads of queries and keys are there beside what is made of
+    them. transformers' own layers hold up to a quarter less, and gate and up of all rows. The larger of both counts, times the
     bytes of an element.
     """
     shape, config = model.shape, model.module.config.get_text_config()
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2 and its like don't say
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    if shape.value_dim:
+        heads = shape.num_heads * (2 * model.heads_shape.head_dim + shape.value_dim + shape.head_dim)
     elements = 0
     for rows, sampled in needs.steps:
         layer = rows * (3 * hidden + heads) + min(rows, needs.mlp_rows) * 3 * intermediate
@@ -294,7 +298,7 @@ class NoAttention:
         v_TKD: torch.Tensor,
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
+        return q_THD.new_zeros((*q_THD.shape[:2], self._shape.out_dim))
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         return rows.qkv_TE.new_zeros(rows.qkv_TE.shape[0], self._shape.num_heads, self._shape.head_dim)

@@ -7,7 +7,6 @@ The model runs a whole ragged step as one row `[1, T]`; its attention layers cal
 import functools
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,8 +40,10 @@ from instance.calls import (
     whole_shape,
 )
 from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole
+from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
-from instance.fused import FusedDecoder, Hidden, LayerAttention, OwnRow, is_like_llama
+from instance.fused import FusedDecoder, Hidden, OwnRow, is_like_llama
+from instance.latent import LatentHeads, bind_latents, latent_shape
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
 from kvstore.sight import FULL, Sight
@@ -56,25 +57,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 
 # What a model's code raises when it is run in a way it wasn't written for.
 _FOREIGN_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
-
-
-class AttentionContext(threading.local):
-    """The one object through which the model's attention layers reach the present step. Bound to each layer at load.
-
-    Every thread has a step of its own.
-    """
-
-    attention: LayerAttention | None = None
-    hidden: Any = None
-    """What the layers shall seem to have computed."""
-    places_1T: torch.Tensor | None = None
-    """Of the rows that the layers run."""
-
-    def needed(self) -> LayerAttention:
-        """Raises RuntimeError outside a step."""
-        if self.attention is None:
-            raise RuntimeError("the model ran outside a step")
-        return self.attention
 
 
 class Model:
@@ -109,13 +91,28 @@ class Model:
         refuse_state(config, is_stateful=getattr(module, "_is_stateful", False))
         refuse_layer_types(config)
         self._fused: FusedDecoder | None = None
-        self.shape = self._probe(declared)
+        self.heads_shape = self._probe(declared)
+        """Of attention as the layers call it."""
+        self.shape = self.heads_shape
+        """Of what is stored and attended to: of latents where the layers have some."""
+        self._latents: list[LatentHeads] = []
+        if not any(call.has_sinks for call in self._calls):
+            self._latents = bind_latents(module, self.heads_shape, self.context)
+        if self._latents:
+            self.shape = latent_shape(self.heads_shape, self._latents[0].dims)
         if declared is None:
             raise UnsupportedModel(
                 f"{config.model_type}: its config has no max_position_embeddings, so its longest context is unknown: give "
                 "--max-context"
             )
         self.max_context = declared
+
+    def keep_heads(self) -> None:
+        """Store keys and values of all heads from now on, also where layers have latents."""
+        for latents in self._latents:
+            latents.release()
+        self._latents = []
+        self.shape = self.heads_shape
 
     @property
     def fused(self) -> FusedDecoder | None:
@@ -129,7 +126,7 @@ class Model:
         """
         if not is_like_llama(self.module):
             return "they are not made like Llama's"
-        if self._has_more_than_heads:
+        if any(call.has_sinks or call.value_dim < call.shape.head_dim for call in self._calls):
             return "their attention is not Llama's"
         fused = FusedDecoder(self.module, backend, self.max_context)
         self.context.attention = OwnRow(self.shape, backend)
@@ -186,17 +183,17 @@ class Model:
 
     def token_bytes(self) -> int:
         """Bytes of one token's KV in all layers."""
-        return 2 * self.num_layers * self.shape.num_kv_heads * self.shape.head_dim * self.shape.dtype.itemsize
+        return self.num_layers * self.shape.layer_token_bytes
 
     def reach(self) -> int:
         """Tokens that a row attends to at the cost of the rest of the model.
 
-        Its products are 2 x parameters operations, attention to a token 4 x heads x head dim in each layer.
+        Its products are 2 x parameters operations, attention to a token 2 x heads x (head dim + dim of values) in each layer.
         """
         embeddings: Any = self.module.get_input_embeddings()
         rest = sum(p.numel() for p in self.module.parameters()) - embeddings.weight.numel()
         shape = self.shape
-        return max(1, 2 * int(rest) // (4 * shape.num_heads * shape.head_dim * self.num_layers))
+        return max(1, 2 * int(rest) // (2 * shape.num_heads * (shape.head_dim + shape.out_dim) * self.num_layers))
 
     def fingerprint(self) -> str:
         """SHA-256 over the config and, of every weight, its name, shape, type and 64 values: equal models, equal prints."""
@@ -209,6 +206,7 @@ class Model:
             values = flat[:: max(1, flat.numel() // 64)][:64].double().cpu().tolist()
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {values}".encode())
         digest.update((self.rotary or "").encode())
+        digest.update(b"latents" if self.shape.value_dim else b"")
         return digest.hexdigest()
 
     def _probe(self, max_context: int | None) -> AttentionShape:
@@ -260,7 +258,7 @@ class Model:
             AttentionInterface.register(ATTENTION, _attention)
         if self.device.type != "meta":  # there nothing has a value
             self._refuse_mixing(together, alone, halves)
-        self._has_more_than_heads = any(call.has_sinks or call.value_dim < call.shape.head_dim for call in calls)
+        self._calls = calls
         return whole_shape(calls, sights)
 
     def shape_within(self, size: int) -> AttentionShape:
@@ -474,11 +472,16 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: `[1, heads, T, D]` in, `[1, T, heads, D]` out."""
     context: AttentionContext = module.distattn_context  # type: ignore[assignment]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    latents: LatentHeads | None = getattr(module, "distattn_latents", None)
+    if latents is not None:
+        q_THD, k_T1D = latents.absorb(query[0], key[0])
+        out_THC = context.needed().run(layer, q_THD, k_T1D, k_T1D[..., : latents.dims.latent])
+        return latents.values(out_THC).unsqueeze(0), None
     dim, value_dim = key.shape[3], value.shape[3]
     if value_dim < dim:  # blocks have one width
         value = torch.nn.functional.pad(value, (0, dim - value_dim))
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
     out_THD = context.needed().run(layer, q_THD, k_TKD, v_TKD, s_aux)
     return out_THD[..., :value_dim].unsqueeze(0), None
 

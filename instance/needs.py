@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from distattn.attention import DistAttention
+from distattn.shape import AttentionShape
 from gmanager.wire import footprint
 from instance.errors import UnsupportedModel
 from instance.fused import MLP_ROWS, is_like_llama
@@ -94,9 +97,19 @@ def most_blocks(sight: Sight, block_size: int, chunk_tokens: int) -> int:
     return -(-(sight.span + max(chunk_tokens, UNSURE_ROWS + 1)) // block_size) + 1
 
 
-def refuse_shape(model: Model, name: str, *, block_size: int, backend: str) -> None:
-    """Raises UnsupportedModel for an attention shape that the kernels don't support: before anybody waits for this one."""
-    shape = model.shape
+def settle_shape(model: Model, name: str, *, block_size: int, backend: str) -> None:
+    """Let a model keep heads whose latents the kernels don't support.
+
+    Raises UnsupportedModel for an attention shape that they don't support: before anybody waits for this one.
+    """
+    if model.shape.value_dim and _unsupported(model.shape, model.device, block_size, backend):
+        model.keep_heads()
+    if reason := _unsupported(model.shape, model.device, block_size, backend):
+        raise UnsupportedModel(f"{name}: {reason}")
+
+
+def _unsupported(shape: AttentionShape, device: torch.device, block_size: int, backend: str) -> str | None:
+    """Why the kernels don't take a shape; None: they do."""
     try:
         plan_attention(
             [],
@@ -105,9 +118,11 @@ def refuse_shape(model: Model, name: str, *, block_size: int, backend: str) -> N
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            value_dim=shape.value_dim,
             dtype=shape.dtype,
-            device=model.device,
+            device=device,
             backend=backend,
         )
     except ValueError as error:
-        raise UnsupportedModel(f"{name}: {error}") from error
+        return str(error)
+    return None

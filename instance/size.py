@@ -24,7 +24,7 @@ from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, has_pa
 from instance.errors import UnsupportedModel
 from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
 from instance.model import Model, random_model
-from instance.needs import Needs, refuse_shape
+from instance.needs import Needs, settle_shape
 from kvstore.tier_storage import slot_bytes
 
 GIB = 2**30
@@ -53,6 +53,8 @@ class Question:
     """Tokens of the longest sequence served; None: as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of its rotary frequencies; None: what its config says."""
+    kv_format: settings.KVFormat = "auto"
+    """As an instance's."""
     block_size: int
     chunk_tokens: int
     host_memory: int = 0
@@ -315,6 +317,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
     parser.add_argument("--max-context", type=parse_count, help="tokens of the longest sequence served (as the config says)")
     parser.add_argument("--rope-scaling", metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the config says)")
+    parser.add_argument("--kv-format", default="auto", choices=settings.KV_FORMATS, help="plain: of heads, not of latents")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=parse_count, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
@@ -339,6 +342,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
         dtype=args.dtype,
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
+        kv_format=args.kv_format,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if on_gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=_given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if on_gpu else settings.CPU_CHUNK_TOKENS),
         host_memory=parse_size(args.host_memory),
@@ -378,7 +382,9 @@ def _shape_of(question: Question) -> Model:
     config.dtype = dtype
     try:
         model = random_model(config, dtype, torch.device("meta"), 0, question.max_context, question.rope_scaling)
-        refuse_shape(model, question.model, block_size=question.block_size, backend=question.backend)
+        if question.kv_format == "plain":
+            model.keep_heads()
+        settle_shape(model, question.model, block_size=question.block_size, backend=question.backend)
     except UnsupportedModel:
         raise
     except LOAD_ERRORS as error:

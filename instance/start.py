@@ -15,7 +15,7 @@ from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
 from instance.memory import TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure, tiers_bytes
 from instance.model import Model, load_model, load_text_assets, refuse_by_config
-from instance.needs import Needs, refuse_shape
+from instance.needs import Needs, settle_shape
 from instance.processors import check_parts
 from instance.scheduler import MAX_DECODE_ROWS
 from instance.server import Instance
@@ -64,7 +64,9 @@ def load(config: InstanceConfig) -> Loaded:
         raise
     except LOAD_ERRORS as error:
         raise CheckpointError(f"{config.model} can't be loaded: {type(error).__name__}: {error}") from error
-    refuse_shape(model, config.model, block_size=config.block_size, backend=config.backend)
+    if config.kv_format == "plain":
+        model.keep_heads()
+    settle_shape(model, config.model, block_size=config.block_size, backend=config.backend)
     if config.reads_pool and model.shape.windows:
         raise UnsupportedModel(
             f"{config.model}: some of its layers see but a window, whose KV --host-memory, --disk and --check-cache don't know"
@@ -78,8 +80,12 @@ def _verify(model: Model, config: InstanceConfig) -> None:
 
     Raises UnsupportedModel.
     """
-    found = refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
+    found = _compare(model, config)
     log.info("agrees with transformers' own attention", difference=f"{found:.2g}")
+    if model.shape.value_dim:
+        log.info(
+            "KV is latent", numbers=model.shape.head_dim, of_heads=2 * model.heads_shape.num_heads * model.heads_shape.head_dim
+        )
     if model.rotary is not None:
         log.info("rotary frequencies of all texts", rotary=model.rotary, max_context=model.max_context)
     if config.backend != "triton":
@@ -92,6 +98,18 @@ def _verify(model: Model, config: InstanceConfig) -> None:
             model.unfuse()
             reason = f"fused, {error}"
     log.info("layers", run="fused" if reason is None else f"as transformers has them: {reason}")
+
+
+def _compare(model: Model, config: InstanceConfig) -> float:
+    """The difference from transformers' own attention; of latents only if that is small enough. Raises UnsupportedModel."""
+    if model.shape.value_dim:
+        try:
+            return refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
+        except UnsupportedModel as error:
+            log.warning("KV of heads, not of latents", reason=str(error))
+        model.keep_heads()
+        settle_shape(model, config.model, block_size=config.block_size, backend=config.backend)
+    return refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
 
 
 def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) -> Instance:
@@ -170,6 +188,7 @@ def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStora
             block_size=config.block_size,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            parts=shape.parts,
             dtype=shape.dtype,
             device=model.device,
         )

@@ -71,6 +71,7 @@ class _MadeUpStep:
                 num_heads=shape.num_heads,
                 num_kv_heads=shape.num_kv_heads,
                 head_dim=shape.head_dim,
+                value_dim=shape.value_dim,
                 dtype=shape.dtype,
                 device=model.device,
                 backend=backend,
@@ -91,7 +92,7 @@ class _MadeUpStep:
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         kv_2BPKD = self._cleared(layer)
-        store_kv(k_TKD, v_TKD, kv_2BPKD, self._slots_T, backend=self._backend)
+        store_kv(k_TKD, None if self._shape.value_dim else v_TKD, kv_2BPKD, self._slots_T, backend=self._backend)
         out_THD = self._attend(layer, q_THD, kv_2BPKD)
         if sinks_H is not None:
             apply_sinks(out_THD, self._lse_TH, sinks_H)
@@ -107,7 +108,7 @@ class _MadeUpStep:
 
     def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
         scoring, attention = self._shape.layer(layer).scoring, self._attentions[self._shape.group(layer)]
-        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        out_THD = q_THD.new_empty((*q_THD.shape[:2], self._shape.out_dim))
         lse_TH = self._lse_TH
         attention.run(q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH, soft_cap=scoring.soft_cap)
         merge_states(out_THD, lse_TH, out_THD[:1].clone(), lse_TH[:1].clone(), self._merge, backend=self._backend)

@@ -38,7 +38,6 @@ from kernels.segments import AttentionSizes, Scoring
 from kernels.upload import upload
 
 MAX_ROWS = 2048
-_MERGE_PIECES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +125,15 @@ class DecodeConfig:
         of 8K ran at 3474 GB/s, where few long rows ran at 4420. 168 cost it 8 bytes of stack.
         """
         return min(255, 65536 // (self.programs_per_processor * 32 * self.num_warps) // 8 * 8)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeShape:
+    """How pieces are merged: so many at a time, so many of their dims in a program."""
+
+    block_x: int
+    block_d: int
+    num_warps: int
 
 
 @triton.jit
@@ -219,7 +227,7 @@ def _attend_run(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_of(ends_ptr, num_rows, tile):  # type: ignore[no-untyped-def]
+def row_of(ends_ptr, num_rows, tile):  # type: ignore[no-untyped-def]
     """The row that a tile belongs to: the first whose end lies beyond it, by bisection."""
     low = 0
     high = num_rows
@@ -254,7 +262,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     dim_D = tl.arange(0, D)
     wait_for_previous(DEPENDENT)
     while tile < last:
-        index = _row_of(rows_ptr + 3 * size + 1, num_rows, tile)
+        index = row_of(rows_ptr + 3 * size + 1, num_rows, tile)
         tiles_before = tl.load(rows_ptr + 3 * size + index)
         tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
         first_tile = (tile - tiles_before).to(tl.int32)
@@ -310,11 +318,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 def _merge_kernel(  # type: ignore[no-untyped-def]
     out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, num_rows, num_slots,
     stride_ot, stride_oh, stride_lt, stride_lh,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr, DEPENDENT: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """lse = log sum_x exp(lse_x), out = sum_x exp(lse_x - lse) out_x over the pieces x of one row and head.
 
-    Grid: rows of the tables, query heads.
+    Grid: rows of the tables, query heads, parts of BLOCK_D of the dims of out.
     """
     index = tl.program_id(0)
     head = tl.program_id(1)
@@ -324,13 +333,13 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     row = tl.load(rows_ptr + index).to(tl.int64)
     if row < 0:
         return
-    dim_D = tl.arange(0, D)
+    dim_D = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     out_D_ptr = out_ptr + row * stride_ot + head * stride_oh + dim_D
     lse_at_ptr = lse_ptr + row * stride_lt + head * stride_lh
     tiles_before = tl.load(rows_ptr + 3 * size + index)
     tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
     if tiles == 0:
-        tl.store(out_D_ptr, tl.zeros((D,), dtype=out_ptr.dtype.element_ty))
+        tl.store(out_D_ptr, tl.zeros((BLOCK_D,), dtype=out_ptr.dtype.element_ty))
         tl.store(lse_at_ptr, -float("inf"))
         return
     tile_count = tl.load(rows_ptr + 3 * size + num_rows).to(tl.int64)
@@ -343,7 +352,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     m = head % G
     top = -float("inf")
     total = 0.0
-    acc_D = tl.zeros((D,), dtype=tl.float32)
+    acc_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for at in range(first, last + 1, BLOCK_X):
         slot_X = at + tl.arange(0, BLOCK_X)
         is_X = slot_X <= last
@@ -378,7 +387,8 @@ class DecodeAttention:
         self._block_m = max(16, triton.next_power_of_2(sizes.group))
         self._slots = max(1, self.config.programs(processors) // sizes.num_kv_heads)
         pieces = 2 * self._slots * sizes.num_kv_heads * self._block_m
-        self._piece_out = torch.empty((pieces, sizes.head_dim), dtype=torch.float32, device=sizes.device)
+        self._piece_out = torch.empty((pieces, sizes.out_dim), dtype=torch.float32, device=sizes.device)
+        self._merging = MergeShape(16, sizes.out_dim, 1)
         self._piece_lse = torch.empty(pieces, dtype=torch.float32, device=sizes.device)
 
     def tables(
@@ -481,6 +491,28 @@ class DecodeAttention:
 
         Nothing is checked: the tables' contents may change between launches of a graph.
         """
+        self._launch(q_THD, kv_2BPKD, scoring, tables, out_THD, lse_TH)
+        sizes = self.sizes
+        num_rows = tables.rows_4R1.numel() // 4 - 1
+        dependent = has_dependent_launch(sizes.device)
+        merging = self._merging
+        _merge_kernel[(num_rows, sizes.num_heads, sizes.out_dim // merging.block_d)](
+            out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, num_rows, self._slots,
+            *out_THD.stride()[:2], *lse_TH.stride(),
+            K=sizes.num_kv_heads, G=sizes.group, D=sizes.out_dim, BLOCK_M=self._block_m, BLOCK_X=merging.block_x,
+            BLOCK_D=merging.block_d, DEPENDENT=dependent, num_warps=merging.num_warps, launch_pdl=dependent,
+        )  # fmt: skip
+
+    def _launch(
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scoring: Scoring,
+        tables: DecodeTables,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+    ) -> None:
+        """The slots: rows that lie in one, and the pieces of the others."""
         sizes, config = self.sizes, self.config
         num_rows = tables.rows_4R1.numel() // 4 - 1
         dependent = has_dependent_launch(sizes.device)
@@ -497,12 +529,6 @@ class DecodeAttention:
             BLOCK_M=self._block_m, BLOCK_N=config.block_n,
             USE_TMA=config.use_tma, DEPENDENT=dependent, WINDOWED=tables.windowed, CAPPED=scoring.soft_cap > 0,
             num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
-        )  # fmt: skip
-        _merge_kernel[(num_rows, sizes.num_heads)](
-            out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, num_rows, self._slots,
-            *out_THD.stride()[:2], *lse_TH.stride(),
-            K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, BLOCK_M=self._block_m, BLOCK_X=_MERGE_PIECES,
-            DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
         )  # fmt: skip
 
 

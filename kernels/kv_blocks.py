@@ -1,36 +1,43 @@
 """Writing new KV into blocks, and reading blocks into contiguous memory.
 
     store:  kv[0, slot // P, slot % P] = k[t]      kv[1, ...] = v[t]      slot = slots[t]; nothing where slot is -1
+            (latent KV has one part, keys alone)
     gather: k[j - first] = kv[0, ids[j // P], j % P]       v[j - first] = kv[1, ...]      j in [first, first + num_tokens)
 
 Shape suffixes: T rows, S tokens, N blocks of a table, K KV heads, D head dim, B blocks, P block size.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
-def store_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor, *, backend: str) -> None:
+def store_kv(
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor, *, backend: str
+) -> None:
     """Write row t's key and value to slot `slots_T[t]` = block * block_size + offset (int64); -1 writes nothing (padding).
+
+    `v_TKD` None: into latent KV, which has no values.
 
     The slots but -1 are distinct and lie in the blocks of `kv`: they are not checked. Backend "torch" or "triton".
 
     Raises:
         ValueError: shapes or dtypes that don't fit, a last dimension that isn't contiguous, or an unknown backend.
     """
-    if k_TKD.shape != v_TKD.shape or k_TKD.shape[1:] != kv_2BPKD.shape[3:] or slots_T.shape != k_TKD.shape[:1]:
-        raise ValueError(
-            f"k {tuple(k_TKD.shape)}, v {tuple(v_TKD.shape)}, kv {tuple(kv_2BPKD.shape)}, slots {tuple(slots_T.shape)} "
-            "don't fit together"
-        )
-    if not k_TKD.dtype == v_TKD.dtype == kv_2BPKD.dtype or slots_T.dtype != torch.int64:
-        raise ValueError(f"k {k_TKD.dtype}, v {v_TKD.dtype}, kv {kv_2BPKD.dtype}, slots {slots_T.dtype}: int64 and one dtype")
-    if not k_TKD.stride(-1) == v_TKD.stride(-1) == kv_2BPKD.stride(-1) == 1:
+    news = [k_TKD] if v_TKD is None else [k_TKD, v_TKD]
+    if any(new.shape != (*slots_T.shape, *kv_2BPKD.shape[3:]) for new in news) or len(news) != kv_2BPKD.shape[0]:
+        shapes = ", v ".join(str(tuple(new.shape)) for new in news)
+        raise ValueError(f"k {shapes}, kv {tuple(kv_2BPKD.shape)}, slots {tuple(slots_T.shape)} don't fit together")
+    if any(new.dtype != kv_2BPKD.dtype for new in news) or slots_T.dtype != torch.int64:
+        dtypes = ", v ".join(str(new.dtype) for new in news)
+        raise ValueError(f"k {dtypes}, kv {kv_2BPKD.dtype}, slots {slots_T.dtype}: int64 and one dtype")
+    if any(x.stride(-1) != 1 for x in (*news, kv_2BPKD)):
         raise ValueError("the last dimension of k, v and kv must be contiguous")
     if not slots_T.numel():
         return
     match backend:
         case "torch":
-            _store_kv_torch(k_TKD, v_TKD, kv_2BPKD, slots_T)
+            _store_kv_torch(news, kv_2BPKD, slots_T)
         case "triton":
             from kernels import triton_ops
 
@@ -90,12 +97,12 @@ def gather_kv_into(
             raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
-def _store_kv_torch(k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+def _store_kv_torch(news: Sequence[torch.Tensor], kv_2BPKD: torch.Tensor, slots_T: torch.Tensor) -> None:
     """Waits for the device where there is one: the number of written rows decides a shape."""
     _, num_blocks, block_size, num_kv_heads, head_dim = kv_2BPKD.shape
     rows_N = (slots_T >= 0).nonzero().squeeze(1)
     slots_N = slots_T[rows_N]
-    for new_TKD, blocks_BPKD in ((k_TKD, kv_2BPKD[0]), (v_TKD, kv_2BPKD[1])):
+    for new_TKD, blocks_BPKD in zip(news, kv_2BPKD, strict=True):
         # a view or an error: `reshape` might copy, and the write would be lost
         flat_SKD = blocks_BPKD.view(num_blocks * block_size, num_kv_heads, head_dim)
         flat_SKD.index_copy_(0, slots_N, new_TKD[rows_N])

@@ -12,7 +12,8 @@ Sources: online softmax and the split over KV are FlashAttention-2's and Flash-D
 plan and run FlashInfer's.
 
 Shape suffixes: T rows, H query heads, K KV heads, G = H / K, D head dim, B blocks, P block size, S tokens of KV.
-`kv_2BPKD` of one layer: (keys, values), blocks, tokens of a block, KV heads, head dim.
+`kv_2BPKD` of one layer: (keys, values), blocks, tokens of a block, KV heads, head dim. Latent KV has one part, keys, whose
+first numbers are the values, and one KV head for all query heads (DeepSeek's latent attention with absorbed projections).
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def plan_attention(
     device: torch.device,
     backend: str,
     tiles: "TiledAttention | None" = None,
+    value_dim: int = 0,
 ) -> PagedAttention:
     """Validate the segments of one step and build its tables. Two have the same rows and disjoint tokens, or no row in common.
 
@@ -45,13 +47,16 @@ def plan_attention(
     from 16 to 256; at most 64 query heads per KV head; any block size). With `tiles` (triton) spans of many rows that see their
     runs from the beginning go to the library's dense kernel, which knows no soft cap.
 
+    `value_dim` > 0: of latent KV. On triton that has one KV head, `value_dim` and the rest of `head_dim` are each a power of
+    two from 16 to 512, rows see runs from their beginning, and there are no tiles and no soft cap.
+
     Raises:
         ValueError: a segment that contradicts itself or another, or a shape that the backend doesn't support.
     """
-    if min(block_size, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads:
+    if min(block_size, num_heads, num_kv_heads, head_dim) < 1 or num_heads % num_kv_heads or not 0 <= value_dim <= head_dim:
         raise ValueError(
             f"block size {block_size}, {num_heads} heads, {num_kv_heads} KV heads, head dim {head_dim}: all must be at "
-            "least 1 and the heads a multiple of the KV heads"
+            f"least 1 and the heads a multiple of the KV heads; values of {value_dim} numbers of a key"
         )
     sizes = AttentionSizes(
         num_rows=num_rows,
@@ -61,6 +66,7 @@ def plan_attention(
         head_dim=head_dim,
         dtype=dtype,
         device=device,
+        value_dim=value_dim,
     )
     min_blocks = validate(segments, num_rows, block_size)
     match backend:
@@ -68,6 +74,10 @@ def plan_attention(
             from kernels.paged_attention_torch import TorchPagedAttention
 
             return TorchPagedAttention(sizes, min_blocks, segments)
+        case "triton" if value_dim:
+            from kernels.latent_attention import TritonLatentAttention
+
+            return TritonLatentAttention(sizes, min_blocks, segments)
         case "triton":
             from kernels.paged_attention_triton import TritonPagedAttention
 
@@ -76,7 +86,7 @@ def plan_attention(
 
 
 def attention_scratch_bytes(
-    num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, backend: str
+    num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, backend: str, value_dim: int = 0
 ) -> int:
     """Most bytes that `run` takes beside its arguments for that many rows, whatever the segments."""
     match backend:
@@ -84,6 +94,10 @@ def attention_scratch_bytes(
             from kernels.paged_attention_torch import scratch_bytes as of_torch
 
             return of_torch(num_rows, num_heads, head_dim)
+        case "triton" if value_dim:
+            from kernels.latent_attention import scratch_bytes as of_latents
+
+            return of_latents(num_heads, value_dim, device)
         case "triton":
             from kernels.paged_attention_triton import scratch_bytes as of_triton
 

@@ -73,8 +73,8 @@ class _Piece:
     mask_TS: torch.Tensor | None = None
     """Both as the fused kernel takes them: 0 or -inf in q's dtype."""
 
-    def read(self, kv_2BPKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`k_K1SD`, `v_K1SD`: views where the blocks are consecutive.
+    def read(self, kv_2BPKD: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`k_K1SD`, `v_K1SD`: views where the blocks are consecutive. `value_dim` as in `AttentionSizes`.
 
         One `as_strided` each: slicing, flattening and transposing cost 12 us more per piece and layer.
         """
@@ -85,7 +85,10 @@ class _Piece:
         size = (blocks.shape[3], 1, self.num_tokens, blocks.shape[4])
         stride = (stride_k, 0, stride_p, 1)
         offset = blocks.storage_offset() + first * stride_b + self.skip * stride_p
-        return blocks.as_strided(size, stride, offset), blocks.as_strided(size, stride, offset + stride_2)
+        keys = blocks.as_strided(size, stride, offset)
+        if value_dim:
+            return keys, blocks.as_strided((*size[:3], value_dim), stride, offset)
+        return keys, blocks.as_strided(size, stride, offset + stride_2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +133,17 @@ class TorchPagedAttention(PagedAttention):
                 lse_TH[rows] = -torch.inf
                 continue
             q_rows = q_THD[rows]
-            parts = (attend(q_rows, *piece.read(kv_2BPKD), scoring, piece) for piece in tile.pieces)
+            parts = (attend(q_rows, *piece.read(kv_2BPKD, self.sizes.value_dim), scoring, piece) for piece in tile.pieces)
             out_THD[rows], lse_TH[rows] = reduce(_merge, parts)
 
 
 def _attend_fused(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scoring: Scoring, piece: _Piece) -> _State:
     """Partial state by PyTorch's CPU flash attention, which takes grouped heads as strides: no copy of K, V or large q."""
     num_rows, num_heads, head_dim = q_THD.shape
-    num_kv_heads = k_K1SD.shape[0]
+    num_kv_heads, value_dim = k_K1SD.shape[0], v_K1SD.shape[3]
     group = num_heads // num_kv_heads
+    if value_dim < head_dim:  # the beginning of the keys, and the kernel takes no values narrower than these
+        v_K1SD = k_K1SD
     q_TKGD = q_THD.view(num_rows, num_kv_heads, group, head_dim)
     folded = num_rows <= _FOLD_ROWS and piece.kv_lens_T is None and piece.starts_T is None
     if folded:
@@ -159,7 +164,7 @@ def _attend_fused(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tenso
         # the kernel says lse = 0 for a row whose mask hides everything
         starts = 0 if piece.starts_T is None else piece.starts_T
         lse_TH = lse_TH.masked_fill((piece.kv_lens_T <= starts)[:, None], -torch.inf)
-    return out_TKGD.reshape(num_rows, num_heads, head_dim), lse_TH
+    return out_TKGD.reshape(num_rows, num_heads, head_dim)[..., :value_dim], lse_TH
 
 
 def _attend_plain(q_THD: torch.Tensor, k_K1SD: torch.Tensor, v_K1SD: torch.Tensor, scoring: Scoring, piece: _Piece) -> _State:
@@ -258,7 +263,7 @@ def _prefix(block_ids: tuple[int, ...], begin: int, end: int, num_rows: int, siz
     if begin >= end:
         return
     block_size = sizes.block_size
-    block_bytes = 2 * block_size * sizes.num_kv_heads * sizes.head_dim * sizes.dtype.itemsize
+    block_bytes = sizes.parts * block_size * sizes.num_kv_heads * sizes.head_dim * sizes.dtype.itemsize
     view_bytes = _VIEW_BYTES if num_rows <= _FOLD_ROWS else 4 * _VIEW_BYTES
     used = block_ids[begin // block_size : _cdiv(end, block_size)]
     before = begin % block_size  # tokens that the first block has and that aren't wanted

@@ -39,8 +39,8 @@ _MIN_PART_TILES = 4
 """A part of split KV is at least so many KV tiles long, so that the merge stays small beside it."""
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGE_PARTS = 16
-_WORK_COLUMNS = tl.constexpr(5)
-_SECTION_COLUMNS = tl.constexpr(6)
+WORK_COLUMNS = tl.constexpr(5)
+SECTION_COLUMNS = tl.constexpr(6)
 _SPLIT_COLUMNS = tl.constexpr(4)
 
 
@@ -154,7 +154,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     Grid: work items, KV heads. Of a section, all rows of the tile see tokens [begin, full_end), some [full_end, end); if
     WINDOWED some see [begin, full_begin), and all [full_begin, full_end).
     """
-    item_ptr = work_ptr + tl.program_id(0) * _WORK_COLUMNS
+    item_ptr = work_ptr + tl.program_id(0) * WORK_COLUMNS
     kv_head = tl.program_id(1)
     first_row = tl.load(item_ptr)
     num_rows = tl.load(item_ptr + 1)
@@ -176,7 +176,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
     sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for section in range(num_sections):
-        section_ptr = sections_ptr + (first_section + section) * _SECTION_COLUMNS
+        section_ptr = sections_ptr + (first_section + section) * SECTION_COLUMNS
         kv_len_M = tl.load(kv_lens_ptr + tl.load(section_ptr) + m_M // G, mask=is_row_M, other=0)
         table_ptr = tables_ptr + tl.load(section_ptr + 1)
         begin = tl.load(section_ptr + 2)
@@ -267,7 +267,7 @@ def _merge_parts_kernel(  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, slots=True)
-class _TileShape:
+class TileShape:
     block_m: int
     block_n: int
     num_warps: int
@@ -275,10 +275,10 @@ class _TileShape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Launch:
+class Launch:
     """Work items of spans, and the scratch for those whose KV is split."""
 
-    shape: _TileShape
+    shape: TileShape
     kv_lens: torch.Tensor
     """Of all segments, one after the other."""
     starts: torch.Tensor | None
@@ -298,9 +298,14 @@ class _Launch:
 def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:
     """Most bytes of the parts of split KV: at most one for each program that fills the device, and the decode kernel's."""
     group: int = triton.next_power_of_2(num_heads // num_kv_heads)
-    programs = _programs(device) // num_kv_heads * num_kv_heads
-    parts = programs * max(128, group) * (head_dim + 1) * 4
+    parts = parts_bytes(max(128, group), num_kv_heads, head_dim, device)
     return parts + decode_attention.scratch_bytes(num_heads, num_kv_heads, head_dim, device)
+
+
+def parts_bytes(block_m: int, num_kv_heads: int, out_dim: int, device: torch.device) -> int:
+    """Most bytes of the parts that `plan_launch` cuts the KV of spans into."""
+    programs = _programs(device) // num_kv_heads * num_kv_heads
+    return programs * block_m * (out_dim + 1) * 4
 
 
 class TritonPagedAttention(PagedAttention):
@@ -332,7 +337,7 @@ class TritonPagedAttention(PagedAttention):
             for at in range(0, len(single), MAX_ROWS):
                 readings = [reading for row in single[at : at + MAX_ROWS] for reading in row]
                 self._decode.append((kernel, kernel.upload_tables(readings)))
-        self._chunk = _plan_launch(_tile_shape(sizes), spans, sizes) if spans else None
+        self._chunk = plan_launch(_tile_shape(sizes), spans, sizes) if spans else None
         self._empty = uncovered_ranges(segments, sizes.num_rows)
 
     def _run(
@@ -353,7 +358,7 @@ class TritonPagedAttention(PagedAttention):
 
     def _run_chunk(
         self,
-        launch: _Launch,
+        launch: Launch,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
         scoring: Scoring,
@@ -390,21 +395,27 @@ class TritonPagedAttention(PagedAttention):
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
         )
-        if launch.split_RC.shape[0]:
-            _merge_parts_kernel[(launch.split_RC.shape[0], sizes.num_heads)](
-                launch.part_out_XKMD,
-                launch.part_lse_XKM,
-                out_THD,
-                lse_TH,
-                launch.split_RC,
-                *out_THD.stride()[:2],
-                *lse_TH.stride(),
-                K=sizes.num_kv_heads,
-                G=sizes.group,
-                D=sizes.head_dim,
-                BLOCK_M=shape.block_m,
-                BLOCK_X=_MERGE_PARTS,
-            )
+        merge_parts(launch, sizes, out_THD, lse_TH)
+
+
+def merge_parts(launch: Launch, sizes: AttentionSizes, out_THD: torch.Tensor, lse_TH: torch.Tensor) -> None:
+    """The states of the rows whose KV is split, once all their parts are in scratch."""
+    if not launch.split_RC.shape[0]:
+        return
+    _merge_parts_kernel[(launch.split_RC.shape[0], sizes.num_heads)](
+        launch.part_out_XKMD,
+        launch.part_lse_XKM,
+        out_THD,
+        lse_TH,
+        launch.split_RC,
+        *out_THD.stride()[:2],
+        *lse_TH.stride(),
+        K=sizes.num_kv_heads,
+        G=sizes.group,
+        D=sizes.out_dim,
+        BLOCK_M=launch.shape.block_m,
+        BLOCK_X=_MERGE_PARTS,
+    )
 
 
 def _is_for_tiles(segment: Segment, sizes: AttentionSizes) -> bool:
@@ -423,14 +434,14 @@ def _refuse_unsupported(sizes: AttentionSizes) -> None:
         raise ValueError(f"the triton backend needs a CUDA device, got {sizes.device}")
 
 
-def _tile_shape(sizes: AttentionSizes) -> _TileShape:
+def _tile_shape(sizes: AttentionSizes) -> TileShape:
     """Tile sizes by dtype and head dim, for shared memory of 227 KB (Hopper): q tile + stages x (K tile + V tile)."""
     least = triton.next_power_of_2(sizes.group)
     if sizes.dtype == torch.float32:  # IEEE products run outside the tensor cores; larger tiles spilled registers
         if sizes.head_dim > 64:
-            return _TileShape(max(16, least), 32, 8, 2)
-        return _TileShape(max(32, least), 32, 4, 2)
-    return _TileShape(max(128, least), 64, 8, 3) if sizes.head_dim <= 128 else _TileShape(max(64, least), 64, 8, 2)
+            return TileShape(max(16, least), 32, 8, 2)
+        return TileShape(max(32, least), 32, 4, 2)
+    return TileShape(max(128, least), 64, 8, 3) if sizes.head_dim <= 128 else TileShape(max(64, least), 64, 8, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,7 +462,7 @@ class _Run:
         return self.high - self.begin
 
 
-def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: AttentionSizes) -> _Launch:
+def plan_launch(shape: TileShape, segments: Sequence[Segment], sizes: AttentionSizes) -> Launch:
     """Cut segments into tiles, and the KV of tiles into parts."""
     kv_lens, starts, tables = array("i"), array("i"), array("i")
     windowed = any(segment.starts for segment in segments)
@@ -480,7 +491,7 @@ def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: Attentio
         length = sum(_round_up(run.tokens, shape.block_n) for run in runs)
         parts = _cut(runs, _round_up(triton.cdiv(length, max(wanted, 1)), shape.block_n), shape.block_n)
         for i, part in enumerate(parts):
-            first_section = len(sections) // _SECTION_COLUMNS.value
+            first_section = len(sections) // SECTION_COLUMNS.value
             work.extend((first_row, num_rows, first_section, len(part), num_parts + i if len(parts) > 1 else -1))
             for section in part:
                 sections.extend(section)
@@ -491,15 +502,15 @@ def _plan_launch(shape: _TileShape, segments: Sequence[Segment], sizes: Attentio
     table = upload(work + sections + split, sizes.device, torch.int32)
     lens_and_tables = upload(kv_lens + tables + starts, sizes.device, torch.int32)
     scratch = (num_parts, sizes.num_kv_heads, shape.block_m)
-    return _Launch(
+    return Launch(
         shape=shape,
         kv_lens=lens_and_tables[: len(kv_lens)],
         starts=lens_and_tables[len(kv_lens) + len(tables) :] if windowed else None,
         tables=lens_and_tables[len(kv_lens) : len(kv_lens) + len(tables)],
-        work_WC=table[: len(work)].view(-1, _WORK_COLUMNS.value),
-        sections_SC=table[len(work) : len(work) + len(sections)].view(-1, _SECTION_COLUMNS.value),
+        work_WC=table[: len(work)].view(-1, WORK_COLUMNS.value),
+        sections_SC=table[len(work) : len(work) + len(sections)].view(-1, SECTION_COLUMNS.value),
         split_RC=table[len(work) + len(sections) :].view(-1, _SPLIT_COLUMNS.value),
-        part_out_XKMD=torch.empty((*scratch, sizes.head_dim), dtype=torch.float32, device=sizes.device),
+        part_out_XKMD=torch.empty((*scratch, sizes.out_dim), dtype=torch.float32, device=sizes.device),
         part_lse_XKM=torch.empty(scratch, dtype=torch.float32, device=sizes.device),
     )
 

@@ -24,7 +24,8 @@ def attention_state(
 
     With a soft cap c > 0, s_j = c tanh(scale * q . k_j / c).
 
-    Computes in float64 if q is float64, else in fp32, whatever the device; needs T * H * S scores of memory.
+    Computes in float64 if q is float64, else in fp32, whatever the device; needs T * H * S scores of memory. Values may be of
+    another width than keys.
 
     Returns:
         `out_THD` in q's dtype and `lse_TH` (natural log) in the dtype of the computation. A row that sees nothing has
@@ -33,6 +34,7 @@ def attention_state(
     """
     num_rows, num_heads, head_dim = q_THD.shape
     num_tokens, num_kv_heads, _ = k_SKD.shape
+    value_dim = v_SKD.shape[2]
     group = num_heads // num_kv_heads
     compute = torch.float64 if q_THD.dtype == torch.float64 else torch.float32
     q_KMD = q_THD.to(compute).view(num_rows, num_kv_heads, group, head_dim).transpose(0, 1).flatten(1, 2)
@@ -53,8 +55,8 @@ def attention_state(
     lse_KTG = score_KTGS.logsumexp(dim=-1)
     shift_KTG = lse_KTG.masked_fill(lse_KTG == -torch.inf, 0.0)  # exp(-inf - -inf) is NaN
     weight_KTGS = (score_KTGS - shift_KTG[..., None]).exp()
-    out_KTGD = (weight_KTGS.flatten(1, 2) @ v_KSD).view(num_kv_heads, num_rows, group, head_dim)
-    out_THD = out_KTGD.transpose(0, 1).reshape(num_rows, num_heads, head_dim)
+    out_KTGD = (weight_KTGS.flatten(1, 2) @ v_KSD).view(num_kv_heads, num_rows, group, value_dim)
+    out_THD = out_KTGD.transpose(0, 1).reshape(num_rows, num_heads, value_dim)
     return out_THD.to(q_THD.dtype), lse_KTG.transpose(0, 1).reshape(num_rows, num_heads)
 
 

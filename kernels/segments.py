@@ -43,6 +43,19 @@ class AttentionSizes:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    value_dim: int = 0
+    """0: tokens have keys and values of `head_dim`, the two parts of `kv`. Else latent KV of one part: the value of a token is
+    the first `value_dim` numbers of its key."""
+
+    @property
+    def out_dim(self) -> int:
+        """Of a head's output."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def parts(self) -> int:
+        """Of `kv`: keys and values, or keys alone."""
+        return 1 if self.value_dim else 2
 
     @property
     def group(self) -> int:
@@ -87,15 +100,20 @@ class PagedAttention(ABC):
             ValueError: shape, dtype or device are not those of the plan, or kv has too few blocks for it.
         """
         sizes = self.sizes
-        rows = (sizes.num_rows, sizes.num_heads, sizes.head_dim)
+        heads = (sizes.num_rows, sizes.num_heads)
         block = (sizes.block_size, sizes.num_kv_heads, sizes.head_dim)
-        for name, tensor in (("q", q_THD), ("out", out_THD)):
+        for name, tensor, dim in (("q", q_THD, sizes.head_dim), ("out", out_THD, sizes.out_dim)):
+            rows = (*heads, dim)
             if tensor.shape != rows or tensor.dtype != sizes.dtype or tensor.stride(-1) != 1:
                 raise ValueError(f"{name} must be {rows} {sizes.dtype}, got {_describe(tensor)}")
-        if lse_TH.shape != rows[:2] or lse_TH.dtype != torch.float32:
-            raise ValueError(f"lse must be {rows[:2]} torch.float32, got {_describe(lse_TH)}")
-        if kv_2BPKD.shape[2:] != block or kv_2BPKD.dtype != sizes.dtype or kv_2BPKD.stride(-1) != 1:
-            raise ValueError(f"kv must be (2, blocks, {block}) {sizes.dtype}, got {_describe(kv_2BPKD)}")
+        if lse_TH.shape != heads or lse_TH.dtype != torch.float32:
+            raise ValueError(f"lse must be {heads} torch.float32, got {_describe(lse_TH)}")
+        if (
+            (kv_2BPKD.shape[0], *kv_2BPKD.shape[2:]) != (sizes.parts, *block)
+            or kv_2BPKD.dtype != sizes.dtype
+            or kv_2BPKD.stride(-1) != 1
+        ):
+            raise ValueError(f"kv must be ({sizes.parts}, blocks, {block}) {sizes.dtype}, got {_describe(kv_2BPKD)}")
         if kv_2BPKD.shape[1] < self._min_blocks:
             raise ValueError(f"the plan reads block {self._min_blocks - 1}, kv holds {kv_2BPKD.shape[1]} blocks")
         if not q_THD.device.type == kv_2BPKD.device.type == sizes.device.type:

@@ -130,8 +130,9 @@ def _store_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
 ):
-    """kv[0, slot // P, slot % P] = k[t], kv[1, ...] = v[t]. One program per row and tile of its elements."""
+    """kv[0, slot // P, slot % P] = k[t], and kv[1, ...] = v[t] if WITH_VALUES. One program per row and tile of its elements."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     if slot < 0:
@@ -142,24 +143,27 @@ def _store_kernel(  # type: ignore[no-untyped-def]
     is_C = element_C < K * D
     to_C_ptr = kv_ptr + (slot // P) * stride_b + (slot % P) * stride_p + head_C * stride_k + dim_C
     tl.store(to_C_ptr, tl.load(k_ptr + row * stride_kt + head_C * stride_kk + dim_C, mask=is_C), mask=is_C)
-    tl.store(to_C_ptr + stride_2, tl.load(v_ptr + row * stride_vt + head_C * stride_vk + dim_C, mask=is_C), mask=is_C)
+    if WITH_VALUES:
+        tl.store(to_C_ptr + stride_2, tl.load(v_ptr + row * stride_vt + head_C * stride_vk + dim_C, mask=is_C), mask=is_C)
 
 
-def store_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor) -> None:
+def store_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor) -> None:
     """See `kernels.kv_blocks.store_kv`."""
+    values_TKD = k_TKD if v_TKD is None else v_TKD
     num_rows, num_kv_heads, head_dim = k_TKD.shape
     _store_kernel[(num_rows, triton.cdiv(num_kv_heads * head_dim, _TILE_ELEMENTS))](
         k_TKD,
-        v_TKD,
+        values_TKD,
         kv_2BPKD,
         slots_T,
         *k_TKD.stride()[:2],
-        *v_TKD.stride()[:2],
+        *values_TKD.stride()[:2],
         *kv_2BPKD.stride()[:4],
         K=num_kv_heads,
         D=head_dim,
         P=kv_2BPKD.shape[2],
         BLOCK_C=_TILE_ELEMENTS,
+        WITH_VALUES=v_TKD is not None,
     )
 
 

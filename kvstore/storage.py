@@ -7,7 +7,8 @@ import torch
 
 
 class KVStorage:
-    """KV of one instance, `data_L2BPKD`: layers of a block, (K, V), blocks, block size, KV heads, head dim.
+    """KV of one instance, `data_L2BPKD`: layers of a block, (K, V), blocks, block size, KV heads, head dim. Of latent KV
+    `data_L1BPKD`, by the same name.
 
     A block has all of a model's layers, or those of one of several tables (`kvstore.run`): then several have the same place.
     Token-major inside a block, so that consecutive blocks are one strided view (`kernels.paged_attention`). The memory is
@@ -25,15 +26,17 @@ class KVStorage:
         dtype: torch.dtype,
         device: torch.device,
         places: Sequence[int] = (),
+        parts: int = 2,
     ) -> None:
-        """`num_layers`: of a block; `places`: where each of the model's layers is in one, if it doesn't have all.
+        """`num_layers`: of a block; `places`: where each of the model's layers is in one, if it doesn't have all. `parts` of a
+        token in a layer: its keys and values, or 1, where KV is latent.
 
         Raises ValueError for a size below 1, MemoryError (with the sizes) if the device can't hold it.
         """
-        shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+        shape = (num_layers, parts, num_blocks, block_size, num_kv_heads, head_dim)
         if min(shape) < 1:
             raise ValueError(f"every size of KV storage must be at least 1, got {shape}")
-        self.block_bytes = num_layers * 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+        self.block_bytes = num_layers * parts * block_size * num_kv_heads * head_dim * dtype.itemsize
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._places = tuple(places) or tuple(range(num_layers))

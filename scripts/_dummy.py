@@ -57,6 +57,7 @@ def make_storage(model: Model, kv_tokens: int) -> KVStorage:
         block_size=BLOCK,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        parts=shape.parts,
         dtype=shape.dtype,
         device=model.device,
     )

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
     GptOssConfig,
@@ -53,7 +54,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**_SIZES),
     "qwen3": Qwen3Config(**_SIZES, head_dim=16),
     "mistral": MistralConfig(**_SIZES, sliding_window=None),
-    # windows in all layers; in some, with a soft cap, and with sinks; chunks in some; values narrower than keys
+    # windows in all layers; in some, with a soft cap, and with sinks; chunks in some; latents
     "mistral-window": MistralConfig(**_SIZES, sliding_window=23),
     "gemma2": Gemma2Config(**_SIZES, head_dim=16, sliding_window=23, query_pre_attn_scalar=24, attn_logit_softcapping=2.0),
     "gpt-oss": GptOssConfig(
@@ -73,6 +74,20 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "deepseek": DeepseekV3Config(
         **(_SIZES | {"num_key_value_heads": 4}),
         q_lora_rank=24,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    ),
+    "deepseek-v2": DeepseekV2Config(
+        **(_SIZES | {"num_key_value_heads": 4}),
+        q_lora_rank=None,
         kv_lora_rank=32,
         qk_nope_head_dim=16,
         qk_rope_head_dim=8,

@@ -6,6 +6,9 @@ fastest backend, planned beforehand as ours is; cuDNN and flash through torch, o
 read, beside the bandwidth of a device copy. Prefill: a chunk's rows against a long prefix, TFLOP/s. K, V and q are random
 normal; a case whose KV is smaller than four times the L2 cache rotates over several copies of it. Every output is compared
 with the others' before it is timed.
+
+Latent: the same of latent KV (DeepSeek: 512 + 64 numbers a token, one key for all heads, whose beginning is the value), beside
+FlashInfer's MLA. With --sweep other ways to launch our kernel as well: blocks of tokens, warps, stages, programs a processor.
 """
 
 import argparse
@@ -21,8 +24,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from _measure import Row, copy_bandwidth, graph_ms, matmul_tflops, show, write_json
+from triton.runtime.errors import OutOfResources
 
-from kernels.decode_attention import DecodeAttention, RowReading
+from kernels.decode_attention import DecodeAttention, DecodeConfig, RowReading
+from kernels.latent_attention import LatentDecode
 from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention
 from kernels.segments import AttentionSizes, Scoring, Segment
@@ -38,6 +43,16 @@ DECODES = {
     "1 x 1M + 63 x 4K": [1048576] + [4096] * 63,
 }
 PREFILLS = ((2048, 131072), (8192, 131072))
+LATENT, ROTATED = 512, 64
+LATENT_HEADS = (16, 128)
+"""Of DeepSeek-V2-Lite and V3."""
+LATENT_DECODES = ("1 x 128K", "8 x 128K", "64 x 8K")
+SWEEP = [
+    DecodeConfig(block_n=block_n, num_warps=warps, num_stages=stages, programs_per_processor=programs, use_tma=use_tma)
+    for block_n, stages, programs in ((32, 2, 2), (32, 3, 2), (32, 2, 1), (32, 4, 1), (64, 2, 1), (64, 3, 1), (16, 4, 3))
+    for warps in (4, 8)
+    for use_tma in (True, False)
+]
 L2_CACHES = 4
 MOST_ERROR = 1e-2
 """Relative RMS between outputs in bf16; two right ones differ by about 3e-3."""
@@ -52,25 +67,42 @@ class Case:
     kv_2BPKD: list[torch.Tensor]
     block_ids: list[list[int]]
     q_THD: torch.Tensor
+    value_dim: int = 0
+    """Of latent KV: that is keys alone."""
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.q_THD.shape[2])
 
     @property
     def nbytes(self) -> int:
-        return sum(self.lens) * self.heads[1] * HEAD_DIM * 2 * 2
+        kv_2BPKD = self.kv_2BPKD[0]
+        return sum(self.lens) * kv_2BPKD.shape[0] * self.heads[1] * kv_2BPKD.shape[4] * 2
 
     @staticmethod
-    def make(lens: list[int], heads: tuple[int, int], rows: int | None = None) -> "Case":
+    def make(
+        lens: list[int], heads: tuple[int, int], rows: int | None = None, head_dim: int = HEAD_DIM, value_dim: int = 0
+    ) -> "Case":
+        parts = 1 if value_dim else 2
         blocks = [-(-n // PAGE) for n in lens]
         size = sum(blocks)
-        each = 2 * size * PAGE * heads[1] * HEAD_DIM * 2
+        each = parts * size * PAGE * heads[1] * head_dim * 2
         copies = 1 + L2_CACHES * torch.cuda.get_device_properties(0).L2_cache_size // each
-        pools = [torch.empty(2, size, PAGE, heads[1], HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+        shape = (parts, size, PAGE, heads[1], head_dim)
+        pools = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
         for pool in pools:
             for piece in torch.split(pool.view(-1), 1 << 28):
                 piece.normal_()
         order = torch.randperm(size).tolist()
         ids = [[order.pop() for _ in range(count)] for count in blocks]
-        q_THD = torch.randn(rows or len(lens), heads[0], HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-        return Case(lens, heads, pools, ids, q_THD)
+        q_THD = torch.randn(rows or len(lens), heads[0], head_dim, dtype=torch.bfloat16, device="cuda")
+        return Case(lens, heads, pools, ids, q_THD, value_dim)
+
+    def results(self) -> "Result":
+        """Of all rows, with nothing in them."""
+        rows, heads, head_dim = self.q_THD.shape
+        out_THD = self.q_THD.new_full((rows, heads, self.value_dim or head_dim), math.nan)
+        return out_THD, torch.full((rows, heads), math.nan, device="cuda")
 
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -78,15 +110,14 @@ Attention = Callable[[torch.Tensor], Result]
 """From one copy of the KV to `(out, lse)`."""
 
 
-def ours(case: Case) -> Attention:
-    kernel = DecodeAttention(sizes_of(case))
+def ours(case: Case, config: DecodeConfig | None = None) -> Attention:
+    kernel = (LatentDecode if case.value_dim else DecodeAttention)(sizes_of(case), config)
     readings = [RowReading(i, ids, n) for i, (ids, n) in enumerate(zip(case.block_ids, case.lens, strict=True))]
     tables = kernel.upload_tables(readings)
-    out_THD = torch.full_like(case.q_THD, math.nan)
-    lse_TH = torch.full(case.q_THD.shape[:2], math.nan, device="cuda")
+    out_THD, lse_TH = case.results()
 
     def run(kv_2BPKD: torch.Tensor) -> Result:
-        kernel.run(case.q_THD, kv_2BPKD, Scoring(HEAD_DIM**-0.5), tables, out_THD=out_THD, lse_TH=lse_TH)
+        kernel.run(case.q_THD, kv_2BPKD, Scoring(case.scale), tables, out_THD=out_THD, lse_TH=lse_TH)
         return out_THD, lse_TH
 
     return run
@@ -117,6 +148,39 @@ def flashinfer(case: Case) -> Attention:
     def run(kv_2BPKD: torch.Tensor) -> Result:
         wrapper.run(case.q_THD, (kv_2BPKD[0], kv_2BPKD[1]), out=out_THD, lse=lse_TH, return_lse=True)
         return out_THD, lse_TH  # its lse is base 2
+
+    return run
+
+
+def flashinfer_mla(case: Case) -> Attention:
+    import flashinfer.mla
+
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(workspace, backend="auto")
+    ends = [0]
+    for ids in case.block_ids:
+        ends.append(ends[-1] + len(ids))
+    wrapper.plan(
+        torch.arange(len(case.lens) + 1, dtype=torch.int32, device="cuda"),
+        torch.tensor(ends, dtype=torch.int32, device="cuda"),
+        torch.tensor([i for ids in case.block_ids for i in ids], dtype=torch.int32, device="cuda"),
+        torch.tensor(case.lens, dtype=torch.int32, device="cuda"),
+        case.heads[0],
+        LATENT,
+        ROTATED,
+        PAGE,
+        False,
+        case.scale,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    q_THC, q_THR = (part.contiguous() for part in torch.split(case.q_THD, [LATENT, ROTATED], -1))
+    out_THC, lse_TH = case.results()
+
+    def run(kv_1BPKD: torch.Tensor) -> Result:
+        c_BPC, r_BPR = torch.split(kv_1BPKD[0, :, :, 0], [LATENT, ROTATED], -1)
+        wrapper.run(q_THC, q_THR, c_BPC, r_BPR, out=out_THC, lse=lse_TH, return_lse=True)
+        return out_THC, lse_TH  # its lse is base 2
 
     return run
 
@@ -159,6 +223,63 @@ def decode(heads: tuple[int, int], name: str, lens: list[int], theirs: Sequence[
             row[op] = bandwidth(case, torch_op(case, op))
     row["ours / copy"] = rate / copy
     return row
+
+
+def latent_decode(heads: int, name: str, theirs: Sequence[str], copy: float, *, sweeps: bool) -> Row:
+    case = Case.make(DECODES[name], (heads, 1), head_dim=LATENT + ROTATED, value_dim=LATENT)
+    row: Row = {"heads": heads, "case": name, "ours": 0.0}
+    run = ours(case)
+    row["ours"] = rate = bandwidth(case, run)
+    out_THC, lse_TH = (x.float().clone() for x in run(case.kv_2BPKD[0]))
+    if "flashinfer" in theirs:
+        other = flashinfer_mla(case)
+        want_out, want_lse = other(case.kv_2BPKD[0])
+        check(f"latent {name}", out_THC, want_out.float())
+        check(f"latent {name}: lse", lse_TH, want_lse * math.log(2))
+        row["FlashInfer"] = fastest = bandwidth(case, other)
+        row["ours / FlashInfer"] = rate / fastest
+    row["ours / copy"] = rate / copy
+    for config in SWEEP if sweeps else ():
+        try:
+            run = ours(case, config)
+            check(f"latent {name}, {config}", run(case.kv_2BPKD[0])[0].float(), out_THC)
+            found = bandwidth(case, run)
+        except OutOfResources as error:  # more shared memory or registers than a processor has
+            print(f"{config}: {error}", file=sys.stderr)
+            continue
+        print(f"{heads} heads, {name}: {found:.0f} GB/s, {config}")
+    return row
+
+
+def latent_prefill(heads: int, rows: int, tokens: int) -> Row:
+    """Every row sees all tokens: so the decode kernel must say the same of the last."""
+    case = Case.make([tokens], (heads, 1), rows, LATENT + ROTATED, LATENT)
+    plan = plan_attention(
+        [Segment(0, rows, tuple(case.block_ids[0]), (tokens,) * rows)],
+        rows,
+        block_size=PAGE,
+        num_heads=heads,
+        num_kv_heads=1,
+        head_dim=LATENT + ROTATED,
+        value_dim=LATENT,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda", 0),
+        backend="triton",
+    )
+    out_THC, lse_TH = case.results()
+    kv_1BPKD = case.kv_2BPKD[0]
+    found_ms = graph_ms(lambda: plan.run(case.q_THD, kv_1BPKD, case.scale, out_THD=out_THC, lse_TH=lse_TH), calls=1, replays=3)
+    last = Case(case.lens, case.heads, case.kv_2BPKD, case.block_ids, case.q_THD[-1:], LATENT)
+    check("latent prefill", out_THC[-1:].float(), ours(last)(kv_1BPKD)[0].float())
+    flops = 2 * rows * tokens * heads * (2 * LATENT + ROTATED)
+    plain = 2 * rows * tokens * heads * (192 + 128)
+    return {
+        "heads": heads,
+        "rows": rows,
+        "tokens": tokens,
+        "ours": flops / found_ms / 1e9,
+        "as plain heads count": plain / found_ms / 1e9,
+    }
 
 
 def prefill(heads: tuple[int, int], rows: int, tokens: int, *, consecutive: bool, with_tiles: bool) -> Row:
@@ -208,9 +329,10 @@ def sizes_of(case: Case) -> AttentionSizes:
         block_size=PAGE,
         num_heads=case.heads[0],
         num_kv_heads=case.heads[1],
-        head_dim=HEAD_DIM,
+        head_dim=case.q_THD.shape[2],
         dtype=torch.bfloat16,
         device=torch.device("cuda", 0),
+        value_dim=case.value_dim,
     )
 
 
@@ -234,29 +356,42 @@ def check(what: str, got: torch.Tensor, want: torch.Tensor) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_attention.json"))
-    parser.add_argument("--only", choices=("decode", "prefill"), help="one half")
+    parser.add_argument("--only", choices=("decode", "prefill", "latent"), help="one part")
+    parser.add_argument("--sweep", action="store_true", help="of latents: other ways to launch our kernel, too")
     parser.add_argument("--without", nargs="*", default=[], choices=("flashinfer",), help="what not to compare with")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_attention: needs a GPU", file=sys.stderr)
         return 2
     theirs = [name for name in ("flashinfer",) if name not in args.without]
-    report: Row = {"copy_GB/s": copy_bandwidth(), "matmul_TFLOP/s": matmul_tflops(), "decode_GB/s": [], "prefill_TFLOP/s": []}
+    report: Row = {"copy_GB/s": copy_bandwidth(), "matmul_TFLOP/s": matmul_tflops()}
+    report |= {name: [] for name in ("decode_GB/s", "prefill_TFLOP/s", "latent_GB/s", "latent_prefill_TFLOP/s")}
     print(f"copy {report['copy_GB/s']:.0f} GB/s, 8192^3 product {report['matmul_TFLOP/s']:.0f} TFLOP/s")
-    if args.only != "prefill":
+    if args.only in (None, "decode"):
         for heads in HEADS:
             for name, lens in DECODES.items():
                 report["decode_GB/s"].append(decode(heads, name, lens, theirs, report["copy_GB/s"]))
                 torch.cuda.empty_cache()
                 write_json(args.out, report)
         show(report["decode_GB/s"], "Decode, GB/s of KV")
-    if args.only != "decode":
+    if args.only in (None, "prefill"):
         for rows, tokens in PREFILLS:
             for consecutive, with_tiles in ((True, True), (False, True), (False, False)):
                 row = prefill(HEADS[0], rows, tokens, consecutive=consecutive, with_tiles=with_tiles)
                 report["prefill_TFLOP/s"].append(row)
                 write_json(args.out, report)
         show(report["prefill_TFLOP/s"], "Prefill, TFLOP/s")
+    if args.only in (None, "latent"):
+        for num_heads in LATENT_HEADS:
+            for name in LATENT_DECODES:
+                row = latent_decode(num_heads, name, theirs, report["copy_GB/s"], sweeps=args.sweep)
+                report["latent_GB/s"].append(row)
+                torch.cuda.empty_cache()
+                write_json(args.out, report)
+            report["latent_prefill_TFLOP/s"].append(latent_prefill(num_heads, 2048 * 16 // num_heads, 131072))
+            write_json(args.out, report)
+        show(report["latent_GB/s"], "Latent decode, GB/s of KV")
+        show(report["latent_prefill_TFLOP/s"], "Latent prefill, TFLOP/s")
     return 0
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from gmanager import AsyncClient, SamplingParams, TokenLogprob
 from gmanager.wire.scaling import RopeScaling
+from instance.config import KVFormat
 from tests.support.exactness import LOGPROB_TOLERANCE, MIXED_LENGTHS, Differs, ask, ask_mixed, move_on, prompt
 from tests.support.farm import Farm, Mutation, Setup
 from tests.support.service import Service, serve
@@ -65,7 +66,7 @@ async def test_matrix(cell: Service, llama: Path, mixed: list[list[int]]) -> Non
 @pytest.mark.parametrize("kind", sorted(set(CONFIGS) - {"llama"}))
 async def test_other_models(kind: str, farm: Farm, tmp_path: Path) -> None:
     """Qwen2 (bias), Qwen3 (q/k norm), Mistral; and each kind of mask: windows in all layers, in some, chunks, with a soft cap,
-    with sinks; and values narrower than keys."""
+    with sinks; and latents."""
     path = make_model(kind, tmp_path)
     async with serve(farm, 2, Setup(model=path, chunk_tokens=24)) as service:
         await ask(service.client, path, prompt(path, 120), spread="all")
@@ -73,7 +74,7 @@ async def test_other_models(kind: str, farm: Farm, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "block"), [(1, 1), (3, 1), (3, 16)])
-@pytest.mark.parametrize("kind", ["mistral-window", "gemma2", "gpt-oss", "llama4", "deepseek"])
+@pytest.mark.parametrize("kind", ["mistral-window", "gemma2", "gpt-oss", "llama4", "deepseek", "deepseek-v2"])
 async def test_masks_in_small_chunks_over_several_instances(
     kind: str, size: int, block: int, farm: Farm, tmp_path: Path
 ) -> None:
@@ -85,6 +86,31 @@ async def test_masks_in_small_chunks_over_several_instances(
         await ask_mixed(service.client, path, prompts)
         await ask(service.client, path, moving, spread=1 if size > 1 else None, new=30, move=size > 1)
         await ask(service.client, path, prompts[-1])  # its beginning is cached, wherever it lies
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 16), (2, 16), (3, 1)])
+@pytest.mark.parametrize("kind", ["deepseek", "deepseek-v2"])
+@pytest.mark.parametrize("kv_format", ["auto", "plain"])
+async def test_latents_and_plain_heads_say_the_same(
+    kv_format: KVFormat, kind: str, size: int, block: int, farm: Farm, tmp_path: Path
+) -> None:
+    """As transformers does: a prompt over all instances, a home that moves on, several requests side by side. What travels is
+    the absorbed query, and a latent comes back."""
+    path = make_model(kind, tmp_path)
+    prompts = [prompt(path, length, seed=i) for i, length in enumerate((1, 24, 90, 63))]
+    moving, long = prompt(path, 50, new=30), prompt(path, 150)
+    setup = Setup(model=path, kv_tokens=1024 // size, block_size=block, chunk_tokens=24, kv_format=kv_format)
+    async with serve(farm, size, setup) as service:
+        await ask(service.client, path, long, spread="all")
+        await ask(service.client, path, moving, spread=1 if size > 1 else None, new=30, move=size > 1)
+        await ask_mixed(service.client, path, prompts)
+        await ask(service.client, path, long)  # cached, wherever it lies
+        async with asyncio.timeout(5):  # counters come with the instances' next beats
+            while size > 1 and not (counters := (await service.client.stats()).counters).rows_dispatched:
+                await asyncio.sleep(0.1)
+    if size > 1:  # heads x (width in fp32, and an lse for each)
+        query, state = (4 * 40 * 4, 4 * (32 * 4 + 4)) if kv_format == "auto" else (4 * 24 * 4, 4 * (24 * 4 + 4))
+        assert counters.query_bytes % (2 * query) == counters.partial_bytes % (2 * state) == 0
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -23,6 +23,7 @@ from kvstore.storage import KVStorage
 
 SIZE = 3
 SHAPE = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.3, dtype=torch.float32)
+LATENT = replace(SHAPE, num_kv_heads=1, value_dim=9)
 MIXED = (Sight(window=1), FULL, Sight(window=6), Sight(chunk=5), Sight(window=40), FULL)
 """Layers of several groups, in no order."""
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ def dense(
     q_THD: torch.Tensor, sequence: Sequence, span: Span, sight: Sight = FULL, soft_cap: float = 0.0, sink: float | None = None
 ) -> torch.Tensor:
     """Causal attention of a span's rows over what they see of the whole sequence, in float64."""
-    group = SHAPE.num_heads // SHAPE.num_kv_heads
+    group = SHAPE.num_heads // sequence.keys_SKD.shape[1]
     k = sequence.keys_SKD.double().repeat_interleave(group, 1)[: span.stop]
     v = sequence.values_SKD.double().repeat_interleave(group, 1)[: span.stop]
     scores = torch.einsum("thd,shd->hts", q_THD.double(), k) * SHAPE.scale
@@ -128,9 +129,10 @@ class Rank:
             num_layers=num_layers,
             num_blocks=blocks,
             block_size=block_size,
-            num_kv_heads=SHAPE.num_kv_heads,
-            head_dim=SHAPE.head_dim,
-            dtype=SHAPE.dtype,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            parts=shape.parts,
+            dtype=shape.dtype,
             device=CPU,
         )
         self.storage.data_L2BPKD.fill_(torch.nan)
@@ -147,8 +149,9 @@ class Rank:
                     (slot,) = self.shards[seq].append(position, position + 1)
                     block, offset = divmod(slot, block_size)
                     for layer in range(num_layers):
-                        self.storage.layer(layer)[0, block, offset] = sequence.keys_SKD[position]
-                        self.storage.layer(layer)[1, block, offset] = sequence.values_SKD[position]
+                        of_token = (sequence.keys_SKD[position], sequence.values_SKD[position])
+                        for part in range(shape.parts):
+                            self.storage.layer(layer)[part, block, offset] = of_token[part]
         for span in self.spans:
             if span.rank == rank:
                 self.slots += self.shards[span.seq].append(span.start, span.stop)
@@ -169,20 +172,23 @@ class Rank:
         self, layouts: list[Layout], queries: dict[Span, torch.Tensor], sinks_H: torch.Tensor | None
     ) -> list[torch.Tensor]:
         own = [span for span in self.spans if span.rank == self.rank]
-        shape = (0, SHAPE.num_kv_heads, SHAPE.head_dim)
-        k = torch.cat([self.sequences[s.seq].keys_SKD[s.start : s.stop] for s in own] or [torch.empty(shape)])
-        v = torch.cat([self.sequences[s.seq].values_SKD[s.start : s.stop] for s in own] or [torch.empty(shape)])
+        none = torch.empty((0, self.attention.shape.num_kv_heads, SHAPE.head_dim))
+        k = torch.cat([self.sequences[s.seq].keys_SKD[s.start : s.stop] for s in own] or [none])
+        v = torch.cat([self.sequences[s.seq].values_SKD[s.start : s.stop] for s in own] or [none])
         q = torch.cat([queries[s] for s in own] or [torch.empty((0, SHAPE.num_heads, SHAPE.head_dim))])
         self.attention.plan(layouts, [self.slots])
         layers = range(self.storage.num_layers)
         return [self.attention.run(layer, q, k, v, sinks_H).clone() for layer in layers]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(scenes())
-def test_any_layout_equals_dense_attention(cell: Cell, scene: tuple[int, list[Sequence]]) -> None:
+@settings(max_examples=90, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scenes(), st.booleans())
+def test_any_layout_equals_dense_attention(cell: Cell, scene: tuple[int, list[Sequence]], is_latent: bool) -> None:
+    """Of keys and values, and of latents, whose beginning is the value: then less returns for a row than it took along."""
     block_size, sequences = scene
-    ranks = [Rank(r, cell, block_size, sequences) for r in range(SIZE)]
+    if is_latent:
+        sequences = [replace(s, keys_SKD=s.keys_SKD[:, :1], values_SKD=s.keys_SKD[:, :1, :9]) for s in sequences]
+    ranks = [Rank(r, cell, block_size, sequences, LATENT if is_latent else SHAPE) for r in range(SIZE)]
     holdings = {
         seq: [held for rank in ranks if (held := rank.holdings().get(seq)) is not None] for seq in range(len(sequences))
     }
@@ -257,10 +263,11 @@ def test_rows_that_were_not_planned_are_refused(cell: Cell) -> None:
         attention.run(0, *rows)
 
 
-def test_scratch_is_what_is_allocated(cell: Cell) -> None:
+@pytest.mark.parametrize("shape", [SHAPE, LATENT], ids=["keys and values", "latents"])
+def test_scratch_is_what_is_allocated(shape: AttentionShape, cell: Cell) -> None:
     """The buffers of the largest step: all own rows go to both peers, and as many come from each."""
     storage = KVStorage(num_layers=1, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
-    attention = DistAttention(storage, SHAPE, Exchange(cell.groups[0].group, CPU), backend="torch")
+    attention = DistAttention(storage, shape, Exchange(cell.groups[0].group, CPU), backend="torch")
     rows, both = 10, {1: 10, 2: 10}
     attention.plan(
         [Layout(num_rows=rows, own=[], dispatched_rows=[*range(rows)] * 2, dispatched=both, received=both, others=[])],
@@ -271,5 +278,7 @@ def test_scratch_is_what_is_allocated(cell: Cell) -> None:
     (group,) = plan.groups
     fields = [getattr(group.buffers, name) for name in group.buffers.__dataclass_fields__]
     buffers = sum(f.nbytes for f in fields if isinstance(f, torch.Tensor) and f.is_floating_point())
-    kernels = sum(attention_scratch_bytes(n, 4, 2, 16, CPU, "torch") for n in (rows, 2 * rows))
-    assert DistAttention.scratch_bytes(SHAPE, rows, 2, CPU, "torch", tiles=True) == buffers + kernels
+    kernels = sum(attention_scratch_bytes(n, 4, shape.num_kv_heads, 16, CPU, "torch") for n in (rows, 2 * rows))
+    assert DistAttention.scratch_bytes(shape, rows, 2, CPU, "torch", tiles=True) == buffers + kernels
+    layout = Layout(num_rows=3, own=[], dispatched_rows=[0, 2, 2], dispatched={1: 3}, received={2: 2}, others=[])
+    assert attention.bytes_sent([layout]) == (3 * 4 * 16 * 4, 2 * 4 * (shape.out_dim * 4 + 4))

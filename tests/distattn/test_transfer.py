@@ -39,9 +39,16 @@ def device_of(rank: int) -> torch.device:
     return CPU if DEVICE == "cpu" else torch.device("cuda", place(rank)[0])
 
 
-def storage_of(seed: int, device: torch.device = CPU) -> KVStorage:
+def storage_of(seed: int, device: torch.device = CPU, parts: int = 2) -> KVStorage:
     storage = KVStorage(
-        num_layers=3, num_blocks=BLOCKS, block_size=SIZE, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16, device=device
+        num_layers=3,
+        num_blocks=BLOCKS,
+        block_size=SIZE,
+        num_kv_heads=2,
+        head_dim=8,
+        dtype=torch.bfloat16,
+        device=device,
+        parts=parts,
     )
     shape = storage.data_L2BPKD.shape
     storage.data_L2BPKD.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
@@ -235,9 +242,9 @@ def test_the_communicator_of_copies_takes_no_more_than_is_reserved(peer: Peer) -
 class Ends:
     """Rank 0 copies to rank 1, each in a thread."""
 
-    def __init__(self, *, budgets: tuple[int, int] = (16, 16), timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, *, budgets: tuple[int, int] = (16, 16), timeout_s: float = TIMEOUT_S, parts: int = 2) -> None:
         self.words, self.blocks = Line(), Line()
-        self.storages = [storage_of(rank + 1) for rank in range(2)]
+        self.storages = [storage_of(rank + 1, parts=parts) for rank in range(2)]
         self.budgets = [StepBudget(tokens) for tokens in budgets]
         self.transfers = [
             Transfers(
@@ -336,13 +343,13 @@ def test_ends_of_two_moves_do_not_copy() -> None:
 @given(st.data())
 @settings(max_examples=20, deadline=None)
 def test_ends_with_any_budgets_and_steps_copy_all(data: st.DataObject) -> None:
-    """Also if they differ: what is moved at once doesn't depend on them."""
+    """Also if they differ: what is moved at once doesn't depend on them. Of keys and values, or of latents."""
     budgets = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 100)), "tokens a step")
     count = data.draw(st.integers(0, 6), "blocks")
     here = data.draw(st.permutations(range(BLOCKS)), "here")[:count]
     there = data.draw(st.permutations(range(BLOCKS)), "there")[:count]
     told = data.draw(st.lists(st.tuples(st.integers(0, 1), st.booleans()), max_size=20), "steps")
-    ends = Ends(budgets=budgets)
+    ends = Ends(budgets=budgets, parts=data.draw(st.integers(1, 2), "parts"))
     before = bits(ends.storages[1]).clone()
     steps = [0, 0]
     sending, receiving = ends.send(1, here), ends.receive(1, there)

@@ -12,9 +12,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from distattn.shape import AttentionShape
-from instance.config import InstanceConfig, Launch
+from instance.config import DType, InstanceConfig, Launch
 from instance.errors import UnsupportedModel
 from instance.exact import difference, eager_logits, paged_logits, refuse_inexact
+from instance.latent import LatentHeads
 from instance.model import Model, load_model, random_model
 from instance.start import load
 from kernels.segments import Scoring
@@ -249,6 +250,78 @@ def test_log_probabilities_over_a_paged_pool_are_transformers_own(kind: str) -> 
     assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") < 1e-4
     assert (model.fuse("torch") is None) == (kind in FUSED)
     assert difference(model, block_size=BLOCK, backend="torch") < 1e-4
+
+
+LATENTS = [kind for kind, more in EXACT.items() if "kv_lora_rank" in more]
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"q_lora_rank": None}, {"rope_interleave": False}, {"attention_bias": True}, YARN])
+@pytest.mark.parametrize("kind", LATENTS)
+def test_latents_and_plain_heads_say_the_same(kind: str, more: dict[str, Any]) -> None:
+    """As transformers, with each way to rotate and to scale."""
+    model = make(kind, EXACT[kind] | ({"rope_parameters": more} if more is YARN else more))
+    texts = torch.randint(3, 97, (2, TOKENS), generator=torch.Generator().manual_seed(3)).tolist()
+    first = [0, LAST - TOKENS]
+    want = eager_logits(model.module, texts, first).log_softmax(-1)
+    latent, heads = model.shape, model.heads_shape
+    assert (latent.num_kv_heads, latent.head_dim, latent.value_dim, latent.parts, latent.out_dim) == (1, 40, 32, 1, 32)
+    assert (heads.num_kv_heads, heads.head_dim, heads.value_dim, heads.parts, heads.out_dim) == (4, 24, 0, 2, 24)
+    assert latent.scale == heads.scale
+    of_latents = model.fingerprint()
+    for token_bytes in (2 * 40 * 4, 2 * 2 * 4 * 24 * 4):
+        assert model.token_bytes() == token_bytes
+        for block in (1, BLOCK):
+            got = paged_logits(model, texts, first, [CHUNK] * TOKENS, block_size=block, backend="torch").log_softmax(-1)
+            assert float((got - want).abs().max()) < 5e-4
+        assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") < 1e-4
+        model.keep_heads()
+    assert model.fingerprint() != of_latents  # no cell has both
+    assert torch.equal(eager_logits(model.module, texts, first).log_softmax(-1), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", LATENTS)
+def test_rounding_is_no_reason_to_refuse_latents(kind: str, dtype: torch.dtype) -> None:
+    model = make(kind, EXACT[kind], dtype=dtype)
+    assert model.shape.value_dim
+    assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") > 0
+
+
+@pytest.mark.parametrize("wrong", ["another part", "a bias", "a larger latent"])
+def test_what_is_not_made_like_deepseeks_keeps_its_heads(wrong: str) -> None:
+    module: Any = make("deepseek_v3", EXACT["deepseek_v3"]).module
+    attention = module.model.layers[1].self_attn
+    if wrong == "another part":
+        attention.k_norm = torch.nn.Identity()
+    elif wrong == "a bias":
+        attention.kv_b_proj.bias = torch.nn.Parameter(torch.ones(128))
+    else:
+        module = make("deepseek_v3", EXACT["deepseek_v3"] | {"kv_lora_rank": 200}).module
+    for layer in module.model.layers:  # as made: `make` has bound them
+        vars(layer.self_attn.kv_b_proj).pop("forward", None)
+        vars(layer.self_attn).pop("distattn_latents", None)
+    model = Model(module)
+    assert model.shape == model.heads_shape
+    assert refuse_inexact(model, "deepseek_v3", block_size=BLOCK, backend="torch") < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_that_answer_otherwise_give_way_to_heads(dtype: DType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(instance_of(str(make_model("deepseek", tmp_path)), max_context=100), dtype=dtype)
+    model = load(config).model
+    assert model.shape.value_dim == 32
+    assert load(replace(config, kv_format="plain")).model.shape == model.heads_shape
+    values = LatentHeads.values
+    monkeypatch.setattr(LatentHeads, "values", lambda heads, out_THC: values(heads, out_THC.flip(1)))
+    assert load(config).model.shape == model.heads_shape
 
 
 @pytest.mark.parametrize("kind", REFUSED)

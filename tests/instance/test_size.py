@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, Gemma3TextConfig, LlamaConfig
 
 from gmanager.wire import footprint
 from instance.checkpoint import resolve_checkpoint
@@ -363,3 +363,39 @@ def test_what_has_room_below_the_pool_is_said(tmp_path: Path, capsys: pytest.Cap
     assert one["disk_tokens"] == 2**20 // (-(-(block + 32) // 4096) * 4096) * 16
     assert main([path, "--device", "cpu", "--context", "512", *tiers]) == 0
     assert f"cached, host memory  {one['host_tokens']:13,} tokens" in capsys.readouterr().out
+
+
+V2_LITE: dict[str, Any] = {
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "max_position_embeddings": 163840,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "latents", "heads"),
+    [
+        (DeepseekV2Config(**V2_LITE), 27 * 576 * 2, 27 * 2 * 16 * 192 * 2),
+        (DeepseekV3Config(), 61 * 576 * 2, 61 * 2 * 128 * 192 * 2),
+    ],
+    ids=["DeepSeek-V2-Lite", "DeepSeek-V3"],
+)
+def test_a_token_costs_its_latents(
+    config: DeepseekV2Config | DeepseekV3Config, latents: int, heads: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """30 and 69 KiB, as docs/models.md says; with plain heads 324 and 5,856, for which a GPU has no kernels."""
+    config.save_pretrained(tmp_path)
+    asked = [str(tmp_path), "--dtype", "bfloat16", "--context", "32K", "--device"]
+    for device in (["cpu"], ["cuda", "--gpu-memory", "1500", "--gpus", "1"]):
+        assert ask(*asked, *device, capsys=capsys)["kv_per_token"] == latents
+    assert ask(*asked, "cpu", "--kv-format", "plain", capsys=capsys)["kv_per_token"] == heads
+    assert main([*asked, "cuda", "--gpu-memory", "1500", "--kv-format", "plain"]) == 2
+    assert "head_dim a power of two from 16 to 256" in capsys.readouterr().err

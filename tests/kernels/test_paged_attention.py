@@ -45,6 +45,13 @@ class Case:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     soft_cap: float = 0.0
+    value_dim: int = 0
+
+
+def keys_and_values(kv_2SKD: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64. Of latent KV the values are the beginning of the keys."""
+    kv_2SKD = kv_2SKD.double()
+    return (kv_2SKD[0], kv_2SKD[0, ..., :value_dim]) if value_dim else (kv_2SKD[0], kv_2SKD[1])
 
 
 def visible_tokens(segment: Segment, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,26 +90,27 @@ def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None
         device=DEVICE,
         backend=backend,
         tiles=tiles,
+        value_dim=case.value_dim,
     )
+    parts, out_dim = (1, case.value_dim) if case.value_dim else (2, case.head_dim)
     torch.manual_seed(case.seed)
     scale = 1.3 / math.sqrt(case.head_dim)
     for _ in range(2):
         # a layer of a bigger pool, and q as a slice of fused q, k and v: neither is contiguous as a whole
-        kv_2BPKD = torch.full((2, case.num_blocks + 3, case.block_size, num_kv_heads, case.head_dim), NAN, dtype=case.dtype)[
-            :, :-3
-        ]
+        pool = (parts, case.num_blocks + 3, case.block_size, num_kv_heads, case.head_dim)
+        kv_2BPKD = torch.full(pool, NAN, dtype=case.dtype)[:, :-3]
         q_THD = torch.randn(case.num_rows, num_heads + 2 * num_kv_heads, case.head_dim).to(case.dtype)[:, :num_heads]
-        want_out = torch.zeros(case.num_rows, num_heads, case.head_dim, dtype=torch.float64)
+        want_out = torch.zeros(case.num_rows, num_heads, out_dim, dtype=torch.float64)
         want_lse = torch.full((case.num_rows, num_heads), -torch.inf, dtype=torch.float64)
         for segment in case.segments:
             block, offset = visible_tokens(segment, case.block_size)
-            kv_2SKD = torch.randn(2, len(block), num_kv_heads, case.head_dim).to(case.dtype)
+            kv_2SKD = torch.randn(parts, len(block), num_kv_heads, case.head_dim).to(case.dtype)
             kv_2BPKD[:, block, offset] = kv_2SKD
             rows = slice(segment.first_row, segment.first_row + segment.num_rows)
             hidden = min(segment.starts, default=0)
             state = attention_state(
                 q_THD[rows].double(),
-                *kv_2SKD.double(),
+                *keys_and_values(kv_2SKD, case.value_dim),
                 scale,
                 torch.tensor(segment.kv_lens) - hidden,
                 starts_T=torch.tensor(segment.starts) - hidden if segment.starts else None,

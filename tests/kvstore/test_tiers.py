@@ -424,13 +424,14 @@ def test_a_broken_copy_is_a_hole() -> None:
 # --- bytes
 
 
-def storage(blocks: int = 6) -> KVStorage:
+def storage(blocks: int = 6, parts: int = 2) -> KVStorage:
     made = KVStorage(
         num_layers=2,
         num_blocks=blocks,
         block_size=4,
         num_kv_heads=2,
         head_dim=8,
+        parts=parts,
         dtype=torch.bfloat16,
         device=torch.device(DEVICE),
     )
@@ -438,8 +439,9 @@ def storage(blocks: int = 6) -> KVStorage:
     return made
 
 
-def test_bytes_come_back_through_all_tiers(tmp_path: Path) -> None:
-    pool = storage()
+@pytest.mark.parametrize("parts", [2, 1], ids=["keys and values", "latents"])
+def test_bytes_come_back_through_all_tiers(parts: int, tmp_path: Path) -> None:
+    pool = storage(parts=parts)
     tiers = TierStorage(pool, host_slots=2, disk_slots=3, folder=tmp_path)
     assert not list(tmp_path.iterdir()), "the file has no name"
     before = pool.data_L2BPKD[:, :, 1].clone()

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from gmanager.wire.scaling import RopeScaling
-from instance.config import InstanceConfig, Launch
+from instance.config import InstanceConfig, KVFormat, Launch
 
 Mutation = Literal["drop", "double", "shift"]
 
@@ -62,6 +62,7 @@ class Setup:
     disk_bytes: int = 0
     check_cache: bool = False
     rope_scaling: RopeScaling | None = None
+    kv_format: KVFormat = "auto"
 
 
 @dataclass
@@ -181,10 +182,11 @@ class _Serving:
             disk_bytes=setup.disk_bytes,
             check_cache=setup.check_cache,
             rope_scaling=setup.rope_scaling,
+            kv_format=setup.kv_format,
             threads=1,
             step_timeout_s=30,
         )
-        key = (setup.model, setup.dtype, setup.rope_scaling, rank)
+        key = (setup.model, setup.dtype, setup.rope_scaling, setup.kv_format, rank)
         if key not in _loaded:
             _loaded[key] = load(config)
         instance = make_instance(config, _loaded[key], ZmqTransport())

@@ -1,0 +1,29 @@
+"""How a model's layers reach the step that runs."""
+
+import threading
+from typing import Any
+
+import torch
+
+from instance.fused import LayerAttention
+
+
+class AttentionContext(threading.local):
+    """The one object through which the model's attention layers reach the present step. Bound to each layer at load.
+
+    Every thread has a step of its own.
+    """
+
+    attention: LayerAttention | None = None
+    hidden: Any = None
+    """What the layers shall seem to have computed."""
+    places_1T: torch.Tensor | None = None
+    """Of the rows that the layers run."""
+    latents_1TC: torch.Tensor | None = None
+    """Of the rows, as the layer that runs has computed them (`instance.latent`)."""
+
+    def needed(self) -> LayerAttention:
+        """Raises RuntimeError outside a step."""
+        if self.attention is None:
+            raise RuntimeError("the model ran outside a step")
+        return self.attention
