@@ -61,7 +61,9 @@ class RManager:
         self.caches = False
         """Whether what sequences leave here is kept for others."""
         self._prompts: dict[int, int] = {}
-        """Sequences of whose prompts steps may be under way, and which of their positions others may be able to begin with."""
+        """Sequences of whose prompts steps may be under way, and from which position on what rows see is kept for others."""
+        self._branches: dict[int, int] = {}
+        """Of these: before which position others began alike, if what rows see there is to be kept, too."""
         self._anchor_tokens = min(chunk_tokens, ANCHOR_TOKENS)
         self._pinned: dict[int, None] = {}
         """Sequences that share blocks of others, and have not begun."""
@@ -125,6 +127,11 @@ class RManager:
         if self.shards.windows and seq in self.shards:
             in_prompt = seq in self._prompts
             first = min(position, self._prompts[seq]) if in_prompt else max(0, position - UNSURE_ROWS)
+            if (branch := self._branches.get(seq)) is not None:
+                if branch <= position:
+                    self.shards.set_branch(seq, self._branches.pop(seq))
+                else:  # its last tokens may not fill a block, and be shared
+                    first = min(first, max(0, branch - self.shards.block_size))
             self._note_freed(self.shards.trim(seq, first, recycles=in_prompt))
 
     def append(self, seq: int, start: int, stop: int) -> list[int]:
@@ -135,6 +142,7 @@ class RManager:
     def end_prompt(self, seq: int) -> None:
         """All of it is written: what was reserved for it is free but for one token's blocks."""
         self._prompts.pop(seq, None)
+        self._branches.pop(seq, None)
         if self.shards.windows and seq in self.shards:
             self._note_freed(self.shards.free_spare(seq, but=1 + len(self.shards.windows)))
 
@@ -160,9 +168,10 @@ class RManager:
 
     def _end(self, seq: int, *, keeps_anchor: bool = False) -> None:
         if not keeps_anchor:
-            self.shards.cache.drop_anchor(seq)
+            self.shards.cache.drop_anchors(seq)
         self._dormant.pop(seq, None)
         self._prompts.pop(seq, None)
+        self._branches.pop(seq, None)
         self._copies.pop(seq, None)
         self._pinned.pop(seq, None)
         if self._published.pop(seq, None) is not None:
@@ -226,15 +235,20 @@ class RManager:
     def since(self, seq: int) -> int:
         """The first row that can follow what can be shared of a sequence, or what is kept of it: those before it would see more
         than is left."""
-        anchor = self.shards.cache.anchor(seq)
-        if anchor is not None:
-            return anchor.since
+        anchors = self.shards.cache.anchors(seq)
+        if anchors:
+            return anchors[-1].since
         return self.shards.seen_whole_from(seq) if seq in self.shards else 0
+
+    def branches(self, seq: int) -> list[tuple[int, int]]:
+        """Further back rows can follow what can be shared of a sequence where they are in one of these ranges: the first, and
+        one that follows all of it."""
+        return [(anchor.since, anchor.end) for anchor in self.shards.cache.anchors(seq)[:-1]]
 
     def _reusable(self, seq: int) -> list[list[tuple[int, int]]]:
         if seq in self.shards.cache:
             return [run.all_ranges for run in self.shards.cache.runs(seq)]
-        if self.shards.windows and self.shards.cache.anchor(seq) is None:
+        if self.shards.windows and not self.shards.cache.anchors(seq):
             return []
         end = self._published.get(seq, 0)
         whole = (whole_blocks(run, end, self.shards.block_size) for run in self.ranges(seq))
@@ -265,7 +279,7 @@ class RManager:
             self._renewed[seq] = None
             if seq not in self.shards:
                 del self._published[seq]
-                self.shards.cache.drop_anchor(seq)
+                self.shards.cache.drop_anchors(seq)
 
     def let_go(self, move: int) -> None:
         """No step reads a detached run any more. Raises KeyError if there is none."""
@@ -282,10 +296,11 @@ class RManager:
         """
         for seq in list(self._pinned):
             self.free(seq)
-        for seq in self._published:
-            self.shards.cache.drop_anchor(seq)
+        for seq in self.shards:
+            self.shards.cache.drop_anchors(seq)
         self._published.clear()
         self._prompts.clear()
+        self._branches.clear()
         self._changed |= dict.fromkeys(self.shards.attach_again())
         for seq, position in uncertain:
             if seq in self.shards:
@@ -317,15 +332,18 @@ class RManager:
         elif seq in self.shards.cache:
             self._note_freed(self.shards.cache.remove(seq))
 
-    def wake(self, seq: int, end: int, starts: Iterable[int] | None = None) -> None:
+    def wake(self, seq: int, end: int, starts: Iterable[int] | None = None, branch: int = 0) -> None:
         """A sequence begins, or goes on: then its shard is dormant, and is one like any other again, without positions from
         `end` on.
 
-        `starts`: where the runs that stay begin, if another instance has the others, too; None: all stay. Raises ValueError if
+        `starts`: where the runs that stay begin, if another instance has the others, too; None: all stay. `branch`: before
+        which position others began alike that it could not begin with; 0: none did. Raises ValueError if
         that would cut a block which others have.
         """
         self._pinned.pop(seq, None)
         self._prompts[seq] = max(0, end - self._anchor_tokens)
+        if branch and self.caches and self.reserve(seq, len(self.shards.windows)):  # a block more in each table than else
+            self._branches[seq] = branch
         if seq in self._dormant:
             if (shared := self.shards.shared_end(seq)) > end:
                 raise ValueError(f"sequence {seq} shares its blocks up to position {shared}, and can't be cut at {end}")
@@ -349,7 +367,7 @@ class RManager:
         if empty:
             raise RuntimeError(f"sequences {empty} are dormant and hold nothing")
         gone = [seq for seq in [*self._pinned, *self._published] if seq not in self.shards]
-        gone += [seq for seq in self.shards.cache.anchored if seq not in self._published and seq not in self.shards.cache]
+        gone += [seq for seq in self.shards.cache.anchored if seq not in self.shards and seq not in self.shards.cache]
         both = [seq for seq in self.shards if seq in self.shards.cache]
         if gone or both or (len(self.shards.cache) and not self.caches):
             raise RuntimeError(f"sequences {gone} hold nothing, {both} are cached and go on; caching: {self.caches}")

@@ -248,7 +248,7 @@ class Scheduler:
             return
         prompt = unpack_tokens(admit.token_ids)
         starts = [runs[0][0] for part in admit.kept if part.rank == self.rank for runs in part.runs]
-        self._rmanager.wake(admit.seq, len(prompt) - 1, starts)
+        self._rmanager.wake(admit.seq, len(prompt) - 1, starts, admit.branch)
         gaps = self._check_kept(admit, len(prompt))
         self._guests[admit.seq] = Guest(prompt, admit.params.prompt_logprobs)
         if admit.shares[0].rank == self.rank:

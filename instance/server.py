@@ -629,7 +629,8 @@ def _newest_that_fit(rmanager: RManager) -> list[wire.KeptShard]:
 
 def _told(rmanager: RManager, seq: int, runs: list[list[tuple[int, int]]]) -> wire.KeptShard:
     """What can be shared of a sequence."""
-    return wire.KeptShard(seq=seq, runs=runs, below=rmanager.below(seq), since=rmanager.since(seq) if runs else 0)
+    since, branches = (rmanager.since(seq), rmanager.branches(seq)) if runs else (0, [])
+    return wire.KeptShard(seq=seq, runs=runs, below=rmanager.below(seq), since=since, branches=branches)
 
 
 def _is_forgotten(message: object) -> TypeGuard[wire.Expelled | wire.Refused]:

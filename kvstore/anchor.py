@@ -5,6 +5,9 @@ there sees other blocks. So of the end of each prompt what rows see there is kep
 
     table 0   | 0 1 2 3 | 4 5 6 7 | 8 9 a b | c d . . |     the prompt is 14 tokens, a window sees 4
     anchor              | 4 5 6 7 | 8 9 a b |               whoever parts at 8 or later, up to 12, can go on
+
+A sequence may have others before that: where it parted itself from one that it could not begin with, as others may again, and
+where it began with another's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

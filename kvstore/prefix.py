@@ -151,8 +151,8 @@ class PrefixCache:
         self._changed: dict[int, None] = {}
         self._spare: dict[int, None] = {}
         """Those that were spare when last looked at, least recently used first."""
-        self._anchors: dict[int, Anchor] = {}
-        """Of cached sequences and of such as run."""
+        self._anchors: dict[int, list[Anchor]] = {}
+        """Of cached sequences and of such as run, those that end first before others."""
         self.on_cached: Callable[[Sequence[int]], object] = lambda blocks: None
         """Hears of blocks of sequences that are over."""
         pool.on_free = self.tiers.on_free
@@ -174,28 +174,32 @@ class PrefixCache:
         """None if nothing of it is cached."""
         return self._shards.get(seq, ())
 
-    def anchor(self, seq: int) -> Anchor | None:
-        """What is kept of it for layers that don't see all; None: nothing."""
-        return self._anchors.get(seq)
+    def anchors(self, seq: int) -> Sequence[Anchor]:
+        """What is kept of it for layers that don't see all."""
+        return self._anchors.get(seq, ())
 
     @property
     def anchored(self) -> Iterable[int]:
         """Sequences that have one."""
         return self._anchors
 
-    def set_anchor(self, seq: int, anchor: Anchor) -> None:
-        """Of one that runs, and uses these blocks, or had them in the one that this replaces."""
+    def add_anchor(self, seq: int, anchor: Anchor) -> None:
+        """Of one that uses these blocks, behind all that it has."""
         self._pool.cache_too(anchor.block_ids())
-        self.drop_anchor(seq)
-        self._anchors[seq] = anchor
+        self._anchors.setdefault(seq, []).append(anchor)
 
-    def drop_anchor(self, seq: int) -> int:
-        """If there is one: how many blocks are free with that."""
-        anchor = self._anchors.pop(seq, None)
-        if anchor is None:
-            return 0
-        self._changed[seq] = None
-        return len(self._pool.forget(anchor.block_ids()))
+    def lengthen_anchor(self, seq: int, anchor: Anchor) -> None:
+        """In place of the last, all of whose blocks it has. Raises KeyError if there is none."""
+        self._pool.cache_too(anchor.block_ids())
+        self._pool.forget(self._anchors[seq].pop().block_ids())
+        self._anchors[seq].append(anchor)
+
+    def drop_anchors(self, seq: int) -> int:
+        """If there are any: how many blocks are free with that."""
+        anchors = self._anchors.pop(seq, [])
+        if anchors:
+            self._changed[seq] = None
+        return len(self._pool.forget([block for anchor in anchors for block in anchor.block_ids()]))
 
     def put(self, seq: int, runs: Sequence[tuple[Ranges, list[int]]]) -> int:
         """Keep what a sequence has used till now: the ranges of each run and its blocks. Those that aren't full are freed: how
@@ -216,7 +220,7 @@ class PrefixCache:
             self._uncopied[seq] = None
             self._weigh(seq)
         else:
-            freed += self.drop_anchor(seq)
+            freed += self.drop_anchors(seq)
         return freed
 
     def touch(self, seq: int) -> None:
@@ -239,7 +243,7 @@ class PrefixCache:
         for run in runs:
             self._release(seq, run)
         freed = len(self._pool.forget([block for run in runs for block in run.block_ids]))
-        return freed + self.drop_anchor(seq)
+        return freed + self.drop_anchors(seq)
 
     def evict(self, blocks: int) -> None:
         """Let that many blocks be free: those of the sequence that is least recently used, later positions first, then of the
@@ -252,7 +256,7 @@ class PrefixCache:
             seq = next(iter(self._in_pool or self._anchors))
             self._changed[seq] = None
             if seq in self._anchors:
-                blocks -= self.remove(seq) if seq in self._shards else self.drop_anchor(seq)
+                blocks -= self.remove(seq) if seq in self._shards else self.drop_anchors(seq)
                 continue
             runs = self._shards[seq]
             in_pool = [run for run in runs if run.block_ids]
@@ -438,7 +442,7 @@ class PrefixCache:
     def refs(self) -> Counter[int]:
         """How many cached shards and anchors have each block."""
         refs = Counter(block for runs in self._shards.values() for run in runs for block in run.block_ids)
-        refs.update(block for anchor in self._anchors.values() for block in anchor.block_ids())
+        refs.update(block for anchors in self._anchors.values() for anchor in anchors for block in anchor.block_ids())
         return refs
 
     def validate(self) -> None:

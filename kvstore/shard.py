@@ -211,23 +211,24 @@ class ShardTable:
         if not self.windows:
             return freed + self.cache.put(seq, [(run.ranges, run.block_ids) for run in shard.runs])
         self._lengthen_anchor(seq, shard)
-        anchor = self.cache.anchor(seq)
+        anchors = self.cache.anchors(seq)
         freed += len(self.pool.free(block for run in shard.runs for window in run.windows for block in window.block_ids))
-        if anchor is None:
+        if not anchors:
             return freed + len(self.pool.free(block for run in shard.runs for block in run.block_ids))
         runs: list[tuple[Ranges, list[int]]] = []
         for run in shard.runs:
-            count = run.count_before(anchor.end)
+            count = run.count_before(anchors[-1].end)
             blocks = -(-count // self.block_size)
             freed += len(self.pool.free(run.block_ids[blocks:]))
             runs.append((first_tokens(run.ranges, count), run.block_ids[:blocks]))
         return freed + self.cache.put(seq, runs)
 
     def _lengthen_anchor(self, seq: int, shard: Shard) -> None:
-        """If all that follows the anchor of a sequence is still here, let it be part of it."""
-        anchor = self.cache.anchor(seq)
-        if anchor is None:
+        """If all that follows the last anchor of a sequence is still here, let it be part of it."""
+        anchors = self.cache.anchors(seq)
+        if not anchors:
             return
+        anchor = anchors[-1]
         windows: dict[int, list[Window]] = {}
         since = anchor.since
         for run in shard.runs:
@@ -242,19 +243,37 @@ class ShardTable:
             since = max(since, sees_whole_from(run.ranges, windows[run.start], self.windows, self.block_size))
         end = max(run.end for run in shard.runs)
         if since <= end:
-            self.cache.set_anchor(seq, Anchor(windows, since, end))
+            self.cache.lengthen_anchor(seq, Anchor(windows, since, end))
 
     def set_anchor(self, seq: int, end: int) -> None:
-        """Keep what rows before position `end` see of the sequence in windows, for those that begin alike. All of it up to
-        there is written."""
+        """Keep what is here of windows before position `end`, for those that begin as the sequence does."""
+        self.cache.add_anchor(seq, self._anchor_of(seq, end, 0))
+
+    def set_branch(self, seq: int, end: int) -> bool:
+        """Keep what a row at position `end` sees in windows, or a block before as only whole ones are shared, and no more: the
+        sequence, whose prompt is being computed, may need its blocks for what follows and gets others instead. False: there are
+        none, or some of it is gone."""
+        anchor = self._anchor_of(seq, end, max(0, end - self.block_size))
+        blocks = sum(1 for _ in anchor.block_ids())
+        if anchor.since > end or not self.can_reserve(blocks):
+            return False
+        self.cache.add_anchor(seq, anchor)
+        self.reserve(seq, blocks)
+        return True
+
+    def _anchor_of(self, seq: int, end: int, row: int) -> Anchor:
+        """Of what is in windows before position `end`, without what rows from `row` on don't see."""
         windows: dict[int, list[Window]] = {}
         since = 0
         for run in self._shards[seq].runs:
             whole = run.count_before(end) // self.block_size
-            its = [window.part(window.first, max(window.first, min(window.stop, whole))) or Window() for window in run.windows]
+            its: list[Window] = []
+            for sight, window in zip(self.windows, run.windows, strict=True):
+                first = max(window.first, run.count_before(sight.first(row)) // self.block_size)
+                its.append(window.part(first, max(first, min(window.stop, whole))) or Window(first))
             since = max(since, sees_whole_from(run.ranges, its, self.windows, self.block_size))
             windows[run.start] = its
-        self.cache.set_anchor(seq, Anchor(windows, since, end))
+        return Anchor(windows, since, end)
 
     def share(self, seq: int, source: int, runs: Sequence[Sequence[tuple[int, int]]]) -> bool:
         """Let a new sequence have whole blocks of another's, live or cached, which are the first tokens of its runs at exactly
@@ -279,6 +298,10 @@ class ShardTable:
         if not shard.runs or not self._share_windows(shard, source):
             return False
         self.pool.share(shard.block_ids)
+        if self.windows:  # who comes next finds the newest first
+            windows = {run.start: [Window(window.first, window.block_ids) for window in run.windows] for run in shard.runs}
+            since = max(run.seen_whole_from(self.windows) for run in shard.runs)
+            self.cache.add_anchor(seq, Anchor(windows, since, max(run.end for run in shard.runs)))
         if source in self.cache:
             self.cache.touch(source)
         shard.find_newest_block()
@@ -286,13 +309,13 @@ class ShardTable:
         return True
 
     def _share_windows(self, shard: Shard, source: int) -> bool:
-        """Let a new shard have all of another's anchor that belongs to its runs: rows may fill gaps between them first. False:
-        those behind them would see something that is gone."""
+        """Let a new shard have all of an anchor of another's that belongs to its runs: rows may fill gaps between them first.
+        False: those behind them would see something that is gone."""
         if not self.windows:
             return True
-        anchor = self.cache.anchor(source)
         end = max(run.end for run in shard.runs)
-        if anchor is None or not anchor.since <= end <= anchor.end:
+        anchor = next((anchor for anchor in self.cache.anchors(source) if anchor.since <= end <= anchor.end), None)
+        if anchor is None:
             return False
         for run in shard.runs:
             parts = [window.part(window.first, len(run.block_ids)) for window in anchor.windows[run.start]]

@@ -23,7 +23,7 @@ from gmanager.cluster.events import Emit, LoadText, Log, Send
 from gmanager.cluster.performance import PerformanceModel
 from gmanager.cluster.placement import why_never
 from gmanager.cluster.policies import Policy
-from gmanager.cluster.prefixes import Held, is_shareable
+from gmanager.cluster.prefixes import Held, follow_of, is_shareable
 from gmanager.cluster.request import Runs
 from gmanager.wire import footprint
 from gmanager.wire.codec import MAX_FRAME_BYTES
@@ -447,7 +447,7 @@ class Cell:
             member.since = {shard.seq: shard.since for shard in kept.shards}
             most = member.spec.num_blocks * self.spec.block_size
             sound = [shard for shard in kept.cached if is_ours and shard.runs and is_shareable(shard, most)]
-            member.cached = {shard.seq: Held.of(shard.runs, shard.below, shard.since) for shard in sound}
+            member.cached = {shard.seq: Held.of(shard.runs, shard.below, follow_of(shard)) for shard in sound}
             member.requests = {shard.seq: shard.request for shard in kept.shards if is_ours and shard.request}
             member.unheard = kept.unheard if is_ours else []
             member.is_freeing |= not is_ours

@@ -21,6 +21,11 @@ from gmanager.cluster.chain import Chain
 from gmanager.cluster.request import Runs, count_tokens, held_once
 from gmanager.wire.messages import KeptShard
 
+Ranges = Sequence[tuple[int, int]]
+
+FAR = 2**62
+"""More than any position."""
+
 MOST_WEIGHED = 8
 """Sequences with the longest common beginning that are looked at, the newest first."""
 
@@ -65,17 +70,17 @@ class Held:
     """All of each run."""
     in_pool: Runs
     """The first tokens of those of which some are in the pool."""
-    since: int = 0
-    """The first row that can follow it."""
+    follow: Ranges = ()
+    """Rows that can follow it, the last ones included; none: all can."""
 
     @classmethod
-    def of(cls, runs: Runs, below: Sequence[int] = (), since: int = 0) -> "Held":
+    def of(cls, runs: Runs, below: Sequence[int] = (), follow: Ranges = ()) -> "Held":
         """`below`: how many of the last tokens of each run aren't in the pool; none: all are."""
         if not any(below):
-            return cls(runs, runs, since)
+            return cls(runs, runs, follow)
         sunk = [*below, *[0] * (len(runs) - len(below))]
         tokens = [count_tokens([run]) - lies_below for run, lies_below in zip(runs, sunk, strict=True)]
-        return cls(runs, [_first(run, count) for run, count in zip(runs, tokens, strict=True) if count], since)
+        return cls(runs, [_first(run, count) for run, count in zip(runs, tokens, strict=True) if count], follow)
 
     @property
     def has_below(self) -> bool:
@@ -146,15 +151,20 @@ class Prefixes:
         """Whether something lies below the pool of a member."""
         return bool(self._sunk)
 
-    def tell(self, seq: int, member: int, runs: Runs, below: Sequence[int] = (), since: int = 0) -> bool:
-        """What can be shared of a sequence on an instance, by rows from `since` on; `below`: so many of the last tokens of each
-        run once they are read. False: nobody will ask for that, as the sequence is not known (any more)."""
+    def tell(self, seq: int, member: int, runs: Runs, below: Sequence[int] = (), follow: Ranges = ()) -> bool:
+        """What can be shared of a sequence on an instance, as `Held.of` has it. False: nobody will ask for that, as the
+        sequence is not known (any more)."""
         entry = self._entries.get(seq)
         if entry is None:
             return not runs
-        self._set(seq, entry, member, Held.of(runs, below, since))
+        self._set(seq, entry, member, Held.of(runs, below, follow))
         self._list(seq, entry)
         return seq in self._entries or not runs
+
+    def common(self, chain: Chain) -> int:
+        """With how many of a sequence's first tokens others began, whether or not these can be shared."""
+        count, _ = self._in_pool.longest(chain.digests)
+        return count * self._block_size
 
     def _set(self, seq: int, entry: _Entry, member: int, held: Held) -> None:
         self._sunk.discard((seq, member))
@@ -218,20 +228,18 @@ class Prefixes:
             if whole := [part for run in runs if (part := whole_blocks(run, end, self._block_size))]:
                 parts[member] = whole
         parts = held_once(parts)
-        since = max((all_held[member].since for member in parts), default=0)
-        if since:
-            parts = _without_gaps(parts, self._block_size)
-            if since > first_gap(parts):
-                parts = {}
+        follow = {member: all_held[member].follow for member in parts if all_held[member].follow}
+        if follow:
+            parts = _followed(parts, follow, self._block_size)
         if not with_below:
-            return Match(seq, parts, is_whole=since > 0)
+            return Match(seq, parts, is_whole=bool(follow))
         below: dict[int, int] = {}
         for member, runs in parts.items():
             in_pool = {run[0][0]: count_tokens([run]) for run in all_held[member].in_pool}
             lacks = sum(max(0, count_tokens([run]) - in_pool.get(run[0][0], 0)) for run in runs)
             if lacks:
                 below[member] = lacks
-        return Match(seq, parts, below, is_whole=since > 0)
+        return Match(seq, parts, below, is_whole=bool(follow))
 
     def _list(self, seq: int, entry: _Entry) -> None:
         """Let it be found by its digests, as far as there is KV of it; forget it if there is none, and will be none."""
@@ -273,13 +281,30 @@ def first_gap(parts: Mapping[int, Runs]) -> int:
     return end
 
 
-def _without_gaps(parts: dict[int, Runs], block_size: int) -> dict[int, Runs]:
-    """What of them, in whole blocks, lies before the first gap that is left then."""
-    end = 0
-    while parts and first_gap(parts) != end:
-        end = first_gap(parts)
+def follow_of(shard: KeptShard) -> Ranges:
+    """As `Held` has it."""
+    return (*shard.branches, (shard.since, FAR)) if shard.since or shard.branches else ()
+
+
+def _followed(parts: dict[int, Runs], follow: Mapping[int, Ranges], block_size: int) -> dict[int, Runs]:
+    """The most of them, in whole blocks and without a gap, that a row can follow. `follow`: for each member, if not all can."""
+    ends = sorted({last for ranges in follow.values() for _, last in ranges}, reverse=True)
+    for end in ends:
+        left = _without_gaps(parts, end, block_size)
+        row = first_gap(left)
+        if left and all(any(a <= row <= b for a, b in follow.get(member, [(0, FAR)])) for member in left):
+            return left
+    return {}
+
+
+def _without_gaps(parts: dict[int, Runs], end: int, block_size: int) -> dict[int, Runs]:
+    """What of them before a position, in whole blocks, lies before the first gap that is left then."""
+    while parts:
         cut = {member: [whole_blocks(run, end, block_size) for run in runs] for member, runs in parts.items()}
         parts = {member: whole for member, runs in cut.items() if (whole := [run for run in runs if run])}
+        if first_gap(parts) == end:
+            break
+        end = first_gap(parts)
     return parts
 
 

@@ -15,7 +15,7 @@ from gmanager.cluster.cell import Cell, Member
 from gmanager.cluster.events import Emit, Send
 from gmanager.cluster.following import Following
 from gmanager.cluster.placement import InstanceView, Placement, prompt_work
-from gmanager.cluster.prefixes import Match, Prefixes, is_shareable
+from gmanager.cluster.prefixes import Match, Prefixes, follow_of, is_shareable
 from gmanager.cluster.reading import MOST_READS, Reading
 from gmanager.cluster.request import Request, Runs, count_tokens
 from gmanager.wire.messages import Cached, Discard, Share, pack_tokens
@@ -27,6 +27,9 @@ exchange with it. That takes 0.7 ms a step (32 layers of 23 us), in which an H20
 HOME_TOKENS = 32
 """What one more sequence that decodes there is held against a home, in tokens to prefill: a beginning that all requests have
 must not make one instance the home of all."""
+
+LEAST_BRANCH = 512
+"""Tokens that others must have begun with, and that are computed again, for what is seen where they part to be kept."""
 
 LEAST_TOKEN_S = 1e-9
 """Of a token that is computed, whatever was measured: so reading is weighed against something."""
@@ -178,7 +181,7 @@ class Reuses:
         if not all(is_shareable(shard, most) for shard in cached.shards):
             return False
         for shard in cached.shards:
-            if not self._prefixes.tell(shard.seq, member.id, shard.runs, shard.below, shard.since):
+            if not self._prefixes.tell(shard.seq, member.id, shard.runs, shard.below, follow_of(shard)):
                 self._discard(member.id, shard.seq)
             self.following.told(shard.seq, member.id)
         return True
@@ -266,6 +269,14 @@ class Reuses:
             takes_s = self._cell.performance.costs.prefill_s(tokens, chunk=self._cell.spec.chunk_tokens)
             self.following.wait(request, seq, now, takes_s)
         return found is not None
+
+    def branch(self, request: Request, reuse: Reuse | None) -> int:
+        """Before which position a request that is admitted began as others did, and could not begin with what they left, where
+        layers have windows; 0: none."""
+        if not self._cell.spec.windows or request.chain is None:
+            return 0
+        common = min(self._prefixes.common(request.chain), request.num_tokens - 1)
+        return common if common >= (0 if reuse is None else reuse.end) + LEAST_BRANCH else 0
 
     def known(self, request: Request) -> int:
         """Tokens of it that it could share now, or once they are read."""

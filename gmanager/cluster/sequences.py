@@ -526,6 +526,7 @@ class Sequences:
             shares=placement.shares,
             params=request.sequence_params(self._cell.eos_token_ids),
             kept=[KeptPart(rank=rank, runs=[list(run) for run in runs]) for rank, runs in sorted(kept.items())],
+            branch=0 if kept and reuse is None else self._reuses.branch(request, reuse),
         )
         self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
         told = {"home": self._id(home), "kv_tokens": {self._id(share.rank): share.tokens for share in placement.shares}}

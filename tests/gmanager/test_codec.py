@@ -117,12 +117,15 @@ st.register_type_strategy(
 st.register_type_strategy(m.JoinEpoch, st.builds(m.JoinEpoch, keep=st.lists(counts, max_size=3), calibrate=st.booleans()))
 st.register_type_strategy(m.Beat, st.builds(m.Beat, samples=st.lists(st.from_type(m.StepSample), max_size=m.MAX_STEP_SAMPLES)))
 st.register_type_strategy(m.Attach, st.builds(m.Attach, from_index=counts))
-st.register_type_strategy(m.KeptShard, st.builds(m.KeptShard, below=st.lists(counts, max_size=2), since=counts))
+ranges = st.lists(st.tuples(counts, counts), max_size=2)
+st.register_type_strategy(
+    m.KeptShard, st.builds(m.KeptShard, below=st.lists(counts, max_size=2), since=counts, branches=ranges)
+)
 for kind in (m.RunOffered, m.CopyRun):
     st.register_type_strategy(kind, st.builds(kind, firsts=st.lists(counts, max_size=3)))
 shards = st.lists(st.from_type(m.KeptShard), max_size=2)
 st.register_type_strategy(m.Kept, st.builds(m.Kept, cached=shards, unheard=st.lists(st.from_type(m.Unheard), max_size=2)))
-runs = st.lists(st.lists(st.tuples(counts, counts), max_size=2), max_size=2)
+runs = st.lists(ranges, max_size=2)
 st.register_type_strategy(m.Reserve, st.builds(m.Reserve, shared=runs))
 st.register_type_strategy(m.Admit, st.builds(m.Admit, kept=st.lists(st.from_type(m.KeptPart), max_size=2)))
 st.register_type_strategy(

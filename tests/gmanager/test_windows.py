@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from gmanager.cluster.chain import Chain
-from gmanager.cluster.events import Send
-from gmanager.cluster.prefixes import Prefixes, first_gap
+from gmanager.cluster.events import Send, SendAll
+from gmanager.cluster.prefixes import FAR, Prefixes, first_gap
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import CLIENT, HELLO, Driver, beat, granted, peer, register, reserve, running, submit
 
@@ -60,6 +60,22 @@ def test_what_is_shared_must_have_all_that_rows_behind_it_see(since: int, held: 
     assert asked.message.shared == ([[(0, held)]] if held else [])
 
 
+def test_where_others_parted_what_is_seen_is_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document is there, but not what a row behind it sees: who is to begin with it next can."""
+    monkeypatch.setattr("gmanager.cluster.reuse.LEAST_BRANCH", 12)
+    driver = serving(90)
+    running(driver, "doc", prompt=[*DOC, *range(20)], max_tokens=5, generated=1)
+    driver.say(peer(0), m.Cached(epoch=1, shards=[m.KeptShard(seq=1, runs=[[(0, 32)]], since=20)]))
+    branches = []
+    for seq, (name, told) in enumerate({"second": [(10, 12)], "third": [(10, 12)]}.items(), 2):
+        actions = running(driver, name, prompt=[*DOC, *[seq] * 20], max_tokens=5, generated=1)
+        (admit,) = [a.message for a in actions if isinstance(a, Send | SendAll) and isinstance(a.message, m.Admit)]
+        branches.append((admit.branch, [part.runs for part in admit.kept]))
+        shard = m.KeptShard(seq=seq, runs=[[(0, 32)]], since=20, branches=told)
+        driver.say(peer(0), m.Cached(epoch=1, shards=[shard]))
+    assert branches == [(12, []), (0, [[[(0, 12)]]])]
+
+
 def test_what_has_a_gap_is_shared_before_it() -> None:
     """Instances have the document between them, but for a part that is gone, or ends within a block elsewhere."""
     chain = Chain(b"seed", 4, m.pack_tokens(DOC * 2))
@@ -71,13 +87,13 @@ def test_what_has_a_gap_is_shared_before_it() -> None:
     }.items():
         prefixes.add(seq, chain)
         for member, run in parts.items():
-            assert prefixes.tell(seq, member, [run], since=2)
+            assert prefixes.tell(seq, member, [run], follow=[(2, FAR)])
     found = {match.source: match for match in prefixes.find(chain, 24)}
     assert all(match.is_whole for match in found.values())
     assert found[1].parts == {0: [[(0, 8)]]}
     assert found[2].parts == {0: [[(0, 8)]], 2: [[(8, 24)]]}
     assert found[3].parts == {2: [[(0, 4)]]}, "without the gap 4 to 7 the rest is of no use"
-    assert prefixes.tell(2, 0, [[(0, 8)]], since=25)
+    assert prefixes.tell(2, 0, [[(0, 8)]], follow=[(25, FAR)])
     assert [match.source for match in prefixes.find(chain, 24)] == [1, 3]
 
 

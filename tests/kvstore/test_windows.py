@@ -90,14 +90,14 @@ class Kept:
         ):
             seen[row] |= {self.written[table, slot] for slot in slots[first:length]}
 
-    def begin(self, seq: int, tokens: tuple[int, ...], done: int) -> bool:
-        """Its prompt, of which so much is shared."""
+    def begin(self, seq: int, tokens: tuple[int, ...], done: int, branch: int = 0) -> bool:
+        """Its prompt, of which so much is shared. `branch`: where others parted from it."""
         self.tokens[seq] = tokens
         length = -(-(len(tokens) - done) // self.size) + 2
         if not self.rmanager.reserve(seq, footprint.taken(length, self.most)):
             self.rmanager.drop(seq)
             return False
-        self.rmanager.wake(seq, len(tokens) - 1)
+        self.rmanager.wake(seq, len(tokens) - 1, branch=branch)
         for start in range(done, len(tokens), self.chunk):
             self.write(seq, start, min(len(tokens), start + self.chunk))
         self.rmanager.end_prompt(seq)
@@ -131,10 +131,11 @@ def test_who_begins_as_another_did_sees_what_that_one_saw(data: st.DataObject) -
             tokens = kept.tokens[source][:common] + tokens
             runs = [run for its in told[source] if (run := whole_blocks(its, min(common, len(tokens) - 1), kept.size))]
             end = max((run[-1][1] for run in runs), default=0)
-            may = bool(runs) and kept.rmanager.since(source) <= end
+            follow = [*kept.rmanager.branches(source), (kept.rmanager.since(source), end)]
+            may = bool(runs) and any(first <= end <= last for first, last in follow)
             assert kept.rmanager.share(seq, source, runs) == may
             done = end if may else 0
-        if not kept.begin(seq, tokens, done):
+        if not kept.begin(seq, tokens, done, data.draw(st.integers(0, len(tokens)))):
             continue
         kept.go_on(seq, data.draw(texts))
         live.append(seq)
@@ -164,6 +165,34 @@ def test_what_all_rows_of_a_sequence_see_is_kept_and_no_more() -> None:
     assert not kept.rmanager.share(2, 1, [[(0, 32)]])
     assert kept.rmanager.share(2, 1, [[(0, 34)]])
     assert kept.begin(2, (*range(34), 7, 7, 7), 34)
+
+
+def test_what_is_seen_where_others_parted_is_kept_and_handed_on() -> None:
+    kept = Kept([Sight(window=4)], 2, 4)
+    assert kept.begin(1, tuple(range(40)), 0, branch=13)
+    assert kept.rmanager.branches(1) == [(11, 13)]
+    kept.rmanager.retire(1)
+    assert not kept.rmanager.share(2, 1, [[(0, 10)]])
+    assert not kept.rmanager.share(2, 1, [[(0, 14)]])
+    assert kept.rmanager.share(2, 1, [[(0, 12)]])
+    kept.rmanager.keep([])  # the first goes
+    assert kept.begin(2, (*range(12), *[7] * 20), 12)
+    kept.rmanager.retire(2)
+    assert kept.rmanager.branches(2) == [(11, 12)]
+    assert kept.rmanager.share(3, 2, [[(0, 12)]])
+    assert kept.begin(3, (*range(12), *[8] * 20), 12)
+
+
+def test_a_branch_for_which_there_is_no_room_is_not_kept() -> None:
+    kept = Kept([Sight(window=4)], 2, 4)
+    kept.tokens[1] = tuple(range(40))
+    assert kept.rmanager.reserve(1, footprint.taken(22, kept.most))
+    assert kept.rmanager.reserve(2, kept.rmanager.free_blocks)
+    kept.rmanager.wake(1, 39, branch=12)
+    for start in range(0, 40, 4):
+        kept.write(1, start, start + 4)
+    assert kept.rmanager.branches(1) == []
+    kept.rmanager.validate()
 
 
 def test_a_short_sequence_can_be_gone_on_with_from_its_end() -> None:

@@ -655,6 +655,7 @@ def whole_cell(
         patch("instance.server.open_store", lambda host, timeout_s: (None, "127.0.0.1:1")),
         patch("instance.server.gc", idle_gc),
         patch("gmanager.cluster.reuse.FAR_TOKENS", BLOCK),
+        patch("gmanager.cluster.reuse.LEAST_BRANCH", BLOCK),
         patch("gmanager.cluster.following.LEAST_SAVED", BLOCK),
     ):
         cell = WholeCell(sizes, seed, tier_slots, sight)

@@ -191,6 +191,8 @@ class KeptShard(Part):
     are in the pool."""
     since: int = 0
     """Rows before this one can't follow it: in layers that see but a window, some of what they see is gone."""
+    branches: list[tuple[int, int]] = []
+    """But for rows in these ranges, the last ones included."""
 
 
 class Cached(Message):
@@ -552,6 +554,9 @@ class Admit(Message):
     """Of what is to be computed: all tokens but those of which there is KV."""
     params: SequenceParams
     kept: list[KeptPart] = []
+    branch: int = 0
+    """Others began with the tokens before this position, and what they left can't be begun with there, for want of what is seen
+    in windows: this sequence is to keep it. 0: there is no such."""
 
 
 class Regroup(Message):
