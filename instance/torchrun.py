@@ -5,6 +5,7 @@ instance failed.
 """
 
 import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -21,6 +22,9 @@ def main() -> int:
         return 0
     except ChildFailedError:
         return 1
+    finally:  # it is over: who asks it to end now gets what it wants, and torchrun's handler would raise while Python ends
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
     return 0
 
 
