@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from distattn.layout import Layout, read_run
 from gmanager.wire.messages import SequenceParams
-from instance.scheduler import SampledRow, StepPlan
+from instance.plan import SampledRow, StepPlan
 from instance.step import LANES, Lane
 from kvstore.run import Run
 from kvstore.sight import FULL, Sight

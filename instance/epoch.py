@@ -34,10 +34,11 @@ from instance.errors import InstanceError, PartyBroken, PartyTimeout, StepTimeou
 from instance.lane import Lanes
 from instance.model import Model
 from instance.party import Parties, PartyMessage, Seat
+from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, Pace
 from instance.processors import Processors, sharing_of
 from instance.rmanager import RManager
 from instance.runner import Runner, Times, Traffic
-from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
+from instance.scheduler import Scheduler
 from instance.step import LANES, Lane
 from instance.tiering import Tiering
 from instance.unheard import Unheard

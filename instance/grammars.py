@@ -14,7 +14,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
 from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import TextAssets
-from instance.scheduler import SampledRow
+from instance.plan import SampledRow
 
 log = get_logger("instance")
 

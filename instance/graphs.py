@@ -17,7 +17,7 @@ from distattn.layout import Layout
 from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape
 from instance.fused import FusedDecoder
-from instance.scheduler import MAX_DECODE_ROWS, StepPlan
+from instance.plan import MAX_DECODE_ROWS, StepPlan
 from kernels.upload import FixedTables
 from kvstore.storage import KVStorage
 

@@ -13,9 +13,10 @@ from distattn.transfer import StepBudget
 from instance.calibrate import Room, calibrate
 from instance.errors import StepTimeout
 from instance.party import Parties, Party
+from instance.plan import StepPlan
 from instance.runner import Launched, Runner, StepResult, Times
 from instance.samples import StepLog
-from instance.scheduler import Scheduler, StepPlan
+from instance.scheduler import Scheduler
 from instance.sharing import Load, Sharing
 from instance.step import Lane, Notice, derive
 

@@ -11,9 +11,9 @@ from gmanager.wire import footprint
 from instance.errors import UnsupportedModel
 from instance.fused import MLP_ROWS, is_like_llama
 from instance.model import Model
+from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.rmanager import UNSURE_ROWS
 from instance.sampler import scratch_bytes as sampler_scratch_bytes
-from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.sharing import SPLITS
 from instance.step import LANES
 from kernels.paged_attention import plan_attention

@@ -14,8 +14,8 @@ from distattn.attention import DistAttention
 from gmanager.wire.messages import PromptLogprobs, TokenLogprob, pack_tokens
 from instance.fused import Hidden
 from instance.model import Model
+from instance.plan import SampledRow, ScoredRows, StepPlan
 from instance.sampler import Sampler
-from instance.scheduler import SampledRow, ScoredRows, StepPlan
 from kernels.upload import upload
 from kvstore.storage import KVStorage
 

@@ -21,7 +21,7 @@ from llguidance import LLTokenizer
 
 from gmanager.wire.messages import MAX_BAD_WORD_TOKENS, SequenceParams
 from instance.grammars import Grammars, Masks, mask
-from instance.scheduler import SampledRow
+from instance.plan import SampledRow
 from instance.sequence import History
 from kernels.penalties import penalize
 from kernels.upload import upload

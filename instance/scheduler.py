@@ -14,8 +14,6 @@ follow them. A sequence passes from one to the other when its home has committed
 attended to all that others hold of the prompt, so by then all of it is written, everywhere.
 """
 
-from array import array
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,19 +32,17 @@ from gmanager.wire.messages import (
     RunMoved,
     Scored,
     SequenceOutput,
-    SequenceParams,
     Share,
     TokenLogprob,
     unpack_tokens,
 )
 from instance.handoff import handoff_of, home_of
+from instance.plan import MAX_DECODE_ROWS, Pace, SampledRow, ScoredRows, StepPlan, is_decode
 from instance.rmanager import RManager
 from instance.sequence import Guest, History, Home, gaps_between
 from instance.step import (
-    FAR,
     LANES,
     MAX_GAPS,
-    MAX_PROMPTS,
     Decode,
     Flip,
     Grouping,
@@ -60,83 +56,6 @@ from instance.step import (
 )
 from instance.unheard import Origin
 from kvstore.sight import FULL, Sight
-
-MAX_DECODE_ROWS = 256
-"""Most decode rows an instance brings to one step; the oldest sequences go first."""
-
-MAX_SAMPLES: dict[Lane, int] = {"prefill": MAX_PROMPTS, "decode": MAX_DECODE_ROWS}
-"""Most tokens that an instance samples in one step."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledRow:
-    """A row whose logits yield the token at `position`."""
-
-    row: int
-    seq: int
-    position: int
-    params: SequenceParams
-    num_generated: int
-    """Tokens generated before this one in this admission, the one under way included."""
-    history: History | None = None
-    """All of these but the one under way; None where the choice doesn't depend on them."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredRows:
-    """Consecutive rows of a prompt whose logits tell the log-probabilities of the tokens that follow them there."""
-
-    seq: int
-    first_row: int
-    start: int
-    """Position of the first of these tokens."""
-    token_ids: "array[int]"
-    num_top: int
-    """How many of the likeliest tokens are wanted with each."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """What this instance runs in one step. T own rows."""
-
-    token_ids_T: list[int]
-    positions_T: list[int]
-    pending: list[tuple[int, int]]
-    """`(row, i)`: the row's token is the i-th that this instance's previous plan samples."""
-    sampled: list[SampledRow]
-    scored: list[ScoredRows]
-    slots_T: list[int]
-    """Where the rows' KV goes in the first table of blocks."""
-    layout: Layout
-    """In the model's first group of layers: that of those in which rows see all before them, if there are any."""
-    other_layouts: list[Layout] = field(default_factory=list)
-    """In its other groups."""
-    other_slots: list[list[int]] = field(default_factory=list)
-    """In the tables of these groups, if each has its own."""
-    needs_logits: bool
-    """Whether any member of the party does in this step: else nobody needs what the last layer attends to."""
-    is_decode: bool
-    """Whether every row of every member is a span of its own that yields a token, and none has more than `MAX_DECODE_ROWS`."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is nothing to run: no own rows, and none to serve."""
-        return not (self.layout.num_rows or any(layout.num_received for layout in self.layouts))
-
-    @property
-    def layouts(self) -> list[Layout]:
-        """One for each group."""
-        return [self.layout, *self.other_layouts]
-
-    @property
-    def slots(self) -> list[list[int]]:
-        """One list for each table of blocks."""
-        return [self.slots_T, *self.other_slots]
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether rows travel."""
-        return any(layout.dispatched or layout.received for layout in self.layouts)
 
 
 @dataclass(slots=True)
@@ -185,20 +104,6 @@ class Tally:
     tokens_prefilled: int = 0
     tokens_generated: int = 0
     home_moves: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Prompt rows that an instance runs in one step."""
-
-    chunk_tokens: int
-    """While nobody decodes."""
-    mixed_chunk_tokens: int
-    """While somebody does, at the beginning of a prompt."""
-    reach: int = FAR
-    """Tokens at which attending to what came before costs a row as much as the rest of the model."""
-    grain: int = 1
-    """Rows that cost about as much as fewer."""
 
 
 class Scheduler:
@@ -664,7 +569,7 @@ class Scheduler:
             other_layouts=layouts[1:],
             other_slots=other_slots,
             needs_logits=bool(step.sampled or step.scored),
-            is_decode=_is_decode(step),
+            is_decode=is_decode(step),
         )
 
     def _known_token(self, span: Span, previous: Mapping[int, int]) -> int | None:
@@ -712,13 +617,3 @@ def _holdings(kept: Sequence[KeptPart]) -> list[Holding]:
         if part.runs
     }
     return [Holding(rank, held[rank]) for rank in sorted(held)]
-
-
-def _is_decode(step: Step) -> bool:
-    rows = Counter(span.rank for span in step.spans)
-    return (
-        len(step.sampled) == len(step.spans)
-        and not step.scored
-        and all(span.stop - span.start == 1 for span in step.spans)
-        and max(rows.values(), default=0) <= MAX_DECODE_ROWS
-    )

@@ -16,8 +16,8 @@ from instance.host import host_of_this_process, visible_gpus
 from instance.memory import TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure, tiers_bytes
 from instance.model import Model, load_model, load_text_assets, refuse_by_config
 from instance.needs import Needs, settle_shape
+from instance.plan import MAX_DECODE_ROWS
 from instance.processors import check_parts
-from instance.scheduler import MAX_DECODE_ROWS
 from instance.server import Instance
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage

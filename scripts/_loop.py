@@ -27,10 +27,11 @@ from instance.grammars import grammar_tokenizer
 from instance.lane import Lanes
 from instance.model import Model
 from instance.party import Parties, PartyMessage, Seat
+from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, Pace
 from instance.processors import Processors, sharing_of
 from instance.rmanager import RManager
 from instance.runner import Runner
-from instance.scheduler import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, Scheduler
+from instance.scheduler import Scheduler
 from instance.sharing import SPLITS
 from instance.step import LANES, Grouping, Handoff, Lane, Past, derive
 from kvstore.storage import KVStorage

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gmanager.wire import messages as m
+from instance.plan import MAX_DECODE_ROWS, Pace
 from instance.rmanager import RManager
-from instance.scheduler import MAX_DECODE_ROWS, Pace, Scheduler
+from instance.scheduler import Scheduler
 from instance.step import LANES, Grouping, Lane
 from simulation.clock import Clock
 from simulation.device import Device, Part, Processor

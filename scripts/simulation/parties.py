@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gmanager.wire.messages import TokenLogprob
-from instance.scheduler import StepPlan
+from instance.plan import StepPlan
 from instance.sharing import Load as Reading
 from instance.step import Grouping, Lane, derive
 from simulation.clock import Clock

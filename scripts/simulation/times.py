@@ -136,7 +136,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     mixed_chunk_tokens: int
     reach: int
     grain: int = 1
-    """As `instance.scheduler.Pace` has these four."""
+    """As `instance.plan.Pace` has these four."""
     shrinks: bool = True
     """Whether chunks beside decodes are the smaller the longer the prefix: on a GPU, not on the CPU."""
 

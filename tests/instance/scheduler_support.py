@@ -26,8 +26,9 @@ from gmanager.wire.messages import (
     pack_tokens,
 )
 from instance.needs import most_blocks
+from instance.plan import Pace, StepPlan
 from instance.rmanager import RManager
-from instance.scheduler import Pace, Scheduler, StepPlan
+from instance.scheduler import Scheduler
 from instance.step import LANES, Lane, Step, derive
 from kvstore.run import Run
 from kvstore.sight import FULL, Sight

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from gmanager.cluster.prefixes import first_gap
 from gmanager.wire.messages import Admit, KeptPart, SequenceParams, Share, pack_tokens
+from instance.plan import Pace
 from instance.rmanager import RManager
-from instance.scheduler import Pace, Scheduler
+from instance.scheduler import Scheduler
 from instance.step import StepMismatch
 from kvstore.sight import Sight
 from tests.instance.scheduler_support import WINDOWS, FakeCell, Runs, positions_of, token_at

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import generation
 
 from gmanager.wire.messages import SequenceParams
+from instance.plan import SampledRow
 from instance.sampler import Sampler
-from instance.scheduler import SampledRow
 from instance.sequence import History
 
 CPU = torch.device("cpu")

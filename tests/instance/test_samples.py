@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from distattn.layout import Layout, Reading
 from gmanager.wire.messages import MAX_STEP_SAMPLES, StepSample
 from instance.calibrate import BUDGET_S, Room, calibrate, plans
+from instance.plan import StepPlan
 from instance.samples import StepLog
-from instance.scheduler import StepPlan
 from instance.step import LANES, Lane
 
 IDLE = Layout(num_rows=0, own=[], dispatched_rows=[], dispatched={}, received={}, others=[])

@@ -22,7 +22,7 @@ from instance import graphs
 from instance.calibrate import Room, plans
 from instance.graphs import DecodeGraphs, Replay
 from instance.model import Model, random_model
-from instance.scheduler import SampledRow, StepPlan
+from instance.plan import SampledRow, StepPlan
 from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE
 

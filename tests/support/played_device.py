@@ -23,8 +23,8 @@ from gmanager.wire import messages as m
 from instance.copies import Copies
 from instance.epoch import Epoch, Lasting
 from instance.lane import Lanes
+from instance.plan import SampledRow, StepPlan
 from instance.runner import StepResult, Times, Traffic
-from instance.scheduler import SampledRow, StepPlan
 from instance.step import Lane
 from kvstore.pool import BlockPool
 from kvstore.sight import FULL, Sight
