@@ -137,6 +137,8 @@ class RManager:
     def append(self, seq: int, start: int, stop: int) -> list[int]:
         """Slots for positions `[start, stop)` in the first table. Raises as `ShardTable.append`."""
         self._changed[seq] = None
+        if self.shards.windows and (lacks := self.shards[seq].lacks_for(start, stop)) > 0:
+            self.reserve(seq, lacks)  # several runs waste part of a block each, in each table
         return self.shards.append(seq, start, stop)
 
     def end_prompt(self, seq: int) -> None:

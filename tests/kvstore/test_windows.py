@@ -246,3 +246,14 @@ def test_rows_may_fill_gaps_of_what_is_shared_while_nothing_of_it_is_gone() -> N
     (run,) = kept.rmanager.shards[2].runs
     (window,) = run.windows
     assert (window.first, window.stop) == (0, 4), "not only what rows behind all of it see"
+
+
+def test_runs_that_waste_more_in_windows_than_was_reserved_take_what_is_free() -> None:
+    kept = Kept([Sight(window=8)], 4, 4)
+    kept.tokens[1] = tuple(range(30))
+    assert kept.rmanager.reserve(1, 5)
+    kept.rmanager.wake(1, 29)
+    for start, stop in ((0, 1), (5, 9), (1, 5), (9, 13)):  # the third opens another run
+        kept.rmanager.append(1, start, stop)
+    assert len(kept.rmanager.shards[1].runs) == 2
+    kept.rmanager.validate()
