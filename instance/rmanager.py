@@ -23,14 +23,12 @@ A prefix that several sequences have:
 
 from collections.abc import Iterable, Sequence
 
+from gmanager.wire.footprint import ANCHOR_TOKENS, anchor_tokens
+from kvstore.anchor import NEVER
 from kvstore.ranges import whole_blocks
 from kvstore.shard import Shard, ShardTable
 from kvstore.sight import Sight
 from kvstore.tiers import Tiers
-
-ANCHOR_TOKENS = 1024
-"""Where some layers see but a window: so many of the last tokens of a prompt may be others in one that begins alike, and that
-one can still go on where the two part."""
 
 UNSURE_ROWS = 4
 """Rows of a sequence that decodes which may have to be computed again when the epoch ends: those on their way here and, one
@@ -64,7 +62,7 @@ class RManager:
         """Sequences of whose prompts steps may be under way, and from which position on what rows see is kept for others."""
         self._branches: dict[int, int] = {}
         """Of these: before which position others began alike, if what rows see there is to be kept, too."""
-        self._anchor_tokens = min(chunk_tokens, ANCHOR_TOKENS)
+        self._anchor_tokens = anchor_tokens(chunk_tokens)
         self._pinned: dict[int, None] = {}
         """Sequences that share blocks of others, and have not begun."""
         self._published: dict[int, int] = {}
@@ -132,7 +130,7 @@ class RManager:
                     self.shards.set_branch(seq, self._branches.pop(seq))
                 else:  # its last tokens may not fill a block, and be shared
                     first = min(first, max(0, branch - self.shards.block_size))
-            self._note_freed(self.shards.trim(seq, first, recycles=in_prompt))
+            self.shards.trim(seq, first, recycles=in_prompt)  # not noted: at each block, and the next Beat tells
 
     def append(self, seq: int, start: int, stop: int) -> list[int]:
         """Slots for positions `[start, stop)` in the first table. Raises as `ShardTable.append`."""
@@ -140,6 +138,10 @@ class RManager:
         if self.shards.windows and (lacks := self.shards[seq].lacks_for(start, stop)) > 0:
             self.reserve(seq, lacks)  # several runs waste part of a block each, in each table
         return self.shards.append(seq, start, stop)
+
+    def in_prompt(self, seq: int) -> bool:
+        """Whether steps of its prompt may be under way."""
+        return seq in self._prompts
 
     def end_prompt(self, seq: int) -> None:
         """All of it is written: what was reserved for it is free but for one token's blocks."""
@@ -201,13 +203,13 @@ class RManager:
         if seq in self.shards.cache:
             self._renewed[seq] = None
 
-    def share(self, seq: int, source: int, runs: Sequence[Sequence[tuple[int, int]]]) -> bool:
-        """Let a new sequence begin with whole blocks of another: so many first tokens of its runs. False: that is not here, or
-        may not be shared. Raises as `ShardTable.share`."""
+    def share(self, seq: int, source: int, runs: Sequence[Sequence[tuple[int, int]]], row: int | None = None) -> bool:
+        """Let a new sequence begin with whole blocks of another: so many first tokens of its runs. `row`: the first that it
+        computes. False: that is not here, or may not be shared. Raises as `ShardTable.share`."""
         last = max((piece[1] for run in runs for piece in run), default=0)
         if source in self.shards and last > self._published.get(source, 0):
             return False
-        if not self.shards.share(seq, source, runs):
+        if not self.shards.share(seq, source, runs, row):
             return False
         self._pinned[seq] = self._changed[seq] = None
         return True
@@ -308,6 +310,8 @@ class RManager:
             if seq in self.shards:
                 self._note_freed(self.shards.take_back(seq, position))
                 self._changed[seq] = None
+                if seq in self.shards and self.shards.seen_whole_from(seq) == NEVER:
+                    self.free(seq)
         for seq in list(self.shards):
             if self.shards[seq].num_tokens:
                 self._note_freed(self.shards.free_spare(seq))

@@ -519,7 +519,8 @@ class Scheduler:
             spans_of.setdefault(span.seq, []).append(span)
         if other_slots:
             for seq, spans in spans_of.items():
-                self._rmanager.trim(seq, min(span.start for span in spans))
+                if lane == "prefill" or not self._rmanager.in_prompt(seq):  # else steps of its prompt are under way here
+                    self._rmanager.trim(seq, min(span.start for span in spans))
         ends = {seq: max(span.stop for span in spans_of[seq]) for seq in step.sampled}
         for span in step.spans:
             if span.rank != self.rank:

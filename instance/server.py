@@ -374,7 +374,7 @@ class Instance:
 
     def _share(self, epoch: Epoch, asked: wire.Reserve, tasks: asyncio.TaskGroup) -> None:
         """Grant blocks of another sequence and others besides; first compare those with what was written, if that is known."""
-        if not self._rmanager.share(asked.seq, asked.source, asked.shared):
+        if not self._rmanager.share(asked.seq, asked.source, asked.shared, asked.row or None):
             self._lacks_source(asked)
             return
         sums = {} if self._tiering is None else self._tiering.known(self._rmanager.shares(asked.seq) or ())

@@ -185,6 +185,8 @@ def instance_size(question: Question, model: Model, cell_size: int) -> InstanceS
         if asked is not None:
             budget.check(asked, needs.kv)
         tokens = needs.kv.tokens(budget.num_blocks(needs.kv.block)) if asked is None else asked
+        if not tokens:
+            budget.check(size, needs.kv)
         parts, limit = budget.parts(), budget.limit
     else:
         if asked is None:

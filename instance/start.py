@@ -159,6 +159,8 @@ def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceCon
         budget.check(config.num_blocks * config.block_size, needs.kv)
         return config
     tokens = needs.kv.tokens(budget.num_blocks(needs.kv.block))
+    if not tokens:
+        budget.check(config.block_size, needs.kv)
     return replace(config, kv_memory=None, kv_tokens=tokens)
 
 

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from kvstore.ranges import Ranges, first_tokens
 from kvstore.sight import Sight
 
+NEVER = 2**62
+"""More than any position."""
+
 
 class Window:
     """The blocks of one table behind the first: those of a run from `first` on."""
@@ -63,7 +66,7 @@ def sees_whole_from(ranges: Ranges, windows: Sequence[Window], sights: Sequence[
     tokens = sum(end - start for start, end in ranges)
     for sight, window in zip(sights, windows, strict=True):
         if window.first * block_size > tokens:  # the run was cut before what is left: no token can be put behind it
-            rows.append(ranges[-1][1] + 1)
+            rows.append(NEVER)
         elif window.first:
             rows.append(sight.sees_from(first_tokens(ranges, window.first * block_size)[-1][1]))
     return max(rows)

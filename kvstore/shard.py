@@ -216,8 +216,8 @@ class ShardTable:
         if not anchors:
             return freed + len(self.pool.free(block for run in shard.runs for block in run.block_ids))
         runs: list[tuple[Ranges, list[int]]] = []
-        for run in shard.runs:
-            count = run.count_before(anchors[-1].end)
+        for run in shard.runs:  # one that came from another instance behind the anchor is none of its
+            count = run.count_before(anchors[-1].end) if run.start in anchors[-1].windows else 0
             blocks = -(-count // self.block_size)
             freed += len(self.pool.free(run.block_ids[blocks:]))
             runs.append((first_tokens(run.ranges, count), run.block_ids[:blocks]))
@@ -275,9 +275,9 @@ class ShardTable:
             windows[run.start] = its
         return Anchor(windows, since, end)
 
-    def share(self, seq: int, source: int, runs: Sequence[Sequence[tuple[int, int]]]) -> bool:
+    def share(self, seq: int, source: int, runs: Sequence[Sequence[tuple[int, int]]], row: int | None = None) -> bool:
         """Let a new sequence have whole blocks of another's, live or cached, which are the first tokens of its runs at exactly
-        these positions. False: it hasn't got them (any more).
+        these positions. `row`: the first that it computes; None: the one behind these. False: it hasn't got them (any more).
 
         Raises ValueError if something of `seq` is here.
         """
@@ -295,32 +295,33 @@ class ShardTable:
             if not tokens or tokens % self.block_size or first_tokens(ranges, tokens) != list(wanted):
                 return False
             shard.runs.append(Run.of(self.block_size, wanted, block_ids[: tokens // self.block_size]))
-        if not shard.runs or not self._share_windows(shard, source):
+        if not shard.runs or not self._share_windows(shard, source, row):
             return False
         self.pool.share(shard.block_ids)
         if self.windows:  # who comes next finds the newest first
             windows = {run.start: [Window(window.first, window.block_ids) for window in run.windows] for run in shard.runs}
             since = max(run.seen_whole_from(self.windows) for run in shard.runs)
-            self.cache.add_anchor(seq, Anchor(windows, since, max(run.end for run in shard.runs)))
+            self.cache.add_anchor(seq, Anchor(windows, since, max(row or 0, *(run.end for run in shard.runs))))
         if source in self.cache:
             self.cache.touch(source)
         shard.find_newest_block()
         self._shards[seq] = shard
         return True
 
-    def _share_windows(self, shard: Shard, source: int) -> bool:
+    def _share_windows(self, shard: Shard, source: int, row: int | None) -> bool:
         """Let a new shard have all of an anchor of another's that belongs to its runs: rows may fill gaps between them first.
         False: those behind them would see something that is gone."""
         if not self.windows:
             return True
         end = max(run.end for run in shard.runs)
-        anchor = next((anchor for anchor in self.cache.anchors(source) if anchor.since <= end <= anchor.end), None)
+        row = end if row is None else row
+        anchor = next((anchor for anchor in self.cache.anchors(source) if anchor.since <= row and end <= anchor.end), None)
         if anchor is None:
             return False
         for run in shard.runs:
-            parts = [window.part(window.first, len(run.block_ids)) for window in anchor.windows[run.start]]
+            parts = [window.part(window.first, len(run.block_ids)) for window in anchor.windows.get(run.start, ())]
             run.windows = [part for part in parts if part is not None]
-            if len(run.windows) < len(parts):
+            if len(run.windows) < len(self.windows):
                 return False
         return True
 

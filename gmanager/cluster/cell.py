@@ -74,6 +74,9 @@ RETURN_GRACE_S = 5.0
 
 Phase = Literal["registering", "returning", "opening", "joining", "ready", "suspending"]
 
+MAX_WINDOWS = 64
+"""Tables of blocks behind the first that a model may have."""
+
 _SAME = (
     "dtype",
     "rotary",
@@ -653,6 +656,8 @@ def malformed(register: Register) -> str | None:
         return f"rotary frequencies are told with at most {MAX_ROTARY} printable characters, got {len(register.spec.rotary)}"
     if len(register.spec.host) > MAX_HOST:
         return f"a host is named with at most {MAX_HOST} characters, got {len(register.spec.host)}"
+    if len(register.spec.windows) > MAX_WINDOWS or min(register.spec.windows, default=1) < 1:
+        return f"there are at most {MAX_WINDOWS} windows, of 1 block at least, got {register.spec.windows[: MAX_WINDOWS + 1]}"
     for field_name in _POSITIVE:
         value = getattr(register.spec, field_name)
         if value < 1:

@@ -32,7 +32,9 @@ class _Prompt:
 class Following:
     """Of one cell, through all its epochs."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, most_apart: int | None = None) -> None:
+        """`most_apart`: so many tokens at a prompt's end may be others in one that begins alike; None: any number."""
+        self._most_apart = most_apart
         self._block_size = block_size
         self._prompts: dict[int, _Prompt] = {}
         """By sequence."""
@@ -89,6 +91,8 @@ class Following:
         for seq in self._by_first.get(_first(chain), ()):
             prompt = self._prompts[seq]
             common = min(num_common(chain.digests, prompt.chain.digests) * self._block_size, request.num_tokens - 1)
+            if self._most_apart is not None and prompt.tokens - common > self._most_apart:
+                continue
             if common - shared >= LEAST_SAVED and common >= LEAST_PART * prompt.tokens and (best is None or common > best[0]):
                 best = common, seq, prompt.tokens
         return None if best is None else (best[1], best[2])

@@ -107,7 +107,7 @@ class Intake:
             never = cell.why_unreadable(submit) is not None or (
                 bool(request.prompt) and cell.why_never(request.prompt, request.highest, request.params) is not None
             )
-            free = sum(member.free for member in cell.members) * cell.spec.block_size
+            free = sum(member.room for member in cell.members) * cell.spec.block_size
             return never, self._cells.sequences[cell.name].num_waiting, -free, cell.name
 
         return min(formed, key=rank)

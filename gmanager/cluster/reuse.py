@@ -18,6 +18,7 @@ from gmanager.cluster.placement import InstanceView, Placement, prompt_work
 from gmanager.cluster.prefixes import Match, Prefixes, follow_of, is_shareable
 from gmanager.cluster.reading import MOST_READS, Reading
 from gmanager.cluster.request import Request, Runs, count_tokens
+from gmanager.wire.footprint import anchor_tokens
 from gmanager.wire.messages import Cached, Discard, Share, pack_tokens
 
 FAR_TOKENS = 512
@@ -100,7 +101,8 @@ class Reuses:
         self._emit = emit
         self._prefixes = Prefixes(cell.spec.block_size)
         self.reading = Reading(cell, emit)
-        self.following = Following(cell.spec.block_size)
+        most_apart = anchor_tokens(cell.spec.chunk_tokens) if cell.spec.windows else None
+        self.following = Following(cell.spec.block_size, most_apart)
         self._admitted: dict[int, tuple[int, Reuse | None]] = {}
         """seq -> how many tokens had been generated for its request when it was admitted, and what it shares."""
         self._sharing: dict[int, dict[int, Counter[int]]] = {}
@@ -303,11 +305,16 @@ class Reuses:
         below = {rank_of[number]: tokens for number, tokens in match.below.items()}
         size = self._cell.spec.block_size
         blocks = {rank: count_tokens(runs) // size for rank, runs in parts.items()}
+        # in windows, what is seen there: nobody may use that just now
+        anchors = {rank: self._cell.taken(n) - n for rank, n in blocks.items()}
         if self._prefixes.is_live(match.source):
-            return Reuse(match.source, parts, dict.fromkeys(parts, 0), is_whole=match.is_whole)
+            return Reuse(match.source, parts, anchors, is_whole=match.is_whole)
         shared = {rank: max(numbers) for rank, numbers in self._sharing.get(match.source, {}).items()}
         # what others share of it is in the pool, and used anyhow
-        pinned = {rank: max(0, n - min(shared.get(rank, 0), n - below.get(rank, 0) // size)) for rank, n in blocks.items()}
+        pinned = {
+            rank: anchors[rank] + max(0, n - min(shared.get(rank, 0), n - below.get(rank, 0) // size))
+            for rank, n in blocks.items()
+        }
         return Reuse(match.source, parts, pinned, below, match.is_whole)
 
     @staticmethod
@@ -318,6 +325,8 @@ class Reuses:
             placement = place(seen, reuse)
             if placement is None:
                 return None
+            if reuse.is_whole:  # less of it is nothing
+                return placement, reuse
             far = [rank for rank in reuse.parts if rank not in placement.blocks]
             vain = [rank for rank in far if count_tokens(reuse.parts[rank]) < FAR_TOKENS]
             if not vain and far and not place.reaches_for(seen, reuse, placement, far):

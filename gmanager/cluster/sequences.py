@@ -32,6 +32,7 @@ from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.moves import Moves
 from gmanager.cluster.placement import Placement
 from gmanager.cluster.policies import NewHolder, NewHome
+from gmanager.cluster.prefixes import first_gap
 from gmanager.cluster.request import MoveCall, Request, count_tokens
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.reuse import Reuses
@@ -479,7 +480,8 @@ class Sequences:
         reuse = reservation.reuse
         if reuse is None or rank not in reuse.parts:
             return reserve
-        return replace(reserve, source=reuse.source, shared=[list(run) for run in reuse.parts[rank]])
+        row = first_gap(reuse.parts) if self._cell.spec.windows else 0
+        return replace(reserve, source=reuse.source, shared=[list(run) for run in reuse.parts[rank]], row=row)
 
     def _give_up_reservation(self) -> None:
         """Give back what was granted, and what will be: a Drop that follows a Reserve undoes it."""

@@ -8,6 +8,15 @@ no more than hold what its rows still see, `most[i]`, and blocks of all tables a
 
 from collections.abc import Sequence
 
+ANCHOR_TOKENS = 1024
+"""So many of the last tokens of a prompt may be others in one that begins alike, and that one can still go on where the two
+part, though some layers see but a window (`kvstore.anchor`)."""
+
+
+def anchor_tokens(chunk_tokens: int) -> int:
+    """No more than a step's, for which there is room in each table."""
+    return min(chunk_tokens, ANCHOR_TOKENS)
+
 
 def taken(length: int, most: Sequence[int]) -> int:
     """Blocks that a sequence of so many blocks of tokens takes on one instance, at most. `most`: of each table behind the

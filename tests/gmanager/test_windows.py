@@ -1,12 +1,15 @@
 """Cells whose models have layers that see but a window: a block of tokens takes several blocks, and not all KV can be gone on
 with."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gmanager.cluster.cell import malformed
 from gmanager.cluster.chain import Chain
 from gmanager.cluster.events import Send, SendAll
+from gmanager.cluster.following import Following
 from gmanager.cluster.prefixes import FAR, Prefixes, first_gap
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import CLIENT, HELLO, Driver, beat, granted, peer, register, reserve, running, submit
@@ -145,3 +148,32 @@ def test_gaps_are_found_over_all_instances() -> None:
     assert first_gap({}) == 0
     assert first_gap({0: [[(0, 4), (8, 12)]], 1: [[(4, 6)], [(6, 8)]]}) == 12
     assert first_gap({0: [[(1, 4)]]}) == 0
+
+
+def test_what_is_seen_in_windows_is_counted_as_pinned() -> None:
+    """Else a request that shares what is there would be refused and tried again for ever, in a cell with nothing else to do."""
+    driver = serving(24)
+    running(driver, "doc", prompt=DOC * 2, max_tokens=2, generated=1)
+    driver.say(peer(0), m.Cached(epoch=1, shards=[m.KeptShard(seq=1, runs=[[(0, 24)]], since=20)]))
+    assert driver.say(CLIENT, submit("again", prompt=[*DOC * 2, 7, 8], max_tokens=2)) == []
+    assert driver.say(peer(0), beat(11))[1:] == [], "4 blocks in each of three tables, and 6 that hold what it sees of others"
+    (asked,) = driver.say(peer(0), beat(18))[1:]
+    assert isinstance(asked, Send)
+    assert isinstance(asked.message, m.Reserve)
+    assert (asked.message.blocks, asked.message.row) == (4 + 3 + 3, 24)
+
+
+def test_nobody_waits_for_a_prompt_that_goes_on_too_long_behind_what_is_common() -> None:
+    chain, other = (Chain(b"seed", 4, m.pack_tokens([*range(600), *[seq] * 40])) for seq in (1, 2))
+    for most_apart, waits in ((None, True), (40, True), (39, False)):
+        following = Following(4, most_apart)
+        following.begin(1, chain, 640, [(0, 640)])
+        request = SimpleNamespace(chain=other, number=2, num_tokens=640)
+        assert (following.worth_waiting(request, 0) is not None) == waits  # type: ignore[arg-type]
+
+
+def test_windows_that_can_not_be_are_refused() -> None:
+    for windows in ([0], [-3], [1] * 65):
+        told = malformed(register(rank=0, cell_size=1, blocks=20, windows=windows))
+        assert told is not None
+        assert told.startswith("there are at most 64 windows, of 1 block at least")

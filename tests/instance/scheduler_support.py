@@ -172,6 +172,8 @@ class FakeCell:
             held = {seq: [[(seq, p) for p in run] for run in positions_of(rmanager.ranges(seq))] for seq in rmanager.shards}
             kept = rmanager.settle(instance.scheduler.uncertain())
             for seq, runs in held.items():  # a run ends before the first of its tokens that isn't certain
+                if self.windows and seq not in kept:
+                    continue  # its windows were cut before what is left of them
                 heads = [[p for _, p in takewhile(instance.certain.__contains__, run)] for run in runs]
                 stays = [head for head in heads if head]
                 now = positions_of(kept.get(seq, []))

@@ -414,6 +414,8 @@ class Reserve(Message):
     """A sequence, live or over, with blocks of which it is to begin; 0: there is none."""
     shared: list[list[tuple[int, int]]] = []
     """Positions of whole blocks, the first of each of these runs of the source."""
+    row: int = 0
+    """The first that the sequence computes, where layers have windows; 0: the one behind these."""
 
 
 class ReserveNext(Message):
