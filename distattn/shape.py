@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from kernels.layer_ops import rotate_and_store
-from kernels.segments import AttentionSizes, Scoring
+from kernels.segments import AttentionSizes, Scoring, TokenForm
 from kvstore.sight import FULL, Sight
 
 
@@ -71,7 +71,7 @@ def groups_of(sights: tuple[Sight, ...]) -> Groups:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionShape:
+class AttentionShape(TokenForm):
     """What attention layers look like."""
 
     num_heads: int
@@ -84,16 +84,6 @@ class AttentionShape:
     value_dim: int = 0
     """0: tokens have keys and values of `head_dim`. Else KV is latent: a token is one key, for all query heads, whose first
     `value_dim` numbers are its value. Such is what returns for a row, too: `instance.latent` makes heads' values of it."""
-
-    @property
-    def out_dim(self) -> int:
-        """Of a head's output."""
-        return self.value_dim or self.head_dim
-
-    @property
-    def parts(self) -> int:
-        """Of what is stored of a token: keys and values, or keys alone."""
-        return 1 if self.value_dim else 2
 
     @property
     def layer_token_bytes(self) -> int:
@@ -139,6 +129,10 @@ class AttentionShape:
     def places(self, num_layers: int) -> Sequence[int]:
         """Of each layer: where it is in a block."""
         return range(num_layers) if self.groups is None else self.groups.place_of
+
+    def layers_of_block(self, num_layers: int) -> int:
+        """Of a model's so many layers."""
+        return num_layers if self.groups is None else self.groups.layers_of_block
 
     def is_capped(self, group: int) -> bool:
         """Whether one of the group's layers caps its scores."""

@@ -130,6 +130,13 @@ class MemoryBudget:
             raise self._short({"one block of KV": block_bytes}, "--kv-memory")
         return self.pool // block_bytes
 
+    def most_tokens(self, needs: KVNeeds) -> int:
+        """Of the longest sequence whose KV fits. Raises TooLittleMemory if not a block of tokens does, in all tables."""
+        tokens = needs.tokens(self.num_blocks(needs.block))
+        if not tokens:
+            self.check(needs.block_size, needs)
+        return tokens
+
     def check(self, kv_tokens: int, needs: KVNeeds) -> None:
         """Raises TooLittleMemory if that many tokens of KV, in whole blocks, don't fit."""
         needed = needs.bytes_of(kv_tokens)

@@ -49,8 +49,6 @@ class Needs:
     """Of one instance, in bytes unless said otherwise. Activations aren't here: `instance.memory` measures or predicts them."""
 
     weights: int
-    token: int
-    """One token's KV in all layers."""
     kv: "KVNeeds"
     steps: list[tuple[int, int]]
     """The largest of each lane: its rows, and those of them whose logits are wanted."""
@@ -75,10 +73,9 @@ class Needs:
         rows = {"prefill": chunk_tokens, "decode": MAX_DECODE_ROWS}
         return Needs(
             weights=model.weight_bytes(),
-            token=model.token_bytes(),
             kv=KVNeeds(
                 block_size=block_size,
-                block=block_size * model.token_bytes() // model.num_layers * (max(shape.places(model.num_layers)) + 1),
+                block=block_size * shape.layer_token_bytes * shape.layers_of_block(model.num_layers),
                 windows=[most_blocks(sight, block_size, chunk_tokens) for sight in shape.windows],
             ),
             steps=[(rows[lane], MAX_SAMPLES[lane]) for lane in LANES],

@@ -184,9 +184,7 @@ def instance_size(question: Question, model: Model, cell_size: int) -> InstanceS
             budget = replace(budget, reserve=budget.reserve + tiers_bytes(needs.kv.block))
         if asked is not None:
             budget.check(asked, needs.kv)
-        tokens = needs.kv.tokens(budget.num_blocks(needs.kv.block)) if asked is None else asked
-        if not tokens:
-            budget.check(size, needs.kv)
+        tokens = budget.most_tokens(needs.kv) if asked is None else asked
         parts, limit = budget.parts(), budget.limit
     else:
         if asked is None:

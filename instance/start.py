@@ -158,10 +158,7 @@ def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceCon
     if config.kv_tokens is not None:
         budget.check(config.num_blocks * config.block_size, needs.kv)
         return config
-    tokens = needs.kv.tokens(budget.num_blocks(needs.kv.block))
-    if not tokens:
-        budget.check(config.block_size, needs.kv)
-    return replace(config, kv_memory=None, kv_tokens=tokens)
+    return replace(config, kv_memory=None, kv_tokens=budget.most_tokens(needs.kv))
 
 
 def device_of(config: InstanceConfig) -> torch.device:
@@ -184,7 +181,7 @@ def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStora
     shape = model.shape
     try:
         return KVStorage(
-            num_layers=max(shape.places(model.num_layers)) + 1,
+            num_layers=shape.layers_of_block(model.num_layers),
             places=shape.places(model.num_layers),
             num_blocks=needs.kv.blocks(config.num_blocks * config.block_size),
             block_size=config.block_size,

@@ -32,8 +32,27 @@ class Segment:
         return Segment(self.first_row + begin, len(lens), self.block_ids, lens, starts)
 
 
+class TokenForm:
+    """How a token is stored, by a head's dim and that of its value: 0 if tokens have keys and values of `head_dim`. Else KV is
+    latent: a token is one key, whose first `value_dim` numbers are its value."""
+
+    __slots__ = ()
+    head_dim: int
+    value_dim: int
+
+    @property
+    def out_dim(self) -> int:
+        """Of a head's output."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def parts(self) -> int:
+        """Of what is stored of a token: keys and values, or keys alone."""
+        return 1 if self.value_dim else 2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionSizes:
+class AttentionSizes(TokenForm):
     """What a plan is made for; `run` refuses tensors of other sizes."""
 
     num_rows: int
@@ -46,16 +65,6 @@ class AttentionSizes:
     value_dim: int = 0
     """0: tokens have keys and values of `head_dim`, the two parts of `kv`. Else latent KV of one part: the value of a token is
     the first `value_dim` numbers of its key."""
-
-    @property
-    def out_dim(self) -> int:
-        """Of a head's output."""
-        return self.value_dim or self.head_dim
-
-    @property
-    def parts(self) -> int:
-        """Of `kv`: keys and values, or keys alone."""
-        return 1 if self.value_dim else 2
 
     @property
     def group(self) -> int:

@@ -45,7 +45,7 @@ def pool_tokens(model: Model, chunk_tokens: int, cell_size: int) -> int:
     budget = measure(model, needs, fraction=GPU_KV_MEMORY)
     for name, value in budget.describe().items():
         print(f"{name}: {value}")
-    return budget.num_blocks(BLOCK * needs.token) * BLOCK
+    return budget.num_blocks(BLOCK * model.token_bytes()) * BLOCK
 
 
 def make_storage(model: Model, kv_tokens: int) -> KVStorage:

@@ -39,6 +39,20 @@ _SIZES: dict[str, Any] = {
 
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+_LATENTS: dict[str, Any] = _SIZES | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(
         **_SIZES,
@@ -71,34 +85,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         floor_scale=16,
         attn_scale=0.5,
     ),
-    "deepseek": DeepseekV3Config(
-        **(_SIZES | {"num_key_value_heads": 4}),
-        q_lora_rank=24,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=32,
-        first_k_dense_replace=1,
-    ),
-    "deepseek-v2": DeepseekV2Config(
-        **(_SIZES | {"num_key_value_heads": 4}),
-        q_lora_rank=None,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=32,
-        first_k_dense_replace=1,
-    ),
+    "deepseek": DeepseekV3Config(**_LATENTS, q_lora_rank=24),
+    "deepseek-v2": DeepseekV2Config(**_LATENTS, q_lora_rank=None),
 }
 
 

@@ -302,9 +302,10 @@ def _without_gaps(parts: dict[int, Runs], end: int, block_size: int) -> dict[int
     while parts:
         cut = {member: [whole_blocks(run, end, block_size) for run in runs] for member, runs in parts.items()}
         parts = {member: whole for member, runs in cut.items() if (whole := [run for run in runs if run])}
-        if first_gap(parts) == end:
+        gap = first_gap(parts)
+        if gap == end:
             break
-        end = first_gap(parts)
+        end = gap
     return parts
 
 
