@@ -1,0 +1,227 @@
+"""What the layers of a decoder are made of, where they are of a form that `instance.fused` computes.
+
+    x += norm?(attention(rotary(norm(x) Wqkv)) Wo)    x += norm?(feed(norm(x)))    feed: (f(gate) * up) Wd
+
+That a layer has these parts is told by their names; what a norm or an activation computes, by trying it. transformers' modules
+keep their weights and names: those of q, k and v (and of gate and up) become views of one matrix, so nothing is held twice.
+
+Shape suffixes: T rows, E hidden size, D head dim, H query heads.
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kernels.layer_ops import ACTIVATIONS, Norm, gated, gated_linear, linear, rms_norm, uses_gemv
+
+_LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm"}
+_GEMMA_NORMS = _LLAMA_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+MLP_ROWS = 4096
+"""Of which gate, up and their product live at a time: half of what a step of 8192 rows would hold, and no product too small."""
+_CLOSE = 1e-3
+"""Relative, of two formulas of a norm or an activation in fp32, or in half precision: others differ by a tenth and more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A gated MLP. Weights are `[out, in]`."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    activation: str
+
+    def run(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor | None:
+        """What the rows `h` become, new; or None, if it was added to the residual on the way."""
+        if uses_gemv(len(h_TE), self.down, backend):  # activation and sum ride along with the product
+            gate_up_T2I = linear(h_TE, self.gate_up, backend=backend)
+            out_TE = gated_linear(gate_up_T2I, self.down, self.activation, residual_TE=residual_TE, backend=backend)
+            return out_TE if residual_TE is None else None
+        parts = [self._run_part(part_TE, backend) for part_TE in torch.split(h_TE, MLP_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run_part(self, h_TE: torch.Tensor, backend: str) -> torch.Tensor:
+        active_TI = gated(linear(h_TE, self.gate_up, backend=backend), self.activation, backend=backend)
+        return linear(active_TI, self.down, backend=backend)
+
+    def matrices(self) -> list[torch.Tensor]:
+        return [self.gate_up, self.down]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer's weights, `[out, in]`."""
+
+    module: nn.Module
+    rotary: str | None
+    """Which rotary frequencies it has, where kinds of layers have their own."""
+    input_norm: Norm
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    sinks_H: torch.Tensor | None
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    attention_norm: Norm | None
+    """Of what attention adds."""
+    feed_input_norm: Norm
+    feed: Dense
+    feed_norm: Norm | None
+    """Of what the feed adds."""
+
+
+def has_known_parts(module: PreTrainedModel) -> bool:
+    """Whether a decoder's layers have the parts of a `Layer`, and no others. Looks at no values."""
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    layers = list(getattr(base, "layers", ()))
+    return (
+        bool(layers)
+        and {name for name, _ in base.named_children()} == {"embed_tokens", "layers", "norm", "rotary_emb"}
+        and isinstance(base.embed_tokens, nn.Embedding)
+        and type(head) is nn.Linear
+        and _eps(base.norm) is not None
+        and all(_has_known_parts(layer) for layer in layers)
+    )
+
+
+def read_layers(module: PreTrainedModel) -> list[Layer] | None:
+    """All layers of a decoder that `has_known_parts`, and merges their weights in place, one layer after the other.
+
+    None if a norm or an activation is of no known kind: then nothing is merged.
+    """
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    layers: list[Any] = list(base.layers)
+    if any(norm_of(norm) is None for layer in layers for norm in _norms(layer)):
+        return None
+    if any(_activation_of(layer.mlp.act_fn, base.norm.weight.device) is None for layer in layers):
+        return None
+    return [_read(layer, kind) for layer, kind in zip(layers, _rotary_kinds(module, len(layers)), strict=True)]
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """A module as a norm, by what it makes of a random row; None if that is something else."""
+    eps = _eps(module)
+    if eps is None:
+        return None
+    weight_E: torch.Tensor = module.weight  # type: ignore[assignment]
+    seeded = torch.Generator().manual_seed(0)  # all instances of a cell must come to the same answer
+    x_1E = torch.randn(1, len(weight_E), generator=seeded).to(weight_E.device, weight_E.dtype)
+    with torch.inference_mode():
+        want_1E = module(x_1E)
+        for norm in (Norm(weight_E, eps, from_one) for from_one in (False, True)):
+            if _close(rms_norm(x_1E, norm, backend="torch"), want_1E):
+                return norm
+    return None
+
+
+def _has_known_parts(layer: nn.Module) -> bool:
+    parts: dict[str, Any] = dict(layer.named_children())
+    norms = set(parts) - {"self_attn", "mlp"}
+    if norms not in (_LLAMA_NORMS, _GEMMA_NORMS) or not {"self_attn", "mlp"} <= set(parts):
+        return False
+    attention: dict[str, Any] = dict(parts["self_attn"].named_children())
+    own = {name for name, _ in parts["self_attn"].named_parameters(recurse=False)}
+    return (
+        set(attention) in (_PROJECTIONS, _PROJECTIONS | _HEAD_NORMS)
+        and own <= {"sinks"}
+        and all(type(attention[name]) is nn.Linear for name in _PROJECTIONS)
+        and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
+        and all(_eps(norm) is not None for norm in _norms(layer))
+        and len({_eps(attention[name]) for name in _HEAD_NORMS & set(attention)}) <= 1
+        and _is_dense(parts["mlp"])
+    )
+
+
+def _is_dense(mlp: nn.Module) -> bool:
+    parts: dict[str, Any] = dict(mlp.named_children())
+    projections = _MLP_PARTS - {"act_fn"}
+    return set(parts) == _MLP_PARTS and all(type(parts[n]) is nn.Linear and parts[n].bias is None for n in projections)
+
+
+def _norms(layer: Any) -> Iterator[nn.Module]:
+    yield from (part for name, part in layer.named_children() if name in _GEMMA_NORMS)
+    yield from (part for name, part in layer.self_attn.named_children() if name in _HEAD_NORMS)
+
+
+def _eps(norm: nn.Module) -> float | None:
+    """The epsilon of a module that has nothing but that and a weight; None for any other."""
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return eps if isinstance(eps, float) and {name for name, _ in norm.named_parameters()} == {"weight"} else None
+
+
+def _activation_of(function: Any, device: torch.device) -> str | None:
+    """The name of an activation in `ACTIVATIONS`, by what it computes."""
+    x_N = torch.linspace(-6, 6, 97, device=device)
+    return next((name for name, known in ACTIVATIONS.items() if _close(known(x_N), function(x_N))), None)
+
+
+def _close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    limit = _CLOSE if want.dtype == torch.float32 else 10 * _CLOSE
+    return got.shape == want.shape and bool((got.float() - want.float()).norm() <= limit * want.float().norm())
+
+
+def _rotary_kinds(module: PreTrainedModel, num_layers: int) -> list[str | None]:
+    """For each layer which rotary frequencies it has, where kinds of layers have their own; None: all have the same."""
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    if "layer_type" not in inspect.signature(base.rotary_emb.forward).parameters:
+        return [None] * num_layers
+    return list(module.config.get_text_config().layer_types)
+
+
+def _read(layer: Any, rotary: str | None) -> Layer:
+    attention = layer.self_attn
+    qkv, qkv_bias = _merge_rows([attention.q_proj, attention.k_proj, attention.v_proj])
+    is_gemma = hasattr(layer, "pre_feedforward_layernorm")
+    has_head_norms = hasattr(attention, "q_norm")
+    return Layer(
+        module=layer,
+        rotary=rotary,
+        input_norm=_known(layer.input_layernorm),
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        q_norm=_known(attention.q_norm) if has_head_norms else None,
+        k_norm=_known(attention.k_norm) if has_head_norms else None,
+        sinks_H=getattr(attention, "sinks", None),
+        out=attention.o_proj.weight,
+        out_bias=attention.o_proj.bias,
+        attention_norm=_known(layer.post_attention_layernorm) if is_gemma else None,
+        feed_input_norm=_known(layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm),
+        feed=_dense(layer.mlp),
+        feed_norm=_known(layer.post_feedforward_layernorm) if is_gemma else None,
+    )
+
+
+def _known(module: nn.Module) -> Norm:
+    norm = norm_of(module)
+    assert norm is not None  # `read_layers` has tried it
+    return norm
+
+
+def _dense(mlp: Any) -> Dense:
+    gate_up, _ = _merge_rows([mlp.gate_proj, mlp.up_proj])
+    activation = _activation_of(mlp.act_fn, gate_up.device)
+    assert activation is not None  # `read_layers` has tried it
+    return Dense(gate_up, mlp.down_proj.weight, activation)
+
+
+def _merge_rows(projections: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One weight (and bias) of them all, one below the other; theirs become views of it."""
+    weight = torch.cat([p.weight.data for p in projections])
+    bias = None if projections[0].bias is None else torch.cat([p.bias.data for p in projections])
+    start = 0
+    for p in projections:
+        stop = start + p.out_features
+        p.weight.data = weight[start:stop]
+        if bias is not None:
+            p.bias.data = bias[start:stop]
+        start = stop
+    return weight, bias
