@@ -1,0 +1,182 @@
+"""Mixtures of experts: which experts a row goes to, and the weighted sum of what these make of it.
+
+    route         the top-k of softmax(logits), and their weights
+    mix_experts   sum over s of weights[s] * down(act(gate(x)) * up(x)), each product by expert experts[s]
+
+Rounding is that of transformers' experts (`transformers.integrations.moe`): products accumulate in fp32 and are rounded before
+a bias is added, and again after; only the weighted sum is rounded once, at its end, whichever the order of experts.
+
+Shape suffixes: T rows, S experts of a row, X experts, E hidden size, I intermediate size, N = 2 I.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """How gate and up meet: `act(gate) * (up + up_offset)`, both clamped before.
+
+    gpt-oss: `Gate(alpha=1.702, limit=7.0, up_offset=1.0, interleaved=True)`.
+    """
+
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    alpha: float = 1.0
+    """Of SiLU: `x * sigmoid(alpha x)`."""
+    limit: float | None = None
+    """The most that gate may be, and that up may be either way."""
+    up_offset: float = 0.0
+    interleaved: bool = False
+    """Whether gate and up take turns in the 2 I; else gate is the first half."""
+
+    def __post_init__(self) -> None:
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f"activation must be 'silu' or 'gelu_tanh', got {self.activation!r}")
+        if self.activation != "silu" and self.alpha != 1:
+            raise ValueError(f"alpha {self.alpha} is of SiLU, not of {self.activation!r}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertWeights:
+    """Of all experts of a layer. Where they are stored transposed (`[X, E, 2I]`, `[X, I, E]`: gpt-oss) give a transposed view.
+
+    Raises ValueError for shapes, dtypes or strides that don't fit.
+    """
+
+    gate_up_XNE: torch.Tensor
+    down_XEI: torch.Tensor
+    gate: Gate
+    gate_up_bias_XN: torch.Tensor | None = None
+    down_bias_XE: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        gate_up, down = self.gate_up_XNE, self.down_XEI
+        num_experts, hidden, width = down.shape
+        fits = gate_up.shape == (num_experts, 2 * width, hidden) and gate_up.dtype == down.dtype
+        if not fits or any(1 not in weight.stride()[1:] for weight in (gate_up, down)):
+            raise ValueError(
+                f"gate and up {tuple(gate_up.shape)} {gate_up.dtype} with strides {gate_up.stride()}, down "
+                f"{tuple(down.shape)} {down.dtype} with strides {down.stride()}"
+            )
+        for bias, weight in ((self.gate_up_bias_XN, gate_up), (self.down_bias_XE, down)):
+            if bias is not None and (bias.shape != weight.shape[:2] or bias.dtype != weight.dtype or bias.stride(1) != 1):
+                raise ValueError(
+                    f"bias {tuple(bias.shape)} {bias.dtype} with strides {bias.stride()} for weights {tuple(weight.shape)} "
+                    f"{weight.dtype}"
+                )
+
+    @property
+    def num_experts(self) -> int:
+        """X."""
+        return self.down_XEI.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """E."""
+        return self.down_XEI.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.down_XEI.shape[2]
+
+
+def route(logits_TX: torch.Tensor, top_k: int, *, normalise: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of each row `[T, top_k]` int32, the likeliest first, and their weights `[T, top_k]` in the logits' dtype.
+
+    The weights are softmax over all experts, in fp32; with `normalise` divided by their sum (Mixtral, Qwen3-MoE), which is
+    softmax over the chosen ones (gpt-oss). Of equal logits the lower index comes first; NaN counts as the largest.
+
+    Raises:
+        ValueError: `top_k` isn't 1 to X, rows that aren't contiguous, or an unknown backend.
+    """
+    if logits_TX.dim() != 2 or not 1 <= top_k <= logits_TX.shape[1] or logits_TX.stride(1) != 1:
+        raise ValueError(f"top {top_k} of logits {tuple(logits_TX.shape)} with strides {logits_TX.stride()}")
+    match backend:
+        case "torch":
+            return _route_torch(logits_TX, top_k, normalise)
+        case "triton":
+            from kernels import experts_triton
+
+            return experts_triton.route(logits_TX, top_k, normalise)
+    raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+
+
+def mix_experts(
+    x_TE: torch.Tensor, experts_TS: torch.Tensor, weights_TS: torch.Tensor, weights: ExpertWeights, *, backend: str
+) -> torch.Tensor:
+    """The weighted sum of what the experts of each row make of it, `[T, E]`, new.
+
+    The same numbers on every run: nothing is summed in an order that depends on timing. `experts_TS` (int32 or int64) is not
+    checked: each must be in [0, X). With Triton nothing waits for the device, so that it can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that don't fit, or an unknown backend.
+    """
+    if x_TE.dim() != 2 or x_TE.shape[1] != weights.hidden_size or x_TE.stride(1) != 1 or x_TE.dtype != weights.down_XEI.dtype:
+        raise ValueError(
+            f"rows {tuple(x_TE.shape)} {x_TE.dtype} with strides {x_TE.stride()} for experts of hidden size "
+            f"{weights.hidden_size}, {weights.down_XEI.dtype}"
+        )
+    if (
+        experts_TS.dtype not in (torch.int32, torch.int64)
+        or experts_TS.dim() != 2
+        or experts_TS.shape[0] != x_TE.shape[0]
+        or weights_TS.shape != experts_TS.shape
+        or not (experts_TS.is_contiguous() and weights_TS.is_contiguous())
+    ):
+        raise ValueError(
+            f"{x_TE.shape[0]} rows, experts {tuple(experts_TS.shape)} {experts_TS.dtype} with strides {experts_TS.stride()}, "
+            f"weights {tuple(weights_TS.shape)} with strides {weights_TS.stride()}"
+        )
+    match backend:
+        case "torch":
+            return _mix_experts_torch(x_TE, experts_TS, weights_TS, weights)
+        case "triton":
+            from kernels import experts_triton
+
+            return experts_triton.mix_experts(x_TE, experts_TS, weights_TS, weights)
+    raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+
+
+def _route_torch(logits_TX: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    full_TX = logits_TX.float()
+    order_TX = torch.sort(full_TX, dim=-1, descending=True, stable=True).indices  # topk promises no order of equals
+    experts_TS = order_TX[:, :top_k]
+    weights_TS = full_TX.softmax(-1).gather(1, experts_TS)
+    if normalise:
+        weights_TS = full_TX.gather(1, experts_TS).softmax(-1)
+    return experts_TS.int(), weights_TS.to(logits_TX.dtype)
+
+
+def _mix_experts_torch(
+    x_TE: torch.Tensor, experts_TS: torch.Tensor, weights_TS: torch.Tensor, weights: ExpertWeights
+) -> torch.Tensor:
+    out_TE = torch.zeros(x_TE.shape, dtype=torch.float32, device=x_TE.device)
+    for expert in experts_TS.unique().tolist():
+        row_R, at_R = (experts_TS == expert).nonzero(as_tuple=True)
+        gate_up_RN = functional.linear(x_TE[row_R], weights.gate_up_XNE[expert])
+        if weights.gate_up_bias_XN is not None:
+            gate_up_RN += weights.gate_up_bias_XN[expert]
+        part_RE = functional.linear(_gated(gate_up_RN, weights.gate), weights.down_XEI[expert])
+        if weights.down_bias_XE is not None:
+            part_RE += weights.down_bias_XE[expert]
+        out_TE.index_add_(0, row_R, part_RE.float() * weights_TS[row_R, at_R].float().unsqueeze(1))
+    return out_TE.to(x_TE.dtype)
+
+
+def _gated(gate_up_RN: torch.Tensor, gate: Gate) -> torch.Tensor:
+    parts = (gate_up_RN[:, ::2], gate_up_RN[:, 1::2]) if gate.interleaved else gate_up_RN.chunk(2, -1)
+    full_RI, up_RI = parts[0].float(), parts[1]
+    if gate.limit is not None:
+        full_RI, up_RI = full_RI.clamp(max=gate.limit), up_RI.clamp(-gate.limit, gate.limit)
+    if gate.activation == "silu":
+        active_RI = full_RI * torch.sigmoid(gate.alpha * full_RI)
+    else:
+        active_RI = functional.gelu(full_RI, approximate="tanh")
+    return active_RI.to(gate_up_RN.dtype) * (up_RI + gate.up_offset)
