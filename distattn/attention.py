@@ -224,7 +224,7 @@ class DistAttention:
         group, kv_2BPKD = self._planned(layer, rows.qkv_TE.shape[0]), self._storage.layer(layer)
         with self._attending():
             q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, group.slots_T, self.backend)
-            return self._attend_rows(group, layer, q_THD, kv_2BPKD, None)
+            return self._attend_rows(group, layer, q_THD, kv_2BPKD, rows.sinks_H)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """Keep the rows' keys and values, and attend to nothing: no member of the party may expect more of this layer."""
@@ -251,7 +251,7 @@ class DistAttention:
         self._attend_group(group, q_THD, kv_2BPKD, self._layers[layer][0])
         to = group.buffers
         if sinks_H is not None:
-            apply_sinks(to.out_THD, to.lse_TH, sinks_H)
+            apply_sinks(to.out_THD, to.lse_TH, sinks_H, backend=self.backend)
         return to.out_THD
 
     def _attend_group(self, group: _GroupPlan, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring) -> None:

@@ -21,6 +21,9 @@ from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels import triton_ops
 from kernels.decode_attention import DecodeAttention, DecodeTables, RowReading, Written
+from kernels.kv_blocks import store_kv
+from kernels.latent_attention import LatentDecode
+from kernels.merge_state import apply_sinks
 from kernels.peer_rows import push_rows, wait_rows
 from kernels.upload import FixedTables
 from kvstore.sight import FULL
@@ -32,7 +35,8 @@ _PIECES = 8
 
 def decode_kernel(storage: KVStorage, shape: AttentionShape, processors: int | None = None) -> DecodeAttention:
     """The kernel that all `DecodeStep`s of a stream share. `processors`: of the stream, if not all of the device's."""
-    return DecodeAttention(attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device), processors=processors)
+    of_shape = LatentDecode if shape.value_dim else DecodeAttention
+    return of_shape(attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device), processors=processors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +81,10 @@ class DecodeStep:
             )
             for group, sight in enumerate(shape.sights)
         ]
-        self._out_THD = torch.zeros((num_rows, shape.num_heads, shape.head_dim), dtype=shape.dtype, device=device)
+        self._out_THD = torch.zeros((num_rows, shape.num_heads, shape.out_dim), dtype=shape.dtype, device=device)
         self._lse_TH = torch.zeros((num_rows, shape.num_heads), dtype=torch.float32, device=device)
         if peers is not None:
-            self._served_MHD = torch.zeros_like(peers.queries_MHD)
+            self._served_MHD = torch.zeros_like(peers.outs_MHD)
             self._served_MH = torch.zeros_like(peers.lses_MH)
 
     @staticmethod
@@ -154,11 +158,24 @@ class DecodeStep:
                 blocks += more
         write("blocks", blocks)
 
+    def run(
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `DistAttention.run`."""
+        kv_2BPKD = self._storage.layer(layer)
+        store_kv(k_TKD, None if self._shape.value_dim else v_TKD, kv_2BPKD, self._slots(layer), backend="triton")
+        return self._attend(layer, q_THD, kv_2BPKD, sinks_H)
+
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `DistAttention.run_packed`."""
         kv_2BPKD = self._storage.layer(layer)
         q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots(layer), "triton")
-        return self._attend(layer, q_THD, kv_2BPKD)
+        return self._attend(layer, q_THD, kv_2BPKD, rows.sinks_H)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """As `DistAttention.store_packed`."""
@@ -172,7 +189,7 @@ class DecodeStep:
         if self._peers is not None:
             self._serve(self._peers, layer, self._storage.layer(layer))
 
-    def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
+    def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         tables, peers = self._tables, self._peers
         scoring, group = self._layers[layer]
         if peers is not None:
@@ -189,6 +206,8 @@ class DecodeStep:
                 tables[_of("part_offsets", group)],
                 tables[_of("part_index", group)],
             )
+        if sinks_H is not None:
+            apply_sinks(self._out_THD, self._lse_TH, sinks_H, backend="triton")
         return self._out_THD
 
     def _serve(self, peers: PeerMemory, layer: int, kv_2BPKD: torch.Tensor) -> None:

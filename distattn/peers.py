@@ -33,12 +33,12 @@ class PeerMemory:
         self.size = size
         self.rows = rows
         num_rows = (size - 1) * rows
-        row_bytes = shape.num_heads * shape.head_dim * shape.dtype.itemsize
+        row_bytes, out_bytes = (shape.num_heads * dim * shape.dtype.itemsize for dim in (shape.head_dim, shape.out_dim))
         self._starts: dict[str, int] = {}
         total = 0
         for name, nbytes in (
             ("queries", num_rows * row_bytes),
-            ("outs", num_rows * row_bytes),
+            ("outs", num_rows * out_bytes),
             ("lses", num_rows * shape.num_heads * 4),
             ("query_signals", size * 4),
             ("state_signals", size * 4),
@@ -53,13 +53,13 @@ class PeerMemory:
 
         heads = (num_rows, shape.num_heads)
         self.queries_MHD = self._view("queries", shape.dtype, (*heads, shape.head_dim))
-        self.outs_MHD = self._view("outs", shape.dtype, (*heads, shape.head_dim))
+        self.outs_MHD = self._view("outs", shape.dtype, (*heads, shape.out_dim))
         self.lses_MH = self._view("lses", torch.float32, heads)
         self.query_signals_N = self._view("query_signals", torch.int32, (size,))
         self.state_signals_N = self._view("state_signals", torch.int32, (size,))
         lse_bytes = shape.num_heads * 4
         self.query_inbox = self._inbox(bases, ("queries", row_bytes), None, "query_signals")
-        self.state_inbox = self._inbox(bases, ("outs", row_bytes), ("lses", lse_bytes), "state_signals")
+        self.state_inbox = self._inbox(bases, ("outs", out_bytes), ("lses", lse_bytes), "state_signals")
         self.abort_1 = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         """Not 0: nobody waits for a signal any more."""
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from kernels.layer_ops import rotate_and_store
+from kernels.layer_ops import Norm, rotate_and_store
 from kernels.segments import AttentionSizes, Scoring, TokenForm
 from kvstore.sight import FULL, Sight
 
@@ -160,9 +160,10 @@ class PackedRows:
     qkv_TE: torch.Tensor
     cos_TD: torch.Tensor
     sin_TD: torch.Tensor
-    q_norm_D: torch.Tensor | None
-    k_norm_D: torch.Tensor | None
-    eps: float
+    q_norm: Norm | None
+    k_norm: Norm | None
+    sinks_H: torch.Tensor | None = None
+    """One more logit for each query head, that stands for no value."""
 
     def rotate_and_store(self, num_heads: int, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor, backend: str) -> torch.Tensor:
         """Queries `[T, H, D]`, ready to attend; keys and values go to their slots."""
@@ -173,8 +174,7 @@ class PackedRows:
             slots_T,
             kv_2BPKD,
             num_heads,
-            q_norm=self.q_norm_D,
-            k_norm=self.k_norm_D,
-            eps=self.eps,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
             backend=backend,
         )

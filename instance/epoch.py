@@ -350,7 +350,7 @@ class Epoch:
 
         size, model = self.size, self._lasting.model
         most_served = (size - 1) * MAX_DECODE_ROWS
-        if not share_host(self._join.members) or model.fused is None or not 0 < most_served <= MAX_ROWS:
+        if not share_host(self._join.members) or not 0 < most_served <= MAX_ROWS:
             return None
         peers = PeerMemory(
             store=group.store,

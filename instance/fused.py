@@ -1,9 +1,8 @@
-"""A decoder's layers with merged projections and fused kernels, for models that are made like Llama.
+"""A decoder's layers with merged projections and fused kernels, for models whose layers have the parts of Llama's or Gemma's.
 
     qkv = norm(x) Wqkv    x += attention(rotary(qkv)) Wo    gate_up = norm(x) Wgu    x += (silu(gate) * up) Wd
 
-transformers' modules keep their weights and names: those of q, k and v (and of gate and up) become views of one matrix, so
-nothing is held twice. Whether a model is made like that is decided by the names of its parts and by what its layers compute.
+Whether a model is made like that is decided by the names of its parts (`instance.layers`) and by what its layers compute.
 
 Shape suffixes: T rows, S rows whose logits are wanted, E hidden size, D head dim, V vocabulary.
 """
@@ -16,17 +15,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distattn.shape import AttentionShape, PackedRows
-from kernels.layer_ops import add_rms_norm, linear, rms_norm, silu_mul, silu_mul_linear, uses_gemv
+from instance.layers import Layer, Mixture, norm_of, read_layers
+from kernels.layer_ops import Norm, add_rms_norm, linear, rms_norm, uses_gemv
 
-_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_HEAD_NORMS = {"q_norm", "k_norm"}
-_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-MLP_ROWS = 4096
-"""Of which gate, up and their product live at a time: half of what a step of 8192 rows would hold, and no product too small."""
 _CHECK_IDS = (0, 1, 5, 77)
+_CHECK_TURNS = 5
+"""Rows at each place that is tried."""
+_AGREEING_ROWS = 0.75
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of what a layer adds to its input, relative RMS. Another rounding gives a tenth of it; another formula, ten times as much."""
+
+Rotary = dict[str | None, tuple[torch.Tensor, torch.Tensor]]
+"""Cosines and sines `[T, D]` of the rows, for each kind of layers."""
 
 
 class PackedAttention(Protocol):
@@ -51,22 +51,6 @@ class LayerAttention(PackedAttention, Protocol):
     ) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layer:
-    """Weights of one layer, `[out, in]`."""
-
-    module: nn.Module
-    input_norm_E: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    q_norm_D: torch.Tensor | None
-    k_norm_D: torch.Tensor | None
-    out: torch.Tensor
-    mlp_norm_E: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class Hidden:
     """Rows after the last layer."""
@@ -76,22 +60,42 @@ class Hidden:
     """To be added."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """What a layer adds, which the next norm adds on its way."""
+
+    x_TE: torch.Tensor
+    norm: Norm | None
+    """Of it, before it is added."""
+
+
 class FusedDecoder:
     """The layers of one model, from token ids to logits of chosen rows."""
 
-    def __init__(self, module: PreTrainedModel, backend: str, max_context: int) -> None:
-        """Merges the weights in place, layer by layer. Only for a model that `is_like_llama`."""
+    def __init__(self, module: PreTrainedModel, layers: list[Layer], backend: str, max_context: int) -> None:
+        """`layers`: of `instance.layers.read_layers`. Raises ValueError if the model's last norm is of no known kind."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         self._module: Any = module
         self._embed: nn.Module = base.embed_tokens
         self._rotary: nn.Module = base.rotary_emb
-        self._final_norm_E: torch.Tensor = base.norm.weight
+        norm = norm_of(base.norm)
+        if norm is None:
+            raise ValueError("the last norm is of no known kind")
+        self._final_norm = norm
         self._head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self._eps: float = base.norm.variance_epsilon
+        self._soft_cap: float = getattr(module.config.get_text_config(), "final_logit_softcapping", None) or 0.0
         self._backend = backend
         # the last place, too: some models scale what stands far back
         self._check_positions = sorted({min(place, max_context - 1) for place in (0, 1, 5, max_context - 1)})
-        self._layers = [_merge(layer) for layer in base.layers]
+        self._layers = layers
+        self._halves = self._has_halves()
+
+    @staticmethod
+    def of(module: PreTrainedModel, backend: str, max_context: int) -> "FusedDecoder | None":
+        """Of a model that `has_known_parts`, whose weights are merged; None if what they compute is of no known kind."""
+        base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+        layers = None if norm_of(base.norm) is None else read_layers(module)
+        return None if layers is None else FusedDecoder(module, layers, backend, max_context)
 
     @property
     def num_layers(self) -> int:
@@ -99,27 +103,28 @@ class FusedDecoder:
 
     def matrices(self) -> list[torch.Tensor]:
         """All that a step multiplies with, `[out, in]`, in order."""
-        layers = [matrix for layer in self._layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        layers = [matrix for layer in self._layers for matrix in (layer.qkv, layer.out, *layer.feed.matrices())]
         return [*layers, self._head.weight]
 
     def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> Hidden:
         """All layers."""
-        hidden, _ = self._run_layers(self._layers, token_ids_T, positions_T, attention)
-        return hidden
+        x_TE, pending, _ = self._run_layers(self._layers, token_ids_T, positions_T, attention)
+        if pending is None or pending.norm is None:
+            return Hidden(x_TE, None if pending is None else pending.x_TE)
+        return Hidden(x_TE, rms_norm(pending.x_TE, pending.norm, backend=self._backend))
 
     def store(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> None:
         """All layers, but of the last only what makes its keys and values."""
         *before, last = self._layers
-        hidden, rotary = self._run_layers(before, token_ids_T, positions_T, attention)
-        attention.store_packed(len(before), self._project(last, hidden.x_TE, hidden.pending_TE, rotary))
+        x_TE, pending, rotary = self._run_layers(before, token_ids_T, positions_T, attention)
+        attention.store_packed(len(before), self._project(last, x_TE, pending, rotary))
 
     def logits(self, hidden: Hidden, rows_S: torch.Tensor) -> torch.Tensor:
         """Logits `[S, V]` of the chosen rows."""
         x_SE = hidden.x_TE[rows_S]
         if hidden.pending_TE is not None:
             x_SE = x_SE + hidden.pending_TE[rows_S]
-        h_SE = rms_norm(x_SE, self._final_norm_E, self._eps, backend=self._backend)
-        return linear(h_SE, self._head.weight, self._head.bias, backend=self._backend)
+        return self._logits_of(rms_norm(x_SE, self._final_norm, backend=self._backend))
 
     def agrees(self, attention: PackedAttention) -> bool:
         """Whether every layer adds to random rows what transformers' own layer adds, up to rounding.
@@ -127,11 +132,12 @@ class FusedDecoder:
         transformers' layers must be bound to `attention`: `OwnRow` shows a mistake in queries, keys and values alike.
         """
         weight = self._layers[0].qkv
-        positions_T = torch.tensor(self._check_positions, device=weight.device)
+        positions_T = torch.tensor(self._check_positions * _CHECK_TURNS, device=weight.device)
         seeded = torch.Generator().manual_seed(0)  # all instances of a cell must come to the same answer
         x_TE = torch.randn(len(positions_T), weight.shape[1], generator=seeded).to(weight.device, weight.dtype)
-        cos_TD, sin_TD = self._rotary_of(x_TE, positions_T)
+        rotary = self._rotary_of(x_TE, positions_T)
         for index, layer in enumerate(self._layers):
+            cos_TD, sin_TD = self._factors_of(x_TE, positions_T, layer.rotary)
             theirs: Any = layer.module(
                 x_TE.unsqueeze(0),
                 position_embeddings=(cos_TD.unsqueeze(0), sin_TD.unsqueeze(0)),
@@ -140,8 +146,13 @@ class FusedDecoder:
             )
             want_TE = theirs[0].float() - x_TE.float()
             ours_TE = x_TE.clone()
-            pending_TE = self._run_layer(index, layer, ours_TE, None, (cos_TD, sin_TD), attention)
-            if not self._agree(ours_TE.float() - x_TE.float() + (0 if pending_TE is None else pending_TE.float()), want_TE):
+            pending = self._run_layer(index, layer, ours_TE, None, rotary, attention)
+            added_TE = ours_TE.float() - x_TE.float()
+            if pending is not None:
+                last_TE = pending.x_TE
+                added_TE += last_TE if pending.norm is None else rms_norm(last_TE, pending.norm, backend=self._backend)
+            may_choose = isinstance(layer.feed, Mixture) and weight.dtype != torch.float32
+            if not (self._rows_agree(added_TE, want_TE) if may_choose else self._agree(added_TE, want_TE)):
                 return False
         return True
 
@@ -159,71 +170,87 @@ class FusedDecoder:
         finally:
             base.layers, base.norm = layers, norm
         ours_TV = self.logits(Hidden(x_TE), torch.arange(len(ids_T), device=ids_T.device))
-        return self._agree(ours_TV, with_norm_TV) and self._agree(self._head(x_TE), without_TV)
+        return self._agree(ours_TV, with_norm_TV) and self._agree(self._logits_of(x_TE), without_TV)
+
+    def _rows_agree(self, got_TE: torch.Tensor, want_TE: torch.Tensor) -> bool:
+        """Whether most rows agree: rounding may choose between two experts."""
+        agree = [self._agree(got_E, want_E) for got_E, want_E in zip(got_TE, want_TE, strict=True)]
+        return sum(agree) >= _AGREEING_ROWS * len(agree)
 
     def _agree(self, got: torch.Tensor, want: torch.Tensor) -> bool:
         return bool((got.float() - want.float()).norm() <= _TOLERANCE[self._head.weight.dtype] * want.float().norm())
 
+    def _logits_of(self, h_SE: torch.Tensor) -> torch.Tensor:
+        logits_SV = linear(h_SE, self._head.weight, self._head.bias, backend=self._backend)
+        return torch.tanh(logits_SV / self._soft_cap) * self._soft_cap if self._soft_cap else logits_SV
+
     def _run_layers(
-        self, layers: list[_Layer], token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention
-    ) -> tuple[Hidden, tuple[torch.Tensor, torch.Tensor]]:
-        """The first layers, and the rows' rotary factors for more."""
+        self, layers: list[Layer], token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention
+    ) -> tuple[torch.Tensor, _Pending | None, Rotary]:
+        """The rows after the first layers, what is to be added to them, and their rotary factors for more."""
         x_TE: torch.Tensor = self._embed(token_ids_T)
         rotary = self._rotary_of(x_TE, positions_T)
-        pending_TE = None
+        pending = None
         for index, layer in enumerate(layers):
-            pending_TE = self._run_layer(index, layer, x_TE, pending_TE, rotary, attention)
-        return Hidden(x_TE, pending_TE), rotary
+            pending = self._run_layer(index, layer, x_TE, pending, rotary, attention)
+        return x_TE, pending, rotary
 
-    def _rotary_of(self, x_TE: torch.Tensor, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos_1TD, sin_1TD = self._rotary(x_TE, positions_T.unsqueeze(0))
+    def _rotary_of(self, x_TE: torch.Tensor, positions_T: torch.Tensor) -> Rotary:
+        found: Rotary = {}
+        for kind in dict.fromkeys(layer.rotary for layer in self._layers):
+            cos_TD, sin_TD = self._factors_of(x_TE, positions_T, kind)
+            if self._halves:
+                cos_TD, sin_TD = torch.cat((cos_TD, cos_TD), -1), torch.cat((sin_TD, sin_TD), -1)
+            found[kind] = cos_TD, sin_TD
+        return found
+
+    def _factors_of(self, x_TE: torch.Tensor, positions_T: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary factors as the model's own layers take them."""
+        cos_1TD, sin_1TD = self._rotary(x_TE, positions_T.unsqueeze(0), *(() if kind is None else (kind,)))
         return cos_1TD[0], sin_1TD[0]
+
+    def _has_halves(self) -> bool:
+        """Whether the model's rotary factors are those of half of the dims, with which the other half shares them."""
+        first = self._layers[0]
+        positions_T = torch.tensor(self._check_positions, device=first.qkv.device)
+        cos_TD, _ = self._factors_of(first.qkv[:1], positions_T, first.rotary)
+        return not torch.equal(*cos_TD.chunk(2, -1))
 
     def _run_layer(
         self,
         index: int,
-        layer: _Layer,
+        layer: Layer,
         x_TE: torch.Tensor,
-        pending_TE: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        pending: _Pending | None,
+        rotary: Rotary,
         attention: PackedAttention,
-    ) -> torch.Tensor | None:
-        """Adds the layer to `x_TE` in place, but for what it returns: the next norm adds that on its way."""
-        eps, backend = self._eps, self._backend
-        rows = self._project(layer, x_TE, pending_TE, rotary)
-        out_TE = attention.run_packed(index, rows).view(len(x_TE), -1)
-        if uses_gemv(len(x_TE), layer.gate_up, backend):  # activation and sums ride along with the products
-            linear(out_TE, layer.out, residual_TN=x_TE, backend=backend)
-            h_TE = rms_norm(x_TE, layer.mlp_norm_E, eps, backend=backend)
-            silu_mul_linear(linear(h_TE, layer.gate_up, backend=backend), layer.down, x_TE, backend=backend)
-            return None
-        h_TE = add_rms_norm(linear(out_TE, layer.out, backend=backend), x_TE, layer.mlp_norm_E, eps, backend=backend)
-        parts = [self._mlp(layer, part_TE) for part_TE in torch.split(h_TE, MLP_ROWS)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _mlp(self, layer: _Layer, h_TE: torch.Tensor) -> torch.Tensor:
+    ) -> _Pending | None:
+        """Adds the layer to `x_TE` in place, but for what it returns."""
         backend = self._backend
-        return linear(silu_mul(linear(h_TE, layer.gate_up, backend=backend), backend=backend), layer.down, backend=backend)
-
-    def _project(
-        self,
-        layer: _Layer,
-        x_TE: torch.Tensor,
-        pending_TE: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-    ) -> PackedRows:
-        """The layer's rows, before attention. Adds what is pending to `x_TE`."""
-        eps, backend = self._eps, self._backend
-        if pending_TE is None:
-            h_TE = rms_norm(x_TE, layer.input_norm_E, eps, backend=backend)
+        rows = self._project(layer, x_TE, pending, rotary)
+        out_TE = attention.run_packed(index, rows).view(len(x_TE), -1)
+        if layer.attention_norm is None and uses_gemv(len(x_TE), layer.out, backend):  # the sum rides along with the product
+            linear(out_TE, layer.out, layer.out_bias, residual_TN=x_TE, backend=backend)
+            h_TE = rms_norm(x_TE, layer.feed_input_norm, backend=backend)
         else:
-            h_TE = add_rms_norm(pending_TE, x_TE, layer.input_norm_E, eps, backend=backend)
+            added_TE = linear(out_TE, layer.out, layer.out_bias, backend=backend)
+            h_TE = add_rms_norm(added_TE, x_TE, layer.feed_input_norm, first=layer.attention_norm, backend=backend)
+        fed_TE = layer.feed.run(h_TE, x_TE if layer.feed_norm is None else None, backend)
+        return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm)
+
+    def _project(self, layer: Layer, x_TE: torch.Tensor, pending: _Pending | None, rotary: Rotary) -> PackedRows:
+        """The layer's rows, before attention. Adds what is pending to `x_TE`."""
+        backend = self._backend
+        if pending is None:
+            h_TE = rms_norm(x_TE, layer.input_norm, backend=backend)
+        else:
+            h_TE = add_rms_norm(pending.x_TE, x_TE, layer.input_norm, first=pending.norm, backend=backend)
         qkv_TE = linear(h_TE, layer.qkv, layer.qkv_bias, backend=backend)
-        return PackedRows(qkv_TE, *rotary, layer.q_norm_D, layer.k_norm_D, eps)
+        return PackedRows(qkv_TE, *rotary[layer.rotary], layer.q_norm, layer.k_norm, layer.sinks_H)
 
 
 class OwnRow:
-    """Attention of each row to itself alone, and not by softmax: the sum of its query, key and value."""
+    """Attention of each row to itself alone, and not by softmax: the sum of its query, key, value and sink."""
 
     def __init__(self, shape: AttentionShape, backend: str) -> None:
         self._shape = shape
@@ -237,86 +264,15 @@ class OwnRow:
         v_TKD: torch.Tensor,
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return q_THD + (k_TKD + v_TKD).repeat_interleave(self._shape.num_heads // self._shape.num_kv_heads, 1)
+        out_THD = q_THD + (k_TKD + v_TKD).repeat_interleave(self._shape.num_heads // self._shape.num_kv_heads, 1)
+        return out_THD if sinks_H is None else out_THD + sinks_H.unsqueeze(-1)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         num_rows = rows.qkv_TE.shape[0]
         kv_21TKD = rows.qkv_TE.new_empty((2, 1, num_rows, self._shape.num_kv_heads, self._shape.head_dim))
         slots_T = torch.arange(num_rows, device=rows.qkv_TE.device)
         q_THD = rows.rotate_and_store(self._shape.num_heads, kv_21TKD, slots_T, self._backend)
-        return self.run(layer, q_THD, kv_21TKD[0, 0], kv_21TKD[1, 0])
+        return self.run(layer, q_THD, kv_21TKD[0, 0], kv_21TKD[1, 0], rows.sinks_H)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """Nothing is kept."""
-
-
-def is_like_llama(module: PreTrainedModel) -> bool:
-    """Whether the decoder's layers have the parts that `FusedDecoder` computes with, and no others."""
-    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
-    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    layers = list(getattr(base, "layers", ()))
-    return (
-        bool(layers)
-        and {name for name, _ in base.named_children()} == {"embed_tokens", "layers", "norm", "rotary_emb"}
-        and type(base.embed_tokens) is nn.Embedding
-        and type(head) is nn.Linear
-        and _norm_eps(base.norm) is not None
-        and all(_is_layer(layer, base.norm) for layer in layers)
-    )
-
-
-def _is_layer(layer: nn.Module, final_norm: nn.Module) -> bool:
-    parts: dict[str, Any] = dict(layer.named_children())
-    if set(parts) != _LAYER_PARTS:
-        return False
-    attention: dict[str, Any] = dict(parts["self_attn"].named_children())
-    mlp: dict[str, Any] = dict(parts["mlp"].named_children())
-    norms = [parts["input_layernorm"], parts["post_attention_layernorm"]] + [attention[n] for n in _HEAD_NORMS & set(attention)]
-    return (
-        set(attention) in (_PROJECTIONS, _PROJECTIONS | _HEAD_NORMS)
-        and set(mlp) == _MLP_PARTS
-        and all(type(attention[name]) is nn.Linear for name in _PROJECTIONS)
-        and all(type(mlp[name]) is nn.Linear and mlp[name].bias is None for name in ("gate_proj", "up_proj", "down_proj"))
-        and attention["o_proj"].bias is None
-        and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
-        and all(_norm_eps(norm) == _norm_eps(final_norm) for norm in norms)
-    )
-
-
-def _norm_eps(norm: nn.Module) -> float | None:
-    """The epsilon of a root-mean-square norm with a weight; None for any other module."""
-    eps = getattr(norm, "variance_epsilon", None)
-    return eps if isinstance(eps, float) and {name for name, _ in norm.named_parameters()} == {"weight"} else None
-
-
-def _merge(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _merge_rows([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up, _ = _merge_rows([mlp.gate_proj, mlp.up_proj])
-    has_norms = hasattr(attention, "q_norm")
-    return _Layer(
-        module=layer,
-        input_norm_E=layer.input_layernorm.weight,
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        q_norm_D=attention.q_norm.weight if has_norms else None,
-        k_norm_D=attention.k_norm.weight if has_norms else None,
-        out=attention.o_proj.weight,
-        mlp_norm_E=layer.post_attention_layernorm.weight,
-        gate_up=gate_up,
-        down=mlp.down_proj.weight,
-    )
-
-
-def _merge_rows(projections: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One weight (and bias) of them all, one below the other; theirs become views of it."""
-    weight = torch.cat([p.weight.data for p in projections])
-    bias = None if projections[0].bias is None else torch.cat([p.bias.data for p in projections])
-    start = 0
-    for p in projections:
-        stop = start + p.out_features
-        p.weight.data = weight[start:stop]
-        if bias is not None:
-            p.bias.data = bias[start:stop]
-        start = stop
-    return weight, bias

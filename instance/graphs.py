@@ -15,8 +15,7 @@ import torch
 from distattn.decode import DecodeStep, decode_kernel
 from distattn.layout import Layout
 from distattn.peers import PeerMemory
-from distattn.shape import AttentionShape
-from instance.fused import FusedDecoder
+from instance.model import Model
 from instance.plan import MAX_DECODE_ROWS, StepPlan
 from kernels.upload import FixedTables
 from kvstore.storage import KVStorage
@@ -59,8 +58,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        decoder: FusedDecoder,
-        shape: AttentionShape,
+        model: Model,
         storage: KVStorage,
         previous_tokens: torch.Tensor,
         peers: PeerMemory | None,
@@ -68,14 +66,16 @@ class DecodeGraphs:
     ) -> None:
         """Captures every bucket, alone and with `peers`, on the current stream. `previous_tokens`: where each step leaves its
         samples for the next. `processors`: of the stream, if not all of the device's.
+
+        Raises RuntimeError for a model that waits for the device within a step: no graph can hold that.
         """
-        self._decoder = decoder
-        self._shape = shape
+        self._model = model
+        self._shape = model.shape
         self._storage = storage
         self._device = storage.data_L2BPKD.device
         self._previous_tokens = previous_tokens
         self._peers = peers
-        self._kernel = decode_kernel(storage, shape, processors)
+        self._kernel = decode_kernel(storage, model.shape, processors)
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         for rows in sorted(BUCKETS, reverse=True):  # the largest first: the others fit in the memory it took
@@ -112,14 +112,14 @@ class DecodeGraphs:
 
         def forward() -> torch.Tensor | None:
             if not num_rows:
-                for layer in range(self._decoder.num_layers):
+                for layer in range(self._model.num_layers):
                     attention.serve(layer)
                 return None
             sources_T = tables["sources"]
             sampled_T = self._previous_tokens[sources_T.clamp(min=0)]
             token_ids_T = torch.where(sources_T >= 0, sampled_T, tables["token_ids"])
-            hidden = self._decoder.run(token_ids_T, tables["positions"], attention)
-            return self._decoder.logits(hidden, logits_rows_R)
+            self._model.context.attention = attention
+            return self._model.forward(token_ids_T, self._positions(tables["positions"]), logits_rows_R)
 
         with torch.inference_mode():
             nothing = replace(_NOTHING, other_layouts=[_NOTHING.layout] * (len(self._shape.sights) - 1))
@@ -127,6 +127,10 @@ class DecodeGraphs:
             forward()  # what is compiled or allocated once must not happen in the capture
             graph, logits_RV = self._record(forward)
         self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, logits_RV)
+
+    def _positions(self, positions_T: torch.Tensor) -> torch.Tensor:
+        """As the model's layers take them."""
+        return positions_T if self._model.fused is not None else positions_T.long()
 
     def _record(self, forward: Callable[[], torch.Tensor | None]) -> tuple[Replay, torch.Tensor | None]:
         """`forward` as something that runs it again, and its result, which every run overwrites."""

@@ -1,9 +1,10 @@
 """What the layers of a decoder are made of, where they are of a form that `instance.fused` computes.
 
-    x += norm?(attention(rotary(norm(x) Wqkv)) Wo)    x += norm?(feed(norm(x)))    feed: (f(gate) * up) Wd
+    x += norm?(attention(rotary(norm(x) Wqkv)) Wo)    x += norm?(feed(norm(x)))    feed: (f(gate) * up) Wd, or experts
 
-That a layer has these parts is told by their names; what a norm or an activation computes, by trying it. transformers' modules
-keep their weights and names: those of q, k and v (and of gate and up) become views of one matrix, so nothing is held twice.
+That a layer has these parts is told by their names; what a norm, an activation or a router computes, by trying it.
+transformers' modules keep their weights and names: those of q, k and v (and of gate and up) become views of one matrix, so
+nothing is held twice.
 
 Shape suffixes: T rows, E hidden size, D head dim, H query heads.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kernels.experts import ExpertWeights, Gate, mix_experts, route
 from kernels.layer_ops import ACTIVATIONS, Norm, gated, gated_linear, linear, rms_norm, uses_gemv
 
 _LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -24,6 +26,9 @@ _GEMMA_NORMS = _LLAMA_NORMS | {"pre_feedforward_layernorm", "post_feedforward_la
 _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_ROUTERS = ("gate", "router")
+_EXPERT_WEIGHTS = {"gate_up_proj", "down_proj"}
+_EXPERT_BIASES = {"gate_up_proj_bias", "down_proj_bias"}
 MLP_ROWS = 4096
 """Of which gate, up and their product live at a time: half of what a step of 8192 rows would hold, and no product too small."""
 _CLOSE = 1e-3
@@ -52,7 +57,29 @@ class Dense:
         return linear(active_TI, self.down, backend=backend)
 
     def matrices(self) -> list[torch.Tensor]:
+        """That every row is multiplied with, `[out, in]`."""
         return [self.gate_up, self.down]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts of which each row goes to `top_k`."""
+
+    router_XE: torch.Tensor
+    router_bias_X: torch.Tensor | None
+    top_k: int
+    normalise: bool
+    experts: ExpertWeights
+
+    def run(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor:
+        """As `Dense.run`; nothing is added to the residual."""
+        logits_TX = linear(h_TE, self.router_XE, self.router_bias_X, backend=backend)
+        experts_TS, weights_TS = route(logits_TX, self.top_k, normalise=self.normalise, backend=backend)
+        return mix_experts(h_TE, experts_TS, weights_TS, self.experts, backend=backend)
+
+    def matrices(self) -> list[torch.Tensor]:
+        """As `Dense.matrices`."""
+        return [self.router_XE]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +100,7 @@ class Layer:
     attention_norm: Norm | None
     """Of what attention adds."""
     feed_input_norm: Norm
-    feed: Dense
+    feed: Dense | Mixture
     feed_norm: Norm | None
     """Of what the feed adds."""
 
@@ -96,13 +123,14 @@ def has_known_parts(module: PreTrainedModel) -> bool:
 def read_layers(module: PreTrainedModel) -> list[Layer] | None:
     """All layers of a decoder that `has_known_parts`, and merges their weights in place, one layer after the other.
 
-    None if a norm or an activation is of no known kind: then nothing is merged.
+    None if a norm, an activation or a router is of no known kind: then nothing is merged.
     """
     base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
     layers: list[Any] = list(base.layers)
     if any(norm_of(norm) is None for layer in layers for norm in _norms(layer)):
         return None
-    if any(_activation_of(layer.mlp.act_fn, base.norm.weight.device) is None for layer in layers):
+    feeds = [_mixture(layer.mlp) if _is_mixture(layer.mlp) else _activation_of(layer.mlp.act_fn, layer.mlp) for layer in layers]
+    if any(feed is None for feed in feeds):
         return None
     return [_read(layer, kind) for layer, kind in zip(layers, _rotary_kinds(module, len(layers)), strict=True)]
 
@@ -137,7 +165,8 @@ def _has_known_parts(layer: nn.Module) -> bool:
         and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
         and all(_eps(norm) is not None for norm in _norms(layer))
         and len({_eps(attention[name]) for name in _HEAD_NORMS & set(attention)}) <= 1
-        and _is_dense(parts["mlp"])
+        and all(len(attention[n].weight) == getattr(parts["self_attn"], "head_dim", 0) for n in _HEAD_NORMS & set(attention))
+        and (_is_dense(parts["mlp"]) or _is_mixture(parts["mlp"]))
     )
 
 
@@ -145,6 +174,25 @@ def _is_dense(mlp: nn.Module) -> bool:
     parts: dict[str, Any] = dict(mlp.named_children())
     projections = _MLP_PARTS - {"act_fn"}
     return set(parts) == _MLP_PARTS and all(type(parts[n]) is nn.Linear and parts[n].bias is None for n in projections)
+
+
+def _is_mixture(mlp: nn.Module) -> bool:
+    parts: dict[str, Any] = dict(mlp.named_children())
+    if set(parts) not in ({"experts", name} for name in _ROUTERS):
+        return False
+    router, experts = _router(mlp), parts["experts"]
+    weights = {name for name, _ in experts.named_parameters()}
+    return (
+        {name for name, _ in router.named_parameters()} in ({"weight"}, {"weight", "bias"})
+        and isinstance(getattr(router, "top_k", None), int)
+        and len(inspect.signature(router.forward).parameters) == 1
+        and weights in (_EXPERT_WEIGHTS, _EXPERT_WEIGHTS | _EXPERT_BIASES)
+        and hasattr(experts, "_apply_gate")
+    )
+
+
+def _router(mlp: nn.Module) -> Any:
+    return next(part for name, part in mlp.named_children() if name in _ROUTERS)
 
 
 def _norms(layer: Any) -> Iterator[nn.Module]:
@@ -158,9 +206,9 @@ def _eps(norm: nn.Module) -> float | None:
     return eps if isinstance(eps, float) and {name for name, _ in norm.named_parameters()} == {"weight"} else None
 
 
-def _activation_of(function: Any, device: torch.device) -> str | None:
+def _activation_of(function: Any, mlp: nn.Module) -> str | None:
     """The name of an activation in `ACTIVATIONS`, by what it computes."""
-    x_N = torch.linspace(-6, 6, 97, device=device)
+    x_N = torch.linspace(-6, 6, 97, device=next(mlp.parameters()).device)
     return next((name for name, known in ACTIVATIONS.items() if _close(known(x_N), function(x_N))), None)
 
 
@@ -195,7 +243,7 @@ def _read(layer: Any, rotary: str | None) -> Layer:
         out_bias=attention.o_proj.bias,
         attention_norm=_known(layer.post_attention_layernorm) if is_gemma else None,
         feed_input_norm=_known(layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm),
-        feed=_dense(layer.mlp),
+        feed=_mixture(layer.mlp) or _dense(layer.mlp),
         feed_norm=_known(layer.post_feedforward_layernorm) if is_gemma else None,
     )
 
@@ -208,9 +256,59 @@ def _known(module: nn.Module) -> Norm:
 
 def _dense(mlp: Any) -> Dense:
     gate_up, _ = _merge_rows([mlp.gate_proj, mlp.up_proj])
-    activation = _activation_of(mlp.act_fn, gate_up.device)
+    activation = _activation_of(mlp.act_fn, mlp)
     assert activation is not None  # `read_layers` has tried it
     return Dense(gate_up, mlp.down_proj.weight, activation)
+
+
+def _mixture(mlp: Any) -> Mixture | None:
+    """A mixture whose gate and router are of a known kind, by what they make of random rows; None: `mlp` is something else.
+
+    What its experts compute is compared with the layer (`FusedDecoder.agrees`).
+    """
+    if not _is_mixture(mlp):
+        return None
+    router, experts = _router(mlp), mlp.experts
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if getattr(experts, "is_transposed", False):
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    gate = _gate_of(experts)
+    normalise = _normalises(router)
+    if gate is None or normalise is None:
+        return None
+    biases = [getattr(experts, name, None) for name in ("gate_up_proj_bias", "down_proj_bias")]
+    return Mixture(
+        router.weight,
+        getattr(router, "bias", None),
+        router.top_k,
+        normalise,
+        ExpertWeights(gate_up.detach(), down.detach(), gate, *(None if b is None else b.detach() for b in biases)),
+    )
+
+
+def _gate_of(experts: Any) -> Gate | None:
+    """How experts' gate and up meet, by trying; None: in no known way."""
+    alpha, limit = getattr(experts, "alpha", 1.0), getattr(experts, "limit", None)
+    known = [Gate("silu"), Gate("gelu_tanh"), Gate(alpha=alpha, limit=limit, up_offset=1.0, interleaved=True)]
+    seeded = torch.Generator().manual_seed(0)
+    x_RN = (4 * torch.randn(5, 32, generator=seeded)).to(experts.down_proj.device)
+    want_RI = experts._apply_gate(x_RN)
+    return next((gate for gate in known if _close(gate.of(x_RN), want_RI)), None)
+
+
+def _normalises(router: Any) -> bool | None:
+    """Whether a router's weights are softmax over the chosen experts alone, by trying; None: they are something else."""
+    seeded = torch.Generator().manual_seed(0)
+    x_TE = torch.randn(9, router.weight.shape[1], generator=seeded).to(router.weight.device, router.weight.dtype)
+    with torch.inference_mode():
+        *_, want_TS, experts_TS = router(x_TE)
+        logits_TX = torch.nn.functional.linear(x_TE, router.weight, getattr(router, "bias", None))
+        for normalise in (True, False):
+            ours_TS, weights_TS = route(logits_TX, router.top_k, normalise=normalise, backend="torch")
+            chosen = [logits_TX.gather(1, its.long()) for its in (ours_TS, experts_TS)]  # of equals, either may be chosen
+            if torch.equal(*chosen) and _close(weights_TS, want_TS):
+                return normalise
+    return None
 
 
 def _merge_rows(projections: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -42,8 +42,9 @@ from instance.calls import (
 from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
-from instance.fused import FusedDecoder, Hidden, OwnRow, is_like_llama
+from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
+from instance.layers import has_known_parts
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
 from kvstore.sight import FULL, Sight
@@ -120,20 +121,22 @@ class Model:
         return self._fused
 
     def fuse(self, backend: str) -> str | None:
-        """Run the layers with merged projections and fused kernels from now on, if they are made like Llama's.
+        """Run the layers with merged projections and fused kernels from now on, if they are made like Llama's or Gemma's.
 
         Returns why not, or None if they do.
         """
-        if not is_like_llama(self.module):
-            return "they are not made like Llama's"
-        if any(call.has_sinks or call.value_dim < call.shape.head_dim for call in self._calls):
-            return "their attention is not Llama's"
-        fused = FusedDecoder(self.module, backend, self.max_context)
+        if not has_known_parts(self.module):
+            return "they have other parts than Llama's or Gemma's"
+        if any(call.value_dim < call.shape.head_dim for call in self._calls):
+            return "their values are narrower than keys"
+        fused = FusedDecoder.of(self.module, backend, self.max_context)
+        if fused is None:
+            return "their norms or activations are others than Llama's or Gemma's"
         self.context.attention = OwnRow(self.shape, backend)
         try:
             with torch.inference_mode():
                 if not (fused.ends_agree() and fused.agrees(self.context.attention)):
-                    return "they compute something else than Llama's"
+                    return "they compute something else than Llama's or Gemma's"
         except (AttributeError, KeyError, TypeError) as error:  # of transformers' layers, which ask for more than Llama's
             return f"they can't be run alone to compare ({type(error).__name__}: {error})"
         finally:

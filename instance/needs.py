@@ -9,7 +9,7 @@ from distattn.attention import DistAttention
 from distattn.shape import AttentionShape
 from gmanager.wire import footprint
 from instance.errors import UnsupportedModel
-from instance.fused import MLP_ROWS, is_like_llama
+from instance.layers import MLP_ROWS, has_known_parts
 from instance.model import Model
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.rmanager import UNSURE_ROWS
@@ -79,7 +79,7 @@ class Needs:
                 windows=[most_blocks(sight, block_size, chunk_tokens) for sight in shape.windows],
             ),
             steps=[(rows[lane], MAX_SAMPLES[lane]) for lane in LANES],
-            mlp_rows=MLP_ROWS if backend == "triton" and is_like_llama(model.module) else chunk_tokens,
+            mlp_rows=MLP_ROWS if backend == "triton" and has_known_parts(model.module) else chunk_tokens,
             streams=1 + len(splits) if backend == "triton" else 1,
             attention=sum(
                 DistAttention.scratch_bytes(shape, rows[lane], cell_size - 1, model.device, backend, tiles=lane == "prefill")

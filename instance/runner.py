@@ -11,6 +11,7 @@ import torch
 from llguidance import LLTokenizer
 
 from distattn.attention import DistAttention
+from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import PromptLogprobs, TokenLogprob, pack_tokens
 from instance.fused import Hidden
 from instance.model import Model
@@ -18,6 +19,8 @@ from instance.plan import SampledRow, ScoredRows, StepPlan
 from instance.sampler import Sampler
 from kernels.upload import upload
 from kvstore.storage import KVStorage
+
+log = get_logger("instance")
 
 if TYPE_CHECKING:  # they need Triton, which an instance on the CPU does without
     from distattn.peers import PeerMemory
@@ -155,20 +158,26 @@ class Runner:
         self._driver.submit(self._use_tiles, max_rows).result()
 
     def capture(self, storage: KVStorage, peers: "PeerMemory | None") -> None:
-        """Capture decode steps on a GPU: seconds, before the first launch."""
-        decoder = self._model.fused
-        if decoder is None:
-            return  # what other models launch is not known to fit a graph
+        """Capture decode steps on a GPU: seconds, before the first launch.
+
+        A model whose layers run as transformers has them may do what no graph holds: then it runs eagerly, and the log says so.
+        """
         from instance.graphs import DecodeGraphs
 
         def capture() -> None:
             for processors in self._streams:
                 self._go_to(processors)
                 self.graphs[processors] = DecodeGraphs(
-                    decoder, self._model.shape, storage, self._previous_tokens, peers, processors=processors
+                    self._model, storage, self._previous_tokens, peers, processors=processors
                 )
 
-        self._driver.submit(capture).result()
+        try:
+            self._driver.submit(capture).result()
+        except RuntimeError as error:
+            if self._model.fused is not None:
+                raise
+            self.graphs.clear()
+            log.warning("decode steps run without CUDA graphs", reason=str(error).splitlines()[0])
 
     def _use_tiles(self, max_rows: int) -> None:
         self._go_to(max(self._streams))

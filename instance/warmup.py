@@ -95,13 +95,16 @@ class _MadeUpStep:
         store_kv(k_TKD, None if self._shape.value_dim else v_TKD, kv_2BPKD, self._slots_T, backend=self._backend)
         out_THD = self._attend(layer, q_THD, kv_2BPKD)
         if sinks_H is not None:
-            apply_sinks(out_THD, self._lse_TH, sinks_H)
+            apply_sinks(out_THD, self._lse_TH, sinks_H, backend=self._backend)
         return out_THD
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         kv_2BPKD = self._cleared(layer)
         q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend)
-        return self._attend(layer, q_THD, kv_2BPKD)
+        out_THD = self._attend(layer, q_THD, kv_2BPKD)
+        if rows.sinks_H is not None:
+            apply_sinks(out_THD, self._lse_TH, rows.sinks_H, backend=self._backend)
+        return out_THD
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         rows.rotate_and_store(self._shape.num_heads, self._cleared(layer), self._slots_T, self._backend)

@@ -40,6 +40,18 @@ class Gate:
         if self.activation != "silu" and self.alpha != 1:
             raise ValueError(f"alpha {self.alpha} is of SiLU, not of {self.activation!r}")
 
+    def of(self, gate_up_RN: torch.Tensor) -> torch.Tensor:
+        """What gate and up `[R, 2 I]` make together, `[R, I]`."""
+        parts = (gate_up_RN[:, ::2], gate_up_RN[:, 1::2]) if self.interleaved else gate_up_RN.chunk(2, -1)
+        full_RI, up_RI = parts[0].float(), parts[1]
+        if self.limit is not None:
+            full_RI, up_RI = full_RI.clamp(max=self.limit), up_RI.clamp(-self.limit, self.limit)
+        if self.activation == "silu":
+            active_RI = full_RI * torch.sigmoid(self.alpha * full_RI)
+        else:
+            active_RI = functional.gelu(full_RI, approximate="tanh")
+        return active_RI.to(gate_up_RN.dtype) * (up_RI + self.up_offset)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
@@ -163,20 +175,8 @@ def _mix_experts_torch(
         gate_up_RN = functional.linear(x_TE[row_R], weights.gate_up_XNE[expert])
         if weights.gate_up_bias_XN is not None:
             gate_up_RN += weights.gate_up_bias_XN[expert]
-        part_RE = functional.linear(_gated(gate_up_RN, weights.gate), weights.down_XEI[expert])
+        part_RE = functional.linear(weights.gate.of(gate_up_RN), weights.down_XEI[expert])
         if weights.down_bias_XE is not None:
             part_RE += weights.down_bias_XE[expert]
         out_TE.index_add_(0, row_R, part_RE.float() * weights_TS[row_R, at_R].float().unsqueeze(1))
     return out_TE.to(x_TE.dtype)
-
-
-def _gated(gate_up_RN: torch.Tensor, gate: Gate) -> torch.Tensor:
-    parts = (gate_up_RN[:, ::2], gate_up_RN[:, 1::2]) if gate.interleaved else gate_up_RN.chunk(2, -1)
-    full_RI, up_RI = parts[0].float(), parts[1]
-    if gate.limit is not None:
-        full_RI, up_RI = full_RI.clamp(max=gate.limit), up_RI.clamp(-gate.limit, gate.limit)
-    if gate.activation == "silu":
-        active_RI = full_RI * torch.sigmoid(gate.alpha * full_RI)
-    else:
-        active_RI = functional.gelu(full_RI, approximate="tanh")
-    return active_RI.to(gate_up_RN.dtype) * (up_RI + gate.up_offset)

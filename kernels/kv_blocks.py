@@ -28,9 +28,9 @@ def store_kv(
     if any(new.shape != (*slots_T.shape, *kv_2BPKD.shape[3:]) for new in news) or len(news) != kv_2BPKD.shape[0]:
         shapes = ", v ".join(str(tuple(new.shape)) for new in news)
         raise ValueError(f"k {shapes}, kv {tuple(kv_2BPKD.shape)}, slots {tuple(slots_T.shape)} don't fit together")
-    if any(new.dtype != kv_2BPKD.dtype for new in news) or slots_T.dtype != torch.int64:
+    if any(new.dtype != kv_2BPKD.dtype for new in news) or slots_T.dtype not in (torch.int32, torch.int64):
         dtypes = ", v ".join(str(new.dtype) for new in news)
-        raise ValueError(f"k {dtypes}, kv {kv_2BPKD.dtype}, slots {slots_T.dtype}: int64 and one dtype")
+        raise ValueError(f"k {dtypes}, kv {kv_2BPKD.dtype}, slots {slots_T.dtype}: int32 or int64, and one dtype")
     if any(x.stride(-1) != 1 for x in (*news, kv_2BPKD)):
         raise ValueError("the last dimension of k, v and kv must be contiguous")
     if not slots_T.numel():
@@ -101,7 +101,7 @@ def _store_kv_torch(news: Sequence[torch.Tensor], kv_2BPKD: torch.Tensor, slots_
     """Waits for the device where there is one: the number of written rows decides a shape."""
     _, num_blocks, block_size, num_kv_heads, head_dim = kv_2BPKD.shape
     rows_N = (slots_T >= 0).nonzero().squeeze(1)
-    slots_N = slots_T[rows_N]
+    slots_N = slots_T[rows_N].long()
     for new_TKD, blocks_BPKD in zip(news, kv_2BPKD, strict=True):
         # a view or an error: `reshape` might copy, and the write would be lost
         flat_SKD = blocks_BPKD.view(num_blocks * block_size, num_kv_heads, head_dim)

@@ -1,21 +1,41 @@
 """The parts of a decoder layer beside attention: norms, rotary with the KV store, activation, products.
 
     rms_norm          weight * (x / sqrt(mean(x^2) + eps)), rounded before the product
+    add_rms_norm      the same of residual + x, or of residual + norm(x)
     rotate_and_store  out = x cos + rotate_half(x) sin for q and k; k and v go to their slots
-    silu_mul          silu(gate) * up
+    gated             activation(gate) * up
     linear            x W^T (+ bias), and its sum into a residual
 
-Formulas and rounding are those of transformers' Llama. With one row a product takes the time to read its weights, so it has a
-kernel of its own, which the activation before and the sum after ride along with.
+Formulas and rounding are those of transformers' Llama, or of Gemma where that differs. With one row a product takes the time to
+read its weights, so it has a kernel of its own, which the activation before and the sum after ride along with.
 
 Shape suffixes: T rows, E features in, N features out, I intermediate size, D head dim, R <= D rotated dims, B blocks, P block
 size, K KV heads.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+"""Of gates, by the names that `gated` knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A root-mean-square norm with a weight."""
+
+    weight_E: torch.Tensor
+    eps: float
+    from_one: bool = False
+    """Whether weights are counted from 1, and the product with them is rounded once (Gemma)."""
 
 
 def uses_gemv(num_rows: int, weight_NE: torch.Tensor, backend: str) -> bool:
@@ -24,37 +44,37 @@ def uses_gemv(num_rows: int, weight_NE: torch.Tensor, backend: str) -> bool:
     One H200, 8B shape, a decode step without its attention: 3.97 ms against 4.19 by torch's products; with a kernel for two
     rows 4.36 against 4.20.
     """
-    fits = weight_NE.dtype in _SIXTEEN_BITS and weight_NE.shape[1] % 1024 == 0
+    fits = weight_NE.dtype in _SIXTEEN_BITS and weight_NE.shape[1] >= 1024 and weight_NE.shape[1] % 64 == 0
     return fits and backend == "triton" and num_rows == 1
 
 
-def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float, *, backend: str) -> torch.Tensor:
+def rms_norm(x_TE: torch.Tensor, norm: Norm, *, backend: str) -> torch.Tensor:
     """The norm of each row, new. Raises ValueError for shapes that don't fit or an unknown backend."""
-    _check_rows(x_TE, weight_E)
+    _check_rows(x_TE, norm.weight_E)
     match backend:
         case "torch":
-            return _rms_norm_torch(x_TE, weight_E, eps)
+            return _rms_norm_torch(x_TE, norm)
         case "triton":
             from kernels import layer_ops_triton
 
-            return layer_ops_triton.rms_norm(x_TE, None, weight_E, eps)
+            return layer_ops_triton.rms_norm(x_TE, None, norm, None)
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
 def add_rms_norm(
-    x_TE: torch.Tensor, residual_TE: torch.Tensor, weight_E: torch.Tensor, eps: float, *, backend: str
+    x_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, *, first: Norm | None = None, backend: str
 ) -> torch.Tensor:
-    """`residual += x` in place, rounded; the norm of the sum, new. Raises ValueError as `rms_norm`."""
-    _check_rows(x_TE, weight_E)
-    _check_rows(residual_TE, weight_E)
+    """`residual += x` in place, rounded, or the norm `first` of x; the norm of the sum, new. Raises as `rms_norm`."""
+    _check_rows(x_TE, norm.weight_E)
+    _check_rows(residual_TE, norm.weight_E)
     match backend:
         case "torch":
-            residual_TE += x_TE
-            return _rms_norm_torch(residual_TE, weight_E, eps)
+            residual_TE += x_TE if first is None else _rms_norm_torch(x_TE, first)
+            return _rms_norm_torch(residual_TE, norm)
         case "triton":
             from kernels import layer_ops_triton
 
-            return layer_ops_triton.rms_norm(x_TE, residual_TE, weight_E, eps)
+            return layer_ops_triton.rms_norm(x_TE, residual_TE, norm, first)
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
@@ -66,15 +86,14 @@ def rotate_and_store(
     kv_2BPKD: torch.Tensor,
     num_heads: int,
     *,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
     backend: str,
 ) -> torch.Tensor:
     """Queries `[T, H, D]` after norm and rotary, new; keys (likewise) and values go to slots `block * P + offset`, -1 nowhere.
 
-    `qkv_TE`: query heads, key heads, value heads, each D wide. `q_norm`, `k_norm` `[D]`: of each head, before rotary. Dims
-    from R on are not rotated. Slots (int32 or int64) are not checked.
+    `qkv_TE`: query heads, key heads, value heads, each D wide. `q_norm`, `k_norm`, alike but for their weights `[D]`: of each
+    head, before rotary. Dims from R on are not rotated. Slots (int32 or int64) are not checked.
 
     Raises:
         ValueError: shapes or dtypes that don't fit, or an unknown backend.
@@ -96,28 +115,35 @@ def rotate_and_store(
             f"{num_rows} rows of head dim {head_dim}, cos {tuple(cos_TR.shape)}, sin {tuple(sin_TR.shape)}, slots "
             f"{tuple(slots_T.shape)}"
         )
+    if q_norm is not None and k_norm is not None and (q_norm.eps, q_norm.from_one) != (k_norm.eps, k_norm.from_one):
+        raise ValueError(f"norms of queries and keys differ: eps {q_norm.eps} and {k_norm.eps}")
     match backend:
         case "torch":
-            return _rotate_and_store_torch(qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, num_heads, q_norm, k_norm, eps)
+            return _rotate_and_store_torch(qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, num_heads, q_norm, k_norm)
         case "triton":
             from kernels import layer_ops_triton
 
-            return layer_ops_triton.rotate_and_store(qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, num_heads, q_norm, k_norm, eps)
+            return layer_ops_triton.rotate_and_store(qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, num_heads, q_norm, k_norm)
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
-def silu_mul(gate_up_T2I: torch.Tensor, *, backend: str) -> torch.Tensor:
-    """`silu(gate) * up` `[T, I]`, new; gate is the first half. Raises ValueError for an odd width or an unknown backend."""
+def gated(gate_up_T2I: torch.Tensor, activation: str = "silu", *, backend: str) -> torch.Tensor:
+    """`activation(gate) * up` `[T, I]`, new; gate is the first half. `activation`: of `ACTIVATIONS`.
+
+    Raises ValueError for an odd width, an unknown activation or backend.
+    """
     if gate_up_T2I.shape[1] % 2:
         raise ValueError(f"gate and up must be of one width, together {gate_up_T2I.shape[1]}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     match backend:
         case "torch":
             gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
-            return functional.silu(gate_TI) * up_TI
+            return ACTIVATIONS[activation](gate_TI) * up_TI
         case "triton":
             from kernels import layer_ops_triton
 
-            return layer_ops_triton.silu_mul(gate_up_T2I)
+            return layer_ops_triton.gated(gate_up_T2I, activation)
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
@@ -138,15 +164,20 @@ def linear(
     return out_TN if residual_TN is None else residual_TN.add_(out_TN)
 
 
-def silu_mul_linear(
-    gate_up_T2I: torch.Tensor, weight_EI: torch.Tensor, residual_TE: torch.Tensor, *, backend: str
+def gated_linear(
+    gate_up_T2I: torch.Tensor,
+    weight_EI: torch.Tensor,
+    activation: str = "silu",
+    *,
+    residual_TE: torch.Tensor | None = None,
+    backend: str,
 ) -> torch.Tensor:
-    """`residual += linear(silu_mul(gate_up))` in place, in one kernel where there is one row."""
+    """`linear(gated(gate_up))`, new or added to a residual, in one kernel where there is one row."""
     if uses_gemv(gate_up_T2I.shape[0], weight_EI, backend):
         from kernels import layer_ops_triton
 
-        return layer_ops_triton.gemv(gate_up_T2I, weight_EI, None, residual_TE, with_silu=True)
-    return linear(silu_mul(gate_up_T2I, backend=backend), weight_EI, residual_TN=residual_TE, backend=backend)
+        return layer_ops_triton.gemv(gate_up_T2I, weight_EI, None, residual_TE, activation=activation)
+    return linear(gated(gate_up_T2I, activation, backend=backend), weight_EI, residual_TN=residual_TE, backend=backend)
 
 
 def _check_rows(x_TE: torch.Tensor, weight_E: torch.Tensor) -> None:
@@ -157,9 +188,12 @@ def _check_rows(x_TE: torch.Tensor, weight_E: torch.Tensor) -> None:
         )
 
 
-def _rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_norm_torch(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     full = x.float() if x.dtype in _SIXTEEN_BITS else x
-    return weight * (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    normed = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + norm.eps)
+    if norm.from_one:
+        return (normed * (1 + norm.weight_E.to(full.dtype))).to(x.dtype)
+    return norm.weight_E * normed.to(x.dtype)
 
 
 def _rotate_and_store_torch(
@@ -169,9 +203,8 @@ def _rotate_and_store_torch(
     slots_T: torch.Tensor,
     kv_2BPKD: torch.Tensor,
     num_heads: int,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
 ) -> torch.Tensor:
     from kernels.kv_blocks import store_kv
 
@@ -179,9 +212,9 @@ def _rotate_and_store_torch(
     parts_THD = qkv_TE.view(len(qkv_TE), -1, head_dim)
     q_THD, k_TKD, v_TKD = torch.split(parts_THD, [num_heads, num_kv_heads, num_kv_heads], 1)
     if q_norm is not None:
-        q_THD = _rms_norm_torch(q_THD, q_norm, eps)
+        q_THD = _rms_norm_torch(q_THD, q_norm)
     if k_norm is not None:
-        k_TKD = _rms_norm_torch(k_TKD, k_norm, eps)
+        k_TKD = _rms_norm_torch(k_TKD, k_norm)
     store_kv(_rotate_torch(k_TKD, cos_TR, sin_TR), v_TKD, kv_2BPKD, slots_T.long(), backend="torch")
     return _rotate_torch(q_THD, cos_TR, sin_TR)
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+from kernels.layer_ops import Norm
 
 _ROTATED_HEADS = 8
 """Heads of a program. With one, 8192 rows of 48 heads took 476 us on an H200, ten times what the bytes need."""
@@ -31,39 +32,58 @@ class GemvConfig:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _scaled(x, scale, weight, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x scale weight, rounded before the last product, or (FROM_ONE) x scale (1 + weight), rounded once."""
+    if FROM_ONE:
+        return (x.to(tl.float32) * scale * (1 + weight.to(tl.float32))).to(x.dtype)
+    return (weight.to(tl.float32) * (x.to(tl.float32) * scale).to(x.dtype).to(tl.float32)).to(x.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normed(x_E, weight_E, eps, E: tl.constexpr, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """weight (x / sqrt(mean(x^2) + eps))"""
+    full_E = x_E.to(tl.float32)
+    return _scaled(x_E, 1 / tl.sqrt(tl.sum(full_E * full_E, 0) / E + eps), weight_E, FROM_ONE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, residual_ptr, weight_ptr, out_ptr, stride_x, stride_r, stride_o, eps,
-    E: tl.constexpr, TILE: tl.constexpr, WITH_RESIDUAL: tl.constexpr, DEPENDENT: tl.constexpr,
+    x_ptr, residual_ptr, first_ptr, weight_ptr, out_ptr, stride_x, stride_r, stride_o, first_eps, eps,
+    E: tl.constexpr, TILE: tl.constexpr, WITH_RESIDUAL: tl.constexpr, WITH_FIRST: tl.constexpr, FIRST_FROM_ONE: tl.constexpr,
+    FROM_ONE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out = weight (x / sqrt(mean(x^2) + eps)); with a residual, residual += x comes first and is what is normed. One row."""
+    """out = norm(x); with a residual, residual += x comes first, or its own norm, and the sum is what is normed. One row."""
     row = tl.program_id(0).to(tl.int64)
     at_E = tl.arange(0, TILE)
     is_E = at_E < E
     weight_E = tl.load(weight_ptr + at_E, mask=is_E, other=0.0)
+    if WITH_FIRST:
+        first_E = tl.load(first_ptr + at_E, mask=is_E, other=0.0)
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
     x_E = tl.load(x_ptr + row * stride_x + at_E, mask=is_E, other=0.0)
+    if WITH_FIRST:
+        x_E = _normed(x_E, first_E, first_eps, E, FIRST_FROM_ONE)
     if WITH_RESIDUAL:
         residual_E = tl.load(residual_ptr + row * stride_r + at_E, mask=is_E, other=0.0)
         x_E = (residual_E.to(tl.float32) + x_E.to(tl.float32)).to(x_E.dtype)
         tl.store(residual_ptr + row * stride_r + at_E, x_E, mask=is_E)
-    full_E = x_E.to(tl.float32)
-    scale = 1 / tl.sqrt(tl.sum(full_E * full_E, 0) / E + eps)
-    out_E = weight_E.to(tl.float32) * (full_E * scale).to(x_E.dtype).to(tl.float32)
-    tl.store(out_ptr + row * stride_o + at_E, out_E.to(x_E.dtype), mask=is_E)
+    tl.store(out_ptr + row * stride_o + at_E, _normed(x_E, weight_E, eps, E, FROM_ONE), mask=is_E)
 
 
-def rms_norm(x_TE: torch.Tensor, residual_TE: torch.Tensor | None, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x_TE: torch.Tensor, residual_TE: torch.Tensor | None, norm: Norm, first: Norm | None) -> torch.Tensor:
     """See `kernels.layer_ops.rms_norm` and `add_rms_norm`."""
     num_rows, width = x_TE.shape
     out_TE = x_TE.new_empty(x_TE.shape)
     residual = x_TE if residual_TE is None else residual_TE
+    before = first or norm
     if num_rows:
         tile: int = triton.next_power_of_2(width)
         dependent = has_dependent_launch(x_TE.device)
         _rms_norm_kernel[(num_rows,)](
-            x_TE, residual, weight_E, out_TE, x_TE.stride(0), residual.stride(0), out_TE.stride(0), eps,
-            E=width, TILE=tile, WITH_RESIDUAL=residual_TE is not None, DEPENDENT=dependent,
+            x_TE, residual, before.weight_E, norm.weight_E, out_TE, x_TE.stride(0), residual.stride(0), out_TE.stride(0),
+            before.eps, norm.eps, E=width, TILE=tile, WITH_RESIDUAL=residual_TE is not None, WITH_FIRST=first is not None,
+            FIRST_FROM_ONE=before.from_one, FROM_ONE=norm.from_one, DEPENDENT=dependent,
             num_warps=min(8, max(1, tile // 512)), launch_pdl=dependent,
         )  # fmt: skip
     return out_TE
@@ -74,7 +94,7 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_ptr, kv_ptr, eps,
     stride_t, stride_c, stride_s, stride_2, stride_b, stride_p, stride_k,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
-    TILE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, DEPENDENT: tl.constexpr,
+    TILE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, FROM_ONE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program for some heads of a row: query heads, then key heads, then value heads.
 
@@ -106,10 +126,10 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
         k_other_D = tl.load(k_norm_ptr + partner_D, mask=is_turned_D, other=0.0).to(tl.float32)
         weight_HD = tl.where(is_query_H[:, None], q_weight_D[None, :], k_weight_D[None, :])
         weight_other_HD = tl.where(is_query_H[:, None], q_other_D[None, :], k_other_D[None, :])
-        normed_HD = (weight_HD * (full_HD * scale_H1).to(x_HD.dtype).to(tl.float32)).to(x_HD.dtype).to(tl.float32)
-        normed_other_HD = (weight_other_HD * (other_HD * scale_H1).to(x_HD.dtype).to(tl.float32)).to(x_HD.dtype)
+        normed_HD = _scaled(x_HD, scale_H1, weight_HD, FROM_ONE).to(tl.float32)
+        normed_other_HD = _scaled(other_HD.to(x_HD.dtype), scale_H1, weight_other_HD, FROM_ONE).to(tl.float32)
         full_HD = tl.where(is_normed_H1, normed_HD, full_HD)
-        other_HD = tl.where(is_normed_H1, normed_other_HD.to(tl.float32), other_HD)
+        other_HD = tl.where(is_normed_H1, normed_other_HD, other_HD)
     cos_D = tl.load(cos_ptr + row * stride_c + d_D, mask=is_turned_D, other=1.0).to(tl.float32)
     sin_D = tl.load(sin_ptr + row * stride_s + d_D, mask=is_turned_D, other=0.0).to(tl.float32)
     turned_HD = full_HD * cos_D[None, :] + tl.where((d_D < half)[None, :], -other_HD, other_HD) * sin_D[None, :]
@@ -130,31 +150,47 @@ def rotate_and_store(
     slots_T: torch.Tensor,
     kv_2BPKD: torch.Tensor,
     num_heads: int,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
 ) -> torch.Tensor:
     """See `kernels.layer_ops.rotate_and_store`."""
+    either = q_norm or k_norm
     num_rows = qkv_TE.shape[0]
     block_size, num_kv_heads, head_dim = kv_2BPKD.shape[2:]
     q_THD = qkv_TE.new_empty((num_rows, num_heads, head_dim))
     dependent = has_dependent_launch(qkv_TE.device)
     if num_rows:
         _rotate_and_store_kernel[(num_rows, triton.cdiv(num_heads + 2 * num_kv_heads, _ROTATED_HEADS))](
-            qkv_TE, cos_TR, sin_TR, slots_T, qkv_TE if q_norm is None else q_norm, qkv_TE if k_norm is None else k_norm,
-            q_THD, kv_2BPKD, eps, qkv_TE.stride(0), cos_TR.stride(0), sin_TR.stride(0), *kv_2BPKD.stride()[:4],
+            qkv_TE, cos_TR, sin_TR, slots_T, qkv_TE if q_norm is None else q_norm.weight_E,
+            qkv_TE if k_norm is None else k_norm.weight_E, q_THD, kv_2BPKD, 0.0 if either is None else either.eps,
+            qkv_TE.stride(0), cos_TR.stride(0), sin_TR.stride(0), *kv_2BPKD.stride()[:4],
             H=num_heads, K=num_kv_heads, D=head_dim, R=cos_TR.shape[1], P=block_size, HEADS=_ROTATED_HEADS,
             TILE=triton.next_power_of_2(head_dim),
-            Q_NORM=q_norm is not None, K_NORM=k_norm is not None, DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
+            Q_NORM=q_norm is not None, K_NORM=k_norm is not None, FROM_ONE=either is not None and either.from_one,
+            DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
         )  # fmt: skip
     return q_THD
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _silu_mul_kernel(  # type: ignore[no-untyped-def]
-    gate_up_ptr, out_ptr, stride_g, stride_o, WIDTH: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr
+def activated(gate, up, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """activation(gate) up, as torch rounds it: after the activation, and after the product."""
+    full = gate.to(tl.float32)
+    if ACTIVATION == "silu":
+        active = full / (1 + tl.exp(-full))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        inner = 0.7978845608028654 * (full + 0.044715 * full * full * full)  # sqrt(2 / pi)
+        active = full / (1 + tl.exp(-2 * inner))  # 0.5 (1 + tanh(inner)) = 1 / (1 + exp(-2 inner))
+    return (active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gated_kernel(  # type: ignore[no-untyped-def]
+    gate_up_ptr, out_ptr, stride_g, stride_o, WIDTH: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out = silu(gate) up. One program for a tile of a row."""
+    """out = activation(gate) up. One program for a tile of a row."""
     row = tl.program_id(0).to(tl.int64)
     at_I = tl.program_id(1) * TILE + tl.arange(0, TILE)
     is_I = at_I < WIDTH
@@ -162,44 +198,49 @@ def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     let_next_start(DEPENDENT)
     gate_I = tl.load(gate_up_ptr + row * stride_g + at_I, mask=is_I, other=0.0)
     up_I = tl.load(gate_up_ptr + row * stride_g + WIDTH + at_I, mask=is_I, other=0.0)
-    full_I = gate_I.to(tl.float32)
-    active_I = (full_I / (1 + tl.exp(-full_I))).to(gate_I.dtype)
-    tl.store(out_ptr + row * stride_o + at_I, (active_I.to(tl.float32) * up_I.to(tl.float32)).to(gate_I.dtype), mask=is_I)
+    tl.store(out_ptr + row * stride_o + at_I, activated(gate_I, up_I, ACTIVATION), mask=is_I)
 
 
-def silu_mul(gate_up_T2I: torch.Tensor) -> torch.Tensor:
-    """See `kernels.layer_ops.silu_mul`."""
+def gated(gate_up_T2I: torch.Tensor, activation: str) -> torch.Tensor:
+    """See `kernels.layer_ops.gated`."""
     num_rows, width = gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2
     out_TI = gate_up_T2I.new_empty((num_rows, width))
     if num_rows:
         tile = min(2048, triton.next_power_of_2(width))
         dependent = has_dependent_launch(gate_up_T2I.device)
-        _silu_mul_kernel[(num_rows, triton.cdiv(width, tile))](
+        _gated_kernel[(num_rows, triton.cdiv(width, tile))](
             gate_up_T2I, out_TI, gate_up_T2I.stride(0), out_TI.stride(0),
-            WIDTH=width, TILE=tile, DEPENDENT=dependent, launch_pdl=dependent,
+            WIDTH=width, TILE=tile, ACTIVATION=activation, DEPENDENT=dependent, launch_pdl=dependent,
         )  # fmt: skip
     return out_TI
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_tile(acc_NE, w_NE, x_ptr_E, begin, E: tl.constexpr, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
-    """acc[n, e] += w[n, e] f(x)[e] for features [begin, begin + BLOCK_E)."""
-    x_E = tl.load(x_ptr_E + begin)
-    if SILU:
-        up_E = tl.load(x_ptr_E + E + begin)
-        full_E = x_E.to(tl.float32)
-        active_E = (full_E / (1 + tl.exp(-full_E))).to(x_E.dtype)
-        x_E = (active_E.to(tl.float32) * up_E.to(tl.float32)).to(x_E.dtype)
+def _add_tile(  # type: ignore[no-untyped-def]
+    acc_NE, w_NE, x_ptr_E, is_E, begin, E: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """acc[n, e] += w[n, e] f(x)[e] for features [begin, begin + BLOCK_E), of which only some are there unless WHOLE."""
+    if WHOLE:
+        x_E = tl.load(x_ptr_E + begin)
+    else:
+        x_E = tl.load(x_ptr_E + begin, mask=is_E, other=0.0)
+    if ACTIVATION is not None:
+        if WHOLE:
+            up_E = tl.load(x_ptr_E + E + begin)
+        else:
+            up_E = tl.load(x_ptr_E + E + begin, mask=is_E, other=0.0)
+        x_E = activated(x_E, up_E, ACTIVATION)
     return acc_NE + w_NE.to(tl.float32) * x_E.to(tl.float32)[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gemv_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N,
-    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SILU: tl.constexpr, WITH_BIAS: tl.constexpr,
+    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, WITH_BIAS: tl.constexpr,
     WITH_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum_e f(x)[e] w[n, e] (+ bias[n]), added to the residual if there is one; f(x) is silu(gate) up, or x itself."""
+    """out[n] = sum_e f(x)[e] w[n, e] (+ bias[n]), added to the residual if there is one; f(x) is activation(gate) up, or x."""
+    LAST: tl.constexpr = E // BLOCK_E * BLOCK_E
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_N = n_N < N
     e_E = tl.arange(0, BLOCK_E)
@@ -208,10 +249,14 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     w_NE = tl.load(w_ptr_NE, mask=is_N[:, None], other=0.0)  # weights don't wait for the kernel before
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
-    acc_NE = _add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, 0, E, SILU)
-    for begin in tl.range(BLOCK_E, E, BLOCK_E, num_stages=STAGES):
+    acc_NE = _add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, e_E < E, 0, E, ACTIVATION, True)
+    for begin in tl.range(BLOCK_E, LAST, BLOCK_E, num_stages=STAGES):
         w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
-        acc_NE = _add_tile(acc_NE, w_NE, x_ptr_E, begin, E, SILU)
+        acc_NE = _add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, E, ACTIVATION, True)
+    if LAST < E:
+        is_E = e_E < E - LAST
+        w_NE = tl.load(w_ptr_NE + LAST, mask=is_N[:, None] & is_E[None, :], other=0.0)
+        acc_NE = _add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, E, ACTIVATION, False)
     sum_N = tl.sum(acc_NE, 1)
     if WITH_BIAS:
         sum_N += tl.load(bias_ptr + n_N, mask=is_N, other=0.0).to(tl.float32)
@@ -238,17 +283,17 @@ def gemv(
     bias_N: torch.Tensor | None,
     residual_1N: torch.Tensor | None,
     *,
-    with_silu: bool = False,
+    activation: str | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
-    """See `kernels.layer_ops.linear`; with SiLU `silu_mul_linear` (x is then `[1, 2 E]`)."""
+    """See `kernels.layer_ops.linear`; with an activation `gated_linear` (x is then `[1, 2 E]`)."""
     num_out, num_in = weight_NE.shape
     config = config or gemv_config()
     dependent = has_dependent_launch(x_1E.device)
     out_1N = x_1E.new_empty((1, num_out)) if residual_1N is None else residual_1N
     _gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
         x_1E, weight_NE, x_1E if bias_N is None else bias_N, out_1N, out_1N, weight_NE.stride(0), num_out,
-        E=num_in, BLOCK_N=config.block_n, BLOCK_E=config.block_e, SILU=with_silu, WITH_BIAS=bias_N is not None,
+        E=num_in, BLOCK_N=config.block_n, BLOCK_E=config.block_e, ACTIVATION=activation, WITH_BIAS=bias_N is not None,
         WITH_RESIDUAL=residual_1N is not None, STAGES=config.num_stages, DEPENDENT=dependent, num_warps=config.num_warps,
         launch_pdl=dependent,
     )  # fmt: skip

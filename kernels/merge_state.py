@@ -92,21 +92,31 @@ def merge_states(
             raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
-def apply_sinks(out_THD: torch.Tensor, lse_TH: torch.Tensor, sinks_H: torch.Tensor) -> None:
+def apply_sinks(out_THD: torch.Tensor, lse_TH: torch.Tensor, sinks_H: torch.Tensor, *, backend: str) -> None:
     """Let each row's softmax have one more logit, `sinks_H`, that stands for no value; in place, in fp32, rounded once.
 
         out = out exp(lse) / (exp(lse) + exp(sink)) = out sigmoid(lse - sink)
 
     For whole states, after the merge: a sink that each part had would count once for each of them. `lse` stays without it.
 
+    The last dimension of `out` must be contiguous. Backend "torch" or "triton".
+
     Raises:
-        ValueError: shapes that contradict each other.
+        ValueError: shapes that contradict each other, or an unknown backend.
     """
     if lse_TH.shape != out_THD.shape[:2] or sinks_H.shape != lse_TH.shape[1:]:
         raise ValueError(
             f"out {tuple(out_THD.shape)}, lse {tuple(lse_TH.shape)}, sinks {tuple(sinks_H.shape)} don't fit together"
         )
-    out_THD.mul_((lse_TH - sinks_H.float()).sigmoid().unsqueeze(-1))
+    match backend:
+        case "torch":
+            out_THD.mul_((lse_TH - sinks_H.float()).sigmoid().unsqueeze(-1))
+        case "triton":
+            from kernels import triton_ops
+
+            triton_ops.apply_sinks(out_THD, lse_TH, sinks_H)
+        case _:
+            raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
 def _merge_states_torch(

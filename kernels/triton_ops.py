@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+
 _TILE_HEADS = 8
 _TILE_ELEMENTS = 1024
 _GATHER_ELEMENTS = 4096
@@ -113,6 +115,40 @@ def merge_states(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _sinks_kernel(  # type: ignore[no-untyped-def]
+    out_ptr, lse_ptr, sinks_ptr, stride_ot, stride_oh, stride_lt, stride_lh,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out = out sigmoid(lse - sink). One program per row and tile of heads."""
+    row = tl.program_id(0).to(tl.int64)
+    head_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    dim_D = tl.arange(0, BLOCK_D)
+    is_head_H = head_H < H
+    is_HD = is_head_H[:, None] & (dim_D < D)[None, :]
+    sink_H = tl.load(sinks_ptr + head_H, mask=is_head_H, other=0.0).to(tl.float32)
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
+    lse_H = tl.load(lse_ptr + row * stride_lt + head_H * stride_lh, mask=is_head_H, other=0.0)
+    out_HD_ptr = out_ptr + row * stride_ot + head_H[:, None] * stride_oh + dim_D[None, :]
+    out_HD = tl.load(out_HD_ptr, mask=is_HD, other=0.0)
+    scaled_HD = out_HD.to(tl.float32) * tl.sigmoid(lse_H - sink_H)[:, None]
+    tl.store(out_HD_ptr, scaled_HD.to(out_HD.dtype), mask=is_HD)
+
+
+def apply_sinks(out_THD: torch.Tensor, lse_TH: torch.Tensor, sinks_H: torch.Tensor) -> None:
+    """See `kernels.merge_state.apply_sinks`."""
+    num_rows, num_heads, head_dim = out_THD.shape
+    if not num_rows:
+        return
+    dependent = has_dependent_launch(out_THD.device)
+    _sinks_kernel[(num_rows, triton.cdiv(num_heads, _TILE_HEADS))](
+        out_THD, lse_TH, sinks_H, *out_THD.stride()[:2], *lse_TH.stride(),
+        H=num_heads, D=head_dim, BLOCK_H=_TILE_HEADS, BLOCK_D=triton.next_power_of_2(head_dim), DEPENDENT=dependent,
+        launch_pdl=dependent,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _store_kernel(  # type: ignore[no-untyped-def]
     k_ptr,
     v_ptr,
@@ -134,7 +170,7 @@ def _store_kernel(  # type: ignore[no-untyped-def]
 ):
     """kv[0, slot // P, slot % P] = k[t], and kv[1, ...] = v[t] if WITH_VALUES. One program per row and tile of its elements."""
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + row)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot < 0:
         return
     element_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -5,13 +5,17 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -23,20 +27,45 @@ CPU = torch.device("cpu")
 IDS = torch.tensor([3, 4, 5, 6])
 POSITIONS = torch.tensor([0, 1, 9, 400])
 ROWS = torch.tensor([3, 1])
-LIKE_LLAMA: dict[str, tuple[Any, dict[str, Any]]] = {
+KNOWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "mistral": (MistralConfig, {"sliding_window": None}),
     "qwen2, biases": (Qwen2Config, {}),
     "qwen3, head norms": (Qwen3Config, {"head_dim": 16}),
+    "llama, biases everywhere": (LlamaConfig, {"attention_bias": True}),
+    "gemma, norms that add one": (GemmaConfig, {"head_dim": 16}),
+    "gemma2, norms of what is added, capped logits": (Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 2.0}),
+    "qwen3_moe, experts": (
+        Qwen3MoeConfig,
+        {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    "qwen3_moe, other weights, dense layers": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "gpt_oss, experts with biases, sinks": (
+        GptOssConfig,
+        {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+    "gemma3, head norms, two kinds of rotary": (
+        Gemma3TextConfig,
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "llama, biases everywhere": (LlamaConfig, {"attention_bias": True}),
+    "llama, another activation": (LlamaConfig, {"hidden_act": "relu"}),
     "granite, scaled residuals": (GraniteConfig, {"residual_multiplier": 0.5}),
     "granite, scaled logits": (GraniteConfig, {"logits_scaling": 8.0}),
     "granite, scaled embeddings": (GraniteConfig, {"embedding_multiplier": 12.0}),
     "smollm3, layers without rotary": (SmolLM3Config, {"pad_token_id": 0, "num_hidden_layers": 4}),
-    "gemma, norms that add one": (GemmaConfig, {"head_dim": 16}),
     "phi, other parts": (PhiConfig, {}),
 }
 
@@ -64,9 +93,9 @@ def logits(model: Model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", LIKE_LLAMA)
+@pytest.mark.parametrize("kind", KNOWN)
 def test_outputs_are_unchanged_and_no_weight_is_held_twice(kind: str, dtype: torch.dtype) -> None:
-    model = make(LIKE_LLAMA[kind], dtype)
+    model = make(KNOWN[kind], dtype)
     want, print_before, bytes_before = logits(model), model.fingerprint(), model.weight_bytes()
     model.fuse("torch")
     assert model.fused is not None
@@ -104,8 +133,9 @@ class Recorder(OwnRow):
         self.rows[layer] = rows.qkv_TE
 
 
-def test_a_last_layer_that_only_stores_is_given_the_same_keys_and_values() -> None:
-    model = make(LIKE_LLAMA["llama"], torch.float32)
+@pytest.mark.parametrize("kind", ["llama", "gemma2, norms of what is added, capped logits"])
+def test_a_last_layer_that_only_stores_is_given_the_same_keys_and_values(kind: str) -> None:
+    model = make(KNOWN[kind], torch.float32)
     model.fuse("torch")
     full, short = Recorder(model), Recorder(model)
     with torch.inference_mode():

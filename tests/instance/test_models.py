@@ -148,7 +148,10 @@ EXACT: dict[str, dict[str, Any]] = {
     "youtu": LATENT,
 }
 
-FUSED = {"cwm", "internlm3", "llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3"}
+FUSED = {
+    "cwm", "gemma", "gemma2", "gemma3_text", "gpt_oss", "internlm3", "llama", "ministral", "mistral", "mixtral", "qwen2",
+    "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+}  # fmt: skip
 """On a GPU; the check is the same here."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -438,7 +441,7 @@ def test_a_window_that_is_ignored_or_begins_elsewhere_is_refused(
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma2"])
 def test_a_sink_or_a_cap_that_is_ignored_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(kind, EXACT[kind])
-    monkeypatch.setattr("distattn.attention.apply_sinks", lambda *_: None)
+    monkeypatch.setattr("distattn.attention.apply_sinks", lambda *_, **__: None)
     shape_within = model.shape_within
 
     def uncapped(size: int) -> AttentionShape:
@@ -486,7 +489,7 @@ def test_llamas_parts_with_sinks_are_not_fused() -> None:
     module: Any = make("llama", {}).module
     for layer in module.model.layers:
         layer.self_attn.forward = functools.partial(layer.self_attn.forward, s_aux=torch.full((4,), 0.5))
-    assert Model(module).fuse("torch") == "their attention is not Llama's"
+    assert Model(module).fuse("torch") == "they compute something else than Llama's or Gemma's"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from msgspec import structs
-from transformers import LlamaConfig, MinistralConfig
+from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, MiniCPM3Config, MinistralConfig
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
@@ -105,13 +105,97 @@ def windowed() -> Model:
     return made
 
 
+@pytest.fixture(scope="module")
+def sinks() -> Model:
+    """Experts, sinks in each layer; as transformers has it."""
+    made = random_model(
+        GptOssConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=97,
+            max_position_embeddings=512,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=["full_attention"] * 2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        torch.float32,
+        DEVICE,
+        seed=2,
+    )
+    for name, parameter in made.module.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    return made
+
+
+@pytest.fixture(scope="module")
+def latents() -> Model:
+    """Latent KV; as transformers has it."""
+    made = random_model(
+        MiniCPM3Config(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=97,
+            max_position_embeddings=512,
+            q_lora_rank=24,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=16,
+            v_head_dim=16,
+        ),
+        torch.float32,
+        DEVICE,
+        seed=2,
+    )
+    for name, parameter in made.module.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    assert made.shape.value_dim == 32
+    return made
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Model:
+    """Norms of what layers add, two kinds of rotary frequencies, capped logits; windows in one layer."""
+    made = random_model(
+        Gemma3TextConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=97,
+            max_position_embeddings=512,
+            sliding_window=21,
+            final_logit_softcapping=9.0,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        torch.float32,
+        DEVICE,
+        seed=2,
+    )
+    for parameter in made.module.parameters():
+        parameter.data.normal_(0.0, 0.2)
+    made.fuse("triton")
+    assert made.fused is not None
+    return made
+
+
 def storage_of(model: Model, seed: int) -> KVStorage:
     storage = KVStorage(
         num_layers=2,
         num_blocks=30,
         block_size=BLOCK,
-        num_kv_heads=2,
+        num_kv_heads=model.shape.num_kv_heads,
         head_dim=model.shape.head_dim,
+        parts=model.shape.parts,
         dtype=torch.float32,
         device=DEVICE,
     )
@@ -164,15 +248,15 @@ def in_window(plan: StepPlan) -> StepPlan:
     return replace(plan, other_layouts=[structs.replace(plan.layout, own=own)])
 
 
-@pytest.mark.parametrize("kind", ["model", "windowed"])
+@pytest.mark.parametrize("kind", ["model", "windowed", "gemma", "sinks", "latents"])
 def test_steps_of_any_size_are_those_run_eagerly(kind: str, request: pytest.FixtureRequest) -> None:
     model: Model = request.getfixturevalue(kind)
-    assert len(model.shape.sights) == (2 if kind == "windowed" else 1)
+    has_windows = kind in ("windowed", "gemma")
+    assert len(model.shape.sights) == (2 if has_windows else 1)
     previous = torch.tensor([17, 41, 3, 88, 9, 60, 2, 5], device=DEVICE)
     ours, theirs = storage_of(model, 4), storage_of(model, 4)
     with mock.patch.object(graphs, "BUCKETS", (1, 2, 4)):
-        assert model.fused is not None
-        captured = Graphs(model.fused, model.shape, ours, previous, None)
+        captured = Graphs(model, ours, previous, None)
         # capturing wrote nothing; steps one after the other, larger and smaller, with stale tables behind what they write
         torch.testing.assert_close(ours.data_L2BPKD, theirs.data_L2BPKD, rtol=0, atol=0)
         steps: list[tuple[list[int], list[tuple[int, int]], dict[int, list[int]]]] = [
@@ -184,7 +268,7 @@ def test_steps_of_any_size_are_those_run_eagerly(kind: str, request: pytest.Fixt
         ]
         for kv_lens, pending, before in steps:
             plan = step(kv_lens, pending, before)
-            if kind == "windowed":
+            if has_windows:
                 plan = in_window(plan)
             assert captured.can_run(plan)
             got = captured.run(plan)
@@ -213,8 +297,7 @@ def test_many_rows_may_share_what_they_begin_with(kind: str, request: pytest.Fix
     if kind == "windowed":
         plan = in_window(plan)
     with mock.patch.object(graphs, "BUCKETS", (8,)):
-        assert model.fused is not None
-        got = Graphs(model.fused, model.shape, ours, previous, None).run(plan)
+        got = Graphs(model, ours, previous, None).run(plan)
         assert got is not None
         torch.testing.assert_close(got, eagerly(model, theirs, plan, previous), rtol=2e-4, atol=2e-4)
 
@@ -222,8 +305,7 @@ def test_many_rows_may_share_what_they_begin_with(kind: str, request: pytest.Fix
 def test_a_step_that_others_have_a_part_in_needs_peers(model: Model) -> None:
     previous = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     with mock.patch.object(graphs, "BUCKETS", (1,)):
-        assert model.fused is not None
-        captured = Graphs(model.fused, model.shape, storage_of(model, 1), previous, None)
+        captured = Graphs(model, storage_of(model, 1), previous, None)
     alone = step([5], [])
     shared = StepPlan(
         token_ids_T=[1], positions_T=[4], pending=[], sampled=alone.sampled, scored=[], slots_T=alone.slots_T,
@@ -244,8 +326,7 @@ def test_made_up_steps_run_as_real_ones_do_and_write_nothing(kind: str, request:
     decodes, chunks = list(plans("decode", room)), list(plans("prefill", room))
     assert [len(plan.token_ids_T) for plan in decodes] == [1, 1, 4, 4, 16]
     with mock.patch.object(graphs, "BUCKETS", (1, 4, 16)):
-        assert model.fused is not None
-        captured = Graphs(model.fused, model.shape, storage, previous, None)
+        captured = Graphs(model, storage, previous, None)
         for plan in decodes:
             assert captured.can_run(plan)
             got = captured.run(plan)

@@ -73,8 +73,8 @@ def test_misuse_is_refused() -> None:
         store_kv(k_TKD, k_TKD[:, :1], kv_2BPKD, slots, backend="torch")
     with pytest.raises(ValueError, match=r"k torch.float16"):
         store_kv(k_TKD.half(), k_TKD, kv_2BPKD, slots, backend="torch")
-    with pytest.raises(ValueError, match=r"slots torch.int32"):
-        store_kv(k_TKD, k_TKD, kv_2BPKD, slots.int(), backend="torch")
+    with pytest.raises(ValueError, match=r"slots torch.int16"):
+        store_kv(k_TKD, k_TKD, kv_2BPKD, slots.short(), backend="torch")
     with pytest.raises(ValueError, match="contiguous"):
         store_kv(torch.zeros(5, 2, 32)[..., ::2], k_TKD, kv_2BPKD, slots, backend="torch")
     with pytest.raises(ValueError, match="got 'auto'"):

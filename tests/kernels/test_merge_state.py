@@ -93,8 +93,9 @@ def test_wrong_shapes_are_refused() -> None:
         merge_states(out, lse, out[:2].clone(), lse[:2].clone(), plan, backend="auto")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "rms", "most"), [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 8e-3, 5e-2)])
-def test_a_sink_is_one_more_logit_without_a_value(dtype: torch.dtype, rms: float, most: float) -> None:
+def test_a_sink_is_one_more_logit_without_a_value(dtype: torch.dtype, rms: float, most: float, backend: str) -> None:
     """As a softmax over the scores and the sink, whose probability is dropped; a row that saw nothing stays 0."""
     torch.manual_seed(3)
     q = torch.randn(5, 6, 16).to(dtype)
@@ -108,11 +109,11 @@ def test_a_sink_is_one_more_logit_without_a_value(dtype: torch.dtype, rms: float
     want = torch.einsum("ths,shd->thd", weights, v.repeat_interleave(2, 1))
     compare(with_sinks(out, lse, sinks_H), want, rms=1e-12, max=1e-11)
     got, got_lse = out.to(DEVICE, dtype), lse.to(DEVICE).float()
-    apply_sinks(got, got_lse, sinks_H.to(DEVICE))
+    apply_sinks(got, got_lse, sinks_H.to(DEVICE), backend=backend)
     compare(got, want, rms=rms, max=most)
     assert torch.equal(got_lse.cpu(), lse.float())
 
 
 def test_sinks_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sinks \(5,\) don't fit"):
-        apply_sinks(torch.zeros(2, 4, 16), torch.zeros(2, 4), torch.zeros(5))
+        apply_sinks(torch.zeros(2, 4, 16), torch.zeros(2, 4), torch.zeros(5), backend="torch")
