@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distattn.shape import AttentionShape, PackedRows
-from instance.layers import Layer, Mixture, norm_of, read_layers
+from instance.layers import Dense, Layer, Mixture, norm_of, read_layers
 from kernels.layer_ops import Norm, add_rms_norm, linear, rms_norm, uses_gemv
 
 _CHECK_IDS = (0, 1, 5, 77)
@@ -100,6 +100,10 @@ class FusedDecoder:
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    def feeds(self) -> list[Dense | Mixture]:
+        """Of each layer."""
+        return [layer.feed for layer in self._layers]
 
     def matrices(self) -> list[torch.Tensor]:
         """All that a step multiplies with, `[out, in]`, in order."""

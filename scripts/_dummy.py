@@ -3,39 +3,27 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig
+from make_dummy_model import config_of
 
 from instance.config import GPU_KV_MEMORY
+from instance.layers import Mixture
 from instance.memory import measure
 from instance.model import Model, random_model
 from instance.needs import Needs
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage
 
-LLAMA_3_1_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "max_position_embeddings": 2_097_152,
-    "rope_theta": 500000.0,
-}
 BLOCK = 64
 STD = 0.5
 """Of the KV that stands in for what a prefill would have written."""
 
 
-def make_model(config: str | None, device: torch.device) -> Model:
-    """The Llama-3.1-8B shape, or that of a directory's config.json; bf16 and fused on a GPU, fp32 elsewhere."""
+def make_model(shape: str, device: torch.device) -> Model:
+    """Of a name or a config as `make_dummy_model.config_of` takes it; bf16, and fused if it can be, on a GPU, fp32 elsewhere."""
     on_gpu = device.type == "cuda"
-    settings = AutoConfig.from_pretrained(config) if config else LlamaConfig.from_dict(LLAMA_3_1_8B)
-    model = random_model(settings, torch.bfloat16 if on_gpu else torch.float32, device, seed=0)
-    if on_gpu:
-        model.fuse("triton")
-        if model.fused is None:
-            raise SystemExit("this model's layers don't run fused: there is nothing to measure")
+    model = random_model(config_of(shape), torch.bfloat16 if on_gpu else torch.float32, device, seed=0)
+    if on_gpu and (reason := model.fuse("triton")) is not None:
+        print(f"{shape}: layers run as transformers has them: {reason}")
     return model
 
 
@@ -48,12 +36,13 @@ def pool_tokens(model: Model, chunk_tokens: int, cell_size: int) -> int:
     return budget.num_blocks(BLOCK * model.token_bytes()) * BLOCK
 
 
-def make_storage(model: Model, kv_tokens: int) -> KVStorage:
-    """A pool of random KV; afterwards all is warm."""
+def make_storage(model: Model, kv_tokens: int, num_blocks: int = 0) -> KVStorage:
+    """A pool of random KV: `num_blocks`, or such that one sequence of so many tokens fits. Afterwards all is warm."""
     shape = model.shape
     storage = KVStorage(
-        num_layers=model.num_layers,
-        num_blocks=kv_tokens // BLOCK,
+        num_layers=shape.layers_of_block(model.num_layers),
+        places=shape.places(model.num_layers),
+        num_blocks=num_blocks or kv_tokens // BLOCK,
         block_size=BLOCK,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
@@ -61,19 +50,28 @@ def make_storage(model: Model, kv_tokens: int) -> KVStorage:
         dtype=shape.dtype,
         device=model.device,
     )
-    for layer in range(model.num_layers):
-        for piece in torch.split(storage.layer(layer).view(-1), 1 << 28):
+    for layer_2BPKD in storage.data_L2BPKD:
+        for piece in torch.split(layer_2BPKD.view(-1), 1 << 28):
             piece.normal_(std=STD)
     warm_up(model, storage, "triton" if model.device.type == "cuda" else "torch")
     return storage
 
 
-def bytes_read(model: Model) -> int:
-    """Weights that a step reads: of the embeddings it reads a row or a few."""
+def bytes_read(model: Model, rows: int = 1) -> float:
+    """Weights that a step of so many rows reads: of the embeddings a row or a few, of experts those that the rows go to, each
+    as likely as the others. Of models whose layers aren't fused all experts."""
     embeddings: Any = model.module.get_input_embeddings()
-    return model.weight_bytes() - int(embeddings.weight.nbytes)
+    is_tied = model.module.get_output_embeddings().weight is embeddings.weight  # type: ignore[no-untyped-call]
+    read: float = model.weight_bytes() - (0 if is_tied else int(embeddings.weight.nbytes))
+    for feed in () if model.fused is None else model.fused.feeds():
+        if isinstance(feed, Mixture):
+            experts = feed.experts
+            not_hit = (1 - feed.top_k / experts.num_experts) ** rows
+            read -= not_hit * (experts.gate_up_XNE.nbytes + experts.down_XEI.nbytes)
+    return read
 
 
-def token_bytes(storage: KVStorage) -> int:
-    """KV of one token, all layers."""
-    return storage.block_bytes // storage.block_size
+def bytes_seen(model: Model, tokens: int) -> int:
+    """KV that a row reads which is to see so many tokens where its layers let it."""
+    layers = (model.shape.layer(i).sight for i in range(model.num_layers))
+    return model.shape.layer_token_bytes * sum(min(tokens, sight.span) for sight in layers)

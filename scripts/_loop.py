@@ -20,12 +20,14 @@ from distattn.layout import HeldRun, Holding
 from distattn.peers import PeerMemory
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.codec import Decoder
+from gmanager.wire.footprint import taken
 from gmanager.wire.messages import Admit, Message, Outputs, SequenceParams, Share, TextAssets, pack_tokens
 from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, GPU_MIXED_CHUNK_TOKENS
 from instance.grammars import grammar_tokenizer
 from instance.lane import Lanes
 from instance.model import Model
+from instance.needs import most_blocks
 from instance.party import Parties, PartyMessage, Seat
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, Pace
 from instance.processors import Processors, sharing_of
@@ -125,7 +127,9 @@ class Loop:
                 cell.barrier()  # nobody pushes into memory that its owner has yet to clear
             self.runners["prefill"].prepare_chunks(chunk_tokens)
             self.runners["decode"].capture(storage, peers)
-        self._rmanager = RManager(storage.num_blocks, storage.block_size)
+        windows = model.shape.windows
+        self._rmanager = RManager(storage.num_blocks, storage.block_size, windows=windows, chunk_tokens=chunk_tokens)
+        self._window_blocks = [most_blocks(sight, storage.block_size, chunk_tokens) for sight in windows]
         pace = Pace(chunk_tokens, mixed_chunk_tokens, model.reach(), GPU_GRAIN if on_gpu else 1)
         self._scheduler = Scheduler(epoch=1, rank=self.rank, pace=pace, rmanager=self._rmanager, sights=model.shape.sights)
         self._seqs: dict[int, None] = {}
@@ -168,6 +172,7 @@ class Loop:
             if holding.rank == self.rank:
                 self._reserve(seq, holding.tokens + (max_tokens if self.rank == home else 0))
                 self._rmanager.append(seq, ends[self.rank] - holding.tokens, ends[self.rank])
+                self._rmanager.trim(seq, ends[-1])
         params = msgspec.structs.replace(_params(max_tokens), **sampling)
         token = 1 + seq if token is None else token
         past = Past(prompt=b"", generated=pack_tokens([token]), num_before=0) if params.needs_history else None
@@ -300,7 +305,8 @@ class Loop:
                 self.tokens.setdefault(output.seq, []).extend(output.token_ids)
 
     def _reserve(self, seq: int, tokens: int) -> None:
-        if not self._rmanager.reserve(seq, -(-tokens // self.storage.block_size) + 1):
+        blocks = -(-tokens // self.storage.block_size) + 1
+        if not self._rmanager.reserve(seq, taken(blocks, self._window_blocks)):
             raise ValueError(f"{tokens} tokens don't fit in {self.free_tokens} free ones")
 
 

@@ -212,7 +212,7 @@ PARTS: dict[str, tuple[str, Callable[[Bench], list[Row]]]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_cell.json"))
-    parser.add_argument("--config", help="a directory with another model's config.json")
+    parser.add_argument("--shape", default="llama-3.1-8b", help="of make_dummy_model.py, or a config.json")
     parser.add_argument("--kv-tokens", type=int, help="of each GPU (default: what --kv-memory 0.92 gives)")
     parser.add_argument("--chunk-tokens", type=int, default=8192)
     parser.add_argument("--only", nargs="*", choices=(*PARTS, "prefill"), default=(*PARTS, "prefill"))
@@ -227,7 +227,7 @@ def main() -> int:
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = make_model(args.config, device)
+    model = make_model(args.shape, device)
     capacity = pool_tokens(model, args.chunk_tokens, size) if device.type == "cuda" else args.kv_tokens
     storage = make_storage(model, args.kv_tokens or capacity)
     copy = copy_bandwidth() if device.type == "cuda" else 10.0

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Steps of one instance on one GPU: random weights of the Llama-3.1-8B shape (or of `--config`), bf16, no service around it.
+"""Steps of one instance on one GPU: random weights of the Llama-3.1-8B shape (or of `--shape`), bf16, no service around it.
 
 Decode: sequences whose KV is random (std 0.5) instead of prefilled. `step` is what the loop of an instance reaches (propose,
 derive, launch, commit, two deep), by the host's clock over many steps; `graph` the same step's captured graph replayed alone,
 by device events; their difference is what the host's work costs. `products` is the step's matrix products alone in a graph, and
-`no attention` the captured step without its attention kernels. `floor` is (weights + KV) over the copy bandwidth of this run.
+`no attention` the captured step without its attention kernels. `floor` is (weights + KV) over the copy bandwidth of this run: of
+experts those that so many rows go to, each as likely as the others, of KV what rows see in each layer.
 Sampling: the step of 64 rows with what requests may ask of it, over the same step without, in turns.
-Prefill: whole prompts of random tokens through the same loop.
+Prefill: whole prompts of random tokens through the same loop; `alone` are the products and attention of its steps, one after
+the other, without what lies between them.
 Beside: decodes in their lane while a prompt runs in the other, over each alone (`--decode-processors`, `--mixed-chunk-tokens`).
 """
 
@@ -15,6 +17,7 @@ import itertools
 import statistics
 import sys
 from array import array
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,23 +26,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from _dummy import bytes_read, make_model, make_storage, token_bytes
+from _dummy import BLOCK, bytes_read, bytes_seen, make_model, make_storage
 from _loop import Loop
 from _measure import Row, copy_bandwidth, event_ms, graph_ms, matmul_tflops, p99, show, write_json
 from llguidance import LLMatcher, LLTokenizer
 
+from distattn.attention import DistAttention
+from distattn.exchange import Exchange
+from distattn.layout import Layout, read_run
 from distattn.shape import PackedRows
 from gmanager.wire.messages import TextAssets
 from instance.config import GPU_MIXED_CHUNK_TOKENS
+from instance.layers import Mixture
 from instance.model import Model
 from instance.processors import queues_of_their_own
 from instance.sharing import SPLITS
 from kernels.launch import num_processors
 from kernels.layer_ops import linear
+from kvstore.run import Run
 from kvstore.storage import KVStorage
 
 DECODES = ((1, 1024), (1, 32768), (1, 131072), (1, 524288), (64, 1024), (64, 8192))
 ROWS = (1, 8, 64)
+PARTS = ("products", "decode", "sampling", "prefill", "beside")
 PREFILLS = (32768, 131072)
 STEPS = 60
 
@@ -118,7 +127,7 @@ def decode(loop: Loop, rows: int, tokens: int, model: Model, copy: float) -> Row
     # the tables of the last step are still in place
     graph = event_ms(graphs.graph(rows).replay, repeats=15)
     loop.drain()
-    read = bytes_read(model) + rows * tokens * token_bytes(loop.storage)
+    read = bytes_read(model, rows) + rows * bytes_seen(model, tokens)
     step = 1e3 * statistics.median(between)
     floor = read / copy / 1e6
     return {
@@ -160,6 +169,36 @@ def prefill(loop: Loop, tokens: int, vocab: int) -> Row:
     return {"tokens": tokens, "s": ends[-1], "first step s": ends[0], "last step s": steps[-1] if steps else None}
 
 
+def alone_s(model: Model, storage: KVStorage, tokens: int, chunk: int) -> float:
+    """Seconds of the products and attention of a prompt's steps, without all that is between them."""
+    assert model.fused is not None  # checked in main
+    rows, seconds = min(chunk, tokens), 0.0
+    x_TE = torch.randn(rows, model.fused.matrices()[0].shape[1], dtype=model.shape.dtype, device="cuda")
+    *matrices, _head = model.fused.matrices()
+    inputs = {weight.shape[1]: x_TE.new_empty(rows, weight.shape[1]).normal_() for weight in matrices}
+    with torch.inference_mode():
+        for weight in matrices:
+            seconds += event_ms(lambda w=weight: linear(inputs[w.shape[1]], w, backend="torch"), repeats=1)  # type: ignore[misc]
+        for feed in model.fused.feeds():
+            if isinstance(feed, Mixture):
+                seconds += event_ms(lambda f=feed: f.run(x_TE, None, "triton"), repeats=1)  # type: ignore[misc]
+        seconds *= tokens / rows
+        attention = DistAttention(storage, model.shape, Exchange(None, model.device), backend="triton")  # type: ignore[arg-type]
+        attention.use_tiles(rows)
+        run = Run.of(BLOCK, [(0, tokens)], range(tokens // BLOCK))
+        q_THD = x_TE.new_empty(rows, model.shape.num_heads, model.shape.head_dim).normal_()
+        kv_TKD = x_TE.new_empty(rows, model.shape.num_kv_heads, model.shape.head_dim).normal_()
+        counts = Counter(model.shape.group(layer) for layer in range(model.num_layers))
+        for start in range(0, tokens, rows):
+            readings = [read_run(run, 0, start, start + rows, sight) for sight in model.shape.sights]
+            layouts = [Layout(rows, [] if r is None else [r], [], {}, {}, []) for r in readings]
+            attention.plan(layouts, [list(range(start, start + rows))])
+            for group, count in counts.items():
+                layer = next(i for i in range(model.num_layers) if model.shape.group(i) == group)
+                seconds += count * event_ms(lambda i=layer: attention.run(i, q_THD, kv_TKD, kv_TKD), repeats=1)  # type: ignore[misc]
+    return seconds / 1e3
+
+
 def beside(loop: Loop, rows: int, tokens: int, prompt: int, vocab: int) -> Row:
     """Decode steps beside the prefill of a prompt, over those before it; the prefill over the same alone."""
     alone = prefill(loop, prompt, vocab)["s"]
@@ -182,12 +221,17 @@ def beside(loop: Loop, rows: int, tokens: int, prompt: int, vocab: int) -> Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_step.json"))
-    parser.add_argument("--config", help="a directory with another model's config.json")
+    parser.add_argument("--shape", default="llama-3.1-8b", help="of make_dummy_model.py, or a config.json")
     parser.add_argument("--kv-tokens", type=int, default=64 * 8192 + 64 * 256)
+    parser.add_argument("--kv-blocks", type=int, default=0, help=f"of {BLOCK} tokens, instead: where layers have windows")
+    parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="of a step without attention")
+    parser.add_argument(
+        "--decodes", nargs="*", default=[f"{rows}x{tokens}" for rows, tokens in DECODES], help="steps: rows x tokens of each"
+    )
     parser.add_argument("--chunk-tokens", type=int, default=8192)
     parser.add_argument("--mixed-chunk-tokens", type=int, default=GPU_MIXED_CHUNK_TOKENS)
     parser.add_argument("--decode-processors", type=int, nargs="*", default=list(SPLITS))
-    parser.add_argument("--only", choices=("products", "decode", "sampling", "prefill", "beside"))
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json, to measure structured output with")
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILLS), help="prompt lengths")
     queues_of_their_own()
@@ -195,8 +239,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench_step: needs a GPU", file=sys.stderr)
         return 2
-    model = make_model(args.config, torch.device("cuda", 0))
-    storage = make_storage(model, args.kv_tokens)
+    model = make_model(args.shape, torch.device("cuda", 0))
+    storage = make_storage(model, args.kv_tokens, args.kv_blocks)
     copy, matmul = copy_bandwidth(), matmul_tflops()
     report: Row = {
         "copy_GB/s": copy,
@@ -204,9 +248,9 @@ def main() -> int:
         "arguments": vars(args) | {"out": str(args.out), "tokenizer": str(args.tokenizer)},
     }
     print(f"copy {copy:.0f} GB/s, 8192^3 product {matmul:.0f} TFLOP/s, {model.weight_bytes():,} bytes")
-    if args.only in (None, "products"):
+    if "products" in args.only and model.fused is not None:
         report["without attention"] = []
-        for rows in ROWS:
+        for rows in args.rows:
             products, whole = products_ms(model, rows), no_attention_ms(model, storage, rows)
             row = {"rows": rows, "products ms": products, "no attention ms": whole, "ratio": whole / products}
             report["without attention"].append(row)
@@ -223,25 +267,29 @@ def main() -> int:
         decode_processors=args.decode_processors,
         assets=assets,
     )
-    if args.only in (None, "decode"):
+    if "decode" in args.only:
         report["decode"] = []
-        for rows, tokens in DECODES:
-            if rows * (tokens + 256) <= args.kv_tokens:
+        for rows, tokens in (map(int, case.split("x")) for case in args.decodes):
+            if args.kv_blocks or rows * (tokens + 256) <= args.kv_tokens:
                 report["decode"].append(decode(loop, rows, tokens, model, copy))
                 write_json(args.out, report)
         show(report["decode"], "Decode steps")
-    if args.only in (None, "sampling"):
+    if "sampling" in args.only:
         report["sampling"] = sampling(loop, 64, 1024, args.tokenizer)
         write_json(args.out, report)
         show(report["sampling"], "Sampling")
-    if args.only in (None, "prefill"):
+    if "prefill" in args.only:
         report["prefill"] = []
         for tokens in args.prefill:
-            report["prefill"].append(prefill(loop, tokens, model.vocab_size))
+            row = prefill(loop, tokens, model.vocab_size)
             loop.drain()
+            if model.fused is not None:
+                row["alone s"] = alone_s(model, storage, tokens, args.chunk_tokens)
+                row["s / alone"] = row["s"] / row["alone s"]
+            report["prefill"].append(row)
             write_json(args.out, report)
         show(report["prefill"], f"Prefill in chunks of {args.chunk_tokens}")
-    if args.only in (None, "beside"):
+    if "beside" in args.only:
         report["beside"] = [beside(loop, 32, 8192, 131072, model.vocab_size)]
         write_json(args.out, report)
         show(report["beside"], f"Decodes beside a prompt, on {args.decode_processors} processors")

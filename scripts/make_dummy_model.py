@@ -58,17 +58,82 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": POSITIONS,
         "rope_theta": 500000.0,
     },
+    "gemma-3-27b": {
+        "model_type": "gemma3_text",
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 168,
+        "sliding_window": 1024,
+        "vocab_size": 262208,
+        "max_position_embeddings": POSITIONS,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201088,
+        "max_position_embeddings": POSITIONS,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
+        "max_position_embeddings": POSITIONS,
+        "rope_theta": 1000000.0,
+    },
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "vocab_size": 102400,
+        "max_position_embeddings": POSITIONS,
+    },
 }
+"""Without `model_type`: Llama's."""
 BYTES = 256
 
 
 def config_of(shape: str) -> Any:
     """Of a name in `SHAPES`, or a config.json or its directory. Raises OSError or ValueError if it is neither."""
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
 
     if shape in SHAPES:
-        nobody: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # Llama's own would be bytes
-        return LlamaConfig.from_dict(SHAPES[shape] | nobody)
+        nobody: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # models' own would be bytes
+        settings: dict[str, Any] = {"model_type": "llama"} | SHAPES[shape] | nobody
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
     if not Path(shape).exists():
         raise ValueError(f"{shape} is neither a file nor one of {', '.join(SHAPES)}")
     return AutoConfig.from_pretrained(shape, local_files_only=True)
