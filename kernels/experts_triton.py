@@ -503,9 +503,10 @@ def _group(experts_TS: torch.Tensor, num_experts: int, block_m: int) -> _Groups:
     # as many as there may be: each expert's last tile holds one pair at least
     most = min(num_pairs, (num_pairs + (block_m - 1) * min(num_pairs, num_experts)) // block_m)
     groups = _Groups(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in ((most, block_m), (most,), (1,))))
-    chunk = min(_CHUNK_PAIRS, max(32, triton.next_power_of_2(num_pairs)))
+    # a number a thread at least: where threads hold the same ones, histograms have counted them twice (Triton #7938)
+    chunk = min(_CHUNK_PAIRS, max(128, triton.next_power_of_2(num_pairs)))
     chunks = triton.cdiv(num_pairs, chunk)
-    bins = max(32, triton.next_power_of_2(num_experts + 1))
+    bins = max(128, triton.next_power_of_2(num_experts + 1))
     dependent = has_dependent_launch(device)
     counts_CB = groups.num_tiles_1
     if chunks > 1:

@@ -112,7 +112,7 @@ def test_mixes(rows: int, gate: str, biased: bool, transposed: bool, dtype: torc
 def test_mixes_many_rows(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In slices, their pairs counted in chunks, several tiles of an expert, and some experts that nobody asks for."""
     monkeypatch.setattr("kernels.experts_triton._MOST_ROWS", 70)
-    monkeypatch.setattr("kernels.experts_triton._CHUNK_PAIRS", 32)
+    monkeypatch.setattr("kernels.experts_triton._CHUNK_PAIRS", 128)
     weights = make_weights((6, 24, 16), Gate(), torch.float32, transposed=False, biased=True)
     x_TE = torch.randn(101, 24, device=DEVICE)
     experts_TS = torch.rand(101, 4, device=DEVICE).topk(top_k).indices + 1  # int64; neither the first nor the last
