@@ -170,7 +170,7 @@ def _mix_experts_torch(
     x_TE: torch.Tensor, experts_TS: torch.Tensor, weights_TS: torch.Tensor, weights: ExpertWeights
 ) -> torch.Tensor:
     out_TE = torch.zeros(x_TE.shape, dtype=torch.float32, device=x_TE.device)
-    for expert in experts_TS.unique().tolist():
+    for expert in sorted(set(experts_TS.flatten().tolist())):
         row_R, at_R = (experts_TS == expert).nonzero(as_tuple=True)
         gate_up_RN = functional.linear(x_TE[row_R], weights.gate_up_XNE[expert])
         if weights.gate_up_bias_XN is not None:

@@ -4,12 +4,12 @@ Nothing here reads a tensor on the host, and grids follow from shapes alone, so 
 
 A *pair* is a row with one of its experts, numbered `row * S + s`. How rows get through the experts is chosen by their number:
 
-    few rows    A program takes some columns of one pair's gate and up products, all along E (GEMV); then one takes some
-                columns of a row's down products, of all its experts at once, and writes their weighted sum. What a pair's
-                expert weighs is read once for that pair.
-    more rows   Pairs are grouped by expert into tiles of BLOCK_M, the last of an expert's filled up with nothing, so that
-                weights are read once for a tile. Three products-like launches after that: gate and up with the activation, down,
-                and the weighted sum of a row's pairs.
+    few rows    A program takes some columns of one pair's gate and up products (GEMV) and the activation; then one takes some
+                columns of a row's down products, of all its experts at once, and writes their weighted sum. The weights of an
+                expert are read once for each of its pairs.
+    more rows   Pairs are grouped by expert into tiles of BLOCK_M, an expert's last one filled up with nothing, so weights are
+                read once for a tile: by a product for gate, up and activation, then by one for down. Last comes the weighted
+                sum of each row's pairs.
 
 How tiles are made: `moe_align_block_size` of vLLM has the same layout, made here without atomics, so pairs keep their order.
 
@@ -90,8 +90,8 @@ def down_config(weights: ExpertWeights, top_k: int) -> PairConfig:
 def group_config(num_pairs: int, num_experts: int, num_summed: int, dtype: torch.dtype) -> GroupConfig:
     """How a product over `num_summed` numbers is cut where so many pairs are spread over so many experts.
 
-    Few pairs an expert: the time is that of reading weights, so tiles of pairs are small and several stages of weights are under
-    way. Many: tiles as large as registers allow, and tiles that share weights side by side.
+    Few pairs an expert: the time is that of reading weights, so tiles of pairs are small and several of weights are under way.
+    Many: tiles as large as registers allow, and those that share weights side by side.
     """
     each = num_pairs / num_experts
     if dtype == torch.float32:
@@ -173,16 +173,18 @@ def _gate_up_columns(  # type: ignore[no-untyped-def]
         feature_N, part_N = first + at_N // 2, at_N % 2
     if INTERLEAVED:
         column_N = 2 * first + at_N
+        is_N = column_N < 2 * WIDTH  # the same as below, but the compiler sees that it holds for many side by side
     else:
         column_N = part_N * WIDTH + feature_N
-    return column_N, feature_N < WIDTH
+        is_N = feature_N < WIDTH
+    return column_N, is_N
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gated(  # type: ignore[no-untyped-def]
     gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr, GELU: tl.constexpr
 ):  # fmt: skip
-    """act(gate) (up + offset) of rounded products, rounded after each step. GELU by tanh is x sigmoid(2 sqrt(2/pi) (x + c x^3))."""
+    """act(gate) (up + offset), each factor rounded; GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
     full, full_up = gate.to(tl.float32), up.to(tl.float32)
     if LIMIT is not None:
         full = tl.minimum(full, LIMIT)
@@ -246,11 +248,11 @@ def _pair_down_kernel(  # type: ignore[no-untyped-def]
     s_S = tl.arange(0, SLOTS)
     is_S, is_N = s_S < S, n_N < E
     is_SN1 = (is_S[:, None] & is_N[None, :])[:, :, None]
-    # Which experts was said before the kernel before began to let this one start. Past the first cache, which may hold older ones.
+    # Experts don't wait: the kernel before has waited for who wrote them. But an L1 cache may hold what was there earlier.
     expert_S = tl.load(experts_ptr + row * S + s_S, mask=is_S, other=0, cache_modifier=".cg").to(tl.int64)
     at_SNK = (n_N[:, None] * stride_wn + k_K[None, :] * stride_wk)[None, :, :]
     w_ptr_SNK = weight_ptr + (expert_S * stride_wx)[:, None, None] + at_SNK
-    w_SNK = tl.load(w_ptr_SNK, mask=is_SN1 & (k_K < WIDTH)[None, None, :], other=0.0)  # weights don't wait either
+    w_SNK = tl.load(w_ptr_SNK, mask=is_SN1 & (k_K < WIDTH)[None, None, :], other=0.0)  # nor do weights
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
     h_ptr_SK = h_ptr + ((row * S + s_S) * WIDTH)[:, None] + k_K[None, :]
@@ -501,9 +503,10 @@ def _group(experts_TS: torch.Tensor, num_experts: int, block_m: int) -> _Groups:
     # as many as there may be: each expert's last tile holds one pair at least
     most = min(num_pairs, (num_pairs + (block_m - 1) * min(num_pairs, num_experts)) // block_m)
     groups = _Groups(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in ((most, block_m), (most,), (1,))))
-    chunk = min(_CHUNK_PAIRS, max(32, triton.next_power_of_2(num_pairs)))
+    # a number a thread at least: where threads hold the same ones, histograms have counted them twice (Triton #7938)
+    chunk = min(_CHUNK_PAIRS, max(128, triton.next_power_of_2(num_pairs)))
     chunks = triton.cdiv(num_pairs, chunk)
-    bins = max(32, triton.next_power_of_2(num_experts + 1))
+    bins = max(128, triton.next_power_of_2(num_experts + 1))
     dependent = has_dependent_launch(device)
     counts_CB = groups.num_tiles_1
     if chunks > 1:
@@ -515,7 +518,7 @@ def _group(experts_TS: torch.Tensor, num_experts: int, block_m: int) -> _Groups:
         experts_TS, counts_CB, groups.pairs_tM, groups.tile_experts_t, groups.num_tiles_1, num_pairs, chunks,
         X=num_experts, BINS=bins, CHUNK=chunk, CHUNKS=triton.next_power_of_2(chunks), BLOCK_M=block_m,
         TILES=triton.next_power_of_2(triton.cdiv(chunk * triton.next_power_of_2(chunks), block_m)),
-        DEPENDENT=dependent, launch_pdl=dependent,
+        DEPENDENT=dependent, num_warps=8 if chunk >= 2048 else 4, launch_pdl=dependent,
     )  # fmt: skip
     return groups
 

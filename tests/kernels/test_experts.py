@@ -106,3 +106,173 @@ def test_mixes(rows: int, gate: str, biased: bool, transposed: bool, dtype: torc
     got_TE = mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend)
     near(got_TE, mix64(x_TE, experts_TS, weights_TS, weights))
     assert torch.equal(got_TE, mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_mixes_many_rows(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices, their pairs counted in chunks, several tiles of an expert, and some experts that nobody asks for."""
+    monkeypatch.setattr("kernels.experts_triton._MOST_ROWS", 70)
+    monkeypatch.setattr("kernels.experts_triton._CHUNK_PAIRS", 128)
+    weights = make_weights((6, 24, 16), Gate(), torch.float32, transposed=False, biased=True)
+    x_TE = torch.randn(101, 24, device=DEVICE)
+    experts_TS = torch.rand(101, 4, device=DEVICE).topk(top_k).indices + 1  # int64; neither the first nor the last
+    weights_TS = torch.rand(101, top_k, device=DEVICE)
+    got_TE = mix_experts(x_TE, experts_TS, weights_TS, weights, backend="triton")
+    near(got_TE, mix64(x_TE, experts_TS, weights_TS, weights))
+    near(mix_experts(x_TE, experts_TS, weights_TS, weights, backend="torch"), got_TE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gate", ["silu", "gpt-oss"])
+def test_all_ways_to_group(gate: str, transposed: bool, dtype: torch.dtype) -> None:
+    """Each size of tiles that some number of rows leads to, with rows that fill none of them."""
+    from kernels import experts_triton
+
+    sizes = (3, 48, 40)
+    weights = make_weights(sizes, GATES[gate], dtype, transposed=transposed, biased=True)
+    x_TE = torch.randn(13, sizes[1], device=DEVICE).to(dtype)
+    experts_TS, weights_TS = make_routing(13, sizes[0], 2)
+    want_TE = mix64(x_TE, experts_TS, weights_TS, weights)
+    configs = {experts_triton.group_config(each * 8, 8, sizes[1], dtype) for each in (1, 5, 20, 60, 500)}
+    assert len(configs) == (2 if dtype == torch.float32 else 4)
+    for config in configs:
+        out_TE = torch.full_like(x_TE, NAN)
+        experts_triton.mix_groups(x_TE, experts_TS, weights_TS, weights, out_TE, gate_up=config, down=config)
+        near(out_TE, want_TE)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_rows_and_strided_rows(backend: str) -> None:
+    weights = make_weights((4, 32, 16), Gate(), torch.float32, transposed=False, biased=False)
+    experts_TS, weights_TS = make_routing(6, 4, 2)
+    wide_TE = torch.randn(6, 50, device=DEVICE)
+    x_TE = wide_TE[:, :32]
+    assert mix_experts(x_TE[:0], experts_TS[:0], weights_TS[:0], weights, backend=backend).shape == (0, 32)
+    got_TE = mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend)
+    near(got_TE, mix64(x_TE, experts_TS, weights_TS, weights))
+    assert route(wide_TE[:0], 2, normalise=True, backend=backend)[0].shape == (0, 2)
+    got_TS = route(x_TE, 2, normalise=True, backend=backend)
+    assert all(map(torch.equal, got_TS, route(x_TE.contiguous(), 2, normalise=True, backend=backend)))
+
+
+def theirs(kind: str) -> tuple[Any, Any, ExpertWeights, bool]:
+    """transformers' router and experts in fp32 with random weights, these as ours, and whether weights are normalised."""
+    from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssTopKRouter
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
+
+    config: Any
+    match kind:
+        case "gpt-oss":
+            config = GptOssConfig(hidden_size=48, intermediate_size=40, num_local_experts=6, num_experts_per_tok=3)
+            parts = GptOssTopKRouter, GptOssExperts
+        case "Mixtral":
+            config = MixtralConfig(hidden_size=48, intermediate_size=40, num_local_experts=6, num_experts_per_tok=2)
+            parts = MixtralTopKRouter, MixtralExperts
+        case _:
+            sizes = {"hidden_size": 48, "moe_intermediate_size": 40, "num_experts": 12, "num_experts_per_tok": 4}
+            config = Qwen3MoeConfig(**sizes, norm_topk_prob=kind == "Qwen3-MoE, normalised")
+            parts = Qwen3MoeTopKRouter, Qwen3MoeExperts
+    config._experts_implementation = "eager"
+    router, experts = (part(config).to(DEVICE) for part in parts)
+    for parameter in (*router.parameters(), *experts.parameters()):
+        torch.nn.init.normal_(parameter, std=0.5)
+    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    if kind == "gpt-oss":
+        gate = Gate(alpha=experts.alpha, limit=experts.limit, up_offset=1.0, interleaved=True)
+        biases = experts.gate_up_proj_bias.detach(), experts.down_proj_bias.detach()
+        return router, experts, ExpertWeights(gate_up.transpose(1, 2), down.transpose(1, 2), gate, *biases), True
+    return router, experts, ExpertWeights(gate_up, down, Gate()), kind != "Qwen3-MoE"
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["Qwen3-MoE", "Qwen3-MoE, normalised", "Mixtral", "gpt-oss"])
+@pytest.mark.parametrize("rows", [2, 11])
+@torch.no_grad()
+def test_says_what_transformers_says(rows: int, kind: str, backend: str) -> None:
+    router, experts, weights, normalise = theirs(kind)
+    x_TE = torch.randn(rows, 48, device=DEVICE)
+    logits_TX, want_weights_TS, want_experts_TS = router(x_TE)
+    experts_TS, weights_TS = route(logits_TX, router.top_k, normalise=normalise, backend=backend)
+    assert torch.equal(experts_TS.long(), want_experts_TS)
+    near(weights_TS, want_weights_TS)
+    want_TE = experts(x_TE, want_experts_TS, want_weights_TS)
+    got_TE = mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend)
+    assert float((got_TE - want_TE).norm() / want_TE.norm()) < CLOSE[torch.float32]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("rows", [1, 3, 40, 700])
+def test_captured(rows: int) -> None:
+    """Graphs that are captured with one routing and replayed with another: what kernels read early must not be older."""
+    weights = make_weights((16, 256, 128), Gate(), torch.bfloat16, transposed=False, biased=True)
+    x_TE = torch.randn(rows, 256, device=DEVICE).bfloat16()
+    logits_TX = torch.randn(rows, 16, device=DEVICE)
+
+    def run() -> torch.Tensor:
+        y_TE = x_TE
+        for layer in range(4):
+            experts_TS, weights_TS = route(logits_TX.roll(layer, 1), 4, normalise=True, backend="triton")
+            y_TE = mix_experts(y_TE, experts_TS, weights_TS, weights, backend="triton")
+        return y_TE
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got_TE = run()
+    for _ in range(20):
+        logits_TX.normal_()
+        graph.replay()
+        assert torch.equal(got_TE, run())
+
+
+def test_refusals() -> None:
+    weights = make_weights((4, 32, 16), Gate(), torch.float32, transposed=False, biased=True)
+    x_TE = torch.randn(3, 32, device=DEVICE)
+    experts_TS, weights_TS = make_routing(3, 4, 2)
+    with pytest.raises(ValueError, match=r"activation must be .*'relu'"):
+        Gate("relu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="alpha 2 is of SiLU"):
+        Gate("gelu_tanh", alpha=2)
+    with pytest.raises(ValueError, match=r"gate and up \(4, 16, 32\)"):
+        ExpertWeights(weights.gate_up_XNE[:, :16], weights.down_XEI, Gate())
+    with pytest.raises(ValueError, match=r"strides \(1024, 32, 2\)"):
+        ExpertWeights(weights.gate_up_XNE, torch.randn(4, 32, 32, device=DEVICE)[:, :, ::2], Gate())
+    with pytest.raises(ValueError, match=r"bias \(4, 31\)"):
+        ExpertWeights(weights.gate_up_XNE, weights.down_XEI, Gate(), None, torch.zeros(4, 31, device=DEVICE))
+    with pytest.raises(ValueError, match=r"rows \(3, 31\)"):
+        mix_experts(x_TE[:, 1:], experts_TS, weights_TS, weights, backend="torch")
+    with pytest.raises(ValueError, match=r"torch\.float16 with strides .* torch\.float32"):
+        mix_experts(x_TE.half(), experts_TS, weights_TS, weights, backend="torch")
+    with pytest.raises(ValueError, match=r"3 rows, experts \(2, 2\)"):
+        mix_experts(x_TE, experts_TS[1:], weights_TS, weights, backend="torch")
+    with pytest.raises(ValueError, match=r"top 5 of logits \(3, 4\)"):
+        route(torch.zeros(3, 4, device=DEVICE), 5, normalise=True, backend="torch")
+    for refused in (
+        lambda: mix_experts(x_TE, experts_TS, weights_TS, weights, backend="cuda"),
+        lambda: route(x_TE, 2, normalise=True, backend="cuda"),
+    ):
+        with pytest.raises(ValueError, match=r"backend must be .*'cuda'"):
+            refused()
+
+
+def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
+    """By the compiler, for Hopper: all fit, weights come 16 bytes at a time, and tiles of 64 rows and more meet in wgmma."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.compiled_experts"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, dict[str, int]] = json.loads(done.stdout)
+    assert len(found) == 2 * 2 * 4  # products, shapes, ways through
+    for product, taken in found.items():
+        assert taken["programs"] * (taken["shared"] + 1024) <= 228 * 1024, product
+        assert taken["wide_bytes"] >= taken["tile_bytes"], product
+        assert (taken["wgmma"] > 0) == (taken["block_m"] >= 64), product
