@@ -6,6 +6,7 @@ from itertools import product
 import torch
 
 from distattn.shape import PackedRows
+from instance.layers import Mixture
 from instance.model import Model
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, apply_sinks, merge_states
@@ -16,6 +17,7 @@ from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
 
 _CHUNK_ROWS = 64
+_MOST_EXPERT_ROWS = 8192
 _LONG_TOKENS = 4096
 """Long enough for one row's KV to be split into parts."""
 
@@ -28,6 +30,7 @@ def warm_up(model: Model, storage: KVStorage, backend: str) -> None:
     device = model.device
     try:
         with torch.inference_mode():
+            _warm_up_experts(model, backend)
             # rows of texts that are shorter than a window see all, and kernels for that are others
             sights = [model.shape.sights, (FULL,) * len(model.shape.sights)] if set(model.shape.sights) != {FULL} else [(FULL,)]
             for (num_decodes, num_chunk_rows), seen in product(((1, 0), (1, _CHUNK_ROWS)), sights):
@@ -40,6 +43,16 @@ def warm_up(model: Model, storage: KVStorage, backend: str) -> None:
         model.context.attention = None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _warm_up_experts(model: Model, backend: str) -> None:
+    """Mixtures of experts have other kernels for other numbers of rows, by powers of two."""
+    feeds = [] if model.fused is None else [feed for feed in model.fused.feeds() if isinstance(feed, Mixture)]
+    if not feeds:
+        return
+    hidden_size = feeds[0].experts.hidden_size
+    for rows in (1 << bits for bits in range(_MOST_EXPERT_ROWS.bit_length())):
+        feeds[0].run(torch.zeros(rows, hidden_size, dtype=model.shape.dtype, device=model.device), None, backend)
 
 
 class _MadeUpStep:

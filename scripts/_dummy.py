@@ -19,7 +19,7 @@ STD = 0.5
 
 
 def make_model(shape: str, device: torch.device) -> Model:
-    """Of a name or a config as `make_dummy_model.config_of` takes it; bf16, and fused if it can be, on a GPU, fp32 elsewhere."""
+    """Of a shape as `make_dummy_model.config_of` takes it: bf16, and fused if it can be, on a GPU; fp32 elsewhere."""
     on_gpu = device.type == "cuda"
     model = random_model(config_of(shape), torch.bfloat16 if on_gpu else torch.float32, device, seed=0)
     if on_gpu and (reason := model.fuse("triton")) is not None:
@@ -73,5 +73,5 @@ def bytes_read(model: Model, rows: int = 1) -> float:
 
 def bytes_seen(model: Model, tokens: int) -> int:
     """KV that a row reads which is to see so many tokens where its layers let it."""
-    layers = (model.shape.layer(i).sight for i in range(model.num_layers))
-    return model.shape.layer_token_bytes * sum(min(tokens, sight.span) for sight in layers)
+    spans = (model.shape.layer(i).sight.span or tokens for i in range(model.num_layers))
+    return model.shape.layer_token_bytes * sum(min(tokens, span) for span in spans)

@@ -170,7 +170,7 @@ class Loop:
         home = holdings[-1].rank
         for holding in holdings:
             if holding.rank == self.rank:
-                self._reserve(seq, holding.tokens + (max_tokens if self.rank == home else 0))
+                self._reserve(seq, holding.tokens + (max_tokens if self.rank == home else 0), ())
                 self._rmanager.append(seq, ends[self.rank] - holding.tokens, ends[self.rank])
                 self._rmanager.trim(seq, ends[-1])
         params = msgspec.structs.replace(_params(max_tokens), **sampling)
@@ -188,7 +188,7 @@ class Loop:
     def admit(self, seq: int, prompt: "array[int]", shares: Sequence[int], max_tokens: int) -> None:
         """A prompt that is to be prefilled: `shares[r]` tokens of it by rank r. Rank 0 is its home."""
         if shares[self.rank]:
-            self._reserve(seq, shares[self.rank] + max_tokens)
+            self._reserve(seq, shares[self.rank] + max_tokens, self._window_blocks)
             self._scheduler.admit(
                 Admit(
                     epoch=1, seq=seq, arrival=seq, token_ids=pack_tokens(prompt), params=_params(max_tokens),
@@ -304,9 +304,10 @@ class Loop:
             for output in message.outputs if isinstance(message, Outputs) else ():
                 self.tokens.setdefault(output.seq, []).extend(output.token_ids)
 
-    def _reserve(self, seq: int, tokens: int) -> None:
+    def _reserve(self, seq: int, tokens: int, most: Sequence[int]) -> None:
+        """`most`: blocks of each table behind the first; what is needed of these beyond that is taken when it is."""
         blocks = -(-tokens // self.storage.block_size) + 1
-        if not self._rmanager.reserve(seq, taken(blocks, self._window_blocks)):
+        if not self._rmanager.reserve(seq, taken(blocks, most)):
             raise ValueError(f"{tokens} tokens don't fit in {self.free_tokens} free ones")
 
 

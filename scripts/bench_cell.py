@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Two GPUs as one cell: steps, exchange and prefill of the Llama-3.1-8B shape (or of `--config`) with random weights, bf16.
+"""Two GPUs as one cell: steps, exchange and prefill of the Llama-3.1-8B shape (or of `--shape`) with random weights, bf16.
 
     python -m torch.distributed.run --nproc-per-node 2 scripts/bench_cell.py
 
@@ -25,7 +25,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed
-from _dummy import bytes_read, make_model, make_storage, pool_tokens, token_bytes
+from _dummy import bytes_read, make_model, make_storage, pool_tokens
 from _loop import Cell, Loop
 from _measure import Row, copy_bandwidth, p99, show, write_json
 
@@ -239,7 +239,7 @@ def main() -> int:
         meeting.set("address", address)
     cell = Cell.meet(meeting.get("address").decode(), rank, size, device)
     loop = Loop(model, storage, chunk_tokens=args.chunk_tokens, cell=cell)
-    bench = Bench(loop, cell, rank, copy, bytes_read(model), token_bytes(storage), model.vocab_size, args.scale)
+    bench = Bench(loop, cell, rank, copy, round(bytes_read(model)), model.token_bytes(), model.vocab_size, args.scale)
     report: Row = {
         "copy_GB/s": copy,
         "KV tokens of each GPU": capacity,

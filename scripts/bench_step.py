@@ -4,8 +4,8 @@
 Decode: sequences whose KV is random (std 0.5) instead of prefilled. `step` is what the loop of an instance reaches (propose,
 derive, launch, commit, two deep), by the host's clock over many steps; `graph` the same step's captured graph replayed alone,
 by device events; their difference is what the host's work costs. `products` is the step's matrix products alone in a graph, and
-`no attention` the captured step without its attention kernels. `floor` is (weights + KV) over the copy bandwidth of this run: of
-experts those that so many rows go to, each as likely as the others, of KV what rows see in each layer.
+`no attention` the captured step without its attention kernels. `floor` is (weights + KV) over the copy bandwidth of this run:
+of experts those that so many rows go to, each as likely as the others, of KV what rows see in each layer.
 Sampling: the step of 64 rows with what requests may ask of it, over the same step without, in turns.
 Prefill: whole prompts of random tokens through the same loop; `alone` are the products and attention of its steps, one after
 the other, without what lies between them.

@@ -131,7 +131,7 @@ def config_of(shape: str) -> Any:
     from transformers import AutoConfig
 
     if shape in SHAPES:
-        nobody: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # models' own would be bytes
+        nobody: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # models' own would be bytes
         settings: dict[str, Any] = {"model_type": "llama"} | SHAPES[shape] | nobody
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     if not Path(shape).exists():
