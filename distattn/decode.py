@@ -189,7 +189,9 @@ class DecodeStep:
         if self._peers is not None:
             self._serve(self._peers, layer, self._storage.layer(layer))
 
-    def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
+    def _attend(
+        self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None = None
+    ) -> torch.Tensor:
         tables, peers = self._tables, self._peers
         scoring, group = self._layers[layer]
         if peers is not None:

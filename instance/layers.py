@@ -10,7 +10,7 @@ Shape suffixes: T rows, E hidden size, D head dim, H query heads.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,14 +180,12 @@ def _is_mixture(mlp: nn.Module) -> bool:
     parts: dict[str, Any] = dict(mlp.named_children())
     if set(parts) not in ({"experts", name} for name in _ROUTERS):
         return False
-    router, experts = _router(mlp), parts["experts"]
-    weights = {name for name, _ in experts.named_parameters()}
+    router = _router(mlp)
     return (
         {name for name, _ in router.named_parameters()} in ({"weight"}, {"weight", "bias"})
         and isinstance(getattr(router, "top_k", None), int)
         and len(inspect.signature(router.forward).parameters) == 1
-        and weights in (_EXPERT_WEIGHTS, _EXPERT_WEIGHTS | _EXPERT_BIASES)
-        and hasattr(experts, "_apply_gate")
+        and _are_experts(parts["experts"])
     )
 
 
@@ -261,6 +259,61 @@ def _dense(mlp: Any) -> Dense:
     return Dense(gate_up, mlp.down_proj.weight, activation)
 
 
+def bind_experts(module: nn.Module, backend: str) -> int:
+    """Let a model's experts run by `kernels.experts`, where they are of a known kind and compute the same: how many do.
+
+    For layers that run as transformers has them: so they are faster, and never wait for the device.
+    """
+    count = 0
+    for experts in module.modules():
+        weights = _experts_of(experts) if _are_experts(experts) else None
+        if weights is not None and _mix_alike(experts, weights, backend):
+            experts.forward = _mixing(weights, backend)
+            count += 1
+    return count
+
+
+def _mixing(weights: ExpertWeights, backend: str) -> Callable[..., torch.Tensor]:
+    def forward(x_TE: torch.Tensor, experts_TS: torch.Tensor, weights_TS: torch.Tensor) -> torch.Tensor:
+        return mix_experts(x_TE.contiguous(), experts_TS.contiguous(), weights_TS.contiguous(), weights, backend=backend)
+
+    return forward
+
+
+def _mix_alike(experts: Any, weights: ExpertWeights, backend: str) -> bool:
+    """Whether random rows become what a module's experts make of them."""
+    device, dtype = weights.down_XEI.device, weights.down_XEI.dtype
+    seeded = torch.Generator().manual_seed(0)
+    rows, top_k = 16, min(2, weights.num_experts)
+    x_TE = torch.randn(rows, weights.hidden_size, generator=seeded).to(device, dtype)
+    experts_TS = torch.rand(rows, weights.num_experts, generator=seeded).topk(top_k).indices.to(device)
+    weights_TS = torch.rand(rows, top_k, generator=seeded).to(device, dtype)
+    with torch.inference_mode():
+        want_TE = experts(x_TE, experts_TS, weights_TS)
+        return _close(_mixing(weights, backend)(x_TE, experts_TS, weights_TS), want_TE)
+
+
+def _are_experts(module: Any) -> bool:
+    """Whether a module has the weights of experts that `_experts_of` reads, and nothing else."""
+    return (
+        {name for name, _ in module.named_parameters()} in (_EXPERT_WEIGHTS, _EXPERT_WEIGHTS | _EXPERT_BIASES)
+        and hasattr(module, "_apply_gate")
+        and not getattr(module, "has_post_expert_norm", False)
+    )
+
+
+def _experts_of(experts: Any) -> ExpertWeights | None:
+    """The weights of experts; None: their gate is of no known kind."""
+    gate = _gate_of(experts)
+    if gate is None:
+        return None
+    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    if getattr(experts, "is_transposed", False):
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    biases = [getattr(experts, name, None) for name in ("gate_up_proj_bias", "down_proj_bias")]
+    return ExpertWeights(gate_up, down, gate, *(None if b is None else b.detach() for b in biases))
+
+
 def _mixture(mlp: Any) -> Mixture | None:
     """A mixture whose gate and router are of a known kind, by what they make of random rows; None: `mlp` is something else.
 
@@ -268,22 +321,11 @@ def _mixture(mlp: Any) -> Mixture | None:
     """
     if not _is_mixture(mlp):
         return None
-    router, experts = _router(mlp), mlp.experts
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    if getattr(experts, "is_transposed", False):
-        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    gate = _gate_of(experts)
-    normalise = _normalises(router)
-    if gate is None or normalise is None:
+    router = _router(mlp)
+    weights, normalise = _experts_of(mlp.experts), _normalises(router)
+    if weights is None or normalise is None:
         return None
-    biases = [getattr(experts, name, None) for name in ("gate_up_proj_bias", "down_proj_bias")]
-    return Mixture(
-        router.weight,
-        getattr(router, "bias", None),
-        router.top_k,
-        normalise,
-        ExpertWeights(gate_up.detach(), down.detach(), gate, *(None if b is None else b.detach() for b in biases)),
-    )
+    return Mixture(router.weight, getattr(router, "bias", None), router.top_k, normalise, weights)
 
 
 def _gate_of(experts: Any) -> Gate | None:

@@ -44,7 +44,7 @@ from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
-from instance.layers import has_known_parts
+from instance.layers import bind_experts, has_known_parts
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
 from kvstore.sight import FULL, Sight
@@ -123,8 +123,14 @@ class Model:
     def fuse(self, backend: str) -> str | None:
         """Run the layers with merged projections and fused kernels from now on, if they are made like Llama's or Gemma's.
 
-        Returns why not, or None if they do.
+        Returns why not, or None if they do. Then experts alone run by kernels of ours, if they can.
         """
+        reason = self._fuse(backend)
+        if reason is not None and self.device.type != "meta":
+            bind_experts(self.module, backend)
+        return reason
+
+    def _fuse(self, backend: str) -> str | None:
         if not has_known_parts(self.module):
             return "they have other parts than Llama's or Gemma's"
         if any(call.value_dim < call.shape.head_dim for call in self._calls):

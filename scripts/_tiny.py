@@ -43,7 +43,7 @@ _LATENTS: dict[str, Any] = _SIZES | {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 16,
     "v_head_dim": 16,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,

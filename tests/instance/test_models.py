@@ -154,6 +154,13 @@ FUSED = {
 }  # fmt: skip
 """On a GPU; the check is the same here."""
 
+EXPERTS_ALONE = {
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "glm4_moe_lite", "granitemoe", "granitemoe_swa", "granitemoeshared", "minimax_m2", "olmoe", "phimoe", "qwen2_moe",
+    "solar_open",
+}  # fmt: skip
+"""Mixtures whose layers run as transformers has them, but for the experts: those run by `kernels.experts`."""
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({}, "bloom: its attention does not go through transformers' attention interface (it adds ALiBi biases)"),
     "codegen": (
@@ -252,7 +259,11 @@ def test_log_probabilities_over_a_paged_pool_are_transformers_own(kind: str) -> 
     assert float((want[:, 1:] - want[:, :-1]).abs().max()) > 0.1  # a constant would agree with anything
     assert refuse_inexact(model, kind, block_size=BLOCK, backend="torch") < 1e-4
     assert (model.fuse("torch") is None) == (kind in FUSED)
+    are_bound = ["forward" in vars(part) for name, part in model.module.named_modules() if name.endswith(".experts")]
+    assert any(are_bound) == all([*are_bound, kind in EXPERTS_ALONE]) == (kind in EXPERTS_ALONE)
     assert difference(model, block_size=BLOCK, backend="torch") < 1e-4
+    got = paged_logits(model, texts, first, [CHUNK] * TOKENS, block_size=BLOCK, backend="torch").log_softmax(-1)
+    assert float((got - want).abs().max()) < 5e-4  # of experts that run by kernels of ours, too
 
 
 LATENTS = [kind for kind, more in EXACT.items() if "kv_lora_rank" in more]

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from msgspec import structs
-from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, MiniCPM3Config, MinistralConfig
+from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, MiniCPM3Config, MinistralConfig, OlmoeConfig
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
@@ -107,7 +107,7 @@ def windowed() -> Model:
 
 @pytest.fixture(scope="module")
 def sinks() -> Model:
-    """Experts, sinks in each layer; as transformers has it."""
+    """Experts, sinks in each layer."""
     made = random_model(
         GptOssConfig(
             hidden_size=64,
@@ -129,6 +129,36 @@ def sinks() -> Model:
     )
     for name, parameter in made.module.named_parameters():
         parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    made.fuse("triton")
+    assert made.fused is not None
+    return made
+
+
+@pytest.fixture(scope="module")
+def other() -> Model:
+    """Experts, and norms of all heads' queries and keys together: as transformers has them, but for the experts."""
+    made = random_model(
+        OlmoeConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=97,
+            max_position_embeddings=512,
+            num_experts=4,
+            num_experts_per_tok=2,
+            pad_token_id=None,
+            eos_token_id=None,
+        ),
+        torch.float32,
+        DEVICE,
+        seed=2,
+    )
+    for name, parameter in made.module.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    made.fuse("triton")
+    assert made.fused is None
     return made
 
 
@@ -248,7 +278,7 @@ def in_window(plan: StepPlan) -> StepPlan:
     return replace(plan, other_layouts=[structs.replace(plan.layout, own=own)])
 
 
-@pytest.mark.parametrize("kind", ["model", "windowed", "gemma", "sinks", "latents"])
+@pytest.mark.parametrize("kind", ["model", "windowed", "gemma", "sinks", "latents", "other"])
 def test_steps_of_any_size_are_those_run_eagerly(kind: str, request: pytest.FixtureRequest) -> None:
     model: Model = request.getfixturevalue(kind)
     has_windows = kind in ("windowed", "gemma")
