@@ -71,18 +71,25 @@ def uses_pairs(num_rows: int) -> bool:
 
 
 def gate_up_config(weights: ExpertWeights) -> PairConfig:
-    """How gate and up of few rows are cut: 8192 weights in registers, and 64 bytes or more side by side in memory."""
+    """How gate and up of few rows are cut: 8192 weights in registers, and 64 bytes or more side by side in memory.
+
+    One H200, one row of gpt-oss-20b (transposed), gate, up and down: 71.5 us, with 32 columns and four warps 74.5, with two
+    stages 81 to 86; the bytes take 47.
+    """
     if _is_transposed(weights.gate_up_XNE):
-        return PairConfig(block_n=32, block_k=128, num_warps=4, num_stages=2)
+        return PairConfig(block_n=64, block_k=128, num_warps=8, num_stages=3)
     block_k = min(1024, triton.next_power_of_2(weights.hidden_size))
     return PairConfig(block_n=4096 // block_k, block_k=block_k, num_warps=4, num_stages=2)
 
 
 def down_config(weights: ExpertWeights, top_k: int) -> PairConfig:
-    """How down of few rows is cut: 8192 weights of a row's `top_k` experts in registers."""
+    """How down of few rows is cut: 8192 weights of a row's `top_k` experts in registers.
+
+    As above: one stage 69.7 us, two and three 82, four warps 75.9.
+    """
     slots = triton.next_power_of_2(top_k)
     if _is_transposed(weights.down_XEI):
-        return PairConfig(block_n=32, block_k=max(16, 512 // slots), num_warps=8, num_stages=3)
+        return PairConfig(block_n=32, block_k=max(16, 512 // slots), num_warps=8, num_stages=1)
     block_k = min(triton.next_power_of_2(weights.intermediate_size), 256)
     return PairConfig(block_n=max(1, 8192 // (slots * block_k)), block_k=block_k, num_warps=4, num_stages=1)
 

@@ -304,8 +304,8 @@ class LatentDecode(DecodeAttention):
         """`sizes`: one KV head, and a `value_dim`; else as there."""
         tiled = _in_head_tiles(sizes)
         super().__init__(tiled, config or _decode_config(tiled), processors)
-        # A row alone has a piece from every program, two on a processor: 264 of 512 numbers for each head. 16 at a time, all
-        # their numbers, they would be 17 rounds of 32 KB in 16 programs; so it is 5 of 16 KB in 128.
+        # A row alone has a piece from every program, one on a processor: 132 of 512 numbers for each head. 16 at a time, all
+        # their numbers, they would be 9 rounds of 32 KB in 16 programs; so it is 3 of 16 KB in 128.
         self._merging = MergeShape(64, min(64, sizes.value_dim), 4)
 
     def _launch(
@@ -401,7 +401,7 @@ def scratch_bytes(num_heads: int, value_dim: int, device: torch.device) -> int:
     """Most bytes of the pieces of decode rows and of the parts of spans."""
     tiles = _head_tiles(num_heads)
     block_m = max(16, int(triton.next_power_of_2(num_heads // tiles)))
-    programs = max(tiles, _MOST_DECODE_PROGRAMS * num_processors(device))
+    programs = max(tiles, num_processors(device))
     return 2 * programs * block_m * (value_dim + 1) * 4 + parts_bytes(max(64, block_m), tiles, value_dim, device)
 
 
@@ -430,27 +430,20 @@ def _refuse_unsupported(sizes: AttentionSizes, segments: Sequence[Segment]) -> N
 
 
 def _decode_config(sizes: AttentionSizes) -> DecodeConfig:
-    """By what the compiler says of sm_90, and not timed on a GPU yet (`scripts/bench_attention.py --only latent --sweep`).
-
-    A tile of 32 latents of 576 numbers in 16 bits is 36 KB. 16 heads, four warps, three stages: two tiles are under way, 91 KB
-    of shared memory, so that two programs fit on a processor, and no register is spilled within the loop; a third tile
-    (127 KB) would leave room for one program, tiles of 64 latents (164 KB), too. Up to 64 heads, eight warps: 181 KB, nothing
-    spilled within the loop either; four warps spill there from 32 heads on.
+    """One H200, 512 + 64 numbers a token, GB/s of KV for 1 x 128K, 8 x 128K and 64 x 8K (`bench_attention.py --only latent
+    --sweep`). 16 heads: tiles of 64, eight warps, one program a processor 2618, 3987 and 3014; tiles of 32, four warps, two
+    programs 2417, 4069 and 2949; two stages 2220, 2867 and 2393. 128 heads, 1 x 128K, bound by products: tiles of 64, two
+    stages 992, tiles of 32, four stages 872; four warps at most 590.
     """
     if sizes.dtype == torch.float32:  # IEEE products run outside the tensor cores
         return DecodeConfig(block_n=16, num_warps=8, num_stages=2, programs_per_processor=1, use_tma=False)
-    is_narrow = sizes.group <= 16
     return DecodeConfig(
-        block_n=32,
-        num_warps=4 if is_narrow else 8,
-        num_stages=3,
-        programs_per_processor=_MOST_DECODE_PROGRAMS if is_narrow else 1,
-        use_tma=sizes.block_size % 32 == 0,
+        block_n=64,
+        num_warps=8,
+        num_stages=3 if sizes.group <= 16 else 2,
+        programs_per_processor=1,
+        use_tma=sizes.block_size % 64 == 0,
     )
-
-
-_MOST_DECODE_PROGRAMS = 2
-"""On a processor."""
 
 
 def _tile_shape(sizes: AttentionSizes) -> TileShape:

@@ -239,9 +239,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench_step: needs a GPU", file=sys.stderr)
         return 2
+    copy, matmul = copy_bandwidth(), matmul_tflops()
+    torch.cuda.empty_cache()
     model = make_model(args.shape, torch.device("cuda", 0))
     storage = make_storage(model, args.kv_tokens, args.kv_blocks)
-    copy, matmul = copy_bandwidth(), matmul_tflops()
     report: Row = {
         "copy_GB/s": copy,
         "matmul_TFLOP/s": matmul,

@@ -53,7 +53,7 @@ class Memory(PeerMemory):
         self.queries_MHD = torch.zeros((*rows, SHAPE.head_dim), device=DEVICE)
         self.outs_MHD, self.lses_MH = torch.zeros_like(self.queries_MHD), torch.zeros(rows, device=DEVICE)
         self.query_signals_N, self.state_signals_N = torch.zeros((2, 2), dtype=torch.int32, device=DEVICE)
-        self.abort_1 = torch.zeros(1, dtype=torch.int32)
+        self.abort_1 = torch.zeros(1, dtype=torch.int32, pin_memory=DEVICE.type == "cuda")
 
     def meet(self, other: "Memory") -> None:
         def inbox(rows: str, lses: str | None, signals: str) -> Any:
