@@ -167,6 +167,8 @@ class DecodeStep:
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `DistAttention.run`."""
+        if self._peers is not None:
+            q_THD = q_THD.contiguous()  # as rows are pushed
         kv_2BPKD = self._storage.layer(layer)
         store_kv(k_TKD, None if self._shape.value_dim else v_TKD, kv_2BPKD, self._slots(layer), backend="triton")
         return self._attend(layer, q_THD, kv_2BPKD, sinks_H)

@@ -273,6 +273,14 @@ def bind_experts(module: nn.Module, backend: str) -> int:
     return count
 
 
+def expert_numbers(module: PreTrainedModel) -> int:
+    """Most numbers of a row that lie between the products of its experts, where kernels of ours run them; 0: they run none."""
+    parts: Iterator[Any] = module.modules()
+    sizes = [sum(part.down_proj.shape[1:]) for part in parts if _are_experts(part)]
+    top_k = getattr(module.config.get_text_config(), "num_experts_per_tok", None) or 1
+    return top_k * max(sizes, default=0)
+
+
 def _mixing(weights: ExpertWeights, backend: str) -> Callable[..., torch.Tensor]:
     def forward(x_TE: torch.Tensor, experts_TS: torch.Tensor, weights_TS: torch.Tensor) -> torch.Tensor:
         return mix_experts(x_TE.contiguous(), experts_TS.contiguous(), weights_TS.contiguous(), weights, backend=backend)

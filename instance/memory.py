@@ -13,8 +13,10 @@ import torch
 from distattn.shape import AttentionShape, PackedRows
 from instance.checkpoint import tensor_shapes, weight_files
 from instance.config import InstanceConfig
+from instance.layers import expert_numbers
 from instance.model import Model
 from instance.needs import KVNeeds, Needs
+from kernels.experts import MOST_ROWS
 
 COPIES_BYTES = 384 * 2**20
 """For block moves: NCCL's buffers of their communicator, and one block on its way. By arithmetic, not measured:
@@ -262,9 +264,9 @@ def activation_bytes(model: Model, needs: Needs) -> int:
 
     The first is when `FusedDecoder` computes silu(gate) * up: what the layer before adds, the residual and its norm; what
     attention returned and the projections it was given (heads times head dim); gate, up and their product, of `MLP_ROWS` at a
-    time. Where KV is latent, when attention begins: transformers' heads of queries and keys are there beside what is made of
-    them. transformers' own layers hold up to a quarter less, and gate and up of all rows. The larger of both counts, times the
-    bytes of an element.
+    time, or of a row's experts what lies between their products, of `MOST_ROWS`. Where KV is latent, when attention begins:
+    transformers' heads of queries and keys are there beside what is made of them. transformers' own layers hold up to a quarter
+    less, and gate and up of all rows. The larger of both counts, times the bytes of an element.
     """
     shape, config = model.shape, model.module.config.get_text_config()
     hidden = config.hidden_size
@@ -272,9 +274,11 @@ def activation_bytes(model: Model, needs: Needs) -> int:
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     if shape.value_dim:
         heads = shape.num_heads * (2 * model.heads_shape.head_dim + shape.value_dim + shape.head_dim)
+    of_experts = expert_numbers(model.module)
     elements = 0
     for rows, sampled in needs.steps:
-        layer = rows * (3 * hidden + heads) + min(rows, needs.mlp_rows) * 3 * intermediate
+        fed = max(min(rows, needs.mlp_rows) * 3 * intermediate, min(rows, MOST_ROWS) * of_experts)
+        layer = rows * (3 * hidden + heads) + fed
         logits = rows * 2 * hidden + sampled * (3 * hidden + model.vocab_size)
         elements += max(layer, logits)
     return int(needs.streams * elements * shape.dtype.itemsize)

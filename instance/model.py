@@ -44,7 +44,7 @@ from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
-from instance.layers import bind_experts, has_known_parts
+from instance.layers import Mixture, bind_experts, has_known_parts
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
 from kvstore.sight import FULL, Sight
@@ -92,6 +92,8 @@ class Model:
         refuse_state(config, is_stateful=getattr(module, "_is_stateful", False))
         refuse_layer_types(config)
         self._fused: FusedDecoder | None = None
+        self._num_mixtures = 0
+        """Of layers that aren't fused."""
         self.heads_shape = self._probe(declared)
         """Of attention as the layers call it."""
         self.shape = self.heads_shape
@@ -127,8 +129,15 @@ class Model:
         """
         reason = self._fuse(backend)
         if reason is not None and self.device.type != "meta":
-            bind_experts(self.module, backend)
+            self._num_mixtures = bind_experts(self.module, backend)
         return reason
+
+    @property
+    def has_mixtures(self) -> bool:
+        """Whether experts run by kernels of ours."""
+        if self._fused is not None:
+            return any(isinstance(feed, Mixture) for feed in self._fused.feeds())
+        return bool(self._num_mixtures)
 
     def _fuse(self, backend: str) -> str | None:
         if not has_known_parts(self.module):

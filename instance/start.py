@@ -139,7 +139,7 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
         block_bytes=storage.block_bytes,
         memory=_mib(storage.nbytes),
     )
-    warm_up(model, storage, config.backend)
+    warm_up(model, storage, config.backend, config.chunk_tokens)
     spec = _make_spec(config, loaded, storage.num_blocks, needs.kv.windows)
     return Instance(config, model, loaded.assets, spec, storage, transport, make_tiers(config, storage))
 

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 from distattn.shape import PackedRows
-from instance.layers import Mixture
+from instance.memory import run_step
 from instance.model import Model
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, apply_sinks, merge_states
@@ -17,20 +17,21 @@ from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
 
 _CHUNK_ROWS = 64
-_MOST_EXPERT_ROWS = 8192
 _LONG_TOKENS = 4096
 """Long enough for one row's KV to be split into parts."""
 
 
-def warm_up(model: Model, storage: KVStorage, backend: str) -> None:
+def warm_up(model: Model, storage: KVStorage, backend: str, max_rows: int) -> None:
     """Run the model on rows that use every kernel: a row alone, and a row over split KV beside a chunk; a store, a merge.
 
-    The rows attend to block 0, again and again; nothing of it is kept, and block 0 is zero afterwards.
+    `max_rows`: of a step. The rows attend to block 0, again and again; nothing of it is kept, and block 0 is zero afterwards.
     """
     device = model.device
     try:
         with torch.inference_mode():
-            _warm_up_experts(model, backend)
+            if model.has_mixtures:
+                for bits in range(max_rows.bit_length()):  # which have other kernels for other numbers of rows
+                    run_step(model, 1 << bits, 1)
             # rows of texts that are shorter than a window see all, and kernels for that are others
             sights = [model.shape.sights, (FULL,) * len(model.shape.sights)] if set(model.shape.sights) != {FULL} else [(FULL,)]
             for (num_decodes, num_chunk_rows), seen in product(((1, 0), (1, _CHUNK_ROWS)), sights):
@@ -43,16 +44,6 @@ def warm_up(model: Model, storage: KVStorage, backend: str) -> None:
         model.context.attention = None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _warm_up_experts(model: Model, backend: str) -> None:
-    """Mixtures of experts have other kernels for other numbers of rows, by powers of two."""
-    feeds = [] if model.fused is None else [feed for feed in model.fused.feeds() if isinstance(feed, Mixture)]
-    if not feeds:
-        return
-    hidden_size = feeds[0].experts.hidden_size
-    for rows in (1 << bits for bits in range(_MOST_EXPERT_ROWS.bit_length())):
-        feeds[0].run(torch.zeros(rows, hidden_size, dtype=model.shape.dtype, device=model.device), None, backend)
 
 
 class _MadeUpStep:

@@ -17,6 +17,9 @@ from torch.nn import functional
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
+MOST_ROWS = 8192
+"""Of a slice: Triton works on more rows in slices, so that what lies between the products stays bounded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:

@@ -24,14 +24,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.experts import ExpertWeights, Gate
+from kernels.experts import MOST_ROWS, ExpertWeights, Gate
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 
 _PAIRED_ROWS = 4
 """Up to so many rows a pair reads its expert's weights on its own."""
-
-_MOST_ROWS = 8192
-"""Of a slice: more rows than these are worked on in slices, so that what lies between the products stays bounded."""
 
 _CHUNK_PAIRS = 4096
 """Pairs that a program counts or ranks at once."""
@@ -424,8 +421,8 @@ def mix_experts(
 ) -> torch.Tensor:
     """See `kernels.experts.mix_experts`."""
     out_TE = x_TE.new_empty(x_TE.shape)
-    for begin in range(0, len(x_TE), _MOST_ROWS):
-        some = slice(begin, begin + _MOST_ROWS)
+    for begin in range(0, len(x_TE), MOST_ROWS):
+        some = slice(begin, begin + MOST_ROWS)
         mix = mix_pairs if uses_pairs(len(x_TE)) else mix_groups
         mix(x_TE[some], experts_TS[some], weights_TS[some], weights, out_TE[some])
     return out_TE

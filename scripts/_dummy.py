@@ -14,6 +14,8 @@ from instance.warmup import warm_up
 from kvstore.storage import KVStorage
 
 BLOCK = 64
+MAX_ROWS = 8192
+"""Of a step."""
 STD = 0.5
 """Of the KV that stands in for what a prefill would have written."""
 
@@ -53,7 +55,7 @@ def make_storage(model: Model, kv_tokens: int, num_blocks: int = 0) -> KVStorage
     for layer_2BPKD in storage.data_L2BPKD:
         for piece in torch.split(layer_2BPKD.view(-1), 1 << 28):
             piece.normal_(std=STD)
-    warm_up(model, storage, "triton" if model.device.type == "cuda" else "torch")
+    warm_up(model, storage, "triton" if model.device.type == "cuda" else "torch", MAX_ROWS)
     return storage
 
 

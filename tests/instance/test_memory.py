@@ -169,7 +169,7 @@ def test_no_attention_is_zeros_for_loose_and_packed_rows() -> None:
     nothing = NoAttention(shape)
     q_THD, kv_TKD = torch.randn(7, 4, 16, dtype=shape.dtype), torch.randn(7, 2, 16, dtype=shape.dtype)
     qkv_TE, cos_TD = torch.randn(7, 8 * 16, dtype=shape.dtype), torch.ones(7, 16)
-    packed = PackedRows(qkv_TE=qkv_TE, cos_TD=cos_TD, sin_TD=cos_TD, q_norm_D=None, k_norm_D=None, eps=1e-6)
+    packed = PackedRows(qkv_TE=qkv_TE, cos_TD=cos_TD, sin_TD=cos_TD, q_norm=None, k_norm=None)
     for out_THD in (nothing.run(0, q_THD, kv_TKD, kv_TKD), nothing.run_packed(0, packed)):
         assert out_THD.shape == (7, 4, 16) and out_THD.dtype == shape.dtype and not out_THD.any()
 

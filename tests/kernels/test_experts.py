@@ -111,7 +111,7 @@ def test_mixes(rows: int, gate: str, biased: bool, transposed: bool, dtype: torc
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_mixes_many_rows(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In slices, their pairs counted in chunks, several tiles of an expert, and some experts that nobody asks for."""
-    monkeypatch.setattr("kernels.experts_triton._MOST_ROWS", 70)
+    monkeypatch.setattr("kernels.experts_triton.MOST_ROWS", 70)
     monkeypatch.setattr("kernels.experts_triton._CHUNK_PAIRS", 128)
     weights = make_weights((6, 24, 16), Gate(), torch.float32, transposed=False, biased=True)
     x_TE = torch.randn(101, 24, device=DEVICE)

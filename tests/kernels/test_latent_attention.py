@@ -205,7 +205,7 @@ def test_a_tiny_deepseek_by_these_kernels() -> None:
     )
     storage.data_L2BPKD.fill_(NAN)
     with mock.patch.multiple("instance.warmup", _LONG_TOKENS=80, _CHUNK_ROWS=8):
-        warm_up(model, storage, "triton")
+        warm_up(model, storage, "triton", 8)
     assert torch.equal(storage.data_L2BPKD[:, :, 0], torch.zeros_like(storage.data_L2BPKD[:, :, 0]))
     assert storage.data_L2BPKD[:, :, 1].isnan().all()
 

@@ -47,7 +47,7 @@ def main() -> None:
     storage = KVStorage(
         num_layers=3, num_blocks=200, block_size=BLOCK, num_kv_heads=2, head_dim=64, dtype=torch.float32, device=device
     )
-    warm_up(model, storage, "triton")
+    warm_up(model, storage, "triton", 256)
     meeting = torch.distributed.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
