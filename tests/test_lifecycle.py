@@ -23,6 +23,9 @@ import instance.checkpoint
 from gmanager import AsyncClient, RequestFailed, SamplingParams, Stats
 from gmanager.config import GManagerConfig
 from gmanager.server import Server
+from gmanager.wire import messages as m
+from gmanager.wire.channel import ZmqTransport
+from gmanager.wire.codec import Decoder
 from tests.support.exactness import ask, prompt
 from tests.support.farm import DEVICE
 from tests.support.processes import (
@@ -134,8 +137,11 @@ async def test_torchrun_serves_and_ends_when_asked(started: Processes, model: Pa
     torchrun = started.torchrun(*flags(address, model), nproc=2, launch=["--standalone", "--max-restarts", "1"])
     await until_ready(address)
     lost = workers(torchrun)
-    os.kill(lost[1], signal.SIGKILL)
     async with client_of(address) as client:
+        running = asyncio.create_task(run(client, "lost", 40, spread="all"))
+        await until_decoding(client, "lost")
+        os.kill(lost[1], signal.SIGKILL)
+        await told([running], "^instance 1 of cell 'main' is lost: ")  # and not the other alone, which torchrun stops
         await until(client, lambda s: not s.cells)
     await until_ready(address, epoch=2)
     instances = workers(torchrun)
@@ -283,6 +289,23 @@ async def test_a_killed_instance_is_noticed_at_once_and_named(started: Processes
             await until_decoding(client, "r")
             instance_.signal(signal.SIGKILL)
             await told([running], "instance 0 of cell 'main' is lost: it closed the connection")
+
+
+async def test_an_instance_that_can_not_read_its_gmanager_says_so_and_ends(started: Processes, model: Path) -> None:
+    """What was asked of it would never be done, and nobody would know."""
+    listener = ZmqTransport().listen("tcp://127.0.0.1:*", Decoder[m.FromInstance](m.FromInstance))
+    instance_ = started.instance(*flags(listener.address, model))
+    async with asyncio.timeout(60):
+        peer, greeting = await listener.recv()
+        assert isinstance(greeting, m.Register)
+        listener.send(peer, m.Registered(lease_s=300, send_text=False))
+        listener.send(peer, m.Welcome(lease_s=5))  # for clients
+        assert await instance_.exit_code() == 1
+        while not isinstance(last := (await listener.recv())[1], m.Leave):
+            continue
+    await listener.close()
+    assert last.failed and last.reason.startswith("what the gManager sends can't be read: ")
+    assert last.reason in instance_.text
 
 
 async def test_a_signal_ends_an_instance_that_loads(started: Processes, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tests.test_lifecycle import flags, here, until
 
 LONG = 4096
 NEW = 250
+LOAD = 8
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +161,33 @@ async def test_who_touched_nothing_of_it_goes_on(started: Processes, model: Path
 
 
 async def test_an_instance_joins_a_cell_that_serves(started: Processes, model: Path) -> None:
-    """Streams go on as without it, and then it is used."""
-    texts = [text(model, 300, 300, seed) for seed in range(2)]
+    """Eight streams at any time go on as without it, and then it is used."""
+    ids, expected = text(model, 300, 300)
     wide, after = text(model, 200, 12, 7)
+    streams: list[Stream] = []
+    has_come = asyncio.Event()
+
+    async def go_on(client: AsyncClient, number: int) -> None:
+        for turn in count():
+            streams.append(stream := Stream(client, f"{number}, turn {turn}", ids, 300, 1))
+            await stream.is_right(expected)
+            if has_come.is_set():
+                return
+
     async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
         started.instance(*flags(server.address, model, "--cell-size", "1"), rank=0, world_size=1)
         await until_ready(server.address)
         async with client_of(server.address) as client:
-            streams = [Stream(client, f"s{i}", ids, 300, 1) for i, (ids, _) in enumerate(texts)]
-            for stream in streams:
-                await stream.reach(10)
+            going_on = [asyncio.create_task(go_on(client, number)) for number in range(LOAD)]
+            await until(client, lambda s: sum(r.state == "decode" for r in s.requests.values()) == LOAD)
             moment = time.monotonic()
             started.instance(*flags(server.address, model, "--cell-size", "1"), rank=0, world_size=1)
             await until(client, lambda s: len(s.instances) == 2 and s.cells[0].state == "ready")
-            for stream, (_, expected) in zip(streams, texts, strict=True):
-                await stream.is_right(expected)
-            pauses = [stream.pause_after(moment) for stream in streams]
+            has_come.set()
+            await asyncio.gather(*going_on)
+            pauses = [stream.pause_after(max(moment, stream.came[0])) for stream in streams if stream.came[-1] > moment]
             print("longest pauses, s:", [round(pause, 2) for pause in pauses])
-            assert max(pauses) < 3
+            assert len(pauses) >= LOAD and max(pauses) < 3
             both = Stream(client, "both", wide, 12, "all")
             await both.is_right(after)
             assert sorted((await client.stats()).requests["both"].kv_tokens) == [0, 1]

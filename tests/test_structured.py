@@ -108,6 +108,19 @@ async def test_after_preemption_and_beside_penalties(farm: Farm, llama: Path) ->
         assert (await service.client.stats()).counters.preemptions >= 1
 
 
+async def test_an_end_token_that_has_a_text_ends_nothing_before_its_time(farm: Farm, llama: Path) -> None:
+    """Token 93, which ends this model's texts, is `~`: it would do in the middle, but what is whole then?"""
+    pushed = {93: 100.0, 65: 90.0}  # to `~`, and else to `b`
+    cases = {"a[^b]*b": "ab", "a~*": "a", "~": ""}
+    async with serve(farm, 1, Setup(model=llama)) as service:
+        for regex, want in cases.items():
+            params = SamplingParams(
+                max_tokens=20, temperature=0, logit_bias=pushed, structured_outputs=StructuredOutputsParams(regex=regex)
+            )
+            chunks = [chunk async for chunk in service.client.generate(prompt(0), params)]
+            assert ("".join(chunk.text for chunk in chunks), chunks[-1].finish_reason) == (want, "stop")
+
+
 async def test_a_model_that_can_end_no_text_refuses(farm: Farm, tmp_path: Path) -> None:
     async with serve(farm, 1, Setup(model=make_model("llama", tmp_path))) as service:
         with pytest.raises(RequestRefused, match="this one has no end token"):

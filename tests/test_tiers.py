@@ -112,7 +112,6 @@ async def test_what_was_spoiled_in_the_pool_is_computed_again_where_that_is_chec
     async with serve(farm, 1, Setup(model=llama, kv_tokens=2 * POOL, check_cache=True)) as service:
         await ask(service, llama, question(llama, DOCUMENTS[0], 30, 0), cached=0)
         await ask(service, llama, question(llama, DOCUMENTS[0], 30, 1), cached=WHOLE)
-        await asyncio.sleep(0.2)  # checksums are made beside the steps
         await farm.workers[0].ask("spoil", "pool")
         await ask(service, llama, question(llama, DOCUMENTS[0], 30, 2), cached=0)
         assert (await counters(service)).blocks_corrupt

@@ -72,6 +72,9 @@ LINK_GRACE_S = 1.0
 RETURN_GRACE_S = 5.0
 """After the first of its members that a cell waits for the others, when its gManager was gone."""
 
+TORCHRUN_STOPS_S = 60.0
+"""Longest that the torchrun of a lost instance takes to stop its others: it looks every few seconds, and they have 30."""
+
 Phase = Literal["registering", "returning", "opening", "joining", "ready", "suspending"]
 
 MAX_WINDOWS = 64
@@ -229,6 +232,8 @@ class Cell:
         """Who comes again, over another connection."""
         self._broken: dict[int, tuple[float, str]] = {}
         """Ranks that another says it lost the link to: since when, and in which words."""
+        self._lost_runs: dict[str, tuple[float, str]] = {}
+        """Run id of a torchrun, while it has not come again: when its first instance was lost, and how."""
         self._emit = emit
 
     @property
@@ -344,6 +349,7 @@ class Cell:
 
     def add(self, peer: PeerId, register: Register, now: float, lease_s: float) -> Member:
         """Register an instance; with the last of the quorum the first epoch begins. Later ones join with the next."""
+        self._lost_runs.pop(register.run_id, None)
         key = (register.run_id, register.rank)
         before = sum((m.register.run_id, m.register.rank) == key for m in self.everybody)
         self._lease_s = lease_s
@@ -365,6 +371,18 @@ class Cell:
             self._number()
             self._open(now)
         return member
+
+    def account(self, member: Member, reason: str, now: float, *, was_asked: bool) -> str:
+        """Why a member is gone, from `reason`, what is known of itself. A torchrun that loses one of its instances asks the
+        others to end: with these the first is named, or else they would seem to be at fault."""
+        run = member.register.run_id
+        since, first = self._lost_runs.get(run, (now, reason))
+        if now - since > TORCHRUN_STOPS_S:
+            since, first = now, reason
+        if was_asked:
+            return reason if first == reason else f"{first}; then {reason}"
+        self._lost_runs[run] = since, first
+        return reason
 
     def predecessor(self, register: Register) -> Member | None:
         """The same instance, over a connection that it has given up."""

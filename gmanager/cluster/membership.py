@@ -227,6 +227,7 @@ class Membership:
     def lose(self, peer: PeerId, reason: str, level: int = logging.ERROR) -> None:
         """An instance is gone, or done for. `level`: of the log, if the cell is over with it; no error if it was asked to."""
         cell, member = self._members.pop(peer)
+        reason = cell.account(member, reason, self._turn.now, was_asked=level != logging.ERROR)
         if not cell.can_lose(member):
             self.fail(cell, cell.loss or reason, lost=member, level=level)
             return

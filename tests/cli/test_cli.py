@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from gmanager import AsyncClient, SamplingParams
-from tests.support.processes import Processes, address_of, client_of, until_ready
+from tests.support.processes import Processes, address_of, client_of, free_port, until_ready
 from tests.support.service import at_rest
 from tests.support.tiny import make_model
 from tests.test_lifecycle import two, until
@@ -32,13 +32,6 @@ DISTATTN = [str(Path(sys.executable).with_name("distattn"))]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("models") / "tiny")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def run(*arguments: str, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

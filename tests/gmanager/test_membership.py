@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gmanager.cluster.cell import MAX_ATTEMPTS, SUSPEND_TIMEOUT_S
+from gmanager.cluster.cell import MAX_ATTEMPTS, SUSPEND_TIMEOUT_S, TORCHRUN_STOPS_S
 from gmanager.cluster.events import Action, Deliver, DropText, Encoded, Forget, PeerWasLost, Send, StopFound
 from gmanager.cluster.membership import NEWCOMERS_S
 from gmanager.cluster.waiting import MAX_BREAKS
@@ -293,6 +293,38 @@ def test_the_cell_is_over_when_nobody_ends_its_epoch() -> None:
     actions = driver.wait(int(SUSPEND_TIMEOUT_S) + 1, peer(0), peer(1), CLIENT)
     assert [a.error for a in actions if isinstance(a, Deliver)] == [gone(2)]
     assert {a.peer for a in actions if isinstance(a, Send) and isinstance(a.message, m.Expelled)} == {peer(0), peer(1)}
+
+
+@pytest.mark.parametrize("case", ["it stops the other", "much later", "it has come again", "another stops another"])
+def test_who_is_stopped_by_a_torchrun_that_has_lost_another_is_not_to_blame(case: str) -> None:
+    """The cell had gone on without that one; the error names it nevertheless, and first."""
+    driver = serving(8, 8)
+    driver.lose(1)
+    driver.keep(peer(0), 8)
+    driver.join(2, peer(0))
+    own = "instance 0 of cell 'main' left: SIGTERM"
+    expected = f"{gone(1)}; then {own}"
+    last = peer(0)
+    if case == "much later":
+        driver.wait(int(TORCHRUN_STOPS_S) + 1, peer(0), CLIENT)
+        expected = own
+    elif case == "it has come again":
+        driver.come(NEW)
+        driver.keep(peer(0), 8, epoch=2)
+        driver.join(3, peer(0), NEW)
+        driver.say(NEW, m.Leave(reason="SIGTERM", failed=False))
+        expected = "instance 1 of cell 'main' left: SIGTERM"  # nothing was lost since then
+    elif case == "another stops another":
+        driver.come(NEW, run_id="other")
+        driver.keep(peer(0), 8, epoch=2)
+        driver.join(3, peer(0), NEW)
+        driver.say(peer(0), m.Leave(reason="SIGTERM", failed=False))
+        driver.keep(NEW, 8, epoch=3)
+        driver.join(4, NEW)
+        last, expected = NEW, "instance 1 of cell 'main' left: SIGTERM"
+    driver.say(CLIENT, submit("r"))
+    actions = driver.say(last, m.Leave(reason="SIGTERM", failed=False))
+    assert {a.error for a in actions if isinstance(a, Deliver)} == {expected}
 
 
 @pytest.mark.parametrize("stuck", ["opening", "joining"])

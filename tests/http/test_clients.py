@@ -1,5 +1,6 @@
 """Clients that people use, against the default model with nothing but the address changed: each runs a loop of tool calls and
-gets an answer by a JSON schema. What must be valid is held to it by grammars, however small the model is."""
+gets an answer by a JSON schema. What must be valid is held to it by grammars, however small the model is; what it says besides
+is the same each time: all requests have a seed."""
 
 import json
 from collections.abc import AsyncIterator
@@ -37,6 +38,7 @@ class Report(BaseModel):
 SCHEMA: Any = Weather.model_json_schema()
 TOOL: Any = {"type": "function", "function": {"name": "weather", "description": "Of a place.", "parameters": SCHEMA}}
 RESULT = "grey, 12 degrees"
+SEED: Any = {"seed": 1}
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,7 @@ async def test_openai(url: str) -> None:
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         turns: Any = [{"role": "user", "content": ASKED}]
         answer = await client.chat.completions.create(
-            model=NAME, messages=turns, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, max_tokens=80
+            model=NAME, messages=turns, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, max_tokens=80, **SEED
         )
         message = answer.choices[0].message
         (call,) = message.tool_calls or ()
@@ -78,9 +80,11 @@ async def test_openai(url: str) -> None:
         turns += [message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": RESULT}]
         said = await client.chat.completions.create(model=NAME, messages=turns, tools=[TOOL], max_tokens=8, temperature=0)
         assert said.choices[0].message.content
-        report = await client.chat.completions.parse(model=NAME, messages=turns, response_format=Report, max_tokens=40)
+        report = await client.chat.completions.parse(model=NAME, messages=turns, response_format=Report, max_tokens=40, **SEED)
         assert isinstance(report.choices[0].message.parsed, Report)
-        parsed = await client.responses.parse(model=NAME, input=ASKED, text_format=Report, max_output_tokens=40)
+        parsed = await client.responses.parse(
+            model=NAME, input=ASKED, text_format=Report, max_output_tokens=40, extra_body=SEED
+        )
         assert isinstance(parsed.output_parsed, Report)
 
 
@@ -88,7 +92,7 @@ async def test_anthropic(url: str) -> None:
     async with AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
         tool: Any = {"name": "weather", "description": "Of a place.", "input_schema": SCHEMA}
         turns: Any = [{"role": "user", "content": ASKED}]
-        asked: Any = {"model": NAME, "tools": [tool], "max_tokens": 80}
+        asked: Any = {"model": NAME, "tools": [tool], "max_tokens": 80, "extra_body": SEED}
         answer = await client.messages.create(messages=turns, tool_choice={"type": "tool", "name": "weather"}, **asked)
         (call,) = answer.content
         assert call.type == "tool_use"
@@ -98,13 +102,13 @@ async def test_anthropic(url: str) -> None:
         turns += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
         said = await client.messages.create(messages=turns, tool_choice={"type": "none"}, **asked | {"max_tokens": 8})
         assert [block.type for block in said.content] == ["text"]
-        report = await client.messages.parse(model=NAME, messages=turns, output_format=Report, max_tokens=40)
+        report = await client.messages.parse(model=NAME, messages=turns, output_format=Report, max_tokens=40, extra_body=SEED)
         assert isinstance(report.parsed_output, Report)
 
 
 async def test_langchain(clients: SimpleNamespace, url: str) -> None:
     chat = clients.langchain.ChatOpenAI(
-        model=NAME, base_url=f"{url}/v1", api_key="none", max_retries=0, max_completion_tokens=80
+        model=NAME, base_url=f"{url}/v1", api_key="none", max_retries=0, max_completion_tokens=80, **SEED
     )
     first = clients.messages.HumanMessage(ASKED)
     caller = chat.bind_tools([Weather], tool_choice="any", parallel_tool_calls=False)
@@ -121,7 +125,13 @@ async def test_langchain(clients: SimpleNamespace, url: str) -> None:
 
 async def test_langchain_in_the_newer_form(clients: SimpleNamespace, url: str) -> None:
     chat = clients.langchain.ChatOpenAI(
-        model=NAME, base_url=f"{url}/v1", api_key="none", max_retries=0, max_tokens=80, use_responses_api=True
+        model=NAME,
+        base_url=f"{url}/v1",
+        api_key="none",
+        max_retries=0,
+        max_tokens=80,
+        use_responses_api=True,
+        extra_body=SEED,
     )
     first = clients.messages.HumanMessage(ASKED)
     asking = await chat.bind_tools([Weather], tool_choice="any", parallel_tool_calls=False).ainvoke([first])
@@ -133,6 +143,8 @@ async def test_langchain_in_the_newer_form(clients: SimpleNamespace, url: str) -
 async def test_litellm(clients: SimpleNamespace, url: str) -> None:
     litellm = clients.litellm
     asked: Any = {"model": f"openai/{NAME}", "api_base": f"{url}/v1", "api_key": "none", "max_tokens": 80, "num_retries": 0}
+    through_messages = asked | {"model": f"anthropic/{NAME}", "api_base": url, "temperature": 0}  # it passes on no seed there
+    asked |= SEED
     calling: Any = {"tools": [TOOL], "tool_choice": "required"}
     turns: Any = [{"role": "user", "content": ASKED}]
     # several calls would be as many as the model likes, and `max_tokens` might cut the last
@@ -147,9 +159,7 @@ async def test_litellm(clients: SimpleNamespace, url: str) -> None:
     report: Any = await litellm.acompletion(messages=turns, response_format=Report, **asked)
     Report.model_validate_json(report.choices[0].message.content)
     stream: Any = await litellm.acompletion(messages=turns[:1], stream=True, **calling, **asked)
-    through: Any = await litellm.acompletion(
-        messages=turns[:1], **calling, **asked | {"model": f"anthropic/{NAME}", "api_base": url}
-    )
+    through: Any = await litellm.acompletion(messages=turns[:1], **calling, **through_messages)
     Weather.model_validate_json(through.choices[0].message.tool_calls[0].function.arguments)
     arguments = "".join([c.function.arguments or "" async for piece in stream for c in piece.choices[0].delta.tool_calls or ()])
     assert json.loads(arguments[: arguments.index("}") + 1])["place"] in ("Ulm", "Bonn")

@@ -120,14 +120,14 @@ async def test_either_calls_or_the_json_that_was_asked_for(client: AsyncOpenAI) 
 
 
 async def test_thoughts_come_before_calls_and_structures(farm: Farm, llama: Path, tmp_path: Path) -> None:
-    """The model is pushed to end its thoughts at once; nothing but the answer is held to the grammar."""
+    """The model is pushed to end its thoughts, and still more to end its text; only the answer is held to the grammar."""
     model = tmp_path / "model"
     shutil.copytree(llama, model)
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template += "<think>\n{# </think> #}"
     tokenizer.save_pretrained(model)
-    asked: Any = {"model": "tiny", "messages": TURNS, "max_tokens": 200, "logit_bias": {"257": 4}}
+    asked: Any = {"model": "tiny", "messages": TURNS, "max_tokens": 200, "logit_bias": {"257": 4, "93": 6}}
     thoughts = []
     async with (
         serve(farm, 1, Setup(model=model, served_model_name="tiny", kv_tokens=8192)) as service,
@@ -144,7 +144,7 @@ async def test_thoughts_come_before_calls_and_structures(farm: Farm, llama: Path
             assert chosen.choices[0].finish_reason == "stop"
         assert any(thoughts)
         hidden = await client.chat.completions.create(
-            extra_body={"guided_choice": ["left"], "include_reasoning": False}, **asked
+            seed=3, extra_body={"guided_choice": ["left"], "include_reasoning": False}, **asked
         )
         assert hidden.choices[0].message.model_dump(exclude_unset=True) == {
             "role": "assistant", "content": "left", "refusal": None,

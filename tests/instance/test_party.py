@@ -174,7 +174,9 @@ async def test_foreign_messages_are_dropped_and_counted() -> None:
         stranger = party._seat.dial("party-0")
         stranger.send(notice(party, 1).__class__(**(_fields(notice(party, 1)) | {"epoch": 9})))
         stranger.send(notice(party, 77))
-        await asyncio.sleep(0.02)
+        async with asyncio.timeout(2):
+            while made[0].dropped < 2:
+                await asyncio.sleep(0)
         assert made[0].dropped == 2
         await stranger.close()
 
@@ -204,8 +206,10 @@ async def test_what_can_not_be_read_ends_the_party_at_once(garbled: str) -> None
             party._dialers[0].send(m.Pong())
             said = "rank 0 can't read what this instance sends: "
         else:
-            await asyncio.sleep(0.02)
             leader = made[0]["decode"]
+            async with asyncio.timeout(2):
+                while 1 not in leader._peers:  # its notice is on the way
+                    await asyncio.sleep(0)
             leader._seat.listener.send(leader._peers[1], m.Pong())
             said = "what rank 0 sends can't be read: "
         assert (await broken(TASKS[1])).startswith(said)

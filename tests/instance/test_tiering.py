@@ -24,6 +24,8 @@ class Store:
         self.kinds: list[tuple[str, str]] = []
         self.wrong: set[int] = set()
         """Blocks of the pool that aren't what was written."""
+        self.begun = 0
+        """Calls of `copy`."""
         self.goes_on = threading.Event()
         """Cleared: it hangs."""
         self.goes_on.set()
@@ -36,6 +38,7 @@ class Store:
         return {"host": 40}
 
     def copy(self, items: Sequence[Copying]) -> list[int | Fault]:
+        self.begun += 1
         self.goes_on.wait()
         self.kinds += [(item.source.where, item.target.where) for item in items]
         return [self._copy(item) for item in items]
@@ -185,8 +188,11 @@ async def test_blocks_that_are_given_back_while_they_are_compared_are_not_judged
         assert len(sums) == 2
         tiers.pause()
         store.goes_on.clear()
+        before = store.begun
         comparing = asyncio.create_task(tiers.are_right(sums))
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(5):
+            while store.begun == before:
+                await asyncio.sleep(0.001)
         rmanager.drop(2)
         rmanager.reserve(3, 20)
         rmanager.append(3, 0, 20 * SIZE)
@@ -199,8 +205,6 @@ async def test_blocks_that_are_given_back_while_they_are_compared_are_not_judged
 
 
 async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instance.tiering.CHECK_TIMEOUT_S", 0.05)
-    monkeypatch.setattr("instance.tiering.CLOSE_TIMEOUT_S", 0.05)
     async with tiering(checks=True) as (tiers, rmanager, store, _):
         tiers.resume()
         leave(rmanager, 1, 1)
@@ -208,6 +212,8 @@ async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
         await until(tiers, store, 2)
         sums = tiers.known(rmanager.shards.cache.runs(1)[0].block_ids)
         store.goes_on.clear()
+        monkeypatch.setattr("instance.tiering.CHECK_TIMEOUT_S", 0.05)
+        monkeypatch.setattr("instance.tiering.CLOSE_TIMEOUT_S", 0.05)
         assert not await tiers.are_right(sums)
         assert not tiers.counters().blocks_corrupt, "it isn't known to be wrong, either"
         await tiers.close()
@@ -216,7 +222,6 @@ async def test_what_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_tiers_that_hang_are_given_up_and_nobody_waits_for_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instance.tiering.HANG_S", 0.05)
     async with tiering(checks=True) as (tiers, rmanager, store, heard):
         tiers.resume()
         leave(rmanager, 1, 6)
@@ -231,6 +236,7 @@ async def test_tiers_that_hang_are_given_up_and_nobody_waits_for_them_again(monk
         assert rmanager.below(1) == [24] and tiers.known(blocks)
         rmanager.take_reusable()
         store.goes_on.clear()
+        monkeypatch.setattr("instance.tiering.HANG_S", 0.05)
         for number, source in ((7, 1), (8, 1), (9, 99)):
             tiers.fetch(wire.Fetch(epoch=3, fetch=number, source=source, end=24))
         async with asyncio.timeout(5):

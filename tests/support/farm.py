@@ -141,7 +141,7 @@ async def _obey(pipe: Connection) -> None:
             elif name == "rest" and serving is not None:
                 pipe.send(("ok", await serving.rest()))
             elif name == "spoil" and serving is not None:
-                serving.spoil(*arguments)
+                await serving.spoil(*arguments)
                 pipe.send(("ok", None))
             elif name == "stop" and serving is not None:
                 pipe.send(("ok", await serving.end()))
@@ -206,13 +206,18 @@ class _Serving:
             await self._task
         self._instance.validate()
 
-    def spoil(self, where: Literal["pool", "host", "disk"]) -> None:
-        """Flip a bit in each cached block there, as broken memory or a broken disk would."""
+    async def spoil(self, where: Literal["pool", "host", "disk"]) -> None:
+        """Flip a bit in each cached block there, as broken memory or a broken disk would. In the pool: once all of them have
+        checksums, which are made beside the steps."""
         tiers = self._instance._tiering._store
         if where == "pool":
+            await self.rest()
             pool, data = self._rmanager.shards.pool, tiers.storage.data_L2BPKD
-            for block in filter(pool.is_evictable, range(pool.num_blocks)):
-                data[0, 0, block, 0, 0, 0] += 1
+            cached = [block for block in range(pool.num_blocks) if pool.is_evictable(block)]
+            async with asyncio.timeout(5):
+                while len(self._instance._tiering.known(cached)) < len(cached):
+                    await asyncio.sleep(0.01)
+            data[0, 0, cached, 0, 0, 0] += 1
         elif where == "host":
             tiers.host_SL2PKD.view(torch.uint8)[:, 0, 0, 0, 0, 0] ^= 1
         else:

@@ -7,8 +7,10 @@ would set.
 
 import asyncio
 import ipaddress
+import itertools
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,12 +274,30 @@ def listening_addresses(pid: int) -> set[str]:
     return {address for address, _ in listening(pid)}
 
 
+def _ports() -> Iterator[int]:
+    """Those below the ones that the system gives to whoever asks for any: nobody gets them by chance, nor does an end of a
+    connection (who dials such a port again and again while nobody listens may be given the same, and so answer itself)."""
+    most = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    least = most // 2
+    start = random.Random(os.getpid()).randrange(least, most)  # other sessions of tests begin elsewhere
+    yield from itertools.cycle([*range(start, most), *range(least, start)])
+
+
+_PORTS = _ports()
+
+
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """A port that nobody uses; another one each time."""
+    return next(port for port in _PORTS if _is_free(port))
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 # --- forked instances
