@@ -89,6 +89,12 @@ class EpochGroup:
             self._connect(self._rank, self._size)
         return self
 
+    def all_say(self, mine: bool) -> bool:
+        """Whether all members say so, of one thing: each calls this once. Waits for them as `meet` does."""
+        self.store.set(f"says-{self._rank}", b"yes" if mine else b"no")
+        self.barrier()
+        return all(self.store.get(f"says-{rank}") == b"yes" for rank in range(self._size))
+
     def _connect(self, rank: int, size: int) -> None:
         """Exchange a row with every other member: NCCL connects two in their first exchange, which takes it half a second."""
         row = torch.zeros(1, device=self._device)

@@ -340,6 +340,9 @@ class Epoch:
             peers = self._share_memory(group)
             log.info("capturing CUDA graphs")
             runner.capture(lasting.storage, peers)
+            if not group.all_say(bool(runner.graphs)):  # a shared step is a graph on all members, or on none
+                runner.graphs.clear()
+                peers = None
             log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
         return runner
 

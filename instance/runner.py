@@ -173,6 +173,8 @@ class Runner:
 
         try:
             self._driver.submit(capture).result()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if self._model.fused is not None:
                 raise

@@ -165,8 +165,8 @@ def test_one_that_was_forgotten_while_it_waited_comes_as_a_new_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@given(SIZES, happenings(20, 150), st.integers(0, 99), TIERS)
-@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+@given(SIZES, happenings(20, 80), st.integers(0, 99), TIERS)
+@settings(max_examples=1000, suppress_health_check=list(HealthCheck))
 def test_requests_end_right_whatever_happens_for_long(
     sizes: list[int], whats: list[Happening], seed: int, tier_slots: dict[Tier, int]
 ) -> None:

@@ -44,6 +44,16 @@ def test_who_waits_for_a_member_that_does_not_come_is_let_go() -> None:
             waiting.result(5)
 
 
+@pytest.mark.parametrize("there_says", [True, False])
+def test_members_agree_on_what_all_of_them_can(there_says: bool) -> None:
+    """As whether a step that they share is a CUDA graph: of one that is, on some of them alone, nobody would see the end."""
+    with two_members() as (threads, here, there):
+        for meeting in [threads.submit(member.meet) for member in (here, there)]:
+            meeting.result(30)
+        answers = [threads.submit(here.all_say, True), threads.submit(there.all_say, there_says)]
+        assert [answer.result(30) for answer in answers] == [there_says] * 2
+
+
 def test_a_send_that_nobody_takes_is_known() -> None:
     """One in the queue of a broken connection is told of no error by Gloo: the end of an epoch leaves it behind."""
     with two_members() as (threads, here, there):
