@@ -11,11 +11,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_processes_answer_as_one_does() -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss", "minicpm3"])
+def test_two_processes_answer_as_one_does(kind: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = ROOT / "tests" / "support" / "peers_worker.py"
     done = subprocess.run(
-        [*command, str(worker)], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False, env=_environment()
+        [*command, str(worker), kind], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False, env=_environment()
     )
     assert "EQUAL" in done.stdout, (done.stdout + done.stderr)[-4000:]
 

@@ -1,4 +1,5 @@
-"""One rank of two that decode together by `distattn.peers`; run by `tests/distattn/test_peers.py` under torchrun.
+"""One rank of two that decode together by `distattn.peers`; run by `tests/distattn/test_peers.py` under torchrun, with the kind
+of model.
 
 The same prompts are answered by each instance alone, and with their KV and their prefill on both: the tokens must be equal.
 """
@@ -7,13 +8,14 @@ import os
 import sys
 from array import array
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import torch
 import torch.distributed
 from _loop import Cell, Loop
-from transformers import LlamaConfig
+from transformers import AutoConfig
 
 from instance.cell import open_store
 from instance.model import random_model
@@ -23,29 +25,58 @@ from kvstore.storage import KVStorage
 PROMPTS = (300, 65, 7, 128, 1000)
 NEW = 40
 BLOCK = 64
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+    "pad_token_id": None,
+}
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 100,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+LATENTS: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma3_text": WINDOWS,
+    "gpt_oss": WINDOWS | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "minicpm3": LATENTS,
+}
 
 
 def main() -> None:
-    rank = int(os.environ["RANK"])
+    rank, kind = int(os.environ["RANK"]), sys.argv[1]
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=1000,
-        max_position_embeddings=4096,
-    )
+    config = AutoConfig.for_model(kind, **(SIZES | KINDS[kind]))
     model = random_model(config, torch.float32, device, seed=3)
     for parameter in model.module.parameters():
         parameter.data.mul_(3)  # away from ties
-    model.fuse("triton")
-    assert model.fused is not None
+    assert (model.fuse("triton") is None) == (kind != "minicpm3")
+    shape = model.shape
     storage = KVStorage(
-        num_layers=3, num_blocks=200, block_size=BLOCK, num_kv_heads=2, head_dim=64, dtype=torch.float32, device=device
+        num_layers=shape.layers_of_block(model.num_layers),
+        places=shape.places(model.num_layers),
+        num_blocks=400,
+        block_size=BLOCK,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        parts=shape.parts,
+        dtype=torch.float32,
+        device=device,
     )
     warm_up(model, storage, "triton", 256)
     meeting = torch.distributed.TCPStore(  # type: ignore[attr-defined]
