@@ -40,6 +40,18 @@ def decode_kernel(storage: KVStorage, shape: AttentionShape, processors: int | N
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """States of the rows that peers push, before they go back."""
+
+    out_MHD: torch.Tensor
+    lse_MH: torch.Tensor
+
+    @staticmethod
+    def of(peers: PeerMemory) -> "Served":
+        return Served(torch.zeros_like(peers.outs_MHD), torch.zeros_like(peers.lses_MH))
+
+
+@dataclass(frozen=True, slots=True)
 class _Group:
     """The tables of one group of layers, on the device."""
 
@@ -61,8 +73,9 @@ class DecodeStep:
         num_rows: int,
         kernel: DecodeAttention,
         peers: PeerMemory | None = None,
+        served: "Served | None" = None,
     ) -> None:
-        """`tables` has those of `table_sizes`; `kernel` may serve many of these, one after the other on one stream.
+        """`tables` has those of `table_sizes`; `kernel` and `served` may be of many of these, one after the other on a stream.
 
         Without `peers` the step is one that no other instance has a part in.
         """
@@ -84,8 +97,8 @@ class DecodeStep:
         self._out_THD = torch.zeros((num_rows, shape.num_heads, shape.out_dim), dtype=shape.dtype, device=device)
         self._lse_TH = torch.zeros((num_rows, shape.num_heads), dtype=torch.float32, device=device)
         if peers is not None:
-            self._served_MHD = torch.zeros_like(peers.outs_MHD)
-            self._served_MH = torch.zeros_like(peers.lses_MH)
+            served = served or Served.of(peers)
+            self._served_MHD, self._served_MH = served.out_MHD, served.lse_MH
 
     @staticmethod
     def table_sizes(storage: KVStorage, shape: AttentionShape, num_rows: int, peers: PeerMemory | None) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from distattn.decode import DecodeStep, decode_kernel
+from distattn.decode import DecodeStep, Served, decode_kernel
 from distattn.layout import Layout
 from distattn.peers import PeerMemory
 from instance.model import Model
@@ -76,6 +76,9 @@ class DecodeGraphs:
         self._previous_tokens = previous_tokens
         self._peers = peers
         self._kernel = decode_kernel(storage, model.shape, processors)
+        self._served = None if peers is None else Served.of(peers)
+        self._logits_RV: torch.Tensor | None = None
+        """Of the step that has run last: each graph with its own would take gigabytes for large vocabularies."""
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         for rows in sorted(BUCKETS, reverse=True):  # the largest first: the others fit in the memory it took
@@ -107,7 +110,7 @@ class DecodeGraphs:
             | DecodeStep.table_sizes(self._storage, self._shape, num_rows, peers),
             self._device,
         )
-        attention = DecodeStep(self._storage, self._shape, tables, num_rows, self._kernel, peers)
+        attention = DecodeStep(self._storage, self._shape, tables, num_rows, self._kernel, peers, self._served)
         logits_rows_R = torch.arange(num_rows, device=self._device)
 
         def forward() -> torch.Tensor | None:
@@ -119,7 +122,10 @@ class DecodeGraphs:
             sampled_T = self._previous_tokens[sources_T.clamp(min=0)]
             token_ids_T = torch.where(sources_T >= 0, sampled_T, tables["token_ids"])
             self._model.context.attention = attention
-            return self._model.forward(token_ids_T, self._positions(tables["positions"]), logits_rows_R)
+            logits_RV = self._model.forward(token_ids_T, self._positions(tables["positions"]), logits_rows_R)
+            if self._logits_RV is None:  # before the first capture, which is of the largest
+                self._logits_RV = torch.empty_like(logits_RV)
+            return self._logits_RV[:num_rows].copy_(logits_RV)
 
         with torch.inference_mode():
             nothing = replace(_NOTHING, other_layouts=[_NOTHING.layout] * (len(self._shape.sights) - 1))

@@ -31,8 +31,8 @@ _EXPERT_WEIGHTS = {"gate_up_proj", "down_proj"}
 _EXPERT_BIASES = {"gate_up_proj_bias", "down_proj_bias"}
 MLP_ROWS = 4096
 """Of which gate, up and their product live at a time: half of what a step of 8192 rows would hold, and no product too small."""
-_CLOSE = 1e-3
-"""Relative, of two formulas of a norm or an activation in fp32, or in half precision: others differ by a tenth and more."""
+_CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative, what rounding explains of a norm, an activation or a mixture. GELU and its approximation by tanh differ by 8e-5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ def _activation_of(function: Any, mlp: nn.Module) -> str | None:
 
 
 def _close(got: torch.Tensor, want: torch.Tensor) -> bool:
-    limit = _CLOSE if want.dtype == torch.float32 else 10 * _CLOSE
+    limit = _CLOSE[got.dtype]
     return got.shape == want.shape and bool((got.float() - want.float()).norm() <= limit * want.float().norm())
 
 
@@ -259,26 +259,30 @@ def _dense(mlp: Any) -> Dense:
     return Dense(gate_up, mlp.down_proj.weight, activation)
 
 
-def bind_experts(module: nn.Module, backend: str) -> int:
-    """Let a model's experts run by `kernels.experts`, where they are of a known kind and compute the same: how many do.
+def bind_experts(module: nn.Module, backend: str) -> list[ExpertWeights]:
+    """Let a model's experts run by `kernels.experts`, where they are of a known kind and compute the same: those that do.
 
     For layers that run as transformers has them: so they are faster, and never wait for the device.
     """
-    count = 0
+    bound = []
     for experts in module.modules():
         weights = _experts_of(experts) if _are_experts(experts) else None
         if weights is not None and _mix_alike(experts, weights, backend):
             experts.forward = _mixing(weights, backend)
-            count += 1
-    return count
+            bound.append(weights)
+    return bound
 
 
 def expert_numbers(module: PreTrainedModel) -> int:
     """Most numbers of a row that lie between the products of its experts, where kernels of ours run them; 0: they run none."""
     parts: Iterator[Any] = module.modules()
     sizes = [sum(part.down_proj.shape[1:]) for part in parts if _are_experts(part)]
-    top_k = getattr(module.config.get_text_config(), "num_experts_per_tok", None) or 1
-    return top_k * max(sizes, default=0)
+    return experts_of_a_row(module) * max(sizes, default=0)
+
+
+def experts_of_a_row(module: PreTrainedModel) -> int:
+    """How many experts a row of a mixture goes to, as its config says."""
+    return getattr(module.config.get_text_config(), "num_experts_per_tok", None) or 1
 
 
 def _mixing(weights: ExpertWeights, backend: str) -> Callable[..., torch.Tensor]:
@@ -356,7 +360,7 @@ def _normalises(router: Any) -> bool | None:
         for normalise in (True, False):
             ours_TS, weights_TS = route(logits_TX, router.top_k, normalise=normalise, backend="torch")
             chosen = [logits_TX.gather(1, its.long()) for its in (ours_TS, experts_TS)]  # of equals, either may be chosen
-            if torch.equal(*chosen) and _close(weights_TS, want_TS):
+            if torch.equal(*chosen) and _close(weights_TS.to(logits_TX.dtype), want_TS):
                 return normalise
     return None
 

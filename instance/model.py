@@ -44,9 +44,10 @@ from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
-from instance.layers import Mixture, bind_experts, has_known_parts
+from instance.layers import Mixture, bind_experts, experts_of_a_row, has_known_parts
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
+from kernels.experts import ExpertWeights
 from kvstore.sight import FULL, Sight
 
 ATTENTION = "distattn"
@@ -92,8 +93,9 @@ class Model:
         refuse_state(config, is_stateful=getattr(module, "_is_stateful", False))
         refuse_layer_types(config)
         self._fused: FusedDecoder | None = None
-        self._num_mixtures = 0
-        """Of layers that aren't fused."""
+        self._backend = ""
+        self._experts: list[ExpertWeights] = []
+        """That kernels of ours run in layers that aren't fused."""
         self.heads_shape = self._probe(declared)
         """Of attention as the layers call it."""
         self.shape = self.heads_shape
@@ -127,32 +129,37 @@ class Model:
 
         Returns why not, or None if they do. Then experts alone run by kernels of ours, if they can.
         """
+        self._backend = backend
         reason = self._fuse(backend)
-        if reason is not None and self.device.type != "meta":
-            self._num_mixtures = bind_experts(self.module, backend)
+        if reason is not None:
+            self.unfuse()
         return reason
 
-    @property
-    def has_mixtures(self) -> bool:
-        """Whether experts run by kernels of ours."""
-        if self._fused is not None:
-            return any(isinstance(feed, Mixture) for feed in self._fused.feeds())
-        return bool(self._num_mixtures)
+    def mixture_rows(self, most: int) -> list[int]:
+        """Numbers of rows, up to `most`, that use all kernels of ours which run experts; none, if transformers' own do."""
+        feeds = [] if self._fused is None else [feed for feed in self._fused.feeds() if isinstance(feed, Mixture)]
+        if not feeds and not self._experts:
+            return []
+        from kernels.experts_triton import rows_of_each_kernel  # it needs Triton, which an instance on the CPU does without
+
+        if feeds:
+            return rows_of_each_kernel(most, feeds[0].top_k, feeds[0].experts)
+        return rows_of_each_kernel(most, experts_of_a_row(self.module), self._experts[0])
 
     def _fuse(self, backend: str) -> str | None:
         if not has_known_parts(self.module):
             return "they have other parts than Llama's or Gemma's"
         if any(call.value_dim < call.shape.head_dim for call in self._calls):
             return "their values are narrower than keys"
-        fused = FusedDecoder.of(self.module, backend, self.max_context)
-        if fused is None:
-            return "their norms or activations are others than Llama's or Gemma's"
         self.context.attention = OwnRow(self.shape, backend)
         try:
+            fused = FusedDecoder.of(self.module, backend, self.max_context)
+            if fused is None:
+                return "their norms or activations are others than Llama's or Gemma's"
             with torch.inference_mode():
                 if not (fused.ends_agree() and fused.agrees(self.context.attention)):
                     return "they compute something else than Llama's or Gemma's"
-        except (AttributeError, KeyError, TypeError) as error:  # of transformers' layers, which ask for more than Llama's
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of layers that ask for more than Llama's
             return f"they can't be run alone to compare ({type(error).__name__}: {error})"
         finally:
             self.context.attention = None
@@ -160,8 +167,10 @@ class Model:
         return None
 
     def unfuse(self) -> None:
-        """Run the layers as transformers has them; their weights stay merged."""
+        """Run the layers as transformers has them, but for experts that kernels of ours can run; weights stay merged."""
         self._fused = None
+        if self.device.type != "meta":
+            self._experts = bind_experts(self.module, self._backend)
 
     def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> Hidden:
         """All layers, of rows `[T]` (int64, or int32 where fused). Attention: `context.attention`."""

@@ -179,7 +179,10 @@ class Runner:
             if self._model.fused is not None:
                 raise
             self.graphs.clear()
-            log.warning("decode steps run without CUDA graphs", reason=str(error).splitlines()[0])
+            first: BaseException = error
+            while first.__context__ is not None:  # the end of a capture that failed raises an error of its own
+                first = first.__context__
+            log.warning("decode steps run without CUDA graphs", reason=f"{type(first).__name__}: {first}"[:200])
 
     def _use_tiles(self, max_rows: int) -> None:
         self._go_to(max(self._streams))

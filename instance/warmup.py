@@ -29,9 +29,8 @@ def warm_up(model: Model, storage: KVStorage, backend: str, max_rows: int) -> No
     device = model.device
     try:
         with torch.inference_mode():
-            if model.has_mixtures:
-                for bits in range(max_rows.bit_length()):  # which have other kernels for other numbers of rows
-                    run_step(model, 1 << bits, 1)
+            for rows in model.mixture_rows(max_rows):
+                run_step(model, rows, 1)
             # rows of texts that are shorter than a window see all, and kernels for that are others
             sights = [model.shape.sights, (FULL,) * len(model.shape.sights)] if set(model.shape.sights) != {FULL} else [(FULL,)]
             for (num_decodes, num_chunk_rows), seen in product(((1, 0), (1, _CHUNK_ROWS)), sights):
@@ -44,6 +43,7 @@ def warm_up(model: Model, storage: KVStorage, backend: str, max_rows: int) -> No
         model.context.attention = None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # lanes have streams of their own, to which torch gives nothing that another has freed
 
 
 class _MadeUpStep:

@@ -102,7 +102,7 @@ class ExpertWeights:
 
 
 def route(logits_TX: torch.Tensor, top_k: int, *, normalise: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of each row `[T, top_k]` int32, the likeliest first, and their weights `[T, top_k]` in the logits' dtype.
+    """The experts of each row `[T, top_k]` int32, the likeliest first, and their weights `[T, top_k]` in fp32.
 
     The weights are softmax over all experts, in fp32; with `normalise` divided by their sum (Mixtral, Qwen3-MoE), which is
     softmax over the chosen ones (gpt-oss). Of equal logits the lower index comes first; NaN counts as the largest.
@@ -166,7 +166,7 @@ def _route_torch(logits_TX: torch.Tensor, top_k: int, normalise: bool) -> tuple[
     weights_TS = full_TX.softmax(-1).gather(1, experts_TS)
     if normalise:
         weights_TS = full_TX.gather(1, experts_TS).softmax(-1)
-    return experts_TS.int(), weights_TS.to(logits_TX.dtype)
+    return experts_TS.int(), weights_TS
 
 
 def _mix_experts_torch(

@@ -147,14 +147,14 @@ def _route_kernel(  # type: ignore[no-untyped-def]
         total = tl.sum(tl.where(x_X < X, tl.exp(logit_X - largest), 0.0), 0)
     to_S = row * S + s_S
     tl.store(experts_ptr + to_S, expert_S, mask=s_S < S)
-    tl.store(weights_ptr + to_S, (part_S / total).to(weights_ptr.dtype.element_ty), mask=s_S < S)
+    tl.store(weights_ptr + to_S, part_S / total, mask=s_S < S)
 
 
 def route(logits_TX: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.experts.route`."""
     num_rows, num_experts = logits_TX.shape
     experts_TS = torch.empty((num_rows, top_k), dtype=torch.int32, device=logits_TX.device)
-    weights_TS = logits_TX.new_empty((num_rows, top_k))
+    weights_TS = torch.empty((num_rows, top_k), dtype=torch.float32, device=logits_TX.device)
     dependent = has_dependent_launch(logits_TX.device)
     if num_rows:
         _route_kernel[(num_rows,)](
@@ -507,8 +507,7 @@ def _group(experts_TS: torch.Tensor, num_experts: int, block_m: int) -> _Groups:
     # as many as there may be: each expert's last tile holds one pair at least
     most = min(num_pairs, (num_pairs + (block_m - 1) * min(num_pairs, num_experts)) // block_m)
     groups = _Groups(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in ((most, block_m), (most,), (1,))))
-    # a number a thread at least: where threads hold the same ones, histograms have counted them twice (Triton #7938)
-    chunk = min(_CHUNK_PAIRS, max(128, triton.next_power_of_2(num_pairs)))
+    chunk, most_chunks, most_tiles = _grouping(num_pairs, block_m)
     chunks = triton.cdiv(num_pairs, chunk)
     bins = max(128, triton.next_power_of_2(num_experts + 1))
     dependent = has_dependent_launch(device)
@@ -520,11 +519,34 @@ def _group(experts_TS: torch.Tensor, num_experts: int, block_m: int) -> _Groups:
         )  # fmt: skip
     _group_kernel[(num_experts, chunks)](
         experts_TS, counts_CB, groups.pairs_tM, groups.tile_experts_t, groups.num_tiles_1, num_pairs, chunks,
-        X=num_experts, BINS=bins, CHUNK=chunk, CHUNKS=triton.next_power_of_2(chunks), BLOCK_M=block_m,
-        TILES=triton.next_power_of_2(triton.cdiv(chunk * triton.next_power_of_2(chunks), block_m)),
+        X=num_experts, BINS=bins, CHUNK=chunk, CHUNKS=most_chunks, BLOCK_M=block_m, TILES=most_tiles,
         DEPENDENT=dependent, num_warps=8 if chunk >= 2048 else 4, launch_pdl=dependent,
     )  # fmt: skip
     return groups
+
+
+def _grouping(num_pairs: int, block_m: int) -> tuple[int, int, int]:
+    """Pairs of a chunk, and powers of two that are no less than the number of chunks and of an expert's tiles."""
+    # a number a thread at least: where threads hold the same ones, histograms have counted them twice (Triton #7938)
+    chunk = min(_CHUNK_PAIRS, max(128, triton.next_power_of_2(num_pairs)))
+    chunks = triton.next_power_of_2(triton.cdiv(num_pairs, chunk))
+    return chunk, chunks, triton.next_power_of_2(triton.cdiv(chunk * chunks, block_m))
+
+
+def rows_of_each_kernel(most: int, top_k: int, weights: ExpertWeights) -> list[int]:
+    """Up to `most` rows, for each way in which `mix_experts` compiles its kernels a number of rows that takes it."""
+    num_experts, dtype = weights.num_experts, weights.down_XEI.dtype
+    found: dict[object, int] = {}
+    for rows in range(1, min(most, MOST_ROWS) + 1):
+        key: object = "pairs"
+        if not uses_pairs(rows):
+            configs = [
+                group_config(rows * top_k, num_experts, summed, dtype)
+                for summed in (weights.hidden_size, weights.intermediate_size)
+            ]
+            key = (*configs, _grouping(rows * top_k, configs[0].block_m))
+        found.setdefault(key, rows)
+    return list(found.values())
 
 
 def _product(

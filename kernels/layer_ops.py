@@ -23,6 +23,7 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
+    "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
 }
 """Of gates, by the names that `gated` knows."""

@@ -178,6 +178,8 @@ def activated(gate, up, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-de
     full = gate.to(tl.float32)
     if ACTIVATION == "silu":
         active = full / (1 + tl.exp(-full))
+    elif ACTIVATION == "gelu":
+        active = 0.5 * full * (1 + tl.erf(full * 0.7071067811865476))  # 1 / sqrt(2)
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh")
         inner = 0.7978845608028654 * (full + 0.044715 * full * full * full)  # sqrt(2 / pi)

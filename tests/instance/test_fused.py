@@ -12,6 +12,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
@@ -34,6 +35,8 @@ KNOWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2, biases": (Qwen2Config, {}),
     "qwen3, head norms": (Qwen3Config, {"head_dim": 16}),
     "llama, biases everywhere": (LlamaConfig, {"attention_bias": True}),
+    "llama, GELU": (LlamaConfig, {"hidden_act": "gelu"}),
+    "mixtral, weights in fp32": (MixtralConfig, {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "gemma, norms that add one": (GemmaConfig, {"head_dim": 16}),
     "gemma2, norms of what is added, capped logits": (Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 2.0}),
     "qwen3_moe, experts": (
@@ -62,6 +65,7 @@ KNOWN: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama, another activation": (LlamaConfig, {"hidden_act": "relu"}),
+    "mixtral, another activation of experts": (MixtralConfig, {"num_local_experts": 6, "hidden_act": "gelu"}),
     "granite, scaled residuals": (GraniteConfig, {"residual_multiplier": 0.5}),
     "granite, scaled logits": (GraniteConfig, {"logits_scaling": 8.0}),
     "granite, scaled embeddings": (GraniteConfig, {"embedding_multiplier": 12.0}),

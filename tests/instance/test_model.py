@@ -103,7 +103,7 @@ def test_logits_of_chosen_rows_are_those_that_transformers_gives_them(config: An
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_known_shapes_load(kind: str, tmp_path: Path) -> None:
     model = load_model(make_model(kind, tmp_path), torch.float32, torch.device("cpu"))
-    heads = (4, 1, 40) if kind.startswith("deepseek") else (4, 2, 16)
+    heads = (4, 1, 48) if kind.startswith("deepseek") else (4, 2, 16)
     assert (model.shape.num_heads, model.shape.num_kv_heads, model.shape.head_dim) == heads
     assert model.max_context == 512
     again = load_model(tmp_path, torch.float32, torch.device("cpu"))

@@ -72,7 +72,7 @@ def mix64(x_TE: torch.Tensor, experts_TS: torch.Tensor, weights_TS: torch.Tensor
 def test_routes(rows: int, num_experts: int, top_k: int, normalise: bool, dtype: torch.dtype, backend: str) -> None:
     logits_TX = (3 * torch.randn(rows, num_experts, device=DEVICE)).to(dtype)
     experts_TS, weights_TS = route(logits_TX, top_k, normalise=normalise, backend=backend)
-    assert experts_TS.dtype == torch.int32 and weights_TS.dtype == dtype
+    assert experts_TS.dtype == torch.int32 and weights_TS.dtype == torch.float32
     order_TX = torch.sort(logits_TX, dim=-1, descending=True, stable=True).indices
     assert torch.equal(experts_TS.long(), order_TX[:, :top_k])
     want_TS = logits_TX.double().softmax(-1).gather(1, experts_TS.long())
@@ -276,3 +276,40 @@ def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
         assert taken["programs"] * (taken["shared"] + 1024) <= 228 * 1024, product
         assert taken["wide_bytes"] >= taken["tile_bytes"], product
         assert (taken["wgmma"] > 0) == (taken["block_m"] >= 64), product
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "most"), [(128, 8, 1600), (32, 4, 800), (8, 2, 4)])
+def test_what_is_warmed_up_is_all_that_rows_compile(
+    num_experts: int, top_k: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the constants that kernels are launched with: nothing may be compiled once an instance is ready."""
+    from kernels import experts_triton
+
+    launched: set[object] = set()
+
+    class Noted:
+        def __init__(self, kernel: str) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *_, **constants: launched.add((self._kernel, *constants.items()))
+
+    kernels = [name for name in vars(experts_triton) if name.startswith("_") and name.endswith("_kernel")]
+    assert len(kernels) >= 7
+    for name in kernels:
+        monkeypatch.setattr(experts_triton, name, Noted(name))
+    weights = make_weights((num_experts, 64, 32), Gate(), torch.float16, transposed=False, biased=False)
+
+    def mix(rows: int) -> None:
+        experts_TS = torch.zeros((rows, top_k), dtype=torch.int32, device=DEVICE)
+        x_TE, weights_TS = torch.empty(rows, 64, dtype=torch.float16, device=DEVICE), torch.empty(rows, top_k, device=DEVICE)
+        mix_experts(x_TE, experts_TS, weights_TS, weights, backend="triton")
+
+    chosen = experts_triton.rows_of_each_kernel(most, top_k, weights)
+    assert max(chosen) <= most and len(chosen) < 20
+    for rows in chosen:
+        mix(rows)
+    warm = frozenset(launched)
+    for rows in range(1, most + 1):
+        mix(rows)
+    assert launched == warm
