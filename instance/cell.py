@@ -121,8 +121,11 @@ class EpochGroup:
 
     def close(self) -> None:
         """Leave at once, without waiting for the others: whoever waits for a row, here or there, is let go with an error."""
-        if self._device.type == "cpu" and self._size > 1:
-            # Gloo's abort lets nobody go; but one wait that misses its deadline closes all of a process's connections
-            with suppress(RuntimeError):
-                self._group.recv([torch.empty(1)], int(self._rank == 0), _NOBODYS_TAG).wait(timedelta(milliseconds=1))
+        if self._device.type == "cpu":
+            # Gloo's abort lets nobody go; but one wait that misses its deadline closes all of a process's connections. One for
+            # a member that is gone fails at once, and closes nothing: so there is one for each.
+            for peer in range(self._size):
+                if peer != self._rank:
+                    with suppress(RuntimeError):
+                        self._group.recv([torch.empty(1)], peer, _NOBODYS_TAG).wait(timedelta(milliseconds=1))
         self._group.abort()
