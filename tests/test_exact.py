@@ -109,7 +109,7 @@ async def test_latents_and_plain_heads_say_the_same(
             while size > 1 and not (counters := (await service.client.stats()).counters).rows_dispatched:
                 await asyncio.sleep(0.1)
     if size > 1:  # heads x (width in fp32, and an lse for each)
-        query, state = (4 * 40 * 4, 4 * (32 * 4 + 4)) if kv_format == "auto" else (4 * 24 * 4, 4 * (24 * 4 + 4))
+        query, state = (4 * 48 * 4, 4 * (32 * 4 + 4)) if kv_format == "auto" else (4 * 32 * 4, 4 * (32 * 4 + 4))
         assert counters.query_bytes % (2 * query) == counters.partial_bytes % (2 * state) == 0
 
 
