@@ -61,13 +61,15 @@ async def test_split_decodes_where_it_does_not_compute(started: Processes, model
             await stream.reach(1)
             moved = await until(client, lambda s: s.requests["s"].home == 0 or s.requests["s"].finish_reason is not None)
             assert moved.requests["s"].home == 0, "it never went where rows are decoded"
+            assert moved.requests["s"].finish_reason is None, "it went there only when all was over"
+            until_moved = moved.requests["s"].generated_tokens + 1  # the last travels with the home
             followed = await until(client, lambda s: s.counters.blocks_copied >= 600 // 16)
             assert followed.requests["s"].finish_reason is None, "its KV followed only when all was over"
             await stream.is_right(expected)
             stats = await until(client, lambda s: sum(i.counters.tokens_generated for i in s.instances) == 200)
             by_instance = {i.rank: (i.counters.tokens_prefilled, i.counters.tokens_generated) for i in stats.instances}
             assert by_instance[0][0] == 0, "a prompt ran where rows are decoded"
-            assert by_instance[1][1] <= 8, "rows were decoded where prompts run"
+            assert by_instance[1][1] <= until_moved, "rows were decoded where prompts run"
             await at_rest(client)
 
 
