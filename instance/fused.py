@@ -73,16 +73,13 @@ class _Pending:
 class FusedDecoder:
     """The layers of one model, from token ids to logits of chosen rows."""
 
-    def __init__(self, module: PreTrainedModel, layers: list[Layer], backend: str, max_context: int) -> None:
-        """`layers`: of `instance.layers.read_layers`. Raises ValueError if the model's last norm is of no known kind."""
+    def __init__(self, module: PreTrainedModel, layers: list[Layer], final_norm: Norm, backend: str, max_context: int) -> None:
+        """`layers`: of `instance.layers.read_layers`."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         self._module: Any = module
         self._embed: nn.Module = base.embed_tokens
         self._rotary: nn.Module = base.rotary_emb
-        norm = norm_of(base.norm)
-        if norm is None:
-            raise ValueError("the last norm is of no known kind")
-        self._final_norm = norm
+        self._final_norm = final_norm
         self._head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._soft_cap: float = getattr(module.config.get_text_config(), "final_logit_softcapping", None) or 0.0
         self._backend = backend
@@ -95,8 +92,11 @@ class FusedDecoder:
     def of(module: PreTrainedModel, backend: str, max_context: int) -> "FusedDecoder | None":
         """Of a model that `has_known_parts`, whose weights are merged; None if what they compute is of no known kind."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
-        layers = None if norm_of(base.norm) is None else read_layers(module)
-        return None if layers is None else FusedDecoder(module, layers, backend, max_context)
+        final_norm = norm_of(base.norm)
+        layers = None if final_norm is None else read_layers(module)
+        if final_norm is None or layers is None:
+            return None
+        return FusedDecoder(module, layers, final_norm, backend, max_context)
 
     @property
     def num_layers(self) -> int:

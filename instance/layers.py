@@ -10,7 +10,7 @@ Shape suffixes: T rows, E hidden size, D head dim, H query heads.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,12 +127,19 @@ def read_layers(module: PreTrainedModel) -> list[Layer] | None:
     """
     base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
     layers: list[Any] = list(base.layers)
-    if any(norm_of(norm) is None for layer in layers for norm in _norms(layer)):
-        return None
-    feeds = [_mixture(layer.mlp) if _is_mixture(layer.mlp) else _activation_of(layer.mlp.act_fn, layer.mlp) for layer in layers]
-    if any(feed is None for feed in feeds):
-        return None
-    return [_read(layer, kind) for layer, kind in zip(layers, _rotary_kinds(module, len(layers)), strict=True)]
+    norms: dict[nn.Module, Norm] = {}
+    feeds: list[Mixture | str] = []
+    for layer in layers:
+        for part in _norms(layer):
+            if (norm := norm_of(part)) is None:
+                return None
+            norms[part] = norm
+        feed = _mixture(layer.mlp) if _is_mixture(layer.mlp) else _activation_of(layer.mlp.act_fn, layer.mlp)
+        if feed is None:
+            return None
+        feeds.append(feed)
+    kinds = _rotary_kinds(module, len(layers))
+    return [_read(layer, kind, norms, feed) for layer, kind, feed in zip(layers, kinds, feeds, strict=True)]
 
 
 def norm_of(module: nn.Module) -> Norm | None:
@@ -223,7 +230,8 @@ def _rotary_kinds(module: PreTrainedModel, num_layers: int) -> list[str | None]:
     return list(module.config.get_text_config().layer_types)
 
 
-def _read(layer: Any, rotary: str | None) -> Layer:
+def _read(layer: Any, rotary: str | None, norms: Mapping[nn.Module, Norm], feed: Mixture | str) -> Layer:
+    """`feed`: of a dense layer the name of its activation."""
     attention = layer.self_attn
     qkv, qkv_bias = _merge_rows([attention.q_proj, attention.k_proj, attention.v_proj])
     is_gemma = hasattr(layer, "pre_feedforward_layernorm")
@@ -231,31 +239,23 @@ def _read(layer: Any, rotary: str | None) -> Layer:
     return Layer(
         module=layer,
         rotary=rotary,
-        input_norm=_known(layer.input_layernorm),
+        input_norm=norms[layer.input_layernorm],
         qkv=qkv,
         qkv_bias=qkv_bias,
-        q_norm=_known(attention.q_norm) if has_head_norms else None,
-        k_norm=_known(attention.k_norm) if has_head_norms else None,
+        q_norm=norms[attention.q_norm] if has_head_norms else None,
+        k_norm=norms[attention.k_norm] if has_head_norms else None,
         sinks_H=getattr(attention, "sinks", None),
         out=attention.o_proj.weight,
         out_bias=attention.o_proj.bias,
-        attention_norm=_known(layer.post_attention_layernorm) if is_gemma else None,
-        feed_input_norm=_known(layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm),
-        feed=_mixture(layer.mlp) or _dense(layer.mlp),
-        feed_norm=_known(layer.post_feedforward_layernorm) if is_gemma else None,
+        attention_norm=norms[layer.post_attention_layernorm] if is_gemma else None,
+        feed_input_norm=norms[layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm],
+        feed=_dense(layer.mlp, feed) if isinstance(feed, str) else feed,
+        feed_norm=norms[layer.post_feedforward_layernorm] if is_gemma else None,
     )
 
 
-def _known(module: nn.Module) -> Norm:
-    norm = norm_of(module)
-    assert norm is not None  # `read_layers` has tried it
-    return norm
-
-
-def _dense(mlp: Any) -> Dense:
+def _dense(mlp: Any, activation: str) -> Dense:
     gate_up, _ = _merge_rows([mlp.gate_proj, mlp.up_proj])
-    activation = _activation_of(mlp.act_fn, mlp)
-    assert activation is not None  # `read_layers` has tried it
     return Dense(gate_up, mlp.down_proj.weight, activation)
 
 
@@ -327,12 +327,10 @@ def _experts_of(experts: Any) -> ExpertWeights | None:
 
 
 def _mixture(mlp: Any) -> Mixture | None:
-    """A mixture whose gate and router are of a known kind, by what they make of random rows; None: `mlp` is something else.
+    """An MLP that `_is_mixture`, whose gate and router are of a known kind by what they make of random rows; None: of none.
 
     What its experts compute is compared with the layer (`FusedDecoder.agrees`).
     """
-    if not _is_mixture(mlp):
-        return None
     router = _router(mlp)
     weights, normalise = _experts_of(mlp.experts), _normalises(router)
     if weights is None or normalise is None:

@@ -97,28 +97,24 @@ class _MadeUpStep:
     ) -> torch.Tensor:
         kv_2BPKD = self._cleared(layer)
         store_kv(k_TKD, None if self._shape.value_dim else v_TKD, kv_2BPKD, self._slots_T, backend=self._backend)
-        out_THD = self._attend(layer, q_THD, kv_2BPKD)
-        if sinks_H is not None:
-            apply_sinks(out_THD, self._lse_TH, sinks_H, backend=self._backend)
-        return out_THD
+        return self._attend(layer, q_THD, kv_2BPKD, sinks_H)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         kv_2BPKD = self._cleared(layer)
         q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend)
-        out_THD = self._attend(layer, q_THD, kv_2BPKD)
-        if rows.sinks_H is not None:
-            apply_sinks(out_THD, self._lse_TH, rows.sinks_H, backend=self._backend)
-        return out_THD
+        return self._attend(layer, q_THD, kv_2BPKD, rows.sinks_H)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         rows.rotate_and_store(self._shape.num_heads, self._cleared(layer), self._slots_T, self._backend)
 
-    def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor) -> torch.Tensor:
+    def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         scoring, attention = self._shape.layer(layer).scoring, self._attentions[self._shape.group(layer)]
         out_THD = q_THD.new_empty((*q_THD.shape[:2], self._shape.out_dim))
         lse_TH = self._lse_TH
         attention.run(q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH, soft_cap=scoring.soft_cap)
         merge_states(out_THD, lse_TH, out_THD[:1].clone(), lse_TH[:1].clone(), self._merge, backend=self._backend)
+        if sinks_H is not None:
+            apply_sinks(out_THD, lse_TH, sinks_H, backend=self._backend)
         kv_2BPKD[:, 0] = 0
         return out_THD
 
