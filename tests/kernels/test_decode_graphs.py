@@ -13,7 +13,15 @@ from unittest import mock
 import pytest
 import torch
 from msgspec import structs
-from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, MiniCPM3Config, MinistralConfig, OlmoeConfig
+from transformers import (
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MiniCPM3Config,
+    MinistralConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+)
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange
@@ -59,163 +67,92 @@ def own_stream() -> Iterator[None]:
         yield
 
 
+def made(config: type[PretrainedConfig], *, norms: float = 1.0, **more: Any) -> Model:
+    """A tiny model of random weights, fused if it can be; `norms`: what their weights are about."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 97,
+        "max_position_embeddings": 512,
+    }
+    model = random_model(config(**(sizes | more)), torch.float32, DEVICE, seed=2)
+    for name, parameter in model.module.named_parameters():
+        parameter.data.normal_(norms if "norm" in name else 0.0, 0.2)
+    model.fuse("triton")
+    return model
+
+
 @pytest.fixture(scope="module")
 def model() -> Model:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-        max_position_embeddings=512,
-    )
-    made = random_model(config, torch.float32, DEVICE, seed=2)
-    for name, parameter in made.module.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    made.fuse("triton")
-    assert made.fused is not None
-    return made
+    llama = made(LlamaConfig)
+    assert llama.fused is not None
+    return llama
 
 
 @pytest.fixture(scope="module")
 def windowed() -> Model:
     """Of two groups: windows in the first of its layers only."""
-    made = random_model(
-        MinistralConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=97,
-            max_position_embeddings=512,
-            sliding_window=21,
-            layer_types=["sliding_attention", "full_attention"],
-        ),
-        torch.float32,
-        DEVICE,
-        seed=2,
-    )
-    for name, parameter in made.module.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    made.fuse("triton")
-    assert made.fused is not None
-    return made
+    ministral = made(MinistralConfig, head_dim=16, sliding_window=21, layer_types=["sliding_attention", "full_attention"])
+    assert ministral.fused is not None
+    return ministral
 
 
 @pytest.fixture(scope="module")
 def sinks() -> Model:
     """Experts, sinks in each layer."""
-    made = random_model(
-        GptOssConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=97,
-            max_position_embeddings=512,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            layer_types=["full_attention"] * 2,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        ),
-        torch.float32,
-        DEVICE,
-        seed=2,
+    gpt_oss = made(
+        GptOssConfig,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
-    for name, parameter in made.module.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    made.fuse("triton")
-    assert made.fused is not None
-    return made
+    assert gpt_oss.fused is not None
+    return gpt_oss
 
 
 @pytest.fixture(scope="module")
 def other() -> Model:
     """Experts, and norms of all heads' queries and keys together: as transformers has them, but for the experts."""
-    made = random_model(
-        OlmoeConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=97,
-            max_position_embeddings=512,
-            num_experts=4,
-            num_experts_per_tok=2,
-            pad_token_id=None,
-            eos_token_id=None,
-        ),
-        torch.float32,
-        DEVICE,
-        seed=2,
-    )
-    for name, parameter in made.module.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    made.fuse("triton")
-    assert made.fused is None
-    return made
+    olmoe = made(OlmoeConfig, num_experts=4, num_experts_per_tok=2, pad_token_id=None, eos_token_id=None)
+    assert olmoe.fused is None
+    return olmoe
 
 
 @pytest.fixture(scope="module")
 def latents() -> Model:
     """Latent KV; as transformers has it."""
-    made = random_model(
-        MiniCPM3Config(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            vocab_size=97,
-            max_position_embeddings=512,
-            q_lora_rank=24,
-            kv_lora_rank=32,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=16,
-            v_head_dim=16,
-        ),
-        torch.float32,
-        DEVICE,
-        seed=2,
+    minicpm = made(
+        MiniCPM3Config,
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
     )
-    for name, parameter in made.module.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    assert made.shape.value_dim == 32
-    return made
+    assert minicpm.fused is None
+    assert minicpm.shape.value_dim == 32
+    return minicpm
 
 
 @pytest.fixture(scope="module")
 def gemma() -> Model:
     """Norms of what layers add, two kinds of rotary frequencies, capped logits; windows in one layer."""
-    made = random_model(
-        Gemma3TextConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=97,
-            max_position_embeddings=512,
-            sliding_window=21,
-            final_logit_softcapping=9.0,
-            layer_types=["sliding_attention", "full_attention"],
-        ),
-        torch.float32,
-        DEVICE,
-        seed=2,
+    gemma = made(
+        Gemma3TextConfig,
+        norms=0.0,  # weights are counted from one
+        head_dim=16,
+        sliding_window=21,
+        final_logit_softcapping=9.0,
+        layer_types=["sliding_attention", "full_attention"],
     )
-    for parameter in made.module.parameters():
-        parameter.data.normal_(0.0, 0.2)
-    made.fuse("triton")
-    assert made.fused is not None
-    return made
+    assert gemma.fused is not None
+    return gemma
 
 
 def storage_of(model: Model, seed: int) -> KVStorage:

@@ -1,11 +1,7 @@
 """Mixtures of experts of both backends against float64, and in fp32 against transformers' own modules."""
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from torch.nn import functional
 from kernels.experts import ExpertWeights, Gate, mix_experts, route
 from tests.kernels.test_layer_ops import CLOSE, DTYPES, near
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU
+from tests.support.compiling import compiled
 
 GPT_OSS = Gate(alpha=1.702, limit=0.7, up_offset=1.0, interleaved=True)  # a limit that small values reach, too
 GATES = {"silu": Gate(), "gelu": Gate("gelu_tanh", limit=0.5), "gpt-oss": GPT_OSS, "turns": Gate(interleaved=True)}
@@ -261,16 +258,7 @@ def test_refusals() -> None:
 
 def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
     """By the compiler, for Hopper: all fit, weights come 16 bytes at a time, and tiles of 64 rows and more meet in wgmma."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compiled_experts"],
-        cwd=Path(__file__).resolve().parents[2],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found: dict[str, dict[str, int]] = json.loads(done.stdout)
+    found: dict[str, dict[str, int]] = compiled("tests.support.compiled_experts", tmp_path)
     assert len(found) == 2 * 2 * 4  # products, shapes, ways through
     for product, taken in found.items():
         assert taken["programs"] * (taken["shared"] + 1024) <= 228 * 1024, product

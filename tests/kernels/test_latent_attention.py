@@ -1,10 +1,6 @@
 """Latent KV, one row as key and value of a token, against dense float64 attention, in layouts made to be awkward."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -27,6 +23,7 @@ from kernels.reference import attention_state
 from kernels.segments import AttentionSizes, Scoring, Segment
 from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, Case, cases, check, check_state, mixed_case, union
+from tests.support.compiling import compiled
 
 HEADS = [(4, 1), (7, 1), (80, 1)]
 """80 are cut into two head tiles."""
@@ -212,16 +209,7 @@ def test_a_tiny_deepseek_by_these_kernels() -> None:
 
 def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
     """By the compiler, for Hopper: two tiles are under way, and as many programs fit as are launched."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compiled"],
-        cwd=Path(__file__).resolve().parents[2],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found: dict[str, tuple[int, int, int]] = json.loads(done.stdout)
+    found: dict[str, tuple[int, int, int]] = compiled("tests.support.compiled", tmp_path)
     assert len(found) == 4
     for kernel, (shared, programs, tile) in found.items():
         assert programs * (shared + 1024) <= 228 * 1024, kernel
