@@ -49,6 +49,7 @@ from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rot
 from instance.sights import ruled_as
 from kernels.experts import ExpertWeights
 from kvstore.sight import FULL, Sight
+from kvstore.storage import KVStorage
 
 ATTENTION = "distattn"
 """Our attention's name in transformers."""
@@ -211,6 +212,21 @@ class Model:
     def token_bytes(self) -> int:
         """Bytes of one token's KV in all layers."""
         return self.num_layers * self.shape.layer_token_bytes
+
+    def make_storage(self, num_blocks: int, block_size: int) -> KVStorage:
+        """A pool for its KV. Raises ValueError or MemoryError as `KVStorage`."""
+        shape = self.shape
+        return KVStorage(
+            num_layers=shape.layers_of_block(self.num_layers),
+            places=shape.places(self.num_layers),
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            parts=shape.parts,
+            dtype=shape.dtype,
+            device=self.device,
+        )
 
     def reach(self) -> int:
         """Tokens that a row attends to at the cost of the rest of the model.

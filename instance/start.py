@@ -178,19 +178,8 @@ def _needs(config: InstanceConfig, model: Model) -> Needs:
 
 
 def _make_storage(config: InstanceConfig, model: Model, needs: Needs) -> KVStorage:
-    shape = model.shape
     try:
-        return KVStorage(
-            num_layers=shape.layers_of_block(model.num_layers),
-            places=shape.places(model.num_layers),
-            num_blocks=needs.kv.blocks(config.num_blocks * config.block_size),
-            block_size=config.block_size,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            parts=shape.parts,
-            dtype=shape.dtype,
-            device=model.device,
-        )
+        return model.make_storage(needs.kv.blocks(config.num_blocks * config.block_size), config.block_size)
     except (MemoryError, RuntimeError) as error:  # torch's out of memory is a RuntimeError, on a GPU and on the CPU
         tokens = config.num_blocks * config.block_size
         needed = needs.kv.bytes_of(tokens)

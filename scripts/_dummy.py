@@ -40,18 +40,7 @@ def pool_tokens(model: Model, chunk_tokens: int, cell_size: int) -> int:
 
 def make_storage(model: Model, kv_tokens: int, num_blocks: int = 0) -> KVStorage:
     """A pool of random KV: `num_blocks`, or such that one sequence of so many tokens fits. Afterwards all is warm."""
-    shape = model.shape
-    storage = KVStorage(
-        num_layers=shape.layers_of_block(model.num_layers),
-        places=shape.places(model.num_layers),
-        num_blocks=num_blocks or kv_tokens // BLOCK,
-        block_size=BLOCK,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        parts=shape.parts,
-        dtype=shape.dtype,
-        device=model.device,
-    )
+    storage = model.make_storage(num_blocks or kv_tokens // BLOCK, BLOCK)
     for layer_2BPKD in storage.data_L2BPKD:
         for piece in torch.split(layer_2BPKD.view(-1), 1 << 28):
             piece.normal_(std=STD)

@@ -20,7 +20,6 @@ from transformers import AutoConfig
 from instance.cell import open_store
 from instance.model import random_model
 from instance.warmup import warm_up
-from kvstore.storage import KVStorage
 
 PROMPTS = (300, 65, 7, 128, 1000)
 NEW = 40
@@ -66,18 +65,7 @@ def main() -> None:
     for parameter in model.module.parameters():
         parameter.data.mul_(3)  # away from ties
     assert (model.fuse("triton") is None) == (kind != "minicpm3")
-    shape = model.shape
-    storage = KVStorage(
-        num_layers=shape.layers_of_block(model.num_layers),
-        places=shape.places(model.num_layers),
-        num_blocks=400,
-        block_size=BLOCK,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        parts=shape.parts,
-        dtype=torch.float32,
-        device=device,
-    )
+    storage = model.make_storage(400, BLOCK)
     warm_up(model, storage, "triton", 256)
     meeting = torch.distributed.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
