@@ -27,11 +27,12 @@ from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
 from instance.errors import EpochEnded, InstanceError, UnsupportedModel, WasDrained
+from instance.follower import follow
 from instance.memory import TooLittleMemory
 from instance.processors import queues_of_their_own
 from instance.server import Instance
 from instance.sharing import SPLITS
-from instance.start import load, make_instance
+from instance.start import lead, load
 
 T = TypeVar("T")
 
@@ -71,6 +72,13 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         default="auto",
         choices=settings.KV_FORMATS,
         help="of a model with latent attention: latents, or with plain the keys and values of all its heads (%(default)s)",
+    )
+    parser.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of this torchrun, one GPU each, between which the model and the KV of an instance are split (%(default)s)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--gpu", type=int, help="index of its GPU, among those that are seen (LOCAL_RANK)")
@@ -136,10 +144,15 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     logs.add_flags(parser)
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    for flag, given, place in (("--gpu", args.gpu, launch.local_rank), ("--id", args.id, launch.rank)):
-        if given is not None and place > 0:
+    launch, place = launch.split(args.tp)
+    if launch.local_rank < place.part:
+        raise ValueError(
+            f"--tp {args.tp}: the ranks of an instance are of one machine, and this torchrun has {launch.local_rank + 1} here"
+        )
+    for flag, given, number in (("--gpu", args.gpu, launch.local_rank - place.part), ("--id", args.id, launch.rank)):
+        if given is not None and number > 0:
             raise ValueError(f"{flag} {given} is one instance's, and this torchrun has several: start one torchrun for each")
-    index = _given(args.gpu, launch.local_rank)
+    index = launch.local_rank if args.gpu is None else args.gpu + place.part
     if gpu and torch.cuda.device_count() <= index:
         name = "LOCAL_RANK" if args.gpu is None else "--gpu"
         raise ValueError(f"{name} {index} finds no CUDA device: {torch.cuda.device_count()} are seen")
@@ -177,6 +190,8 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         cell_size=cell_size,
         id=args.id,
         role=settings.role_of(args.role, launch.rank, launch.world_size),
+        place=place,
+        meeting=None if place.parts == 1 else settings.meeting_of(launch),
         cache_dir=args.cache_dir,
         connect_timeout_s=args.connect_timeout_s,
         log_level=args.log_level,
@@ -215,7 +230,18 @@ async def serve(config: InstanceConfig) -> None:
     if asked.done():
         log.info("asked to end while the model was being loaded", signal=asked.result())
         return
-    instance = make_instance(config, loading.result(), ZmqTransport())
+    loaded, transport = loading.result(), ZmqTransport()
+    if config.place.part:
+        await follow(config, loaded, transport)
+        return
+    leading = asyncio.create_task(lead(config, loaded, transport))
+    ready: list[asyncio.Future[Any]] = [leading, asked]
+    await asyncio.wait(ready, return_when=asyncio.FIRST_COMPLETED)
+    if not leading.done():
+        leading.cancel()
+        log.info("asked to end while the other ranks were waited for", signal=asked.result())
+        return
+    instance = leading.result()
     try:
         await instance.run()
     except WasDrained as left:

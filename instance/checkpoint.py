@@ -181,7 +181,9 @@ def load_whole(folder: Path, name: str, **options: Any) -> "PreTrainedModel":
     )
     _refuse_made_up(found, name)
     if unexpected := found["unexpected_keys"]:
-        log.warning("weights that the model has no place for", model=name, weights=len(unexpected), first=_first(unexpected))
+        log.warning(
+            "weights that the model has no place for", model=name, weights=len(unexpected), first=some_names(unexpected)
+        )
     return module
 
 
@@ -207,7 +209,9 @@ def dequantise_experts(config: "PretrainedConfig", folder: Path, dtype: torch.dt
         if not blocks or blocks != (*scales, _BLOCK_BYTES):
             torn.add(whole)
     if torn:
-        raise CheckpointError(f"{folder} has {len(torn)} packed weights whose blocks and scales don't match: {_first(torn)}")
+        raise CheckpointError(
+            f"{folder} has {len(torn)} packed weights whose blocks and scales don't match: {some_names(torn)}"
+        )
     settings: Any = config
     settings.quantization_config = {**settings.quantization_config, "dequantize": True}
     stored = "the type of the other weights" if dtype is None else str(dtype).removeprefix("torch.")
@@ -231,13 +235,14 @@ def weight_files(folder: Path) -> list[Path]:
 def _refuse_made_up(found: Mapping[str, Set[Any]], name: str) -> None:
     """`found`: what transformers says of a load, after tying."""
     if missing := found["missing_keys"]:
-        raise CheckpointError(f"{name} lacks {len(missing)} of the weights that its config asks for: {_first(missing)}")
+        raise CheckpointError(f"{name} lacks {len(missing)} of the weights that its config asks for: {some_names(missing)}")
     if differing := found["mismatched_keys"]:
         shown = {f"{key} ({tuple(stored)}, not {tuple(wanted)})" for key, stored, wanted in differing}
-        raise CheckpointError(f"{name} has {len(shown)} weights of other shapes than its config asks for: {_first(shown)}")
+        raise CheckpointError(f"{name} has {len(shown)} weights of other shapes than its config asks for: {some_names(shown)}")
 
 
-def _first(names: Set[str]) -> str:
+def some_names(names: Set[str]) -> str:
+    """The first of many weights, for a message."""
     return ", ".join(sorted(names)[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 

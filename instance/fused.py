@@ -7,6 +7,7 @@ Whether a model is made like that is decided by the names of its parts (`instanc
 Shape suffixes: T rows, S rows whose logits are wanted, E hidden size, D head dim, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from distattn.shape import AttentionShape, PackedRows
 from instance.layers import Dense, Layer, Mixture, norm_of, read_layers
+from instance.team import Team
 from kernels.layer_ops import Norm, add_rms_norm, linear, rms_norm, uses_gemv
 
 _CHECK_IDS = (0, 1, 5, 77)
@@ -73,30 +75,40 @@ class _Pending:
 class FusedDecoder:
     """The layers of one model, from token ids to logits of chosen rows."""
 
-    def __init__(self, module: PreTrainedModel, layers: list[Layer], final_norm: Norm, backend: str, max_context: int) -> None:
-        """`layers`: of `instance.layers.read_layers`."""
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        layers: list[Layer],
+        final_norm: Norm,
+        backend: str,
+        max_context: int,
+        team: Callable[[], Team | None],
+    ) -> None:
+        """`layers`: of `instance.layers.read_layers`. `team`: of the ranks whose parts this and others are, in this thread."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         self._module: Any = module
         self._embed: nn.Module = base.embed_tokens
         self._rotary: nn.Module = base.rotary_emb
         self._final_norm = final_norm
         self._head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._vocab_size: int = module.config.get_text_config().vocab_size
         self._soft_cap: float = getattr(module.config.get_text_config(), "final_logit_softcapping", None) or 0.0
         self._backend = backend
+        self._team = team
         # the last place, too: some models scale what stands far back
         self._check_positions = sorted({min(place, max_context - 1) for place in (0, 1, 5, max_context - 1)})
         self._layers = layers
         self._halves = self._has_halves()
 
     @staticmethod
-    def of(module: PreTrainedModel, backend: str, max_context: int) -> "FusedDecoder | None":
+    def of(module: PreTrainedModel, backend: str, max_context: int, team: Callable[[], Team | None]) -> "FusedDecoder | None":
         """Of a model that `has_known_parts`, whose weights are merged; None if what they compute is of no known kind."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         final_norm = norm_of(base.norm)
         layers = None if final_norm is None else read_layers(module)
         if final_norm is None or layers is None:
             return None
-        return FusedDecoder(module, layers, final_norm, backend, max_context)
+        return FusedDecoder(module, layers, final_norm, backend, max_context, team)
 
     @property
     def num_layers(self) -> int:
@@ -187,6 +199,8 @@ class FusedDecoder:
 
     def _logits_of(self, h_SE: torch.Tensor) -> torch.Tensor:
         logits_SV = linear(h_SE, self._head.weight, self._head.bias, backend=self._backend)
+        if (team := self._team()) is not None:
+            logits_SV = team.gather(logits_SV)[:, : self._vocab_size]
         return torch.tanh(logits_SV / self._soft_cap) * self._soft_cap if self._soft_cap else logits_SV
 
     def _run_layers(
@@ -231,16 +245,21 @@ class FusedDecoder:
         attention: PackedAttention,
     ) -> _Pending | None:
         """Adds the layer to `x_TE` in place, but for what it returns."""
-        backend = self._backend
+        backend, team = self._backend, self._team()
         rows = self._project(layer, x_TE, pending, rotary)
         out_TE = attention.run_packed(index, rows).view(len(x_TE), -1)
-        if layer.attention_norm is None and uses_gemv(len(x_TE), layer.out, backend):  # the sum rides along with the product
+        if team is None and layer.attention_norm is None and uses_gemv(len(x_TE), layer.out, backend):
+            # the sum rides along with the product
             linear(out_TE, layer.out, layer.out_bias, residual_TN=x_TE, backend=backend)
             h_TE = rms_norm(x_TE, layer.feed_input_norm, backend=backend)
         else:
             added_TE = linear(out_TE, layer.out, layer.out_bias, backend=backend)
+            if team is not None:
+                team.sum(added_TE)
             h_TE = add_rms_norm(added_TE, x_TE, layer.feed_input_norm, first=layer.attention_norm, backend=backend)
-        fed_TE = layer.feed.run(h_TE, x_TE if layer.feed_norm is None else None, backend)
+        fed_TE = layer.feed.run(h_TE, x_TE if team is None and layer.feed_norm is None else None, backend)
+        if team is not None and fed_TE is not None:
+            team.sum(fed_TE)
         return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm)
 
     def _project(self, layer: Layer, x_TE: torch.Tensor, pending: _Pending | None, rotary: Rotary) -> PackedRows:

@@ -120,6 +120,12 @@ def has_known_parts(module: PreTrainedModel) -> bool:
     )
 
 
+def has_dense_parts(module: PreTrainedModel) -> bool:
+    """Likewise, and no mixtures of experts among them."""
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    return has_known_parts(module) and all(_is_dense(layer.mlp) for layer in base.layers)
+
+
 def read_layers(module: PreTrainedModel) -> list[Layer] | None:
     """All layers of a decoder that `has_known_parts`, and merges their weights in place, one layer after the other.
 

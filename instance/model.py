@@ -45,8 +45,10 @@ from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
 from instance.layers import Mixture, bind_experts, experts_of_a_row, has_known_parts
+from instance.parts import bind_team, load_part
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
+from instance.team import Team
 from kernels.experts import ExpertWeights
 from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
@@ -65,9 +67,16 @@ _FOREIGN_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, 
 class Model:
     """A loaded causal language model: rows in, logits of chosen rows out."""
 
-    def __init__(self, module: PreTrainedModel, max_context: int | None = None, scaling: RopeScaling | None = None) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        max_context: int | None = None,
+        scaling: RopeScaling | None = None,
+        team: Team | None = None,
+    ) -> None:
         """`max_context`: tokens of the longest sequence served; None: as many as the config says. `scaling`: of its rotary
-        frequencies, as the config has it already; None: the model's own.
+        frequencies, as the config has it already; None: the model's own. `team`: of the ranks, if `module` is one's part
+        (`instance.parts`); they all make theirs, and call what runs layers, at once.
 
         Raises UnsupportedModel by the name of what can't be served exactly, as far as layers show it; `instance.exact` compares
         the whole.
@@ -82,7 +91,9 @@ class Model:
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         declared = longest_text(config, max_context)
-        self.context = AttentionContext()
+        self.context = AttentionContext(team)
+        if team is not None:
+            bind_team(module, self.vocab_size, self.context)
         self._base.forward = _unless_given(self._base.forward, self.context)
         _scale_by_place(module, self.context)
         self.device = module.device
@@ -154,7 +165,7 @@ class Model:
             return "their values are narrower than keys"
         self.context.attention = OwnRow(self.shape, backend)
         try:
-            fused = FusedDecoder.of(self.module, backend, self.max_context)
+            fused = FusedDecoder.of(self.module, backend, self.max_context, lambda: self.context.team)
             if fused is None:
                 return "their norms or activations are others than Llama's or Gemma's"
             with torch.inference_mode():
@@ -380,14 +391,20 @@ def load_model(
     device: torch.device,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
+    team: Team | None = None,
 ) -> Model:
-    """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own.
+    """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own. `team`: of the ranks
+    that share it, each of which loads its part.
 
     What its config says is looked at before its weights are. Raises UnsupportedModel, CheckpointError if it lacks a weight, or
     OSError if it lacks a file.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     max_context = _prepare(config, max_context, scaling)
+    if team is not None:
+        with _refusing_old_style(str(path)):
+            part, _ = load_part(path, config, team.place, dtype, device, _register())
+        return Model(part, max_context, scaling, team)
     dequantise_experts(config, path, dtype)
     with _refusing_old_style(str(path)):
         module = load_whole(

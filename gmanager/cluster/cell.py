@@ -82,6 +82,7 @@ MAX_WINDOWS = 64
 
 _SAME = (
     "dtype",
+    "tp",
     "rotary",
     "fingerprint",
     "layers",
@@ -92,7 +93,12 @@ _SAME = (
     "max_context",
     "windows",
 )
-_IN_WORDS = {"layers": "way to run layers", "rotary": "rotary scaling", "windows": "blocks in windows"}
+_IN_WORDS = {
+    "tp": "degree of tensor parallelism",
+    "layers": "way to run layers",
+    "rotary": "rotary scaling",
+    "windows": "blocks in windows",
+}
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
 

@@ -8,10 +8,11 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -63,6 +64,8 @@ class Setup:
     check_cache: bool = False
     rope_scaling: RopeScaling | None = None
     kv_format: KVFormat = "auto"
+    tp: int = 1
+    """Workers that share the model of an instance."""
 
 
 @dataclass
@@ -106,9 +109,11 @@ class Farm:
 
         `rests`: False if the gManager will be gone by then.
         """
-        self.grow(size)
-        await asyncio.gather(*(w.ask("serve", rank, size, setup, gmanager) for rank, w in enumerate(self.workers[:size])))
-        workers = self.workers[:size]
+        self.grow(size * setup.tp)
+        workers = self.workers[: size * setup.tp]
+        with tempfile.TemporaryDirectory() as meetings:
+            starts = (w.ask("serve", rank, size, setup, gmanager, Path(meetings)) for rank, w in enumerate(workers))
+            await asyncio.gather(*starts)
         try:
             yield
             if rests:
@@ -128,7 +133,7 @@ def _work(index: int, pipe: Connection) -> None:
 
 async def _obey(pipe: Connection) -> None:
     loop = asyncio.get_running_loop()
-    serving: _Serving | None = None
+    serving: _Serving | _Following | None = None
     while True:
         try:
             name, *arguments = await loop.run_in_executor(None, pipe.recv)
@@ -149,7 +154,24 @@ async def _obey(pipe: Connection) -> None:
             pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
-_loaded: dict[tuple[Path, str, RopeScaling | None, int], Any] = {}
+_loaded: dict[tuple[Any, ...], Any] = {}
+
+
+class _Following:
+    """A rank that isn't the first of its instance: it ends when that does."""
+
+    def __init__(self, task: "asyncio.Task[None]") -> None:
+        self._task = task
+
+    async def rest(self) -> None:
+        if self._task.done():
+            await self._task
+
+    async def spoil(self, where: str) -> None:
+        raise NotImplementedError
+
+    async def end(self) -> None:
+        await asyncio.wait_for(self._task, 10)
 
 
 class _Serving:
@@ -160,17 +182,22 @@ class _Serving:
         self._undo = undo
 
     @staticmethod
-    async def start(rank: int, size: int, setup: Setup, gmanager: str) -> "_Serving":
+    async def start(rank: int, size: int, setup: Setup, gmanager: str, meetings: Path) -> "_Serving | _Following":
         from gmanager.wire.channel import ZmqTransport
-        from instance.start import load, make_instance
+        from instance.crew import Meeting
+        from instance.follower import follow
+        from instance.start import device_of, lead, load
 
+        launch, seat = Launch(rank=rank, local_rank=rank, world_size=size * setup.tp, run_id="farm").split(setup.tp)
         config = InstanceConfig(
             gmanager=gmanager,
             model=str(setup.model),
             served_model_name=setup.served_model_name,
             other_names=setup.other_names,
-            kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[rank],
-            launch=Launch(rank=rank, local_rank=rank, world_size=size, run_id="farm"),
+            kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[launch.rank],
+            launch=launch,
+            place=seat,
+            meeting=meetings / f"load-{launch.rank}" if setup.tp > 1 else None,
             device=setup.device,
             gpu=place(rank)[0],
             dtype=setup.dtype,
@@ -186,10 +213,16 @@ class _Serving:
             threads=1,
             step_timeout_s=30,
         )
-        key = (setup.model, setup.dtype, setup.rope_scaling, setup.kv_format, rank)
+        key = (setup.model, setup.dtype, setup.rope_scaling, setup.kv_format, rank, setup.tp)
         if key not in _loaded:
             _loaded[key] = load(config)
-        instance = make_instance(config, _loaded[key], ZmqTransport())
+        loaded = _loaded[key]
+        if setup.tp > 1:
+            path = meetings / f"serve-{launch.rank}"
+            loaded = replace(loaded, meeting=Meeting.of(path, seat, device_of(config), config.host, config.step_timeout_s))
+        if seat.part:
+            return _Following(asyncio.create_task(follow(config, loaded, ZmqTransport())))
+        instance = await lead(config, loaded, ZmqTransport())
         instance._lasting.storage.data_L2BPKD.fill_(torch.nan)
         undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
         return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)

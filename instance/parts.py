@@ -1,0 +1,182 @@
+"""One rank's part of a model, read from the checkpoint without ever holding the whole.
+
+The model is made as if it were a smaller one, with as many heads and inner dims as this rank has, so its layers run as they
+are. What is theirs alone is summed behind `o_proj` and `down_proj`, and logits are gathered behind the head.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from instance.checkpoint import CheckpointError, some_names, weight_files
+from instance.context import AttentionContext
+from instance.errors import UnsupportedModel
+from instance.layers import has_dense_parts
+from instance.split import Place, Split, split_of
+
+_SUMMED = ("o_proj", "down_proj")
+
+
+def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedConfig, Split]:
+    """The config of that rank's smaller model, and what it has of the whole. Raises UnsupportedModel, with the numbers, for a
+    model that so many can't share."""
+    text = config.get_text_config()
+    try:
+        heads, inner = int(text.num_attention_heads), int(text.intermediate_size)
+        kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+        split = split_of(place, heads=heads, kv_heads=kv_heads, inner=inner, vocabulary=int(text.vocab_size))
+    except (AttributeError, TypeError) as error:
+        raise UnsupportedModel(f"{config.model_type}: --tp {place.parts} can't split it: {error}") from error
+    except ValueError as error:
+        raise UnsupportedModel(f"{config.model_type}: {error} (--tp {place.parts})") from error
+    smaller = copy.deepcopy(config)
+    part = smaller.get_text_config()
+    part.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    part.num_attention_heads, part.num_key_value_heads = len(split.heads), len(split.kv_heads)
+    part.intermediate_size = len(split.inner)
+    return smaller, split
+
+
+def load_part(
+    path: Path, config: PretrainedConfig, place: Place, dtype: torch.dtype | None, device: torch.device, attention: str
+) -> tuple[PreTrainedModel, Split]:
+    """That rank's part of a resolved checkpoint. `attention`: name of the attention function; `dtype` None: the config's.
+
+    Raises UnsupportedModel for layers that have other parts than Llama's or Gemma's and a dense MLP, CheckpointError if a
+    weight is missing or has another shape than the config says.
+    """
+    smaller, split = part_of_config(config, place)
+    module = _empty(smaller, dtype or _dtype_of(config), device, attention)
+    if not has_dense_parts(module):
+        raise UnsupportedModel(
+            f"{config.model_type}: --tp {place.parts} splits layers that have the parts of Llama's or Gemma's and a dense MLP, "
+            "and this model's have others"
+        )
+    files = {name: file for file in weight_files(path) for name in _names(file)}
+    wanted = dict(module.named_parameters())  # tied ones once
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tied = head.weight is module.get_input_embeddings().weight
+    if missing := wanted.keys() - files.keys():
+        raise CheckpointError(f"{path} lacks {len(missing)} of the weights that its config asks for: {some_names(missing)}")
+    head_dim = int(smaller.get_text_config().head_dim)
+    with torch.no_grad():
+        for name, weight in wanted.items():
+            if weight is head.weight and not tied:
+                continue
+            weight.copy_(_read(files[name], name, weight.shape, _ranges(name, split, head_dim), split))
+        rows = _head_rows(module, files, split, tied=tied)
+    _replace_head(module, head, rows)
+    module.train(False)
+    return module, split
+
+
+def bind_team(module: PreTrainedModel, vocab_size: int, context: AttentionContext) -> None:
+    """Let the ranks' parts meet where the module runs: by the team of the thread's `context`."""
+
+    def summed(_module: object, _inputs: object, out: torch.Tensor) -> torch.Tensor:
+        return context.members().sum(out)
+
+    def gathered(_module: object, _inputs: object, out: torch.Tensor) -> torch.Tensor:
+        logits_SV = context.members().gather(out.reshape(-1, out.shape[-1]))[:, :vocab_size]
+        return logits_SV.reshape(*out.shape[:-1], vocab_size)
+
+    for name, part in module.named_modules():
+        if name.rpartition(".")[2] in _SUMMED:
+            part.register_forward_hook(summed)
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head.register_forward_hook(gathered)
+
+
+def _dtype_of(config: PretrainedConfig) -> torch.dtype:
+    stored: Any = config.dtype  # text in configs that were written by hand
+    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
+
+
+def _empty(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
+    """A model whose weights are whatever is in memory; buffers are as they should be."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device, no_init_weights():
+            auto: Any = AutoModelForCausalLM  # its from_config has no types
+            module: PreTrainedModel = auto.from_config(config, attn_implementation=attention, trust_remote_code=False)
+    finally:
+        torch.set_default_dtype(default)
+    return module
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as weights:
+        return list(weights.keys())
+
+
+def _ranges(name: str, split: Split, head_dim: int) -> tuple[range | None, range | None]:
+    """Rows and columns of a whole weight that are this rank's; None: all."""
+
+    def of(heads: range) -> range:
+        return range(heads.start * head_dim, heads.stop * head_dim)
+
+    match name.split(".")[-2:]:
+        case ["q_proj", _]:
+            return of(split.heads), None
+        case ["k_proj" | "v_proj", _]:
+            return of(split.kv_heads), None
+        case ["o_proj", "weight"]:
+            return None, of(split.heads)
+        case ["gate_proj" | "up_proj", _]:
+            return split.inner, None
+        case ["down_proj", "weight"]:
+            return None, split.inner
+        case [_, "sinks"]:
+            return split.heads, None
+        case _:
+            return None, None
+
+
+def _read(file: Path, name: str, shape: torch.Size, ranges: tuple[range | None, range | None], split: Split) -> torch.Tensor:
+    """This rank's part of a stored weight. Raises CheckpointError if that is of another shape."""
+    rows, columns = ranges
+    with safe_open(file, framework="pt") as weights:
+        stored = weights.get_slice(name)
+        whole = stored.get_shape()
+        taken = stored[rows.start : rows.stop] if rows is not None else stored[:]
+    if columns is not None:
+        taken = taken[:, columns.start : columns.stop]
+    part: torch.Tensor = taken
+    if part.shape != shape:
+        raise CheckpointError(f"{name} is {tuple(whole)} in {file}, of which {tuple(shape)} should be this rank's")
+    if name.endswith(".bias") and name.split(".")[-2] in _SUMMED and not split.is_first:
+        return torch.zeros_like(part)
+    return part
+
+
+def _head_rows(module: PreTrainedModel, files: dict[str, Path], split: Split, *, tied: bool) -> torch.Tensor:
+    """`[padded, E]`: what this rank has of the head; of a tied one a view, where it can be."""
+    embeddings: Any = module.get_input_embeddings()
+    own = split.vocabulary
+    if tied:
+        rows: torch.Tensor = embeddings.weight.data[own.start : own.stop]
+    else:
+        (name,) = (n for n in files if n.endswith("lm_head.weight"))
+        rows = _read(files[name], name, torch.Size((len(own), embeddings.weight.shape[1])), (own, None), split)
+        rows = rows.to(embeddings.weight.device, embeddings.weight.dtype)
+    if len(own) == split.padded:
+        return rows
+    padded = rows.new_zeros((split.padded, rows.shape[1]))
+    padded[: len(own)] = rows
+    return padded
+
+
+def _replace_head(module: PreTrainedModel, head: nn.Linear, rows_NE: torch.Tensor) -> None:
+    smaller = nn.Linear(1, 1, bias=False, device="meta")
+    smaller.in_features, smaller.out_features = rows_NE.shape[1], rows_NE.shape[0]
+    smaller.weight = nn.Parameter(rows_NE, requires_grad=False)
+    if head.bias is not None:
+        raise UnsupportedModel("the head has a bias, which --tp doesn't split")
+    module.set_output_embeddings(smaller)
