@@ -45,9 +45,10 @@ from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
 from instance.layers import Mixture, bind_experts, experts_of_a_row, has_known_parts
-from instance.parts import bind_team, load_part
+from instance.parts import bind_team, empty_part, load_part
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
+from instance.split import WHOLE, Place
 from instance.team import Team
 from kernels.experts import ExpertWeights
 from kvstore.sight import FULL, Sight
@@ -403,7 +404,7 @@ def load_model(
     max_context = _prepare(config, max_context, scaling)
     if team is not None:
         with _refusing_old_style(str(path)):
-            part, _ = load_part(path, config, team.place, dtype, device, _register())
+            part = load_part(path, config, team.place, dtype, device, _register())
         return Model(part, max_context, scaling, team)
     dequantise_experts(config, path, dtype)
     with _refusing_old_style(str(path)):
@@ -436,10 +437,11 @@ def random_model(
     seed: int,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
+    place: Place = WHOLE,
 ) -> Model:
     """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
 
-    `scaling` is written into `config`. Raises UnsupportedModel.
+    `place`: on the meta device, a rank's part of it. `scaling` is written into `config`. Raises UnsupportedModel.
     """
     max_context = _prepare(config, max_context, scaling)
     default = torch.get_default_dtype()
@@ -447,6 +449,8 @@ def random_model(
     torch.set_default_dtype(dtype)
     try:
         with device, _refusing_old_style(config.model_type):
+            if place != WHOLE:
+                return Model(empty_part(config, place, dtype, device, _register())[0], max_context, scaling)
             auto: Any = AutoModelForCausalLM  # its from_config has no types
             module = auto.from_config(config, attn_implementation=_register(), trust_remote_code=False)
     finally:

@@ -43,37 +43,52 @@ def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedCo
     return smaller, split
 
 
-def load_part(
-    path: Path, config: PretrainedConfig, place: Place, dtype: torch.dtype | None, device: torch.device, attention: str
+def empty_part(
+    config: PretrainedConfig, place: Place, dtype: torch.dtype, device: torch.device, attention: str
 ) -> tuple[PreTrainedModel, Split]:
-    """That rank's part of a resolved checkpoint. `attention`: name of the attention function; `dtype` None: the config's.
+    """That rank's part of a model, whose weights are whatever is in memory. `attention`: name of the attention function.
 
-    Raises UnsupportedModel for layers that have other parts than Llama's or Gemma's and a dense MLP, CheckpointError if a
-    weight is missing or has another shape than the config says.
+    Raises UnsupportedModel for layers that have other parts than Llama's or Gemma's and a dense MLP.
     """
     smaller, split = part_of_config(config, place)
-    module = _empty(smaller, dtype or _dtype_of(config), device, attention)
+    module = _empty(smaller, dtype, device, attention)
     if not has_dense_parts(module):
         raise UnsupportedModel(
             f"{config.model_type}: --tp {place.parts} splits layers that have the parts of Llama's or Gemma's and a dense MLP, "
             "and this model's have others"
         )
-    files = {name: file for file in weight_files(path) for name in _names(file)}
-    wanted = dict(module.named_parameters())  # tied ones once
+    _split_head(module, split)
+    return module, split
+
+
+def load_part(
+    path: Path, config: PretrainedConfig, place: Place, dtype: torch.dtype | None, device: torch.device, attention: str
+) -> PreTrainedModel:
+    """That rank's part of a resolved checkpoint, as `empty_part`; `dtype` None: the config's.
+
+    Raises UnsupportedModel, and CheckpointError if a weight is missing or has another shape than the config says.
+    """
+    module, split = empty_part(config, place, dtype or _dtype_of(config), device, attention)
+    embeddings: Any = module.get_input_embeddings()
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    tied = head.weight is module.get_input_embeddings().weight
-    if missing := wanted.keys() - files.keys():
+    files = {name: file for file in weight_files(path) for name in _names(file)}
+    wanted = dict(module.named_parameters())
+    sources = {name: name for name in wanted}
+    if module.config.get_text_config().tie_word_embeddings:
+        (whole,) = (name for name, weight in wanted.items() if weight is embeddings.weight)
+        sources |= {name: whole for name, weight in wanted.items() if weight is head.weight}
+    if missing := set(sources.values()) - files.keys():
         raise CheckpointError(f"{path} lacks {len(missing)} of the weights that its config asks for: {some_names(missing)}")
-    head_dim = int(smaller.get_text_config().head_dim)
+    head_dim = int(module.config.get_text_config().head_dim)
     with torch.no_grad():
         for name, weight in wanted.items():
-            if weight is head.weight and not tied:
-                continue
-            weight.copy_(_read(files[name], name, weight.shape, _ranges(name, split, head_dim), split))
-        rows = _head_rows(module, files, split, tied=tied)
-    _replace_head(module, head, rows)
+            source, ranges, own = sources[name], _ranges(name, split, head_dim), weight
+            if weight is head.weight:
+                ranges, own = (split.vocabulary, None), weight[: len(split.vocabulary)]
+                weight[len(own) :] = 0
+            own.copy_(_read(files[source], source, own.shape, ranges, split))
     module.train(False)
-    return module, split
+    return module
 
 
 def bind_team(module: PreTrainedModel, vocab_size: int, context: AttentionContext) -> None:
@@ -156,27 +171,18 @@ def _read(file: Path, name: str, shape: torch.Size, ranges: tuple[range | None, 
     return part
 
 
-def _head_rows(module: PreTrainedModel, files: dict[str, Path], split: Split, *, tied: bool) -> torch.Tensor:
-    """`[padded, E]`: what this rank has of the head; of a tied one a view, where it can be."""
+def _split_head(module: PreTrainedModel, split: Split) -> None:
+    """Let the head have this rank's rows: `[padded, E]`. Of a tied one they are a view of the embeddings, and no parameter,
+    unless the last rank has fewer rows than the others."""
+    whole: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     embeddings: Any = module.get_input_embeddings()
-    own = split.vocabulary
-    if tied:
-        rows: torch.Tensor = embeddings.weight.data[own.start : own.stop]
+    if whole.bias is not None:
+        raise UnsupportedModel(f"{module.config.model_type}: its head has a bias, which --tp doesn't split")
+    head = nn.Linear(whole.in_features, split.padded, bias=False, device="meta")
+    if whole.weight is embeddings.weight and len(split.vocabulary) == split.padded:
+        del head.weight
+        head.weight = embeddings.weight.data[split.vocabulary.start : split.vocabulary.stop]
     else:
-        (name,) = (n for n in files if n.endswith("lm_head.weight"))
-        rows = _read(files[name], name, torch.Size((len(own), embeddings.weight.shape[1])), (own, None), split)
-        rows = rows.to(embeddings.weight.device, embeddings.weight.dtype)
-    if len(own) == split.padded:
-        return rows
-    padded = rows.new_zeros((split.padded, rows.shape[1]))
-    padded[: len(own)] = rows
-    return padded
-
-
-def _replace_head(module: PreTrainedModel, head: nn.Linear, rows_NE: torch.Tensor) -> None:
-    smaller = nn.Linear(1, 1, bias=False, device="meta")
-    smaller.in_features, smaller.out_features = rows_NE.shape[1], rows_NE.shape[0]
-    smaller.weight = nn.Parameter(rows_NE, requires_grad=False)
-    if head.bias is not None:
-        raise UnsupportedModel("the head has a bias, which --tp doesn't split")
-    module.set_output_embeddings(smaller)
+        rows_NE = torch.empty((split.padded, whole.in_features), dtype=whole.weight.dtype, device=whole.weight.device)
+        head.weight = nn.Parameter(rows_NE, requires_grad=False)
+    module.set_output_embeddings(head)  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ from instance.errors import UnsupportedModel
 from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
 from instance.model import Model, random_model
 from instance.needs import Needs, settle_shape
+from instance.split import Place
 from kvstore.tier_storage import slot_bytes
 
 GIB = 2**30
@@ -55,6 +56,8 @@ class Question:
     """Of its rotary frequencies; None: what its config says."""
     kv_format: settings.KVFormat = "auto"
     """As an instance's."""
+    tp: int = 1
+    """GPUs of each instance."""
     block_size: int
     chunk_tokens: int
     host_memory: int = 0
@@ -66,6 +69,7 @@ class Question:
         for flag, value in (
             ("--context", self.context),
             ("--gpus", self.instances),
+            ("--tp", self.tp),
             ("--max-context", self.max_context),
             ("--block-size", self.block_size),
             ("--chunk-tokens", self.chunk_tokens),
@@ -120,6 +124,8 @@ class Answer:
     context: int
     """Tokens of the sequence that is asked about."""
     instances: int
+    tp: int
+    """Ranks of each, one of which the bytes are of."""
     instance: InstanceSize
     cell_tokens: int
     """Of KV, in all instances."""
@@ -163,6 +169,7 @@ def answer(question: Question) -> Answer:
         max_context=model.max_context,
         context=context,
         instances=count,
+        tp=question.tp,
         instance=one,
         cell_tokens=count * one.tokens,
         longest=longest,
@@ -245,12 +252,16 @@ def show(found: Answer) -> str:
     limit = "" if one.limit is None else f"   of {_gib(one.limit).strip()}"
     why = "alone in the cell" if found.longest < found.max_context else "the model's most"
     windows = f", and {_gib(found.kv_windows).strip()} for the windows of a sequence" if found.kv_windows else ""
+    where = f"on {'a GPU' if found.device == 'cuda' else 'the CPU'}"
     rows = [
         ("model", found.model),
         ("parameters", f"{found.parameters:,} in {found.dtype}, {_gib(found.weights).strip()}"),
         ("KV of a token", f"{found.kv_per_token:,} bytes{windows}"),
         ("", ""),
-        ("one instance", f"on {'a GPU' if found.device == 'cuda' else 'the CPU'}, {found.instances:,} in the cell"),
+        (
+            "one instance" if found.tp == 1 else f"one of {found.tp} ranks",
+            f"{where}, {_instances(found.instances)} in the cell",
+        ),
         *((f"  {name}", _gib(part)) for name, part in one.parts.items()),
         ("  KV", f"{_gib(one.kv)}   {one.tokens:,} tokens, {one.blocks:,} blocks"),
         *_below(one),
@@ -303,7 +314,8 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     )
     parser.add_argument("model", metavar="MODEL", help="a directory with config.json, a hub id or a GGUF file")
     parser.add_argument("--context", type=parse_count, help="tokens of one sequence, as 128K, 1M, 1_000_000 (the model's most)")
-    parser.add_argument("--gpus", type=int, help="instances of the cell, one GPU each (as many as are needed)")
+    parser.add_argument("--gpus", type=int, help="of the cell, one for each instance (as many as are needed)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs between which an instance is split (%(default)s)")
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is or is said one"
     )
@@ -334,7 +346,8 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     question = Question(
         model=args.model,
         context=args.context,
-        instances=args.gpus,
+        instances=None if args.gpus is None else _instances_on(args.gpus, args.tp),
+        tp=args.tp,
         device="cuda" if on_gpu else "cpu",
         gpu_bytes=int(args.gpu_memory * GIB) if given else torch.cuda.mem_get_info()[1] if on_gpu else 0,
         kv_memory=args.kv_memory,
@@ -381,7 +394,8 @@ def _shape_of(question: Question) -> Model:
         raise CheckpointError(f"the config of {question.model} doesn't say of which type its weights are: give --dtype")
     config.dtype = dtype
     try:
-        model = random_model(config, dtype, torch.device("meta"), 0, question.max_context, question.rope_scaling)
+        meta, place = torch.device("meta"), Place(0, question.tp)  # the first rank has most
+        model = random_model(config, dtype, meta, 0, question.max_context, question.rope_scaling, place)
         if question.kv_format == "plain":
             model.keep_heads()
         settle_shape(model, question.model, block_size=question.block_size, backend=question.backend)
@@ -411,6 +425,13 @@ def _notes(question: Question) -> list[str]:
     )
     notes.append("Activations and other use of the device are predicted; an instance measures them when it starts.")
     return notes
+
+
+def _instances_on(gpus: int, tp: int) -> int:
+    """Raises ValueError if instances of so many ranks can't share them evenly."""
+    if tp < 1 or gpus % tp:
+        raise ValueError(f"--gpus {gpus} are no multiple of --tp {tp}")
+    return gpus // tp
 
 
 def _given(value: int | None, default: int) -> int:

@@ -33,7 +33,11 @@ POLICY = GManagerConfig().policy
 def up(
     model: Annotated[str, typer.Argument(help="a directory, a hub id, a GGUF file, or 'default': a small one, fetched once")],
     instances: Annotated[int, typer.Option(min=1, help="how many pool their memory")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there are as many GPUs as instances")] = "auto",
+    tp: Annotated[
+        int,
+        typer.Option(min=1, help="GPUs between which the model and the KV of an instance are split (on the CPU: processes)"),
+    ] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there are as many GPUs as that takes")] = "auto",
     http: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="where the OpenAI-compatible server listens")
     ] = "127.0.0.1:8000",
@@ -96,6 +100,7 @@ def up(
     wanted = Wanted(
         model=model,
         instances=instances,
+        tp=tp,
         device=device,
         http=None if no_http else http,
         bind=bind,

@@ -88,6 +88,8 @@ class ServiceConfig:
     """Tokens of the longest sequence; None: as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of its rotary frequencies; None: what its config says."""
+    tp: int = 1
+    """Ranks, and GPUs, of each instance."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what an instance would refuse, before one is started."""
@@ -115,6 +117,8 @@ class ServiceConfig:
                     parse(given)
                 except ValueError as error:
                     raise ValueError(f"{flag}: {error}") from error
+        if self.tp < 1:
+            raise ValueError(f"--tp must be at least 1, got {self.tp}")
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 
@@ -225,13 +229,13 @@ def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:
 def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
     """A torchrun for each, so that the loss of one doesn't end the others. Who is lost is started again by `Upkeep`, which sees
     why it ended, and not by torchrun, which would start one with wrong settings again, too."""
-    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", "--nproc-per-node=1"]
+    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", f"--nproc-per-node={config.tp}"]
     flags = {
         "--gmanager": address,
         "--model": config.model,
         "--cell-size": config.instances,
         "--id": number,
-        "--gpu": number if config.device == "cuda" else None,
+        "--gpu": number * config.tp if config.device == "cuda" else None,
         "--kv-tokens": config.kv_tokens,
         "--kv-memory": config.kv_memory,
         "--device": config.device,
@@ -244,6 +248,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--cache-dir": config.cache_dir,
         "--max-context": config.max_context,
         "--rope-scaling": config.rope_scaling,
+        "--tp": config.tp if config.tp > 1 else None,
         "--role": config.roles[number] if config.roles else None,
     }
     names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]
