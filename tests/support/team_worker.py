@@ -1,0 +1,67 @@
+"""One rank of several that share a model; run by `tests/instance/test_team.py`: RANK RANKS FOLDER DTYPE.
+
+FOLDER has the checkpoint, in `model`. Decode steps as graphs, on a GPU of each rank (without one the graph is the function run
+again, in Triton's interpreter), beside the same steps run eagerly: the logits must be equal, and the same on all ranks.
+"""
+
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from instance import graphs
+from instance.crew import Meeting
+from instance.model import load_model
+from instance.split import Place
+from kvstore.storage import KVStorage
+from tests.kernels import test_decode_graphs as single
+
+SEEN = ([33], [100, 1, 17], [16, 48], [5, 64, 31, 90], [2])
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
+
+
+def main(rank: int, ranks: int, folder: Path, dtype: torch.dtype) -> None:
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    single.DEVICE = device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    meeting = Meeting.of(folder / "meeting", Place(rank, ranks), device, "127.0.0.1", 60)
+    model = load_model(folder / "model", dtype, device, team=meeting.team)
+    assert model.fuse("triton") is None
+    stream = None if device.type == "cpu" else torch.cuda.stream(torch.cuda.Stream(device))
+    with stream or nullcontext():
+        ours, theirs = (_storage(model.make_storage(30, single.BLOCK), rank) for _ in range(2))
+        previous = torch.tensor([17, 41, 3, 88, 9, 60, 2, 5], device=device)
+        with mock.patch.object(graphs, "BUCKETS", (1, 2, 4)):
+            captured = single.Graphs(model, ours, previous, None)
+            for kv_lens in SEEN:
+                plan = single.step(kv_lens, [(0, 3)])
+                got = captured.run(plan)
+                assert got is not None
+                want = single.eagerly(model, theirs, plan, previous)
+                limit = TOLERANCE[dtype]
+                torch.testing.assert_close(got, want, rtol=limit, atol=limit)
+                first = want.clone()
+                meeting.team.agree(first)
+                torch.testing.assert_close(want, first, rtol=0, atol=0)
+    print("EQUAL", flush=True)
+
+
+def _storage(storage: KVStorage, seed: int) -> KVStorage:
+    """Full of what other steps wrote; each rank's own."""
+    values = torch.randn(storage.data_L2BPKD.shape, generator=torch.Generator().manual_seed(seed))
+    storage.data_L2BPKD.copy_(values)
+    return storage
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), getattr(torch, sys.argv[4]))
+    sys.stdout.flush()
+    os._exit(0)
