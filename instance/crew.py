@@ -7,6 +7,8 @@
       | -- RankFormed ------------------------> |
       | <-------------- RunStep (plan) -------- |   each step, before it runs on the first
       | -- RankBroke -------------------------> |   if one fails there
+      | <-------------- MoveBlocks ------------ |   their part of blocks that go to another instance, or come from one
+      | -- RankMoved -------------------------> |
       | <-------------- LetGo ----------------- |   the epoch is over
       | -- RankEnded -------------------------> |   nothing writes to its pool any more
 
@@ -72,6 +74,14 @@ class RankEnded(Message):
     epoch: int
 
 
+class RankMoved(Message):
+    """The rank's end of a copy is over."""
+
+    epoch: int
+    move: int
+    error: str | None
+
+
 class UsePool(Message):
     """How large the pool is to be."""
 
@@ -82,6 +92,18 @@ class LetGo(Message):
     """The epoch is over."""
 
     epoch: int
+
+
+class MoveBlocks(Message):
+    """Send the rank's part of these blocks to the same rank of another instance, or receive it; None: say that there is
+    nothing to be copied."""
+
+    epoch: int
+    move: int
+    peer: int
+    """Rank of that instance in the epoch."""
+    is_source: bool
+    block_ids: bytes | None
 
 
 class PackedReading(Part):
@@ -161,8 +183,8 @@ class RunStep(Message):
         )
 
 
-ToFirst = RankReady | RankFormed | RankBroke | RankEnded
-ToRank = UsePool | wire.JoinEpoch | RunStep | LetGo
+ToFirst = RankReady | RankFormed | RankBroke | RankEnded | RankMoved
+ToRank = UsePool | wire.JoinEpoch | RunStep | MoveBlocks | LetGo
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +228,8 @@ class Crew:
         self._reached: dict[tuple[str, int], set[PeerId]] = {}
         """(what, epoch) -> who has said so."""
         self._news = asyncio.Event()
-        self._lost: str | None = None
+        self._moved: dict[int, list[str | None]] = {}
+        """Move -> what the ranks have said of their ends."""
 
     @staticmethod
     async def muster(config: InstanceConfig, meeting: Meeting, transport: Transport) -> "Crew":
@@ -239,6 +262,20 @@ class Crew:
         step = RunStep.of(plan, epoch=epoch, lane=lane, processors=processors)
         self._listener.send_all(list(self._peers), step)
 
+    def move(self, asked: wire.CopyRun, peer: int, block_ids: Sequence[int] | None, *, is_source: bool) -> None:
+        """Let all do their part of a copy."""
+        self._moved[asked.move] = []
+        packed = None if block_ids is None else _ints(block_ids)
+        move = MoveBlocks(epoch=asked.epoch, move=asked.move, peer=peer, is_source=is_source, block_ids=packed)
+        self._listener.send_all(list(self._peers), move)
+
+    async def have_moved(self, move: int) -> str | None:
+        """Once all have done it: what is wrong with one of the copies; None: nothing."""
+        while len(self._moved[move]) < len(self._peers):
+            self._news.clear()
+            await self._news.wait()
+        return next((error for error in self._moved.pop(move) if error is not None), None)
+
     def end(self, epoch: int) -> None:
         """Let all stop, at once."""
         self._listener.send_all(list(self._peers), LetGo(epoch=epoch))
@@ -247,6 +284,7 @@ class Crew:
         """Nothing writes to any pool any more. Raises InstanceError if a rank is lost."""
         await self._until("ended", epoch)
         self._reached.clear()
+        self._moved.clear()
 
     async def watch(self) -> None:
         """Hear what they say, for ever. Raises InstanceError if one is lost: then its part of all KV is."""
@@ -274,6 +312,8 @@ class Crew:
                 self._reached.setdefault(("formed", said.epoch), set()).add(peer)
             case RankEnded():
                 self._reached.setdefault(("ended", said.epoch), set()).add(peer)
+            case RankMoved() if said.move in self._moved:
+                self._moved[said.move].append(said.error)
             case RankBroke():
                 if not self.broke.done():
                     self.broke.set_result(f"rank {self._peers[peer]} of {self._place.parts}: {said.reason}")

@@ -15,17 +15,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from distattn.exchange import ExchangeError
-from distattn.transfer import StepBudget, Transfers
+from distattn.transfer import StepBudget
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, Transport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.logs import get_logger
 from instance.calibrate import Room
 from instance.config import GPU_GRAIN
-from instance.copies import CHANNELS, Copies
+from instance.copies import Copies
 from instance.crew import Crew
 from instance.errors import InstanceError, PartyBroken, PartyTimeout, StepTimeout
 from instance.lane import Lanes
@@ -89,7 +87,7 @@ class Epoch(RankEpoch):
         loop, lasting, join = asyncio.get_running_loop(), self._lasting, self._join
         if lasting.crew is not None:
             lasting.crew.form(join)
-        elif self.size > 1:  # first, so that its group is aborted last: when no graph is left, and nobody waits in a kernel
+        if self.size > 1:  # first, so that its group is aborted last: when no graph is left, and nobody waits in a kernel
             self._copies = await loop.run_in_executor(self._thread, self._make_copies)
         for lane in LANES:
             await self.make_runner(lane)
@@ -242,19 +240,10 @@ class Epoch(RankEpoch):
         return budgets
 
     def _make_copies(self) -> Copies:
-        """This instance's end of block moves.
-
-        Its communicator is made now, though most epochs move nothing. NCCL makes one in a call that all members must join, and
-        allocates memory on the device meanwhile, which may wait for the kernels that run there. Once lanes step, one of these
-        may wait for a peer that can't launch its own before the same call is over: nobody would go on.
-        """
-        lasting, device = self._lasting, self._lasting.model.device
-        words = self._make_group("words", torch.device("cpu"))
-        blocks = words if device.type == "cpu" else self._make_group("blocks", device, max_channels=CHANNELS)
-        budget = StepBudget(lasting.config.copy_tokens)
-        exchanges = self._exchange(blocks, device), self._exchange(words, torch.device("cpu"))
-        transfers = Transfers(lasting.storage, *exchanges, budget)
-        copies = Copies(self._join.rank, lasting.rmanager, transfers, budget, device)
+        """This instance's end of block moves."""
+        lasting, budget = self._lasting, StepBudget(self._lasting.config.copy_tokens)
+        transfers = self._make_transfers(budget)
+        copies = Copies(self._join.rank, lasting.rmanager, transfers, budget, lasting.model.device, lasting.crew)
         self._undo(copies.close)
         return copies
 

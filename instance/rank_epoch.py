@@ -14,10 +14,12 @@ from llguidance import LLTokenizer
 
 from distattn.attention import DistAttention
 from distattn.exchange import Exchange, Work
+from distattn.transfer import StepBudget, Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup
 from instance.config import InstanceConfig
+from instance.copies import CHANNELS
 from instance.errors import InstanceError
 from instance.model import Model
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, StepPlan
@@ -150,6 +152,19 @@ class RankEpoch:
         exchange = Exchange(group.group, device, [member.id for member in self._join.members])
         self._exchanges.append(exchange)
         return exchange
+
+    def _make_transfers(self, budget: StepBudget) -> Transfers:
+        """Copies to and from the ranks of other instances that have the same part of the model.
+
+        Their communicator is made now, though most epochs move nothing. NCCL makes one in a call that all members must join,
+        and allocates memory on the device meanwhile, which may wait for the kernels that run there. Once lanes step, one of
+        these may wait for a peer that can't launch its own before the same call is over: nobody would go on.
+        """
+        device = self._equipment.model.device
+        words = self._make_group("words", torch.device("cpu"))
+        blocks = words if device.type == "cpu" else self._make_group("blocks", device, max_channels=CHANNELS)
+        exchanges = self._exchange(blocks, device), self._exchange(words, torch.device("cpu"))
+        return Transfers(self._equipment.storage, *exchanges, budget)
 
     def _make_runner(self, lane: Lane) -> Runner:
         """The device's side of a lane: all members of the epoch make theirs together."""

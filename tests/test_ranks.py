@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.exactness import clear_prompt
 from tests.support.processes import Processes, Started, address_of, client_of, is_alive, until_ready, workers
-from tests.support.tiny import make_long_model, make_model, reference
+from tests.support.tiny import make_long_model, make_model
 from tests.test_lifecycle import answers, flags, until
-from tests.test_membership import Stream
+from tests.test_membership import Stream, text
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("DISTATTN_TEST_DEVICE") == "cuda",
@@ -56,8 +55,7 @@ async def test_torchrun_starts_them_and_ends_them(started: Processes, model: Pat
 @pytest.mark.parametrize("lost", [0, 1])
 async def test_an_instance_that_loses_a_rank_is_lost_and_the_others_go_on(started: Processes, model: Path, lost: int) -> None:
     """Its other rank ends by itself, and says why. A stream over both instances goes on, exactly, with the other two ranks."""
-    ids = clear_prompt(model, lambda n: [(i * i * 31 + i * 17 + n * 101) % 256 for i in range(400)], NEW)
-    expected = reference(model, tuple(ids), NEW)
+    ids, expected = text(model, 400, NEW)
     address = await address_of(started.gmanager())
     cell = ranks(started, flags(address, model), instances=2)
     await until_ready(address)
@@ -112,3 +110,23 @@ async def test_instances_of_a_cell_have_as_many_ranks(started: Processes, model:
     await until_ready(address)
     async with client_of(address) as client:
         await asyncio.wait_for(answers(client, model), 30)
+
+
+async def test_a_drain_moves_each_ranks_part(started: Processes, model: Path) -> None:
+    """Of two instances of two ranks one is emptied under four requests: no token differs, and nothing is computed again."""
+    texts = [text(model, 160 + 40 * i, 150, i) for i in range(4)]
+    address = await address_of(started.gmanager())
+    cell = ranks(started, flags(address, model), instances=2)
+    await until_ready(address)
+    async with client_of(address) as client:
+        streams = [Stream(client, f"s{i}", ids, 150, "all") for i, (ids, _) in enumerate(texts)]
+        for stream in streams:
+            await stream.reach(10)
+        await client.drain(1)
+        assert not any(stream.task.done() for stream in streams), "there is no load any more"
+        for stream, (_, expected) in zip(streams, texts, strict=True):
+            await stream.is_right(expected)
+        stats = await until(client, lambda s: len(s.instances) == 1 and s.cells[0].state == "ready")
+        assert stats.counters.blocks_copied > 0
+        assert stats.counters.tokens_prefilled - sum(len(ids) for ids, _ in texts) <= 4 * len(texts)
+    assert [await rank.exit_code() for rank in cell[1]] == [0, 0]
