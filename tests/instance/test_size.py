@@ -85,6 +85,27 @@ def test_the_8b_shape_on_two_h200s_has_the_room_that_was_measured(shape_8b: str,
     assert (found["fits"], found["fewest"], found["context"]) == (True, 2, 2**20)
 
 
+def test_an_instance_of_two_ranks_has_the_room_that_was_measured(shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two H200s, `--tp 2`: 1,853,632 tokens. The first rank has half of all but embeddings and norms."""
+    found = ask(shape_8b, "--tp", "2", "--gpus", "2", "--gpu-memory", str(H200_GIB), capsys=capsys)
+    assert (found["instances"], found["tp"], found["kv_per_token"]) == (1, 2, 131_072 // 2)
+    assert found["instance"]["tokens"] == found["cell_tokens"] == pytest.approx(1_853_632, rel=0.03)
+    embeddings = 128_256 * 4096 * 2
+    assert found["weights"] == pytest.approx((16_060_522_496 - embeddings) / 2 + embeddings, rel=1e-3)
+
+
+def test_seventy_billion_parameters_fit_two_h200s_and_not_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = SHAPE_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    LlamaConfig(**shape).save_pretrained(tmp_path)
+    given = [str(tmp_path), "--context", "64K", "--gpu-memory", str(H200_GIB)]
+    found = ask(*given, "--tp", "2", capsys=capsys)
+    assert (found["instances"], found["fits"]) == (1, True)
+    assert main(given) == 2
+    assert "a GPU needs 141.0 GiB (weights 131.4 GiB" in capsys.readouterr().err
+    assert main([*given, "--tp", "2", "--gpus", "3"]) == 2
+    assert "--gpus 3 are no multiple of --tp 2" in capsys.readouterr().err
+
+
 def test_layers_with_windows_take_what_their_rows_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shape of Gemma 3 27B: of 62 layers ten see all, the others 1,024 tokens. A prompt of 128K takes what is said."""
     Gemma3TextConfig(**GEMMA_3_27B).save_pretrained(tmp_path)
