@@ -237,9 +237,9 @@ async def serve(config: InstanceConfig) -> None:
     leading = asyncio.create_task(lead(config, loaded, transport))
     ready: list[asyncio.Future[Any]] = [leading, asked]
     await asyncio.wait(ready, return_when=asyncio.FIRST_COMPLETED)
-    if not leading.done():
+    if asked.done():
         leading.cancel()
-        log.info("asked to end while the other ranks were waited for", signal=asked.result())
+        log.info("asked to end before it was ready", signal=asked.result())
         return
     instance = leading.result()
     try:

@@ -260,7 +260,7 @@ def show(found: Answer) -> str:
         ("", ""),
         (
             "one instance" if found.tp == 1 else f"one of {found.tp} ranks",
-            f"{where}, {_instances(found.instances)} in the cell",
+            f"{where}, {found.instances:,} in the cell",
         ),
         *((f"  {name}", _gib(part)) for name, part in one.parts.items()),
         ("  KV", f"{_gib(one.kv)}   {one.tokens:,} tokens, {one.blocks:,} blocks"),
