@@ -19,7 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kernels.experts import ExpertWeights, Gate, mix_experts, route
+from instance.quantised import QuantisedLinear, is_linear, matrix_of
 from kernels.layer_ops import ACTIVATIONS, Norm, gated, gated_linear, linear, rms_norm, uses_gemv
+from kernels.products import Matrix, stack
 
 _LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm"}
 _GEMMA_NORMS = _LLAMA_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
@@ -39,8 +41,8 @@ _CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 class Dense:
     """A gated MLP. Weights are `[out, in]`."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
     activation: str
 
     def run(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor | None:
@@ -56,7 +58,7 @@ class Dense:
         active_TI = gated(linear(h_TE, self.gate_up, backend=backend), self.activation, backend=backend)
         return linear(active_TI, self.down, backend=backend)
 
-    def matrices(self) -> list[torch.Tensor]:
+    def matrices(self) -> list[Matrix]:
         """That every row is multiplied with, `[out, in]`."""
         return [self.gate_up, self.down]
 
@@ -77,7 +79,7 @@ class Mixture:
         experts_TS, weights_TS = route(logits_TX, self.top_k, normalise=self.normalise, backend=backend)
         return mix_experts(h_TE, experts_TS, weights_TS, self.experts, backend=backend)
 
-    def matrices(self) -> list[torch.Tensor]:
+    def matrices(self) -> list[Matrix]:
         """As `Dense.matrices`."""
         return [self.router_XE]
 
@@ -90,12 +92,12 @@ class Layer:
     rotary: str | None
     """Which rotary frequencies it has, where kinds of layers have their own."""
     input_norm: Norm
-    qkv: torch.Tensor
+    qkv: Matrix
     qkv_bias: torch.Tensor | None
     q_norm: Norm | None
     k_norm: Norm | None
     sinks_H: torch.Tensor | None
-    out: torch.Tensor
+    out: Matrix
     out_bias: torch.Tensor | None
     attention_norm: Norm | None
     """Of what attention adds."""
@@ -114,7 +116,7 @@ def has_known_parts(module: PreTrainedModel) -> bool:
         bool(layers)
         and {name for name, _ in base.named_children()} == {"embed_tokens", "layers", "norm", "rotary_emb"}
         and isinstance(base.embed_tokens, nn.Embedding)
-        and type(head) is nn.Linear
+        and is_linear(head)
         and _eps(base.norm) is not None
         and all(_has_known_parts(layer) for layer in layers)
     )
@@ -168,7 +170,8 @@ def _has_known_parts(layer: nn.Module) -> bool:
     return (
         set(attention) in (_PROJECTIONS, _PROJECTIONS | _HEAD_NORMS)
         and own <= {"sinks"}
-        and all(type(attention[name]) is nn.Linear for name in _PROJECTIONS)
+        and all(is_linear(attention[name]) for name in _PROJECTIONS)
+        and _can_merge([attention[name] for name in ("q_proj", "k_proj", "v_proj")])
         and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
         and all(_eps(norm) is not None for norm in _norms(layer))
         and len({_eps(attention[name]) for name in _HEAD_NORMS & set(attention)}) <= 1
@@ -180,7 +183,16 @@ def _has_known_parts(layer: nn.Module) -> bool:
 def _is_dense(mlp: nn.Module) -> bool:
     parts: dict[str, Any] = dict(mlp.named_children())
     projections = _MLP_PARTS - {"act_fn"}
-    return set(parts) == _MLP_PARTS and all(type(parts[n]) is nn.Linear and parts[n].bias is None for n in projections)
+    return (
+        set(parts) == _MLP_PARTS
+        and all(is_linear(parts[n]) and parts[n].bias is None for n in projections)
+        and _can_merge([parts["gate_proj"], parts["up_proj"]])
+    )
+
+
+def _can_merge(projections: list[Any]) -> bool:
+    """Whether the weights of linear layers are of one kind, so that they can be one matrix."""
+    return len({(type(p), p.weight.dtype, getattr(p, "group", 0)) for p in projections}) == 1
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
@@ -245,7 +257,7 @@ def _read(layer: Any, rotary: str | None, norms: Mapping[nn.Module, Norm], feed:
         q_norm=norms[attention.q_norm] if has_head_norms else None,
         k_norm=norms[attention.k_norm] if has_head_norms else None,
         sinks_H=getattr(attention, "sinks", None),
-        out=attention.o_proj.weight,
+        out=matrix_of(attention.o_proj),
         out_bias=attention.o_proj.bias,
         attention_norm=norms[layer.post_attention_layernorm] if is_gemma else None,
         feed_input_norm=norms[layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm],
@@ -256,7 +268,7 @@ def _read(layer: Any, rotary: str | None, norms: Mapping[nn.Module, Norm], feed:
 
 def _dense(mlp: Any, activation: str) -> Dense:
     gate_up, _ = _merge_rows([mlp.gate_proj, mlp.up_proj])
-    return Dense(gate_up, mlp.down_proj.weight, activation)
+    return Dense(gate_up, matrix_of(mlp.down_proj), activation)
 
 
 def bind_experts(module: nn.Module, backend: str) -> list[ExpertWeights]:
@@ -363,14 +375,21 @@ def _normalises(router: Any) -> bool | None:
     return None
 
 
-def _merge_rows(projections: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _merge_rows(projections: list[Any]) -> tuple[Matrix, torch.Tensor | None]:
     """One weight (and bias) of them all, one below the other; theirs become views of it."""
-    weight = torch.cat([p.weight.data for p in projections])
+    weight: Matrix
+    if isinstance(projections[0], QuantisedLinear):
+        weight = stack([p.matrix for p in projections])
+    else:
+        weight = torch.cat([p.weight.data for p in projections])
     bias = None if projections[0].bias is None else torch.cat([p.bias.data for p in projections])
     start = 0
     for p in projections:
         stop = start + p.out_features
-        p.weight.data = weight[start:stop]
+        if isinstance(weight, torch.Tensor):
+            p.weight.data = weight[start:stop]
+        else:
+            p.become(weight.rows(start, stop))
         if bias is not None:
             p.bias.data = bias[start:stop]
         start = stop

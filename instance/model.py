@@ -45,9 +45,11 @@ from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
 from instance.layers import Mixture, bind_experts, experts_of_a_row, has_known_parts
+from instance.quantised import quantise_linears, quantised_parts, refuse_device
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
 from kernels.experts import ExpertWeights
+from kernels.products import Kind, rows_of_each_kernel as rows_of_each_product
 from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
 
@@ -136,7 +138,17 @@ class Model:
             self.unfuse()
         return reason
 
-    def mixture_rows(self, most: int) -> list[int]:
+    @property
+    def is_quantised(self) -> bool:
+        """Whether linear layers have weights of 8 bits."""
+        return bool(quantised_parts(self.module))
+
+    def rows_to_warm(self, most: int) -> list[int]:
+        """Numbers of rows, up to `most`, that use all kernels of ours that are compiled for the number of rows."""
+        products = rows_of_each_product(most) if self._backend == "triton" and self.is_quantised else []
+        return sorted({*self._mixture_rows(most), *products})
+
+    def _mixture_rows(self, most: int) -> list[int]:
         """Numbers of rows, up to `most`, that use all kernels of ours which run experts; none, if transformers' own do."""
         feeds = [] if self._fused is None else [feed for feed in self._fused.feeds() if isinstance(feed, Mixture)]
         if not feeds and not self._experts:
@@ -170,6 +182,8 @@ class Model:
     def unfuse(self) -> None:
         """Run the layers as transformers has them, but for experts that kernels of ours can run; weights stay merged."""
         self._fused = None
+        for part in quantised_parts(self.module):
+            part.backend = self._backend
         if self.device.type != "meta":
             self._experts = bind_experts(self.module, self._backend)
 
@@ -380,8 +394,10 @@ def load_model(
     device: torch.device,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
+    quantize: Kind | None = None,
 ) -> Model:
-    """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own.
+    """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own. `quantize`: what its
+    linear layers' weights become.
 
     What its config says is looked at before its weights are. Raises UnsupportedModel, CheckpointError if it lacks a weight, or
     OSError if it lacks a file.
@@ -399,6 +415,16 @@ def load_model(
             attn_implementation=_register(),
             local_files_only=True,
         )
+    return _settled(module, device, max_context, scaling, quantize)
+
+
+def _settled(
+    module: PreTrainedModel, device: torch.device, max_context: int | None, scaling: RopeScaling | None, quantize: Kind | None
+) -> Model:
+    """With its weights on the device, quantised on their way there. Raises UnsupportedModel."""
+    if quantize is not None:
+        quantise_linears(module, quantize, device)
+    refuse_device(module, device)
     module.to(device)  # type: ignore[arg-type]
     module.train(False)
     return Model(module, max_context, scaling)
@@ -419,10 +445,11 @@ def random_model(
     seed: int,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
+    quantize: Kind | None = None,
 ) -> Model:
     """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
 
-    `scaling` is written into `config`. Raises UnsupportedModel.
+    `scaling` is written into `config`; `quantize` as `load_model`. Raises UnsupportedModel.
     """
     max_context = _prepare(config, max_context, scaling)
     default = torch.get_default_dtype()
@@ -434,8 +461,7 @@ def random_model(
             module = auto.from_config(config, attn_implementation=_register(), trust_remote_code=False)
     finally:
         torch.set_default_dtype(default)
-    module.train(False)
-    return Model(module, max_context, scaling)
+    return _settled(module, device, max_context, scaling, quantize)
 
 
 def _prepare(config: PretrainedConfig, max_context: int | None, scaling: RopeScaling | None) -> int | None:

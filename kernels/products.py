@@ -6,7 +6,7 @@ Rows stay in their own type, however many there are: what a row becomes does not
 and its only error is that of the weights. One row, and few, are multiplied by kernels that convert in registers; for many a
 matrix of the rows' type is made first, which costs little beside so large a product.
 
-Shape suffixes: T rows, E features in, N features out, G groups of features in that share a scale.
+Shape suffixes: T rows, E features in, N features out, R some of these, G groups of features in that share a scale.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,17 @@ Kind = Literal["fp8", "int8"]
 TYPES: dict[Kind, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _LARGEST: dict[Kind, float] = {"fp8": 448.0, "int8": 127.0}
 
+_QUANTISED_ROWS = 4096
+"""Of a matrix that are worked on at a time: in fp32 they take memory."""
+
 TILED_ROWS = 256
 """Up to so many rows take a kernel that converts in registers. Beyond, writing and reading a matrix of 16 bits again is less
 than what a library's product is faster; by arithmetic, not measured."""
+
+
+def rows_of_each_kernel(most: int) -> list[int]:
+    """Up to `most` rows, for each way in which `product` compiles its kernels a number of rows that takes it."""
+    return [rows for rows in (1, 16, 32, 64, TILED_ROWS + 1) if rows <= most]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,13 +87,18 @@ Matrix = torch.Tensor | Quantised
 def quantise(weight_NE: torch.Tensor, kind: Kind) -> Quantised:
     """A matrix with one scale for each feature out, such that its largest weight is the largest number there is. Rounds to
     nearest. On `meta` too."""
-    full_NE = weight_NE.float()
-    scale_N1 = full_NE.abs().amax(1, keepdim=True) / _LARGEST[kind]
-    scale_N1 = torch.where(scale_N1 > 0, scale_N1, 1.0)  # of a row of zeros
-    scaled_NE = full_NE / scale_N1
-    if kind == "int8":
-        scaled_NE = scaled_NE.round()
-    return Quantised(scaled_NE.to(TYPES[kind]), scale_N1.contiguous(), weight_NE.shape[1])
+    num_out, num_in = weight_NE.shape
+    made_NE = torch.empty((num_out, num_in), dtype=TYPES[kind], device=weight_NE.device)
+    scale_N1 = torch.empty((num_out, 1), dtype=torch.float32, device=weight_NE.device)
+    for start in range(0, num_out, _QUANTISED_ROWS):
+        some = slice(start, start + _QUANTISED_ROWS)
+        full_RE = weight_NE[some].float()
+        scale_R1 = full_RE.abs().amax(1, keepdim=True) / _LARGEST[kind]
+        scale_R1 = torch.where(scale_R1 > 0, scale_R1, 1.0)  # of a row of zeros
+        scaled_RE = full_RE / scale_R1
+        made_NE[some] = (scaled_RE.round() if kind == "int8" else scaled_RE).to(TYPES[kind])
+        scale_N1[some] = scale_R1
+    return Quantised(made_NE, scale_N1, num_in)
 
 
 def stack(parts: Sequence[Quantised]) -> Quantised:
