@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kernels.experts import ExpertWeights, Gate, mix_experts, route
 from instance.quantised import QuantisedLinear, is_linear, matrix_of
+from kernels.experts import ExpertWeights, Gate, mix_experts, route
 from kernels.layer_ops import ACTIVATIONS, Norm, gated, gated_linear, linear, rms_norm, uses_gemv
 from kernels.products import Matrix, stack
 

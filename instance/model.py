@@ -39,7 +39,7 @@ from instance.calls import (
     refuse_state,
     whole_shape,
 )
-from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole
+from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole, stored_dtype
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
@@ -48,8 +48,10 @@ from instance.layers import Mixture, bind_experts, experts_of_a_row, has_known_p
 from instance.quantised import quantise_linears, quantised_parts, refuse_device
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
+from instance.stored import Form, form_of, load_stored, place_by_config
 from kernels.experts import ExpertWeights
-from kernels.products import Kind, rows_of_each_kernel as rows_of_each_product
+from kernels.products import Kind
+from kernels.products import rows_of_each_kernel as rows_of_each_product
 from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
 
@@ -404,7 +406,13 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     max_context = _prepare(config, max_context, scaling)
+    form = _take_form(config, str(path), quantize)
     dequantise_experts(config, path, dtype)
+    if form is not None:
+        with _refusing_old_style(str(path)):
+            dtype = dtype or config.dtype or stored_dtype(path) or torch.bfloat16
+            module = load_stored(path, config, form, dtype, attn_implementation=_register())
+        return _settled(module, device, max_context, scaling, None)
     with _refusing_old_style(str(path)):
         module = load_whole(
             path,
@@ -430,12 +438,45 @@ def _settled(
     return Model(module, max_context, scaling)
 
 
-def refuse_by_config(path: Path, max_context: int | None = None, scaling: RopeScaling | None = None) -> None:
+def refuse_by_config(
+    path: Path, max_context: int | None = None, scaling: RopeScaling | None = None, quantize: Kind | None = None
+) -> None:
     """What `load_model` would refuse of a directory before it looks at weights, which need not be there yet.
 
     Raises UnsupportedModel, or OSError or ValueError for what is no config.
     """
-    _prepare(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), max_context, scaling)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    _prepare(config, max_context, scaling)
+    _take_form(config, str(path), quantize)
+
+
+def _take_form(config: PretrainedConfig, name: str, quantize: Kind | None) -> Form | None:
+    """Take what a config says of how linear layers are stored out of it. Raises UnsupportedModel for what isn't read."""
+    form = form_of(config, name)
+    if form is None:
+        return None
+    if quantize is not None:
+        raise UnsupportedModel(
+            f"{name}: its weights are of 8 bits already ({form.method}, {form.kind}): leave out --quantize {quantize}"
+        )
+    del config.quantization_config
+    return form
+
+
+def shaped_model(
+    config: PretrainedConfig,
+    name: str,
+    dtype: torch.dtype,
+    max_context: int | None = None,
+    scaling: RopeScaling | None = None,
+    quantize: Kind | None = None,
+) -> Model:
+    """The model `name` of that config as `load_model` makes it, on torch's meta device: without values, for sizes.
+
+    Raises UnsupportedModel.
+    """
+    form = _take_form(config, name, quantize)
+    return random_model(config, dtype, torch.device("meta"), 0, max_context, scaling, quantize, form)
 
 
 def random_model(
@@ -446,10 +487,12 @@ def random_model(
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
     quantize: Kind | None = None,
+    form: Form | None = None,
 ) -> Model:
     """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
 
-    `scaling` is written into `config`; `quantize` as `load_model`. Raises UnsupportedModel.
+    `scaling` is written into `config`; `quantize` as `load_model`; `form`: on `meta`, of what its linear layers are stored in.
+    Raises UnsupportedModel.
     """
     max_context = _prepare(config, max_context, scaling)
     default = torch.get_default_dtype()
@@ -461,6 +504,8 @@ def random_model(
             module = auto.from_config(config, attn_implementation=_register(), trust_remote_code=False)
     finally:
         torch.set_default_dtype(default)
+    if form is not None:
+        place_by_config(module, form)
     return _settled(module, device, max_context, scaling, quantize)
 
 

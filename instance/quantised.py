@@ -80,7 +80,9 @@ def quantise_linears(module: PreTrainedModel, kind: Kind, device: torch.device) 
         if type(part) is nn.Linear and name.rpartition(".")[2] not in KEPT and part.weight is not embeddings.weight
     ]
     if not any(part is not head for _, part in found):
-        raise UnsupportedModel(f"{module.config.model_type}: it has no linear layers, so none that --quantize {kind} could change")
+        raise UnsupportedModel(
+            f"{module.config.model_type}: it has no linear layers, so none that --quantize {kind} could change"
+        )
     for name, part in found:
         bias = None if part.bias is None else part.bias.data.to(device)
         matrix = quantise(part.weight.data.to(device), _HEAD_KIND if part is head else kind)
@@ -97,6 +99,12 @@ def replace_part(module: nn.Module, name: str, part: nn.Module) -> None:
 def quantised_parts(module: nn.Module) -> list[QuantisedLinear]:
     """All of a model."""
     return [part for part in module.modules() if isinstance(part, QuantisedLinear)]
+
+
+def most_weights(module: nn.Module) -> int:
+    """Of the largest matrix that a model's parts of 8 bits may be merged into; 0: it has none."""
+    largest = max((part.weight.numel() for part in quantised_parts(module)), default=0)
+    return 2 * largest  # gate and up are one
 
 
 def refuse_device(module: nn.Module, device: torch.device) -> None:

@@ -1,14 +1,18 @@
 """Products with matrices of 8 bits a weight, of both backends against float64."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kernels.layer_ops import ACTIVATIONS, gated_linear, linear, uses_gemv
-from kernels.products import TILED_ROWS, TYPES, Kind, Quantised, dequantise, product, quantise, stack
+from kernels.products import TILED_ROWS, TYPES, Kind, Quantised, dequantise, product, quantise, rows_of_each_kernel, stack
 from tests.kernels.test_layer_ops import DTYPES, near
 from tests.kernels.test_paged_attention import DEVICE
+from tests.support.compiling import compiled
+
 
 def make(num_out: int, num_in: int, kind: Kind, group: int = 0) -> Quantised:
     """Random; with a group, of scales that differ a lot."""
@@ -101,6 +105,41 @@ def test_parts_of_one_matrix_and_one_matrix_of_parts() -> None:
     assert torch.equal(view.scale_NG, parts[1].scale_NG)
     with pytest.raises(ValueError, match="different types or groups"):
         stack([parts[0], make(3, 160, "int8", 128)])
+
+
+def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
+    """By the compiler, for Hopper: nothing spills, and weights are brought 16 bytes at a time."""
+    found: dict[str, dict[str, int]] = compiled("tests.support.compiled_products", tmp_path)
+    assert len(found) == 2 * 2 * 4  # types, groups, rows
+    for name, taken in found.items():
+        assert taken["stack"] == taken["local"] == 0, name
+        assert taken["wide"] > 0 and (taken["narrow"] == 0 or "groups of 128" in name), name  # but for their scales
+        assert taken["shared"] + 1024 <= 228 * 1024 // (4 if "1 rows" in name else 1), name
+
+
+@pytest.mark.parametrize("group", [0, 128])
+def test_what_is_warmed_up_is_all_that_rows_compile(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the constants that kernels are launched with: nothing may be compiled once an instance is ready."""
+    from kernels import products_triton
+
+    launched: set[object] = set()
+
+    class Noted:
+        def __init__(self, kernel: str) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *_, **constants: launched.add((self._kernel, *constants.items()))
+
+    for name in ("_gemv_kernel", "_product_kernel", "_dequantise_kernel"):
+        monkeypatch.setattr(products_triton, name, Noted(name))
+    matrix = make(40, 256, "fp8", group)
+    for rows in rows_of_each_kernel(300):
+        product(torch.zeros(rows, 256, dtype=torch.float16, device=DEVICE), matrix, backend="triton")
+    warm = frozenset(launched)
+    for rows in range(1, 301):
+        product(torch.zeros(rows, 256, dtype=torch.float16, device=DEVICE), matrix, backend="triton")
+    assert len(warm) == 5 and launched == warm
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What products with weights of 8 bits take of a Hopper processor, by the compiler: no GPU, in a process that doesn't interpret.
+"""What products with weights of 8 bits take of a Hopper processor, by the compiler, in a process that doesn't interpret.
 
 Prints JSON: for each product the bytes of shared memory, the bytes that spill from registers, the registers of a thread, and
 whether weights are brought 16 bytes at a time.
