@@ -34,11 +34,6 @@ _HUB_DUPLICATES = ["consolidated*", "*/*"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """One of these makes a tokenizer."""
 
-_PACKED = "mxfp4"
-"""Experts in blocks of 32 numbers of 4 bits (e2m1) with one scale each (e8m0), after the OCP's MX formats."""
-
-_BLOCK_BYTES = 16
-
 _NAMES_SHOWN = 3
 """Of weights, in a message about many."""
 
@@ -181,35 +176,6 @@ def load_whole(folder: Path | None, name: str, *, auto: Any = None, **options: A
     if unexpected := found["unexpected_keys"]:
         log.warning("weights that the model has no place for", model=name, weights=len(unexpected), first=some_of(unexpected))
     return module
-
-
-def has_packed_experts(config: "PretrainedConfig") -> bool:
-    """Whether the weights of a model's experts are stored as gpt-oss's are shipped."""
-    packing: Any = getattr(config, "quantization_config", None) or {}
-    return bool(dict(packing if isinstance(packing, Mapping) else packing.to_dict()).get("quant_method") == _PACKED)
-
-
-def dequantise_experts(config: "PretrainedConfig", folder: Path, dtype: torch.dtype | None) -> None:
-    """Let packed experts of a directory be loaded as plain weights of `dtype` (None: as the others are stored), and say so in
-    the log. Their values are exact, but for the smallest and largest in float16.
-
-    Raises CheckpointError if blocks lack their scales, or scales their blocks.
-    """
-    if not has_packed_experts(config):
-        return
-    stored_shapes = tensor_shapes(folder)
-    parts = {name: name.removesuffix("_blocks").removesuffix("_scales") for name in stored_shapes}
-    torn = set()
-    for whole in {whole for name, whole in parts.items() if name != whole}:
-        blocks, scales = (stored_shapes.get(f"{whole}_{part}", ()) for part in ("blocks", "scales"))
-        if not blocks or blocks != (*scales, _BLOCK_BYTES):
-            torn.add(whole)
-    if torn:
-        raise CheckpointError(f"{folder} has {len(torn)} packed weights whose blocks and scales don't match: {some_of(torn)}")
-    settings: Any = config
-    settings.quantization_config = {**settings.quantization_config, "dequantize": True}
-    stored = "the type of the other weights" if dtype is None else str(dtype).removeprefix("torch.")
-    log.info("experts are dequantised", model=str(folder), stored=_PACKED, to=stored)
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -18,8 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from instance.errors import UnsupportedModel
+from instance.packed import PARTS, is_packed, packed_weight, run_plain
 from instance.quantised import QuantisedLinear, is_linear, matrix_of
-from kernels.experts import ExpertWeights, Gate, mix_experts, route
+from kernels.experts import ExpertWeights, Gate, Packed, mix_experts, route
 from kernels.layer_ops import ACTIVATIONS, Norm, gated, gated_linear, linear, rms_norm, uses_gemv
 from kernels.products import Matrix, stack
 
@@ -285,10 +287,29 @@ def bind_experts(module: nn.Module, backend: str) -> list[ExpertWeights]:
     return bound
 
 
+def bind_packed(module: PreTrainedModel) -> None:
+    """Let a model's packed experts run by torch, until it is known what else can. On `meta`, where nothing has a value, all
+    experts put out rows like those put in: transformers' own code takes bf16 alone there.
+
+    Raises UnsupportedModel if the gate of packed experts is of no known kind: transformers' own code needs plain weights.
+    """
+    for experts in module.modules():
+        if module.device.type == "meta":
+            if _are_experts(experts):
+                experts.forward = lambda x_TE, *_: torch.empty_like(x_TE)
+            continue
+        if not is_packed(experts):
+            continue
+        weights = _experts_of(experts)
+        if weights is None:
+            raise UnsupportedModel(f"{module.config.model_type}: its packed experts have a gate of no known kind")
+        experts.forward = _mixing(weights, "torch")
+
+
 def expert_numbers(module: PreTrainedModel) -> int:
     """Most numbers of a row that lie between the products of its experts, where kernels of ours run them; 0: they run none."""
     parts: Iterator[Any] = module.modules()
-    sizes = [sum(part.down_proj.shape[1:]) for part in parts if _are_experts(part)]
+    sizes = [sum(_weights_of(part)[1].shape[1:]) for part in parts if _are_experts(part)]
     return experts_of_a_row(module) * max(sizes, default=0)
 
 
@@ -306,21 +327,24 @@ def _mixing(weights: ExpertWeights, backend: str) -> Callable[..., torch.Tensor]
 
 def _mix_alike(experts: Any, weights: ExpertWeights, backend: str) -> bool:
     """Whether random rows become what a module's experts make of them."""
-    device, dtype = weights.down_XEI.device, weights.down_XEI.dtype
+    device, dtype = weights.down_XEI.device, weights.dtype or torch.bfloat16
     seeded = torch.Generator().manual_seed(0)
     rows, top_k = 16, min(2, weights.num_experts)
     x_TE = torch.randn(rows, weights.hidden_size, generator=seeded).to(device, dtype)
     experts_TS = torch.rand(rows, weights.num_experts, generator=seeded).topk(top_k).indices.to(device)
     weights_TS = torch.rand(rows, top_k, generator=seeded).to(device, dtype)
     with torch.inference_mode():
-        want_TE = experts(x_TE, experts_TS, weights_TS)
+        theirs = run_plain(experts) if weights.is_packed else experts
+        want_TE = theirs(x_TE, experts_TS, weights_TS)
         return _close(_mixing(weights, backend)(x_TE, experts_TS, weights_TS), want_TE)
 
 
 def _are_experts(module: Any) -> bool:
     """Whether a module has the weights of experts that `_experts_of` reads, and nothing else."""
+    names = {name for name, _ in module.named_parameters()}
     return (
-        {name for name, _ in module.named_parameters()} in (_EXPERT_WEIGHTS, _EXPERT_WEIGHTS | _EXPERT_BIASES)
+        names - _EXPERT_BIASES in (_EXPERT_WEIGHTS, PARTS)
+        and names & _EXPERT_BIASES in (set(), _EXPERT_BIASES)
         and hasattr(module, "_apply_gate")
         and not getattr(module, "has_post_expert_norm", False)
     )
@@ -331,11 +355,19 @@ def _experts_of(experts: Any) -> ExpertWeights | None:
     gate = _gate_of(experts)
     if gate is None:
         return None
-    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    if getattr(experts, "is_transposed", False):
-        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    gate_up, down = _weights_of(experts)
     biases = [getattr(experts, name, None) for name in ("gate_up_proj_bias", "down_proj_bias")]
     return ExpertWeights(gate_up, down, gate, *(None if b is None else b.detach() for b in biases))
+
+
+def _weights_of(experts: Any) -> tuple[torch.Tensor | Packed, torch.Tensor | Packed]:
+    """Of gate and up, and of down, `[X, out, in]`."""
+    if is_packed(experts):
+        return packed_weight(experts, "gate_up_proj"), packed_weight(experts, "down_proj")
+    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    if getattr(experts, "is_transposed", False):
+        return gate_up.transpose(1, 2), down.transpose(1, 2)
+    return gate_up, down
 
 
 def _mixture(mlp: Any) -> Mixture | None:
@@ -355,7 +387,7 @@ def _gate_of(experts: Any) -> Gate | None:
     alpha, limit = getattr(experts, "alpha", 1.0), getattr(experts, "limit", None)
     known = [Gate("silu"), Gate("gelu_tanh"), Gate(alpha=alpha, limit=limit, up_offset=1.0, interleaved=True)]
     seeded = torch.Generator().manual_seed(0)
-    x_RN = (4 * torch.randn(5, 32, generator=seeded)).to(experts.down_proj.device)
+    x_RN = (4 * torch.randn(5, 32, generator=seeded)).to(next(experts.parameters()).device)
     want_RI = experts._apply_gate(x_RN)
     return next((gate for gate in known if _close(gate.of(x_RN), want_RI)), None)
 

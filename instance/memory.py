@@ -195,19 +195,10 @@ def check_weights(device: str, *, needed: int, free: int, total: int) -> None:
 
 
 def checkpoint_bytes(folder: Path, dtype: torch.dtype | None) -> int:
-    """Bytes of the weights in `folder`'s safetensors files once they are loaded as `dtype` (None: as they are).
-
-    Packed numbers of 4 bits become such of `dtype`, or of 2 bytes.
-    """
-    shapes = tensor_shapes(folder)
-    count = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    scales = {name for name in shapes if name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in shapes}
-    blocks = {f"{name.removesuffix('_scales')}_blocks" for name in scales}
-    numbers = sum(2 * count[name] for name in blocks)
+    """Bytes of the plain weights in `folder`'s safetensors files once they are loaded as `dtype` (None: as they are)."""
     if dtype is None:
-        stored = sum(file.stat().st_size for file in weight_files(folder)) - sum(count[name] for name in blocks | scales)
-        return stored + numbers * torch.bfloat16.itemsize
-    return (sum(count[name] for name in shapes if name not in blocks | scales) + numbers) * dtype.itemsize
+        return sum(file.stat().st_size for file in weight_files(folder))
+    return sum(torch.Size(shape).numel() for shape in tensor_shapes(folder).values()) * dtype.itemsize
 
 
 def loaded_bytes(folder: Path, dtype: torch.dtype | None, quantize: Kind | None) -> int:

@@ -39,16 +39,16 @@ from instance.calls import (
     refuse_state,
     whole_shape,
 )
-from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole, stored_dtype
+from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole, stored_dtype
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
-from instance.layers import Mixture, bind_experts, experts_of_a_row, has_known_parts
+from instance.layers import Mixture, bind_experts, bind_packed, experts_of_a_row, has_known_parts
 from instance.quantised import quantise_linears, quantised_parts, refuse_device
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
-from instance.stored import Form, form_of, load_stored, place_by_config
+from instance.stored import Form, PackedExperts, form_of, load_stored, place_by_config
 from kernels.experts import ExpertWeights
 from kernels.products import Kind
 from kernels.products import rows_of_each_kernel as rows_of_each_product
@@ -80,6 +80,7 @@ class Model:
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # for a loss in training; attention would be called with it
         self.module = module
+        bind_packed(module)
         self._base: Any = _decoder(module)
         self._output: Any = None
         """What `_base` returns: a class with fields of the model's own, all but the hidden states empty in `logits`."""
@@ -225,6 +226,14 @@ class Model:
         """Bytes of all parameters."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
+    def num_parameters(self) -> int:
+        """Numbers that its weights are, however they are stored; scales of others aren't counted."""
+        return sum(
+            parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # packed
+            for name, parameter in self.module.named_parameters()
+            if not name.endswith(("weight_scale", "_scales"))
+        )
+
     def token_bytes(self) -> int:
         """Bytes of one token's KV in all layers."""
         return self.num_layers * self.shape.layer_token_bytes
@@ -250,7 +259,7 @@ class Model:
         Its products are 2 x parameters operations, attention to a token 2 x heads x (head dim + dim of values) in each layer.
         """
         embeddings: Any = self.module.get_input_embeddings()
-        rest = sum(p.numel() for p in self.module.parameters()) - embeddings.weight.numel()
+        rest = self.num_parameters() - embeddings.weight.numel()
         shape = self.shape
         return max(1, 2 * int(rest) // (2 * shape.num_heads * (shape.head_dim + shape.out_dim) * self.num_layers))
 
@@ -407,12 +416,11 @@ def load_model(
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     max_context = _prepare(config, max_context, scaling)
     form = _take_form(config, str(path), quantize)
-    dequantise_experts(config, path, dtype)
     if form is not None:
         with _refusing_old_style(str(path)):
             dtype = dtype or config.dtype or stored_dtype(path) or torch.bfloat16
             module = load_stored(path, config, form, dtype, attn_implementation=_register())
-        return _settled(module, device, max_context, scaling, None)
+        return _settled(module, device, max_context, scaling, quantize)
     with _refusing_old_style(str(path)):
         module = load_whole(
             path,
@@ -450,12 +458,12 @@ def refuse_by_config(
     _take_form(config, str(path), quantize)
 
 
-def _take_form(config: PretrainedConfig, name: str, quantize: Kind | None) -> Form | None:
-    """Take what a config says of how linear layers are stored out of it. Raises UnsupportedModel for what isn't read."""
+def _take_form(config: PretrainedConfig, name: str, quantize: Kind | None) -> Form | PackedExperts | None:
+    """Take what a config says of how weights are stored out of it. Raises UnsupportedModel for what isn't read."""
     form = form_of(config, name)
     if form is None:
         return None
-    if quantize is not None:
+    if quantize is not None and isinstance(form, Form):
         raise UnsupportedModel(
             f"{name}: its weights are of 8 bits already ({form.method}, {form.kind}): leave out --quantize {quantize}"
         )
@@ -476,6 +484,7 @@ def shaped_model(
     Raises UnsupportedModel.
     """
     form = _take_form(config, name, quantize)
+    config.dtype = dtype  # else what it says would be taken
     return random_model(config, dtype, torch.device("meta"), 0, max_context, scaling, quantize, form)
 
 
@@ -487,7 +496,7 @@ def random_model(
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
     quantize: Kind | None = None,
-    form: Form | None = None,
+    form: Form | PackedExperts | None = None,
 ) -> Model:
     """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
 

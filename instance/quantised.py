@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from instance.errors import UnsupportedModel
+from instance.packed import plain_experts
 from kernels.products import Kind, Matrix, Quantised, product, quantise
 
 KEPT = frozenset({"kv_b_proj", "gate", "router", "shared_expert_gate"})
@@ -121,13 +122,15 @@ def refuse_device(module: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def plain_products(module: nn.Module) -> Iterator[None]:
-    """Let all parts multiply with plain matrices of their weights, by torch: what kernels are compared with."""
+    """Let all parts multiply with plain matrices of their weights, by torch, and experts run as transformers has them: what
+    kernels are compared with."""
     parts = quantised_parts(module)
     before = [part.backend for part in parts]
     for part in parts:
         part.backend = "torch"
     try:
-        yield
+        with plain_experts(module):
+            yield
     finally:
         for part, backend in zip(parts, before, strict=True):
             part.backend = backend

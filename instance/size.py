@@ -20,7 +20,7 @@ import torch
 from gmanager.wire.scaling import RopeScaling, parse_scaling
 from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
-from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, has_packed_experts, read_config
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
 from instance.errors import UnsupportedModel
 from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
 from instance.model import Model, shaped_model
@@ -158,7 +158,7 @@ def answer(question: Question) -> Answer:
         model=question.model,
         device=question.device,
         dtype=str(model.shape.dtype).removeprefix("torch."),
-        parameters=sum(p.numel() for p in model.module.parameters()),
+        parameters=model.num_parameters(),
         weights=model.weight_bytes(),
         kv_per_token=kv.block // kv.block_size,
         kv_windows=sum(kv.windows) * kv.block,
@@ -378,8 +378,6 @@ class _Parser(argparse.ArgumentParser):
 def _shape_of(question: Question) -> Model:
     """The model without values. Raises CheckpointError, or UnsupportedModel as an instance would."""
     config = read_config(question.model, cache_dir=question.cache_dir)
-    if has_packed_experts(config):
-        del config.quantization_config  # they are plain once loaded
     dtype: Any = config.dtype if question.dtype == "auto" else getattr(torch, question.dtype)
     if dtype is None:
         raise CheckpointError(f"the config of {question.model} doesn't say of which type its weights are: give --dtype")

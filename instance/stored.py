@@ -3,8 +3,9 @@
     compressed-tensors   `weight` (e4m3 or int8) and `weight_scale`: one for all, one for each feature out, or blocks of them
     fp8                  `weight` (e4m3) and `weight_scale_inv`: one for each block of 128 x 128 (fine-grained: DeepSeek, Qwen);
                          without blocks `weight_scale`, one for all
+    mxfp4                experts packed in blocks of 32 numbers of 4 bits (`instance.packed`): gpt-oss as it is shipped
 
-A weight is what is stored times its scale in all of them (the name of the second notwithstanding). What such a checkpoint says
+A weight is what is stored times its scale in all of them, `weight_scale_inv` notwithstanding. What such a checkpoint says
 of rows (that they be rounded to 8 bits, by a scale of each or by `input_scale`) is not done: `kernels.products` keeps rows in
 their own type, which is nearer to what the model was. Weights for which there is no linear layer of ours (experts, what latent
 attention takes apart) are dequantised as they are read. What a config says is refused or taken before weights are looked at.
@@ -16,7 +17,7 @@ Shape suffixes: E features in, N features out, G groups of features in that shar
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from gmanager.wire.logs import get_logger
 from instance.checkpoint import CheckpointError, load_whole, some_of, stored_tensors, weight_files
 from instance.errors import UnsupportedModel
+from instance.packed import PARTS, can_be_packed, pack
 from instance.quantised import KEPT, QuantisedLinear, replace_part
+from kernels.experts import PACKED_BYTES
 from kernels.products import TYPES, Kind, Quantised, dequantise
 
 log = get_logger("instance")
@@ -62,15 +65,19 @@ class Form:
         )
 
 
-def form_of(config: PretrainedConfig, name: str) -> Form | None:
-    """How the linear layers of the model `name` are stored; None: as plain weights. Raises UnsupportedModel for a form that
-    isn't read."""
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """That a checkpoint's experts are packed, and nothing else is stored otherwise than plain."""
+
+
+def form_of(config: PretrainedConfig, name: str) -> Form | PackedExperts | None:
+    """How the weights of the model `name` are stored; None: plain. Raises UnsupportedModel for a form that isn't read."""
     settings = settings_of(config)
     match settings.get("quant_method"):
         case None if not settings:
             return None
         case "mxfp4":
-            return None
+            return PackedExperts()
         case "compressed-tensors":
             return _of_compressed_tensors(settings, name)
         case "fp8":
@@ -217,8 +224,11 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def place_by_config(module: PreTrainedModel, form: Form) -> None:
+def place_by_config(module: PreTrainedModel, form: Form | PackedExperts) -> None:
     """Give a model on `meta` the weights that it would have once a checkpoint of that form is loaded."""
+    if isinstance(form, PackedExperts):
+        _pack_experts(module)
+        return
     for name, linear in linears_of(module).items():
         if form.is_of(name):
             num_out, num_in = linear.weight.shape
@@ -229,7 +239,7 @@ def place_by_config(module: PreTrainedModel, form: Form) -> None:
 
 
 def load_stored(
-    folder: Path, config: PretrainedConfig, form: Form, dtype: torch.dtype, *, attn_implementation: str
+    folder: Path, config: PretrainedConfig, form: Form | PackedExperts, dtype: torch.dtype, *, attn_implementation: str
 ) -> PreTrainedModel:
     """The causal language model of a directory that is stored in that form; what is plain becomes `dtype`.
 
@@ -237,21 +247,19 @@ def load_stored(
     says.
     """
     tensors = stored_tensors(folder)
+    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
+    if isinstance(form, PackedExperts):
+        return _load_packed(folder, tensors, options)
     plain_name = ".weight"
     bases = {name.removesuffix(plain_name): _KINDS[kind] for name, (kind, _) in tensors.items() if kind in _KINDS}
     _refuse_torn(folder, form, bases, tensors)
-    with torch.device("meta"):
-        auto: Any = AutoModelForCausalLM  # its from_config has no types
-        shaped: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    shaped = _shaped(config)
     places = {base: name for base in bases if (name := _place_of(shaped, base)) is not None}
     fit = linears_of(shaped)
     places = {base: name for base, name in places.items() if tuple(fit[name].weight.shape) == tensors[f"{base}{plain_name}"][1]}
     scales = {f"{base}.{form.scale}": base for base in bases}
     with ExitStack() as files:
-        slices: dict[str, Any] = {}
-        for file in weight_files(folder):
-            opened = files.enter_context(safe_open(file, framework="pt"))
-            slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        slices = _slices(folder, files)
         state = {name: one for name, one in slices.items() if not name.endswith(".input_scale") and name not in scales}
         for base in bases:
             weight, scale = slices[f"{base}{plain_name}"], slices[f"{base}.{form.scale}"]
@@ -260,15 +268,13 @@ def load_stored(
             else:
                 state[f"{base}{plain_name}"] = _Dequantised(weight, scale, form, dtype)
         shapes = {places[base]: _empty(*tensors[f"{base}.{form.scale}"]) for base in places}
-        module = load_whole(
-            None,
-            str(folder),
-            auto=_with_places(type(shaped), form, shapes),
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-        )
+
+        def place(module: PreTrainedModel) -> None:
+            for name, scale in shapes.items():
+                linear: Any = module.get_submodule(name)
+                replace_part(module, name, StoredLinear(linear, form, scale))
+
+        module = load_whole(None, str(folder), auto=_placed(type(shaped), place), state_dict=state, **options)
     for name, part in list(module.named_modules()):
         if isinstance(part, StoredLinear):
             replace_part(module, name, part.settled())
@@ -318,13 +324,62 @@ def _empty(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=types[kind], device="meta")
 
 
-def _with_places(of: type[PreTrainedModel], form: Form, scales: Mapping[str, torch.Tensor]) -> Any:
-    """A model's class that has places for stored weights from the beginning: transformers loads what a model has places for."""
+def _load_packed(
+    folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], options: Mapping[str, Any]
+) -> PreTrainedModel:
+    names = {name for name in tensors if name.endswith(tuple(PARTS))}
+    wholes = {name.removesuffix("_blocks").removesuffix("_scales") for name in names}
+    torn = set()
+    for whole in wholes:
+        blocks, scales = (tensors.get(f"{whole}_{part}", ("", ()))[1] for part in ("blocks", "scales"))
+        if not blocks or blocks != (*scales, PACKED_BYTES):
+            torn.add(whole)
+    if torn:
+        raise CheckpointError(f"{folder} has {len(torn)} packed weights whose blocks and scales don't match: {some_of(torn)}")
+    if not names:
+        raise CheckpointError(f"{folder}: its config says mxfp4, and none of its weights is packed")
+    with ExitStack() as files:
+        auto = _placed(type(_shaped(options["config"])), _pack_experts)
+        module = load_whole(None, str(folder), auto=auto, state_dict=_slices(folder, files), **options)
+    log.info("experts stay packed", model=str(folder), stored="mxfp4", matrices=len(wholes))
+    return module
+
+
+def _pack_experts(module: PreTrainedModel) -> None:
+    """Raises CheckpointError for a model without such experts as are published packed."""
+    experts = [part for part in module.modules() if can_be_packed(part)]
+    if not experts:
+        raise CheckpointError(f"{module.config.model_type} has no experts whose weights could be packed, as its config says")
+    try:
+        for part in experts:
+            pack(part)
+    except ValueError as error:
+        raise CheckpointError(f"{module.config.model_type}: its experts can't be packed: {error}") from error
+
+
+def _shaped(config: PretrainedConfig) -> PreTrainedModel:
+    """A model on `meta`."""
+    auto: Any = AutoModelForCausalLM  # its from_config has no types
+    with torch.device("meta"):
+        module: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    return module
+
+
+def _slices(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """What transformers reads weights from, by their names, while `files` are open."""
+    slices: dict[str, Any] = {}
+    for file in weight_files(folder):
+        opened = files.enter_context(safe_open(file, framework="pt"))
+        slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    return slices
+
+
+def _placed(of: type[PreTrainedModel], place: Callable[[PreTrainedModel], None]) -> Any:
+    """A model's class that has other places for weights from the beginning: transformers loads what a model has places for."""
 
     def init(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         of.__init__(self, config, *args, **kwargs)
-        for name, scale in scales.items():
-            replace_part(self, name, StoredLinear(self.get_submodule(name), form, scale))
+        place(self)
         self.__class__ = of
 
     return type(of.__name__, (of,), {"__init__": init, "__module__": of.__module__})
