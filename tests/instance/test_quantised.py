@@ -1,18 +1,23 @@
 """Models whose linear layers have weights of 8 bits answer as those with the plain weights that these stand for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, GPT2Config
 
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
-from instance.model import Model, random_model
+from instance.model import Model, load_model, random_model
 from instance.quantised import QuantisedLinear, matrix_of, quantised_parts
 from kernels.products import TYPES, Kind, Quantised, dequantise, quantise
 from tests.instance.test_fused import CPU, KNOWN, OTHERS, logits, make
-from tests.support.tiny import CONFIGS
+from tests.support.exactness import ask, prompt
+from tests.support.farm import Farm, Setup
+from tests.support.service import serve
+from tests.support.tiny import CONFIGS, make_model
 
 DENSE = ["llama", "llama, tied", "qwen2, biases", "qwen3, head norms", "gemma2, norms of what is added, capped logits"]
 SIZES = {
@@ -96,6 +101,19 @@ def test_a_weight_that_is_not_what_it_should_be_is_found() -> None:
     part.weight_scale = torch.nn.Parameter(part.weight_scale * 1.3, requires_grad=False)  # no view of what runs any more
     with pytest.raises(UnsupportedModel, match="would answer wrongly"):
         refuse_inexact(model, "llama", block_size=16, backend="torch")
+
+
+@pytest.mark.parametrize("quantize", TYPES)
+async def test_it_is_served_as_the_plain_weights_that_its_own_stand_for(quantize: Kind, farm: Farm, tmp_path: Path) -> None:
+    path, twin = make_model("llama", tmp_path / "plain"), make_model("llama", tmp_path / "twin")
+    weights = load_file(twin / "model.safetensors")
+    for name, part in load_model(path, torch.float32, CPU, quantize=quantize).module.named_modules():
+        if isinstance(part, QuantisedLinear):
+            weights[f"{name}.weight"] = dequantise(part.matrix, torch.float32, backend="torch")
+    save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
+    ids = prompt(twin, 100)
+    async with serve(farm, 2, Setup(model=path, quantize=quantize, chunk_tokens=24)) as service:
+        await ask(service.client, twin, ids, spread="all")
 
 
 def test_latents_and_routers_keep_their_weights() -> None:
