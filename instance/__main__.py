@@ -61,6 +61,12 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     pool.add_argument("--kv-tokens", type=int, help="tokens of KV this instance holds, its own and lent (needed on CPU)")
     pool.add_argument("--kv-memory", type=float, help=f"or, on GPU: fill this part of its memory ({settings.GPU_KV_MEMORY})")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        choices=settings.QUANTIZE,
+        help="weights of linear layers become numbers of 8 bits at load, floating (fp8) or whole (int8) (%(default)s)",
+    )
     parser.add_argument("--max-context", type=int, help="tokens of the longest sequence served (as the model's config says)")
     parser.add_argument(
         "--rope-scaling",
@@ -171,6 +177,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         device="cuda" if gpu else "cpu",
         gpu=index if gpu else 0,
         dtype=args.dtype,
+        quantize=args.quantize,
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         kv_format=args.kv_format,

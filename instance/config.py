@@ -18,6 +18,9 @@ from instance.split import WHOLE, Place
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 
+Quantize = Literal["none", "fp8", "int8"]
+QUANTIZE: tuple[Quantize, ...] = ("none", "fp8", "int8")
+
 KVFormat = Literal["auto", "plain"]
 KV_FORMATS: tuple[KVFormat, ...] = ("auto", "plain")
 
@@ -107,6 +110,8 @@ class InstanceConfig:
     """CUDA: index of the device, among those that this process sees."""
     dtype: DType = "auto"
     """auto: what the checkpoint says."""
+    quantize: Quantize = "none"
+    """What the weights of linear layers become at load; none: they stay as the checkpoint has them."""
     max_context: int | None = None
     """Tokens of the longest sequence served; None: as many as the model's config says."""
     rope_scaling: RopeScaling | None = None
@@ -163,6 +168,8 @@ class InstanceConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.quantize not in QUANTIZE:
+            raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {self.quantize}")
         if self.kv_format not in KV_FORMATS:
             raise ValueError(f"--kv-format must be one of {', '.join(KV_FORMATS)}, got {self.kv_format}")
         for flag, value in (

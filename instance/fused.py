@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from distattn.shape import AttentionShape, PackedRows
 from instance.layers import Dense, Layer, Mixture, norm_of, read_layers
+from instance.quantised import matrix_of, plain_products
 from instance.team import Team
 from kernels.layer_ops import Norm, add_rms_norm, linear, rms_norm, uses_gemv
+from kernels.products import Matrix
 
 _CHECK_IDS = (0, 1, 5, 77)
 _CHECK_TURNS = 5
@@ -118,10 +120,10 @@ class FusedDecoder:
         """Of each layer."""
         return [layer.feed for layer in self._layers]
 
-    def matrices(self) -> list[torch.Tensor]:
+    def matrices(self) -> list[Matrix]:
         """All that a step multiplies with, `[out, in]`, in order."""
         layers = [matrix for layer in self._layers for matrix in (layer.qkv, layer.out, *layer.feed.matrices())]
-        return [*layers, self._head.weight]
+        return [*layers, matrix_of(self._head)]
 
     def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> Hidden:
         """All layers."""
@@ -148,19 +150,20 @@ class FusedDecoder:
 
         transformers' layers must be bound to `attention`: `OwnRow` shows a mistake in queries, keys and values alike.
         """
-        weight = self._layers[0].qkv
-        positions_T = torch.tensor(self._check_positions * _CHECK_TURNS, device=weight.device)
+        embeddings_VE = self._embeddings()
+        positions_T = torch.tensor(self._check_positions * _CHECK_TURNS, device=embeddings_VE.device)
         seeded = torch.Generator().manual_seed(0)  # all instances of a cell must come to the same answer
-        x_TE = torch.randn(len(positions_T), weight.shape[1], generator=seeded).to(weight.device, weight.dtype)
+        x_TE = torch.randn(len(positions_T), embeddings_VE.shape[1], generator=seeded).to(embeddings_VE)
         rotary = self._rotary_of(x_TE, positions_T)
         for index, layer in enumerate(self._layers):
             cos_TD, sin_TD = self._factors_of(x_TE, positions_T, layer.rotary)
-            theirs: Any = layer.module(
-                x_TE.unsqueeze(0),
-                position_embeddings=(cos_TD.unsqueeze(0), sin_TD.unsqueeze(0)),
-                position_ids=positions_T.unsqueeze(0),
-                attention_mask=None,
-            )
+            with plain_products(layer.module):
+                theirs: Any = layer.module(
+                    x_TE.unsqueeze(0),
+                    position_embeddings=(cos_TD.unsqueeze(0), sin_TD.unsqueeze(0)),
+                    position_ids=positions_T.unsqueeze(0),
+                    attention_mask=None,
+                )
             want_TE = theirs[0].float() - x_TE.float()
             ours_TE = x_TE.clone()
             pending = self._run_layer(index, layer, ours_TE, None, rotary, attention)
@@ -168,7 +171,7 @@ class FusedDecoder:
             if pending is not None:
                 last_TE = pending.x_TE
                 added_TE += last_TE if pending.norm is None else rms_norm(last_TE, pending.norm, backend=self._backend)
-            may_choose = isinstance(layer.feed, Mixture) and weight.dtype != torch.float32
+            may_choose = isinstance(layer.feed, Mixture) and x_TE.dtype != torch.float32
             if not (self._rows_agree(added_TE, want_TE) if may_choose else self._agree(added_TE, want_TE)):
                 return False
         return True
@@ -181,9 +184,10 @@ class FusedDecoder:
         layers, norm = base.layers, base.norm
         base.layers = nn.ModuleList()
         try:
-            with_norm_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
-            base.norm = nn.Identity()  # which would hide another scale of the embeddings
-            without_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
+            with plain_products(self._module):
+                with_norm_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
+                base.norm = nn.Identity()  # which would hide another scale of the embeddings
+                without_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
         finally:
             base.layers, base.norm = layers, norm
         ours_TV = self.logits(Hidden(x_TE), torch.arange(len(ids_T), device=ids_T.device))
@@ -195,10 +199,15 @@ class FusedDecoder:
         return sum(agree) > _AGREEING_ROWS * len(agree)
 
     def _agree(self, got: torch.Tensor, want: torch.Tensor) -> bool:
-        return bool((got.float() - want.float()).norm() <= _TOLERANCE[self._head.weight.dtype] * want.float().norm())
+        return bool((got.float() - want.float()).norm() <= _TOLERANCE[self._embeddings().dtype] * want.float().norm())
+
+    def _embeddings(self) -> torch.Tensor:
+        """Of the type that rows have, which is not every matrix's."""
+        weight_VE: torch.Tensor = self._embed.weight  # type: ignore[assignment]
+        return weight_VE
 
     def _logits_of(self, h_SE: torch.Tensor) -> torch.Tensor:
-        logits_SV = linear(h_SE, self._head.weight, self._head.bias, backend=self._backend)
+        logits_SV = linear(h_SE, matrix_of(self._head), self._head.bias, backend=self._backend)
         if (team := self._team()) is not None:
             logits_SV = team.gather(logits_SV)[:, : self._vocab_size]
         return torch.tanh(logits_SV / self._soft_cap) * self._soft_cap if self._soft_cap else logits_SV
@@ -231,8 +240,9 @@ class FusedDecoder:
     def _has_halves(self) -> bool:
         """Whether the model's rotary factors are those of half of the dims, with which the other half shares them."""
         first = self._layers[0]
-        positions_T = torch.tensor(self._check_positions, device=first.qkv.device)
-        cos_TD, _ = self._factors_of(first.qkv[:1], positions_T, first.rotary)
+        embeddings_VE = self._embeddings()
+        positions_T = torch.tensor(self._check_positions, device=embeddings_VE.device)
+        cos_TD, _ = self._factors_of(embeddings_VE[:1], positions_T, first.rotary)
         return not torch.equal(*cos_TD.chunk(2, -1))
 
     def _run_layer(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from instance.checkpoint import CheckpointError, some_names, weight_files
+from instance.checkpoint import CheckpointError, some_of, weight_files
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.layers import has_dense_parts
@@ -78,7 +78,7 @@ def load_part(
         (whole,) = (name for name, weight in wanted.items() if weight is embeddings.weight)
         sources |= {name: whole for name, weight in wanted.items() if weight is head.weight}
     if missing := set(sources.values()) - files.keys():
-        raise CheckpointError(f"{path} lacks {len(missing)} of the weights that its config asks for: {some_names(missing)}")
+        raise CheckpointError(f"{path} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}")
     head_dim = int(module.config.get_text_config().head_dim)
     with torch.no_grad():
         for name, weight in wanted.items():

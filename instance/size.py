@@ -20,10 +20,10 @@ import torch
 from gmanager.wire.scaling import RopeScaling, parse_scaling
 from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
-from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, has_packed_experts, read_config
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
 from instance.errors import UnsupportedModel
 from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
-from instance.model import Model, random_model
+from instance.model import Model, shaped_model
 from instance.needs import Needs, settle_shape
 from instance.split import Place
 from kvstore.tier_storage import slot_bytes
@@ -50,6 +50,8 @@ class Question:
     kv_tokens: int | None = None
     """Of one instance; None: what the GPU has room for, or on the CPU what the context needs."""
     dtype: settings.DType = "auto"
+    quantize: settings.Quantize = "none"
+    """As an instance's."""
     max_context: int | None = None
     """Tokens of the longest sequence served; None: as the model's config says."""
     rope_scaling: RopeScaling | None = None
@@ -162,7 +164,7 @@ def answer(question: Question) -> Answer:
         model=question.model,
         device=question.device,
         dtype=str(model.shape.dtype).removeprefix("torch."),
-        parameters=sum(p.numel() for p in model.module.parameters()),
+        parameters=model.num_parameters(),
         weights=model.weight_bytes(),
         kv_per_token=kv.block // kv.block_size,
         kv_windows=sum(kv.windows) * kv.block,
@@ -327,6 +329,9 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     parser.add_argument("--host-memory", default="0", metavar="SIZE", help="of one instance, for cached KV, as 64G (none)")
     parser.add_argument("--disk", metavar="DIR:SIZE", help="likewise, as /scratch:500G (none)")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
+    parser.add_argument(
+        "--quantize", default="none", choices=settings.QUANTIZE, help="weights of linear layers: of 8 bits (%(default)s)"
+    )
     parser.add_argument("--max-context", type=parse_count, help="tokens of the longest sequence served (as the config says)")
     parser.add_argument("--rope-scaling", metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the config says)")
     parser.add_argument("--kv-format", default="auto", choices=settings.KV_FORMATS, help="plain: of heads, not of latents")
@@ -353,6 +358,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
         kv_memory=args.kv_memory,
         kv_tokens=args.kv_tokens,
         dtype=args.dtype,
+        quantize=args.quantize,
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         kv_format=args.kv_format,
@@ -385,17 +391,13 @@ class _Parser(argparse.ArgumentParser):
 def _shape_of(question: Question) -> Model:
     """The model without values. Raises CheckpointError, or UnsupportedModel as an instance would."""
     config = read_config(question.model, cache_dir=question.cache_dir)
-    if has_packed_experts(config):
-        del config.quantization_config  # they are plain once loaded
-    elif getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(f"{question.model} has quantised weights, which are not counted")
     dtype: Any = config.dtype if question.dtype == "auto" else getattr(torch, question.dtype)
     if dtype is None:
         raise CheckpointError(f"the config of {question.model} doesn't say of which type its weights are: give --dtype")
     config.dtype = dtype
     try:
-        meta, place = torch.device("meta"), Place(0, question.tp)  # the first rank has most
-        model = random_model(config, dtype, meta, 0, question.max_context, question.rope_scaling, place)
+        quantize, place = None if question.quantize == "none" else question.quantize, Place(0, question.tp)
+        model = shaped_model(config, question.model, dtype, question.max_context, question.rope_scaling, quantize, place)
         if question.kv_format == "plain":
             model.keep_heads()
         settle_shape(model, question.model, block_size=question.block_size, backend=question.backend)

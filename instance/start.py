@@ -14,7 +14,7 @@ from instance.crew import Crew, Meeting
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
-from instance.memory import TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure, tiers_bytes
+from instance.memory import TooLittleMemory, check_tiers, check_weights, loaded_bytes, measure, tiers_bytes
 from instance.model import Model, load_model, load_text_assets, refuse_by_config
 from instance.needs import Needs, settle_shape
 from instance.plan import MAX_DECODE_ROWS
@@ -46,6 +46,7 @@ def load(config: InstanceConfig) -> Loaded:
     check_tiers(config)
     device, place = device_of(config), config.place
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    quantize = None if config.quantize == "none" else config.quantize
     torch.set_num_threads(config.threads)  # this thread has its own; too many made the comparison take 9 s, not 0.7
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means IEEE
@@ -54,16 +55,17 @@ def load(config: InstanceConfig) -> Loaded:
         check_parts(config.decode_processors, device)
     try:
         if locate(config.model) is None:  # weights that would be refused aren't fetched
-            refuse_by_config(fetch_settings(config.model), config.max_context, config.rope_scaling)
+            refuse_by_config(fetch_settings(config.model), config.max_context, config.rope_scaling, quantize)
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            check_weights(str(device), needed=checkpoint_bytes(path, dtype) // place.parts, free=free, total=total)
+            needed = loaded_bytes(path, dtype, quantize) // place.parts
+            check_weights(str(device), needed=needed, free=free, total=total)
         meeting = None
         if config.meeting is not None:
             meeting = Meeting.of(config.meeting, place, device, config.host, config.step_timeout_s)
         team = None if meeting is None else meeting.team
-        model = load_model(path, dtype, device, config.max_context, config.rope_scaling, team)
+        model = load_model(path, dtype, device, config.max_context, config.rope_scaling, quantize, team)
         assets = load_text_assets(path)
         if assets.tokenizer_json is None:
             log.warning("no tokenizer: only token ids are served", model=config.model)
@@ -104,6 +106,8 @@ def _verify(model: Model, config: InstanceConfig) -> None:
         except UnsupportedModel as error:
             model.unfuse()
             reason = f"fused, {error}"
+    if reason is not None and model.is_quantised:  # by kernels of ours in layers of transformers
+        refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
     log.info("layers", run="fused" if reason is None else f"as transformers has them: {reason}")
 
 

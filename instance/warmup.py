@@ -29,7 +29,7 @@ def warm_up(model: Model, storage: KVStorage, backend: str, max_rows: int) -> No
     device = model.device
     try:
         with torch.inference_mode():
-            for rows in model.mixture_rows(max_rows):
+            for rows in model.rows_to_warm(max_rows):
                 run_step(model, rows, 1)
             # rows of texts that are shorter than a window see all, and kernels for that are others
             sights = [model.shape.sights, (FULL,) * len(model.shape.sights)] if set(model.shape.sights) != {FULL} else [(FULL,)]

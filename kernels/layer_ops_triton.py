@@ -218,7 +218,7 @@ def gated(gate_up_T2I: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_tile(  # type: ignore[no-untyped-def]
+def add_tile(  # type: ignore[no-untyped-def]
     acc_NE, w_NE, x_ptr_E, is_E, begin, E: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
     """acc[n, e] += w[n, e] f(x)[e] for features [begin, begin + BLOCK_E), of which only some are there unless WHOLE."""
@@ -251,14 +251,14 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     w_NE = tl.load(w_ptr_NE, mask=is_N[:, None], other=0.0)  # weights don't wait for the kernel before
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
-    acc_NE = _add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, e_E < E, 0, E, ACTIVATION, True)
+    acc_NE = add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, e_E < E, 0, E, ACTIVATION, True)
     for begin in tl.range(BLOCK_E, LAST, BLOCK_E, num_stages=STAGES):
         w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
-        acc_NE = _add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, E, ACTIVATION, True)
+        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, E, ACTIVATION, True)
     if LAST < E:
         is_E = e_E < E - LAST
         w_NE = tl.load(w_ptr_NE + LAST, mask=is_N[:, None] & is_E[None, :], other=0.0)
-        acc_NE = _add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, E, ACTIVATION, False)
+        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, E, ACTIVATION, False)
     sum_N = tl.sum(acc_NE, 1)
     if WITH_BIAS:
         sum_N += tl.load(bias_ptr + n_N, mask=is_N, other=0.0).to(tl.float32)

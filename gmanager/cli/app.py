@@ -50,6 +50,7 @@ def up(
         str | None, typer.Option(metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the model's config says)")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; CPU: float32), float32, float16, bfloat16")] = "auto",
+    quantize: Annotated[str, typer.Option(help="weights of linear layers become 8 bits: none, fp8 or int8")] = "none",
     names: Annotated[
         list[str] | None,
         typer.Option("--served-model-name", metavar="NAME", help="what requests call the model; may be given again: also that"),
@@ -109,6 +110,7 @@ def up(
         max_context=max_context,
         rope_scaling=rope_scaling,
         dtype=dtype,
+        quantize=quantize,
         names=tuple(dict.fromkeys(names or ())),
         prefix_cache=prefix_cache == "on",
         host_memory=host_memory,

@@ -26,6 +26,7 @@ BLOCK_SIZE = {"cpu": 16, "cuda": 64}
 ECHO_S = 2.0
 """Who is killed ends the others of its cell while that forms: its torchrun says so within that time."""
 
+QUANTIZE = ("none", "fp8", "int8")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 SLACK = 64
@@ -51,6 +52,7 @@ class ServiceConfig:
     kv_memory: float | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    quantize: str = "none"
     threads: int = 1
     spread: str = "auto"
     policy: str = "elastic"
@@ -106,6 +108,8 @@ class ServiceConfig:
             raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.quantize not in QUANTIZE:
+            raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {self.quantize}")
         if "" in (self.served_model_name, *self.other_names):
             raise ValueError("--served-model-name must not be empty")
         if self.roles and (len(self.roles) != self.instances or not set(self.roles) <= set(get_args(Role))):
@@ -242,6 +246,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--kv-memory": config.kv_memory,
         "--device": config.device,
         "--dtype": config.dtype,
+        "--quantize": None if config.quantize == "none" else config.quantize,
         "--threads": config.threads,
         "--chunk-tokens": config.chunk_tokens,
         "--copy-tokens": config.copy_tokens,

@@ -61,6 +61,7 @@ class Wanted:
     max_context: int | None
     rope_scaling: str | None
     dtype: str
+    quantize: str
     names: tuple[str, ...]
     prefix_cache: bool
     host_memory: str | None
@@ -152,6 +153,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             rope_scaling=None if wanted.rope_scaling is None else parse_scaling(wanted.rope_scaling),
             device=device,
             dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
+            quantize=wanted.quantize,
             threads=max(1, len(os.sched_getaffinity(0)) // (wanted.instances * wanted.tp)),
             logs=logs_of_this_start(wanted.logs or cache_dir() / "logs"),
             ready_timeout_s=3600,

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from gmanager.wire.scaling import RopeScaling
-from instance.config import InstanceConfig, KVFormat, Launch
+from instance.config import InstanceConfig, KVFormat, Launch, Quantize
 
 Mutation = Literal["drop", "double", "shift"]
 
@@ -56,6 +56,7 @@ class Setup:
     mutate: Mutation | None = None
     device: Literal["cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Quantize = "none"
     served_model_name: str | None = None
     other_names: tuple[str, ...] = ()
     host_memory: int = 0
@@ -201,6 +202,7 @@ class _Serving:
             device=setup.device,
             gpu=place(rank)[0],
             dtype=setup.dtype,
+            quantize=setup.quantize,
             block_size=setup.block_size,
             chunk_tokens=setup.chunk_tokens,
             cell_size=size,
@@ -213,7 +215,7 @@ class _Serving:
             threads=1,
             step_timeout_s=30,
         )
-        key = (setup.model, setup.dtype, setup.rope_scaling, setup.kv_format, rank, setup.tp)
+        key = (setup.model, setup.dtype, setup.quantize, setup.rope_scaling, setup.kv_format, rank, setup.tp)
         if key not in _loaded:
             _loaded[key] = load(config)
         loaded = _loaded[key]
