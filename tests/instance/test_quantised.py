@@ -93,6 +93,13 @@ def test_layers_that_stay_as_they_are_run_by_kernels_of_ours(kind: str) -> None:
     assert model.rows_to_warm(300) == [1, 16, 32, 64, 257] and plain.rows_to_warm(300) == []
 
 
+def test_fused_layers_run_by_kernels_of_ours() -> None:
+    """By Triton, as on a GPU: steps of one row and of several, through a pool."""
+    model, _ = make_both(KNOWN["llama"], torch.float32, "fp8")
+    assert model.fuse("triton") is None and model.fused is not None
+    refuse_inexact(model, "llama", block_size=16, backend="triton")
+
+
 def test_a_weight_that_is_not_what_it_should_be_is_found() -> None:
     """By the comparison at load of layers that run fused: of a scale of one of the parts of a merged matrix."""
     model, _ = make_both(KNOWN["llama"], torch.float32, "fp8")
