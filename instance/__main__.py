@@ -27,7 +27,7 @@ from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
 from instance.errors import EpochEnded, InstanceError, UnsupportedModel, WasDrained
-from instance.follower import follow
+from instance.follower import Follower, meet_first
 from instance.memory import TooLittleMemory
 from instance.processors import queues_of_their_own
 from instance.server import Instance
@@ -185,7 +185,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),
         decode_processors=tuple(sorted(set(args.decode_processors))),
-        threads=_given(args.threads, settings.default_threads(cell_size)),
+        threads=_given(args.threads, settings.default_threads(cell_size * place.parts)),
         copy_tokens=args.copy_tokens,
         host_memory=parse_size(args.host_memory),
         disk=disk,
@@ -238,17 +238,20 @@ async def serve(config: InstanceConfig) -> None:
         log.info("asked to end while the model was being loaded", signal=asked.result())
         return
     loaded, transport = loading.result(), ZmqTransport()
-    if config.place.part:
-        await follow(config, loaded, transport)
-        return
-    leading = asyncio.create_task(lead(config, loaded, transport))
-    ready: list[asyncio.Future[Any]] = [leading, asked]
+    starting: asyncio.Task[Instance | Follower] = asyncio.create_task(
+        meet_first(config, loaded, transport) if config.place.part else lead(config, loaded, transport)
+    )
+    ready: list[asyncio.Future[Any]] = [starting, asked]
     await asyncio.wait(ready, return_when=asyncio.FIRST_COMPLETED)
     if asked.done():
-        leading.cancel()
+        starting.cancel()
         log.info("asked to end before it was ready", signal=asked.result())
         return
-    instance = leading.result()
+    started = starting.result()
+    if isinstance(started, Follower):
+        await started.run()  # until the first rank ends, whatever signals come
+        return
+    instance = started
     try:
         await instance.run()
     except WasDrained as left:

@@ -251,7 +251,9 @@ class InstanceConfig:
 
 def meeting_of(launch: Launch) -> Path:
     """Where the ranks of one instance, children of one torchrun, find each other."""
-    run = f"{launch.run_id}-{os.getppid()}-{launch.restarts}-{launch.rank}"
+    parent = os.getppid()
+    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # process ids come again
+    run = f"{launch.run_id}-{parent}-{began}-{launch.restarts}-{launch.rank}"
     return Path(tempfile.gettempdir()) / f"distattn-{os.getuid()}" / run
 
 

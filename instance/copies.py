@@ -66,17 +66,20 @@ class Copies:
                 move, block_ids = self._offered
                 offered = block_ids if move == asked.move else None
                 if self._crew is not None:
-                    self._crew.move(asked, asked.target, offered, is_source=True)
+                    self._crew.send_blocks(asked, offered)
                 await loop.run_in_executor(self.thread, self._transfers.send, asked.move, offered, asked.target)
                 return None
             shard = self._rmanager.shard(asked.move)
             reserved = None if shard is None else tuple(shard.spare)
             began_ns = time.perf_counter_ns()
-            if self._crew is not None:
-                self._crew.move(asked, asked.source, reserved, is_source=False)
-            wrong = await loop.run_in_executor(self.thread, self._transfers.receive, asked.move, reserved, asked.source)
-            if self._crew is not None:
-                wrong = await self._crew.have_moved(asked.move) or wrong
+            others = None if self._crew is None else self._crew.receive_blocks(asked, reserved)
+            try:
+                wrong = await loop.run_in_executor(self.thread, self._transfers.receive, asked.move, reserved, asked.source)
+            finally:
+                if others is not None:  # whatever came of it here: before an answer nobody may write there any more
+                    theirs = await others
+            if others is not None:
+                wrong = wrong or theirs
             took_us = (time.perf_counter_ns() - began_ns) // 1000
         except TransferEnded:
             return None

@@ -85,6 +85,8 @@ class Epoch(RankEpoch):
     async def form(self, on_link_lost: Callable[[int, str], None]) -> None:
         """Meet the other members. Raises what torch raises if they don't come, and InstanceError after `end`."""
         loop, lasting, join = asyncio.get_running_loop(), self._lasting, self._join
+        if self._is_over:
+            raise InstanceError("the epoch ended before it was formed")
         if lasting.crew is not None:
             lasting.crew.form(join)
         if self.size > 1:  # first, so that its group is aborted last: when no graph is left, and nobody waits in a kernel
@@ -118,7 +120,9 @@ class Epoch(RankEpoch):
             budgets=self._budgets(),
             timeout_s=config.step_timeout_s,
         )
-        if join.calibrate:
+        if join.calibrate and lasting.crew is not None:
+            await lasting.crew.unless_broken(self._calibrate(self._lanes))
+        elif join.calibrate:
             await self._calibrate(self._lanes)
 
     async def run(self, on_progress: Callable[[], None]) -> str | None:

@@ -17,6 +17,7 @@ from gmanager.wire.logs import get_logger
 from instance.config import InstanceConfig
 from instance.copies import copying_thread
 from instance.crew import LetGo, MoveBlocks, RankBroke, RankEnded, RankFormed, RankMoved, RankReady, RunStep, ToRank, UsePool
+from instance.epoch import first_error
 from instance.errors import InstanceError
 from instance.model import Model
 from instance.processors import Processors
@@ -90,11 +91,16 @@ class Follower:
         self._equipment: Equipment | None = None
         self._epoch: _Epoch | None = None
         self._forming: asyncio.Task[None] | None = None
+        self._over = 0
+        """The newest epoch that was let go of."""
+        self._fault: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Of this rank alone: an error that another epoch doesn't mend."""
 
     async def run(self) -> None:
         """Raises what breaks here and isn't of one epoch alone."""
         try:
             async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(self._watch())
                 while True:
                     try:
                         said = await self._first.recv()
@@ -102,8 +108,11 @@ class Follower:
                         log.info("the first rank is gone")
                         break
                     await self._obey(said, tasks)
+                watching.cancel()
                 if self._forming is not None:
                     self._forming.cancel()
+        except* Exception as group:
+            raise first_error(group) from None
         finally:
             if self._epoch is not None:
                 await self._epoch.abandon()
@@ -115,7 +124,9 @@ class Follower:
                 raise InstanceError(f"what the first rank says can't be read: {said}")
             case UsePool():
                 self._equipment = _equip(replace(self._config, kv_tokens=said.tokens), self._loaded.model)
-            case wire.JoinEpoch() if self._equipment is not None:
+            case wire.JoinEpoch() if self._equipment is not None and said.epoch > self._over:
+                if self._epoch is not None:
+                    raise InstanceError(f"epoch {said.epoch} begins, and epoch {self._epoch.number} was not let go of")
                 self._epoch = _Epoch(self._equipment, said)
                 self._forming = tasks.create_task(self._form(self._epoch))
             case RunStep():
@@ -125,15 +136,17 @@ class Follower:
             case MoveBlocks():
                 if self._epoch is not None and self._epoch.number == said.epoch:
                     tasks.create_task(self._move(self._epoch, said))
-            case LetGo() if self._epoch is not None and self._epoch.number == said.epoch:
-                over, self._epoch = self._epoch, None
-                await over.abandon()
-                if self._forming is not None:
-                    await asyncio.wait([self._forming])
-                await over.let_go()
+            case LetGo():
+                self._over = max(self._over, said.epoch)
+                if self._epoch is not None and self._epoch.number == said.epoch:
+                    over, self._epoch = self._epoch, None
+                    await over.abandon()
+                    if self._forming is not None:
+                        await asyncio.wait([self._forming])
+                    await over.let_go()
                 self._first.send(RankEnded(epoch=said.epoch))
             case _:
-                log.warning("out of turn", message=type(said).__name__)
+                log.warning("out of turn", message_type=type(said).__name__)
 
     async def _form(self, epoch: _Epoch) -> None:
         try:
@@ -143,7 +156,12 @@ class Follower:
             return
         self._first.send(RankFormed(epoch=epoch.number))
 
+    async def _watch(self) -> None:
+        await self._fault
+
     async def _move(self, epoch: _Epoch, asked: MoveBlocks) -> None:
+        if self._epoch is not epoch:
+            return
         try:
             wrong = await epoch.move(asked)
         except TransferEnded:
@@ -154,8 +172,12 @@ class Follower:
         self._first.send(RankMoved(epoch=asked.epoch, move=asked.move, error=wrong))
 
     def _launched(self, epoch: _Epoch, step: "asyncio.Future[Launched]") -> None:
-        if not step.cancelled() and (error := step.exception()) is not None:
+        if step.cancelled() or (error := step.exception()) is None or self._epoch is not epoch:
+            return
+        if isinstance(error, ExchangeError):
             self._broke(epoch, error)
+        elif not self._fault.done():
+            self._fault.set_exception(error)
 
     def _broke(self, epoch: _Epoch, error: BaseException) -> None:
         """Unless it was let go of."""
@@ -163,19 +185,19 @@ class Follower:
             self._first.send(RankBroke(epoch=epoch.number, reason=_reason(error)))
 
 
-async def follow(config: InstanceConfig, loaded: Loaded, transport: Transport) -> None:
-    """Until the first rank is gone. Raises InstanceError if that can't be found, TooLittleMemory, and what breaks here."""
+async def meet_first(config: InstanceConfig, loaded: Loaded, transport: Transport) -> Follower:
+    """Find the first rank. Raises InstanceError if it can't be found, TooLittleMemory."""
     if loaded.meeting is None:
         raise ValueError("a model that is whole has one rank")
     config = sized(config, loaded.model)
     try:
-        address = await asyncio.get_running_loop().run_in_executor(None, loaded.meeting.address)
+        address, token = await asyncio.get_running_loop().run_in_executor(None, loaded.meeting.address)
     except RuntimeError as error:
         raise InstanceError(f"the first rank of the instance didn't come: {error}") from error
     decoder: Decoder[ToRank] = Decoder(ToRank)
     first = transport.dial(address, decoder)
-    first.send(RankReady(part=config.place.part, tokens=config.num_blocks * config.block_size))
-    await Follower(config, loaded, first).run()
+    first.send(RankReady(part=config.place.part, token=token, tokens=config.num_blocks * config.block_size))
+    return Follower(config, loaded, first)
 
 
 def _equip(config: InstanceConfig, model: Model) -> Equipment:

@@ -175,6 +175,24 @@ class _Following:
         await asyncio.wait_for(self._task, 10)
 
 
+async def _follow(follower: Any) -> None:
+    """With a pool that holds NaN wherever nothing was written."""
+    import instance.follower as room
+
+    make_pool = room.make_pool
+
+    def poisoned(*args: Any) -> Any:
+        storage = make_pool(*args)
+        storage.data_L2BPKD.fill_(torch.nan)
+        return storage
+
+    room.make_pool = poisoned
+    try:
+        await follower.run()
+    finally:
+        room.make_pool = make_pool
+
+
 class _Serving:
     def __init__(self, instance: Any, rmanager: Any, task: "asyncio.Task[None]", undo: Any) -> None:
         self._instance = instance
@@ -186,7 +204,7 @@ class _Serving:
     async def start(rank: int, size: int, setup: Setup, gmanager: str, meetings: Path) -> "_Serving | _Following":
         from gmanager.wire.channel import ZmqTransport
         from instance.crew import Meeting
-        from instance.follower import follow
+        from instance.follower import meet_first
         from instance.start import device_of, lead, load
 
         launch, seat = Launch(rank=rank, local_rank=rank, world_size=size * setup.tp, run_id="farm").split(setup.tp)
@@ -223,7 +241,7 @@ class _Serving:
             path = meetings / f"serve-{launch.rank}"
             loaded = replace(loaded, meeting=Meeting.of(path, seat, device_of(config), config.host, config.step_timeout_s))
         if seat.part:
-            return _Following(asyncio.create_task(follow(config, loaded, ZmqTransport())))
+            return _Following(asyncio.create_task(_follow(await meet_first(config, loaded, ZmqTransport()))))
         instance = await lead(config, loaded, ZmqTransport())
         instance._lasting.storage.data_L2BPKD.fill_(torch.nan)
         undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
