@@ -7,6 +7,7 @@ again, in Triton's interpreter), beside the same steps run eagerly: the logits m
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -18,11 +19,13 @@ if not torch.cuda.is_available():
 from instance import graphs
 from instance.crew import Meeting
 from instance.model import load_model
+from instance.plan import StepPlan
 from instance.split import Place
 from kvstore.storage import KVStorage
 from tests.kernels import test_decode_graphs as single
 
-SEEN = ([33], [100, 1, 17], [16, 48], [5, 64, 31, 90], [2])
+SEEN = ([33], [100, 1, 17], [16, 48], [5, 64, 31, 90], [151], [2])
+LONGEST = [100, 90, 80, 70]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 
 
@@ -37,12 +40,17 @@ def main(rank: int, ranks: int, folder: Path, dtype: torch.dtype) -> None:
     assert model.fuse("triton") is None
     stream = None if device.type == "cpu" else torch.cuda.stream(torch.cuda.Stream(device))
     with stream or nullcontext():
-        ours, theirs = (_storage(model.make_storage(30, single.BLOCK), rank) for _ in range(2))
+        ours, theirs = (_storage(model.make_storage(30, single.BLOCK)) for _ in range(2))
         previous = torch.tensor([17, 41, 3, 88, 9, 60, 2, 5], device=device)
         with mock.patch.object(graphs, "BUCKETS", (1, 2, 4)):
             captured = single.Graphs(model, ours, previous, None)
-            for kv_lens in SEEN:
+            # a step over what nobody wrote, as made-up ones are: whatever graphs and kernels keep is NaN then
+            over_nothing = captured.run(replace(single.step(LONGEST, []), slots_T=[-1] * len(LONGEST)))
+            assert over_nothing is not None and over_nothing.isnan().all()
+            for number, kv_lens in enumerate(SEEN):
                 plan = single.step(kv_lens, [(0, 3)])
+                for storage in (ours, theirs):
+                    _write_before(storage, plan, seed=100 * number + rank)
                 got = captured.run(plan)
                 assert got is not None
                 want = single.eagerly(model, theirs, plan, previous)
@@ -54,11 +62,21 @@ def main(rank: int, ranks: int, folder: Path, dtype: torch.dtype) -> None:
     print("EQUAL", flush=True)
 
 
-def _storage(storage: KVStorage, seed: int) -> KVStorage:
-    """Full of what other steps wrote; each rank's own."""
-    values = torch.randn(storage.data_L2BPKD.shape, generator=torch.Generator().manual_seed(seed))
-    storage.data_L2BPKD.copy_(values)
+def _storage(storage: KVStorage) -> KVStorage:
+    """Of which nothing was written."""
+    storage.data_L2BPKD.fill_(torch.nan)
     return storage
+
+
+def _write_before(storage: KVStorage, plan: StepPlan, seed: int) -> None:
+    """What a step's rows see of other steps, each rank's own; NaN wherever they see nothing."""
+    drawn = torch.Generator().manual_seed(seed)
+    data = _storage(storage).data_L2BPKD
+    for reading in plan.layout.own:
+        for token in range(reading.kv_lens[0] - 1):
+            block = reading.block_ids[token // single.BLOCK]
+            place = data[:, :, block, token % single.BLOCK]
+            place.copy_(torch.randn(place.shape, generator=drawn))
 
 
 if __name__ == "__main__":
