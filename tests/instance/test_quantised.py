@@ -17,18 +17,9 @@ from tests.instance.test_fused import CPU, KNOWN, OTHERS, logits, make
 from tests.support.exactness import ask, prompt
 from tests.support.farm import Farm, Setup
 from tests.support.service import serve
-from tests.support.tiny import CONFIGS, make_model
+from tests.support.tiny import CONFIGS, SIZES, make_model
 
 DENSE = ["llama", "llama, tied", "qwen2, biases", "qwen3, head norms", "gemma2, norms of what is added, capped logits"]
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 512,
-}
 
 
 def make_both(kind: tuple[Any, dict[str, Any]], dtype: torch.dtype, quantize: Kind) -> tuple[Model, Model]:
