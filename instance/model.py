@@ -432,12 +432,11 @@ def load_model(
     if team is not None:
         _refuse_split_bits(str(path), team.place, form, quantize)
         with _refusing_old_style(str(path)):
-            part = load_part(path, config, team.place, dtype, device, _register())
+            part = load_part(path, config, team.place, _type_of_rows(dtype, config, path), device, _register())
         return Model(part, max_context, scaling, team)
     if form is not None:
         with _refusing_old_style(str(path)):
-            dtype = dtype or config.dtype or stored_dtype(path) or torch.bfloat16
-            module = load_stored(path, config, form, dtype, attn_implementation=_register())
+            module = load_stored(path, config, form, _type_of_rows(dtype, config, path), attn_implementation=_register())
         return _settled(module, device, max_context, scaling, quantize)
     with _refusing_old_style(str(path)):
         module = load_whole(
@@ -450,6 +449,12 @@ def load_model(
             local_files_only=True,
         )
     return _settled(module, device, max_context, scaling, quantize)
+
+
+def _type_of_rows(asked: torch.dtype | None, config: PretrainedConfig, path: Path) -> torch.dtype:
+    """What is asked for; else what the config says, or the stored weights."""
+    found: torch.dtype = asked or config.dtype or stored_dtype(path) or torch.bfloat16  # type: ignore[assignment]
+    return found
 
 
 def _refuse_split_bits(name: str, place: Place, form: object, quantize: Kind | None) -> None:

@@ -5,6 +5,7 @@ are. What is theirs alone is summed behind `o_proj` and `down_proj`, and logits 
 """
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -62,31 +63,32 @@ def empty_part(
 
 
 def load_part(
-    path: Path, config: PretrainedConfig, place: Place, dtype: torch.dtype | None, device: torch.device, attention: str
+    path: Path, config: PretrainedConfig, place: Place, dtype: torch.dtype, device: torch.device, attention: str
 ) -> PreTrainedModel:
-    """That rank's part of a resolved checkpoint, as `empty_part`; `dtype` None: the config's.
+    """That rank's part of a resolved checkpoint, as `empty_part`.
 
     Raises UnsupportedModel, and CheckpointError if a weight is missing or has another shape than the config says.
     """
-    module, split = empty_part(config, place, dtype or _dtype_of(config), device, attention)
+    module, split = empty_part(config, place, dtype, device, attention)
     embeddings: Any = module.get_input_embeddings()
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    files = {name: file for file in weight_files(path) for name in _names(file)}
     wanted = dict(module.named_parameters())
     sources = {name: name for name in wanted}
     if module.config.get_text_config().tie_word_embeddings:
         (whole,) = (name for name, weight in wanted.items() if weight is embeddings.weight)
         sources |= {name: whole for name, weight in wanted.items() if weight is head.weight}
-    if missing := set(sources.values()) - files.keys():
-        raise CheckpointError(f"{path} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}")
     head_dim = int(module.config.get_text_config().head_dim)
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as opened:
+        files = [opened.enter_context(safe_open(file, framework="pt")) for file in weight_files(path)]
+        stored: dict[str, Any] = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+        if missing := set(sources.values()) - stored.keys():
+            raise CheckpointError(f"{path} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}")
         for name, weight in wanted.items():
             source, ranges, own = sources[name], _ranges(name, split, head_dim), weight
             if weight is head.weight:
                 ranges, own = (split.vocabulary, None), weight[: len(split.vocabulary)]
                 weight[len(own) :] = 0
-            own.copy_(_read(files[source], source, own.shape, ranges, split))
+            own.copy_(_read(stored[source], source, own.shape, ranges, split))
     module.train(False)
     return module
 
@@ -108,11 +110,6 @@ def bind_team(module: PreTrainedModel, vocab_size: int, context: AttentionContex
     head.register_forward_hook(gathered)
 
 
-def _dtype_of(config: PretrainedConfig) -> torch.dtype:
-    stored: Any = config.dtype  # text in configs that were written by hand
-    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored or "float32")
-
-
 def _empty(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
     """A model whose weights are whatever is in memory; buffers are as they should be."""
     default = torch.get_default_dtype()
@@ -124,11 +121,6 @@ def _empty(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, a
     finally:
         torch.set_default_dtype(default)
     return module
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as weights:
-        return list(weights.keys())
 
 
 def _ranges(name: str, split: Split, head_dim: int) -> tuple[range | None, range | None]:
@@ -154,18 +146,15 @@ def _ranges(name: str, split: Split, head_dim: int) -> tuple[range | None, range
             return None, None
 
 
-def _read(file: Path, name: str, shape: torch.Size, ranges: tuple[range | None, range | None], split: Split) -> torch.Tensor:
-    """This rank's part of a stored weight. Raises CheckpointError if that is of another shape."""
+def _read(stored: Any, name: str, shape: torch.Size, ranges: tuple[range | None, range | None], split: Split) -> torch.Tensor:
+    """This rank's part of a stored weight, of which no more is read than its rows. Raises CheckpointError if that is of another
+    shape."""
     rows, columns = ranges
-    with safe_open(file, framework="pt") as weights:
-        stored = weights.get_slice(name)
-        whole = stored.get_shape()
-        taken = stored[rows.start : rows.stop] if rows is not None else stored[:]
+    part: torch.Tensor = stored[rows.start : rows.stop] if rows is not None else stored[:]
     if columns is not None:
-        taken = taken[:, columns.start : columns.stop]
-    part: torch.Tensor = taken
+        part = part[:, columns.start : columns.stop]
     if part.shape != shape:
-        raise CheckpointError(f"{name} is {tuple(whole)} in {file}, of which {tuple(shape)} should be this rank's")
+        raise CheckpointError(f"{name} is {tuple(stored.get_shape())}, of which {tuple(shape)} should be this rank's")
     if name.endswith(".bias") and name.split(".")[-2] in _SUMMED and not split.is_first:
         return torch.zeros_like(part)
     return part
