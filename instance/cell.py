@@ -105,16 +105,16 @@ class EpochGroup:
 
     def _connect(self, rank: int, size: int) -> None:
         """Exchange a row with every other member: NCCL connects two in their first exchange, which takes it half a second."""
+        if size == 1:
+            return  # what was begun and never ended would keep all that this thread asks of NCCL later from being launched
         row = torch.zeros(1, device=self._device)
         self._group._start_coalescing()
-        works = []
         for peer in range(size):
             if peer != rank:
-                works.append(self._group.recv([torch.empty_like(row)], peer, 0))
-                works.append(self._group.send([row], peer, 0))
-        if works:
-            self._group._end_coalescing().wait()
-            torch.cuda.synchronize(self._device)
+                self._group.recv([torch.empty_like(row)], peer, 0)
+                self._group.send([row], peer, 0)
+        self._group._end_coalescing().wait()
+        torch.cuda.synchronize(self._device)
 
     def barrier(self) -> None:
         """Until all members have come here."""

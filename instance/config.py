@@ -187,10 +187,6 @@ class InstanceConfig:
                 raise ValueError(f"{flag} must not be negative, got {number}")
         if (self.place.parts > 1) != (self.meeting is not None):
             raise ValueError(f"{self.place.parts} ranks that share a model, and meet at {self.meeting}")
-        if self.place.parts > 1 and self.device == "cuda":
-            raise ValueError(
-                f"--tp {self.place.parts} on GPUs is refused: in a test there logits came out as NaN, and why isn't known yet"
-            )
         if self.place.parts > 1 and self.reads_pool:
             raise ValueError(f"--host-memory, --disk and --check-cache don't go with --tp yet, got {self.place.parts}")
         if self.host_memory < 0:

@@ -123,8 +123,6 @@ class ServiceConfig:
                     raise ValueError(f"{flag}: {error}") from error
         if self.tp < 1:
             raise ValueError(f"--tp must be at least 1, got {self.tp}")
-        if self.tp > 1 and self.device == "cuda":
-            raise ValueError(f"--tp {self.tp} is refused on GPUs, until what it computes there is shown to be right")
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 
