@@ -70,6 +70,7 @@ class _Pending:
     """What a layer adds, which the next norm adds on its way."""
 
     x_TE: torch.Tensor
+    """This rank's part of it, where the layer is split between several."""
     norm: Norm | None
     """Of it, before it is added."""
 
@@ -128,9 +129,7 @@ class FusedDecoder:
     def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> Hidden:
         """All layers."""
         x_TE, pending, _ = self._run_layers(self._layers, token_ids_T, positions_T, attention)
-        if pending is None or pending.norm is None:
-            return Hidden(x_TE, None if pending is None else pending.x_TE)
-        return Hidden(x_TE, rms_norm(pending.x_TE, pending.norm, backend=self._backend))
+        return Hidden(x_TE, None if pending is None else self._whole(pending))
 
     def store(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> None:
         """All layers, but of the last only what makes its keys and values."""
@@ -169,8 +168,7 @@ class FusedDecoder:
             pending = self._run_layer(index, layer, ours_TE, None, rotary, attention)
             added_TE = ours_TE.float() - x_TE.float()
             if pending is not None:
-                last_TE = pending.x_TE
-                added_TE += last_TE if pending.norm is None else rms_norm(last_TE, pending.norm, backend=self._backend)
+                added_TE += self._whole(pending)
             may_choose = isinstance(layer.feed, Mixture) and x_TE.dtype != torch.float32
             if not (self._rows_agree(added_TE, want_TE) if may_choose else self._agree(added_TE, want_TE)):
                 return False
@@ -264,12 +262,8 @@ class FusedDecoder:
             h_TE = rms_norm(x_TE, layer.feed_input_norm, backend=backend)
         else:
             added_TE = linear(out_TE, layer.out, layer.out_bias, backend=backend)
-            if team is not None:
-                team.sum(added_TE)
-            h_TE = add_rms_norm(added_TE, x_TE, layer.feed_input_norm, first=layer.attention_norm, backend=backend)
+            h_TE = self._add_norm(added_TE, x_TE, layer.feed_input_norm, layer.attention_norm)
         fed_TE = layer.feed.run(h_TE, x_TE if team is None and layer.feed_norm is None else None, backend)
-        if team is not None and fed_TE is not None:
-            team.sum(fed_TE)
         return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm)
 
     def _project(self, layer: Layer, x_TE: torch.Tensor, pending: _Pending | None, rotary: Rotary) -> PackedRows:
@@ -278,9 +272,22 @@ class FusedDecoder:
         if pending is None:
             h_TE = rms_norm(x_TE, layer.input_norm, backend=backend)
         else:
-            h_TE = add_rms_norm(pending.x_TE, x_TE, layer.input_norm, first=pending.norm, backend=backend)
+            h_TE = self._add_norm(pending.x_TE, x_TE, layer.input_norm, pending.norm)
         qkv_TE = linear(h_TE, layer.qkv, layer.qkv_bias, backend=backend)
         return PackedRows(qkv_TE, *rotary[layer.rotary], layer.q_norm, layer.k_norm, layer.sinks_H)
+
+    def _add_norm(self, x_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, first: Norm | None) -> torch.Tensor:
+        """`kernels.layer_ops.add_rms_norm`, of the sum of all ranks' rows where there are several."""
+        team = self._team()
+        if team is not None:
+            return team.add_rms_norm(x_TE, residual_TE, norm, first=first, backend=self._backend)
+        return add_rms_norm(x_TE, residual_TE, norm, first=first, backend=self._backend)
+
+    def _whole(self, pending: _Pending) -> torch.Tensor:
+        """What is added to the rows in the end."""
+        team = self._team()
+        x_TE = pending.x_TE if team is None else team.sum(pending.x_TE)
+        return x_TE if pending.norm is None else rms_norm(x_TE, pending.norm, backend=self._backend)
 
 
 class OwnRow:

@@ -95,6 +95,7 @@ class Model:
         self._output: Any = None
         """What `_base` returns: a class with fields of the model's own, all but the hidden states empty in `logits`."""
         self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         declared = longest_text(config, max_context)
         self.context = AttentionContext(team)

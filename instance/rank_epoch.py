@@ -31,6 +31,7 @@ from kvstore.storage import KVStorage
 
 if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
     from distattn.peers import PeerMemory
+    from instance.team_memory import TeamMemory
 
 log = get_logger("instance")
 
@@ -222,7 +223,28 @@ class RankEpoch:
         if place.parts == 1:
             return None
         group = self._make_group(f"{lane}-of-{self._join.id}", device, rank=place.part, size=place.parts)
-        return Team(group.team_group, place)
+        memory = self._share_team_memory(group) if device.type == "cuda" and lane == "decode" else None
+        return Team(group.team_group, place, memory)
+
+    def _share_team_memory(self, group: EpochGroup) -> "TeamMemory | None":
+        """Through which the ranks sum decode rows; None: one of them can't reach another's."""
+        from instance.team_memory import TeamMemory  # it needs Triton, which an instance on the CPU does without
+
+        model = self._equipment.model
+        memory: TeamMemory | None = None
+        try:
+            memory = TeamMemory(
+                store=group.store,
+                place=self._equipment.config.place,
+                rows=MAX_DECODE_ROWS,
+                row_bytes=model.hidden_size * model.shape.dtype.itemsize,
+                device=model.device,
+            )
+            self._undo(memory.abort)
+        except RuntimeError as error:
+            log.warning("the ranks' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
+        log.info("ranks add decode rows", by="one-sided writes" if memory else "NCCL")
+        return memory if group.all_say(memory is not None) else None
 
 
 def share_host(members: Sequence[wire.MemberAddress]) -> bool:

@@ -271,7 +271,7 @@ class Runner:
                 results = self._run_eagerly(plan)
             if self._team is not None:
                 # also where nothing was sampled: a step of the first is over when all have written their KV
-                self._team.agree(self._previous_tokens[: max(1, len(plan.sampled))])
+                self._team.agree(self._previous_tokens)
             return results
 
     def _run_eagerly(self, plan: StepPlan) -> _Results:

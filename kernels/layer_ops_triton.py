@@ -32,7 +32,7 @@ class GemvConfig:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scaled(x, scale, weight, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
+def scaled(x, scale, weight, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
     """x scale weight, rounded before the last product, or (FROM_ONE) x scale (1 + weight), rounded once."""
     if FROM_ONE:
         return (x.to(tl.float32) * scale * (1 + weight.to(tl.float32))).to(x.dtype)
@@ -43,7 +43,7 @@ def _scaled(x, scale, weight, FROM_ONE: tl.constexpr):  # type: ignore[no-untype
 def _normed(x_E, weight_E, eps, E: tl.constexpr, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
     """weight (x / sqrt(mean(x^2) + eps))"""
     full_E = x_E.to(tl.float32)
-    return _scaled(x_E, 1 / tl.sqrt(tl.sum(full_E * full_E, 0) / E + eps), weight_E, FROM_ONE)
+    return scaled(x_E, 1 / tl.sqrt(tl.sum(full_E * full_E, 0) / E + eps), weight_E, FROM_ONE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -126,8 +126,8 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
         k_other_D = tl.load(k_norm_ptr + partner_D, mask=is_turned_D, other=0.0).to(tl.float32)
         weight_HD = tl.where(is_query_H[:, None], q_weight_D[None, :], k_weight_D[None, :])
         weight_other_HD = tl.where(is_query_H[:, None], q_other_D[None, :], k_other_D[None, :])
-        normed_HD = _scaled(x_HD, scale_H1, weight_HD, FROM_ONE).to(tl.float32)
-        normed_other_HD = _scaled(other_HD.to(x_HD.dtype), scale_H1, weight_other_HD, FROM_ONE).to(tl.float32)
+        normed_HD = scaled(x_HD, scale_H1, weight_HD, FROM_ONE).to(tl.float32)
+        normed_other_HD = scaled(other_HD.to(x_HD.dtype), scale_H1, weight_other_HD, FROM_ONE).to(tl.float32)
         full_HD = tl.where(is_normed_H1, normed_HD, full_HD)
         other_HD = tl.where(is_normed_H1, normed_other_HD, other_HD)
     cos_D = tl.load(cos_ptr + row * stride_c + d_D, mask=is_turned_D, other=1.0).to(tl.float32)

@@ -18,9 +18,10 @@ if not torch.cuda.is_available():
 
 from instance import graphs
 from instance.crew import Meeting
-from instance.model import load_model
+from instance.model import Model, load_model
 from instance.plan import StepPlan
 from instance.split import Place
+from instance.team import Team
 from kvstore.storage import KVStorage
 from tests.kernels import test_decode_graphs as single
 
@@ -38,6 +39,8 @@ def main(rank: int, ranks: int, folder: Path, dtype: torch.dtype) -> None:
     meeting = Meeting.of(folder / "meeting", Place(rank, ranks), device, "127.0.0.1", 60)
     model = load_model(folder / "model", dtype, device, team=meeting.team)
     assert model.fuse("triton") is None
+    if device.type == "cuda":
+        model.context.team = _with_memory(meeting, model)
     stream = None if device.type == "cpu" else torch.cuda.stream(torch.cuda.Stream(device))
     with stream or nullcontext():
         ours, theirs = (_storage(model.make_storage(30, single.BLOCK)) for _ in range(2))
@@ -60,6 +63,18 @@ def main(rank: int, ranks: int, folder: Path, dtype: torch.dtype) -> None:
                 meeting.team.agree(first)
                 torch.testing.assert_close(want, first, rtol=0, atol=0)
     print("EQUAL", flush=True)
+
+
+def _with_memory(meeting: Meeting, model: Model) -> Team:
+    """The team, which adds rows one-sided."""
+    from instance.team_memory import TeamMemory
+
+    width = model.hidden_size * model.shape.dtype.itemsize
+    place, store = meeting.team.place, torch.distributed.PrefixStore("memory", meeting.store)
+    memory = TeamMemory(store=store, place=place, rows=4, row_bytes=width, device=model.device)
+    meeting.team.agree(torch.zeros(1, dtype=torch.int64, device=model.device))  # nobody writes before all are there
+    torch.cuda.synchronize(model.device)
+    return Team(meeting.team.group, place, memory)
 
 
 def _storage(storage: KVStorage) -> KVStorage:
