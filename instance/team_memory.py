@@ -30,6 +30,7 @@ class TeamMemory:
             away_N=torch.tensor(away, dtype=torch.int64, device=device),
             calls_T=torch.zeros(rows, dtype=torch.int32, device=device),
             abort_1=torch.zeros(1, dtype=torch.int32, pin_memory=True),
+            aborted_1=torch.zeros(1, dtype=torch.int32, device=device),
         )
 
     def fits(self, x: torch.Tensor) -> bool:
