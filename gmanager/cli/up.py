@@ -23,6 +23,7 @@ from gmanager.cli.service import Service, ServiceConfig
 from gmanager.cli.starts import in_use, logs_of_this_start
 from gmanager.cli.upkeep import keep_up
 from gmanager.client import AsyncClient
+from gmanager.cluster.policies import POLICIES
 from gmanager.config import GManagerConfig
 from gmanager.gateway.config import GatewayConfig, parse_address, parse_aliases, read_keys
 from gmanager.wire.channel import check_address
@@ -327,6 +328,11 @@ async def _run(config: ServiceConfig, console: Console) -> None:
         await keep_up(service, lambda line: console.print(line, markup=False, soft_wrap=True))
 
 
+def roles_lack(config: ServiceConfig) -> str | None:
+    """What the policy misses among the instances' roles, so that all serve as if mixed; None: nothing."""
+    return POLICIES[config.policy]().wrong_with(config.roles or ("mixed",) * config.instances)
+
+
 def _announce(
     console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float, *, reads_text: bool
 ) -> None:
@@ -338,6 +344,7 @@ def _announce(
         *([f"  HTTP    {service.url}/v1"] if service.url else []),
         f"  client  {service.address}",
         *([] if reads_text else ["  text    none: the model has no tokenizer, prompts are token ids"]),
+        *([] if (wrong := roles_lack(config)) is None else [f"  roles   {wrong}"]),
         f"  logs    {config.logs}",
         "Ctrl-C stops it. Elsewhere: distattn chat, status, top",
     ]

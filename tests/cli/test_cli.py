@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from gmanager import AsyncClient, SamplingParams
+from gmanager.cli.service import ServiceConfig
+from gmanager.cli.up import roles_lack
 from tests.support.processes import Processes, address_of, client_of, free_port, until_ready
 from tests.support.service import at_rest
 from tests.support.tiny import make_model
@@ -492,3 +494,18 @@ def test_help_names_every_command() -> None:
     for command in ("up", "chat", "generate", "status", "top", "drain", "needle", "size"):
         assert re.search(rf"\b{command}\b", text)
         assert run(command, "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "roles", "said"),
+    [
+        ("split", ("decode", "decode"), "policy split has no instance with --role prefill, or mixed: all do both"),
+        ("split", (), "policy split has no instance with a --role: all do both"),
+        ("split", ("prefill", "decode"), None),
+        ("elastic", ("prefill", "decode"), "policy elastic knows no roles, and these have some: decode, prefill"),
+        ("elastic", (), None),
+    ],
+)
+def test_roles_that_mean_nothing_are_said_where_they_were_given(policy: str, roles: tuple[str, ...], said: str | None) -> None:
+    config = ServiceConfig(model="x", instances=2, logs=Path(), policy=policy, roles=roles, kv_tokens=64)
+    assert roles_lack(config) == said

@@ -4,7 +4,7 @@ from typing import Literal
 
 from gmanager.wire.messages.base import Message, Part
 from gmanager.wire.messages.client import Pong, Refused
-from gmanager.wire.messages.requests import PromptLogprobs, TextAssets, TokenLogprob
+from gmanager.wire.messages.requests import PromptLogprobs, Role, TextAssets, TokenLogprob
 from gmanager.wire.messages.stats import Counters
 
 # --- instance -> gManager ---------------------------------------------------------------------------------------------
@@ -43,10 +43,6 @@ class InstanceSpec(Part):
     """Ranks between which its model and each block of its KV are split."""
     rotary: str = ""
     """What the service has chosen of the model's rotary frequencies, in words; empty: they are as the model has them."""
-
-
-Role = Literal["mixed", "prefill", "decode"]
-"""What an instance is for, under a policy that tells them apart."""
 
 
 class Former(Part):
