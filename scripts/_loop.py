@@ -75,7 +75,8 @@ class Cell:
 class Loop:
     """The loops of one instance's lanes; alone, or in a cell of which all members call the same methods in the same order.
 
-    They run while a method waits for them, and stand still meanwhile.
+    They run while a method waits for them, and stand still meanwhile. What several hold is placed or admitted on all of them
+    before any steps: they meet (`Cell.barrier`) in between.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Loop:
             )
         if on_gpu:
             peers = None
-            if cell is not None:
+            if cell is not None and size > 1:
                 peers = PeerMemory(
                     store=cell.store,
                     rank=cell.rank,
