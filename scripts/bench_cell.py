@@ -62,7 +62,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         # a shard takes a block more than its tokens need, for what is written next
-        self.room = int(min(self.gather(self.loop.free_tokens))) - ANSWER - 2 * BLOCK
+        self.room = int(min(self.cell.gather(self.loop.free_tokens))) - ANSWER - 2 * BLOCK
 
     @property
     def rank(self) -> int:
@@ -91,18 +91,15 @@ class Bench:
         """All of a sequence here."""
         return [tokens if rank == self.rank else 0 for rank in range(self.size)]
 
-    def gather(self, value: float) -> list[float]:
-        """What each rank says; all call this."""
-        values = torch.zeros(self.size, dtype=torch.float64, device=self.loop.storage.data_L2BPKD.device)
-        values[self.rank] = value
-        self.cell.groups["decode"].group.allreduce([values]).wait()  # type: ignore[attr-defined]
-        return list(values.tolist())
-
     def place(self, tokens: Sequence[Sequence[int]], max_tokens: int = ANSWER) -> None:
         """Sequences from 0 on, which have so much on each rank. All call this: nobody steps before all know them."""
         for seq, parts in enumerate(tokens):
             self.loop.place(seq, parts, max_tokens)
-        self.cell.barrier()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until all are here, and know what was placed or admitted before."""
+        self.cell.gather(0)
 
     def times(self) -> list[float]:
         """Seconds of the steps of what is placed."""
@@ -142,7 +139,7 @@ def long_rows(bench: Bench, lengths: Sequence[int]) -> list[Row]:
     for length in lengths:
         tokens = bench.tokens(length)
         if not bench.fits(tokens):
-            rows.append({"tokens": tokens, "of": bench.room * bench.size})
+            rows.append({"tokens": tokens, "room": bench.room * bench.size})
             continue
         row: Row = {"tokens": tokens, "largest": True} if length == LARGEST else {"tokens": tokens}
         if tokens <= bench.room:
@@ -185,7 +182,7 @@ def nothing_shared(bench: Bench) -> list[Row]:
         bench.place([bench.alone(tokens)] * count if takes_part else [])
         own = 1e3 * statistics.median(bench.times()) if takes_part else 0.0
         bench.rest()
-        return max(bench.gather(own))
+        return max(bench.cell.gather(own))
 
     alone, all_ = decode_ms([bench.size - 1]), decode_ms(range(bench.size))
     return [{"rows": count, "tokens": tokens, "one ms": alone, "all ms": all_, "ratio": all_ / alone}]
@@ -215,7 +212,7 @@ def undisturbed(bench: Bench) -> list[Row]:
         bench.loop.admit(1 << 20, prompt_of(bench, bench.tokens(131072)), bench.alone(bench.tokens(131072)), 1)
         bench.loop.finish(1 << 20)
     bench.cell.barrier()
-    alone, busy = max(bench.gather(alone)), max(bench.gather(busy))
+    alone, busy = (max(bench.cell.gather(ms)) for ms in (alone, busy))
     return [{"rows": count, "alone ms": alone, "beside prefills ms": busy, "ratio": busy / alone}]
 
 
@@ -227,7 +224,7 @@ def prefill_s(bench: Bench, seq: int, tokens: int, steps: list[float] | None = N
     """Seconds from the first step of a prompt that all share to its end. `steps` gets those between decodes."""
     shares = bench.evenly(tokens)[::-1]  # rank 0 is its home
     bench.loop.admit(seq, prompt_of(bench, tokens), shares, 1)
-    bench.cell.barrier()  # as in `Bench.place`
+    bench.wait()
     begin = time.perf_counter()
     ends = bench.loop.finish(seq)
     if steps is not None:
@@ -240,7 +237,7 @@ def prefills(bench: Bench, lengths: Sequence[int]) -> list[Row]:
     for length in lengths:
         tokens = bench.tokens(length)
         if not bench.fits(tokens):
-            rows.append({"tokens": tokens, "of": bench.room * bench.size})
+            rows.append({"tokens": tokens, "room": bench.room * bench.size})
             continue
         bench.together()
         seconds = prefill_s(bench, 1 << 20, tokens)
@@ -364,7 +361,7 @@ def main() -> int:
     queues_of_their_own()
     args = parse(size)
     bench, capacity, _kept = start(args, rank, size)
-    capacities = [int(tokens) for tokens in bench.gather(capacity)]
+    capacities = [int(tokens) for tokens in bench.cell.gather(capacity)]
     report: Row = {
         "copy_GB/s": bench.copy,
         "GPUs": size,
