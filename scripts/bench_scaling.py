@@ -103,7 +103,8 @@ class Bench:
                 _end(running)
         if code:
             lines = log.read_text(errors="replace").splitlines() or [""]
-            raise PartFailed(f"exit code {code}: {lines[-1][:200]}; see {log}")
+            own = [line for line in lines if line.startswith(("bench_", "make_"))]  # torchrun has the last word
+            raise PartFailed(f"exit code {code}: {(own or lines)[-1][:200]}; see {log}")
         return time.perf_counter() - begin
 
     def note(self, part: str, num_gpus: int, rows: list[Row], seconds: float) -> None:
@@ -174,7 +175,7 @@ class Bench:
             self.say(num_gpus, "writing the model", f"{seconds:.1f} s")
         (out / REPORT).unlink(missing_ok=True)
         flags = ["--model", str(model), "--instances", str(num_gpus), "--device", args.device, "--trace", str(file)]
-        flags += ["--timeout", repr(args.timeout), "--out", str(out)]
+        flags += ["--timeout", repr(args.timeout / 2), "--out", str(out)]  # the service has to start and end, too
         if args.kv_tokens is not None:
             flags += ["--kv-tokens", str(args.kv_tokens)]
         begin = time.perf_counter()
@@ -269,7 +270,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         type=tokens_or_largest,
         nargs="*",
         default=[128 * K, K * K, LARGEST],
-        help="or largest (128K 1M largest)",
+        help="tokens of the row, or largest: what fits (128K 1M largest)",
     )
     sizes.add_argument("--mix", type=int, default=5, help="of make_trace.py (%(default)d)")
     sizes.add_argument("--requests", type=int, default=100, help="of the trace (%(default)d)")
@@ -313,7 +314,7 @@ def main() -> int:
     try:
         report = read(args.out, fresh)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
             bench = Bench(args, report, Path(scratch))
             bench.run()
         show(table(report.figures), f"Scaling: {args.shape} on {args.device}")

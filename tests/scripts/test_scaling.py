@@ -272,6 +272,18 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -
     assert not [pid for pid in started if is_alive(pid)]
 
 
+def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    """The pools are too small for 64 rows."""
+    out = tmp_path / "scaling.json"
+    flags = ["--gpus", "2", "--kv-tokens", "4096", "--prefill", "65536", "--parts", "overhead", "prefill"]
+    code, told = ended(bench(out, *flags))
+    assert code == 1, told
+    assert (
+        "bench_scaling: 2 x cpu, prefill, overhead: exit code 1: bench_cell: apart: 120 tokens don't fit in 64 free ones" in told
+    )
+    assert [m.part for m in read(out, report_of(device="cpu")).measured] == ["prefill"]
+
+
 def test_interrupted_it_ends_what_it_started(tmp_path: Path) -> None:
     running = bench(tmp_path / "scaling.json", "--gpus", "2", "--parts", "capacity")
     started: set[int] = set()
