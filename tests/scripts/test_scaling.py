@@ -1,7 +1,6 @@
 """The scaling benchmark: what follows from figures of several numbers of GPUs, and a dry run of four instances on the CPU."""
 
 import importlib.util
-import json
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from _scaling import Figure, Measured, Report, ScalingError, draw, read, table, write
 
 from tests.support.processes import children, is_alive
+from tests.support.tiny import make_model
 
 SCRIPT = Path(bench_scaling.__file__)
 
@@ -242,19 +242,29 @@ def test_a_dry_run_of_one_and_four_instances(tmp_path: Path) -> None:
     assert out.with_suffix(".png").exists()
 
 
-def test_a_dry_run_through_the_service(tmp_path: Path) -> None:
-    """Four instances; each has room for a fourth of the haystack. The file that is there is gone on with."""
+def test_a_dry_run_of_a_trace(tmp_path: Path) -> None:
+    """Through a service of four instances. The file that is there is gone on with."""
     out = tmp_path / "scaling.json"
     write(out, report_of(part("capacity", 1, {"tokens": 10}), device="cpu"))
-    flags = ["--gpus", "4", "--parts", "trace", "needles", "--requests", "6", "--mix", "0", "--needle-tokens", "600"]
+    model = make_model("llama", tmp_path / "model")
+    flags = ["--gpus", "4", "--parts", "trace", "--requests", "6", "--mix", "0", "--model", str(model)]
     code, told = ended(bench(out, *flags))
     assert code == 0, told
-    first, trace, needles = json.loads(out.read_text())["measured"]
-    assert (first["part"], trace["part"], needles["part"]) == ("capacity", "trace", "needles")
-    assert (trace["rows"][0]["requests"], trace["rows"][0]["failed"]) == (6, 0)
-    assert trace["rows"][0]["tokens/s"] > 0
-    (row,) = needles["rows"]
-    assert (row["tokens"], row["asked"], row["right"], row["instances"]) == (2400, 5, 5, 4)
+    first, trace = read(out, report_of(device="cpu")).measured
+    assert (first.part, trace.part, trace.gpus) == ("capacity", "trace", 4)
+    (row,) = trace.rows
+    assert (row["requests"], row["failed"]) == (6, 0)
+    assert row["tokens/s"] > 0
+
+
+def test_a_dry_run_of_needles(tmp_path: Path) -> None:
+    """Each of four instances has room for a little more than a fourth of the haystack."""
+    out = tmp_path / "scaling.json"
+    code, told = ended(bench(out, "--gpus", "4", "--parts", "needles", "--needle-tokens", "2048"))
+    assert code == 0, told
+    (needles,) = read(out, report_of(device="cpu")).measured
+    (row,) = needles.rows
+    assert (row["tokens"], row["asked"], row["right"], row["instances"]) == (8192, 5, 5, 4)
 
 
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
@@ -278,9 +288,7 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     flags = ["--gpus", "2", "--kv-tokens", "4096", "--prefill", "65536", "--parts", "overhead", "prefill"]
     code, told = ended(bench(out, *flags))
     assert code == 1, told
-    assert (
-        "bench_scaling: 2 x cpu, prefill, overhead: exit code 1: bench_cell: apart: 120 tokens don't fit in 64 free ones" in told
-    )
+    assert "2 x cpu, prefill, overhead: exit code 1: bench_cell: apart: 120 tokens don't fit in 64 free ones" in told
     assert [m.part for m in read(out, report_of(device="cpu")).measured] == ["prefill"]
 
 
