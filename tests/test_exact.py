@@ -130,6 +130,32 @@ async def test_models_that_are_split_between_ranks(kind: str, tp: int, size: int
         await ask(service.client, path, long)  # cached, wherever it lies
 
 
+@pytest.mark.parametrize(
+    ("kind", "tp", "pp", "layers", "size"),
+    [
+        ("llama", 1, 2, (), 1),
+        ("llama", 1, 3, (1, 3, 1), 1),
+        ("llama", 2, 2, (), 1),
+        ("llama", 1, 2, (4, 1), 2),
+        ("qwen2", 3, 2, (), 2),
+        ("mistral-window", 1, 2, (), 2),
+    ],
+)
+async def test_models_whose_layers_are_split_into_stages(
+    kind: str, tp: int, pp: int, layers: tuple[int, ...], size: int, farm: Farm, tmp_path: Path
+) -> None:
+    """Five layers: in stages alone, of several ranks each, and on two instances that share a sequence, whose home moves on."""
+    path = make_model(kind, tmp_path, num_hidden_layers=5, tie_word_embeddings=kind == "qwen2")
+    long, moving = prompt(path, 150), prompt(path, 50, new=30)
+    prompts = [prompt(path, length, seed=i) for i, length in enumerate((1, 24, 90, 63))]
+    setup = Setup(model=path, kv_tokens=1024 // size, chunk_tokens=24, tp=tp, pp=pp, pp_layers=layers)
+    async with serve(farm, size, setup) as service:
+        await ask(service.client, path, long, spread="all")
+        await ask(service.client, path, moving, spread=1 if size > 1 else None, new=30, move=size > 1)
+        await ask_mixed(service.client, path, prompts)
+        await ask(service.client, path, long)  # cached, wherever it lies
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
 async def test_texts_beyond_a_models_own_limit(kind: Literal["yarn", "linear"], size: int, farm: Farm, tmp_path: Path) -> None:

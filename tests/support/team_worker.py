@@ -36,7 +36,7 @@ def main(rank: int, ranks: int, folder: Path, dtype: torch.dtype) -> None:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
     meeting = Meeting.of(folder / "meeting", Place(rank, ranks), device, "127.0.0.1", 60)
-    model = load_model(folder / "model", dtype, device, team=meeting.team)
+    model = load_model(folder / "model", dtype, device, team=meeting.team, place=Place(rank, ranks))
     assert model.fuse("triton") is None
     stream = None if device.type == "cpu" else torch.cuda.stream(torch.cuda.Stream(device))
     with stream or nullcontext():
