@@ -33,6 +33,8 @@ GPU_MIXED_CHUNK_TOKENS = 24576
 comes next waits for the step that runs and the one behind it: a second each at most up to a prefix of 128K (8B shape, H200)."""
 GPU_GRAIN = 2048
 """Fewer rows than that cost a prompt more than they save those who wait."""
+CPU_GRAIN = 64
+"""Likewise, of slices that go through stages."""
 CPU_CHUNK_TOKENS = 512
 """What a short request waits for, against what small matrix products cost. 4096 tokens of a 135M model on two instances of
 one core each: 1.27 times transformers' time with 256, 1.18 with 512, 1.11 with 1024; a step of 512 takes about 1.5 s."""

@@ -102,6 +102,8 @@ class Pace:
     """Tokens at which attending to what came before costs a row as much as the rest of the model."""
     grain: int = 1
     """Rows that cost about as much as fewer."""
+    stages: int = 1
+    """Through which its steps go, one behind the other (`instance.pipelining`)."""
 
 
 def is_decode(step: Step) -> bool:
