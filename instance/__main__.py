@@ -22,7 +22,7 @@ from gmanager.wire import logs
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.errors import AddressError
 from gmanager.wire.scaling import parse_scaling
-from gmanager.wire.sizes import parse_disk, parse_size
+from gmanager.wire.sizes import parse_disk, parse_layers, parse_size
 from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
@@ -160,7 +160,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     logs.add_flags(parser)
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    launch, place = launch.split(args.tp, args.pp, () if args.pp_layers is None else settings.layers_of(args.pp_layers))
+    launch, place = launch.split(args.tp, args.pp, () if args.pp_layers is None else parse_layers(args.pp_layers))
     if launch.local_rank < place.rank:
         raise ValueError(
             f"{place.flags}: the ranks of an instance are of one machine, and this torchrun has {launch.local_rank + 1} here"

@@ -272,14 +272,6 @@ def role_of(text: str, rank: int, world_size: int) -> Role:
     return roles[names[rank if len(names) > 1 else 0]]
 
 
-def layers_of(text: str) -> tuple[int, ...]:
-    """Of `--pp-layers`, as `20,12`. Raises ValueError."""
-    counts = text.split(",")
-    if not all(count.isascii() and count.isdigit() for count in counts):
-        raise ValueError(f"--pp-layers must be numbers of layers with commas between, as 20,12; got {text}")
-    return tuple(map(int, counts))
-
-
 def default_threads(cell_size: int) -> int:
     """The cores this process may use, shared as if all instances of the cell ran on them."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, cell_size))
