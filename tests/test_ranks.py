@@ -1,4 +1,4 @@
-"""Instances of several ranks (tensor parallel, or stages): how they start, lose one and end. Real processes, on loopback only."""
+"""Instances of several ranks (tensor parallel, or stages): how they start, lose one and end. Real processes, on loopback."""
 
 import asyncio
 import os
