@@ -196,7 +196,8 @@ async def meet_first(config: InstanceConfig, loaded: Loaded, transport: Transpor
         raise InstanceError(f"the first rank of the instance didn't come: {error}") from error
     decoder: Decoder[ToRank] = Decoder(ToRank)
     first = transport.dial(address, decoder)
-    first.send(RankReady(part=config.place.part, token=token, tokens=config.num_blocks * config.block_size))
+    tokens, fingerprint = config.num_blocks * config.block_size, loaded.model.fingerprint()
+    first.send(RankReady(rank=config.place.rank, token=token, tokens=tokens, fingerprint=fingerprint))
     return Follower(config, loaded, first)
 
 

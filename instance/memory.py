@@ -240,7 +240,7 @@ def measure(model: Model, needs: Needs, *, fraction: float) -> MemoryBudget:
         fraction=fraction,
         weights=needs.weights,
         other=max(0, total - free - needs.weights),
-        activations=activations,
+        activations=activations + needs.stage_rows,
         attention=needs.attention,
         sampling=needs.sampling,
     )
@@ -254,7 +254,7 @@ def predict(model: Model, needs: Needs, *, device: str, total: int, fraction: fl
         fraction=fraction,
         weights=needs.weights,
         other=OTHER_BYTES,
-        activations=int(activation_bytes(model, needs) * ALLOCATOR_WASTE),
+        activations=int((activation_bytes(model, needs) + needs.stage_rows) * ALLOCATOR_WASTE),
         attention=needs.attention,
         sampling=needs.sampling,
     )

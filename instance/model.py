@@ -45,11 +45,11 @@ from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
 from instance.layers import Mixture, bind_experts, bind_packed, experts_of_a_row, has_known_parts
-from instance.parts import bind_team, empty_part, load_part
+from instance.parts import bind_stage, bind_team, empty_part, load_part
 from instance.quantised import quantise_linears, quantised_parts, refuse_device
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
-from instance.split import WHOLE, Place
+from instance.split import WHOLE, Place, stages_of
 from instance.stored import Form, PackedExperts, form_of, load_stored, place_by_config
 from instance.team import Team
 from kernels.experts import ExpertWeights
@@ -78,10 +78,12 @@ class Model:
         max_context: int | None = None,
         scaling: RopeScaling | None = None,
         team: Team | None = None,
+        place: Place = WHOLE,
     ) -> None:
         """`max_context`: tokens of the longest sequence served; None: as many as the config says. `scaling`: of its rotary
-        frequencies, as the config has it already; None: the model's own. `team`: of the ranks, if `module` is one's part
-        (`instance.parts`); they all make theirs, and call what runs layers, at once.
+        frequencies, as the config has it already; None: the model's own. `place`: of the rank whose part `module` is
+        (`instance.parts`). `team`: of the ranks that have the same layers; they all make theirs, and call what runs layers, at
+        once.
 
         Raises UnsupportedModel by the name of what can't be served exactly, as far as layers show it; `instance.exact` compares
         the whole.
@@ -90,6 +92,8 @@ class Model:
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # for a loss in training; attention would be called with it
         self.module = module
+        self.place = place
+        """With the layers of each stage, if there are several."""
         bind_packed(module)
         self._base: Any = _decoder(module)
         self._output: Any = None
@@ -101,6 +105,8 @@ class Model:
         self.context = AttentionContext(team)
         if team is not None:
             bind_team(module, self.vocab_size, self.context)
+        if place.stages > 1:
+            bind_stage(module, self.context)
         self._base.forward = _unless_given(self._base.forward, self.context)
         _scale_by_place(module, self.context)
         self.device = module.device
@@ -217,6 +223,31 @@ class Model:
             self._fused.store(token_ids_T, positions_T, self.context.needed())
         else:
             self.run(token_ids_T, positions_T)
+
+    def run_stage(
+        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, rows_TE: torch.Tensor | None, *, stores_only: bool = False
+    ) -> torch.Tensor | None:
+        """A stage's layers: from `rows_TE` as the stage before has left them (it may be written to), or from tokens in the
+        first, to rows for the next.
+
+        `stores_only`: in the last stage, where nobody wants logits. None: then there are no rows.
+        """
+        if rows_TE is not None:
+            token_ids_T = torch.zeros_like(positions_T)  # of made-up embeddings, which are passed over
+        if self._fused is not None:
+            return self._fused.run_stage(token_ids_T, positions_T, rows_TE, self.context.needed(), stores_only=stores_only)
+        self.context.rows_TE, self.context.is_stage = rows_TE, True
+        try:
+            out = self._base(input_ids=token_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False)
+        finally:
+            self.context.rows_TE, self.context.is_stage = None, False
+        self._output = type(out)
+        rows: torch.Tensor = out.last_hidden_state[0]
+        return rows
+
+    def behind_stages(self, rows_TE: torch.Tensor) -> Hidden:
+        """What `logits` takes, of rows as the last stage has left them."""
+        return Hidden(rows_TE) if self._fused is not None else Hidden(self._base.norm(rows_TE))
 
     def logits(self, hidden: Hidden, rows_S: torch.Tensor) -> torch.Tensor:
         """Logits `[S, V]` of the chosen rows."""
@@ -420,9 +451,10 @@ def load_model(
     scaling: RopeScaling | None = None,
     quantize: Kind | None = None,
     team: Team | None = None,
+    place: Place = WHOLE,
 ) -> Model:
     """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own. `quantize`: what its
-    linear layers' weights become. `team`: of the ranks that share it, each of which loads its part.
+    linear layers' weights become. `place`: of the rank whose part is loaded; `team`: of those that share its layers.
 
     What its config says is looked at before its weights are. Raises UnsupportedModel, CheckpointError if it lacks a weight, or
     OSError if it lacks a file.
@@ -430,11 +462,12 @@ def load_model(
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     max_context = _prepare(config, max_context, scaling)
     form = _take_form(config, str(path), quantize)
-    if team is not None:
-        _refuse_split_bits(str(path), team.place, form, quantize)
+    if place != WHOLE:
+        place = _with_layers(config, place)
+        _refuse_split_bits(str(path), place, form, quantize)
         with _refusing_old_style(str(path)):
-            part = load_part(path, config, team.place, _type_of_rows(dtype, config, path), device, _register())
-        return Model(part, max_context, scaling, team)
+            part = load_part(path, config, place, _type_of_rows(dtype, config, path), device, _register())
+        return Model(part, max_context, scaling, team, place)
     if form is not None:
         with _refusing_old_style(str(path)):
             module = load_stored(path, config, form, _type_of_rows(dtype, config, path), attn_implementation=_register())
@@ -458,10 +491,21 @@ def _type_of_rows(asked: torch.dtype | None, config: PretrainedConfig, path: Pat
     return found
 
 
+def _with_layers(config: PretrainedConfig, place: Place) -> Place:
+    """A rank's place with the layers of each stage counted. Raises UnsupportedModel if they don't fit the model."""
+    if place.stages == 1:
+        return place
+    try:
+        stages = stages_of(place, int(config.get_text_config().num_hidden_layers))
+    except ValueError as error:
+        raise UnsupportedModel(f"{config.model_type}: {error}") from error
+    return replace(place, layers=tuple(map(len, stages)))
+
+
 def _refuse_split_bits(name: str, place: Place, form: object, quantize: Kind | None) -> None:
     """Raises UnsupportedModel for weights of fewer bits, stored or to be, where ranks share the model."""
     if form is not None or quantize is not None:
-        raise UnsupportedModel(f"{name}: --tp {place.parts} splits weights of 16 or 32 bits, as yet")
+        raise UnsupportedModel(f"{name}: {place.flags} splits weights of 16 or 32 bits, as yet")
 
 
 def _settled(
@@ -518,9 +562,11 @@ def shaped_model(
     form = _take_form(config, name, quantize)
     config.dtype = dtype  # else what it says would be taken
     if place != WHOLE:
+        place = _with_layers(config, place)
         _refuse_split_bits(name, place, form, quantize)
         max_context = _prepare(config, max_context, scaling)
-        return Model(empty_part(config, place, dtype, torch.device("meta"), _register())[0], max_context, scaling)
+        part, _ = empty_part(config, place, dtype, torch.device("meta"), _register())
+        return Model(part, max_context, scaling, place=place)
     return random_model(config, dtype, torch.device("meta"), 0, max_context, scaling, quantize, form)
 
 

@@ -19,6 +19,9 @@ from instance.step import LANES
 from kernels.paged_attention import plan_attention
 from kvstore.sight import Sight
 
+_ROWS_AT_ONCE = 4
+"""Steps of a lane whose rows a stage holds: one that is received, one that runs, and two that are sent."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVNeeds:
@@ -60,6 +63,8 @@ class Needs:
     """Scratch of these steps' attention."""
     sampling: int
     """Scratch of their sampling."""
+    stage_rows: int = 0
+    """Rows of steps that come from a stage, run, and go to the next, where there are several."""
 
     @staticmethod
     def of(
@@ -86,7 +91,14 @@ class Needs:
                 for lane in LANES
             ),
             sampling=sum(sampler_scratch_bytes(MAX_SAMPLES[lane], model.vocab_size) for lane in LANES),
+            stage_rows=0 if model.place.stages == 1 else _ROWS_AT_ONCE * sum(rows.values()) * _row_bytes(model),
         )
+
+
+def _row_bytes(model: Model) -> int:
+    """Of a row between layers."""
+    hidden_size: int = model.module.config.get_text_config().hidden_size
+    return hidden_size * model.shape.dtype.itemsize
 
 
 def most_blocks(sight: Sight, block_size: int, chunk_tokens: int) -> int:

@@ -7,7 +7,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llguidance import LLTokenizer
@@ -22,9 +22,11 @@ from instance.config import InstanceConfig
 from instance.copies import CHANNELS
 from instance.errors import InstanceError
 from instance.model import Model
+from instance.pipe import Pipe
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, StepPlan
 from instance.processors import Processors
 from instance.runner import Runner
+from instance.stage_runner import StageRunner
 from instance.step import Lane
 from instance.team import Team
 from kvstore.storage import KVStorage
@@ -136,13 +138,13 @@ class RankEpoch:
         rank: int | None = None,
         size: int | None = None,
     ) -> EpochGroup:
-        """Between all who make theirs of that name together: the ranks of all members that have the same part of the model, or,
-        where `rank` and `size` say so, others."""
+        """Between all who make theirs of that name together: the ranks of all members that have the same layers and part of
+        them, or, where `rank` and `size` say so, others."""
         config = self._equipment.config
         group = EpochGroup(
             store_address=self._join.store_address,
             host=config.host,
-            name=f"epoch-{self.number}-{name}" + (f"-part-{config.place.part}" if size is None else ""),
+            name=f"epoch-{self.number}-{name}" + (f"-of-rank-{config.place.rank}" if size is None else ""),
             rank=self._join.rank if rank is None else rank,
             size=self.size if size is None else size,
             device=device,
@@ -176,20 +178,24 @@ class RankEpoch:
         group = self._make_group(lane, device)
         exchange = self._exchange(group, device)
         attention = DistAttention(equipment.storage, equipment.model.shape, exchange, backend=config.backend)
-        runner = Runner(
-            equipment.model,
-            attention,
-            threads=config.threads,
-            max_samples=MAX_SAMPLES[lane],
-            tokenizer=equipment.tokenizer,
-            streams=None if equipment.processors is None else equipment.processors.streams[lane],
-            team=self._make_team(lane, device),
-            tell=None if self._tell is None else partial(self._tell, self.number, lane),
-        )
+        given: dict[str, Any] = {
+            "threads": config.threads,
+            "max_samples": MAX_SAMPLES[lane],
+            "tokenizer": equipment.tokenizer,
+            "streams": None if equipment.processors is None else equipment.processors.streams[lane],
+            "team": self._make_team(lane, device),
+            "tell": None if self._tell is None else partial(self._tell, self.number, lane),
+        }
+        runner: Runner
+        if config.place.stages == 1:
+            runner = Runner(equipment.model, attention, **given)
+        else:
+            ends = self._make_team(f"{lane}-ends", device) if config.place.stage == 0 else None
+            runner = StageRunner(equipment.model, attention, pipe=self._make_pipe(lane, device), ends=ends, **given)
         self._undo(runner.close)
         if device.type == "cuda" and lane == "prefill":
             runner.prepare_chunks(config.chunk_tokens)
-        elif device.type == "cuda":
+        elif device.type == "cuda" and config.place.stages == 1:
             peers = self._share_memory(group)
             log.info("capturing CUDA graphs")
             runner.capture(equipment.storage, peers)
@@ -220,13 +226,13 @@ class RankEpoch:
         group.barrier()  # nobody pushes into memory that its owner has yet to clear
         return peers
 
-    def _make_team(self, lane: Lane, device: torch.device) -> Team | None:
-        """Of the ranks that share the model; None: it is whole."""
+    def _make_team(self, name: str, device: torch.device) -> Team | None:
+        """Of the ranks that share layers; None: they are whole."""
         place = self._equipment.config.place
         if place.parts == 1:
             return None
-        group = self._make_group(f"{lane}-of-{self._join.id}", device, rank=place.part, size=place.parts)
-        memory = self._share_team_memory(group) if device.type == "cuda" and lane == "decode" else None
+        group = self._make_group(f"{name}-of-{self._join.id}-stage-{place.stage}", device, rank=place.part, size=place.parts)
+        memory = self._share_team_memory(group) if device.type == "cuda" and name == "decode" else None
         return Team(group.team_group, place, memory)
 
     def _share_team_memory(self, group: EpochGroup) -> "TeamMemory | None":
@@ -248,6 +254,19 @@ class RankEpoch:
             log.warning("the ranks' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
         log.info("ranks add decode rows", by="one-sided writes" if memory else "NCCL")
         return memory if group.all_say(memory is not None) else None
+
+    def _make_pipe(self, lane: Lane, device: torch.device) -> Pipe:
+        """Through the stages of this instance."""
+        place, model = self._equipment.config.place, self._equipment.model
+
+        def way(name: str) -> Exchange:
+            full = f"{lane}-{name}-of-{self._join.id}-part-{place.part}"
+            group = self._make_group(full, device, rank=place.stage, size=place.stages)
+            exchange = Exchange(group.group, device, members="stage")
+            self._exchanges.append(exchange)
+            return exchange
+
+        return Pipe(way("rows"), way("back"), place, hidden_size=model.hidden_size, dtype=model.shape.dtype, device=device)
 
 
 def share_host(members: Sequence[wire.MemberAddress]) -> bool:

@@ -53,7 +53,10 @@ class Wanted:
     model: str
     instances: int
     tp: int
-    """GPUs, or on the CPU processes, of each."""
+    """GPUs, or on the CPU processes, of each stage."""
+    pp: int
+    """Stages of each."""
+    pp_layers: str | None
     device: str
     http: str | None
     bind: str
@@ -108,14 +111,14 @@ def check(wanted: Wanted) -> ServiceConfig:
             raise CannotStart(f"{package} is not installed: pip install 'distattn[{extra}]'")
     if wanted.device not in ("auto", "cpu", "cuda"):
         raise CannotStart(f"--device must be auto, cpu or cuda, got {wanted.device}")
-    gpus = count_gpus()
+    gpus, ranks = count_gpus(), wanted.tp * wanted.pp
     device = wanted.device
     if device == "auto":
-        device = "cuda" if gpus >= wanted.instances * wanted.tp else "cpu"
-    if device == "cuda" and gpus < wanted.instances * wanted.tp:
+        device = "cuda" if gpus >= wanted.instances * ranks else "cpu"
+    if device == "cuda" and gpus < wanted.instances * ranks:
         many = f"{wanted.instances} instances need as many GPUs"
-        if wanted.tp > 1:
-            many = f"{wanted.instances} instances of {wanted.tp} ranks need {wanted.instances * wanted.tp} GPUs"
+        if ranks > 1:
+            many = f"{wanted.instances} instances of {ranks} ranks need {wanted.instances * ranks} GPUs"
         raise CannotStart(f"{many}; this machine has {gpus}")
     try:
         GManagerConfig(bind=wanted.bind, policy=wanted.policy)
@@ -148,6 +151,8 @@ def check(wanted: Wanted) -> ServiceConfig:
             other_names=wanted.names[1:],
             instances=wanted.instances,
             tp=wanted.tp,
+            pp=wanted.pp,
+            pp_layers=wanted.pp_layers,
             kv_tokens=kv_tokens,
             kv_memory=wanted.kv_memory,
             max_context=wanted.max_context,
@@ -155,7 +160,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             device=device,
             dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
             quantize=wanted.quantize,
-            threads=max(1, len(os.sched_getaffinity(0)) // (wanted.instances * wanted.tp)),
+            threads=max(1, len(os.sched_getaffinity(0)) // (wanted.instances * ranks)),
             logs=logs_of_this_start(wanted.logs or cache_dir() / "logs"),
             ready_timeout_s=3600,
             bind=wanted.bind,
@@ -336,7 +341,7 @@ def roles_lack(config: ServiceConfig) -> str | None:
 def _announce(
     console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float, *, reads_text: bool
 ) -> None:
-    ranks = f" of {config.tp} ranks" if config.tp > 1 else ""
+    ranks = f" of {config.ranks} ranks" if config.ranks > 1 else ""
     where = f"{config.instances} instance{'s' if config.instances > 1 else ''}{ranks} ({config.device})"
     names = " or ".join([config.served_model_name or config.model, *config.other_names])
     lines = [

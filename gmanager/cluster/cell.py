@@ -83,6 +83,8 @@ MAX_WINDOWS = 64
 _SAME = (
     "dtype",
     "tp",
+    "pp",
+    "pp_layers",
     "rotary",
     "fingerprint",
     "layers",
@@ -95,6 +97,8 @@ _SAME = (
 )
 _IN_WORDS = {
     "tp": "degree of tensor parallelism",
+    "pp": "number of pipeline stages",
+    "pp_layers": "number of layers in each stage",
     "layers": "way to run layers",
     "rotary": "rotary scaling",
     "windows": "blocks in windows",

@@ -37,7 +37,7 @@ def main(rank: int, ranks: int, folder: Path, dtype: torch.dtype) -> None:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
     meeting = Meeting.of(folder / "meeting", Place(rank, ranks), device, "127.0.0.1", 60)
-    model = load_model(folder / "model", dtype, device, team=meeting.team)
+    model = load_model(folder / "model", dtype, device, team=meeting.team, place=Place(rank, ranks))
     assert model.fuse("triton") is None
     if device.type == "cuda":
         model.context.team = _with_memory(meeting, model)

@@ -41,6 +41,10 @@ class InstanceSpec(Part):
     takes on an instance (`gmanager.wire.footprint`)."""
     tp: int = 1
     """Ranks between which its model and each block of its KV are split."""
+    pp: int = 1
+    """Stages that its layers are split into."""
+    pp_layers: list[int] = []
+    """Of each stage, if there are several."""
     rotary: str = ""
     """What the service has chosen of the model's rotary frequencies, in words; empty: they are as the model has them."""
 
