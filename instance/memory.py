@@ -15,7 +15,8 @@ from distattn.shape import AttentionShape, PackedRows
 from instance.checkpoint import read_config, tensor_shapes, weight_files
 from instance.config import InstanceConfig
 from instance.layers import expert_numbers
-from instance.model import Model, shaped_model
+from instance.load import shaped_model
+from instance.model import Model
 from instance.needs import KVNeeds, Needs
 from instance.quantised import most_weights
 from instance.stored import form_of

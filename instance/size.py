@@ -22,8 +22,9 @@ from gmanager.wire.sizes import parse_disk, parse_layers, parse_size
 from instance import config as settings
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
 from instance.errors import UnsupportedModel
+from instance.load import shaped_model
 from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
-from instance.model import Model, shaped_model
+from instance.model import Model
 from instance.needs import Needs, settle_shape
 from instance.split import Place
 from kvstore.tier_storage import slot_bytes

@@ -14,8 +14,9 @@ from instance.crew import Crew, Meeting
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
+from instance.load import load_model, load_text_assets, refuse_by_config
 from instance.memory import TooLittleMemory, check_tiers, check_weights, loaded_bytes, measure, tiers_bytes
-from instance.model import Model, load_model, load_text_assets, refuse_by_config
+from instance.model import Model
 from instance.needs import Needs, settle_shape
 from instance.plan import MAX_DECODE_ROWS
 from instance.processors import check_parts

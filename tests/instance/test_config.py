@@ -17,8 +17,8 @@ from instance.__main__ import parse
 from instance.checkpoint import CheckpointError, resolve_checkpoint
 from instance.config import InstanceConfig, Launch
 from instance.errors import UnsupportedModel
+from instance.load import load_model
 from instance.memory import MemoryBudget, TooLittleMemory
-from instance.model import load_model
 from instance.needs import Needs
 from instance.split import Place
 from instance.start import load, make_tiers, size_pool

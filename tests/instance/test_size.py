@@ -14,8 +14,8 @@ from transformers import DeepseekV2Config, DeepseekV3Config, Gemma3TextConfig, L
 
 from gmanager.wire import footprint
 from instance.checkpoint import resolve_checkpoint
+from instance.load import load_model, random_model
 from instance.memory import activation_bytes, run_step
-from instance.model import load_model, random_model
 from instance.needs import Needs
 from instance.rmanager import RManager
 from instance.size import Question, answer, fewest_instances, instance_size, main, parse_count

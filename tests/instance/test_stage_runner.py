@@ -16,7 +16,8 @@ from distattn.attention import DistAttention
 from distattn.exchange import Exchange
 from distattn.layout import Layout, read_run
 from gmanager.wire.messages import SequenceParams
-from instance.model import Model, load_model
+from instance.load import load_model
+from instance.model import Model
 from instance.pipe import Pipe
 from instance.plan import MAX_SAMPLES, SampledRow, ScoredRows, StepPlan
 from instance.runner import Launched, Runner, StepResult

@@ -8,7 +8,8 @@ import torch
 
 from instance.errors import UnsupportedModel
 from instance.fused import OwnRow
-from instance.model import Model, load_model
+from instance.load import load_model
+from instance.model import Model
 from instance.split import Place
 from tests.support.tiny import make_model
 

@@ -12,7 +12,7 @@ import torch
 from _retrieval import END, FILLER, KEY, VOCABULARY, make_haystack
 from make_retrieval_model import FAST_PAIRS, HEAD_DIM, POSITION_GAIN, THETA, check, write
 
-from instance.model import load_model, load_text_assets
+from instance.load import load_model, load_text_assets
 
 SCRIPTS = Path(make_retrieval_model.__file__).parent
 

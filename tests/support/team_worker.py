@@ -18,7 +18,8 @@ if not torch.cuda.is_available():
 
 from instance import graphs
 from instance.crew import Meeting
-from instance.model import Model, load_model
+from instance.load import load_model
+from instance.model import Model
 from instance.plan import StepPlan
 from instance.split import Place
 from instance.team import Team
