@@ -195,7 +195,7 @@ class RankEpoch:
         self._undo(runner.close)
         if device.type == "cuda" and lane == "prefill":
             runner.prepare_chunks(config.chunk_tokens)
-        elif device.type == "cuda" and config.place.stages == 1:
+        elif device.type == "cuda" and config.place.stages == 1:  # a stage's steps have no graphs (`instance.stage_runner`)
             peers = self._share_memory(group)
             log.info("capturing CUDA graphs")
             runner.capture(equipment.storage, peers)
