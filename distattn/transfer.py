@@ -91,11 +91,14 @@ class StepBudget:
                 raise TransferEnded("the epoch ended")
             self._left = max(0, self._left - tokens)
 
-    def try_take(self, tokens: int) -> bool:
-        """As `take`, without waiting: whether so many tokens may be copied now. After `end` nothing steps, and they may."""
+    def try_take(self, tokens: int, *, is_patient: bool = True) -> bool:
+        """As `take`, without waiting: whether so many tokens may be copied now. After `end` nothing steps, and they may.
+
+        `is_patient`: False once they have waited for `PATIENCE_S`: they may.
+        """
         with self._changed:
             self._most = tokens + self.tokens_per_step * self.prompt_weight
-            may = self._is_over or not self._is_busy or self._left >= tokens
+            may = self._is_over or not (self._is_busy and is_patient) or self._left >= tokens
             if may:
                 self._left = max(0, self._left - tokens)
             return may

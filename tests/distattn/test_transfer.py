@@ -407,6 +407,7 @@ def test_who_does_not_wait_is_told_whether_it_may_copy() -> None:
     budget.tell(2, is_busy=True)
     assert budget.try_take(32)
     assert not budget.try_take(32)
+    assert budget.try_take(32, is_patient=False)
     budget.end()
     assert budget.try_take(1000)
 
