@@ -9,6 +9,7 @@ from typing import get_args
 from _replay import Timing
 from _trace import Arrival, BlockArrival
 
+from gmanager.cluster.chain import Chain
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
     Action,
@@ -320,9 +321,10 @@ class Service:
                     self._send(peer, message)
             case Deliver():
                 self._take(action)
-            case Encode(request=number, submit=submit):
+            case Encode(request=number, submit=submit, chain_seed=seed, block_size=block_size):
                 ids = submit.token_ids or b""
-                self._soon(Encoded(number, self.clock.now, token_ids=ids, highest=VOCABULARY - 1))
+                chain = None if seed is None else Chain(seed, block_size, ids)
+                self._soon(Encoded(number, self.clock.now, token_ids=ids, highest=VOCABULARY - 1, chain=chain))
             case LoadText(cell=number):
                 self._soon(TextLoaded(number, self.clock.now))
             case Log() | Write():  # there is no journal

@@ -32,6 +32,7 @@ from simulation.validate import SHARED, Measured, Sweep, beside, crowd, crowding
 from distattn.layout import Layout, lay_out
 from distattn.transfer import PATIENCE_S
 from gmanager.cluster.cluster import Cluster
+from gmanager.cluster.intake import SCANNED_AT_ONCE
 from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
 from instance.sharing import Load as KvRead
@@ -192,6 +193,16 @@ def test_prompts_that_begin_alike_share_what_was_computed() -> None:
     assert cached.ttft_s is not None
     assert whole.ttft_s is not None
     assert whole.ttft_s - cached.ttft_s > 31 * 0.001  # the rows of four blocks of 8, but for a token or so
+
+
+def test_of_long_prompts_is_found_what_there_is_as_of_short_ones() -> None:
+    """The gManager has those scanned beside its own work: that is the shell's, which is simulated."""
+    tokens = 2 * SCANNED_AT_ONCE
+    profile = msgspec.structs.replace(SMALL, kv_tokens=4 * tokens, chunk_tokens=tokens)
+    first = BlockArrival(at_s=0, prompt_tokens=tokens, max_tokens=2, hash_ids=[1, 2], block_tokens=SCANNED_AT_ONCE)
+    again = msgspec.structs.replace(first, at_s=1e5, hash_ids=[1, 3])
+    outcome = simulated([first, again], instances=1, profile=profile, limit_s=1e6)
+    assert (outcome.prefix_queries, outcome.prefix_hits) == (2 * tokens, SCANNED_AT_ONCE)
 
 
 def test_what_was_found_of_prompts_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
