@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from distattn.transfer import StepBudget
+from distattn.budget import StepBudget
 from instance.calibrate import Room, calibrate
 from instance.errors import StepTimeout
 from instance.party import Parties, Party

@@ -7,7 +7,7 @@ brings the budgets (`StepBudget`, the real one): so many tokens for each step, a
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distattn.transfer import PATIENCE_S, StepBudget
+from distattn.budget import PATIENCE_S, StepBudget
 from gmanager.wire import messages as m
 from simulation.clock import Act, Clock
 from simulation.times import Profile

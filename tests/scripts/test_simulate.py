@@ -29,8 +29,8 @@ from simulation.service import Outcome, Service, Setting, prompt_of, simulate
 from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_stats, read_times, write_times
 from simulation.validate import SHARED, Measured, Sweep, beside, crowd, crowding, fit, level, scaled
 
+from distattn.budget import PATIENCE_S
 from distattn.layout import Layout, lay_out
-from distattn.transfer import PATIENCE_S
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.intake import SCANNED_AT_ONCE
 from gmanager.config import GManagerConfig
