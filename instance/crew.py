@@ -31,8 +31,8 @@ from typing import Any
 import torch
 import torch.distributed
 
+from distattn.budget import TransferEnded
 from distattn.layout import Layout, Reading
-from distattn.transfer import TransferEnded
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, PeerLost, Transport
 from gmanager.wire.codec import Decoder

@@ -15,8 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distattn.budget import StepBudget
 from distattn.exchange import ExchangeError
-from distattn.transfer import StepBudget
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, Transport
 from gmanager.wire.codec import Decoder

@@ -7,8 +7,9 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 
+from distattn.budget import StepBudget, TransferEnded
 from distattn.exchange import ExchangeError
-from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers
+from distattn.transfer import CopyFailed, Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Dialer, Transport
 from gmanager.wire.codec import Decoder

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distattn.transfer import StepBudget
+from distattn.budget import StepBudget
 from instance.calibrate import Room, calibrate
 from instance.errors import StepTimeout
 from instance.party import Parties, Party

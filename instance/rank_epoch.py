@@ -13,8 +13,9 @@ import torch
 from llguidance import LLTokenizer
 
 from distattn.attention import DistAttention
+from distattn.budget import StepBudget
 from distattn.exchange import Exchange, Work
-from distattn.transfer import StepBudget, Transfers
+from distattn.transfer import Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup

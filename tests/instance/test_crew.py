@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from distattn.budget import TransferEnded
 from distattn.layout import Layout, Reading
-from distattn.transfer import TransferEnded
 from gmanager.wire.codec import Decoder, encode
 from gmanager.wire.memory import MemoryTransport
 from gmanager.wire.messages import CopyRun, JoinEpoch, MemberAddress, SequenceParams
