@@ -19,10 +19,7 @@ from transformers import (
 
 from gmanager.wire.messages import TextAssets
 from gmanager.wire.scaling import RopeScaling
-from instance.calls import (
-    refuse_layer_types,
-    refuse_state,
-)
+from instance.calls import refuse_layer_types, refuse_state
 from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole, stored_dtype
 from instance.errors import UnsupportedModel
 from instance.model import ATTENTION, Model, register_attention

@@ -12,10 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import (
-    AttentionInterface,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distattn.shape import AttentionShape
@@ -49,7 +46,6 @@ from kvstore.storage import KVStorage
 
 ATTENTION = "distattn"
 """Our attention's name in transformers."""
-
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """What rounding explains of a row's logits, as `relative` counts; 30 layers of random weights: 0.03 in bf16."""
@@ -266,6 +262,11 @@ class Model:
             for name, parameter in self.module.named_parameters()
             if not name.endswith(("weight_scale", "_scales"))
         )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row between layers."""
+        return self.hidden_size * self.shape.dtype.itemsize
 
     def token_bytes(self) -> int:
         """Bytes of one token's KV in all layers."""

@@ -91,14 +91,8 @@ class Needs:
                 for lane in LANES
             ),
             sampling=sum(sampler_scratch_bytes(MAX_SAMPLES[lane], model.vocab_size) for lane in LANES),
-            stage_rows=0 if model.place.stages == 1 else _ROWS_AT_ONCE * sum(rows.values()) * _row_bytes(model),
+            stage_rows=0 if model.place.stages == 1 else _ROWS_AT_ONCE * sum(rows.values()) * model.row_bytes,
         )
-
-
-def _row_bytes(model: Model) -> int:
-    """Of a row between layers."""
-    hidden_size: int = model.module.config.get_text_config().hidden_size
-    return hidden_size * model.shape.dtype.itemsize
 
 
 def most_blocks(sight: Sight, block_size: int, chunk_tokens: int) -> int:

@@ -156,7 +156,11 @@ class RankEpoch:
         return group.meet()
 
     def _exchange(self, group: EpochGroup, device: torch.device) -> Exchange:
-        exchange = Exchange(group.group, device, [member.id for member in self._join.members])
+        """With the other members."""
+        return self._kept(Exchange(group.group, device, [member.id for member in self._join.members]))
+
+    def _kept(self, exchange: Exchange) -> Exchange:
+        """It is asked in the end what is still being sent."""
         self._exchanges.append(exchange)
         return exchange
 
@@ -247,14 +251,16 @@ class RankEpoch:
                 store=group.store,
                 place=self._equipment.config.place,
                 rows=PUSHED_ROWS,
-                row_bytes=model.hidden_size * model.shape.dtype.itemsize,
+                row_bytes=model.row_bytes,
                 device=model.device,
             )
             self._undo(memory.abort)
         except RuntimeError as error:
             log.warning("the ranks' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
-        log.info("ranks add decode rows", by="one-sided writes" if memory else "NCCL")
-        return memory if group.all_say(memory is not None) else None
+        if not group.all_say(memory is not None):
+            memory = None
+        log.info("ranks add decode rows", by="one-sided writes, where there is one" if memory else "NCCL")
+        return memory
 
     def _make_pipe(self, lane: Lane, device: torch.device) -> Pipe:
         """Through the stages of this instance."""
@@ -263,9 +269,7 @@ class RankEpoch:
         def way(name: str) -> Exchange:
             full = f"{lane}-{name}-of-{self._join.id}-part-{place.part}"
             group = self._make_group(full, device, rank=place.stage, size=place.stages)
-            exchange = Exchange(group.group, device, members="stage")
-            self._exchanges.append(exchange)
-            return exchange
+            return self._kept(Exchange(group.group, device, members="stage"))
 
         return Pipe(way("rows"), way("back"), place, hidden_size=model.hidden_size, dtype=model.shape.dtype, device=device)
 

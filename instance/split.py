@@ -17,6 +17,8 @@ Sources: Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3); GPipe (Huang
 
 from dataclasses import dataclass
 
+from gmanager.wire.sizes import check_layers
+
 _GRAINS = (128, 64, 32, 16, 8)
 """Inner dims are dealt out by so many, where that leaves each part some: products of odd sizes are slow."""
 
@@ -38,9 +40,8 @@ class Place:
             raise ValueError(f"part {self.part} of {self.parts}")
         if not 0 <= self.stage < self.stages:
             raise ValueError(f"stage {self.stage} of {self.stages}")
-        if self.layers and (len(self.layers) != self.stages or min(self.layers) < 1):
-            said = ",".join(map(str, self.layers))
-            raise ValueError(f"--pp-layers {said} are not the layers of {self.stages} stages (--pp), at least one for each")
+        if self.layers:
+            check_layers(self.layers, self.stages)
 
     @property
     def ranks(self) -> int:

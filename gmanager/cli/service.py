@@ -16,7 +16,7 @@ from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
 from gmanager.wire.messages import Role
 from gmanager.wire.scaling import RopeScaling
-from gmanager.wire.sizes import parse_disk, parse_layers, parse_size
+from gmanager.wire.sizes import check_layers, parse_disk, parse_layers, parse_size
 
 T = TypeVar("T")
 
@@ -131,11 +131,7 @@ class ServiceConfig:
         if self.pp > 1 and self.device == "cuda":
             raise ValueError(f"--pp {self.pp} on GPUs is refused: stages have run on CPUs only, as yet")
         if self.pp_layers is not None:
-            layers = parse_layers(self.pp_layers)
-            if len(layers) != self.pp or min(layers) < 1:
-                raise ValueError(
-                    f"--pp-layers {self.pp_layers} are not the layers of {self.pp} stages (--pp), at least one for each"
-                )
+            check_layers(parse_layers(self.pp_layers), self.pp)
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 

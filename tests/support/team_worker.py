@@ -70,9 +70,8 @@ def _with_memory(meeting: Meeting, model: Model) -> Team:
     """The team, which adds rows one-sided."""
     from instance.team_memory import TeamMemory
 
-    width = model.hidden_size * model.shape.dtype.itemsize
     place, store = meeting.team.place, torch.distributed.PrefixStore("memory", meeting.store)
-    memory = TeamMemory(store=store, place=place, rows=4, row_bytes=width, device=model.device)
+    memory = TeamMemory(store=store, place=place, rows=4, row_bytes=model.row_bytes, device=model.device)
     meeting.team.agree(torch.zeros(1, dtype=torch.int64, device=model.device))  # nobody writes before all are there
     torch.cuda.synchronize(model.device)
     return Team(meeting.team.group, place, memory)
