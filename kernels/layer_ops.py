@@ -179,12 +179,13 @@ def gated_linear(
     residual_TE: torch.Tensor | None = None,
     backend: str,
 ) -> torch.Tensor:
-    """`linear(gated(gate_up))`, new or added to a residual, in one kernel where there is one row."""
-    if uses_gemv(gate_up_T2I.shape[0], weight_EI, backend):
-        from kernels import layer_ops_triton, products_triton
+    """`linear(gated(gate_up))`, new or added to a residual.
 
-        if isinstance(weight_EI, Quantised):
-            return products_triton.gemv(gate_up_T2I, weight_EI, None, residual_TE, activation=activation)
+    In one kernel where there is one row of plain weights. Of 8 bits it would take longer, as each of its programs computes the
+    activation: the 8B shape's step on an H200 2.893 ms instead of 2.632.
+    """
+    if not isinstance(weight_EI, Quantised) and uses_gemv(gate_up_T2I.shape[0], weight_EI, backend):
+        from kernels import layer_ops_triton
 
         return layer_ops_triton.gemv(gate_up_T2I, weight_EI, None, residual_TE, activation=activation)
     return linear(gated(gate_up_T2I, activation, backend=backend), weight_EI, residual_TN=residual_TE, backend=backend)

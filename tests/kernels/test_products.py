@@ -131,7 +131,7 @@ def test_what_is_warmed_up_is_all_that_rows_compile(group: int, monkeypatch: pyt
         def __getitem__(self, grid: object) -> Any:
             return lambda *_, **constants: launched.add((self._kernel, *constants.items()))
 
-    for name in ("_gemv_kernel", "_product_kernel", "_dequantise_kernel"):
+    for name in ("_gemv_kernel", "_product_kernel", "_add_parts_kernel", "_dequantise_kernel"):
         monkeypatch.setattr(products_triton, name, Noted(name))
     matrix = make(40, 256, "fp8", group)
     for rows in rows_of_each_kernel(300):
@@ -139,7 +139,7 @@ def test_what_is_warmed_up_is_all_that_rows_compile(group: int, monkeypatch: pyt
     warm = frozenset(launched)
     for rows in range(1, 301):
         product(torch.zeros(rows, 256, dtype=torch.float16, device=DEVICE), matrix, backend="triton")
-    assert len(warm) == 5 and launched == warm
+    assert len(warm) == 6 and launched == warm
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -37,6 +37,8 @@ class Compiled:
     def _launch(self, *args: Any, num_warps: int = 4, launch_pdl: bool, **constants: Any) -> None:
         names = self._kernel.arg_names
         constants |= {"DEPENDENT": True}
+        if "PACKED" in constants:
+            constants["PACKED"] = args[1].dtype == torch.float8_e4m3fn  # as a GPU has it for rows in bf16
         types = dict.fromkeys(constants, "constexpr")
         aligned = []
         for parameter, value in zip(self._kernel.params[: len(args)], args, strict=True):
