@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from gmanager import CallFailed
+from gmanager.cluster.moves import MAX_COPIES
 from gmanager.config import GManagerConfig
-from tests.support.farm import DEVICE
+from tests.support.farm import DEVICE, Farm, Setup
 from tests.support.processes import Processes, client_of, until_ready
-from tests.support.service import at_rest
+from tests.support.service import at_rest, serve
 from tests.support.tiny import make_long_model
 from tests.test_lifecycle import here, until
 from tests.test_membership import Stream, cell_of, text
@@ -60,6 +61,33 @@ async def test_a_drain_under_load_changes_no_token(started: Processes, model: Pa
             with pytest.raises(CallFailed, match=r"there is no instance 1; cell 'main' has 0, 2"):
                 await client.drain(1)
             await at_rest(client)
+
+
+@pytest.mark.parametrize("garbled", [1, 10**6], ids=["once", "always"])
+async def test_blocks_that_arrive_otherwise_are_not_read(farm: Farm, model: Path, garbled: int) -> None:
+    """A bit flips on the way. Once: that copy is found to be wrong, and the next one is right. Always: all three are, and what
+    lay there is computed again."""
+    ids, expected = text(model, 300, NEW)
+    async with serve(farm, 3, Setup(model=model, kv_tokens=2048)) as service:
+        client = service.client
+        stream = Stream(client, "s", ids, NEW, "all")
+        await stream.reach(10)
+        stats = await until(client, lambda s: len(s.requests["s"].kv_tokens) == 3 and s.counters.tokens_prefilled >= 300)
+        seen = stats.requests["s"]
+        assert seen.home is not None
+        leaves = (seen.home + 1) % 3
+        await farm.workers[leaves].ask("garble", garbled)
+        try:
+            await client.drain(leaves)
+            assert not stream.task.done(), "it was drained only when all was over"
+            await stream.is_right(expected)
+        finally:
+            await farm.workers[leaves].ask("garble", 0)
+        failed = 1 if garbled == 1 else MAX_COPIES
+        stats = await until(client, lambda s: s.counters.tokens_generated >= NEW - 4)
+        assert stats.counters.moves_failed == failed
+        again = stats.counters.tokens_prefilled - 300
+        assert again <= 4 if failed < MAX_COPIES else seen.kv_tokens[leaves] <= again <= seen.kv_tokens[leaves] + 4
 
 
 async def test_what_has_no_room_elsewhere_is_computed_again(started: Processes, model: Path) -> None:

@@ -417,6 +417,7 @@ class Cell:
         self.members.remove(member)
         self._awaited.append(member)
         self._rank()
+        self._broken.clear()  # by ranks that were others'; the epoch is ended in any case
         self.loss = self.loss or reason
         self._emit(Log(logging.WARNING, "instance is waited for", {"cell": self.name, "reason": reason}))
 
@@ -543,8 +544,8 @@ class Cell:
 
     def set_link_lost(self, member: Member, rank: int, reason: str, now: float) -> None:
         """One member can't reach another, which may be about to say why. Between one that has served and one that has not, it
-        is the latter that can't be with the others."""
-        if self.phase != "suspending" and 0 <= rank < self.size and rank != member.rank:
+        is the latter that can't be with the others. Ignored while ranks aren't those of the epoch that is told of."""
+        if self.phase in ("opening", "joining", "ready") and 0 <= rank < self.size and rank != member.rank:
             other = self.members[rank]
             blamed = member.rank if member in self.newcomers and other not in self.newcomers else rank
             self._broken.setdefault(blamed, (now, f"{member.name} lost its link to instance {other.id}: {reason}"))

@@ -225,6 +225,18 @@ def test_who_does_not_come_back_is_not_waited_for() -> None:
     ]
 
 
+def test_a_link_that_is_lost_while_others_return_is_no_reason_to_expel_anybody() -> None:
+    """It is told by a rank of the epoch that is about to end, and those that are back have others: it was the third that had
+    to go for the second, and with that gone there was no such rank at all."""
+    driver = waiting("r")
+    driver.say(peer(0), back(0, 3, quorum=3), m.Text(assets=ASSETS))
+    driver.say(peer(2), back(2, 3, quorum=3))
+    driver.say(peer(0), m.LinkLost(epoch=EPOCH, rank=1, reason="it is dead"))
+    assert driver.wait(2, peer(0), peer(2), CLIENT) == []
+    driver.handle(PeerWasLost(peer(2), "it is dead", driver.now))
+    assert driver.wait(1, peer(0), CLIENT) == []
+
+
 @pytest.mark.parametrize("who", ["a member", "a joiner"])
 def test_one_that_dies_again_while_others_return(who: str) -> None:
     driver = waiting("r")

@@ -13,6 +13,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
+from inspect import unwrap
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -157,6 +159,9 @@ async def _obey(pipe: Connection) -> None:
             elif name == "spoil" and serving is not None:
                 await serving.spoil(*arguments)
                 pipe.send(("ok", None))
+            elif name == "garble":
+                _garble(*arguments)
+                pipe.send(("ok", None))
             elif name == "stop" and serving is not None:
                 pipe.send(("ok", await serving.end()))
         except Exception as error:
@@ -257,7 +262,9 @@ class _Serving:
         return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)
 
     async def rest(self) -> None:
-        """Wait until the instance holds nothing; raises if it has failed, or blocks were lost."""
+        """Wait until the instance holds nothing, or was drained; raises if it has failed, or blocks were lost."""
+        from instance.errors import WasDrained
+
         pool = self._rmanager.shards.pool
         deadline = time.monotonic() + 5
         while not self._task.done() and pool.num_free + pool.num_evictable != pool.num_blocks:  # a Drop may be on its way
@@ -265,7 +272,10 @@ class _Serving:
                 raise RuntimeError(f"{pool.num_blocks - pool.num_free - pool.num_evictable} blocks are still held")
             await asyncio.sleep(0.01)
         if self._task.done():
-            await self._task
+            try:
+                await self._task
+            except WasDrained:
+                return
         self._instance.validate()
 
     async def spoil(self, where: Literal["pool", "host", "disk"]) -> None:
@@ -288,17 +298,40 @@ class _Serving:
 
     async def end(self) -> None:
         """Stop the instance. Another one, or the gManager, may have been first, and so have ended the cell."""
-        from instance.errors import EpochEnded
+        from instance.errors import EpochEnded, WasDrained
 
         self._instance.stop(OVER)
         try:
             await self._task
+        except WasDrained:
+            pass
         except EpochEnded as ended:
             if not any(reason in str(ended) for reason in (OVER, "gManager is shutting down")):
                 raise
         finally:
             if self._undo is not None:
                 self._undo()
+
+
+def _garble(blocks: int) -> None:
+    """Flip a bit in each of the next so many blocks that instances of this process copy to another, behind their checksum: as a
+    bad cable or network card would."""
+    from distattn.transfer import Rows, Transfers
+
+    passes, left = unwrap(Transfers._pass), blocks
+
+    @wraps(passes)
+    def garbled(transfers: Transfers, sends: Rows, receives: Rows) -> None:
+        nonlocal left
+        if sends and left:
+            left -= 1
+            ((block, to),) = sends
+            block = block.clone()
+            block.view(-1)[3] ^= 0x40  # of an exponent: it would be seen in the answer
+            sends = [(block, to)]
+        passes(transfers, sends, receives)
+
+    Transfers._pass = garbled if blocks else passes  # type: ignore[method-assign]
 
 
 def _mutate(mutation: Mutation, block_size: int) -> Any:
