@@ -72,6 +72,12 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         choices=settings.KV_FORMATS,
         help="of a model with latent attention: latents, or with plain the keys and values of all its heads (%(default)s)",
     )
+    parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=settings.KV_DTYPES,
+        help="how KV is stored: in the model's dtype, or in fp8, half the bytes of 16 bits (%(default)s)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--gpu", type=int, help="index of its GPU, among those that are seen (LOCAL_RANK)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
@@ -161,6 +167,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         kv_format=args.kv_format,
+        kv_dtype=args.kv_dtype,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),

@@ -19,6 +19,9 @@ DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 KVFormat = Literal["auto", "plain"]
 KV_FORMATS: tuple[KVFormat, ...] = ("auto", "plain")
 
+KVDType = Literal["auto", "fp8"]
+KV_DTYPES: tuple[KVDType, ...] = ("auto", "fp8")
+
 GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
 GPU_CHUNK_TOKENS = 8192
@@ -98,6 +101,8 @@ class InstanceConfig:
     """Of the model's rotary frequencies; None: what its config says."""
     kv_format: KVFormat = "auto"
     """auto: latents where the model's layers have some; plain: keys and values of all heads, to compare with."""
+    kv_dtype: KVDType = "auto"
+    """auto: KV is stored in the model's dtype; fp8: in e4m3, with a scale for each block and KV head."""
     block_size: int = CPU_BLOCK_SIZE
     """Tokens in a block."""
     chunk_tokens: int = CPU_CHUNK_TOKENS
@@ -146,6 +151,8 @@ class InstanceConfig:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         if self.kv_format not in KV_FORMATS:
             raise ValueError(f"--kv-format must be one of {', '.join(KV_FORMATS)}, got {self.kv_format}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype}")
         for flag, value in (
             ("--block-size", self.block_size),
             ("--chunk-tokens", self.chunk_tokens),

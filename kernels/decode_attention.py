@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.kv_blocks import FP8
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
 from kernels.segments import AttentionSizes, Scoring
 from kernels.upload import upload
@@ -486,12 +487,13 @@ class DecodeAttention:
         *,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
+        scales_2BK: torch.Tensor | None = None,
     ) -> None:
         """Fill the rows of `out` and `lse` that the tables name; a row with no token gets `0, -inf`. Only launches.
 
-        Nothing is checked: the tables' contents may change between launches of a graph.
+        `scales_2BK`: of KV in fp8. Nothing is checked: the tables' contents may change between launches of a graph.
         """
-        self._launch(q_THD, kv_2BPKD, scoring, tables, out_THD, lse_TH)
+        self._launch(q_THD, kv_2BPKD, scales_2BK, scoring, tables, out_THD, lse_TH)
         sizes = self.sizes
         num_rows = tables.rows_4R1.numel() // 4 - 1
         dependent = has_dependent_launch(sizes.device)
@@ -507,6 +509,7 @@ class DecodeAttention:
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
         scoring: Scoring,
         tables: DecodeTables,
         out_THD: torch.Tensor,
@@ -514,6 +517,23 @@ class DecodeAttention:
     ) -> None:
         """The slots: rows that lie in one, and the pieces of the others."""
         sizes, config = self.sizes, self.config
+        if scales_2BK is not None:
+            from kernels import decode_fp8
+
+            decode_fp8.launch(
+                q_THD,
+                kv_2BPKD,
+                scales_2BK,
+                scoring,
+                tables,
+                (out_THD, lse_TH),
+                (self._piece_out, self._piece_lse),
+                sizes=sizes,
+                config=config,
+                slots=self._slots,
+                block_m=self._block_m,
+            )
+            return
         num_rows = tables.rows_4R1.numel() // 4 - 1
         dependent = has_dependent_launch(sizes.device)
         if config.use_tma:
@@ -532,10 +552,13 @@ class DecodeAttention:
         )  # fmt: skip
 
 
-def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:
+def scratch_bytes(
+    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, kv_dtype: torch.dtype | None = None
+) -> int:
     """Bytes that a `DecodeAttention` holds."""
     block_m = max(16, int(triton.next_power_of_2(num_heads // num_kv_heads)))
-    programs = max(num_kv_heads, _MOST_PROGRAMS.programs(num_processors(device)))
+    most = _MOST_PROGRAMS_FP8 if kv_dtype == FP8 else _MOST_PROGRAMS
+    programs = max(num_kv_heads, most.programs(num_processors(device)))
     return 2 * programs * block_m * (head_dim + 1) * 4
 
 
@@ -546,6 +569,10 @@ def _default_config(sizes: AttentionSizes, processors: int) -> DecodeConfig:
 
     Few processors need more loads under way each: on 32 of them that reads 1238 GB/s, six programs of one warp 1865.
     """
+    if sizes.has_scales:
+        from kernels import decode_fp8
+
+        return decode_fp8.default_config(sizes)
     if sizes.dtype == torch.float32:  # IEEE products run outside the tensor cores
         return DecodeConfig(block_n=32, num_warps=4, num_stages=2, programs_per_processor=2, use_tma=False)
     is_part = 2 * processors <= num_processors(sizes.device) and sizes.head_dim <= 128
@@ -559,3 +586,4 @@ def _default_config(sizes: AttentionSizes, processors: int) -> DecodeConfig:
 
 
 _MOST_PROGRAMS = DecodeConfig(block_n=64, num_warps=4, num_stages=2, programs_per_processor=3, use_tma=False)
+_MOST_PROGRAMS_FP8 = DecodeConfig(block_n=64, num_warps=2, num_stages=2, programs_per_processor=6, use_tma=False)

@@ -27,6 +27,7 @@ ECHO_S = 2.0
 """Who is killed ends the others of its cell while that forms: its torchrun says so within that time."""
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_DTYPES = ("auto", "fp8")
 
 SLACK = 64
 """KV tokens beside the longest prompt: its answer, and a block or two."""
@@ -88,6 +89,8 @@ class ServiceConfig:
     """Tokens of the longest sequence; None: as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of its rotary frequencies; None: what its config says."""
+    kv_dtype: str = "auto"
+    """How KV is stored; auto: in the model's dtype."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what an instance would refuse, before one is started."""
@@ -104,6 +107,8 @@ class ServiceConfig:
             raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype}")
         if "" in (self.served_model_name, *self.other_names):
             raise ValueError("--served-model-name must not be empty")
         if self.roles and (len(self.roles) != self.instances or not set(self.roles) <= set(get_args(Role))):
@@ -236,6 +241,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--kv-memory": config.kv_memory,
         "--device": config.device,
         "--dtype": config.dtype,
+        "--kv-dtype": config.kv_dtype,
         "--threads": config.threads,
         "--chunk-tokens": config.chunk_tokens,
         "--copy-tokens": config.copy_tokens,

@@ -31,6 +31,7 @@ from instance.calibrate import Room, plans
 from instance.graphs import DecodeGraphs, Replay
 from instance.model import Model, random_model
 from instance.plan import SampledRow, StepPlan
+from kvstore.format import KVFormat
 from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE
 
@@ -163,7 +164,7 @@ def storage_of(model: Model, seed: int) -> KVStorage:
         num_kv_heads=model.shape.num_kv_heads,
         head_dim=model.shape.head_dim,
         parts=model.shape.parts,
-        dtype=torch.float32,
+        format=KVFormat(torch.float32),
         device=DEVICE,
     )
     storage.data_L2BPKD.copy_(torch.randn(storage.data_L2BPKD.shape, generator=torch.Generator().manual_seed(seed)))

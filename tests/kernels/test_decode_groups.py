@@ -18,6 +18,7 @@ from kernels.peer_rows import Inbox
 from kernels.reference import attention_state, compare
 from kernels.segments import Scoring
 from kernels.upload import FixedTables
+from kvstore.format import KVFormat
 from kvstore.shard import ShardTable
 from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
@@ -80,7 +81,7 @@ def test_rows_see_what_is_theirs_in_each_group_wherever_it_lies(monkeypatch: pyt
             block_size=BLOCK,
             num_kv_heads=2,
             head_dim=16,
-            dtype=torch.float32,
+            format=KVFormat(torch.float32),
             device=DEVICE,
         )
         storage.data_L2BPKD.fill_(torch.nan)

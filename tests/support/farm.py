@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from gmanager.wire.scaling import RopeScaling
-from instance.config import InstanceConfig, KVFormat, Launch
+from instance.config import InstanceConfig, KVDType, KVFormat, Launch
 
 Mutation = Literal["drop", "double", "shift"]
 
@@ -63,6 +63,7 @@ class Setup:
     check_cache: bool = False
     rope_scaling: RopeScaling | None = None
     kv_format: KVFormat = "auto"
+    kv_dtype: KVDType = "auto"
 
 
 @dataclass
@@ -149,7 +150,7 @@ async def _obey(pipe: Connection) -> None:
             pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 
-_loaded: dict[tuple[Path, str, RopeScaling | None, int], Any] = {}
+_loaded: dict[tuple[Any, ...], Any] = {}
 
 
 class _Serving:
@@ -183,14 +184,15 @@ class _Serving:
             check_cache=setup.check_cache,
             rope_scaling=setup.rope_scaling,
             kv_format=setup.kv_format,
+            kv_dtype=setup.kv_dtype,
             threads=1,
             step_timeout_s=30,
         )
-        key = (setup.model, setup.dtype, setup.rope_scaling, setup.kv_format, rank)
+        key = (setup.model, setup.dtype, setup.rope_scaling, setup.kv_format, setup.kv_dtype, rank)
         if key not in _loaded:
             _loaded[key] = load(config)
         instance = make_instance(config, _loaded[key], ZmqTransport())
-        instance._lasting.storage.data_L2BPKD.fill_(torch.nan)
+        instance._lasting.storage.fill_(torch.nan)
         undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
         return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)
 
@@ -217,9 +219,9 @@ class _Serving:
             async with asyncio.timeout(5):
                 while len(self._instance._tiering.known(cached)) < len(cached):
                     await asyncio.sleep(0.01)
-            data[0, 0, cached, 0, 0, 0] += 1
+            data.view(torch.uint8)[0, 0, cached, 0, 0, 0] ^= 1
         elif where == "host":
-            tiers.host_SL2PKD.view(torch.uint8)[:, 0, 0, 0, 0, 0] ^= 1
+            tiers.host_SN[:, 0] ^= 1
         else:
             for slot in range(tiers.file.num_slots):
                 tiers.file.spoil(slot, 200, b"spoiled")
