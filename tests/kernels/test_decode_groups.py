@@ -124,7 +124,7 @@ def test_rows_see_what_is_theirs_in_each_group_wherever_it_lies(monkeypatch: pyt
     for _ in range(2):  # signals are as before
         for layer, view in enumerate(SHAPE.layers):
             q_THD = torch.randn((len(SPANS), 4, 16), generator=random)
-            got = steps[0]._attend(layer, q_THD.to(DEVICE), storages[0].layer(layer)).clone()
+            got = steps[0]._attend(layer, q_THD.to(DEVICE)).clone()
             for row, span in enumerate(SPANS):
                 seen = slice(view.sight.first(span.start), span.stop)
                 k_SKD, v_SKD = kv[span.seq].double()[:, seen]
