@@ -9,12 +9,10 @@ A slot is written again only after its reader has answered: the home pushes the 
 holder the next state after it has that query. So one buffer and one signal for each pair is enough.
 """
 
-from typing import Any
-
-import msgspec
 import torch
 
 from distattn.exchange import Store
+from distattn.ipc import export_memory, import_memory
 from distattn.shape import AttentionShape
 from kernels.peer_rows import Inbox
 
@@ -47,8 +45,8 @@ class PeerMemory:
             total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self._memory = torch.zeros(total, dtype=torch.uint8, device=device)
         torch.cuda.synchronize(device)
-        store.set(f"peers-{rank}", _export(self._memory))
-        self._others = {peer: _import(store.get(f"peers-{peer}"), device) for peer in range(size) if peer != rank}
+        store.set(f"peers-{rank}", export_memory(self._memory))
+        self._others = {peer: import_memory(store.get(f"peers-{peer}"), device) for peer in range(size) if peer != rank}
         bases = [self._others.get(peer, self._memory).data_ptr() for peer in range(size)]
 
         heads = (num_rows, shape.num_heads)
@@ -95,31 +93,3 @@ class PeerMemory:
             [bases[peer] + self._starts[signals] + 4 * self.rank for peer in range(self.size)],
         ]
         return Inbox(torch.tensor(table, dtype=torch.int64, device=self._memory.device))
-
-
-class _Handle(msgspec.Struct, frozen=True, array_like=True):
-    """What torch says of memory that another process may open, in its order (`torch.multiprocessing` passes the same)."""
-
-    device: int
-    handle: bytes
-    size: int
-    offset: int
-    ref_counter: bytes
-    ref_counter_offset: int
-    event: bytes
-    event_is_needed: bool
-
-
-def _export(memory: torch.Tensor) -> bytes:
-    storage: Any = memory.untyped_storage()
-    return msgspec.msgpack.encode(_Handle(*storage._share_cuda_()))
-
-
-def _import(exported: bytes, device: torch.device) -> torch.Tensor:
-    """Another process's memory, mapped for our own device: only its address means anything."""
-    handle = msgspec.msgpack.decode(exported, type=_Handle)
-    # the exporter has synchronised, so its event is not waited for
-    ours = msgspec.structs.replace(handle, device=device.index, event_is_needed=False)
-    storage_type: Any = torch.UntypedStorage
-    storage = storage_type._new_shared_cuda(*msgspec.structs.astuple(ours))
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

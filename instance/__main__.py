@@ -27,11 +27,12 @@ from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
 from instance.errors import EpochEnded, InstanceError, UnsupportedModel, WasDrained
+from instance.follower import Follower, meet_first
 from instance.memory import TooLittleMemory
 from instance.processors import queues_of_their_own
 from instance.server import Instance
 from instance.sharing import SPLITS
-from instance.start import load, make_instance
+from instance.start import lead, load
 
 T = TypeVar("T")
 
@@ -60,6 +61,12 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     pool.add_argument("--kv-tokens", type=int, help="tokens of KV this instance holds, its own and lent (needed on CPU)")
     pool.add_argument("--kv-memory", type=float, help=f"or, on GPU: fill this part of its memory ({settings.GPU_KV_MEMORY})")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        choices=settings.QUANTIZE,
+        help="weights of linear layers become numbers of 8 bits at load, floating (fp8) or whole (int8) (%(default)s)",
+    )
     parser.add_argument("--max-context", type=int, help="tokens of the longest sequence served (as the model's config says)")
     parser.add_argument(
         "--rope-scaling",
@@ -77,6 +84,13 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         default="auto",
         choices=settings.KV_DTYPES,
         help="how KV is stored: in the model's dtype, or in fp8, half the bytes of 16 bits (%(default)s)",
+    )
+    parser.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of this torchrun, one GPU each, between which the model and the KV of an instance are split (%(default)s)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--gpu", type=int, help="index of its GPU, among those that are seen (LOCAL_RANK)")
@@ -142,10 +156,15 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     logs.add_flags(parser)
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    for flag, given, place in (("--gpu", args.gpu, launch.local_rank), ("--id", args.id, launch.rank)):
-        if given is not None and place > 0:
+    launch, place = launch.split(args.tp)
+    if launch.local_rank < place.part:
+        raise ValueError(
+            f"--tp {args.tp}: the ranks of an instance are of one machine, and this torchrun has {launch.local_rank + 1} here"
+        )
+    for flag, given, number in (("--gpu", args.gpu, launch.local_rank - place.part), ("--id", args.id, launch.rank)):
+        if given is not None and number > 0:
             raise ValueError(f"{flag} {given} is one instance's, and this torchrun has several: start one torchrun for each")
-    index = _given(args.gpu, launch.local_rank)
+    index = launch.local_rank if args.gpu is None else args.gpu + place.part
     if gpu and torch.cuda.device_count() <= index:
         name = "LOCAL_RANK" if args.gpu is None else "--gpu"
         raise ValueError(f"{name} {index} finds no CUDA device: {torch.cuda.device_count()} are seen")
@@ -164,6 +183,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         device="cuda" if gpu else "cpu",
         gpu=index if gpu else 0,
         dtype=args.dtype,
+        quantize=args.quantize,
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         kv_format=args.kv_format,
@@ -172,7 +192,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),
         decode_processors=tuple(sorted(set(args.decode_processors))),
-        threads=_given(args.threads, settings.default_threads(cell_size)),
+        threads=_given(args.threads, settings.default_threads(cell_size * place.parts)),
         copy_tokens=args.copy_tokens,
         host_memory=parse_size(args.host_memory),
         disk=disk,
@@ -184,6 +204,8 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         cell_size=cell_size,
         id=args.id,
         role=settings.role_of(args.role, launch.rank, launch.world_size),
+        place=place,
+        meeting=None if place.parts == 1 else settings.meeting_of(launch),
         cache_dir=args.cache_dir,
         connect_timeout_s=args.connect_timeout_s,
         log_level=args.log_level,
@@ -222,7 +244,21 @@ async def serve(config: InstanceConfig) -> None:
     if asked.done():
         log.info("asked to end while the model was being loaded", signal=asked.result())
         return
-    instance = make_instance(config, loading.result(), ZmqTransport())
+    loaded, transport = loading.result(), ZmqTransport()
+    starting: asyncio.Task[Instance | Follower] = asyncio.create_task(
+        meet_first(config, loaded, transport) if config.place.part else lead(config, loaded, transport)
+    )
+    ready: list[asyncio.Future[Any]] = [starting, asked]
+    await asyncio.wait(ready, return_when=asyncio.FIRST_COMPLETED)
+    if asked.done():
+        starting.cancel()
+        log.info("asked to end before it was ready", signal=asked.result())
+        return
+    started = starting.result()
+    if isinstance(started, Follower):
+        await started.run()  # until the first rank ends, whatever signals come
+        return
+    instance = started
     try:
         await instance.run()
     except WasDrained as left:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 
 from distattn.exchange import Group, Store
+from instance.team import TeamGroup
 
 # torch's stubs lack what is made here: dist.TCPStore, and the options of both groups
 dist: Any = torch.distributed
@@ -34,6 +35,24 @@ def open_store(host: str, timeout_s: float) -> tuple[object, str]:
         master_listen_fd=listening.detach(),  # left to itself it listens on all interfaces
     )
     return store, f"{host}:{port}"
+
+
+def make_group(
+    store: Any, host: str, rank: int, size: int, device: torch.device, timeout_s: float, max_channels: int | None = None
+) -> Any:
+    """NCCL for CUDA, Gloo for CPU; `max_channels` of NCCL's. Gloo listens on `host`, and meets all others here."""
+    timeout = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = timeout
+        if max_channels is not None:
+            nccl.config.max_ctas = max_channels
+        return dist.ProcessGroupNCCL(store, rank, size, nccl)
+    gloo = dist.ProcessGroupGloo._Options()
+    gloo._timeout = timeout
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    return dist.ProcessGroupGloo(store, rank, size, gloo)
 
 
 class EpochGroup:
@@ -64,18 +83,7 @@ class EpochGroup:
         timeout = timedelta(seconds=timeout_s)
         tcp = dist.TCPStore(store_host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
         self.store: Store = dist.PrefixStore(name, tcp)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # of this thread
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = timeout
-            if max_channels is not None:
-                nccl.config.max_ctas = max_channels
-            self._group: Any = dist.ProcessGroupNCCL(self.store, rank, size, nccl)
-        else:
-            gloo = dist.ProcessGroupGloo._Options()
-            gloo._timeout = timeout
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-            self._group = dist.ProcessGroupGloo(self.store, rank, size, gloo)
+        self._group = make_group(self.store, host, rank, size, device, timeout_s, max_channels)
         self._device, self._rank, self._size = device, rank, size
 
     def meet(self) -> "EpochGroup":
@@ -97,16 +105,16 @@ class EpochGroup:
 
     def _connect(self, rank: int, size: int) -> None:
         """Exchange a row with every other member: NCCL connects two in their first exchange, which takes it half a second."""
+        if size == 1:
+            return  # what was begun and never ended would keep all that this thread asks of NCCL later from being launched
         row = torch.zeros(1, device=self._device)
         self._group._start_coalescing()
-        works = []
         for peer in range(size):
             if peer != rank:
-                works.append(self._group.recv([torch.empty_like(row)], peer, 0))
-                works.append(self._group.send([row], peer, 0))
-        if works:
-            self._group._end_coalescing().wait()
-            torch.cuda.synchronize(self._device)
+                self._group.recv([torch.empty_like(row)], peer, 0)
+                self._group.send([row], peer, 0)
+        self._group._end_coalescing().wait()
+        torch.cuda.synchronize(self._device)
 
     def barrier(self) -> None:
         """Until all members have come here."""
@@ -117,6 +125,11 @@ class EpochGroup:
     @property
     def group(self) -> Group:
         group: Group = self._group
+        return group
+
+    @property
+    def team_group(self) -> TeamGroup:
+        group: TeamGroup = self._group
         return group
 
     def close(self) -> None:

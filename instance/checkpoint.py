@@ -34,11 +34,6 @@ _HUB_DUPLICATES = ["consolidated*", "*/*"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 """One of these makes a tokenizer."""
 
-_PACKED = "mxfp4"
-"""Experts in blocks of 32 numbers of 4 bits (e2m1) with one scale each (e8m0), after the OCP's MX formats."""
-
-_BLOCK_BYTES = 16
-
 _NAMES_SHOWN = 3
 """Of weights, in a message about many."""
 
@@ -119,7 +114,7 @@ def read_config(model: str, *, cache_dir: Path | None = None) -> "PretrainedConf
             config.dtype = torch.float32  # as `convert_gguf` has it
         elif (path / "config.json").is_file():
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            config.dtype = config.dtype or _stored_dtype(path)
+            config.dtype = config.dtype or stored_dtype(path)
         else:
             raise CheckpointError(f"{path} has no config.json")
     except CheckpointError:
@@ -129,15 +124,11 @@ def read_config(model: str, *, cache_dir: Path | None = None) -> "PretrainedConf
     return config
 
 
-def _stored_dtype(path: Path) -> torch.dtype | None:
-    """Of the first floating-point weight in a directory's safetensors; None if there is none."""
+def stored_dtype(path: Path) -> torch.dtype | None:
+    """Of the first floating-point weight in a directory's safetensors, scales of others left out; None if there is none."""
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for file in weight_files(path):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                if (found := names.get(weights.get_slice(name).get_dtype())) is not None:
-                    return found
-    return None
+    found = (names[kind] for name, (kind, _) in stored_tensors(path).items() if kind in names and "_scale" not in name)
+    return next(found, None)
 
 
 def convert_gguf(file: Path, cache_dir: Path) -> Path:
@@ -167,60 +158,39 @@ def _conversion(file: Path, cache_dir: Path) -> Path:
     return cache_dir / f"{file.stem}-{digest[:16]}-v{_VERSION}"
 
 
-def load_whole(folder: Path, name: str, **options: Any) -> "PreTrainedModel":
+def load_whole(folder: Path | None, name: str, *, auto: Any = None, **options: Any) -> "PreTrainedModel":
     """The causal language model of a directory, with every weight from there: transformers would make up those that it lacks.
+
+    `folder` None: weights are those of the option `state_dict`. `auto`: the model's class, if it isn't to be found.
 
     Weights that the model has no place for (a head for speculation, say) are left out, with a warning. Raises CheckpointError.
     """
     from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
+    auto = auto or AutoModelForCausalLM
     module: PreTrainedModel
-    module, found = auto.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
-    )
+    if folder is not None:
+        options["trust_remote_code"] = False
+    module, found = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     _refuse_made_up(found, name)
     if unexpected := found["unexpected_keys"]:
-        log.warning("weights that the model has no place for", model=name, weights=len(unexpected), first=_first(unexpected))
+        log.warning("weights that the model has no place for", model=name, weights=len(unexpected), first=some_of(unexpected))
     return module
-
-
-def has_packed_experts(config: "PretrainedConfig") -> bool:
-    """Whether the weights of a model's experts are stored as gpt-oss's are shipped."""
-    packing: Any = getattr(config, "quantization_config", None) or {}
-    return bool(dict(packing if isinstance(packing, Mapping) else packing.to_dict()).get("quant_method") == _PACKED)
-
-
-def dequantise_experts(config: "PretrainedConfig", folder: Path, dtype: torch.dtype | None) -> None:
-    """Let packed experts of a directory be loaded as plain weights of `dtype` (None: as the others are stored), and say so in
-    the log. Their values are exact, but for the smallest and largest in float16.
-
-    Raises CheckpointError if blocks lack their scales, or scales their blocks.
-    """
-    if not has_packed_experts(config):
-        return
-    stored_shapes = tensor_shapes(folder)
-    parts = {name: name.removesuffix("_blocks").removesuffix("_scales") for name in stored_shapes}
-    torn = set()
-    for whole in {whole for name, whole in parts.items() if name != whole}:
-        blocks, scales = (stored_shapes.get(f"{whole}_{part}", ()) for part in ("blocks", "scales"))
-        if not blocks or blocks != (*scales, _BLOCK_BYTES):
-            torn.add(whole)
-    if torn:
-        raise CheckpointError(f"{folder} has {len(torn)} packed weights whose blocks and scales don't match: {_first(torn)}")
-    settings: Any = config
-    settings.quantization_config = {**settings.quantization_config, "dequantize": True}
-    stored = "the type of the other weights" if dtype is None else str(dtype).removeprefix("torch.")
-    log.info("experts are dequantised", model=str(folder), stored=_PACKED, to=stored)
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of all weights in a directory's safetensors, by their names."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    return {name: shape for name, (_, shape) in stored_tensors(folder).items()}
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The type, as safetensors calls it, and the shape of all that lies in a directory's safetensors, by names."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    return shapes
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            found |= {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -231,13 +201,14 @@ def weight_files(folder: Path) -> list[Path]:
 def _refuse_made_up(found: Mapping[str, Set[Any]], name: str) -> None:
     """`found`: what transformers says of a load, after tying."""
     if missing := found["missing_keys"]:
-        raise CheckpointError(f"{name} lacks {len(missing)} of the weights that its config asks for: {_first(missing)}")
+        raise CheckpointError(f"{name} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}")
     if differing := found["mismatched_keys"]:
         shown = {f"{key} ({tuple(stored)}, not {tuple(wanted)})" for key, stored, wanted in differing}
-        raise CheckpointError(f"{name} has {len(shown)} weights of other shapes than its config asks for: {_first(shown)}")
+        raise CheckpointError(f"{name} has {len(shown)} weights of other shapes than its config asks for: {some_of(shown)}")
 
 
-def _first(names: Set[str]) -> str:
+def some_of(names: Set[str]) -> str:
+    """The first few, for a message."""
     return ", ".join(sorted(names)[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 

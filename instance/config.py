@@ -1,8 +1,9 @@
 """The settings of one instance: frozen, checked when built, complete before anything starts."""
 
 import os
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,9 +13,13 @@ from gmanager.wire.logs import Style
 from gmanager.wire.messages import Role
 from gmanager.wire.scaling import RopeScaling
 from instance.sharing import SPLITS
+from instance.split import WHOLE, Place
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
+
+Quantize = Literal["none", "fp8", "int8"]
+QUANTIZE: tuple[Quantize, ...] = ("none", "fp8", "int8")
 
 KVFormat = Literal["auto", "plain"]
 KV_FORMATS: tuple[KVFormat, ...] = ("auto", "plain")
@@ -50,6 +55,8 @@ class Launch:
     world_size: int
     run_id: str
     """The same in all processes of one torchrun."""
+    restarts: int = 0
+    """How often this torchrun has started its processes before."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -69,7 +76,18 @@ class Launch:
             local_rank=int(environment["LOCAL_RANK"]),
             world_size=int(environment["WORLD_SIZE"]),
             run_id=environment["TORCHELASTIC_RUN_ID"],
+            restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
+
+    def split(self, parts: int) -> "tuple[Launch, Place]":
+        """What it says of the instance that this process is a rank of, if so many share a model, and which of them it is.
+
+        Raises ValueError if the processes can't be divided so.
+        """
+        if parts < 1 or self.world_size % parts:
+            raise ValueError(f"--tp {parts} doesn't divide the {self.world_size} processes of this torchrun")
+        launch = replace(self, rank=self.rank // parts, world_size=self.world_size // parts)
+        return launch, Place(self.rank % parts, parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +113,8 @@ class InstanceConfig:
     """CUDA: index of the device, among those that this process sees."""
     dtype: DType = "auto"
     """auto: what the checkpoint says."""
+    quantize: Quantize = "none"
+    """What the weights of linear layers become at load; none: they stay as the checkpoint has them."""
     max_context: int | None = None
     """Tokens of the longest sequence served; None: as many as the model's config says."""
     rope_scaling: RopeScaling | None = None
@@ -136,6 +156,10 @@ class InstanceConfig:
     """Number in the cell that it would have, if that is free; None: the lowest that is."""
     role: Role = "mixed"
     """What it is for, where the gManager's policy tells instances apart."""
+    place: Place = WHOLE
+    """Of this rank among those that the instance's model is split between; all are of one machine."""
+    meeting: Path | None = None
+    """Where these find each other: a file that is to be, in a directory of this user's; None: there is one rank."""
     cache_dir: Path | None = None
     """Where converted checkpoints lie; None: the user's cache directory."""
     log_level: str = "info"
@@ -149,6 +173,8 @@ class InstanceConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.quantize not in QUANTIZE:
+            raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {self.quantize}")
         if self.kv_format not in KV_FORMATS:
             raise ValueError(f"--kv-format must be one of {', '.join(KV_FORMATS)}, got {self.kv_format}")
         if self.kv_dtype not in KV_DTYPES:
@@ -166,6 +192,10 @@ class InstanceConfig:
         for flag, number in (("--gpu", self.gpu), ("--id", self.id)):
             if number is not None and number < 0:
                 raise ValueError(f"{flag} must not be negative, got {number}")
+        if (self.place.parts > 1) != (self.meeting is not None):
+            raise ValueError(f"{self.place.parts} ranks that share a model, and meet at {self.meeting}")
+        if self.place.parts > 1 and self.reads_pool:
+            raise ValueError(f"--host-memory, --disk and --check-cache don't go with --tp yet, got {self.place.parts}")
         if self.host_memory < 0:
             raise ValueError(f"--host-memory must not be negative, got {self.host_memory}")
         if self.disk is not None and self.disk_bytes < 1:
@@ -220,6 +250,14 @@ class InstanceConfig:
             raise ValueError("--kv-tokens or --kv-memory is needed")
         elif not 0 < self.kv_memory < 1:
             raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
+
+
+def meeting_of(launch: Launch) -> Path:
+    """Where the ranks of one instance, children of one torchrun, find each other."""
+    parent = os.getppid()
+    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # process ids come again
+    run = f"{launch.run_id}-{parent}-{began}-{launch.restarts}-{launch.rank}"
+    return Path(tempfile.gettempdir()) / f"distattn-{os.getuid()}" / run
 
 
 def role_of(text: str, rank: int, world_size: int) -> Role:

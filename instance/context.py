@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from instance.fused import LayerAttention
+from instance.team import Team
 
 
 class AttentionContext(threading.local):
@@ -13,6 +14,10 @@ class AttentionContext(threading.local):
 
     Every thread has a step of its own.
     """
+
+    def __init__(self, team: Team | None = None) -> None:
+        """Each thread calls it at its first use. `team`: what it begins with, where the model is one rank's part."""
+        self.team = team
 
     attention: LayerAttention | None = None
     hidden: Any = None
@@ -27,3 +32,9 @@ class AttentionContext(threading.local):
         if self.attention is None:
             raise RuntimeError("the model ran outside a step")
         return self.attention
+
+    def members(self) -> Team:
+        """Raises RuntimeError where the whole model is here."""
+        if self.team is None:
+            raise RuntimeError("the model is no part of one")
+        return self.team

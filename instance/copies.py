@@ -10,6 +10,7 @@ import torch
 from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.logs import get_logger
+from instance.crew import Crew
 from instance.rmanager import RManager
 
 log = get_logger("instance")
@@ -22,7 +23,17 @@ buffers (`instance.memory`). NCCL takes up to 32 unless told otherwise."""
 class Copies:
     """What the gManager asks of this instance's end of copies, within one epoch."""
 
-    def __init__(self, rank: int, rmanager: RManager, transfers: Transfers, budget: StepBudget, device: torch.device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        rmanager: RManager,
+        transfers: Transfers,
+        budget: StepBudget,
+        device: torch.device,
+        crew: Crew | None = None,
+    ) -> None:
+        """`crew`: of the ranks that have other parts of the blocks."""
+        self._crew = crew
         self._rank = rank
         self._rmanager = rmanager
         self._transfers = transfers
@@ -30,7 +41,7 @@ class Copies:
         self._offered: tuple[int, Sequence[int]] = -1, ()
         """The last move that was asked for, and the blocks of its run: a sequence that ends before it is copied takes them
         along, and what is copied then is nobody's any more."""
-        self.thread: Executor = ThreadPoolExecutor(1, "copy", _prepare_thread, (device,))
+        self.thread: Executor = copying_thread(device)
 
     def offer(self, asked: wire.OfferRun) -> wire.RunOffered:
         """A run of a sequence; none of its positions if nothing of it is here."""
@@ -54,12 +65,21 @@ class Copies:
             if asked.source == self._rank:
                 move, block_ids = self._offered
                 offered = block_ids if move == asked.move else None
+                if self._crew is not None:
+                    self._crew.send_blocks(asked, offered)
                 await loop.run_in_executor(self.thread, self._transfers.send, asked.move, offered, asked.target)
                 return None
             shard = self._rmanager.shard(asked.move)
             reserved = None if shard is None else tuple(shard.spare)
             began_ns = time.perf_counter_ns()
-            wrong = await loop.run_in_executor(self.thread, self._transfers.receive, asked.move, reserved, asked.source)
+            others = None if self._crew is None else self._crew.receive_blocks(asked, reserved)
+            try:
+                wrong = await loop.run_in_executor(self.thread, self._transfers.receive, asked.move, reserved, asked.source)
+            finally:
+                if others is not None:  # whatever came of it here: before an answer nobody may write there any more
+                    theirs = await others
+            if others is not None:
+                wrong = wrong or theirs
             took_us = (time.perf_counter_ns() - began_ns) // 1000
         except TransferEnded:
             return None
@@ -80,6 +100,11 @@ class Copies:
         """Let go of who waits. What waits for the other instance comes back when the process groups are closed."""
         self.budget.end()
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+def copying_thread(device: torch.device) -> ThreadPoolExecutor:
+    """Where one end of copies lives."""
+    return ThreadPoolExecutor(1, "copy", _prepare_thread, (device,))
 
 
 def _prepare_thread(device: torch.device) -> None:

@@ -11,41 +11,32 @@ writes to the pool any more, and what is certain of it is known.
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
-from llguidance import LLTokenizer
-
-from distattn.attention import DistAttention
-from distattn.exchange import Exchange, ExchangeError, Work
-from distattn.transfer import StepBudget, Transfers
+from distattn.exchange import ExchangeError
+from distattn.transfer import StepBudget
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, Transport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.logs import get_logger
 from instance.calibrate import Room
-from instance.cell import EpochGroup
-from instance.config import GPU_GRAIN, InstanceConfig
-from instance.copies import CHANNELS, Copies
+from instance.config import GPU_GRAIN
+from instance.copies import Copies
+from instance.crew import Crew
 from instance.errors import InstanceError, PartyBroken, PartyTimeout, StepTimeout
 from instance.lane import Lanes
-from instance.model import Model
 from instance.party import Parties, PartyMessage, Seat
-from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, Pace
-from instance.processors import Processors, sharing_of
+from instance.plan import Pace
+from instance.processors import sharing_of
+from instance.rank_epoch import Equipment, RankEpoch
 from instance.rmanager import RManager
-from instance.runner import Runner, Times, Traffic
+from instance.runner import Times, Traffic
 from instance.scheduler import Scheduler
-from instance.step import LANES, Lane
+from instance.step import LANES
 from instance.tiering import Tiering
 from instance.unheard import Unheard
-from kvstore.storage import KVStorage
-
-if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
-    from distattn.peers import PeerMemory
 
 log = get_logger("instance")
 
@@ -56,48 +47,30 @@ TIER_STEPS = 16
 """A step of decodes may copy a part of what a whole chunk brings below the pool. 512 tokens on a GPU: 64 MiB of the 8B shape,
 1.3 ms of a PCIe bus with 50 GB/s, by arithmetic."""
 
-LET_GO_S = 0.5
-"""Between two looks who still waits."""
-END_TIMEOUT_S = 8.0
-"""Longest that the device may take to let go of a step that was aborted."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lasting:
+class Lasting(Equipment):
     """What an instance keeps through all epochs."""
 
-    config: InstanceConfig
-    model: Model
-    tokenizer: LLTokenizer | None
-    """For grammars."""
-    storage: KVStorage
     rmanager: RManager
-    processors: Processors | None
-    """Of a GPU."""
     transport: Transport
     listener: Listener[PartyMessage]
     party_decoder: Decoder[PartyMessage]
     tiering: Tiering | None = None
     """Of what lies below the pool."""
+    crew: Crew | None = None
+    """The other ranks, where the model is split between several."""
 
 
-class Epoch:
+class Epoch(RankEpoch):
     """One membership: `form` it together with the other members, `run` it, `end` it."""
 
     def __init__(self, lasting: Lasting, join: wire.JoinEpoch) -> None:
-        self.number = join.epoch
+        super().__init__(lasting, join, None if lasting.crew is None else lasting.crew.run)
         self._lasting = lasting
-        self._join = join
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="join")
-        """Not the loop's own pool, whose end waits for a thread that waits for a lost peer."""
-        self._made = ExitStack()
-        """Undoes what was made, last first."""
-        self._runners: dict[Lane, Runner] = {}
         self._lanes: Lanes | None = None
         self._copies: Copies | None = None
-        self._exchanges: list[Exchange] = []
         self._running: asyncio.Task[None] | None = None
-        self._is_over = False
 
     @property
     def lanes(self) -> Lanes | None:
@@ -109,20 +82,19 @@ class Epoch:
         """None: it is still being formed, or has one member."""
         return self._copies
 
-    @property
-    def size(self) -> int:
-        """Members."""
-        return len(self._join.members)
-
     async def form(self, on_link_lost: Callable[[int, str], None]) -> None:
         """Meet the other members. Raises what torch raises if they don't come, and InstanceError after `end`."""
         loop, lasting, join = asyncio.get_running_loop(), self._lasting, self._join
+        if self._is_over:
+            raise InstanceError("the epoch ended before it was formed")
+        if lasting.crew is not None:
+            lasting.crew.form(join)
         if self.size > 1:  # first, so that its group is aborted last: when no graph is left, and nobody waits in a kernel
             self._copies = await loop.run_in_executor(self._thread, self._make_copies)
         for lane in LANES:
-            self._runners[lane] = await loop.run_in_executor(self._thread, self._make_runner, lane)
-        if self._is_over:
-            raise InstanceError("the epoch ended while it was being formed")
+            await self.make_runner(lane)
+        if lasting.crew is not None:
+            await lasting.crew.have_formed(self.number)
         config = lasting.config
         parties = Parties(
             Seat(
@@ -143,12 +115,14 @@ class Epoch:
             scheduler=Scheduler(
                 epoch=join.epoch, rank=join.rank, pace=pace, rmanager=lasting.rmanager, sights=lasting.model.shape.sights
             ),
-            runners=self._runners,
+            runners=self.runners,
             sharing=None if lasting.processors is None else sharing_of(lasting.model, lasting.processors),
             budgets=self._budgets(),
             timeout_s=config.step_timeout_s,
         )
-        if join.calibrate:
+        if join.calibrate and lasting.crew is not None:
+            await lasting.crew.unless_broken(self._calibrate(self._lanes))
+        elif join.calibrate:
             await self._calibrate(self._lanes)
 
     async def run(self, on_progress: Callable[[], None]) -> str | None:
@@ -159,7 +133,12 @@ class Epoch:
         if self._lanes is None:
             raise RuntimeError("form the epoch first")
         self._running = asyncio.create_task(self._lanes.run(on_progress))
-        await asyncio.wait([self._running])
+        ends: list[asyncio.Future[Any]] = [self._running]
+        if self._lasting.crew is not None:
+            ends.append(self._lasting.crew.broke)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not self._is_over and not self._running.done():
+            return str(ends[-1].result())
         if self._is_over or self._running.cancelled():
             return None
         error = self._running.exception()
@@ -174,24 +153,9 @@ class Epoch:
         Raises InstanceError if the device doesn't let go.
         """
         await self.abandon()
-        threads = [self._thread, *(pool for runner in self._runners.values() for pool in runner.threads)]
-        if self._copies is not None:
-            threads.append(self._copies.thread)
-        loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(len(threads), "end")  # the process may end without it
-        ending = {loop.run_in_executor(pool, thread.shutdown) for thread in threads}
-        pool.shutdown(wait=False)
-        deadline = loop.time() + END_TIMEOUT_S
-        stuck: list[Work] = []
-        while ending:
-            _, ending = await asyncio.wait(ending, timeout=LET_GO_S)
-            sending = [exchange.sending for exchange in self._exchanges if exchange.sending is not None]
-            if ending and self._lasting.model.device.type == "cpu" and len(ending) <= len(sending) and sending == stuck:
-                # all connections are closed: such a thread can only come back with an error, and then writes nothing
-                log.warning("left behind in a send that nobody takes", threads=len(ending))
-                break
-            if ending and loop.time() > deadline:
-                raise InstanceError(f"the device did not let go of an aborted step within {END_TIMEOUT_S:g} s")
-            stuck = sending
+        await self.let_go()
+        if self._lasting.crew is not None:
+            await self._lasting.crew.have_ended(self.number)
         return [] if self._lanes is None else self._lanes.scheduler.uncertain()
 
     async def abandon(self) -> None:
@@ -200,8 +164,12 @@ class Epoch:
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)  # what it came to is nobody's concern any more
-        self._made.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._lasting.crew is not None:
+            self._lasting.crew.end(self.number)
+        await super().abandon()
+
+    def _threads(self) -> Sequence[Executor]:
+        return [*super()._threads(), *([] if self._copies is None else [self._copies.thread])]
 
     def take_messages(self, unheard: Unheard, *, are_sent: bool) -> list[wire.Message]:
         """What its scheduler has for the gManager. Outputs are added to `unheard`."""
@@ -275,102 +243,13 @@ class Epoch:
             budgets.append(budget)
         return budgets
 
-    def _undo(self, undo: Callable[[], None]) -> None:
-        """With the epoch; at once if it is over already."""
-        if self._is_over:
-            undo()
-            raise InstanceError("the epoch ended while it was being formed")
-        self._made.callback(undo)
-
-    def _make_group(self, name: str, device: torch.device, max_channels: int | None = None) -> EpochGroup:
-        """Between all members, who make theirs of that name together."""
-        config = self._lasting.config
-        group = EpochGroup(
-            store_address=self._join.store_address,
-            host=config.host,
-            name=f"epoch-{self.number}-{name}",
-            rank=self._join.rank,
-            size=self.size,
-            device=device,
-            timeout_s=config.step_timeout_s,
-            max_channels=max_channels,
-        )
-        self._undo(group.close)  # before others are waited for: who ends the epoch meanwhile need not wait, too
-        return group.meet()
-
-    def _exchange(self, group: EpochGroup, device: torch.device) -> Exchange:
-        exchange = Exchange(group.group, device, [member.id for member in self._join.members])
-        self._exchanges.append(exchange)
-        return exchange
-
     def _make_copies(self) -> Copies:
-        """This instance's end of block moves.
-
-        Its communicator is made now, though most epochs move nothing. NCCL makes one in a call that all members must join, and
-        allocates memory on the device meanwhile, which may wait for the kernels that run there. Once lanes step, one of these
-        may wait for a peer that can't launch its own before the same call is over: nobody would go on.
-        """
-        lasting, device = self._lasting, self._lasting.model.device
-        words = self._make_group("words", torch.device("cpu"))
-        blocks = words if device.type == "cpu" else self._make_group("blocks", device, CHANNELS)
-        budget = StepBudget(lasting.config.copy_tokens)
-        exchanges = self._exchange(blocks, device), self._exchange(words, torch.device("cpu"))
-        transfers = Transfers(lasting.storage, *exchanges, budget)
-        copies = Copies(self._join.rank, lasting.rmanager, transfers, budget, device)
+        """This instance's end of block moves."""
+        lasting, budget = self._lasting, StepBudget(self._lasting.config.copy_tokens)
+        transfers = self._make_transfers(budget)
+        copies = Copies(self._join.rank, lasting.rmanager, transfers, budget, lasting.model.device, lasting.crew)
         self._undo(copies.close)
         return copies
-
-    def _make_runner(self, lane: Lane) -> Runner:
-        """The device's side of a lane: all members of the epoch make theirs together."""
-        lasting, config, device = self._lasting, self._lasting.config, self._lasting.model.device
-        group = self._make_group(lane, device)
-        attention = DistAttention(lasting.storage, lasting.model.shape, self._exchange(group, device), backend=config.backend)
-        runner = Runner(
-            lasting.model,
-            attention,
-            threads=config.threads,
-            max_samples=MAX_SAMPLES[lane],
-            tokenizer=lasting.tokenizer,
-            streams=None if lasting.processors is None else lasting.processors.streams[lane],
-        )
-        self._undo(runner.close)
-        if device.type == "cuda" and lane == "prefill":
-            runner.prepare_chunks(config.chunk_tokens)
-        elif device.type == "cuda":
-            peers = self._share_memory(group)
-            log.info("capturing CUDA graphs")
-            runner.capture(lasting.storage, peers)
-            if not group.all_say(bool(runner.graphs)):  # a shared step is a graph on all members, or on none
-                runner.graphs.clear()
-                peers = None
-            log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
-        return runner
-
-    def _share_memory(self, group: EpochGroup) -> "PeerMemory | None":
-        """Memory that the members write for each other, where graphs can use it."""
-        from distattn.peers import PeerMemory  # it needs Triton, which an instance on the CPU does without
-        from kernels.decode_attention import MAX_ROWS
-
-        size, model = self.size, self._lasting.model
-        most_served = (size - 1) * MAX_DECODE_ROWS
-        if not share_host(self._join.members) or not 0 < most_served <= MAX_ROWS:
-            return None
-        peers = PeerMemory(
-            store=group.store,
-            rank=self._join.rank,
-            size=size,
-            rows=MAX_DECODE_ROWS,
-            shape=model.shape,
-            device=model.device,
-        )
-        self._undo(peers.abort)
-        group.barrier()  # nobody pushes into memory that its owner has yet to clear
-        return peers
-
-
-def share_host(members: Sequence[wire.MemberAddress]) -> bool:
-    """Whether all can map each other's GPU memory, and so push rows into it."""
-    return len({member.host for member in members}) == 1
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

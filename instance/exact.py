@@ -20,6 +20,7 @@ from distattn.layout import Layout, read_run
 from distattn.shape import AttentionShape
 from instance.errors import UnsupportedModel
 from instance.model import ATTENTION, TOLERANCE, Model, relative
+from instance.quantised import plain_products
 from instance.sights import smaller
 from kvstore.format import KVFormat
 from kvstore.run import Run
@@ -117,10 +118,11 @@ def paged_logits(
 
 
 def eager_logits(module: PreTrainedModel, texts: Sequence[Sequence[int]], first: Sequence[int]) -> torch.Tensor:
-    """The same of transformers alone, with its plainest attention and the mask that it makes for that."""
+    """The same of transformers alone, with its plainest attention and the mask that it makes for that, and with plain
+    matrices of what weights stand for."""
     ids = torch.tensor(texts, device=module.device)
     places = torch.tensor(first, device=module.device)[:, None] + torch.arange(ids.shape[1], device=module.device)
-    with _eager(module), torch.inference_mode():
+    with _eager(module), plain_products(module), torch.inference_mode():
         out: torch.Tensor = module(input_ids=ids, position_ids=places, use_cache=False).logits
     return out
 

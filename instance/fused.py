@@ -7,6 +7,7 @@ Whether a model is made like that is decided by the names of its parts (`instanc
 Shape suffixes: T rows, S rows whose logits are wanted, E hidden size, D head dim, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,10 @@ from transformers import PreTrainedModel
 
 from distattn.shape import AttentionShape, PackedRows
 from instance.layers import Dense, Layer, Mixture, norm_of, read_layers
+from instance.quantised import matrix_of, plain_products
+from instance.team import Team
 from kernels.layer_ops import Norm, add_rms_norm, linear, rms_norm, uses_gemv
+from kernels.products import Matrix
 
 _CHECK_IDS = (0, 1, 5, 77)
 _CHECK_TURNS = 5
@@ -66,6 +70,7 @@ class _Pending:
     """What a layer adds, which the next norm adds on its way."""
 
     x_TE: torch.Tensor
+    """This rank's part of it, where the layer is split between several."""
     norm: Norm | None
     """Of it, before it is added."""
 
@@ -73,30 +78,40 @@ class _Pending:
 class FusedDecoder:
     """The layers of one model, from token ids to logits of chosen rows."""
 
-    def __init__(self, module: PreTrainedModel, layers: list[Layer], final_norm: Norm, backend: str, max_context: int) -> None:
-        """`layers`: of `instance.layers.read_layers`."""
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        layers: list[Layer],
+        final_norm: Norm,
+        backend: str,
+        max_context: int,
+        team: Callable[[], Team | None],
+    ) -> None:
+        """`layers`: of `instance.layers.read_layers`. `team`: of the ranks whose parts this and others are, in this thread."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         self._module: Any = module
         self._embed: nn.Module = base.embed_tokens
         self._rotary: nn.Module = base.rotary_emb
         self._final_norm = final_norm
         self._head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._vocab_size: int = module.config.get_text_config().vocab_size
         self._soft_cap: float = getattr(module.config.get_text_config(), "final_logit_softcapping", None) or 0.0
         self._backend = backend
+        self._team = team
         # the last place, too: some models scale what stands far back
         self._check_positions = sorted({min(place, max_context - 1) for place in (0, 1, 5, max_context - 1)})
         self._layers = layers
         self._halves = self._has_halves()
 
     @staticmethod
-    def of(module: PreTrainedModel, backend: str, max_context: int) -> "FusedDecoder | None":
+    def of(module: PreTrainedModel, backend: str, max_context: int, team: Callable[[], Team | None]) -> "FusedDecoder | None":
         """Of a model that `has_known_parts`, whose weights are merged; None if what they compute is of no known kind."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         final_norm = norm_of(base.norm)
         layers = None if final_norm is None else read_layers(module)
         if final_norm is None or layers is None:
             return None
-        return FusedDecoder(module, layers, final_norm, backend, max_context)
+        return FusedDecoder(module, layers, final_norm, backend, max_context, team)
 
     @property
     def num_layers(self) -> int:
@@ -106,17 +121,15 @@ class FusedDecoder:
         """Of each layer."""
         return [layer.feed for layer in self._layers]
 
-    def matrices(self) -> list[torch.Tensor]:
+    def matrices(self) -> list[Matrix]:
         """All that a step multiplies with, `[out, in]`, in order."""
         layers = [matrix for layer in self._layers for matrix in (layer.qkv, layer.out, *layer.feed.matrices())]
-        return [*layers, self._head.weight]
+        return [*layers, matrix_of(self._head)]
 
     def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> Hidden:
         """All layers."""
         x_TE, pending, _ = self._run_layers(self._layers, token_ids_T, positions_T, attention)
-        if pending is None or pending.norm is None:
-            return Hidden(x_TE, None if pending is None else pending.x_TE)
-        return Hidden(x_TE, rms_norm(pending.x_TE, pending.norm, backend=self._backend))
+        return Hidden(x_TE, None if pending is None else self._whole(pending))
 
     def store(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> None:
         """All layers, but of the last only what makes its keys and values."""
@@ -136,27 +149,27 @@ class FusedDecoder:
 
         transformers' layers must be bound to `attention`: `OwnRow` shows a mistake in queries, keys and values alike.
         """
-        weight = self._layers[0].qkv
-        positions_T = torch.tensor(self._check_positions * _CHECK_TURNS, device=weight.device)
+        embeddings_VE = self._embeddings()
+        positions_T = torch.tensor(self._check_positions * _CHECK_TURNS, device=embeddings_VE.device)
         seeded = torch.Generator().manual_seed(0)  # all instances of a cell must come to the same answer
-        x_TE = torch.randn(len(positions_T), weight.shape[1], generator=seeded).to(weight.device, weight.dtype)
+        x_TE = torch.randn(len(positions_T), embeddings_VE.shape[1], generator=seeded).to(embeddings_VE)
         rotary = self._rotary_of(x_TE, positions_T)
         for index, layer in enumerate(self._layers):
             cos_TD, sin_TD = self._factors_of(x_TE, positions_T, layer.rotary)
-            theirs: Any = layer.module(
-                x_TE.unsqueeze(0),
-                position_embeddings=(cos_TD.unsqueeze(0), sin_TD.unsqueeze(0)),
-                position_ids=positions_T.unsqueeze(0),
-                attention_mask=None,
-            )
+            with plain_products(layer.module):
+                theirs: Any = layer.module(
+                    x_TE.unsqueeze(0),
+                    position_embeddings=(cos_TD.unsqueeze(0), sin_TD.unsqueeze(0)),
+                    position_ids=positions_T.unsqueeze(0),
+                    attention_mask=None,
+                )
             want_TE = theirs[0].float() - x_TE.float()
             ours_TE = x_TE.clone()
             pending = self._run_layer(index, layer, ours_TE, None, rotary, attention)
             added_TE = ours_TE.float() - x_TE.float()
             if pending is not None:
-                last_TE = pending.x_TE
-                added_TE += last_TE if pending.norm is None else rms_norm(last_TE, pending.norm, backend=self._backend)
-            may_choose = isinstance(layer.feed, Mixture) and weight.dtype != torch.float32
+                added_TE += self._whole(pending)
+            may_choose = isinstance(layer.feed, Mixture) and x_TE.dtype != torch.float32
             if not (self._rows_agree(added_TE, want_TE) if may_choose else self._agree(added_TE, want_TE)):
                 return False
         return True
@@ -169,9 +182,10 @@ class FusedDecoder:
         layers, norm = base.layers, base.norm
         base.layers = nn.ModuleList()
         try:
-            with_norm_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
-            base.norm = nn.Identity()  # which would hide another scale of the embeddings
-            without_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
+            with plain_products(self._module):
+                with_norm_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
+                base.norm = nn.Identity()  # which would hide another scale of the embeddings
+                without_TV = self._module(input_ids=ids_T.unsqueeze(0), use_cache=False).logits[0]
         finally:
             base.layers, base.norm = layers, norm
         ours_TV = self.logits(Hidden(x_TE), torch.arange(len(ids_T), device=ids_T.device))
@@ -183,10 +197,17 @@ class FusedDecoder:
         return sum(agree) > _AGREEING_ROWS * len(agree)
 
     def _agree(self, got: torch.Tensor, want: torch.Tensor) -> bool:
-        return bool((got.float() - want.float()).norm() <= _TOLERANCE[self._head.weight.dtype] * want.float().norm())
+        return bool((got.float() - want.float()).norm() <= _TOLERANCE[self._embeddings().dtype] * want.float().norm())
+
+    def _embeddings(self) -> torch.Tensor:
+        """Of the type that rows have, which is not every matrix's."""
+        weight_VE: torch.Tensor = self._embed.weight  # type: ignore[assignment]
+        return weight_VE
 
     def _logits_of(self, h_SE: torch.Tensor) -> torch.Tensor:
-        logits_SV = linear(h_SE, self._head.weight, self._head.bias, backend=self._backend)
+        logits_SV = linear(h_SE, matrix_of(self._head), self._head.bias, backend=self._backend)
+        if (team := self._team()) is not None:
+            logits_SV = team.gather(logits_SV)[:, : self._vocab_size]
         return torch.tanh(logits_SV / self._soft_cap) * self._soft_cap if self._soft_cap else logits_SV
 
     def _run_layers(
@@ -217,8 +238,9 @@ class FusedDecoder:
     def _has_halves(self) -> bool:
         """Whether the model's rotary factors are those of half of the dims, with which the other half shares them."""
         first = self._layers[0]
-        positions_T = torch.tensor(self._check_positions, device=first.qkv.device)
-        cos_TD, _ = self._factors_of(first.qkv[:1], positions_T, first.rotary)
+        embeddings_VE = self._embeddings()
+        positions_T = torch.tensor(self._check_positions, device=embeddings_VE.device)
+        cos_TD, _ = self._factors_of(embeddings_VE[:1], positions_T, first.rotary)
         return not torch.equal(*cos_TD.chunk(2, -1))
 
     def _run_layer(
@@ -231,16 +253,17 @@ class FusedDecoder:
         attention: PackedAttention,
     ) -> _Pending | None:
         """Adds the layer to `x_TE` in place, but for what it returns."""
-        backend = self._backend
+        backend, team = self._backend, self._team()
         rows = self._project(layer, x_TE, pending, rotary)
         out_TE = attention.run_packed(index, rows).view(len(x_TE), -1)
-        if layer.attention_norm is None and uses_gemv(len(x_TE), layer.out, backend):  # the sum rides along with the product
+        if team is None and layer.attention_norm is None and uses_gemv(len(x_TE), layer.out, backend):
+            # the sum rides along with the product
             linear(out_TE, layer.out, layer.out_bias, residual_TN=x_TE, backend=backend)
             h_TE = rms_norm(x_TE, layer.feed_input_norm, backend=backend)
         else:
             added_TE = linear(out_TE, layer.out, layer.out_bias, backend=backend)
-            h_TE = add_rms_norm(added_TE, x_TE, layer.feed_input_norm, first=layer.attention_norm, backend=backend)
-        fed_TE = layer.feed.run(h_TE, x_TE if layer.feed_norm is None else None, backend)
+            h_TE = self._add_norm(added_TE, x_TE, layer.feed_input_norm, layer.attention_norm)
+        fed_TE = layer.feed.run(h_TE, x_TE if team is None and layer.feed_norm is None else None, backend)
         return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm)
 
     def _project(self, layer: Layer, x_TE: torch.Tensor, pending: _Pending | None, rotary: Rotary) -> PackedRows:
@@ -249,9 +272,22 @@ class FusedDecoder:
         if pending is None:
             h_TE = rms_norm(x_TE, layer.input_norm, backend=backend)
         else:
-            h_TE = add_rms_norm(pending.x_TE, x_TE, layer.input_norm, first=pending.norm, backend=backend)
+            h_TE = self._add_norm(pending.x_TE, x_TE, layer.input_norm, pending.norm)
         qkv_TE = linear(h_TE, layer.qkv, layer.qkv_bias, backend=backend)
         return PackedRows(qkv_TE, *rotary[layer.rotary], layer.q_norm, layer.k_norm, layer.sinks_H)
+
+    def _add_norm(self, x_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, first: Norm | None) -> torch.Tensor:
+        """`kernels.layer_ops.add_rms_norm`, of the sum of all ranks' rows where there are several."""
+        team = self._team()
+        if team is not None:
+            return team.add_rms_norm(x_TE, residual_TE, norm, first=first, backend=self._backend)
+        return add_rms_norm(x_TE, residual_TE, norm, first=first, backend=self._backend)
+
+    def _whole(self, pending: _Pending) -> torch.Tensor:
+        """What is added to the rows in the end."""
+        team = self._team()
+        x_TE = pending.x_TE if team is None else team.sum(pending.x_TE)
+        return x_TE if pending.norm is None else rms_norm(x_TE, pending.norm, backend=self._backend)
 
 
 class OwnRow:

@@ -18,8 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kernels.experts import ExpertWeights, Gate, mix_experts, route
+from instance.errors import UnsupportedModel
+from instance.packed import PARTS, is_packed, packed_weight, run_plain
+from instance.quantised import QuantisedLinear, is_linear, matrix_of
+from kernels.experts import ExpertWeights, Gate, Packed, mix_experts, route
 from kernels.layer_ops import ACTIVATIONS, Norm, gated, gated_linear, linear, rms_norm, uses_gemv
+from kernels.products import Matrix, stack
 
 _LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm"}
 _GEMMA_NORMS = _LLAMA_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
@@ -39,8 +43,8 @@ _CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 class Dense:
     """A gated MLP. Weights are `[out, in]`."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
     activation: str
 
     def run(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor | None:
@@ -56,7 +60,7 @@ class Dense:
         active_TI = gated(linear(h_TE, self.gate_up, backend=backend), self.activation, backend=backend)
         return linear(active_TI, self.down, backend=backend)
 
-    def matrices(self) -> list[torch.Tensor]:
+    def matrices(self) -> list[Matrix]:
         """That every row is multiplied with, `[out, in]`."""
         return [self.gate_up, self.down]
 
@@ -77,7 +81,7 @@ class Mixture:
         experts_TS, weights_TS = route(logits_TX, self.top_k, normalise=self.normalise, backend=backend)
         return mix_experts(h_TE, experts_TS, weights_TS, self.experts, backend=backend)
 
-    def matrices(self) -> list[torch.Tensor]:
+    def matrices(self) -> list[Matrix]:
         """As `Dense.matrices`."""
         return [self.router_XE]
 
@@ -90,12 +94,12 @@ class Layer:
     rotary: str | None
     """Which rotary frequencies it has, where kinds of layers have their own."""
     input_norm: Norm
-    qkv: torch.Tensor
+    qkv: Matrix
     qkv_bias: torch.Tensor | None
     q_norm: Norm | None
     k_norm: Norm | None
     sinks_H: torch.Tensor | None
-    out: torch.Tensor
+    out: Matrix
     out_bias: torch.Tensor | None
     attention_norm: Norm | None
     """Of what attention adds."""
@@ -114,10 +118,16 @@ def has_known_parts(module: PreTrainedModel) -> bool:
         bool(layers)
         and {name for name, _ in base.named_children()} == {"embed_tokens", "layers", "norm", "rotary_emb"}
         and isinstance(base.embed_tokens, nn.Embedding)
-        and type(head) is nn.Linear
+        and is_linear(head)
         and _eps(base.norm) is not None
         and all(_has_known_parts(layer) for layer in layers)
     )
+
+
+def has_dense_parts(module: PreTrainedModel) -> bool:
+    """Likewise, and no mixtures of experts among them."""
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    return has_known_parts(module) and all(_is_dense(layer.mlp) for layer in base.layers)
 
 
 def read_layers(module: PreTrainedModel) -> list[Layer] | None:
@@ -168,7 +178,8 @@ def _has_known_parts(layer: nn.Module) -> bool:
     return (
         set(attention) in (_PROJECTIONS, _PROJECTIONS | _HEAD_NORMS)
         and own <= {"sinks"}
-        and all(type(attention[name]) is nn.Linear for name in _PROJECTIONS)
+        and all(is_linear(attention[name]) for name in _PROJECTIONS)
+        and _can_merge([attention[name] for name in ("q_proj", "k_proj", "v_proj")])
         and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
         and all(_eps(norm) is not None for norm in _norms(layer))
         and len({_eps(attention[name]) for name in _HEAD_NORMS & set(attention)}) <= 1
@@ -180,7 +191,16 @@ def _has_known_parts(layer: nn.Module) -> bool:
 def _is_dense(mlp: nn.Module) -> bool:
     parts: dict[str, Any] = dict(mlp.named_children())
     projections = _MLP_PARTS - {"act_fn"}
-    return set(parts) == _MLP_PARTS and all(type(parts[n]) is nn.Linear and parts[n].bias is None for n in projections)
+    return (
+        set(parts) == _MLP_PARTS
+        and all(is_linear(parts[n]) and parts[n].bias is None for n in projections)
+        and _can_merge([parts["gate_proj"], parts["up_proj"]])
+    )
+
+
+def _can_merge(projections: list[Any]) -> bool:
+    """Whether the weights of linear layers are of one kind, so that they can be one matrix."""
+    return len({(type(p), p.weight.dtype, getattr(p, "group", 0)) for p in projections}) == 1
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
@@ -245,7 +265,7 @@ def _read(layer: Any, rotary: str | None, norms: Mapping[nn.Module, Norm], feed:
         q_norm=norms[attention.q_norm] if has_head_norms else None,
         k_norm=norms[attention.k_norm] if has_head_norms else None,
         sinks_H=getattr(attention, "sinks", None),
-        out=attention.o_proj.weight,
+        out=matrix_of(attention.o_proj),
         out_bias=attention.o_proj.bias,
         attention_norm=norms[layer.post_attention_layernorm] if is_gemma else None,
         feed_input_norm=norms[layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm],
@@ -256,7 +276,7 @@ def _read(layer: Any, rotary: str | None, norms: Mapping[nn.Module, Norm], feed:
 
 def _dense(mlp: Any, activation: str) -> Dense:
     gate_up, _ = _merge_rows([mlp.gate_proj, mlp.up_proj])
-    return Dense(gate_up, mlp.down_proj.weight, activation)
+    return Dense(gate_up, matrix_of(mlp.down_proj), activation)
 
 
 def bind_experts(module: nn.Module, backend: str) -> list[ExpertWeights]:
@@ -273,10 +293,29 @@ def bind_experts(module: nn.Module, backend: str) -> list[ExpertWeights]:
     return bound
 
 
+def bind_packed(module: PreTrainedModel) -> None:
+    """Let a model's packed experts run by torch, until it is known what else can. On `meta`, where nothing has a value, all
+    experts put out rows like those put in: transformers' own code takes bf16 alone there.
+
+    Raises UnsupportedModel if the gate of packed experts is of no known kind: transformers' own code needs plain weights.
+    """
+    for experts in module.modules():
+        if module.device.type == "meta":
+            if _are_experts(experts):
+                experts.forward = lambda x_TE, *_: torch.empty_like(x_TE)
+            continue
+        if not is_packed(experts):
+            continue
+        weights = _experts_of(experts)
+        if weights is None:
+            raise UnsupportedModel(f"{module.config.model_type}: its packed experts have a gate of no known kind")
+        experts.forward = _mixing(weights, "torch")
+
+
 def expert_numbers(module: PreTrainedModel) -> int:
     """Most numbers of a row that lie between the products of its experts, where kernels of ours run them; 0: they run none."""
     parts: Iterator[Any] = module.modules()
-    sizes = [sum(part.down_proj.shape[1:]) for part in parts if _are_experts(part)]
+    sizes = [sum(_weights_of(part)[1].shape[1:]) for part in parts if _are_experts(part)]
     return experts_of_a_row(module) * max(sizes, default=0)
 
 
@@ -294,21 +333,24 @@ def _mixing(weights: ExpertWeights, backend: str) -> Callable[..., torch.Tensor]
 
 def _mix_alike(experts: Any, weights: ExpertWeights, backend: str) -> bool:
     """Whether random rows become what a module's experts make of them."""
-    device, dtype = weights.down_XEI.device, weights.down_XEI.dtype
+    device, dtype = weights.down_XEI.device, weights.dtype or torch.bfloat16
     seeded = torch.Generator().manual_seed(0)
     rows, top_k = 16, min(2, weights.num_experts)
     x_TE = torch.randn(rows, weights.hidden_size, generator=seeded).to(device, dtype)
     experts_TS = torch.rand(rows, weights.num_experts, generator=seeded).topk(top_k).indices.to(device)
     weights_TS = torch.rand(rows, top_k, generator=seeded).to(device, dtype)
     with torch.inference_mode():
-        want_TE = experts(x_TE, experts_TS, weights_TS)
+        theirs = run_plain(experts) if weights.is_packed else experts
+        want_TE = theirs(x_TE, experts_TS, weights_TS)
         return _close(_mixing(weights, backend)(x_TE, experts_TS, weights_TS), want_TE)
 
 
 def _are_experts(module: Any) -> bool:
     """Whether a module has the weights of experts that `_experts_of` reads, and nothing else."""
+    names = {name for name, _ in module.named_parameters()}
     return (
-        {name for name, _ in module.named_parameters()} in (_EXPERT_WEIGHTS, _EXPERT_WEIGHTS | _EXPERT_BIASES)
+        names - _EXPERT_BIASES in (_EXPERT_WEIGHTS, PARTS)
+        and names & _EXPERT_BIASES in (set(), _EXPERT_BIASES)
         and hasattr(module, "_apply_gate")
         and not getattr(module, "has_post_expert_norm", False)
     )
@@ -319,11 +361,19 @@ def _experts_of(experts: Any) -> ExpertWeights | None:
     gate = _gate_of(experts)
     if gate is None:
         return None
-    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    if getattr(experts, "is_transposed", False):
-        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    gate_up, down = _weights_of(experts)
     biases = [getattr(experts, name, None) for name in ("gate_up_proj_bias", "down_proj_bias")]
     return ExpertWeights(gate_up, down, gate, *(None if b is None else b.detach() for b in biases))
+
+
+def _weights_of(experts: Any) -> tuple[torch.Tensor | Packed, torch.Tensor | Packed]:
+    """Of gate and up, and of down, `[X, out, in]`."""
+    if is_packed(experts):
+        return packed_weight(experts, "gate_up_proj"), packed_weight(experts, "down_proj")
+    gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    if getattr(experts, "is_transposed", False):
+        return gate_up.transpose(1, 2), down.transpose(1, 2)
+    return gate_up, down
 
 
 def _mixture(mlp: Any) -> Mixture | None:
@@ -343,7 +393,7 @@ def _gate_of(experts: Any) -> Gate | None:
     alpha, limit = getattr(experts, "alpha", 1.0), getattr(experts, "limit", None)
     known = [Gate("silu"), Gate("gelu_tanh"), Gate(alpha=alpha, limit=limit, up_offset=1.0, interleaved=True)]
     seeded = torch.Generator().manual_seed(0)
-    x_RN = (4 * torch.randn(5, 32, generator=seeded)).to(experts.down_proj.device)
+    x_RN = (4 * torch.randn(5, 32, generator=seeded)).to(next(experts.parameters()).device)
     want_RI = experts._apply_gate(x_RN)
     return next((gate for gate in known if _close(gate.of(x_RN), want_RI)), None)
 
@@ -363,14 +413,21 @@ def _normalises(router: Any) -> bool | None:
     return None
 
 
-def _merge_rows(projections: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _merge_rows(projections: list[Any]) -> tuple[Matrix, torch.Tensor | None]:
     """One weight (and bias) of them all, one below the other; theirs become views of it."""
-    weight = torch.cat([p.weight.data for p in projections])
+    weight: Matrix
+    if isinstance(projections[0], QuantisedLinear):
+        weight = stack([p.matrix for p in projections])
+    else:
+        weight = torch.cat([p.weight.data for p in projections])
     bias = None if projections[0].bias is None else torch.cat([p.bias.data for p in projections])
     start = 0
     for p in projections:
         stop = start + p.out_features
-        p.weight.data = weight[start:stop]
+        if isinstance(weight, torch.Tensor):
+            p.weight.data = weight[start:stop]
+        else:
+            p.become(weight.rows(start, stop))
         if bias is not None:
             p.bias.data = bias[start:stop]
         start = stop

@@ -7,16 +7,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distattn.shape import AttentionShape, PackedRows
-from instance.checkpoint import tensor_shapes, weight_files
+from instance.checkpoint import read_config, tensor_shapes, weight_files
 from instance.config import InstanceConfig
 from instance.layers import expert_numbers
-from instance.model import Model
+from instance.model import Model, shaped_model
 from instance.needs import KVNeeds, Needs
+from instance.quantised import most_weights
+from instance.stored import form_of
 from kernels.experts import MOST_ROWS
+from kernels.products import TILED_ROWS, Kind
 
 COPIES_BYTES = 384 * 2**20
 """For block moves: NCCL's buffers of their communicator, and one block on its way. By arithmetic, not measured:
@@ -191,19 +195,20 @@ def check_weights(device: str, *, needed: int, free: int, total: int) -> None:
 
 
 def checkpoint_bytes(folder: Path, dtype: torch.dtype | None) -> int:
-    """Bytes of the weights in `folder`'s safetensors files once they are loaded as `dtype` (None: as they are).
-
-    Packed numbers of 4 bits become such of `dtype`, or of 2 bytes.
-    """
-    shapes = tensor_shapes(folder)
-    count = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    scales = {name for name in shapes if name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in shapes}
-    blocks = {f"{name.removesuffix('_scales')}_blocks" for name in scales}
-    numbers = sum(2 * count[name] for name in blocks)
+    """Bytes of the plain weights in `folder`'s safetensors files once they are loaded as `dtype` (None: as they are)."""
     if dtype is None:
-        stored = sum(file.stat().st_size for file in weight_files(folder)) - sum(count[name] for name in blocks | scales)
-        return stored + numbers * torch.bfloat16.itemsize
-    return (sum(count[name] for name in shapes if name not in blocks | scales) + numbers) * dtype.itemsize
+        return sum(file.stat().st_size for file in weight_files(folder))
+    return sum(torch.Size(shape).numel() for shape in tensor_shapes(folder).values()) * dtype.itemsize
+
+
+def loaded_bytes(folder: Path, dtype: torch.dtype | None, quantize: Kind | None) -> int:
+    """Bytes of the weights in `folder` once they are loaded as `dtype` (None: as they are) and quantised, or as they are stored
+    in fewer bits. Raises UnsupportedModel for a form that isn't read."""
+    config = read_config(str(folder))
+    if quantize is None and form_of(config, str(folder)) is None:
+        return checkpoint_bytes(folder, dtype)
+    of_config: Any = config.dtype
+    return shaped_model(config, str(folder), dtype or of_config or torch.bfloat16, quantize=quantize).weight_bytes()
 
 
 def measure(model: Model, needs: Needs, *, fraction: float) -> MemoryBudget:
@@ -261,6 +266,7 @@ def activation_bytes(model: Model, needs: Needs) -> int:
         in a layer      rows x (3 hidden + heads + (heads + 2 KV heads)) + MLP rows x 3 intermediate
         over latents    rows x (3 hidden + 2 heads + absorbed queries + those joined to what is rotated) + the same
         at the logits   rows x 2 hidden + sampled x (3 hidden + vocabulary)
+        of 8 bits       the largest matrix, once more, where more rows than `TILED_ROWS` are multiplied with it
 
     The first is when `FusedDecoder` computes silu(gate) * up: what the layer before adds, the residual and its norm; what
     attention returned and the projections it was given (heads times head dim); gate, up and their product, of `MLP_ROWS` at a
@@ -275,10 +281,11 @@ def activation_bytes(model: Model, needs: Needs) -> int:
     if shape.value_dim:
         heads = shape.num_heads * (2 * model.heads_shape.head_dim + shape.value_dim + shape.head_dim)
     of_experts = expert_numbers(model.module)
+    largest = most_weights(model.module)
     elements = 0
     for rows, sampled in needs.steps:
         fed = max(min(rows, needs.mlp_rows) * 3 * intermediate, min(rows, MOST_ROWS) * of_experts)
-        layer = rows * (3 * hidden + heads) + fed
+        layer = rows * (3 * hidden + heads) + fed + (largest if rows > TILED_ROWS else 0)
         logits = rows * 2 * hidden + sampled * (3 * hidden + model.vocab_size)
         elements += max(layer, logits)
     return int(needs.streams * elements * shape.dtype.itemsize)

@@ -39,15 +39,22 @@ from instance.calls import (
     refuse_state,
     whole_shape,
 )
-from instance.checkpoint import CheckpointError, dequantise_experts, first_line, has_tokenizer, load_whole
+from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole, stored_dtype
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
-from instance.layers import Mixture, bind_experts, experts_of_a_row, has_known_parts
+from instance.layers import Mixture, bind_experts, bind_packed, experts_of_a_row, has_known_parts
+from instance.parts import bind_team, empty_part, load_part
+from instance.quantised import quantise_linears, quantised_parts, refuse_device
 from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
 from instance.sights import ruled_as
+from instance.split import WHOLE, Place
+from instance.stored import Form, PackedExperts, form_of, load_stored, place_by_config
+from instance.team import Team
 from kernels.experts import ExpertWeights
+from kernels.products import Kind
+from kernels.products import rows_of_each_kernel as rows_of_each_product
 from kvstore.format import KVFormat
 from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
@@ -66,9 +73,16 @@ _FOREIGN_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, 
 class Model:
     """A loaded causal language model: rows in, logits of chosen rows out."""
 
-    def __init__(self, module: PreTrainedModel, max_context: int | None = None, scaling: RopeScaling | None = None) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        max_context: int | None = None,
+        scaling: RopeScaling | None = None,
+        team: Team | None = None,
+    ) -> None:
         """`max_context`: tokens of the longest sequence served; None: as many as the config says. `scaling`: of its rotary
-        frequencies, as the config has it already; None: the model's own.
+        frequencies, as the config has it already; None: the model's own. `team`: of the ranks, if `module` is one's part
+        (`instance.parts`); they all make theirs, and call what runs layers, at once.
 
         Raises UnsupportedModel by the name of what can't be served exactly, as far as layers show it; `instance.exact` compares
         the whole.
@@ -77,13 +91,17 @@ class Model:
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # for a loss in training; attention would be called with it
         self.module = module
+        bind_packed(module)
         self._base: Any = _decoder(module)
         self._output: Any = None
         """What `_base` returns: a class with fields of the model's own, all but the hidden states empty in `logits`."""
         self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         declared = longest_text(config, max_context)
-        self.context = AttentionContext()
+        self.context = AttentionContext(team)
+        if team is not None:
+            bind_team(module, self.vocab_size, self.context)
         self._base.forward = _unless_given(self._base.forward, self.context)
         _scale_by_place(module, self.context)
         self.device = module.device
@@ -139,7 +157,17 @@ class Model:
             self.unfuse()
         return reason
 
-    def mixture_rows(self, most: int) -> list[int]:
+    @property
+    def is_quantised(self) -> bool:
+        """Whether linear layers have weights of 8 bits."""
+        return bool(quantised_parts(self.module))
+
+    def rows_to_warm(self, most: int) -> list[int]:
+        """Numbers of rows, up to `most`, that use all kernels of ours that are compiled for the number of rows."""
+        products = rows_of_each_product(most) if self._backend == "triton" and self.is_quantised else []
+        return sorted({*self._mixture_rows(most), *products})
+
+    def _mixture_rows(self, most: int) -> list[int]:
         """Numbers of rows, up to `most`, that use all kernels of ours which run experts; none, if transformers' own do."""
         feeds = [] if self._fused is None else [feed for feed in self._fused.feeds() if isinstance(feed, Mixture)]
         if not feeds and not self._experts:
@@ -157,7 +185,7 @@ class Model:
             return "their values are narrower than keys"
         self.context.attention = OwnRow(self.shape, backend)
         try:
-            fused = FusedDecoder.of(self.module, backend, self.max_context)
+            fused = FusedDecoder.of(self.module, backend, self.max_context, lambda: self.context.team)
             if fused is None:
                 return "their norms or activations are others than Llama's or Gemma's"
             with torch.inference_mode():
@@ -173,6 +201,8 @@ class Model:
     def unfuse(self) -> None:
         """Run the layers as transformers has them, but for experts that kernels of ours can run; weights stay merged."""
         self._fused = None
+        for part in quantised_parts(self.module):
+            part.backend = self._backend
         if self.device.type != "meta":
             self._experts = bind_experts(self.module, self._backend)
 
@@ -216,6 +246,14 @@ class Model:
         """Bytes of one token's KV in one layer, without scales."""
         return self.shape.layer_token_numbers * self.kv_format.dtype.itemsize
 
+    def num_parameters(self) -> int:
+        """Numbers that its weights are, however they are stored; scales of others aren't counted."""
+        return sum(
+            parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # packed
+            for name, parameter in self.module.named_parameters()
+            if not name.endswith(("weight_scale", "_scales"))
+        )
+
     def token_bytes(self) -> int:
         """The same in all layers."""
         return self.num_layers * self.layer_token_bytes()
@@ -252,7 +290,7 @@ class Model:
         Its products are 2 x parameters operations, attention to a token 2 x heads x (head dim + dim of values) in each layer.
         """
         embeddings: Any = self.module.get_input_embeddings()
-        rest = sum(p.numel() for p in self.module.parameters()) - embeddings.weight.numel()
+        rest = self.num_parameters() - embeddings.weight.numel()
         shape = self.shape
         return max(1, 2 * int(rest) // (2 * shape.num_heads * (shape.head_dim + shape.out_dim) * self.num_layers))
 
@@ -398,15 +436,27 @@ def load_model(
     device: torch.device,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
+    quantize: Kind | None = None,
+    team: Team | None = None,
 ) -> Model:
-    """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own.
+    """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own. `quantize`: what its
+    linear layers' weights become. `team`: of the ranks that share it, each of which loads its part.
 
     What its config says is looked at before its weights are. Raises UnsupportedModel, CheckpointError if it lacks a weight, or
     OSError if it lacks a file.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     max_context = _prepare(config, max_context, scaling)
-    dequantise_experts(config, path, dtype)
+    form = _take_form(config, str(path), quantize)
+    if team is not None:
+        _refuse_split_bits(str(path), team.place, form, quantize)
+        with _refusing_old_style(str(path)):
+            part = load_part(path, config, team.place, _type_of_rows(dtype, config, path), device, _register())
+        return Model(part, max_context, scaling, team)
+    if form is not None:
+        with _refusing_old_style(str(path)):
+            module = load_stored(path, config, form, _type_of_rows(dtype, config, path), attn_implementation=_register())
+        return _settled(module, device, max_context, scaling, quantize)
     with _refusing_old_style(str(path)):
         module = load_whole(
             path,
@@ -417,17 +467,79 @@ def load_model(
             attn_implementation=_register(),
             local_files_only=True,
         )
+    return _settled(module, device, max_context, scaling, quantize)
+
+
+def _type_of_rows(asked: torch.dtype | None, config: PretrainedConfig, path: Path) -> torch.dtype:
+    """What is asked for; else what the config says, or the stored weights."""
+    found: torch.dtype = asked or config.dtype or stored_dtype(path) or torch.bfloat16  # type: ignore[assignment]
+    return found
+
+
+def _refuse_split_bits(name: str, place: Place, form: object, quantize: Kind | None) -> None:
+    """Raises UnsupportedModel for weights of fewer bits, stored or to be, where ranks share the model."""
+    if form is not None or quantize is not None:
+        raise UnsupportedModel(f"{name}: --tp {place.parts} splits weights of 16 or 32 bits, as yet")
+
+
+def _settled(
+    module: PreTrainedModel, device: torch.device, max_context: int | None, scaling: RopeScaling | None, quantize: Kind | None
+) -> Model:
+    """With its weights on the device, quantised on their way there. Raises UnsupportedModel."""
+    if quantize is not None:
+        quantise_linears(module, quantize, device)
+    refuse_device(module, device)
     module.to(device)  # type: ignore[arg-type]
     module.train(False)
     return Model(module, max_context, scaling)
 
 
-def refuse_by_config(path: Path, max_context: int | None = None, scaling: RopeScaling | None = None) -> None:
+def refuse_by_config(
+    path: Path, max_context: int | None = None, scaling: RopeScaling | None = None, quantize: Kind | None = None
+) -> None:
     """What `load_model` would refuse of a directory before it looks at weights, which need not be there yet.
 
     Raises UnsupportedModel, or OSError or ValueError for what is no config.
     """
-    _prepare(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), max_context, scaling)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    _prepare(config, max_context, scaling)
+    _take_form(config, str(path), quantize)
+
+
+def _take_form(config: PretrainedConfig, name: str, quantize: Kind | None) -> Form | PackedExperts | None:
+    """Take what a config says of how weights are stored out of it. Raises UnsupportedModel for what isn't read."""
+    form = form_of(config, name)
+    if form is None:
+        return None
+    if quantize is not None and isinstance(form, Form):
+        raise UnsupportedModel(
+            f"{name}: its weights are of 8 bits already ({form.method}, {form.kind}): leave out --quantize {quantize}"
+        )
+    del config.quantization_config
+    return form
+
+
+def shaped_model(
+    config: PretrainedConfig,
+    name: str,
+    dtype: torch.dtype,
+    max_context: int | None = None,
+    scaling: RopeScaling | None = None,
+    quantize: Kind | None = None,
+    place: Place = WHOLE,
+) -> Model:
+    """The model `name` of that config as `load_model` makes it, or a rank's part of it, on torch's meta device: without values,
+    for sizes.
+
+    Raises UnsupportedModel.
+    """
+    form = _take_form(config, name, quantize)
+    config.dtype = dtype  # else what it says would be taken
+    if place != WHOLE:
+        _refuse_split_bits(name, place, form, quantize)
+        max_context = _prepare(config, max_context, scaling)
+        return Model(empty_part(config, place, dtype, torch.device("meta"), _register())[0], max_context, scaling)
+    return random_model(config, dtype, torch.device("meta"), 0, max_context, scaling, quantize, form)
 
 
 def random_model(
@@ -437,10 +549,13 @@ def random_model(
     seed: int,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
+    quantize: Kind | None = None,
+    form: Form | PackedExperts | None = None,
 ) -> Model:
     """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
 
-    `scaling` is written into `config`. Raises UnsupportedModel.
+    `scaling` is written into `config`; `quantize` as `load_model`; `form`: on `meta`, of what its linear layers are stored in.
+    Raises UnsupportedModel.
     """
     max_context = _prepare(config, max_context, scaling)
     default = torch.get_default_dtype()
@@ -452,8 +567,9 @@ def random_model(
             module = auto.from_config(config, attn_implementation=_register(), trust_remote_code=False)
     finally:
         torch.set_default_dtype(default)
-    module.train(False)
-    return Model(module, max_context, scaling)
+    if form is not None:
+        place_by_config(module, form)
+    return _settled(module, device, max_context, scaling, quantize)
 
 
 def _prepare(config: PretrainedConfig, max_context: int | None, scaling: RopeScaling | None) -> int | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from instance.fused import Hidden
 from instance.model import Model
 from instance.plan import SampledRow, ScoredRows, StepPlan
 from instance.sampler import Sampler
+from instance.team import Team
 from kernels.upload import upload
 from kvstore.storage import KVStorage
 
@@ -123,10 +124,13 @@ class Runner:
         max_samples: int,
         tokenizer: LLTokenizer | None = None,
         streams: "Mapping[int, torch.cuda.Stream] | None" = None,
+        team: Team | None = None,
+        tell: Callable[[StepPlan, int], None] | None = None,
     ) -> None:
         """`max_samples`: most tokens that one step samples. `tokenizer`: without it no sequence may have a grammar.
 
-        `streams`: on a GPU, those that steps may run on, by the number of their processors.
+        `streams`: on a GPU, those that steps may run on, by the number of their processors. `team`: of the ranks that share the
+        model, whose first samples. `tell`: what the others shall launch, too.
         """
         self.traffic = Traffic()
         self.times = Times()
@@ -145,9 +149,13 @@ class Runner:
         """Steps that ran as a graph in which rows travelled."""
         self._max_samples = max_samples
         self._sampler = Sampler(model.vocab_size, self._device, backend=attention.backend, max_rows=max_samples)
+        self._team = team
+        self._tell = tell
         self._previous_tokens = torch.zeros(max_samples, dtype=torch.int64, device=self._device)
         # the number of threads and the current GPU are settings of the thread that calls
         self._driver.submit(torch.set_num_threads, threads).result()
+        if team is not None:
+            self._driver.submit(setattr, model.context, "team", team).result()
         if self._device.type == "cuda":
             self._driver.submit(torch.cuda.set_device, self._device).result()
         if tokenizer is not None:
@@ -192,6 +200,8 @@ class Runner:
 
     def launch(self, plan: StepPlan, processors: int = 0) -> asyncio.Future[Launched]:
         """Queue a plan behind those before it. `processors`: on a GPU, of those that there are streams for."""
+        if self._tell is not None:
+            self._tell(plan, processors)
         return asyncio.get_running_loop().run_in_executor(self._driver, self._run, plan, processors)
 
     async def result_of(self, launched: asyncio.Future[Launched]) -> StepResult:
@@ -256,8 +266,13 @@ class Runner:
             if graphs is not None and graphs.can_run(plan):
                 logits_SV = graphs.run(plan)
                 self.shared_graph_steps += plan.is_shared
-                return _Results(None if logits_SV is None else self._sample(plan, logits_SV))
-            return self._run_eagerly(plan)
+                results = _Results(None if logits_SV is None else self._sample(plan, logits_SV))
+            else:
+                results = self._run_eagerly(plan)
+            if self._team is not None:
+                # also where nothing was sampled: a step of the first is over when all have written their KV
+                self._team.agree(self._previous_tokens)
+            return results
 
     def _run_eagerly(self, plan: StepPlan) -> _Results:
         self._attention.plan(plan.layouts, plan.slots)
@@ -293,7 +308,10 @@ class Runner:
             token_ids_T[self._upload(rows)] = self._previous_tokens[self._upload(samples)]
         return token_ids_T
 
-    def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> _Samples:
+    def _sample(self, plan: StepPlan, logits_SV: torch.Tensor) -> _Samples | None:
+        """None: another rank samples."""
+        if self._team is not None and self._team.place.part:
+            return None
         tokens_S = self._sampler.sample(logits_SV, plan.sampled)
         self._previous_tokens[: len(plan.sampled)] = tokens_S
         samples = _Samples(plan.sampled, self._to_host(tokens_S), self._logprobs(plan, logits_SV, tokens_S))

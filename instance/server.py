@@ -21,6 +21,7 @@ from gmanager.wire.logs import get_logger
 from instance.cell import open_store
 from instance.config import InstanceConfig
 from instance.copies import Copies
+from instance.crew import Crew
 from instance.epoch import Epoch, Lasting, first_error
 from instance.errors import EpochEnded, InstanceError, WasDrained
 from instance.grammars import grammar_tokenizer
@@ -62,9 +63,10 @@ class Instance:
         storage: KVStorage,
         transport: Transport,
         tiers: Store | None = None,
+        crew: Crew | None = None,
     ) -> None:
-        """Listens for its party, and begins to dial the gManager. `tiers`: below the pool. Needs a running loop. Raises
-        AddressError."""
+        """Listens for its party, and begins to dial the gManager. `tiers`: below the pool. `crew`: of the other
+        ranks, where the model is split between several. Needs a running loop. Raises AddressError."""
         to_instance: Decoder[wire.ToInstance] = Decoder(wire.ToInstance)
         party_decoder: Decoder[PartyMessage] = Decoder(PartyMessage)
         self._config = config
@@ -105,7 +107,9 @@ class Instance:
             listener=self._listener,
             party_decoder=party_decoder,
             tiering=self._tiering,
+            crew=crew,
         )
+        self._crew = crew
         self._epoch: Epoch | None = None
         """None: there is none yet, or it has ended and the next has yet to begin."""
         self._change: asyncio.Task[None] | None = None
@@ -166,6 +170,8 @@ class Instance:
                 await self._tiering.close()
             await self._gmanager.close()
             await self._listener.close()
+            if self._crew is not None:
+                await self._crew.close()
         if failure is not None:
             raise failure
 
@@ -176,6 +182,8 @@ class Instance:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._beat())
+                if self._crew is not None:
+                    tasks.create_task(self._crew.watch())
                 if self._tiering is not None:
                     tasks.create_task(self._tiering.run(self._on_copied, self._epoch_number))
                 while True:

@@ -20,11 +20,12 @@ import torch
 from gmanager.wire.scaling import RopeScaling, parse_scaling
 from gmanager.wire.sizes import parse_disk, parse_size
 from instance import config as settings
-from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, has_packed_experts, read_config
+from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
 from instance.errors import UnsupportedModel
 from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
-from instance.model import Model, random_model
+from instance.model import Model, shaped_model
 from instance.needs import Needs, settle_format, settle_shape
+from instance.split import Place
 from kvstore.tier_storage import slot_bytes
 
 GIB = 2**30
@@ -49,6 +50,8 @@ class Question:
     kv_tokens: int | None = None
     """Of one instance; None: what the GPU has room for, or on the CPU what the context needs."""
     dtype: settings.DType = "auto"
+    quantize: settings.Quantize = "none"
+    """As an instance's."""
     max_context: int | None = None
     """Tokens of the longest sequence served; None: as the model's config says."""
     rope_scaling: RopeScaling | None = None
@@ -57,6 +60,8 @@ class Question:
     """As an instance's."""
     kv_dtype: settings.KVDType = "auto"
     """Likewise."""
+    tp: int = 1
+    """GPUs of each instance."""
     block_size: int
     chunk_tokens: int
     host_memory: int = 0
@@ -68,6 +73,7 @@ class Question:
         for flag, value in (
             ("--context", self.context),
             ("--gpus", self.instances),
+            ("--tp", self.tp),
             ("--max-context", self.max_context),
             ("--block-size", self.block_size),
             ("--chunk-tokens", self.chunk_tokens),
@@ -124,6 +130,8 @@ class Answer:
     context: int
     """Tokens of the sequence that is asked about."""
     instances: int
+    tp: int
+    """Ranks of each, one of which the bytes are of."""
     instance: InstanceSize
     cell_tokens: int
     """Of KV, in all instances."""
@@ -160,7 +168,7 @@ def answer(question: Question) -> Answer:
         model=question.model,
         device=question.device,
         dtype=str(model.shape.dtype).removeprefix("torch."),
-        parameters=sum(p.numel() for p in model.module.parameters()),
+        parameters=model.num_parameters(),
         weights=model.weight_bytes(),
         kv_dtype=str(model.kv_format.dtype).removeprefix("torch."),
         kv_per_token=-(-kv.block // kv.block_size),
@@ -168,6 +176,7 @@ def answer(question: Question) -> Answer:
         max_context=model.max_context,
         context=context,
         instances=count,
+        tp=question.tp,
         instance=one,
         cell_tokens=count * one.tokens,
         longest=longest,
@@ -251,12 +260,16 @@ def show(found: Answer) -> str:
     why = "alone in the cell" if found.longest < found.max_context else "the model's most"
     windows = f", and {_gib(found.kv_windows).strip()} for the windows of a sequence" if found.kv_windows else ""
     stored = "" if found.kv_dtype == found.dtype else f" in {found.kv_dtype}, with scales"
+    where = f"on {'a GPU' if found.device == 'cuda' else 'the CPU'}"
     rows = [
         ("model", found.model),
         ("parameters", f"{found.parameters:,} in {found.dtype}, {_gib(found.weights).strip()}"),
         ("KV of a token", f"{found.kv_per_token:,} bytes{stored}{windows}"),
         ("", ""),
-        ("one instance", f"on {'a GPU' if found.device == 'cuda' else 'the CPU'}, {found.instances:,} in the cell"),
+        (
+            "one instance" if found.tp == 1 else f"one of {found.tp} ranks",
+            f"{where}, {found.instances:,} in the cell",
+        ),
         *((f"  {name}", _gib(part)) for name, part in one.parts.items()),
         ("  KV", f"{_gib(one.kv)}   {one.tokens:,} tokens, {one.blocks:,} blocks"),
         *_below(one),
@@ -309,7 +322,8 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     )
     parser.add_argument("model", metavar="MODEL", help="a directory with config.json, a hub id or a GGUF file")
     parser.add_argument("--context", type=parse_count, help="tokens of one sequence, as 128K, 1M, 1_000_000 (the model's most)")
-    parser.add_argument("--gpus", type=int, help="instances of the cell, one GPU each (as many as are needed)")
+    parser.add_argument("--gpus", type=int, help="of the cell, one for each instance (as many as are needed)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs between which an instance is split (%(default)s)")
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is or is said one"
     )
@@ -321,6 +335,9 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     parser.add_argument("--host-memory", default="0", metavar="SIZE", help="of one instance, for cached KV, as 64G (none)")
     parser.add_argument("--disk", metavar="DIR:SIZE", help="likewise, as /scratch:500G (none)")
     parser.add_argument("--dtype", default="auto", choices=settings.DTYPES)
+    parser.add_argument(
+        "--quantize", default="none", choices=settings.QUANTIZE, help="weights of linear layers: of 8 bits (%(default)s)"
+    )
     parser.add_argument("--max-context", type=parse_count, help="tokens of the longest sequence served (as the config says)")
     parser.add_argument("--rope-scaling", metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the config says)")
     parser.add_argument("--kv-format", default="auto", choices=settings.KV_FORMATS, help="plain: of heads, not of latents")
@@ -341,12 +358,14 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     question = Question(
         model=args.model,
         context=args.context,
-        instances=args.gpus,
+        instances=None if args.gpus is None else _instances_on(args.gpus, args.tp),
+        tp=args.tp,
         device="cuda" if on_gpu else "cpu",
         gpu_bytes=int(args.gpu_memory * GIB) if given else torch.cuda.mem_get_info()[1] if on_gpu else 0,
         kv_memory=args.kv_memory,
         kv_tokens=args.kv_tokens,
         dtype=args.dtype,
+        quantize=args.quantize,
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         kv_format=args.kv_format,
@@ -380,16 +399,13 @@ class _Parser(argparse.ArgumentParser):
 def _shape_of(question: Question) -> Model:
     """The model without values. Raises CheckpointError, or UnsupportedModel as an instance would."""
     config = read_config(question.model, cache_dir=question.cache_dir)
-    if has_packed_experts(config):
-        del config.quantization_config  # they are plain once loaded
-    elif getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(f"{question.model} has quantised weights, which are not counted")
     dtype: Any = config.dtype if question.dtype == "auto" else getattr(torch, question.dtype)
     if dtype is None:
         raise CheckpointError(f"the config of {question.model} doesn't say of which type its weights are: give --dtype")
     config.dtype = dtype
     try:
-        model = random_model(config, dtype, torch.device("meta"), 0, question.max_context, question.rope_scaling)
+        quantize, place = None if question.quantize == "none" else question.quantize, Place(0, question.tp)
+        model = shaped_model(config, question.model, dtype, question.max_context, question.rope_scaling, quantize, place)
         if question.kv_format == "plain":
             model.keep_heads()
         settle_shape(model, question.model, block_size=question.block_size, backend=question.backend)
@@ -420,6 +436,13 @@ def _notes(question: Question) -> list[str]:
     )
     notes.append("Activations and other use of the device are predicted; an instance measures them when it starts.")
     return notes
+
+
+def _instances_on(gpus: int, tp: int) -> int:
+    """Raises ValueError if instances of so many ranks can't share them evenly."""
+    if tp < 1 or gpus % tp:
+        raise ValueError(f"--gpus {gpus} are no multiple of --tp {tp}")
+    return gpus // tp
 
 
 def _given(value: int | None, default: int) -> int:

@@ -10,10 +10,11 @@ from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import InstanceSpec, TextAssets
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, fetch_settings, locate, resolve_checkpoint
 from instance.config import InstanceConfig
+from instance.crew import Crew, Meeting
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
-from instance.memory import TooLittleMemory, check_tiers, check_weights, checkpoint_bytes, measure, tiers_bytes
+from instance.memory import TooLittleMemory, check_tiers, check_weights, loaded_bytes, measure, tiers_bytes
 from instance.model import Model, load_model, load_text_assets, refuse_by_config
 from instance.needs import Needs, settle_format, settle_shape
 from instance.plan import MAX_DECODE_ROWS
@@ -32,6 +33,8 @@ class Loaded:
 
     model: Model
     assets: TextAssets
+    meeting: Meeting | None = None
+    """Of the ranks that share the model."""
 
 
 def load(config: InstanceConfig) -> Loaded:
@@ -41,8 +44,9 @@ def load(config: InstanceConfig) -> Loaded:
     the machine what is wanted below the pool, InstanceError if it has fewer processors than the config says.
     """
     check_tiers(config)
-    device = device_of(config)
+    device, place = device_of(config), config.place
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    quantize = None if config.quantize == "none" else config.quantize
     torch.set_num_threads(config.threads)  # this thread has its own; too many made the comparison take 9 s, not 0.7
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means IEEE
@@ -51,12 +55,17 @@ def load(config: InstanceConfig) -> Loaded:
         check_parts(config.decode_processors, device)
     try:
         if locate(config.model) is None:  # weights that would be refused aren't fetched
-            refuse_by_config(fetch_settings(config.model), config.max_context, config.rope_scaling)
+            refuse_by_config(fetch_settings(config.model), config.max_context, config.rope_scaling, quantize)
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            check_weights(str(device), needed=checkpoint_bytes(path, dtype), free=free, total=total)
-        model = load_model(path, dtype, device, config.max_context, config.rope_scaling)
+            needed = loaded_bytes(path, dtype, quantize) // place.parts
+            check_weights(str(device), needed=needed, free=free, total=total)
+        meeting = None
+        if config.meeting is not None:
+            meeting = Meeting.of(config.meeting, place, device, config.host, config.step_timeout_s)
+        team = None if meeting is None else meeting.team
+        model = load_model(path, dtype, device, config.max_context, config.rope_scaling, quantize, team)
         assets = load_text_assets(path)
         if assets.tokenizer_json is None:
             log.warning("no tokenizer: only token ids are served", model=config.model)
@@ -73,7 +82,7 @@ def load(config: InstanceConfig) -> Loaded:
         )
     _verify(model, config)
     settle_format(model, config.model, config.kv_dtype, block_size=config.block_size, backend=config.backend)
-    return Loaded(model, assets)
+    return Loaded(model, assets, meeting)
 
 
 def _verify(model: Model, config: InstanceConfig) -> None:
@@ -98,6 +107,8 @@ def _verify(model: Model, config: InstanceConfig) -> None:
         except UnsupportedModel as error:
             model.unfuse()
             reason = f"fused, {error}"
+    if reason is not None and model.is_quantised:  # by kernels of ours in layers of transformers
+        refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
     log.info("layers", run="fused" if reason is None else f"as transformers has them: {reason}")
 
 
@@ -113,13 +124,41 @@ def _compare(model: Model, config: InstanceConfig) -> float:
     return refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
 
 
-def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) -> Instance:
-    """An instance with its pool; needs a running loop. Raises TooLittleMemory, and AddressError if `--host` can't be bound."""
+async def lead(config: InstanceConfig, loaded: Loaded, transport: Transport) -> Instance:
+    """The instance, once the other ranks that share its model are ready. Raises as `make_instance`, and InstanceError if one of
+    them is lost."""
+    if loaded.meeting is None:
+        return make_instance(config, loaded, transport)
+    config = sized(config, loaded.model)
+    crew = await Crew.muster(config, loaded.meeting, transport)
+    return make_instance(replace(config, kv_tokens=crew.use_pool(config.kv_tokens)), loaded, transport, crew)
+
+
+def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport, crew: Crew | None = None) -> Instance:
+    """An instance with its pool; needs a running loop. `crew`: of the other ranks, who have pools of the config's size.
+
+    Raises TooLittleMemory, and AddressError if `--host` can't be bound.
+    """
     model = loaded.model
+    if crew is None:
+        config = sized(config, model)
+    storage = make_pool(config, model)
+    spec = _make_spec(config, loaded, storage.num_blocks, _needs(config, model).kv.windows)
+    return Instance(config, model, loaded.assets, spec, storage, transport, make_tiers(config, storage), crew)
+
+
+def sized(config: InstanceConfig, model: Model) -> InstanceConfig:
+    """The config with as many tokens of KV as fit beside the model, if it doesn't say how many. Raises TooLittleMemory."""
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
+    return size_pool(config, model, _needs(config, model))
+
+
+def make_pool(config: InstanceConfig, model: Model) -> KVStorage:
+    """The pool, with all kernels tried on it. `config`: sized. Raises TooLittleMemory."""
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
     needs = _needs(config, model)
-    config = size_pool(config, model, needs)
     storage = _make_storage(config, model, needs)
     tokens = config.num_blocks * config.block_size
     log.info(
@@ -142,8 +181,7 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport) 
         dtype=str(storage.format.dtype).removeprefix("torch."),
     )
     warm_up(model, storage, config.backend, config.chunk_tokens)
-    spec = _make_spec(config, loaded, storage.num_blocks, needs.kv.windows)
-    return Instance(config, model, loaded.assets, spec, storage, transport, make_tiers(config, storage))
+    return storage
 
 
 def size_pool(config: InstanceConfig, model: Model, needs: Needs) -> InstanceConfig:
@@ -224,6 +262,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded, num_blocks: int, windows:
         max_context=model.max_context,
         num_blocks=num_blocks,
         windows=windows,
+        tp=config.place.parts,
         chunk_tokens=config.chunk_tokens,
         decode_rows=MAX_DECODE_ROWS,
         reach=model.reach(),

@@ -8,6 +8,7 @@ import torch
 from distattn.shape import PackedRows
 from instance.memory import run_step
 from instance.model import Model
+from instance.plan import MAX_DECODE_ROWS
 from kernels.kv_blocks import store_kv
 from kernels.merge_state import MergePlan, apply_sinks, merge_states
 from kernels.paged_attention import plan_attention
@@ -29,8 +30,9 @@ def warm_up(model: Model, storage: KVStorage, backend: str, max_rows: int) -> No
     device = model.device
     try:
         with torch.inference_mode():
-            for rows in model.mixture_rows(max_rows):
-                run_step(model, rows, 1)
+            for rows in model.rows_to_warm(max_rows):
+                # the head's product has kernels for the number of rows, too, where its weights are of 8 bits
+                run_step(model, rows, min(rows, MAX_DECODE_ROWS) if model.is_quantised else 1)
             # rows of texts that are shorter than a window see all, and kernels for that are others
             sights = [model.shape.sights, (FULL,) * len(model.shape.sights)] if set(model.shape.sights) != {FULL} else [(FULL,)]
             for (num_decodes, num_chunk_rows), seen in product(((1, 0), (1, _CHUNK_ROWS)), sights):

@@ -6,7 +6,10 @@
 Rounding is that of transformers' experts (`transformers.integrations.moe`): products accumulate in fp32 and are rounded before
 a bias is added, and again after; only the weighted sum is rounded once, at its end, whichever the order of experts.
 
-Shape suffixes: T rows, S experts of a row, X experts, E hidden size, I intermediate size, N = 2 I.
+Weights may be packed: blocks of 32 numbers of 4 bits (e2m1) with one scale each (e8m0), after the OCP's MX formats.
+
+Shape suffixes: T rows, S experts of a row, X experts, E hidden size, I intermediate size, N = 2 I (of packed weights, and K:
+features out and in), G blocks, B bytes of a block.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,11 @@ import torch
 from torch.nn import functional
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+PACKED_BYTES = 16
+"""Of a block of packed weights."""
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""By exponent and mantissa; the highest of four bits is the sign."""
 
 MOST_ROWS = 8192
 """Of a slice: Triton works on more rows in slices, so that what lies between the products stays bounded."""
@@ -57,14 +65,68 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Weights `[X, N, K]` in blocks along K, as gpt-oss is shipped. Raises ValueError for shapes, dtypes or strides that don't
+    fit."""
+
+    blocks_XNGB: torch.Tensor
+    """uint8 `[X, N, K / 32, 16]`: the first number of each two in the low bits."""
+    scales_XNG: torch.Tensor
+    """uint8, the exponent of a power of two plus 127."""
+
+    def __post_init__(self) -> None:
+        blocks, scales = self.blocks_XNGB, self.scales_XNG
+        if (
+            blocks.shape != (*scales.shape, PACKED_BYTES)
+            or scales.dim() != 3
+            or not blocks.dtype == scales.dtype == torch.uint8
+            or not (blocks.is_contiguous() and scales.is_contiguous())
+        ):
+            raise ValueError(
+                f"packed weights {tuple(blocks.shape)} {blocks.dtype} with strides {blocks.stride()}, scales "
+                f"{tuple(scales.shape)} {scales.dtype} with strides {scales.stride()}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(X, N, K)`, as of plain weights."""
+        num_experts, num_out, blocks = self.scales_XNG.shape
+        return torch.Size((num_experts, num_out, 2 * PACKED_BYTES * blocks))
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks_XNGB.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of numbers and scales."""
+        return self.blocks_XNGB.nbytes + self.scales_XNG.nbytes
+
+    def stride(self) -> tuple[int, int, int]:
+        """In bytes of `blocks_XNGB`; those of scales are 1/16 of the first two."""
+        experts, columns, *_ = self.blocks_XNGB.stride()
+        return experts, columns, 1
+
+    def dequantise(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+        """The weights that they stand for, `[X, N, K]`, or one expert's `[N, K]`. Exact in bf16 and fp32."""
+        whose = slice(None) if expert is None else slice(expert, expert + 1)
+        blocks_XNGB, scales_XNG = self.blocks_XNGB[whose], self.scales_XNG[whose]
+        numbers = torch.tensor([*_E2M1, *(-x for x in _E2M1)], device=self.device)
+        codes = torch.stack((blocks_XNGB & 15, blocks_XNGB >> 4), -1)  # of a byte, the low one first
+        full = torch.ldexp(numbers[codes.int()].flatten(-2), scales_XNG.int().unsqueeze(-1) - 127)
+        weights_XNK = full.flatten(-2).to(dtype)
+        return weights_XNK if expert is None else weights_XNK[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
     """Of all experts of a layer. Where they are stored transposed (`[X, E, 2I]`, `[X, I, E]`: gpt-oss) give a transposed view.
 
     Raises ValueError for shapes, dtypes or strides that don't fit.
     """
 
-    gate_up_XNE: torch.Tensor
-    down_XEI: torch.Tensor
+    gate_up_XNE: torch.Tensor | Packed
+    down_XEI: torch.Tensor | Packed
     gate: Gate
     gate_up_bias_XN: torch.Tensor | None = None
     down_bias_XE: torch.Tensor | None = None
@@ -72,18 +134,31 @@ class ExpertWeights:
     def __post_init__(self) -> None:
         gate_up, down = self.gate_up_XNE, self.down_XEI
         num_experts, hidden, width = down.shape
-        fits = gate_up.shape == (num_experts, 2 * width, hidden) and gate_up.dtype == down.dtype
+        fits = gate_up.shape == (num_experts, 2 * width, hidden) and _type_of(gate_up) == _type_of(down)
         if not fits or any(1 not in weight.stride()[1:] for weight in (gate_up, down)):
             raise ValueError(
-                f"gate and up {tuple(gate_up.shape)} {gate_up.dtype} with strides {gate_up.stride()}, down "
-                f"{tuple(down.shape)} {down.dtype} with strides {down.stride()}"
+                f"gate and up {tuple(gate_up.shape)} {_type_of(gate_up)} with strides {gate_up.stride()}, down "
+                f"{tuple(down.shape)} {_type_of(down)} with strides {down.stride()}"
             )
         for bias, weight in ((self.gate_up_bias_XN, gate_up), (self.down_bias_XE, down)):
-            if bias is not None and (bias.shape != weight.shape[:2] or bias.dtype != weight.dtype or bias.stride(1) != 1):
+            if bias is not None and (bias.shape != weight.shape[:2] or bias.dtype != self.dtype or bias.stride(1) != 1):
                 raise ValueError(
                     f"bias {tuple(bias.shape)} {bias.dtype} with strides {bias.stride()} for weights {tuple(weight.shape)} "
-                    f"{weight.dtype}"
+                    f"{self.dtype}"
                 )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That rows must have; None: packed weights without biases take any."""
+        weight = self.down_XEI
+        if isinstance(weight, torch.Tensor):
+            return weight.dtype
+        bias = self.gate_up_bias_XN if self.down_bias_XE is None else self.down_bias_XE
+        return None if bias is None else bias.dtype
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.down_XEI, Packed)
 
     @property
     def num_experts(self) -> int:
@@ -133,10 +208,11 @@ def mix_experts(
     Raises:
         ValueError: shapes, dtypes or strides that don't fit, or an unknown backend.
     """
-    if x_TE.dim() != 2 or x_TE.shape[1] != weights.hidden_size or x_TE.stride(1) != 1 or x_TE.dtype != weights.down_XEI.dtype:
+    is_of_type = weights.dtype in (x_TE.dtype, None)
+    if x_TE.dim() != 2 or x_TE.shape[1] != weights.hidden_size or x_TE.stride(1) != 1 or not is_of_type:
         raise ValueError(
             f"rows {tuple(x_TE.shape)} {x_TE.dtype} with strides {x_TE.stride()} for experts of hidden size "
-            f"{weights.hidden_size}, {weights.down_XEI.dtype}"
+            f"{weights.hidden_size}, {weights.dtype}"
         )
     if (
         experts_TS.dtype not in (torch.int32, torch.int64)
@@ -159,6 +235,14 @@ def mix_experts(
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
+def _type_of(weight: torch.Tensor | Packed) -> torch.dtype | str:
+    return weight.dtype if isinstance(weight, torch.Tensor) else "packed"
+
+
+def _plain(weight: torch.Tensor | Packed, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    return weight[expert] if isinstance(weight, torch.Tensor) else weight.dequantise(dtype, expert)
+
+
 def _route_torch(logits_TX: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
     full_TX = logits_TX.float()
     order_TX = torch.sort(full_TX, dim=-1, descending=True, stable=True).indices  # topk promises no order of equals
@@ -175,10 +259,10 @@ def _mix_experts_torch(
     out_TE = torch.zeros(x_TE.shape, dtype=torch.float32, device=x_TE.device)
     for expert in sorted(set(experts_TS.flatten().tolist())):
         row_R, at_R = (experts_TS == expert).nonzero(as_tuple=True)
-        gate_up_RN = functional.linear(x_TE[row_R], weights.gate_up_XNE[expert])
+        gate_up_RN = functional.linear(x_TE[row_R], _plain(weights.gate_up_XNE, expert, x_TE.dtype))
         if weights.gate_up_bias_XN is not None:
             gate_up_RN += weights.gate_up_bias_XN[expert]
-        part_RE = functional.linear(weights.gate.of(gate_up_RN), weights.down_XEI[expert])
+        part_RE = functional.linear(weights.gate.of(gate_up_RN), _plain(weights.down_XEI, expert, x_TE.dtype))
         if weights.down_bias_XE is not None:
             part_RE += weights.down_bias_XE[expert]
         out_TE.index_add_(0, row_R, part_RE.float() * weights_TS[row_R, at_R].float().unsqueeze(1))

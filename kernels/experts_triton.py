@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.experts import MOST_ROWS, ExpertWeights, Gate
+from kernels.experts import MOST_ROWS, ExpertWeights, Gate, Packed
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 
 _PAIRED_ROWS = 4
@@ -73,6 +73,9 @@ def gate_up_config(weights: ExpertWeights) -> PairConfig:
     One H200, one row of gpt-oss-20b (transposed), gate, up and down: 71.5 us, with 32 columns and four warps 74.5, with two
     stages 81 to 86; the bytes take 47.
     """
+    if weights.is_packed:  # as many products in registers; a byte is two weights. By arithmetic, not measured
+        block_k = min(512, max(32, triton.next_power_of_2(weights.hidden_size)))
+        return PairConfig(block_n=8192 // block_k, block_k=block_k, num_warps=4, num_stages=3)
     if _is_transposed(weights.gate_up_XNE):
         return PairConfig(block_n=64, block_k=128, num_warps=8, num_stages=3)
     block_k = min(1024, triton.next_power_of_2(weights.hidden_size))
@@ -85,6 +88,9 @@ def down_config(weights: ExpertWeights, top_k: int) -> PairConfig:
     As above: one stage 69.7 us, two and three 82, four warps 75.9.
     """
     slots = triton.next_power_of_2(top_k)
+    if weights.is_packed:
+        block_k = min(256, max(32, triton.next_power_of_2(weights.intermediate_size)))
+        return PairConfig(block_n=max(1, 16384 // (slots * block_k)), block_k=block_k, num_warps=4, num_stages=3)
     if _is_transposed(weights.down_XEI):
         return PairConfig(block_n=32, block_k=max(16, 512 // slots), num_warps=8, num_stages=1)
     block_k = min(triton.next_power_of_2(weights.intermediate_size), 256)
@@ -201,12 +207,40 @@ def _gated(  # type: ignore[no-untyped-def]
     return (active.to(gate.dtype).to(tl.float32) * raised.to(tl.float32)).to(gate.dtype)
 
 
+@triton.jit
+def _number(code, scale):  # type: ignore[no-untyped-def]
+    """What a code of e2m1 stands for, times a scale: its bits as those of fp32, whose exponent is 126 more."""
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale
+
+
+@triton.jit
+def _power(exponent):  # type: ignore[no-untyped-def]
+    """2^(exponent - 127) for bytes: as the exponent of fp32, or for 0 the subnormal."""
+    bits = exponent.to(tl.uint32)
+    return tl.where(bits == 0, 1 << 22, bits << 23).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unpacked(  # type: ignore[no-untyped-def]
+    w_ptr_NB, scale_ptr_NG, is_N1, left, ROWS: tl.constexpr, BYTES: tl.constexpr
+):  # fmt: skip
+    """The numbers in the low and in the high bits of packed weights, `[ROWS, BYTES]` each, of which only the first `left` bytes
+    of a row are there."""
+    is_NB = is_N1 & (tl.arange(0, BYTES) < left)[None, :]
+    is_NG = is_N1 & (tl.arange(0, BYTES // 16) * 16 < left)[None, :]
+    byte_NB = tl.load(w_ptr_NB, mask=is_NB, other=0).to(tl.uint32)
+    scale_NG = _power(tl.load(scale_ptr_NG, mask=is_NG, other=0))
+    scale_NB = tl.reshape(tl.broadcast_to(scale_NG[:, :, None], (ROWS, BYTES // 16, 16)), (ROWS, BYTES))
+    return _number(byte_NB & 15, scale_NB), _number(byte_NB >> 4, scale_NB)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _pair_gate_up_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, experts_ptr, weight_ptr, bias_ptr, h_ptr, stride_x, stride_wx, stride_wn, stride_wk, stride_b,
+    x_ptr, experts_ptr, weight_ptr, scale_ptr, bias_ptr, h_ptr, stride_x, stride_wx, stride_wn, stride_wk, stride_b,
     S: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
-    GELU: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, WITH_BIAS: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    GELU: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, PACKED: tl.constexpr, WITH_BIAS: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """h[pair, i] = act(sum_e x[row, e] w[gate i, e] (+ bias)) (sum_e x[row, e] w[up i, e] (+ bias) + offset)."""
     pair = tl.program_id(1)
@@ -218,14 +252,28 @@ def _pair_gate_up_kernel(  # type: ignore[no-untyped-def]
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
     expert = tl.load(experts_ptr + pair).to(tl.int64)
-    w_ptr_NK = weight_ptr + expert * stride_wx + w_at_NK
-    acc_NK = tl.zeros((2 * BLOCK_I, BLOCK_K), dtype=tl.float32)
-    for begin in tl.range(0, E, BLOCK_K, num_stages=STAGES):
-        is_K = begin + k_K < E
-        w_NK = tl.load(w_ptr_NK + begin * stride_wk, mask=is_N[:, None] & is_K[None, :], other=0.0)
-        x_K = tl.load(x_ptr_K + begin, mask=is_K, other=0.0)
-        acc_NK += w_NK.to(tl.float32) * x_K.to(tl.float32)[None, :]
-    sum_N = tl.sum(acc_NK, 1).to(dtype)
+    if PACKED:
+        BYTES: tl.constexpr = BLOCK_K // 2
+        at_N1 = (expert * stride_wx + column_N.to(tl.int64) * stride_wn)[:, None]
+        w_ptr_NB = weight_ptr + at_N1 + tl.arange(0, BYTES)[None, :]
+        scale_ptr_NG = scale_ptr + at_N1 // 16 + tl.arange(0, BYTES // 16)[None, :]
+        acc_NB = tl.zeros((2 * BLOCK_I, BYTES), dtype=tl.float32)
+        for begin in tl.range(0, E, BLOCK_K, num_stages=STAGES):
+            at = begin // 2
+            low_NB, high_NB = _unpacked(w_ptr_NB + at, scale_ptr_NG + at // 16, is_N[:, None], E // 2 - at, 2 * BLOCK_I, BYTES)
+            x_K = tl.load(x_ptr_K + begin, mask=begin + k_K < E, other=0.0).to(tl.float32)
+            low_B, high_B = tl.split(tl.reshape(x_K, (BYTES, 2)))
+            acc_NB += low_NB * low_B[None, :] + high_NB * high_B[None, :]
+        sum_N = tl.sum(acc_NB, 1).to(dtype)
+    else:
+        w_ptr_NK = weight_ptr + expert * stride_wx + w_at_NK
+        acc_NK = tl.zeros((2 * BLOCK_I, BLOCK_K), dtype=tl.float32)
+        for begin in tl.range(0, E, BLOCK_K, num_stages=STAGES):
+            is_K = begin + k_K < E
+            w_NK = tl.load(w_ptr_NK + begin * stride_wk, mask=is_N[:, None] & is_K[None, :], other=0.0)
+            x_K = tl.load(x_ptr_K + begin, mask=is_K, other=0.0)
+            acc_NK += w_NK.to(tl.float32) * x_K.to(tl.float32)[None, :]
+        sum_N = tl.sum(acc_NK, 1).to(dtype)
     if WITH_BIAS:
         bias_N = tl.load(bias_ptr + expert * stride_b + column_N, mask=is_N, other=0.0)
         sum_N = (sum_N.to(tl.float32) + bias_N.to(tl.float32)).to(dtype)
@@ -240,8 +288,9 @@ def _pair_gate_up_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pair_down_kernel(  # type: ignore[no-untyped-def]
-    h_ptr, experts_ptr, weights_ptr, weight_ptr, bias_ptr, out_ptr, stride_wx, stride_wn, stride_wk, stride_b, stride_o,
-    S: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, WITH_BIAS: tl.constexpr,
+    h_ptr, experts_ptr, weights_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, stride_wx, stride_wn, stride_wk, stride_b,
+    stride_o, S: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[row, n] = sum_s weights[row, s] (sum_i h[row, s, i] w[expert s, n, i] (+ bias)), the inner sum rounded."""
@@ -254,20 +303,46 @@ def _pair_down_kernel(  # type: ignore[no-untyped-def]
     is_SN1 = (is_S[:, None] & is_N[None, :])[:, :, None]
     # Experts don't wait: the kernel before has waited for who wrote them. But an L1 cache may hold what was there earlier.
     expert_S = tl.load(experts_ptr + row * S + s_S, mask=is_S, other=0, cache_modifier=".cg").to(tl.int64)
-    at_SNK = (n_N[:, None] * stride_wn + k_K[None, :] * stride_wk)[None, :, :]
-    w_ptr_SNK = weight_ptr + (expert_S * stride_wx)[:, None, None] + at_SNK
-    w_SNK = tl.load(w_ptr_SNK, mask=is_SN1 & (k_K < WIDTH)[None, None, :], other=0.0)  # nor do weights
-    wait_for_previous(DEPENDENT)
-    let_next_start(DEPENDENT)
-    h_ptr_SK = h_ptr + ((row * S + s_S) * WIDTH)[:, None] + k_K[None, :]
-    h_SK = tl.load(h_ptr_SK, mask=is_S[:, None] & (k_K < WIDTH)[None, :], other=0.0)
-    acc_SNK = w_SNK.to(tl.float32) * h_SK.to(tl.float32)[:, None, :]
-    for begin in tl.range(BLOCK_K, WIDTH, BLOCK_K, num_stages=STAGES):
-        is_K = begin + k_K < WIDTH
-        w_SNK = tl.load(w_ptr_SNK + begin * stride_wk, mask=is_SN1 & is_K[None, None, :], other=0.0)
-        h_SK = tl.load(h_ptr_SK + begin, mask=is_S[:, None] & is_K[None, :], other=0.0)
-        acc_SNK += w_SNK.to(tl.float32) * h_SK.to(tl.float32)[:, None, :]
-    part_SN = tl.sum(acc_SNK, 2).to(dtype)
+    if PACKED:
+        # one feature of one of the experts is a row of the tile
+        BYTES: tl.constexpr = BLOCK_K // 2
+        r_R = tl.arange(0, SLOTS * BLOCK_N)
+        slot_R, column_R = r_R // BLOCK_N, tl.program_id(0) * BLOCK_N + r_R % BLOCK_N
+        is_R = (slot_R < S) & (column_R < E)
+        expert_R = tl.load(experts_ptr + row * S + slot_R, mask=is_R, other=0, cache_modifier=".cg").to(tl.int64)
+        at_R1 = (expert_R * stride_wx + column_R.to(tl.int64) * stride_wn)[:, None]
+        w_ptr_RB = weight_ptr + at_R1 + tl.arange(0, BYTES)[None, :]
+        scale_ptr_RG = scale_ptr + at_R1 // 16 + tl.arange(0, BYTES // 16)[None, :]
+        h_ptr_SK = h_ptr + ((row * S + s_S) * WIDTH)[:, None] + k_K[None, :]
+        acc_SNB = tl.zeros((SLOTS, BLOCK_N, BYTES), dtype=tl.float32)
+        wait_for_previous(DEPENDENT)
+        let_next_start(DEPENDENT)
+        for begin in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
+            at = begin // 2
+            low_RB, high_RB = _unpacked(
+                w_ptr_RB + at, scale_ptr_RG + at // 16, is_R[:, None], WIDTH // 2 - at, SLOTS * BLOCK_N, BYTES
+            )
+            is_K = begin + k_K < WIDTH
+            h_SK = tl.load(h_ptr_SK + begin, mask=is_S[:, None] & is_K[None, :], other=0.0).to(tl.float32)
+            low_SB, high_SB = tl.split(tl.reshape(h_SK, (SLOTS, BYTES, 2)))
+            acc_SNB += tl.reshape(low_RB, (SLOTS, BLOCK_N, BYTES)) * low_SB[:, None, :]
+            acc_SNB += tl.reshape(high_RB, (SLOTS, BLOCK_N, BYTES)) * high_SB[:, None, :]
+        part_SN = tl.sum(acc_SNB, 2).to(dtype)
+    else:
+        at_SNK = (n_N[:, None] * stride_wn + k_K[None, :] * stride_wk)[None, :, :]
+        w_ptr_SNK = weight_ptr + (expert_S * stride_wx)[:, None, None] + at_SNK
+        w_SNK = tl.load(w_ptr_SNK, mask=is_SN1 & (k_K < WIDTH)[None, None, :], other=0.0)  # nor do weights
+        wait_for_previous(DEPENDENT)
+        let_next_start(DEPENDENT)
+        h_ptr_SK = h_ptr + ((row * S + s_S) * WIDTH)[:, None] + k_K[None, :]
+        h_SK = tl.load(h_ptr_SK, mask=is_S[:, None] & (k_K < WIDTH)[None, :], other=0.0)
+        acc_SNK = w_SNK.to(tl.float32) * h_SK.to(tl.float32)[:, None, :]
+        for begin in tl.range(BLOCK_K, WIDTH, BLOCK_K, num_stages=STAGES):
+            is_K = begin + k_K < WIDTH
+            w_SNK = tl.load(w_ptr_SNK + begin * stride_wk, mask=is_SN1 & is_K[None, None, :], other=0.0)
+            h_SK = tl.load(h_ptr_SK + begin, mask=is_S[:, None] & is_K[None, :], other=0.0)
+            acc_SNK += w_SNK.to(tl.float32) * h_SK.to(tl.float32)[:, None, :]
+        part_SN = tl.sum(acc_SNK, 2).to(dtype)
     if WITH_BIAS:
         bias_ptr_SN = bias_ptr + (expert_S * stride_b)[:, None] + n_N[None, :]
         bias_SN = tl.load(bias_ptr_SN, mask=is_S[:, None] & is_N[None, :], other=0.0)
@@ -334,11 +409,11 @@ def _group_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
 def _group_product_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, pairs_ptr, tile_experts_ptr, num_tiles_ptr, weight_ptr, bias_ptr, out_ptr, num_pairs,
+    x_ptr, pairs_ptr, tile_experts_ptr, num_tiles_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_pairs,
     stride_x, stride_wx, stride_wn, stride_wk, stride_b, SHARED_BY: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr, GELU: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, WITH_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DEPENDENT: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, PACKED: tl.constexpr, WITH_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[pair, n] = sum_k x[pair // SHARED_BY, k] w[expert, n, k] (+ bias); with GATED act(gate) (up + offset) of such.
 
@@ -368,17 +443,29 @@ def _group_product_kernel(  # type: ignore[no-untyped-def]
         is_N = column_N < N
     k_K = tl.arange(0, BLOCK_K)
     x_ptr_MK = x_ptr + (pair_M // SHARED_BY).to(tl.int64)[:, None] * stride_x + k_K[None, :]
-    w_ptr_KN = weight_ptr + expert * stride_wx + (k_K[:, None] * stride_wk + column_N[None, :] * stride_wn)
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for begin in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            x_MK = tl.load(x_ptr_MK + begin, mask=is_M[:, None], other=0.0)
-            w_KN = tl.load(w_ptr_KN + begin * stride_wk, mask=is_N[None, :], other=0.0)
-        else:
-            is_K = begin + k_K < K
-            x_MK = tl.load(x_ptr_MK + begin, mask=is_M[:, None] & is_K[None, :], other=0.0)
-            w_KN = tl.load(w_ptr_KN + begin * stride_wk, mask=is_K[:, None] & is_N[None, :], other=0.0)
-        acc_MN = tl.dot(x_MK, w_KN, acc_MN, input_precision="ieee")
+    if PACKED:
+        BYTES: tl.constexpr = BLOCK_K // 2
+        at_N1 = (expert * stride_wx + column_N.to(tl.int64) * stride_wn)[:, None]
+        w_ptr_NB = weight_ptr + at_N1 + tl.arange(0, BYTES)[None, :]
+        scale_ptr_NG = scale_ptr + at_N1 // 16 + tl.arange(0, BYTES // 16)[None, :]
+        for begin in range(0, K, BLOCK_K):
+            at = begin // 2
+            low_NB, high_NB = _unpacked(w_ptr_NB + at, scale_ptr_NG + at // 16, is_N[:, None], K // 2 - at, BLOCK_N, BYTES)
+            w_NK = tl.reshape(tl.join(low_NB.to(dtype), high_NB.to(dtype)), (BLOCK_N, BLOCK_K))
+            x_MK = tl.load(x_ptr_MK + begin, mask=is_M[:, None] & (begin + k_K < K)[None, :], other=0.0)
+            acc_MN = tl.dot(x_MK, tl.trans(w_NK), acc_MN, input_precision="ieee")
+    else:
+        w_ptr_KN = weight_ptr + expert * stride_wx + (k_K[:, None] * stride_wk + column_N[None, :] * stride_wn)
+        for begin in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                x_MK = tl.load(x_ptr_MK + begin, mask=is_M[:, None], other=0.0)
+                w_KN = tl.load(w_ptr_KN + begin * stride_wk, mask=is_N[None, :], other=0.0)
+            else:
+                is_K = begin + k_K < K
+                x_MK = tl.load(x_ptr_MK + begin, mask=is_M[:, None] & is_K[None, :], other=0.0)
+                w_KN = tl.load(w_ptr_KN + begin * stride_wk, mask=is_K[:, None] & is_N[None, :], other=0.0)
+            acc_MN = tl.dot(x_MK, w_KN, acc_MN, input_precision="ieee")
     out_MN = acc_MN.to(dtype)
     if WITH_BIAS:
         bias_N = tl.load(bias_ptr + expert * stride_b + column_N, mask=is_N, other=0.0)
@@ -445,20 +532,22 @@ def mix_pairs(
     gate_up = gate_up or gate_up_config(weights)
     down = down or down_config(weights, top_k)
     weight, bias = weights.gate_up_XNE, weights.gate_up_bias_XN
+    numbers, scales = _parts(weight)
     h_PI = x_TE.new_empty((num_rows * top_k, width))
     _pair_gate_up_kernel[(triton.cdiv(width, gate_up.block_n), num_rows * top_k)](
-        x_TE, experts_TS, weight, weight if bias is None else bias, h_PI, x_TE.stride(0), *weight.stride(),
+        x_TE, experts_TS, numbers, scales, numbers if bias is None else bias, h_PI, x_TE.stride(0), *weight.stride(),
         0 if bias is None else bias.stride(0),
         S=top_k, E=hidden, WIDTH=width, **_gate_constants(weights.gate, weight), WITH_BIAS=bias is not None,
         BLOCK_I=gate_up.block_n, BLOCK_K=gate_up.block_k, STAGES=gate_up.num_stages, DEPENDENT=dependent,
         num_warps=gate_up.num_warps, launch_pdl=dependent,
     )  # fmt: skip
     weight, bias = weights.down_XEI, weights.down_bias_XE
+    numbers, scales = _parts(weight)
     _pair_down_kernel[(triton.cdiv(hidden, down.block_n), num_rows)](
-        h_PI, experts_TS, weights_TS, weight, weight if bias is None else bias, out_TE, *weight.stride(),
+        h_PI, experts_TS, weights_TS, numbers, scales, numbers if bias is None else bias, out_TE, *weight.stride(),
         0 if bias is None else bias.stride(0), out_TE.stride(0),
-        S=top_k, E=hidden, WIDTH=width, SLOTS=triton.next_power_of_2(top_k), WITH_BIAS=bias is not None,
-        BLOCK_N=down.block_n, BLOCK_K=down.block_k, STAGES=down.num_stages, DEPENDENT=dependent,
+        S=top_k, E=hidden, WIDTH=width, SLOTS=triton.next_power_of_2(top_k), PACKED=weights.is_packed,
+        WITH_BIAS=bias is not None, BLOCK_N=down.block_n, BLOCK_K=down.block_k, STAGES=down.num_stages, DEPENDENT=dependent,
         num_warps=down.num_warps, launch_pdl=dependent,
     )  # fmt: skip
 
@@ -535,7 +624,7 @@ def _grouping(num_pairs: int, block_m: int) -> tuple[int, int, int]:
 
 def rows_of_each_kernel(most: int, top_k: int, weights: ExpertWeights) -> list[int]:
     """Up to `most` rows, for each way in which `mix_experts` compiles its kernels a number of rows that takes it."""
-    num_experts, dtype = weights.num_experts, weights.down_XEI.dtype
+    num_experts, dtype = weights.num_experts, weights.dtype or torch.bfloat16
     found: dict[object, int] = {}
     for rows in range(1, min(most, MOST_ROWS) + 1):
         key: object = "pairs"
@@ -553,7 +642,7 @@ def _product(
     x: torch.Tensor,
     shared_by: int,
     groups: _Groups,
-    weight_XNK: torch.Tensor,
+    weight_XNK: torch.Tensor | Packed,
     bias_XN: torch.Tensor | None,
     gate: Gate | None,
     out: torch.Tensor,
@@ -561,12 +650,13 @@ def _product(
 ) -> None:
     """Rows of `x` are those of `shared_by` pairs each, rows of `out` those of one."""
     num_pairs, columns = out.shape
+    numbers, scales = _parts(weight_XNK)
     dependent = has_dependent_launch(x.device)
     column_tiles = triton.cdiv(columns, config.block_n // (1 if gate is None else 2))
     # whole groups of tiles: where in its group a program is follows from its number alone
     tiles = triton.cdiv(len(groups.tile_experts_t), config.group_m) * config.group_m
     _group_product_kernel[(tiles * column_tiles,)](
-        x, groups.pairs_tM, groups.tile_experts_t, groups.num_tiles_1, weight_XNK, weight_XNK if bias_XN is None else bias_XN,
+        x, groups.pairs_tM, groups.tile_experts_t, groups.num_tiles_1, numbers, scales, numbers if bias_XN is None else bias_XN,
         out, num_pairs, x.stride(0), *weight_XNK.stride(), 0 if bias_XN is None else bias_XN.stride(0),
         SHARED_BY=shared_by, N=columns, K=weight_XNK.shape[2], GATED=gate is not None,
         **_gate_constants(gate or Gate(), weight_XNK), WITH_BIAS=bias_XN is not None,
@@ -575,8 +665,14 @@ def _product(
     )  # fmt: skip
 
 
-def _gate_constants(gate: Gate, weight_XNE: torch.Tensor) -> dict[str, object]:
+def _parts(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers and scales; of plain weights twice the same."""
+    return (weight, weight) if isinstance(weight, torch.Tensor) else (weight.blocks_XNGB, weight.scales_XNG)
+
+
+def _gate_constants(gate: Gate, weight_XNE: torch.Tensor | Packed) -> dict[str, object]:
     return {
+        "PACKED": isinstance(weight_XNE, Packed),
         "ALPHA": gate.alpha,
         "LIMIT": gate.limit,
         "UP_OFFSET": gate.up_offset,
@@ -587,6 +683,6 @@ def _gate_constants(gate: Gate, weight_XNE: torch.Tensor) -> dict[str, object]:
     }
 
 
-def _is_transposed(weight_XNK: torch.Tensor) -> bool:
+def _is_transposed(weight_XNK: torch.Tensor | Packed) -> bool:
     """Whether columns of the product lie side by side in memory, not what it sums over."""
-    return weight_XNK.stride(2) != 1
+    return weight_XNK.stride()[2] != 1

@@ -4,7 +4,7 @@
     add_rms_norm      the same of residual + x, or of residual + norm(x)
     rotate_and_store  out = x cos + rotate_half(x) sin for q and k; k and v go to their slots
     gated             activation(gate) * up
-    linear            x W^T (+ bias), and its sum into a residual
+    linear            x W^T (+ bias), and its sum into a residual; of weights of 8 bits `kernels.products`
 
 Formulas and rounding are those of transformers' Llama, or of Gemma where that differs. With one row a product takes the time to
 read its weights, so it has a kernel of its own, which the activation before and the sum after ride along with.
@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from kernels.kv_blocks import check_scales, store_kv
+from kernels.products import Matrix, Quantised, product
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -41,12 +42,14 @@ class Norm:
     """Whether weights are counted from 1, and the product with them is rounded once (Gemma)."""
 
 
-def uses_gemv(num_rows: int, weight_NE: torch.Tensor, backend: str) -> bool:
+def uses_gemv(num_rows: int, weight_NE: Matrix, backend: str) -> bool:
     """Whether a product takes the kernel for one row.
 
     One H200, 8B shape, a decode step without its attention: 3.97 ms against 4.19 by torch's products; with a kernel for two
     rows 4.36 against 4.20.
     """
+    if isinstance(weight_NE, Quantised):
+        return backend == "triton" and num_rows == 1
     fits = weight_NE.dtype in _SIXTEEN_BITS and weight_NE.shape[1] >= 1024 and weight_NE.shape[1] % 64 == 0
     return fits and backend == "triton" and num_rows == 1
 
@@ -158,13 +161,15 @@ def gated(gate_up_T2I: torch.Tensor, activation: str = "silu", *, backend: str) 
 
 def linear(
     x_TE: torch.Tensor,
-    weight_NE: torch.Tensor,
+    weight_NE: Matrix,
     bias_N: torch.Tensor | None = None,
     *,
     residual_TN: torch.Tensor | None = None,
     backend: str,
 ) -> torch.Tensor:
     """`x weight^T (+ bias)`, new; or, with a residual, that sum in place of it. Rounded before the residual is added."""
+    if isinstance(weight_NE, Quantised):
+        return product(x_TE, weight_NE, bias_N, residual_TN=residual_TN, backend=backend)
     if uses_gemv(x_TE.shape[0], weight_NE, backend):
         from kernels import layer_ops_triton
 
@@ -175,7 +180,7 @@ def linear(
 
 def gated_linear(
     gate_up_T2I: torch.Tensor,
-    weight_EI: torch.Tensor,
+    weight_EI: Matrix,
     activation: str = "silu",
     *,
     residual_TE: torch.Tensor | None = None,
@@ -183,7 +188,10 @@ def gated_linear(
 ) -> torch.Tensor:
     """`linear(gated(gate_up))`, new or added to a residual, in one kernel where there is one row."""
     if uses_gemv(gate_up_T2I.shape[0], weight_EI, backend):
-        from kernels import layer_ops_triton
+        from kernels import layer_ops_triton, products_triton
+
+        if isinstance(weight_EI, Quantised):
+            return products_triton.gemv(gate_up_T2I, weight_EI, None, residual_TE, activation=activation)
 
         return layer_ops_triton.gemv(gate_up_T2I, weight_EI, None, residual_TE, activation=activation)
     return linear(gated(gate_up_T2I, activation, backend=backend), weight_EI, residual_TN=residual_TE, backend=backend)

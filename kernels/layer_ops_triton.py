@@ -33,7 +33,7 @@ class GemvConfig:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scaled(x, scale, weight, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
+def scaled(x, scale, weight, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
     """x scale weight, rounded before the last product, or (FROM_ONE) x scale (1 + weight), rounded once."""
     if FROM_ONE:
         return (x.to(tl.float32) * scale * (1 + weight.to(tl.float32))).to(x.dtype)
@@ -44,7 +44,7 @@ def _scaled(x, scale, weight, FROM_ONE: tl.constexpr):  # type: ignore[no-untype
 def _normed(x_E, weight_E, eps, E: tl.constexpr, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
     """weight (x / sqrt(mean(x^2) + eps))"""
     full_E = x_E.to(tl.float32)
-    return _scaled(x_E, 1 / tl.sqrt(tl.sum(full_E * full_E, 0) / E + eps), weight_E, FROM_ONE)
+    return scaled(x_E, 1 / tl.sqrt(tl.sum(full_E * full_E, 0) / E + eps), weight_E, FROM_ONE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -128,8 +128,8 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
         k_other_D = tl.load(k_norm_ptr + partner_D, mask=is_turned_D, other=0.0).to(tl.float32)
         weight_HD = tl.where(is_query_H[:, None], q_weight_D[None, :], k_weight_D[None, :])
         weight_other_HD = tl.where(is_query_H[:, None], q_other_D[None, :], k_other_D[None, :])
-        normed_HD = _scaled(x_HD, scale_H1, weight_HD, FROM_ONE).to(tl.float32)
-        normed_other_HD = _scaled(other_HD.to(x_HD.dtype), scale_H1, weight_other_HD, FROM_ONE).to(tl.float32)
+        normed_HD = scaled(x_HD, scale_H1, weight_HD, FROM_ONE).to(tl.float32)
+        normed_other_HD = scaled(other_HD.to(x_HD.dtype), scale_H1, weight_other_HD, FROM_ONE).to(tl.float32)
         full_HD = tl.where(is_normed_H1, normed_HD, full_HD)
         other_HD = tl.where(is_normed_H1, normed_other_HD, other_HD)
     cos_D = tl.load(cos_ptr + row * stride_c + d_D, mask=is_turned_D, other=1.0).to(tl.float32)
@@ -248,7 +248,7 @@ def gated(gate_up_T2I: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_tile(  # type: ignore[no-untyped-def]
+def add_tile(  # type: ignore[no-untyped-def]
     acc_NE, w_NE, x_ptr_E, is_E, begin, E: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
     """acc[n, e] += w[n, e] f(x)[e] for features [begin, begin + BLOCK_E), of which only some are there unless WHOLE."""
@@ -281,14 +281,14 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     w_NE = tl.load(w_ptr_NE, mask=is_N[:, None], other=0.0)  # weights don't wait for the kernel before
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
-    acc_NE = _add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, e_E < E, 0, E, ACTIVATION, True)
+    acc_NE = add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, e_E < E, 0, E, ACTIVATION, True)
     for begin in tl.range(BLOCK_E, LAST, BLOCK_E, num_stages=STAGES):
         w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
-        acc_NE = _add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, E, ACTIVATION, True)
+        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, E, ACTIVATION, True)
     if LAST < E:
         is_E = e_E < E - LAST
         w_NE = tl.load(w_ptr_NE + LAST, mask=is_N[:, None] & is_E[None, :], other=0.0)
-        acc_NE = _add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, E, ACTIVATION, False)
+        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, E, ACTIVATION, False)
     sum_N = tl.sum(acc_NE, 1)
     if WITH_BIAS:
         sum_N += tl.load(bias_ptr + n_N, mask=is_N, other=0.0).to(tl.float32)

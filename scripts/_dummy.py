@@ -11,6 +11,7 @@ from instance.memory import measure
 from instance.model import Model, random_model
 from instance.needs import Needs
 from instance.warmup import warm_up
+from kernels.products import Kind
 from kvstore.storage import KVStorage
 
 BLOCK = 64
@@ -20,10 +21,12 @@ STD = 0.5
 """Of the KV that stands in for what a prefill would have written."""
 
 
-def make_model(shape: str, device: torch.device) -> Model:
-    """Of a shape as `make_dummy_model.config_of` takes it: bf16, and fused if it can be, on a GPU; fp32 elsewhere."""
+def make_model(shape: str, device: torch.device, quantize: Kind | None = None) -> Model:
+    """Of a shape as `make_dummy_model.config_of` takes it: bf16, and fused if it can be, on a GPU; fp32 elsewhere.
+    `quantize`: its linear layers' weights."""
     on_gpu = device.type == "cuda"
-    model = random_model(config_of(shape), torch.bfloat16 if on_gpu else torch.float32, device, seed=0)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = random_model(config_of(shape), dtype, device, seed=0, quantize=quantize)
     if on_gpu and (reason := model.fuse("triton")) is not None:
         print(f"{shape}: layers run as transformers has them: {reason}")
     return model

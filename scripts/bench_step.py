@@ -43,6 +43,7 @@ from instance.processors import queues_of_their_own
 from instance.sharing import SPLITS
 from kernels.launch import num_processors
 from kernels.layer_ops import linear
+from kernels.products import TYPES
 from kvstore.run import Run
 from kvstore.storage import KVStorage
 
@@ -101,7 +102,8 @@ def products_ms(model: Model, rows: int) -> float:
     """Milliseconds of a step's matrix products alone, by the faster of torch's and ours for each shape."""
     assert model.fused is not None  # checked in main
     weights = model.fused.matrices()
-    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], dtype=weight.dtype, device="cuda") for weight in weights}
+    dtype = model.shape.dtype
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], dtype=dtype, device="cuda") for weight in weights}
 
     def run(backend: str) -> float:
         return graph_ms(lambda: [linear(inputs[w.shape[1]], w, backend=backend) for w in weights], calls=1)
@@ -178,7 +180,7 @@ def alone_s(model: Model, storage: KVStorage, tokens: int, chunk: int) -> float:
     inputs = {weight.shape[1]: x_TE.new_empty(rows, weight.shape[1]).normal_() for weight in matrices}
     with torch.inference_mode():
         for weight in matrices:
-            seconds += event_ms(lambda w=weight: linear(inputs[w.shape[1]], w, backend="torch"), repeats=1)  # type: ignore[misc]
+            seconds += event_ms(lambda w=weight: linear(inputs[w.shape[1]], w, backend="triton"), repeats=1)  # type: ignore[misc]
         for feed in model.fused.feeds():
             if isinstance(feed, Mixture):
                 seconds += event_ms(lambda f=feed: f.run(x_TE, None, "triton"), repeats=1)  # type: ignore[misc]
@@ -222,6 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_step.json"))
     parser.add_argument("--shape", default="llama-3.1-8b", help="of make_dummy_model.py, or a config.json")
+    parser.add_argument("--quantize", choices=list(TYPES), help="weights of linear layers")
     parser.add_argument("--kv-tokens", type=int, default=64 * 8192 + 64 * 256)
     parser.add_argument("--kv-blocks", type=int, default=0, help=f"of {BLOCK} tokens, instead: where layers have windows")
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="of a step without attention")
@@ -241,7 +244,7 @@ def main() -> int:
         return 2
     copy, matmul = copy_bandwidth(), matmul_tflops()
     torch.cuda.empty_cache()
-    model = make_model(args.shape, torch.device("cuda", 0))
+    model = make_model(args.shape, torch.device("cuda", 0), args.quantize)
     storage = make_storage(model, args.kv_tokens, args.kv_blocks)
     report: Row = {
         "copy_GB/s": copy,

@@ -51,7 +51,7 @@ def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
             name, *arguments = shlex.split(line, comments=True)[1:]
             command.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
             found["distattn "] += 1
-    assert found == {"python -m gmanager ": 2, "python -m gmanager.gateway ": 1, "-m instance ": 4, "distattn ": 3}
+    assert found == {"python -m gmanager ": 2, "python -m gmanager.gateway ": 1, "-m instance ": 5, "distattn ": 3}
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,23 @@ async def test_latents_and_plain_heads_say_the_same(
         assert counters.query_bytes % (2 * query) == counters.partial_bytes % (2 * state) == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "tp", "size"),
+    [("llama", 2, 1), ("llama", 3, 1), ("llama", 2, 2), ("qwen2", 3, 2), ("gemma2", 2, 2), ("mistral-window", 2, 2)],
+)
+async def test_models_that_are_split_between_ranks(kind: str, tp: int, size: int, farm: Farm, tmp_path: Path) -> None:
+    """Tensor parallel: heads that don't divide (4 query heads and 2 KV heads by 3), and two instances that share a sequence,
+    whose home moves on; as transformers has it in one piece."""
+    path = make_model(kind, tmp_path)
+    long, moving = prompt(path, 150), prompt(path, 50, new=30)
+    prompts = [prompt(path, length, seed=i) for i, length in enumerate((1, 24, 90, 63))]
+    async with serve(farm, size, Setup(model=path, kv_tokens=1024 // size, chunk_tokens=24, tp=tp)) as service:
+        await ask(service.client, path, long, spread="all")
+        await ask(service.client, path, moving, spread=1 if size > 1 else None, new=30, move=size > 1)
+        await ask_mixed(service.client, path, prompts)
+        await ask(service.client, path, long)  # cached, wherever it lies
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
 async def test_texts_beyond_a_models_own_limit(kind: Literal["yarn", "linear"], size: int, farm: Farm, tmp_path: Path) -> None:

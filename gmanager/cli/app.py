@@ -33,7 +33,11 @@ POLICY = GManagerConfig().policy
 def up(
     model: Annotated[str, typer.Argument(help="a directory, a hub id, a GGUF file, or 'default': a small one, fetched once")],
     instances: Annotated[int, typer.Option(min=1, help="how many pool their memory")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there are as many GPUs as instances")] = "auto",
+    tp: Annotated[
+        int,
+        typer.Option(min=1, help="GPUs between which the model and the KV of an instance are split (on the CPU: processes)"),
+    ] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there are as many GPUs as that takes")] = "auto",
     http: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="where the OpenAI-compatible server listens")
     ] = "127.0.0.1:8000",
@@ -49,6 +53,7 @@ def up(
     kv_dtype: Annotated[
         str, typer.Option(help="how KV is stored: auto (as dtype), or fp8, half the bytes of 16 bits")
     ] = "auto",
+    quantize: Annotated[str, typer.Option(help="weights of linear layers become 8 bits: none, fp8 or int8")] = "none",
     names: Annotated[
         list[str] | None,
         typer.Option("--served-model-name", metavar="NAME", help="what requests call the model; may be given again: also that"),
@@ -99,6 +104,7 @@ def up(
     wanted = Wanted(
         model=model,
         instances=instances,
+        tp=tp,
         device=device,
         http=None if no_http else http,
         bind=bind,
@@ -108,6 +114,7 @@ def up(
         rope_scaling=rope_scaling,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        quantize=quantize,
         names=tuple(dict.fromkeys(names or ())),
         prefix_cache=prefix_cache == "on",
         host_memory=host_memory,

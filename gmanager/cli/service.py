@@ -26,6 +26,7 @@ BLOCK_SIZE = {"cpu": 16, "cuda": 64}
 ECHO_S = 2.0
 """Who is killed ends the others of its cell while that forms: its torchrun says so within that time."""
 
+QUANTIZE = ("none", "fp8", "int8")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_DTYPES = ("auto", "fp8")
 
@@ -52,6 +53,7 @@ class ServiceConfig:
     kv_memory: float | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    quantize: str = "none"
     threads: int = 1
     spread: str = "auto"
     policy: str = "elastic"
@@ -91,6 +93,8 @@ class ServiceConfig:
     """Of its rotary frequencies; None: what its config says."""
     kv_dtype: str = "auto"
     """How KV is stored; auto: in the model's dtype."""
+    tp: int = 1
+    """Ranks, and GPUs, of each instance."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what an instance would refuse, before one is started."""
@@ -109,6 +113,8 @@ class ServiceConfig:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         if self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype}")
+        if self.quantize not in QUANTIZE:
+            raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {self.quantize}")
         if "" in (self.served_model_name, *self.other_names):
             raise ValueError("--served-model-name must not be empty")
         if self.roles and (len(self.roles) != self.instances or not set(self.roles) <= set(get_args(Role))):
@@ -120,6 +126,8 @@ class ServiceConfig:
                     parse(given)
                 except ValueError as error:
                     raise ValueError(f"{flag}: {error}") from error
+        if self.tp < 1:
+            raise ValueError(f"--tp must be at least 1, got {self.tp}")
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 
@@ -230,18 +238,19 @@ def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:
 def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
     """A torchrun for each, so that the loss of one doesn't end the others. Who is lost is started again by `Upkeep`, which sees
     why it ended, and not by torchrun, which would start one with wrong settings again, too."""
-    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", "--nproc-per-node=1"]
+    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", f"--nproc-per-node={config.tp}"]
     flags = {
         "--gmanager": address,
         "--model": config.model,
         "--cell-size": config.instances,
         "--id": number,
-        "--gpu": number if config.device == "cuda" else None,
+        "--gpu": number * config.tp if config.device == "cuda" else None,
         "--kv-tokens": config.kv_tokens,
         "--kv-memory": config.kv_memory,
         "--device": config.device,
         "--dtype": config.dtype,
         "--kv-dtype": config.kv_dtype,
+        "--quantize": None if config.quantize == "none" else config.quantize,
         "--threads": config.threads,
         "--chunk-tokens": config.chunk_tokens,
         "--copy-tokens": config.copy_tokens,
@@ -250,6 +259,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--cache-dir": config.cache_dir,
         "--max-context": config.max_context,
         "--rope-scaling": config.rope_scaling,
+        "--tp": config.tp if config.tp > 1 else None,
         "--role": config.roles[number] if config.roles else None,
     }
     names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]

@@ -51,6 +51,8 @@ class Wanted:
 
     model: str
     instances: int
+    tp: int
+    """GPUs, or on the CPU processes, of each."""
     device: str
     http: str | None
     bind: str
@@ -60,6 +62,7 @@ class Wanted:
     rope_scaling: str | None
     dtype: str
     kv_dtype: str
+    quantize: str
     names: tuple[str, ...]
     prefix_cache: bool
     host_memory: str | None
@@ -108,9 +111,12 @@ def check(wanted: Wanted) -> ServiceConfig:
     gpus = count_gpus()
     device = wanted.device
     if device == "auto":
-        device = "cuda" if gpus >= wanted.instances else "cpu"
-    if device == "cuda" and gpus < wanted.instances:
-        raise CannotStart(f"{wanted.instances} instances need as many GPUs; this machine has {gpus}")
+        device = "cuda" if gpus >= wanted.instances * wanted.tp else "cpu"
+    if device == "cuda" and gpus < wanted.instances * wanted.tp:
+        many = f"{wanted.instances} instances need as many GPUs"
+        if wanted.tp > 1:
+            many = f"{wanted.instances} instances of {wanted.tp} ranks need {wanted.instances * wanted.tp} GPUs"
+        raise CannotStart(f"{many}; this machine has {gpus}")
     try:
         GManagerConfig(bind=wanted.bind, policy=wanted.policy)
         for flag, seconds in (("--slo-ttft", wanted.slo_ttft_s), ("--slo-tpot", wanted.slo_tpot_s)):
@@ -141,6 +147,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             served_model_name=wanted.names[0] if wanted.names else None,
             other_names=wanted.names[1:],
             instances=wanted.instances,
+            tp=wanted.tp,
             kv_tokens=kv_tokens,
             kv_memory=wanted.kv_memory,
             max_context=wanted.max_context,
@@ -148,7 +155,8 @@ def check(wanted: Wanted) -> ServiceConfig:
             device=device,
             kv_dtype=wanted.kv_dtype,
             dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
-            threads=max(1, len(os.sched_getaffinity(0)) // wanted.instances),
+            quantize=wanted.quantize,
+            threads=max(1, len(os.sched_getaffinity(0)) // (wanted.instances * wanted.tp)),
             logs=logs_of_this_start(wanted.logs or cache_dir() / "logs"),
             ready_timeout_s=3600,
             bind=wanted.bind,
@@ -324,7 +332,8 @@ async def _run(config: ServiceConfig, console: Console) -> None:
 def _announce(
     console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float, *, reads_text: bool
 ) -> None:
-    where = f"{config.instances} instance{'s' if config.instances > 1 else ''} ({config.device})"
+    ranks = f" of {config.tp} ranks" if config.tp > 1 else ""
+    where = f"{config.instances} instance{'s' if config.instances > 1 else ''}{ranks} ({config.device})"
     names = " or ".join([config.served_model_name or config.model, *config.other_names])
     lines = [
         f"ready in {seconds:.0f} s: {names} on {where}, {tokens:,} tokens of KV",

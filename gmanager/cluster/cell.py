@@ -84,6 +84,7 @@ MAX_WINDOWS = 64
 _SAME = (
     "dtype",
     "kv_dtype",
+    "tp",
     "rotary",
     "fingerprint",
     "layers",
@@ -95,6 +96,7 @@ _SAME = (
     "windows",
 )
 _IN_WORDS = {
+    "tp": "degree of tensor parallelism",
     "layers": "way to run layers",
     "rotary": "rotary scaling",
     "windows": "blocks in windows",

@@ -320,6 +320,21 @@ def test_a_model_without_a_tokenizer_and_with_another_context(model: Path, tmp_p
         started.child.send_signal(signal.SIGINT)
 
 
+def test_an_instance_of_two_ranks(model: Path, tmp_path: Path) -> None:
+    """It says the same as one of one rank does."""
+    said = []
+    for more in (("--tp", "2"), ()):
+        logs = tmp_path / f"logs {len(more)}"
+        with up(model, logs, "--no-http", "--device", "cpu", *more) as (started, address, _):
+            line = started.wait_for("ready in")
+            assert ("on 1 instance of 2 ranks (cpu)" if more else "on 1 instance (cpu)") in line
+            asked = run("generate", "hello there", "--temperature", "0", "--max-tokens", "12", "--gmanager", address)
+            assert asked.returncode == 0, asked.stderr
+            said.append(asked.stdout)
+            started.child.send_signal(signal.SIGINT)
+    assert said[0] == said[1] != ""
+
+
 def test_a_second_start_leaves_the_logs_of_the_first(model: Path, tmp_path: Path) -> None:
     with up(model, tmp_path) as (first, address, _):
         first.wait_for("starting the gManager")
@@ -357,6 +372,7 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
                 f"port {port} of 127.0.0.1 is in use: choose another with --bind",
             ),
             ([str(model), "--slo-ttft", "0"], "--slo-ttft must be a positive number of seconds, got 0"),
+            ([str(model), "--tp", "64", "--device", "cuda"], "1 instances of 64 ranks need 64 GPUs; this machine has "),
             ([str(model), "--slo-tpot", "inf"], "--slo-tpot must be a positive number of seconds, got inf"),
             ([str(model), "--bind", "here"], "an address looks like tcp://127.0.0.1:5570, got 'here'"),
             ([str(model), "--http", "127.0.0.1:70000"], "the port must be in [0, 65536), got 70000"),
@@ -384,6 +400,7 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(model), "--kv-tokens", "64", "--kv-memory", "0.9"], "give --kv-tokens or --kv-memory, not both (got 64 and "),
             ([str(model), "--kv-dtype", "int4"], "--kv-dtype must be one of auto, fp8, got int4"),
             ([str(model), "--dtype", "int3"], "--dtype must be one of auto, float32, float16, bfloat16, got int3"),
+            ([str(model), "--quantize", "int4"], "--quantize must be one of none, fp8, int8, got int4"),
             ([str(model), "--served-model-name", ""], "--served-model-name must not be empty"),
             ([str(model), "--served-model-name", "a", "--served-model-name", ""], "--served-model-name must not be empty"),
             ([str(model), "--max-context", "0"], "--max-context must be at least 1, got 0"),

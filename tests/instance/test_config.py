@@ -64,6 +64,13 @@ def test_rotary_scaling_is_read() -> None:
         parse([*NEEDED, "--device", "cpu", "--rope-scaling", "yarn:0.5"], LAUNCH)
 
 
+def test_weights_stay_as_they_are_unless_asked() -> None:
+    assert parse([*NEEDED, "--device", "cpu"], LAUNCH).quantize == "none"
+    assert parse([*NEEDED, "--device", "cpu", "--quantize", "fp8"], LAUNCH).quantize == "fp8"
+    with pytest.raises(ValueError, match="--quantize must be one of none, fp8, int8, got int4"):
+        config(quantize="int4")
+
+
 def test_one_torchrun_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its GPU and its number are said; cores are shared by the cell. In a torchrun of several each has those of its rank."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

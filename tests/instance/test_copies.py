@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -173,3 +173,34 @@ async def test_the_end_of_the_epoch_lets_go_of_who_copies(pair: Pair, waits_for:
         answer = await copying
     assert answer is None or answer.error is not None
     assert pair.is_as_before(9)
+
+
+class OtherRanks:
+    """In place of `instance.crew.Crew`: they take their time."""
+
+    def __init__(self) -> None:
+        self.moved: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+
+    def receive_blocks(self, asked: wire.CopyRun, block_ids: Sequence[int] | None) -> "asyncio.Future[str | None]":
+        return self.moved
+
+
+@pytest.mark.parametrize(("reserves", "error"), [(True, None), (True, "no"), (False, None)])
+async def test_no_answer_before_all_ranks_have_done_their_part(reserves: bool, error: str | None) -> None:
+    """Whatever came of the first's: the blocks of a copy that failed are given to others, and a rank may still write there."""
+    pair = Pair(timeout_s=5)
+    ranks = OtherRanks()
+    pair.target.copies._crew = ranks  # type: ignore[assignment]
+    try:
+        pair.offer(1)
+        if reserves:
+            pair.reserve(1)
+        copying = asyncio.create_task(pair.copy(1))
+        await asyncio.sleep(0.3)
+        assert not copying.done()
+        ranks.moved.set_result(error)
+        _, answer = await asyncio.wait_for(copying, 10)
+        assert answer is not None
+        assert (answer.error is None) == (reserves and error is None)
+    finally:
+        pair.close()

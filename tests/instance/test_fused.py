@@ -23,6 +23,7 @@ from transformers import (
 from distattn.shape import PackedRows
 from instance.fused import OwnRow
 from instance.model import Model, random_model
+from tests.support.tiny import SIZES
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([3, 4, 5, 6])
@@ -75,16 +76,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def make(kind: tuple[Any, dict[str, Any]], dtype: torch.dtype) -> Model:
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 97,
-        "max_position_embeddings": 512,
-    }
-    model = random_model(kind[0](**(sizes | kind[1])), dtype, CPU, seed=1)
+    model = random_model(kind[0](**(SIZES | kind[1])), dtype, CPU, seed=1)
     for name, parameter in model.module.named_parameters():
         parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.15)
     return model

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from gmanager.wire.messages import MemberAddress
-from instance.epoch import share_host
 from instance.host import host_of_this_process
+from instance.rank_epoch import share_host
 
 
 @pytest.fixture

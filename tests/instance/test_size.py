@@ -85,6 +85,46 @@ def test_the_8b_shape_on_two_h200s_has_the_room_that_was_measured(shape_8b: str,
     assert (found["fits"], found["fewest"], found["context"]) == (True, 2, 2**20)
 
 
+def test_an_instance_of_two_ranks_has_the_room_that_was_measured(shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two H200s, `--tp 2`: 1,853,632 tokens. The first rank has half of all but embeddings and norms."""
+    found = ask(shape_8b, "--tp", "2", "--gpus", "2", "--gpu-memory", str(H200_GIB), capsys=capsys)
+    assert (found["instances"], found["tp"], found["kv_per_token"]) == (1, 2, 131_072 // 2)
+    assert found["instance"]["tokens"] == found["cell_tokens"] == pytest.approx(1_853_632, rel=0.03)
+    embeddings = 128_256 * 4096 * 2
+    assert found["weights"] == pytest.approx((16_060_522_496 - embeddings) / 2 + embeddings, rel=1e-3)
+
+
+def test_seventy_billion_parameters_fit_two_h200s_and_not_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = SHAPE_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    LlamaConfig(**shape).save_pretrained(tmp_path)
+    given = [str(tmp_path), "--context", "64K", "--gpu-memory", str(H200_GIB)]
+    found = ask(*given, "--tp", "2", capsys=capsys)
+    assert (found["instances"], found["fits"]) == (1, True)
+    assert main(given) == 2
+    assert "a GPU needs 141.0 GiB (weights 131.4 GiB" in capsys.readouterr().err
+    assert main([*given, "--tp", "2", "--gpus", "3"]) == 2
+    assert "--gpus 3 are no multiple of --tp 2" in capsys.readouterr().err
+
+
+def test_weights_of_8_bits_are_counted_as_such(shape_8b: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ask(shape_8b, "--gpu-memory", "80", "--context", "64K", capsys=capsys)
+    found = ask(shape_8b, "--gpu-memory", "80", "--context", "64K", "--quantize", "fp8", capsys=capsys)
+    features = 32 * (4096 + 2 * 1024 + 4096 + 3 * 14336) - 32 * 14336 + 32 * 4096  # each with a scale; down's are hidden
+    embeddings = 128_256 * 4096
+    layers = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
+    norms = (2 * 32 + 1) * 4096 * 2
+    assert found["weights"] == layers + 4 * features + 2 * embeddings + (embeddings + 4 * 128_256) + norms
+    assert plain["weights"] == 2 * (layers + 2 * embeddings) + norms
+    assert found["kv_per_token"] == plain["kv_per_token"] and found["cell_tokens"] > plain["cell_tokens"]
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    LlamaConfig(**SHAPE_8B | large).save_pretrained(tmp_path / "70b")
+    arguments = (str(tmp_path / "70b"), "--gpu-memory", "139.8", "--context", "64K")
+    assert main(list(arguments)) == 2  # in bf16 131 GiB of weights
+    assert "short by" in capsys.readouterr().err
+    whole = ask(*arguments, "--quantize", "fp8", capsys=capsys)
+    assert whole["fits"] and whole["fewest"] == 1 and 66 < whole["weights"] / 2**30 < 67
+
+
 def test_layers_with_windows_take_what_their_rows_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shape of Gemma 3 27B: of 62 layers ten see all, the others 1,024 tokens. A prompt of 128K takes what is said."""
     Gemma3TextConfig(**GEMMA_3_27B).save_pretrained(tmp_path)
@@ -323,7 +363,7 @@ def test_a_gpu_that_is_not_here_must_be_described(shape_8b: str, capsys: pytest.
             SHAPE_8B | {"model_type": "llama", "head_dim": 80},
             "the triton backend takes float32, float16 and bfloat16, head_dim a power of two from 16 to 256",
         ),
-        (SHAPE_8B | {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, "has quantised weights"),
+        (SHAPE_8B | {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "a form that isn't read"),
         (
             {name: value for name, value in SHAPE_8B.items() if name != "dtype"} | {"model_type": "llama"},
             "doesn't say of which type its weights are: give --dtype",

@@ -34,6 +34,7 @@ from instance.plan import SampledRow, StepPlan
 from kvstore.format import KVFormat
 from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE
+from tests.support.tiny import SIZES
 
 BLOCK = 16
 PARAMS: Any = None
@@ -70,16 +71,7 @@ def own_stream() -> Iterator[None]:
 
 def made(config: type[PretrainedConfig], *, norms: float = 1.0, **more: Any) -> Model:
     """A tiny model of random weights, fused if it can be; `norms`: what their weights are about."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 97,
-        "max_position_embeddings": 512,
-    }
-    model = random_model(config(**(sizes | more)), torch.float32, DEVICE, seed=2)
+    model = random_model(config(**(SIZES | more)), torch.float32, DEVICE, seed=2)
     for name, parameter in model.module.named_parameters():
         parameter.data.normal_(norms if "norm" in name else 0.0, 0.2)
     model.fuse("triton")

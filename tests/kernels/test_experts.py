@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kernels.experts import ExpertWeights, Gate, mix_experts, route
+from kernels.experts import ExpertWeights, Gate, Packed, mix_experts, route
 from tests.kernels.test_layer_ops import CLOSE, DTYPES, near
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU
 from tests.support.compiling import compiled
@@ -103,6 +103,83 @@ def test_mixes(rows: int, gate: str, biased: bool, transposed: bool, dtype: torc
     got_TE = mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend)
     near(got_TE, mix64(x_TE, experts_TS, weights_TS, weights))
     assert torch.equal(got_TE, mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend))
+
+
+def make_packed(sizes: tuple[int, int, int], gate: Gate, dtype: torch.dtype) -> tuple[ExpertWeights, ExpertWeights]:
+    """Of `(X, E, I)`, E and I whole blocks, with biases: packed, and as plain weights of the same values."""
+    num_experts, hidden, width = sizes
+
+    def packed(columns: int, summed: int) -> Packed:
+        blocks = torch.randint(256, (num_experts, columns, summed // 32, 16), dtype=torch.uint8, device=DEVICE)
+        scales = torch.randint(119, 123, blocks.shape[:3], dtype=torch.uint8, device=DEVICE)
+        return Packed(blocks, scales)
+
+    def bias(columns: int) -> torch.Tensor:
+        return torch.randn(num_experts, columns, device=DEVICE).to(dtype)
+
+    parts, biases = (packed(2 * width, hidden), packed(hidden, width)), (bias(2 * width), bias(hidden))
+    gate_up, down = (part.dequantise(dtype) for part in parts)
+    return ExpertWeights(*parts, gate, *biases), ExpertWeights(gate_up, down, gate, *biases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_numbers_are_those_of_the_format(dtype: torch.dtype) -> None:
+    """All codes, and scales from the least to the largest that a weight may have in fp32."""
+    codes = torch.arange(32, dtype=torch.uint8, device=DEVICE) % 16
+    blocks = (codes[0::2] | codes[1::2] << 4).expand(1, 3, 1, 16).contiguous()
+    scales = torch.tensor([0, 127, 251], dtype=torch.uint8, device=DEVICE).view(1, 3, 1)
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device=DEVICE)
+    want = torch.cat((numbers, -numbers)).repeat(2) * 2.0 ** torch.tensor([[-127], [0], [124]], device=DEVICE).double()
+    packed = Packed(blocks, scales)
+    assert packed.shape == (1, 3, 32) and packed.nbytes == 3 * 17
+    got = packed.dequantise(dtype)
+    assert torch.equal(got[0].double(), want)
+    assert torch.equal(packed.dequantise(dtype, 0), got[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", ["silu", "gpt-oss"])
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+def test_mixes_packed_weights(rows: int, gate: str, dtype: torch.dtype, backend: str) -> None:
+    sizes, top_k = (5, 96, 160), 3
+    packed, plain = make_packed(sizes, GATES[gate], dtype)
+    x_TE = torch.randn(rows, sizes[1], device=DEVICE).to(dtype) / 8
+    experts_TS, weights_TS = make_routing(rows, sizes[0], top_k)
+    got_TE = mix_experts(x_TE, experts_TS, weights_TS, packed, backend=backend)
+    near(got_TE, mix64(x_TE, experts_TS, weights_TS, plain))
+    assert torch.equal(got_TE, mix_experts(x_TE, experts_TS, weights_TS, packed, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_ways_to_group_packed_weights(dtype: torch.dtype) -> None:
+    from kernels import experts_triton
+
+    sizes = (3, 96, 64)
+    packed, plain = make_packed(sizes, GATES["gpt-oss"], dtype)
+    x_TE = torch.randn(13, sizes[1], device=DEVICE).to(dtype) / 8
+    experts_TS, weights_TS = make_routing(13, sizes[0], 2)
+    want_TE = mix64(x_TE, experts_TS, weights_TS, plain)
+    for config in {experts_triton.group_config(each * 8, 8, sizes[1], dtype) for each in (1, 5, 20, 60, 500)}:
+        out_TE = torch.full_like(x_TE, NAN)
+        experts_triton.mix_groups(x_TE, experts_TS, weights_TS, packed, out_TE, gate_up=config, down=config)
+        near(out_TE, want_TE)
+
+
+def test_packed_weights_that_do_not_fit_are_refused() -> None:
+    packed, _ = make_packed((4, 32, 64), Gate(), torch.float32)
+    gate_up, down = packed.gate_up_XNE, packed.down_XEI
+    assert isinstance(gate_up, Packed) and isinstance(down, Packed) and packed.is_packed and packed.dtype == torch.float32
+    assert ExpertWeights(gate_up, down, Gate()).dtype is None
+    with pytest.raises(ValueError, match=r"packed weights \(4, 128, 1, 16\) .* scales \(4, 32, 2\)"):
+        Packed(gate_up.blocks_XNGB, down.scales_XNG)
+    with pytest.raises(ValueError, match=r"torch\.int8"):
+        Packed(gate_up.blocks_XNGB.to(torch.int8), gate_up.scales_XNG)
+    with pytest.raises(ValueError, match=r"gate and up \(4, 128, 32\) packed .* down \(4, 32, 64\) torch\.float32"):
+        ExpertWeights(gate_up, down.dequantise(torch.float32), Gate())
+    experts_TS, weights_TS = make_routing(3, 4, 2)
+    with pytest.raises(ValueError, match=r"rows \(3, 32\) torch\.float16 .* torch\.float32"):
+        mix_experts(torch.zeros(3, 32, device=DEVICE).half(), experts_TS, weights_TS, packed, backend="torch")
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -259,7 +336,7 @@ def test_refusals() -> None:
 def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
     """By the compiler, for Hopper: all fit, weights come 16 bytes at a time, and tiles of 64 rows and more meet in wgmma."""
     found: dict[str, dict[str, int]] = compiled("tests.support.compiled_experts", tmp_path)
-    assert len(found) == 2 * 2 * 4  # products, shapes, ways through
+    assert len(found) == 2 * 3 * 4  # products, shapes, ways through
     for product, taken in found.items():
         assert taken["programs"] * (taken["shared"] + 1024) <= 228 * 1024, product
         assert taken["wide_bytes"] >= taken["tile_bytes"], product

@@ -14,12 +14,13 @@ import triton
 from triton.compiler import ASTSource
 
 from kernels import experts_triton
-from kernels.experts import ExpertWeights, Gate
+from kernels.experts import ExpertWeights, Gate, Packed
 from tests.support.compiled import HOPPER
 
+GPT_OSS = Gate("silu", 1.702, 7.0, 1.0, True)
 ROWS = (1, 8, 512, 8192)
 WIDE_LOADS = ("ld.global.v4", "cp.async.cg.shared.global")
-POINTERS = {torch.bfloat16: "*bf16", torch.int32: "*i32"}
+POINTERS = {torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
 
 
 class Compiled:
@@ -64,7 +65,7 @@ class Compiled:
                 "shared": compiled.metadata.shared,
                 "programs": 1 if block_m == 128 else 2,
                 "wide_bytes": 16 * 32 * num_warps * sum(code.count(load) for load in WIDE_LOADS),
-                "tile_bytes": 2 * columns * constants["BLOCK_K"],
+                "tile_bytes": columns * constants["BLOCK_K"] * 2 // (4 if constants["PACKED"] else 1),
                 "block_m": block_m,
                 "wgmma": code.count("wgmma.mma_async"),
             }
@@ -86,10 +87,23 @@ def weights(sizes: tuple[int, int, int], gate: Gate, *, transposed: bool, biased
     return ExpertWeights(gate_up, down, gate, *((empty(2 * width), empty(hidden)) if biased else ()))
 
 
+def packed(sizes: tuple[int, int, int], gate: Gate) -> ExpertWeights:
+    """Of `(X, E, I)`, with biases."""
+    num_experts, hidden, width = sizes
+
+    def part(columns: int, summed: int) -> Packed:
+        blocks = torch.empty((num_experts, columns, summed // 32, 16), dtype=torch.uint8, device="meta")
+        return Packed(blocks, torch.empty(blocks.shape[:3], dtype=torch.uint8, device="meta"))
+
+    biases = (torch.empty((num_experts, columns), dtype=torch.bfloat16, device="meta") for columns in (2 * width, hidden))
+    return ExpertWeights(part(2 * width, hidden), part(hidden, width), gate, *biases)
+
+
 def main() -> None:
     models = {
         "Qwen3-30B-A3B": (8, weights((128, 2048, 768), Gate(), transposed=False, biased=False)),
-        "gpt-oss-20b": (4, weights((32, 2880, 2880), Gate("silu", 1.702, 7.0, 1.0, True), transposed=True, biased=True)),
+        "gpt-oss-20b, packed": (4, packed((32, 2880, 2880), GPT_OSS)),
+        "gpt-oss-20b": (4, weights((32, 2880, 2880), GPT_OSS, transposed=True, biased=True)),
     }
     found: list[dict[str, int]] = []
     products = {}

@@ -8,10 +8,11 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from gmanager.wire.scaling import RopeScaling
-from instance.config import InstanceConfig, KVDType, KVFormat, Launch
+from instance.config import InstanceConfig, KVDType, KVFormat, Launch, Quantize
 
 Mutation = Literal["drop", "double", "shift"]
 
@@ -55,6 +56,7 @@ class Setup:
     mutate: Mutation | None = None
     device: Literal["cpu", "cuda"] = DEVICE
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Quantize = "none"
     served_model_name: str | None = None
     other_names: tuple[str, ...] = ()
     host_memory: int = 0
@@ -64,6 +66,8 @@ class Setup:
     rope_scaling: RopeScaling | None = None
     kv_format: KVFormat = "auto"
     kv_dtype: KVDType = "auto"
+    tp: int = 1
+    """Workers that share the model of an instance."""
 
 
 @dataclass
@@ -107,9 +111,11 @@ class Farm:
 
         `rests`: False if the gManager will be gone by then.
         """
-        self.grow(size)
-        await asyncio.gather(*(w.ask("serve", rank, size, setup, gmanager) for rank, w in enumerate(self.workers[:size])))
-        workers = self.workers[:size]
+        self.grow(size * setup.tp)
+        workers = self.workers[: size * setup.tp]
+        with tempfile.TemporaryDirectory() as meetings:
+            starts = (w.ask("serve", rank, size, setup, gmanager, Path(meetings)) for rank, w in enumerate(workers))
+            await asyncio.gather(*starts)
         try:
             yield
             if rests:
@@ -129,7 +135,7 @@ def _work(index: int, pipe: Connection) -> None:
 
 async def _obey(pipe: Connection) -> None:
     loop = asyncio.get_running_loop()
-    serving: _Serving | None = None
+    serving: _Serving | _Following | None = None
     while True:
         try:
             name, *arguments = await loop.run_in_executor(None, pipe.recv)
@@ -153,6 +159,41 @@ async def _obey(pipe: Connection) -> None:
 _loaded: dict[tuple[Any, ...], Any] = {}
 
 
+class _Following:
+    """A rank that isn't the first of its instance: it ends when that does."""
+
+    def __init__(self, task: "asyncio.Task[None]") -> None:
+        self._task = task
+
+    async def rest(self) -> None:
+        if self._task.done():
+            await self._task
+
+    async def spoil(self, where: str) -> None:
+        raise NotImplementedError
+
+    async def end(self) -> None:
+        await asyncio.wait_for(self._task, 10)
+
+
+async def _follow(follower: Any) -> None:
+    """With a pool that holds NaN wherever nothing was written."""
+    import instance.follower as room
+
+    make_pool = room.make_pool
+
+    def poisoned(*args: Any) -> Any:
+        storage = make_pool(*args)
+        storage.fill_(torch.nan)
+        return storage
+
+    room.make_pool = poisoned
+    try:
+        await follower.run()
+    finally:
+        room.make_pool = make_pool
+
+
 class _Serving:
     def __init__(self, instance: Any, rmanager: Any, task: "asyncio.Task[None]", undo: Any) -> None:
         self._instance = instance
@@ -161,20 +202,26 @@ class _Serving:
         self._undo = undo
 
     @staticmethod
-    async def start(rank: int, size: int, setup: Setup, gmanager: str) -> "_Serving":
+    async def start(rank: int, size: int, setup: Setup, gmanager: str, meetings: Path) -> "_Serving | _Following":
         from gmanager.wire.channel import ZmqTransport
-        from instance.start import load, make_instance
+        from instance.crew import Meeting
+        from instance.follower import meet_first
+        from instance.start import device_of, lead, load
 
+        launch, seat = Launch(rank=rank, local_rank=rank, world_size=size * setup.tp, run_id="farm").split(setup.tp)
         config = InstanceConfig(
             gmanager=gmanager,
             model=str(setup.model),
             served_model_name=setup.served_model_name,
             other_names=setup.other_names,
-            kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[rank],
-            launch=Launch(rank=rank, local_rank=rank, world_size=size, run_id="farm"),
+            kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[launch.rank],
+            launch=launch,
+            place=seat,
+            meeting=meetings / f"load-{launch.rank}" if setup.tp > 1 else None,
             device=setup.device,
             gpu=place(rank)[0],
             dtype=setup.dtype,
+            quantize=setup.quantize,
             block_size=setup.block_size,
             chunk_tokens=setup.chunk_tokens,
             cell_size=size,
@@ -188,10 +235,17 @@ class _Serving:
             threads=1,
             step_timeout_s=30,
         )
-        key = (setup.model, setup.dtype, setup.rope_scaling, setup.kv_format, setup.kv_dtype, rank)
+        form = setup.dtype, setup.quantize, setup.rope_scaling, setup.kv_format, setup.kv_dtype
+        key = (setup.model, *form, rank, setup.tp)
         if key not in _loaded:
             _loaded[key] = load(config)
-        instance = make_instance(config, _loaded[key], ZmqTransport())
+        loaded = _loaded[key]
+        if setup.tp > 1:
+            path = meetings / f"serve-{launch.rank}"
+            loaded = replace(loaded, meeting=Meeting.of(path, seat, device_of(config), config.host, config.step_timeout_s))
+        if seat.part:
+            return _Following(asyncio.create_task(_follow(await meet_first(config, loaded, ZmqTransport()))))
+        instance = await lead(config, loaded, ZmqTransport())
         instance._lasting.storage.fill_(torch.nan)
         undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
         return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)

@@ -10,7 +10,28 @@ import torch
 from _tiny import CONFIGS, VOCAB, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-__all__ = ["CONFIGS", "VOCAB", "Expected", "make_long_model", "make_model", "make_tokenizer", "prompt_reference", "reference"]
+__all__ = [
+    "CONFIGS",
+    "SIZES",
+    "VOCAB",
+    "Expected",
+    "make_long_model",
+    "make_model",
+    "make_tokenizer",
+    "prompt_reference",
+    "reference",
+]
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 512,
+}
+"""Of models that are made of a config alone: no tokenizer fits them."""
 
 MAX_CONTEXT = 32768
 """Of a model that takes long texts."""

@@ -39,6 +39,8 @@ class InstanceSpec(Part):
     windows: list[int] = []
     """For each table of blocks behind the first, of layers that see but a window or a chunk: the most blocks that one sequence
     takes on an instance (`gmanager.wire.footprint`)."""
+    tp: int = 1
+    """Ranks between which its model and each block of its KV are split."""
     rotary: str = ""
     """What the service has chosen of the model's rotary frequencies, in words; empty: they are as the model has them."""
     kv_dtype: str = ""

@@ -1,0 +1,252 @@
+"""What one rank of an instance has of an epoch on its device: process groups, graphs, runners. The first rank's epoch is more
+(`instance.epoch`); on the others of a split model (`instance.follower`) it is all there is."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from llguidance import LLTokenizer
+
+from distattn.attention import DistAttention
+from distattn.exchange import Exchange, Work
+from distattn.transfer import StepBudget, Transfers
+from gmanager.wire import messages as wire
+from gmanager.wire.logs import get_logger
+from instance.cell import EpochGroup
+from instance.config import InstanceConfig
+from instance.copies import CHANNELS
+from instance.errors import InstanceError
+from instance.model import Model
+from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, StepPlan
+from instance.processors import Processors
+from instance.runner import Runner
+from instance.step import Lane
+from instance.team import Team
+from kvstore.storage import KVStorage
+
+if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
+    from distattn.peers import PeerMemory
+    from instance.team_memory import TeamMemory
+
+log = get_logger("instance")
+
+LET_GO_S = 0.5
+"""Between two looks who still waits."""
+END_TIMEOUT_S = 8.0
+"""Longest that the device may take to let go of a step that was aborted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equipment:
+    """What a rank keeps through all epochs."""
+
+    config: InstanceConfig
+    model: Model
+    """Or its part of it."""
+    tokenizer: LLTokenizer | None
+    """For grammars."""
+    storage: KVStorage
+    processors: Processors | None
+    """Of a GPU."""
+
+
+class RankEpoch:
+    """One membership, on one rank: make its runners together with the other members, `end` it."""
+
+    def __init__(
+        self,
+        equipment: Equipment,
+        join: wire.JoinEpoch,
+        tell: Callable[[int, Lane, StepPlan, int], None] | None = None,
+    ) -> None:
+        """`tell`: the other ranks of an epoch's step, before it runs here."""
+        self.number = join.epoch
+        self.runners: dict[Lane, Runner] = {}
+        self._equipment = equipment
+        self._join = join
+        self._tell = tell
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="join")
+        """Not the loop's own pool, whose end waits for a thread that waits for a lost peer."""
+        self._made = ExitStack()
+        """Undoes what was made, last first."""
+        self._exchanges: list[Exchange] = []
+        self._is_over = False
+
+    @property
+    def size(self) -> int:
+        """Members."""
+        return len(self._join.members)
+
+    async def make_runner(self, lane: Lane) -> None:
+        """Meet the other members' ranks. Raises what torch raises if they don't come, and InstanceError after `end`."""
+        self.runners[lane] = await asyncio.get_running_loop().run_in_executor(self._thread, self._make_runner, lane)
+        if self._is_over:
+            raise InstanceError("the epoch ended while it was being formed")
+
+    async def abandon(self) -> None:
+        """Let go of all that others may wait for; for the device nobody waits."""
+        self._is_over = True
+        self._made.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def let_go(self) -> None:
+        """After `abandon`: until the device does nothing of the epoch any more. Raises InstanceError if it doesn't let go."""
+        threads = self._threads()
+        loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(len(threads), "end")  # the process may end without it
+        ending = {loop.run_in_executor(pool, thread.shutdown) for thread in threads}
+        pool.shutdown(wait=False)
+        deadline = loop.time() + END_TIMEOUT_S
+        stuck: list[Work] = []
+        while ending:
+            _, ending = await asyncio.wait(ending, timeout=LET_GO_S)
+            sending = [exchange.sending for exchange in self._exchanges if exchange.sending is not None]
+            if ending and self._equipment.model.device.type == "cpu" and len(ending) <= len(sending) and sending == stuck:
+                # all connections are closed: such a thread can only come back with an error, and then writes nothing
+                log.warning("left behind in a send that nobody takes", threads=len(ending))
+                break
+            if ending and loop.time() > deadline:
+                raise InstanceError(f"the device did not let go of an aborted step within {END_TIMEOUT_S:g} s")
+            stuck = sending
+
+    def _threads(self) -> Sequence[Executor]:
+        """That may still do something of it."""
+        return [self._thread, *(pool for runner in self.runners.values() for pool in runner.threads)]
+
+    def _undo(self, undo: Callable[[], None]) -> None:
+        """With the epoch; at once if it is over already."""
+        if self._is_over:
+            undo()
+            raise InstanceError("the epoch ended while it was being formed")
+        self._made.callback(undo)
+
+    def _make_group(
+        self,
+        name: str,
+        device: torch.device,
+        *,
+        max_channels: int | None = None,
+        rank: int | None = None,
+        size: int | None = None,
+    ) -> EpochGroup:
+        """Between all who make theirs of that name together: the ranks of all members that have the same part of the model, or,
+        where `rank` and `size` say so, others."""
+        config = self._equipment.config
+        group = EpochGroup(
+            store_address=self._join.store_address,
+            host=config.host,
+            name=f"epoch-{self.number}-{name}" + (f"-part-{config.place.part}" if size is None else ""),
+            rank=self._join.rank if rank is None else rank,
+            size=self.size if size is None else size,
+            device=device,
+            timeout_s=config.step_timeout_s,
+            max_channels=max_channels,
+        )
+        self._undo(group.close)  # before others are waited for: who ends the epoch meanwhile need not wait, too
+        return group.meet()
+
+    def _exchange(self, group: EpochGroup, device: torch.device) -> Exchange:
+        exchange = Exchange(group.group, device, [member.id for member in self._join.members])
+        self._exchanges.append(exchange)
+        return exchange
+
+    def _make_transfers(self, budget: StepBudget) -> Transfers:
+        """Copies to and from the ranks of other instances that have the same part of the model.
+
+        Their communicator is made now, though most epochs move nothing. NCCL makes one in a call that all members must join,
+        and allocates memory on the device meanwhile, which may wait for the kernels that run there. Once lanes step, one of
+        these may wait for a peer that can't launch its own before the same call is over: nobody would go on.
+        """
+        device = self._equipment.model.device
+        words = self._make_group("words", torch.device("cpu"))
+        blocks = words if device.type == "cpu" else self._make_group("blocks", device, max_channels=CHANNELS)
+        exchanges = self._exchange(blocks, device), self._exchange(words, torch.device("cpu"))
+        return Transfers(self._equipment.storage, *exchanges, budget)
+
+    def _make_runner(self, lane: Lane) -> Runner:
+        """The device's side of a lane: all members of the epoch make theirs together."""
+        equipment, config, device = self._equipment, self._equipment.config, self._equipment.model.device
+        group = self._make_group(lane, device)
+        exchange = self._exchange(group, device)
+        attention = DistAttention(equipment.storage, equipment.model.shape, exchange, backend=config.backend)
+        runner = Runner(
+            equipment.model,
+            attention,
+            threads=config.threads,
+            max_samples=MAX_SAMPLES[lane],
+            tokenizer=equipment.tokenizer,
+            streams=None if equipment.processors is None else equipment.processors.streams[lane],
+            team=self._make_team(lane, device),
+            tell=None if self._tell is None else partial(self._tell, self.number, lane),
+        )
+        self._undo(runner.close)
+        if device.type == "cuda" and lane == "prefill":
+            runner.prepare_chunks(config.chunk_tokens)
+        elif device.type == "cuda":
+            peers = self._share_memory(group)
+            log.info("capturing CUDA graphs")
+            runner.capture(equipment.storage, peers)
+            if not group.all_say(bool(runner.graphs)):  # a shared step is a graph on all members, or on none
+                runner.graphs.clear()
+                peers = None
+            log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
+        return runner
+
+    def _share_memory(self, group: EpochGroup) -> "PeerMemory | None":
+        """Memory that the members write for each other, where graphs can use it."""
+        from distattn.peers import PeerMemory  # it needs Triton, which an instance on the CPU does without
+        from kernels.decode_attention import MAX_ROWS
+
+        size, model = self.size, self._equipment.model
+        most_served = (size - 1) * MAX_DECODE_ROWS
+        if not share_host(self._join.members) or not 0 < most_served <= MAX_ROWS:
+            return None
+        peers = PeerMemory(
+            store=group.store,
+            rank=self._join.rank,
+            size=size,
+            rows=MAX_DECODE_ROWS,
+            shape=model.shape,
+            device=model.device,
+        )
+        self._undo(peers.abort)
+        group.barrier()  # nobody pushes into memory that its owner has yet to clear
+        return peers
+
+    def _make_team(self, lane: Lane, device: torch.device) -> Team | None:
+        """Of the ranks that share the model; None: it is whole."""
+        place = self._equipment.config.place
+        if place.parts == 1:
+            return None
+        group = self._make_group(f"{lane}-of-{self._join.id}", device, rank=place.part, size=place.parts)
+        memory = self._share_team_memory(group) if device.type == "cuda" and lane == "decode" else None
+        return Team(group.team_group, place, memory)
+
+    def _share_team_memory(self, group: EpochGroup) -> "TeamMemory | None":
+        """Through which the ranks sum decode rows; None: one of them can't reach another's."""
+        from instance.team_memory import TeamMemory  # it needs Triton, which an instance on the CPU does without
+
+        model = self._equipment.model
+        memory: TeamMemory | None = None
+        try:
+            memory = TeamMemory(
+                store=group.store,
+                place=self._equipment.config.place,
+                rows=MAX_DECODE_ROWS,
+                row_bytes=model.hidden_size * model.shape.dtype.itemsize,
+                device=model.device,
+            )
+            self._undo(memory.abort)
+        except RuntimeError as error:
+            log.warning("the ranks' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
+        log.info("ranks add decode rows", by="one-sided writes" if memory else "NCCL")
+        return memory if group.all_say(memory is not None) else None
+
+
+def share_host(members: Sequence[wire.MemberAddress]) -> bool:
+    """Whether all can map each other's GPU memory, and so push rows into it."""
+    return len({member.host for member in members}) == 1

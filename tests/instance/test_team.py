@@ -1,0 +1,53 @@
+"""Ranks that share a model, between real processes: by Gloo on the CPU, by NCCL on a GPU each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(0 < torch.cuda.device_count() < 2, reason="needs two GPUs, or none")
+@pytest.mark.parametrize(("ranks", "hidden", "dtype"), [(2, 64, "float32"), (3, 64, "float32"), (2, 2048, "bfloat16")])
+def test_decode_steps_as_graphs_are_those_run_eagerly(ranks: int, hidden: int, dtype: str, tmp_path: Path) -> None:
+    """One row takes the kernel for one row where matrices are wide (2,048 in bf16): nothing rides along with its product."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    if hidden > 64 and not torch.cuda.is_available():
+        pytest.skip("takes too long in the interpreter")
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=97,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    worker = ROOT / "tests" / "support" / "team_worker.py"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(worker)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(tmp_path), dtype],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all("EQUAL" in its for its in said), "\n".join(its[-3000:] for its in said)

@@ -1,0 +1,158 @@
+"""Products with matrices of 8 bits a weight, of both backends against float64."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.layer_ops import ACTIVATIONS, gated_linear, linear, uses_gemv
+from kernels.products import TILED_ROWS, TYPES, Kind, Quantised, dequantise, product, quantise, rows_of_each_kernel, stack
+from tests.kernels.test_layer_ops import DTYPES, near
+from tests.kernels.test_paged_attention import DEVICE
+from tests.support.compiling import compiled
+
+
+def make(num_out: int, num_in: int, kind: Kind, group: int = 0) -> Quantised:
+    """Random; with a group, of scales that differ a lot."""
+    made = quantise(torch.randn(num_out, num_in, device=DEVICE) / math.sqrt(num_in), kind)
+    if not group:
+        return made
+    scale_NG = made.scale_NG * torch.rand(num_out, -(-num_in // group), device=DEVICE).add(0.1)
+    return Quantised(made.weight_NE, scale_NG, group)
+
+
+def weights64(matrix: Quantised) -> torch.Tensor:
+    scale_NE = matrix.scale_NG.double().repeat_interleave(matrix.group, 1)[:, : matrix.shape[1]]
+    return matrix.weight_NE.double() * scale_NE
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_quantised_weights_are_the_nearest_that_there_are(kind: Kind) -> None:
+    weight_NE = torch.randn(7, 300, device=DEVICE)
+    weight_NE[2] = 0
+    weight_NE[3] *= 1e-6
+    matrix = quantise(weight_NE, kind)
+    assert matrix.weight_NE.dtype == TYPES[kind] and matrix.nbytes == 7 * 300 + 7 * 4
+    got_NE, largest_N1 = dequantise(matrix, torch.float32, backend="torch"), weight_NE.abs().amax(1, keepdim=True)
+    assert torch.equal(got_NE[2], weight_NE[2])
+    torch.testing.assert_close(got_NE.abs().amax(1, keepdim=True), largest_N1)
+    # of e4m3 half a step is 1/16 of a number at most, or 2^-10 of the least; of int8 half of 1/127 of the largest
+    step = weight_NE.abs() / 16 + largest_N1 / 448 * 2**-10 if kind == "fp8" else largest_N1 / 254
+    assert bool(((got_NE - weight_NE).abs() <= step * 1.001).all())
+    bf16 = dequantise(quantise(weight_NE.bfloat16(), kind), torch.bfloat16, backend="torch")
+    assert bf16.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("num_in", "group"), [(256, 0), (300, 128), (96, 32)])
+def test_dequantises(num_in: int, group: int, kind: Kind, dtype: torch.dtype) -> None:
+    matrix = make(5, num_in, kind, group)
+    for backend in ("torch", "triton"):
+        near(dequantise(matrix, dtype, backend=backend), weights64(matrix))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("group", [0, 128, 64])
+@pytest.mark.parametrize(("rows", "num_in"), [(1, 1024), (1, 1472), (2, 256), (7, 300), (40, 192)])
+def test_products(rows: int, num_in: int, group: int, kind: Kind, dtype: torch.dtype, backend: str) -> None:
+    out = 37
+    matrix = make(out, num_in, kind, group)
+    x = torch.randn(rows, num_in, device=DEVICE).to(dtype)
+    bias, residual = torch.randn(out, device=DEVICE).to(dtype), torch.randn(rows, out, device=DEVICE).to(dtype)
+    want = x.double() @ weights64(matrix).T
+    near(product(x, matrix, backend=backend), want)
+    near(linear(x, matrix, bias, backend=backend), want + bias.double())
+    summed = residual.double() + want
+    assert linear(x, matrix, residual_TN=residual, backend=backend) is residual
+    near(residual, summed)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_rides_along(rows: int, activation: str, backend: str) -> None:
+    matrix, wide = make(37, 1100, "fp8"), 1100
+    gate_up, residual = torch.randn(rows, 2 * wide, device=DEVICE), torch.randn(rows, 37, device=DEVICE)
+    gate, up = gate_up.double().chunk(2, -1)
+    want = (ACTIVATIONS[activation](gate) * up) @ weights64(matrix).T
+    near(gated_linear(gate_up, matrix, activation, backend=backend), want)
+    summed = residual.double() + want
+    assert gated_linear(gate_up, matrix, activation, residual_TE=residual, backend=backend) is residual
+    near(residual, summed)
+
+
+def test_many_rows_are_multiplied_with_the_same_weights() -> None:
+    matrix = make(9, 48, "fp8")
+    x = torch.randn(TILED_ROWS + 1, 48, device=DEVICE)
+    many = product(x, matrix, backend="triton")
+    near(many, x.double() @ weights64(matrix).T)
+    near(product(x[:3], matrix, backend="triton"), many[:3].double())
+    assert product(x[:0], matrix, backend="triton").shape == (0, 9)
+    assert not uses_gemv(1, matrix, "torch") and not uses_gemv(2, matrix, "triton")
+
+
+def test_parts_of_one_matrix_and_one_matrix_of_parts() -> None:
+    parts = [make(n, 160, "fp8", 128) for n in (5, 3)]
+    whole = stack(parts)
+    near(dequantise(whole, torch.float32, backend="torch"), torch.cat([weights64(part) for part in parts]))
+    view = whole.rows(5, 8)
+    assert view.weight_NE.data_ptr() == whole.weight_NE[5].data_ptr()
+    assert torch.equal(view.scale_NG, parts[1].scale_NG)
+    with pytest.raises(ValueError, match="different types or groups"):
+        stack([parts[0], make(3, 160, "int8", 128)])
+
+
+def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
+    """By the compiler, for Hopper: nothing spills, and weights are brought 16 bytes at a time."""
+    found: dict[str, dict[str, int]] = compiled("tests.support.compiled_products", tmp_path)
+    assert len(found) == 2 * 2 * 4  # types, groups, rows
+    for name, taken in found.items():
+        assert taken["stack"] == taken["local"] == 0, name
+        assert taken["wide"] > 0 and (taken["narrow"] == 0 or "groups of 128" in name), name  # but for their scales
+        assert taken["shared"] + 1024 <= 228 * 1024 // (4 if "1 rows" in name else 1), name
+
+
+@pytest.mark.parametrize("group", [0, 128])
+def test_what_is_warmed_up_is_all_that_rows_compile(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the constants that kernels are launched with: nothing may be compiled once an instance is ready."""
+    from kernels import products_triton
+
+    launched: set[object] = set()
+
+    class Noted:
+        def __init__(self, kernel: str) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *_, **constants: launched.add((self._kernel, *constants.items()))
+
+    for name in ("_gemv_kernel", "_product_kernel", "_dequantise_kernel"):
+        monkeypatch.setattr(products_triton, name, Noted(name))
+    matrix = make(40, 256, "fp8", group)
+    for rows in rows_of_each_kernel(300):
+        product(torch.zeros(rows, 256, dtype=torch.float16, device=DEVICE), matrix, backend="triton")
+    warm = frozenset(launched)
+    for rows in range(1, 301):
+        product(torch.zeros(rows, 256, dtype=torch.float16, device=DEVICE), matrix, backend="triton")
+    assert len(warm) == 5 and launched == warm
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    matrix = make(5, 64, "fp8")
+    for weight, scale, group in (
+        (torch.zeros(5, 64), matrix.scale_NG, 64),
+        (matrix.weight_NE, matrix.scale_NG, 32),
+        (matrix.weight_NE, matrix.scale_NG.double(), 64),
+        (matrix.weight_NE, matrix.scale_NG[:4], 64),
+    ):
+        with pytest.raises(ValueError, match="weights .* scales"):
+            Quantised(weight, scale, group)
+    with pytest.raises(ValueError, match=r"rows \(2, 63\) .* for weights \(5, 64\)"):
+        product(torch.zeros(2, 63), matrix, backend="torch")
+    with pytest.raises(ValueError, match="backend must be"):
+        product(torch.zeros(2, 64), matrix, backend="cuda")
