@@ -78,10 +78,14 @@ class Exchange:
     other must be one launch, and inside a group NCCL uses the epoch's communicator instead of one per pair.
     """
 
-    def __init__(self, group: Group, device: torch.device, ids: Sequence[int] | None = None) -> None:
-        """`ids`: what the world outside the epoch knows the ranks by; None: by their numbers."""
+    def __init__(
+        self, group: Group, device: torch.device, ids: Sequence[int] | None = None, *, members: str = "instance"
+    ) -> None:
+        """`ids`: what the world outside the epoch knows the ranks by; None: by their numbers. `members`: what each of them is,
+        for messages."""
         self._group = group
         self._ids = ids
+        self._members = members
         self.sending: Work | None = None
         """What a thread waits for until it is sent. On Gloo one that was in the connection's queue when this broke is told of
         nothing (torch 2.13, seen in processes that had stood still): it waits for as long as the group says, then fails."""
@@ -89,7 +93,7 @@ class Exchange:
 
     def name_of(self, rank: int) -> str:
         """Of a member, for those who read of it."""
-        return f"instance {rank if self._ids is None else self._ids[rank]}"
+        return f"{self._members} {rank if self._ids is None else self._ids[rank]}"
 
     def start(
         self,
@@ -110,7 +114,7 @@ class Exchange:
                     with _named(who):
                         works.append((who, move([part], rank, 0), is_send))
         if self._grouped:
-            works = [("the other instances", self._group._end_coalescing(), False)]
+            works = [(f"the other {self._members}s", self._group._end_coalescing(), False)]
         return Transfer(self, works)
 
 

@@ -12,7 +12,7 @@ holder the next state after it has that query. So one buffer and one signal for 
 import torch
 
 from distattn.exchange import Store
-from distattn.ipc import export_memory, import_memory
+from distattn.ipc import share_memory
 from distattn.shape import AttentionShape
 from kernels.peer_rows import Inbox
 
@@ -44,9 +44,7 @@ class PeerMemory:
             self._starts[name] = total
             total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self._memory = torch.zeros(total, dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(device)
-        store.set(f"peers-{rank}", export_memory(self._memory))
-        self._others = {peer: import_memory(store.get(f"peers-{peer}"), device) for peer in range(size) if peer != rank}
+        self._others = share_memory(self._memory, store, "peers", rank=rank, size=size)
         bases = [self._others.get(peer, self._memory).data_ptr() for peer in range(size)]
 
         heads = (num_rows, shape.num_heads)

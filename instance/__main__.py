@@ -22,7 +22,7 @@ from gmanager.wire import logs
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.errors import AddressError
 from gmanager.wire.scaling import parse_scaling
-from gmanager.wire.sizes import parse_disk, parse_size
+from gmanager.wire.sizes import parse_disk, parse_layers, parse_size
 from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
@@ -92,6 +92,16 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         metavar="N",
         help="ranks of this torchrun, one GPU each, between which the model and the KV of an instance are split (%(default)s)",
     )
+    parser.add_argument(
+        "--pp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="stages, of --tp ranks each, between which the model's layers are split (%(default)s)",
+    )
+    parser.add_argument(
+        "--pp-layers", metavar="A,B,...", help="layers of each stage, as 20,12 where devices differ (as even as can be)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--gpu", type=int, help="index of its GPU, among those that are seen (LOCAL_RANK)")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
@@ -156,15 +166,15 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     logs.add_flags(parser)
     args = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    launch, place = launch.split(args.tp)
-    if launch.local_rank < place.part:
+    launch, place = launch.split(args.tp, args.pp, () if args.pp_layers is None else parse_layers(args.pp_layers))
+    if launch.local_rank < place.rank:
         raise ValueError(
-            f"--tp {args.tp}: the ranks of an instance are of one machine, and this torchrun has {launch.local_rank + 1} here"
+            f"{place.flags}: the ranks of an instance are of one machine, and this torchrun has {launch.local_rank + 1} here"
         )
-    for flag, given, number in (("--gpu", args.gpu, launch.local_rank - place.part), ("--id", args.id, launch.rank)):
+    for flag, given, number in (("--gpu", args.gpu, launch.local_rank - place.rank), ("--id", args.id, launch.rank)):
         if given is not None and number > 0:
             raise ValueError(f"{flag} {given} is one instance's, and this torchrun has several: start one torchrun for each")
-    index = launch.local_rank if args.gpu is None else args.gpu + place.part
+    index = launch.local_rank if args.gpu is None else args.gpu + place.rank
     if gpu and torch.cuda.device_count() <= index:
         name = "LOCAL_RANK" if args.gpu is None else "--gpu"
         raise ValueError(f"{name} {index} finds no CUDA device: {torch.cuda.device_count()} are seen")
@@ -192,7 +202,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),
         decode_processors=tuple(sorted(set(args.decode_processors))),
-        threads=_given(args.threads, settings.default_threads(cell_size * place.parts)),
+        threads=_given(args.threads, settings.default_threads(cell_size * place.ranks)),
         copy_tokens=args.copy_tokens,
         host_memory=parse_size(args.host_memory),
         disk=disk,
@@ -205,7 +215,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         id=args.id,
         role=settings.role_of(args.role, launch.rank, launch.world_size),
         place=place,
-        meeting=None if place.parts == 1 else settings.meeting_of(launch),
+        meeting=None if place.ranks == 1 else settings.meeting_of(launch),
         cache_dir=args.cache_dir,
         connect_timeout_s=args.connect_timeout_s,
         log_level=args.log_level,
@@ -246,7 +256,7 @@ async def serve(config: InstanceConfig) -> None:
         return
     loaded, transport = loading.result(), ZmqTransport()
     starting: asyncio.Task[Instance | Follower] = asyncio.create_task(
-        meet_first(config, loaded, transport) if config.place.part else lead(config, loaded, transport)
+        meet_first(config, loaded, transport) if config.place.rank else lead(config, loaded, transport)
     )
     ready: list[asyncio.Future[Any]] = [starting, asked]
     await asyncio.wait(ready, return_when=asyncio.FIRST_COMPLETED)

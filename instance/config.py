@@ -36,6 +36,8 @@ GPU_MIXED_CHUNK_TOKENS = 24576
 comes next waits for the step that runs and the one behind it: a second each at most up to a prefix of 128K (8B shape, H200)."""
 GPU_GRAIN = 2048
 """Fewer rows than that cost a prompt more than they save those who wait."""
+CPU_GRAIN = 64
+"""Likewise, of slices that go through stages."""
 CPU_CHUNK_TOKENS = 512
 """What a short request waits for, against what small matrix products cost. 4096 tokens of a 135M model on two instances of
 one core each: 1.27 times transformers' time with 256, 1.18 with 512, 1.11 with 1024; a step of 512 takes about 1.5 s."""
@@ -79,15 +81,22 @@ class Launch:
             restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
 
-    def split(self, parts: int) -> "tuple[Launch, Place]":
+    def split(self, parts: int, stages: int = 1, layers: tuple[int, ...] = ()) -> "tuple[Launch, Place]":
         """What it says of the instance that this process is a rank of, if so many share a model, and which of them it is.
+        `layers`: of each stage; none: as even as can be.
 
         Raises ValueError if the processes can't be divided so.
         """
-        if parts < 1 or self.world_size % parts:
-            raise ValueError(f"--tp {parts} doesn't divide the {self.world_size} processes of this torchrun")
-        launch = replace(self, rank=self.rank // parts, world_size=self.world_size // parts)
-        return launch, Place(self.rank % parts, parts)
+        for flag, degree in (("--tp", parts), ("--pp", stages)):
+            if degree < 1:
+                raise ValueError(f"{flag} must be at least 1, got {degree}")
+        ranks = parts * stages
+        if self.world_size % ranks:
+            flags = f"--tp {parts}" if stages == 1 else f"--pp {stages}" if parts == 1 else f"--tp {parts} times --pp {stages}"
+            raise ValueError(f"{flags} doesn't divide the {self.world_size} processes of this torchrun")
+        launch = replace(self, rank=self.rank // ranks, world_size=self.world_size // ranks)
+        stage, part = divmod(self.rank % ranks, parts)
+        return launch, Place(part, parts, stage, stages, layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,10 +201,12 @@ class InstanceConfig:
         for flag, number in (("--gpu", self.gpu), ("--id", self.id)):
             if number is not None and number < 0:
                 raise ValueError(f"{flag} must not be negative, got {number}")
-        if (self.place.parts > 1) != (self.meeting is not None):
-            raise ValueError(f"{self.place.parts} ranks that share a model, and meet at {self.meeting}")
-        if self.place.parts > 1 and self.reads_pool:
-            raise ValueError(f"--host-memory, --disk and --check-cache don't go with --tp yet, got {self.place.parts}")
+        if (self.place.ranks > 1) != (self.meeting is not None):
+            raise ValueError(f"{self.place.ranks} ranks that share a model, and meet at {self.meeting}")
+        if self.place.stages > 1 and self.device == "cuda":
+            raise ValueError(f"--pp {self.place.stages} on GPUs is refused: stages have run on CPUs only, as yet")
+        if self.place.ranks > 1 and self.reads_pool:
+            raise ValueError(f"--host-memory, --disk and --check-cache don't go with {self.place.flags} yet")
         if self.host_memory < 0:
             raise ValueError(f"--host-memory must not be negative, got {self.host_memory}")
         if self.disk is not None and self.disk_bytes < 1:

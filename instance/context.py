@@ -22,6 +22,10 @@ class AttentionContext(threading.local):
     attention: LayerAttention | None = None
     hidden: Any = None
     """What the layers shall seem to have computed."""
+    rows_TE: torch.Tensor | None = None
+    """What shall seem to come before the first of a stage's layers."""
+    is_stage: bool = False
+    """Whether rows go on to another stage's layers behind the last one here, or have come from there, without the last norm."""
     places_1T: torch.Tensor | None = None
     """Of the rows that the layers run."""
     latents_1TC: torch.Tensor | None = None

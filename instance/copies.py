@@ -7,7 +7,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
-from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers
+from distattn.budget import StepBudget, TransferEnded
+from distattn.transfer import CopyFailed, Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.logs import get_logger
 from instance.crew import Crew

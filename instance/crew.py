@@ -17,6 +17,7 @@ same on all ranks: each has its heads' part of every block.
 """
 
 import asyncio
+import hashlib
 import os
 import secrets
 import stat
@@ -30,8 +31,8 @@ from typing import Any
 import torch
 import torch.distributed
 
+from distattn.budget import TransferEnded
 from distattn.layout import Layout, Reading
-from distattn.transfer import TransferEnded
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, PeerLost, Transport
 from gmanager.wire.codec import Decoder
@@ -52,13 +53,15 @@ _ADDRESS = "first rank"
 
 
 class RankReady(Message):
-    """A part of the model is loaded."""
+    """The rank's part of the model is loaded."""
 
-    part: int
+    rank: int
     token: str
     """That the first has left where they meet."""
     tokens: int
     """Of the largest pool that fits beside it."""
+    fingerprint: str
+    """Of it."""
 
 
 class RankFormed(Message):
@@ -150,6 +153,7 @@ class RunStep(Message):
     layouts: list[PackedLayout]
     needs_logits: bool
     is_decode: bool
+    samples_at: int
 
     @staticmethod
     def of(plan: StepPlan, *, epoch: int, lane: Lane, processors: int) -> "RunStep":
@@ -167,6 +171,7 @@ class RunStep(Message):
             layouts=[_packed(layout) for layout in plan.layouts],
             needs_logits=plan.needs_logits,
             is_decode=plan.is_decode,
+            samples_at=plan.samples_at,
         )
 
     def plan(self) -> StepPlan:
@@ -186,6 +191,7 @@ class RunStep(Message):
             other_slots=other_slots,
             needs_logits=self.needs_logits,
             is_decode=self.is_decode,
+            samples_at=self.samples_at,
         )
 
 
@@ -198,8 +204,8 @@ class Meeting:
     """Where an instance's ranks, all on one machine, find each other."""
 
     store: Any
-    team: Team
-    """For what they do together outside of epochs."""
+    team: Team | None
+    """For what those that have the same layers do together outside of epochs; None: each has layers of its own."""
 
     @staticmethod
     def of(path: Path, place: Place, device: torch.device, host: str, timeout_s: float) -> "Meeting":
@@ -208,9 +214,11 @@ class Meeting:
         Raises InstanceError if that lies in another user's directory, RuntimeError if they don't come.
         """
         _make_private(path.parent)
-        store = dist.FileStore(str(path), place.parts)
+        store = dist.FileStore(str(path), place.ranks)
         store.set_timeout(timedelta(seconds=timeout_s))
-        prefixed = dist.PrefixStore("team", store)
+        if place.parts == 1:
+            return Meeting(store, None)
+        prefixed = dist.PrefixStore(f"team-{place.stage}", store)
         return Meeting(store, Team(make_group(prefixed, host, place.part, place.parts, device, timeout_s), place))
 
     def tell_address(self, address: str, token: str) -> None:
@@ -240,8 +248,10 @@ class Crew:
         self._is_over = True
         """It has ended."""
         self._peers: dict[PeerId, int] = {}
-        """Peer -> part."""
+        """Peer -> rank."""
         self._tokens: dict[int, int] = {}
+        self._fingerprints: dict[int, str] = {}
+        """By rank."""
         self._reached: dict[tuple[str, int], set[PeerId]] = {}
         """(what, epoch) -> who has said so."""
         self._news = asyncio.Event()
@@ -257,11 +267,11 @@ class Crew:
         meeting.tell_address(crew._listener.address, token)
         try:
             async with asyncio.timeout(config.step_timeout_s):
-                while len(crew._tokens) < config.place.parts - 1:
+                while len(crew._tokens) < config.place.ranks - 1:
                     await crew._hear()
         except TimeoutError:
-            missing = sorted(set(range(1, config.place.parts)) - crew._tokens.keys())
-            raise InstanceError(f"ranks {missing} of {config.place.parts} did not come") from None
+            missing = sorted(set(range(1, config.place.ranks)) - crew._tokens.keys())
+            raise InstanceError(f"ranks {missing} of {config.place.ranks} did not come") from None
         if config.meeting is not None:
             config.meeting.unlink(missing_ok=True)
         return crew
@@ -271,6 +281,11 @@ class Crew:
         fewest = min([*self._tokens.values(), *([] if tokens is None else [tokens])])
         self._listener.send_all(list(self._peers), UsePool(tokens=fewest))
         return fewest
+
+    def fingerprint(self, own: str) -> str:
+        """Of the whole model; `own`: of the first rank's part."""
+        parts = [own, *(self._fingerprints[rank] for rank in sorted(self._fingerprints))]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def form(self, join: wire.JoinEpoch) -> None:
         """Let all take part in an epoch."""
@@ -362,8 +377,9 @@ class Crew:
             return
         match said:
             case RankReady():
-                self._peers[peer] = said.part
-                self._tokens[said.part] = said.tokens
+                self._peers[peer] = said.rank
+                self._tokens[said.rank] = said.tokens
+                self._fingerprints[said.rank] = said.fingerprint
             case RankFormed():
                 self._reached.setdefault(("formed", said.epoch), set()).add(peer)
             case RankEnded():
@@ -375,11 +391,11 @@ class Crew:
                     del self._moves[said.move]
                     moved.set_result(next((error for error in errors if error is not None), None))
             case RankBroke() if said.epoch == self._epoch and not self.broke.done():
-                self.broke.set_result(f"rank {self._peers[peer]} of {self._place.parts}: {said.reason}")
+                self.broke.set_result(f"rank {self._peers[peer]} of {self._place.ranks}: {said.reason}")
             case PeerLost():
-                raise InstanceError(f"rank {self._peers[peer]} of {self._place.parts} is lost: {said.reason}")
+                raise InstanceError(f"rank {self._peers[peer]} of {self._place.ranks} is lost: {said.reason}")
             case BadMessage():
-                raise InstanceError(f"what rank {self._peers[peer]} of {self._place.parts} says can't be read: {said}")
+                raise InstanceError(f"what rank {self._peers[peer]} of {self._place.ranks} says can't be read: {said}")
         self._news.set()
 
     def _is_rank(self, said: "ToFirst | BadMessage | PeerLost") -> bool:
@@ -387,8 +403,8 @@ class Crew:
         return (
             isinstance(said, RankReady)
             and secrets.compare_digest(said.token, self._token)
-            and said.part in range(1, self._place.parts)
-            and said.part not in self._tokens
+            and said.rank in range(1, self._place.ranks)
+            and said.rank not in self._tokens
         )
 
 

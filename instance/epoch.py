@@ -15,14 +15,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distattn.budget import StepBudget
 from distattn.exchange import ExchangeError
-from distattn.transfer import StepBudget
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Listener, Transport
 from gmanager.wire.codec import Decoder
 from gmanager.wire.logs import get_logger
 from instance.calibrate import Room
-from instance.config import GPU_GRAIN
+from instance.config import CPU_GRAIN, GPU_GRAIN
 from instance.copies import Copies
 from instance.crew import Crew
 from instance.errors import InstanceError, PartyBroken, PartyTimeout, StepTimeout
@@ -110,6 +110,9 @@ class Epoch(RankEpoch):
         pace = Pace(config.chunk_tokens, config.mixed_chunk_tokens)
         if lasting.model.device.type == "cuda":
             pace = replace(pace, reach=lasting.model.reach(), grain=GPU_GRAIN)
+        elif config.place.stages > 1:
+            pace = replace(pace, reach=lasting.model.reach(), grain=CPU_GRAIN)
+        pace = replace(pace, stages=config.place.stages)
         self._lanes = Lanes(
             parties=parties,
             scheduler=Scheduler(
@@ -119,6 +122,7 @@ class Epoch(RankEpoch):
             sharing=None if lasting.processors is None else sharing_of(lasting.model, lasting.processors),
             budgets=self._budgets(),
             timeout_s=config.step_timeout_s,
+            stages=config.place.stages,
         )
         if join.calibrate and lasting.crew is not None:
             await lasting.crew.unless_broken(self._calibrate(self._lanes))

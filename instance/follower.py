@@ -7,8 +7,9 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
 
+from distattn.budget import StepBudget, TransferEnded
 from distattn.exchange import ExchangeError
-from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers
+from distattn.transfer import CopyFailed, Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.channel import Dialer, Transport
 from gmanager.wire.codec import Decoder
@@ -196,7 +197,8 @@ async def meet_first(config: InstanceConfig, loaded: Loaded, transport: Transpor
         raise InstanceError(f"the first rank of the instance didn't come: {error}") from error
     decoder: Decoder[ToRank] = Decoder(ToRank)
     first = transport.dial(address, decoder)
-    first.send(RankReady(part=config.place.part, token=token, tokens=config.num_blocks * config.block_size))
+    tokens, fingerprint = config.num_blocks * config.block_size, loaded.model.fingerprint()
+    first.send(RankReady(rank=config.place.rank, token=token, tokens=tokens, fingerprint=fingerprint))
     return Follower(config, loaded, first)
 
 

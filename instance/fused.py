@@ -128,14 +128,34 @@ class FusedDecoder:
 
     def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> Hidden:
         """All layers."""
-        x_TE, pending, _ = self._run_layers(self._layers, token_ids_T, positions_T, attention)
+        x_TE, pending, _ = self._run_layers(self._layers, self._embed(token_ids_T), positions_T, attention)
         return Hidden(x_TE, None if pending is None else self._whole(pending))
 
     def store(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> None:
         """All layers, but of the last only what makes its keys and values."""
+        self._store(self._embed(token_ids_T), positions_T, attention)
+
+    def _store(self, x_TE: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention) -> None:
         *before, last = self._layers
-        x_TE, pending, rotary = self._run_layers(before, token_ids_T, positions_T, attention)
+        x_TE, pending, rotary = self._run_layers(before, x_TE, positions_T, attention)
         attention.store_packed(len(before), self._project(last, x_TE, pending, rotary))
+
+    def run_stage(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        rows_TE: torch.Tensor | None,
+        attention: PackedAttention,
+        *,
+        stores_only: bool,
+    ) -> torch.Tensor | None:
+        """All layers of a stage, as `instance.model.Model.run_stage`."""
+        x_TE = self._embed(token_ids_T) if rows_TE is None else rows_TE
+        if stores_only:
+            self._store(x_TE, positions_T, attention)
+            return None
+        x_TE, pending, _ = self._run_layers(self._layers, x_TE, positions_T, attention)
+        return x_TE if pending is None else x_TE.add_(self._whole(pending))
 
     def logits(self, hidden: Hidden, rows_S: torch.Tensor) -> torch.Tensor:
         """Logits `[S, V]` of the chosen rows."""
@@ -211,10 +231,9 @@ class FusedDecoder:
         return torch.tanh(logits_SV / self._soft_cap) * self._soft_cap if self._soft_cap else logits_SV
 
     def _run_layers(
-        self, layers: list[Layer], token_ids_T: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention
+        self, layers: list[Layer], x_TE: torch.Tensor, positions_T: torch.Tensor, attention: PackedAttention
     ) -> tuple[torch.Tensor, _Pending | None, Rotary]:
-        """The rows after the first layers, what is to be added to them, and their rotary factors for more."""
-        x_TE: torch.Tensor = self._embed(token_ids_T)
+        """The rows after the first layers, in place; what is to be added to them, and their rotary factors for more."""
         rotary = self._rotary_of(x_TE, positions_T)
         pending = None
         for index, layer in enumerate(layers):

@@ -1,15 +1,17 @@
 """The main loops of an instance's lanes: notices, steps, results.
 
-Each is two deep: while the device runs step n, the CPU proposes, exchanges, derives and queues step n+1. The loops share a
+Each is two deep: while the device runs step n, the CPU proposes, exchanges, derives and queues step n+1; where a model's layers
+are split into stages, it is deeper by those behind the first. The loops share a
 `Scheduler`, which keeps their steps apart, and the device's processors; each has its own party, process group and runner.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from distattn.transfer import StepBudget
+from distattn.budget import StepBudget
 from instance.calibrate import Room, calibrate
 from instance.errors import StepTimeout
 from instance.party import Parties, Party
@@ -33,16 +35,17 @@ class Lanes:
         sharing: Sharing | None,
         budgets: Sequence[StepBudget],
         timeout_s: float,
+        stages: int = 1,
     ) -> None:
         """`sharing`: of a GPU's processors. `budgets`: of what is copied beside steps. `timeout_s`: longest that the device may
-        take for a step."""
+        take for a step. `stages`: that each goes through."""
         self.parties = parties
         self.scheduler = scheduler
         self.log = StepLog()
         self._budgets = budgets
         self._sharing = sharing
         self._loops = {
-            lane: LaneLoop(lane, parties[lane], scheduler, runner, self.log, self._processors, timeout_s)
+            lane: LaneLoop(lane, parties[lane], scheduler, runner, self.log, self._processors, timeout_s, stages)
             for lane, runner in runners.items()
         }
 
@@ -99,17 +102,20 @@ class LaneLoop:
     _log: StepLog
     _processors: Callable[[Lane, Sequence[Notice], StepPlan], int]
     _timeout_s: float
+    _stages: int = 1
     notice_ns: int = 0
     """How long it has waited for the notices of its party's others."""
     steps_run: int = 0
     """Steps whose results are known."""
-    _running: asyncio.Future[Launched] | None = None
-    """The step on the device."""
+    _running: deque[asyncio.Future[Launched]] = field(default_factory=deque)
+    """The steps on the device, the oldest first."""
+    _reading: asyncio.Task[StepResult] | None = None
+    """Who waits for the oldest."""
 
     @property
     def is_running(self) -> bool:
         """Whether the result of a step is still to be taken."""
-        return self._running is not None
+        return bool(self._running)
 
     @property
     def has_work(self) -> bool:
@@ -121,7 +127,7 @@ class LaneLoop:
         while True:
             if await self._turn(tasks):
                 on_progress()
-            else:
+            elif not self._running:
                 self.party.woken.clear()
                 await self.party.woken.wait()
 
@@ -131,22 +137,37 @@ class LaneLoop:
         return (await self._result_of(launched)).step_ns
 
     async def _turn(self, tasks: asyncio.TaskGroup) -> bool:
-        """Launch the next step, if there is work, and take the result of the one before. False: there was nothing to do."""
-        launched = None
+        """Launch the next step, if there is work, and take the result of one before that the stages have no more room for.
+        False: there was nothing to do, or only something new to look at."""
         if self.has_work:
             launched = await self._launch()
             if launched is None:
                 return True
             tasks.create_task(_fail_with(launched))
-        elif self._running is None:
+            self._running.append(launched)
+            if len(self._running) <= self._stages:
+                return True
+        elif not self._running or (len(self._running) < self._stages and not await self._oldest_is_over(tasks)):
             return False
-        if self._running is not None:
-            result = await self._result_of(self._running)
-            self._log.ended(self.lane, result.step_ns, time.perf_counter_ns())
-            self.scheduler.commit(self.lane, result.tokens, result.scored)
-            self.steps_run += 1
-        self._running = launched
+        result = await (self._result_of(self._running[0]) if self._reading is None else self._reading)
+        self._reading = None
+        self._running.popleft()
+        self._log.ended(self.lane, result.step_ns, time.perf_counter_ns())
+        self.scheduler.commit(self.lane, result.tokens, result.scored)
+        self.steps_run += 1
         return True
+
+    async def _oldest_is_over(self, tasks: asyncio.TaskGroup) -> bool:
+        """Wait for the oldest step's result, or until something is new: the first stage may have nothing to do."""
+        self.party.woken.clear()
+        if self._reading is None:
+            self._reading = tasks.create_task(self._result_of(self._running[0]))
+        woken = asyncio.create_task(self.party.woken.wait())
+        try:
+            await asyncio.wait((self._reading, woken), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            woken.cancel()
+        return self._reading.done()
 
     async def _launch(self) -> asyncio.Future[Launched] | None:
         """Queue the party's next step; None if the party changed instead."""

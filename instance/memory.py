@@ -15,7 +15,8 @@ from distattn.shape import AttentionShape, PackedRows
 from instance.checkpoint import read_config, tensor_shapes, weight_files
 from instance.config import InstanceConfig
 from instance.layers import expert_numbers
-from instance.model import Model, shaped_model
+from instance.load import shaped_model
+from instance.model import Model
 from instance.needs import KVNeeds, Needs
 from instance.quantised import most_weights
 from instance.stored import form_of
@@ -240,7 +241,7 @@ def measure(model: Model, needs: Needs, *, fraction: float) -> MemoryBudget:
         fraction=fraction,
         weights=needs.weights,
         other=max(0, total - free - needs.weights),
-        activations=activations,
+        activations=activations + needs.stage_rows,
         attention=needs.attention,
         sampling=needs.sampling,
     )
@@ -254,7 +255,7 @@ def predict(model: Model, needs: Needs, *, device: str, total: int, fraction: fl
         fraction=fraction,
         weights=needs.weights,
         other=OTHER_BYTES,
-        activations=int(activation_bytes(model, needs) * ALLOCATOR_WASTE),
+        activations=int((activation_bytes(model, needs) + needs.stage_rows) * ALLOCATOR_WASTE),
         attention=needs.attention,
         sampling=needs.sampling,
     )

@@ -7,26 +7,15 @@ The model runs a whole ragged step as one row `[1, T]`; its attention layers cal
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distattn.shape import AttentionShape
-from gmanager.wire.messages import TextAssets
 from gmanager.wire.scaling import RopeScaling
 from instance.calls import (
     Call,
@@ -39,21 +28,18 @@ from instance.calls import (
     refuse_state,
     whole_shape,
 )
-from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole, stored_dtype
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.fused import FusedDecoder, Hidden, OwnRow
 from instance.latent import LatentHeads, bind_latents, latent_shape
 from instance.layers import Mixture, bind_experts, bind_packed, experts_of_a_row, has_known_parts
-from instance.parts import bind_team, empty_part, load_part
-from instance.quantised import quantise_linears, quantised_parts, refuse_device
-from instance.rotary import fix_rotary, longest_text, refuse_unscaled, scale_rotary
+from instance.parts import bind_stage, bind_team
+from instance.quantised import quantised_parts
+from instance.rotary import fix_rotary, longest_text, refuse_unscaled
 from instance.sights import ruled_as
 from instance.split import WHOLE, Place
-from instance.stored import Form, PackedExperts, form_of, load_stored, place_by_config
 from instance.team import Team
 from kernels.experts import ExpertWeights
-from kernels.products import Kind
 from kernels.products import rows_of_each_kernel as rows_of_each_product
 from kvstore.format import KVFormat
 from kvstore.sight import FULL, Sight
@@ -61,7 +47,6 @@ from kvstore.storage import KVStorage
 
 ATTENTION = "distattn"
 """Our attention's name in transformers."""
-
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """What rounding explains of a row's logits, as `relative` counts; 30 layers of random weights: 0.03 in bf16."""
@@ -79,10 +64,12 @@ class Model:
         max_context: int | None = None,
         scaling: RopeScaling | None = None,
         team: Team | None = None,
+        place: Place = WHOLE,
     ) -> None:
         """`max_context`: tokens of the longest sequence served; None: as many as the config says. `scaling`: of its rotary
-        frequencies, as the config has it already; None: the model's own. `team`: of the ranks, if `module` is one's part
-        (`instance.parts`); they all make theirs, and call what runs layers, at once.
+        frequencies, as the config has it already; None: the model's own. `place`: of the rank whose part `module` is
+        (`instance.parts`). `team`: of the ranks that have the same layers; they all make theirs, and call what runs layers, at
+        once.
 
         Raises UnsupportedModel by the name of what can't be served exactly, as far as layers show it; `instance.exact` compares
         the whole.
@@ -91,6 +78,8 @@ class Model:
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # for a loss in training; attention would be called with it
         self.module = module
+        self.place = place
+        """With the layers of each stage, if there are several."""
         bind_packed(module)
         self._base: Any = _decoder(module)
         self._output: Any = None
@@ -102,6 +91,8 @@ class Model:
         self.context = AttentionContext(team)
         if team is not None:
             bind_team(module, self.vocab_size, self.context)
+        if place.stages > 1:
+            bind_stage(module, self.context)
         self._base.forward = _unless_given(self._base.forward, self.context)
         _scale_by_place(module, self.context)
         self.device = module.device
@@ -221,6 +212,31 @@ class Model:
         else:
             self.run(token_ids_T, positions_T)
 
+    def run_stage(
+        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, rows_TE: torch.Tensor | None, *, stores_only: bool = False
+    ) -> torch.Tensor | None:
+        """A stage's layers: from `rows_TE` as the stage before has left them (it may be written to), or from tokens in the
+        first, to rows for the next.
+
+        `stores_only`: in the last stage, where nobody wants logits. None: then there are no rows.
+        """
+        if rows_TE is not None:
+            token_ids_T = torch.zeros_like(positions_T)  # of made-up embeddings, which are passed over
+        if self._fused is not None:
+            return self._fused.run_stage(token_ids_T, positions_T, rows_TE, self.context.needed(), stores_only=stores_only)
+        self.context.rows_TE, self.context.is_stage = rows_TE, True
+        try:
+            out = self._base(input_ids=token_ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False)
+        finally:
+            self.context.rows_TE, self.context.is_stage = None, False
+        self._output = type(out)
+        rows: torch.Tensor = out.last_hidden_state[0]
+        return rows
+
+    def behind_stages(self, rows_TE: torch.Tensor) -> Hidden:
+        """What `logits` takes, of rows as the last stage has left them."""
+        return Hidden(rows_TE) if self._fused is not None else Hidden(self._base.norm(rows_TE))
+
     def logits(self, hidden: Hidden, rows_S: torch.Tensor) -> torch.Tensor:
         """Logits `[S, V]` of the chosen rows."""
         if self._fused is not None:
@@ -253,6 +269,11 @@ class Model:
             for name, parameter in self.module.named_parameters()
             if not name.endswith(("weight_scale", "_scales"))
         )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row between layers."""
+        return self.hidden_size * self.shape.dtype.itemsize
 
     def token_bytes(self) -> int:
         """The same in all layers."""
@@ -430,214 +451,6 @@ class Model:
         return out.logits[0]  # type: ignore[no-any-return]
 
 
-def load_model(
-    path: Path,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    max_context: int | None = None,
-    scaling: RopeScaling | None = None,
-    quantize: Kind | None = None,
-    team: Team | None = None,
-) -> Model:
-    """The causal language model of a resolved checkpoint directory; `dtype` None: the checkpoint's own. `quantize`: what its
-    linear layers' weights become. `team`: of the ranks that share it, each of which loads its part.
-
-    What its config says is looked at before its weights are. Raises UnsupportedModel, CheckpointError if it lacks a weight, or
-    OSError if it lacks a file.
-    """
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    max_context = _prepare(config, max_context, scaling)
-    form = _take_form(config, str(path), quantize)
-    if team is not None:
-        _refuse_split_bits(str(path), team.place, form, quantize)
-        with _refusing_old_style(str(path)):
-            part = load_part(path, config, team.place, _type_of_rows(dtype, config, path), device, _register())
-        return Model(part, max_context, scaling, team)
-    if form is not None:
-        with _refusing_old_style(str(path)):
-            module = load_stored(path, config, form, _type_of_rows(dtype, config, path), attn_implementation=_register())
-        return _settled(module, device, max_context, scaling, quantize)
-    with _refusing_old_style(str(path)):
-        module = load_whole(
-            path,
-            str(path),
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            attn_implementation=_register(),
-            local_files_only=True,
-        )
-    return _settled(module, device, max_context, scaling, quantize)
-
-
-def _type_of_rows(asked: torch.dtype | None, config: PretrainedConfig, path: Path) -> torch.dtype:
-    """What is asked for; else what the config says, or the stored weights."""
-    found: torch.dtype = asked or config.dtype or stored_dtype(path) or torch.bfloat16  # type: ignore[assignment]
-    return found
-
-
-def _refuse_split_bits(name: str, place: Place, form: object, quantize: Kind | None) -> None:
-    """Raises UnsupportedModel for weights of fewer bits, stored or to be, where ranks share the model."""
-    if form is not None or quantize is not None:
-        raise UnsupportedModel(f"{name}: --tp {place.parts} splits weights of 16 or 32 bits, as yet")
-
-
-def _settled(
-    module: PreTrainedModel, device: torch.device, max_context: int | None, scaling: RopeScaling | None, quantize: Kind | None
-) -> Model:
-    """With its weights on the device, quantised on their way there. Raises UnsupportedModel."""
-    if quantize is not None:
-        quantise_linears(module, quantize, device)
-    refuse_device(module, device)
-    module.to(device)  # type: ignore[arg-type]
-    module.train(False)
-    return Model(module, max_context, scaling)
-
-
-def refuse_by_config(
-    path: Path, max_context: int | None = None, scaling: RopeScaling | None = None, quantize: Kind | None = None
-) -> None:
-    """What `load_model` would refuse of a directory before it looks at weights, which need not be there yet.
-
-    Raises UnsupportedModel, or OSError or ValueError for what is no config.
-    """
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    _prepare(config, max_context, scaling)
-    _take_form(config, str(path), quantize)
-
-
-def _take_form(config: PretrainedConfig, name: str, quantize: Kind | None) -> Form | PackedExperts | None:
-    """Take what a config says of how weights are stored out of it. Raises UnsupportedModel for what isn't read."""
-    form = form_of(config, name)
-    if form is None:
-        return None
-    if quantize is not None and isinstance(form, Form):
-        raise UnsupportedModel(
-            f"{name}: its weights are of 8 bits already ({form.method}, {form.kind}): leave out --quantize {quantize}"
-        )
-    del config.quantization_config
-    return form
-
-
-def shaped_model(
-    config: PretrainedConfig,
-    name: str,
-    dtype: torch.dtype,
-    max_context: int | None = None,
-    scaling: RopeScaling | None = None,
-    quantize: Kind | None = None,
-    place: Place = WHOLE,
-) -> Model:
-    """The model `name` of that config as `load_model` makes it, or a rank's part of it, on torch's meta device: without values,
-    for sizes.
-
-    Raises UnsupportedModel.
-    """
-    form = _take_form(config, name, quantize)
-    config.dtype = dtype  # else what it says would be taken
-    if place != WHOLE:
-        _refuse_split_bits(name, place, form, quantize)
-        max_context = _prepare(config, max_context, scaling)
-        return Model(empty_part(config, place, dtype, torch.device("meta"), _register())[0], max_context, scaling)
-    return random_model(config, dtype, torch.device("meta"), 0, max_context, scaling, quantize, form)
-
-
-def random_model(
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    max_context: int | None = None,
-    scaling: RopeScaling | None = None,
-    quantize: Kind | None = None,
-    form: Form | PackedExperts | None = None,
-) -> Model:
-    """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.
-
-    `scaling` is written into `config`; `quantize` as `load_model`; `form`: on `meta`, of what its linear layers are stored in.
-    Raises UnsupportedModel.
-    """
-    max_context = _prepare(config, max_context, scaling)
-    default = torch.get_default_dtype()
-    torch.manual_seed(seed)
-    torch.set_default_dtype(dtype)
-    try:
-        with device, _refusing_old_style(config.model_type):
-            auto: Any = AutoModelForCausalLM  # its from_config has no types
-            module = auto.from_config(config, attn_implementation=_register(), trust_remote_code=False)
-    finally:
-        torch.set_default_dtype(default)
-    if form is not None:
-        place_by_config(module, form)
-    return _settled(module, device, max_context, scaling, quantize)
-
-
-def _prepare(config: PretrainedConfig, max_context: int | None, scaling: RopeScaling | None) -> int | None:
-    """Write the scaling into a model's config; how long texts are served then, None if nobody says.
-
-    Raises UnsupportedModel for that, and for layers that the config says can't be served.
-    """
-    text = config.get_text_config()
-    of_kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    refuse_state(text, is_stateful=getattr(of_kind, "_is_stateful", False))
-    refuse_layer_types(text)
-    longest = longest_text(text, max_context, scaling)
-    if scaling is not None:
-        scale_rotary(text, scaling)
-    return longest
-
-
-def load_text_assets(path: Path) -> TextAssets:
-    """What the gManager needs to turn text into tokens of this model and back; without a tokenizer, only what ends a text.
-
-    Raises UnsupportedModel if the tokenizer is not a fast one, CheckpointError if it can't be read.
-    """
-    eos = _eos_token_ids(path)
-    if not has_tokenizer(path):
-        return TextAssets(tokenizer_json=None, chat_template=None, special_tokens={}, eos_token_ids=sorted(eos))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of any kind: tokenizers raises plain ones
-        raise CheckpointError(f"{_broken(path)} can't be read: {type(error).__name__}: {first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise UnsupportedModel(f"the tokenizer of {path} has no tokenizer.json form")
-    if tokenizer.eos_token_id is not None:
-        eos.add(tokenizer.eos_token_id)
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return TextAssets(
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        chat_template=template,
-        special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
-        eos_token_ids=sorted(eos),
-    )
-
-
-def _broken(path: Path) -> Path:
-    """Which file of a tokenizer is to blame: one that is no JSON, or else the one that holds most of it."""
-    for file in sorted(path.glob("*token*.json")):
-        try:
-            json.loads(file.read_bytes())
-        except ValueError:
-            return file
-    whole = path / "tokenizer.json"
-    return whole if whole.exists() else path
-
-
-def _eos_token_ids(path: Path) -> set[int]:
-    """Of a directory's config and generation_config."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_text_config()
-    sources = [config.eos_token_id]
-    generation = path / "generation_config.json"
-    if generation.exists():
-        sources.append(json.loads(generation.read_text()).get("eos_token_id"))
-    eos: set[int] = set()
-    for source in sources:
-        eos.update(source if isinstance(source, list) else [] if source is None else [source])
-    return eos
-
-
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -709,7 +522,7 @@ def _scale_by_place(module: PreTrainedModel, context: AttentionContext) -> None:
             projection.register_forward_hook(hook(layer))
 
 
-def _register() -> str:
+def register_attention() -> str:
     AttentionInterface.register(ATTENTION, _attention)
     return ATTENTION
 
@@ -720,14 +533,3 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     size: torch.Tensor = want.norm(dim=-1).clamp_min(1e-30)
     difference: torch.Tensor = (got - want).norm(dim=-1)
     return difference / size
-
-
-@contextmanager
-def _refusing_old_style(name: str) -> Iterator[None]:
-    """Around the building of a model: those with a table of attention classes look for ours in it."""
-    try:
-        yield
-    except KeyError as error:
-        if error.args != (ATTENTION,):
-            raise
-        raise UnsupportedModel(f"{name}: its attention does not go through transformers' attention interface") from error

@@ -22,6 +22,9 @@ from kernels.paged_attention import plan_attention
 from kvstore.format import SCALE_BYTES, KVFormat
 from kvstore.sight import Sight
 
+_ROWS_AT_ONCE = 4
+"""Steps of a lane whose rows a stage holds: one that is received, one that runs, and two that are sent."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVNeeds:
@@ -63,6 +66,8 @@ class Needs:
     """Scratch of these steps' attention."""
     sampling: int
     """Scratch of their sampling."""
+    stage_rows: int = 0
+    """Rows of steps that come from a stage, run, and go to the next, where there are several."""
 
     @staticmethod
     def of(
@@ -97,6 +102,7 @@ class Needs:
                 for lane in LANES
             ),
             sampling=sum(sampler_scratch_bytes(MAX_SAMPLES[lane], model.vocab_size) for lane in LANES),
+            stage_rows=0 if model.place.stages == 1 else _ROWS_AT_ONCE * sum(rows.values()) * model.row_bytes,
         )
 
 

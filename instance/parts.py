@@ -1,10 +1,14 @@
 """One rank's part of a model, read from the checkpoint without ever holding the whole.
 
-The model is made as if it were a smaller one, with as many heads and inner dims as this rank has, so its layers run as they
-are. What is theirs alone is summed behind `o_proj` and `down_proj`, and logits are gathered behind the head.
+The model is made as if it were a smaller one, with as many layers, heads and inner dims as this rank has, so its layers run as
+they are. What is theirs alone is summed behind `o_proj` and `down_proj`, and logits are gathered behind the head.
+
+Embeddings, the last norm and the head are of the first stage. Those behind it have made-up ones of a few tokens, so that they
+too can be run by themselves and compared with transformers' own layers; in a step rows of the stage before come in their place.
 """
 
 import copy
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,29 +23,57 @@ from instance.checkpoint import CheckpointError, some_of, weight_files
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.layers import has_dense_parts
-from instance.split import Place, Split, split_of
+from instance.split import Place, Split, split_of, stages_of
 
 _SUMMED = ("o_proj", "down_proj")
+
+_MADE_UP = 64
+"""Tokens of a stage without embeddings."""
+_MADE_UP_SIZE = 0.02
+"""Of each number of theirs, as models are commonly initialised with."""
+_LAYER = re.compile(r"(\blayers\.)(\d+)\.")
+"""In the name of a weight."""
 
 
 def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedConfig, Split]:
     """The config of that rank's smaller model, and what it has of the whole. Raises UnsupportedModel, with the numbers, for a
     model that so many can't share."""
     text = config.get_text_config()
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()))
+    if place.stages > 1 and len(kinds) > 1:
+        raise UnsupportedModel(
+            f"{config.model_type}: --pp {place.stages} takes models whose layers all see alike, as yet, and this one's are of "
+            f"{len(kinds)} kinds ({', '.join(kinds)})"
+        )
     try:
         heads, inner = int(text.num_attention_heads), int(text.intermediate_size)
         kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-        split = split_of(place, heads=heads, kv_heads=kv_heads, inner=inner, vocabulary=int(text.vocab_size))
+        vocabulary = int(text.vocab_size) if place.stage == 0 else _MADE_UP
+        split = split_of(place, heads=heads, kv_heads=kv_heads, inner=inner, vocabulary=vocabulary)
+        layers = layers_of_stage(config, place)
     except (AttributeError, TypeError) as error:
-        raise UnsupportedModel(f"{config.model_type}: --tp {place.parts} can't split it: {error}") from error
+        raise UnsupportedModel(f"{config.model_type}: {place.flags} can't split it: {error}") from error
     except ValueError as error:
-        raise UnsupportedModel(f"{config.model_type}: {error} (--tp {place.parts})") from error
+        raise UnsupportedModel(f"{config.model_type}: {error} ({place.flags})") from error
     smaller = copy.deepcopy(config)
     part = smaller.get_text_config()
     part.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     part.num_attention_heads, part.num_key_value_heads = len(split.heads), len(split.kv_heads)
     part.intermediate_size = len(split.inner)
+    if place.stages > 1:
+        part.num_hidden_layers = len(layers)
+        if kinds:
+            part.layer_types = text.layer_types[layers.start : layers.stop]
+    if place.stage:
+        part.vocab_size, part.tie_word_embeddings = vocabulary, False
+        part.bos_token_id = part.eos_token_id = part.pad_token_id = None
     return smaller, split
+
+
+def layers_of_stage(config: PretrainedConfig, place: Place) -> range:
+    """Which of the whole model's layers that rank has. Raises ValueError, with the numbers, if they don't fit."""
+    text = config.get_text_config()
+    return stages_of(place, int(text.num_hidden_layers))[place.stage]
 
 
 def empty_part(
@@ -55,10 +87,11 @@ def empty_part(
     module = _empty(smaller, dtype, device, attention)
     if not has_dense_parts(module):
         raise UnsupportedModel(
-            f"{config.model_type}: --tp {place.parts} splits layers that have the parts of Llama's or Gemma's and a dense MLP, "
+            f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's or Gemma's and a dense MLP, "
             "and this model's have others"
         )
-    _split_head(module, split)
+    if place.parts > 1:
+        _split_head(module, split)
     return module, split
 
 
@@ -73,7 +106,12 @@ def load_part(
     embeddings: Any = module.get_input_embeddings()
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     wanted = dict(module.named_parameters())
-    sources = {name: name for name in wanted}
+    if place.stage:
+        _make_up_ends(module)
+        ends = {id(weight) for weight in _ends(module)}
+        wanted = {name: weight for name, weight in wanted.items() if id(weight) not in ends}
+    first = layers_of_stage(config, place).start
+    sources = {name: _name_in_whole(name, first) for name in wanted}
     if module.config.get_text_config().tie_word_embeddings:
         (whole,) = (name for name, weight in wanted.items() if weight is embeddings.weight)
         sources |= {name: whole for name, weight in wanted.items() if weight is head.weight}
@@ -85,12 +123,28 @@ def load_part(
             raise CheckpointError(f"{path} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}")
         for name, weight in wanted.items():
             source, ranges, own = sources[name], _ranges(name, split, head_dim), weight
-            if weight is head.weight:
+            if weight is head.weight and place.parts > 1:
                 ranges, own = (split.vocabulary, None), weight[: len(split.vocabulary)]
                 weight[len(own) :] = 0
             own.copy_(_read(stored[source], source, own.shape, ranges, split))
     module.train(False)
     return module
+
+
+def bind_stage(module: PreTrainedModel, context: AttentionContext) -> None:
+    """Let rows come in and go out where a stage begins and ends, for as long as the thread's `context` has some: in place of
+    what the embeddings give, and before the last norm."""
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+
+    def come_in(_layer: object, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        rows_TE = context.rows_TE
+        return None if rows_TE is None else (rows_TE.unsqueeze(0), *inputs[1:])
+
+    def go_out(_norm: object, inputs: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        return inputs[0] if context.is_stage else out
+
+    base.layers[0].register_forward_pre_hook(come_in)
+    base.norm.register_forward_hook(go_out)
 
 
 def bind_team(module: PreTrainedModel, vocab_size: int, context: AttentionContext) -> None:
@@ -108,6 +162,26 @@ def bind_team(module: PreTrainedModel, vocab_size: int, context: AttentionContex
             part.register_forward_hook(summed)
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     head.register_forward_hook(gathered)
+
+
+def _ends(module: PreTrainedModel) -> list[torch.Tensor]:
+    """The weights of embeddings, last norm and head."""
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return [weight for part in (base.embed_tokens, base.norm, head) for weight in part.parameters()]
+
+
+def _make_up_ends(module: PreTrainedModel) -> None:
+    """The same on all ranks."""
+    seeded = torch.Generator().manual_seed(0)
+    for weight in _ends(module):
+        values = torch.randn(weight.shape, generator=seeded) * _MADE_UP_SIZE
+        weight.data.copy_(values if weight.dim() > 1 else values + 1)  # a norm's
+
+
+def _name_in_whole(name: str, first_layer: int) -> str:
+    """What a weight of a stage is called in the whole model."""
+    return _LAYER.sub(lambda found: f"{found[1]}{int(found[2]) + first_layer}.", name, count=1)
 
 
 def _empty(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:

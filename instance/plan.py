@@ -50,7 +50,7 @@ class StepPlan:
     token_ids_T: list[int]
     positions_T: list[int]
     pending: list[tuple[int, int]]
-    """`(row, i)`: the row's token is the i-th that this instance's previous plan samples."""
+    """`(row, i)`: the row's token is the i-th of those sampled in this lane that are kept: see `samples_at`."""
     sampled: list[SampledRow]
     scored: list[ScoredRows]
     slots_T: list[int]
@@ -63,6 +63,9 @@ class StepPlan:
     """In the tables of these groups, if each has its own."""
     needs_logits: bool
     """Whether any member of the party does in this step: else nobody needs what the last layer attends to."""
+    samples_at: int = 0
+    """Where the samples go among those that are kept for steps to come: of the newest step, or of as many as the instance has
+    stages."""
     is_decode: bool
     """Whether every row of every member is a span of its own that yields a token, and none has more than `MAX_DECODE_ROWS`."""
 
@@ -99,6 +102,8 @@ class Pace:
     """Tokens at which attending to what came before costs a row as much as the rest of the model."""
     grain: int = 1
     """Rows that cost about as much as fewer."""
+    stages: int = 1
+    """Through which its steps go, one behind the other (`instance.pipelining`)."""
 
 
 def is_decode(step: Step) -> bool:

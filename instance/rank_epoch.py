@@ -7,14 +7,15 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llguidance import LLTokenizer
 
 from distattn.attention import DistAttention
+from distattn.budget import StepBudget
 from distattn.exchange import Exchange, Work
-from distattn.transfer import StepBudget, Transfers
+from distattn.transfer import Transfers
 from gmanager.wire import messages as wire
 from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup
@@ -22,9 +23,11 @@ from instance.config import InstanceConfig
 from instance.copies import CHANNELS
 from instance.errors import InstanceError
 from instance.model import Model
+from instance.pipe import Pipe
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, StepPlan
 from instance.processors import Processors
 from instance.runner import Runner
+from instance.stage_runner import StageRunner
 from instance.step import Lane
 from instance.team import Team
 from kvstore.storage import KVStorage
@@ -35,6 +38,9 @@ if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
 
 log = get_logger("instance")
 
+PUSHED_ROWS = 1
+"""Most decode rows that ranks add one-sided. Of more (64 were tried) the ranks of a service took 10 to 15 ms a step where the
+same graphs take 4.5 by themselves; what is thought to be the reason is mended (`kernels.team_rows`), but not measured yet."""
 LET_GO_S = 0.5
 """Between two looks who still waits."""
 END_TIMEOUT_S = 8.0
@@ -133,13 +139,13 @@ class RankEpoch:
         rank: int | None = None,
         size: int | None = None,
     ) -> EpochGroup:
-        """Between all who make theirs of that name together: the ranks of all members that have the same part of the model, or,
-        where `rank` and `size` say so, others."""
+        """Between all who make theirs of that name together: the ranks of all members that have the same layers and part of
+        them, or, where `rank` and `size` say so, others."""
         config = self._equipment.config
         group = EpochGroup(
             store_address=self._join.store_address,
             host=config.host,
-            name=f"epoch-{self.number}-{name}" + (f"-part-{config.place.part}" if size is None else ""),
+            name=f"epoch-{self.number}-{name}" + (f"-of-rank-{config.place.rank}" if size is None else ""),
             rank=self._join.rank if rank is None else rank,
             size=self.size if size is None else size,
             device=device,
@@ -150,7 +156,11 @@ class RankEpoch:
         return group.meet()
 
     def _exchange(self, group: EpochGroup, device: torch.device) -> Exchange:
-        exchange = Exchange(group.group, device, [member.id for member in self._join.members])
+        """With the other members."""
+        return self._kept(Exchange(group.group, device, [member.id for member in self._join.members]))
+
+    def _kept(self, exchange: Exchange) -> Exchange:
+        """It is asked in the end what is still being sent."""
         self._exchanges.append(exchange)
         return exchange
 
@@ -173,20 +183,24 @@ class RankEpoch:
         group = self._make_group(lane, device)
         exchange = self._exchange(group, device)
         attention = DistAttention(equipment.storage, equipment.model.shape, exchange, backend=config.backend)
-        runner = Runner(
-            equipment.model,
-            attention,
-            threads=config.threads,
-            max_samples=MAX_SAMPLES[lane],
-            tokenizer=equipment.tokenizer,
-            streams=None if equipment.processors is None else equipment.processors.streams[lane],
-            team=self._make_team(lane, device),
-            tell=None if self._tell is None else partial(self._tell, self.number, lane),
-        )
+        given: dict[str, Any] = {
+            "threads": config.threads,
+            "max_samples": MAX_SAMPLES[lane],
+            "tokenizer": equipment.tokenizer,
+            "streams": None if equipment.processors is None else equipment.processors.streams[lane],
+            "team": self._make_team(lane, device),
+            "tell": None if self._tell is None else partial(self._tell, self.number, lane),
+        }
+        runner: Runner
+        if config.place.stages == 1:
+            runner = Runner(equipment.model, attention, **given)
+        else:
+            ends = self._make_team(f"{lane}-ends", device) if config.place.stage == 0 else None
+            runner = StageRunner(equipment.model, attention, pipe=self._make_pipe(lane, device), ends=ends, **given)
         self._undo(runner.close)
         if device.type == "cuda" and lane == "prefill":
             runner.prepare_chunks(config.chunk_tokens)
-        elif device.type == "cuda":
+        elif device.type == "cuda" and config.place.stages == 1:  # a stage's steps have no graphs (`instance.stage_runner`)
             peers = self._share_memory(group)
             log.info("capturing CUDA graphs")
             runner.capture(equipment.storage, peers)
@@ -217,13 +231,13 @@ class RankEpoch:
         group.barrier()  # nobody pushes into memory that its owner has yet to clear
         return peers
 
-    def _make_team(self, lane: Lane, device: torch.device) -> Team | None:
-        """Of the ranks that share the model; None: it is whole."""
+    def _make_team(self, name: str, device: torch.device) -> Team | None:
+        """Of the ranks that share layers; None: they are whole."""
         place = self._equipment.config.place
         if place.parts == 1:
             return None
-        group = self._make_group(f"{lane}-of-{self._join.id}", device, rank=place.part, size=place.parts)
-        memory = self._share_team_memory(group) if device.type == "cuda" and lane == "decode" else None
+        group = self._make_group(f"{name}-of-{self._join.id}-stage-{place.stage}", device, rank=place.part, size=place.parts)
+        memory = self._share_team_memory(group) if device.type == "cuda" and name == "decode" else None
         return Team(group.team_group, place, memory)
 
     def _share_team_memory(self, group: EpochGroup) -> "TeamMemory | None":
@@ -236,15 +250,28 @@ class RankEpoch:
             memory = TeamMemory(
                 store=group.store,
                 place=self._equipment.config.place,
-                rows=MAX_DECODE_ROWS,
-                row_bytes=model.hidden_size * model.shape.dtype.itemsize,
+                rows=PUSHED_ROWS,
+                row_bytes=model.row_bytes,
                 device=model.device,
             )
             self._undo(memory.abort)
         except RuntimeError as error:
             log.warning("the ranks' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
-        log.info("ranks add decode rows", by="one-sided writes" if memory else "NCCL")
-        return memory if group.all_say(memory is not None) else None
+        if not group.all_say(memory is not None):
+            memory = None
+        log.info("ranks add decode rows", by="one-sided writes, where there is one" if memory else "NCCL")
+        return memory
+
+    def _make_pipe(self, lane: Lane, device: torch.device) -> Pipe:
+        """Through the stages of this instance."""
+        place, model = self._equipment.config.place, self._equipment.model
+
+        def way(name: str) -> Exchange:
+            full = f"{lane}-{name}-of-{self._join.id}-part-{place.part}"
+            group = self._make_group(full, device, rank=place.stage, size=place.stages)
+            return self._kept(Exchange(group.group, device, members="stage"))
+
+        return Pipe(way("rows"), way("back"), place, hidden_size=model.hidden_size, dtype=model.shape.dtype, device=device)
 
 
 def share_host(members: Sequence[wire.MemberAddress]) -> bool:

@@ -80,7 +80,7 @@ class _Samples:
 
 
 @dataclass(frozen=True, slots=True)
-class _Results:
+class Results:
     """What a step brings, on its way to the host."""
 
     samples: _Samples | None = None
@@ -101,11 +101,13 @@ class StepResult:
 class Launched:
     """A step that is queued on the device."""
 
-    results: _Results
+    results: Results
     times: Times
     """On a GPU the events tell them."""
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None
     """On a GPU: when the step begins, and when it has run and its samples are here."""
+    before: torch.cuda.Event | None = None
+    """On a GPU: when the step before had, if this one may have begun earlier."""
 
 
 class Runner:
@@ -211,14 +213,17 @@ class Runner:
         if step.events is not None:
             began, done = step.events
             await asyncio.get_running_loop().run_in_executor(self._waiter, done.synchronize)
-            times = Times(step_ns=round(began.elapsed_time(done) * 1e6))
+            elapsed_ms = began.elapsed_time(done)
+            if step.before is not None:
+                elapsed_ms = min(elapsed_ms, step.before.elapsed_time(done))
+            times = Times(step_ns=round(elapsed_ms * 1e6))
         self.times.add(times)
         samples = step.results.samples
         tokens = {} if samples is None else _read(samples)
         return StepResult(tokens, [(rows.seq, _pack(rows, found)) for rows, found in step.results.scored], times.step_ns)
 
     @property
-    def threads(self) -> tuple[Executor, Executor]:
+    def threads(self) -> tuple[Executor, ...]:
         """That drive the device: they have ended once nothing of a closed runner runs any more."""
         return self._driver, self._waiter
 
@@ -254,46 +259,52 @@ class Runner:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _compute(self, plan: StepPlan, processors: int) -> _Results:
+    def _compute(self, plan: StepPlan, processors: int) -> Results:
         if plan.is_idle:
-            return _Results()
-        self.traffic.rows_dispatched += len(plan.layout.dispatched_rows)
-        queries, partials = self._attention.bytes_sent(plan.layouts)
-        self.traffic.query_bytes += queries
-        self.traffic.partial_bytes += partials
+            return Results()
+        self._count(plan)
         with torch.inference_mode():
             graphs = self.graphs.get(processors)
             if graphs is not None and graphs.can_run(plan):
                 logits_SV = graphs.run(plan)
                 self.shared_graph_steps += plan.is_shared
-                results = _Results(None if logits_SV is None else self._sample(plan, logits_SV))
+                results = Results(None if logits_SV is None else self._sample(plan, logits_SV))
             else:
                 results = self._run_eagerly(plan)
             if self._team is not None:
-                # also where nothing was sampled: a step of the first is over when all have written their KV
-                self._team.agree(self._previous_tokens)
+                self._agree(self._team, plan)
             return results
 
-    def _run_eagerly(self, plan: StepPlan) -> _Results:
+    def _count(self, plan: StepPlan) -> None:
+        """What a step sends to other instances."""
+        self.traffic.rows_dispatched += len(plan.layout.dispatched_rows)
+        queries, partials = self._attention.bytes_sent(plan.layouts)
+        self.traffic.query_bytes += queries
+        self.traffic.partial_bytes += partials
+
+    def _agree(self, team: Team, plan: StepPlan) -> None:
+        """Take the first rank's samples; also where there are none: its step is over when all have written their KV."""
+        team.agree(self._previous_tokens[plan.samples_at :][: self._max_samples])
+
+    def _run_eagerly(self, plan: StepPlan) -> Results:
         self._attention.plan(plan.layouts, plan.slots)
         if not plan.token_ids_T:
-            self._serve(plan)
-            return _Results()
+            self._serve(self._model.num_layers - (self._model.fused is not None and not plan.needs_logits))
+            return Results()
         model = self._model
         model.context.attention = self._attention
         token_ids_T, positions_T = self._token_ids(plan), self._upload(plan.positions_T)
         if not plan.needs_logits:
             model.store(token_ids_T, positions_T)
-            return _Results()
+            return Results()
         hidden = model.run(token_ids_T, positions_T)
         scored = self._score(plan.scored, hidden) if plan.scored else []
         if not plan.sampled:
-            return _Results(None, scored)
-        return _Results(self._sample(plan, model.logits(hidden, self._upload([s.row for s in plan.sampled]))), scored)
+            return Results(None, scored)
+        return Results(self._sample(plan, model.logits(hidden, self._upload([s.row for s in plan.sampled]))), scored)
 
-    def _serve(self, plan: StepPlan) -> None:
-        """Attend for others, with no rows of our own."""
-        num_layers = self._model.num_layers - (self._model.fused is not None and not plan.needs_logits)
+    def _serve(self, num_layers: int) -> None:
+        """Attend for others in the first layers, with no rows of our own."""
         shape = self._attention.shape
         q_0HD = torch.empty((0, shape.num_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
         kv_0KD = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
@@ -301,7 +312,7 @@ class Runner:
             self._attention.run(layer, q_0HD, kv_0KD, kv_0KD)
 
     def _token_ids(self, plan: StepPlan) -> torch.Tensor:
-        """Token ids of the rows, those that the step before samples taken from the device."""
+        """Token ids of the rows, those that steps before sample taken from the device."""
         token_ids_T = self._upload(plan.token_ids_T)
         if plan.pending:
             rows, samples = zip(*plan.pending, strict=True)
@@ -313,7 +324,7 @@ class Runner:
         if self._team is not None and self._team.place.part:
             return None
         tokens_S = self._sampler.sample(logits_SV, plan.sampled)
-        self._previous_tokens[: len(plan.sampled)] = tokens_S
+        self._previous_tokens[plan.samples_at :][: len(plan.sampled)] = tokens_S
         samples = _Samples(plan.sampled, self._to_host(tokens_S), self._logprobs(plan, logits_SV, tokens_S))
         self._sampler.remember(plan.sampled, samples.tokens_S)
         return samples

@@ -37,7 +37,8 @@ from gmanager.wire.messages import (
     unpack_tokens,
 )
 from instance.handoff import handoff_of, home_of
-from instance.plan import MAX_DECODE_ROWS, Pace, SampledRow, ScoredRows, StepPlan, is_decode
+from instance.pipelining import deal
+from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, SampledRow, ScoredRows, StepPlan, is_decode
 from instance.rmanager import RManager
 from instance.sequence import Guest, History, Home, gaps_between
 from instance.step import (
@@ -86,7 +87,11 @@ class _Steps:
     """To be told to the party."""
     last_tokens: list[LastToken] = field(default_factory=list)
     previous_samples: dict[int, int] = field(default_factory=dict)
-    """seq -> which token of the previous plan is its."""
+    """seq -> which token is its, of those that the newest plans sample: as many of them as there are stages."""
+    number: int = 0
+    """Of the next step."""
+    last_steps: dict[int, int] = field(default_factory=dict)
+    """seq -> number of the step in which it had its last row, where there are several stages."""
     accepted: list[_Accepted] = field(default_factory=list)
     """Each that is not committed."""
     prompts: list[int] = field(default_factory=list)
@@ -231,6 +236,7 @@ class Scheduler:
         released: list[int] = []
         handoffs: list[Handoff] = []
         flips: list[Flip] = []
+        dealt = self._deal(members) if self._pace.stages > 1 else None
         for home in sorted(self._homes.values(), key=lambda home: (home.arrival, home.seq)):
             if home.lane != lane or not home.ranks() <= set(members):
                 continue  # or its party has not met yet
@@ -252,8 +258,9 @@ class Scheduler:
             elif lane == "prefill":
                 continue  # its first token is under way
             elif home.move_to is not None:
-                handoffs.append(handoff_of(home, home.move_to))
-            else:
+                if not self._awaits(home):
+                    handoffs.append(handoff_of(home, home.move_to))
+            elif dealt is None or home.seq in dealt:
                 holdings = home.holdings
                 if home.flip is not None:
                     flips.append(home.flip)
@@ -274,6 +281,7 @@ class Scheduler:
             paced_budget=self._pace.mixed_chunk_tokens,
             reach=self._pace.reach,
             grain=self._pace.grain,
+            stages=self._pace.stages,
             ready=[] if lane == "decode" else list(self._guests),
             decodes=decodes,
             prefills=prefills,
@@ -316,6 +324,7 @@ class Scheduler:
             if self._guests.pop(seq, None) is not None:
                 accepted.unwritten.append(seq)
             steps.known.pop(seq, None)
+            steps.last_steps.pop(seq, None)
             for other in self._steps.values():
                 other.cancels.pop(seq, None)
             if (home := self._homes.pop(seq, None)) is not None:
@@ -433,7 +442,23 @@ class Scheduler:
 
     def _has_next(self, home: Home) -> bool:
         """Whether there is something to propose for it in the decode lane."""
+        if self._awaits(home):
+            return False
         return home.move_to is not None or home.flip is not None or self._can_decode(home)
+
+    def _awaits(self, home: Home) -> bool:
+        """Whether a token of it that is under way must be known before anything of it is proposed, where there are several
+        stages: one may be, as with a single one, but its home moves on when none is. It would come some steps later."""
+        return self._pace.stages > 1 and home.generated - home.committed > (home.move_to is None)
+
+    def _deal(self, members: Sequence[int]) -> set[int]:
+        """Sequences that may have a row, or a flip, in the decode lane's next step, where there are several stages."""
+        steps, stages = self._steps["decode"], self._pace.stages
+        homes = [home for home in self._homes.values() if home.lane == "decode" and not home.over and home.move_to is None]
+        homes.sort(key=lambda home: (home.arrival, home.seq))
+        ready = [home.seq for home in homes if home.ranks() <= set(members) and self._has_next(home)]
+        total = sum(home.decodes_on for home in homes)
+        return deal(ready, steps.last_steps, step=steps.number, stages=stages, total=max(1, total))
 
     def _can_decode(self, home: Home) -> bool:
         """Whether it has a row to propose, or a lack of room to tell of."""
@@ -494,6 +519,7 @@ class Scheduler:
 
     def _hand_over(self, handoff: Handoff, *, awaits_token: bool) -> None:
         old = self._homes.pop(handoff.seq, None)
+        self._steps["decode"].last_steps.pop(handoff.seq, None)
         if old is not None:
             if awaits_token:
                 self._departed[handoff.seq] = None
@@ -514,7 +540,8 @@ class Scheduler:
         sampled: list[SampledRow] = []
         scored: list[ScoredRows] = []
         spans_of: dict[int, list[Span]] = {}
-        previous = self._steps[lane].previous_samples
+        steps, stages = self._steps[lane], self._pace.stages
+        previous = steps.previous_samples
         for span in step.spans:
             spans_of.setdefault(span.seq, []).append(span)
         if other_slots:
@@ -547,7 +574,13 @@ class Scheduler:
                 home = self._homes[span.seq]
                 row = len(token_ids) - 1
                 sampled.append(SampledRow(row, span.seq, span.stop, home.params, home.generated, home.history))
-        self._steps[lane].previous_samples = {row.seq: i for i, row in enumerate(sampled)}
+        samples_at = steps.number % stages * MAX_SAMPLES[lane]
+        replaced = range(samples_at, samples_at + MAX_SAMPLES[lane])
+        steps.previous_samples = {seq: at for seq, at in previous.items() if at not in replaced}
+        steps.previous_samples |= {row.seq: samples_at + i for i, row in enumerate(sampled)}
+        if stages > 1 and lane == "decode":
+            steps.last_steps |= {row.seq: steps.number for row in sampled}
+        steps.number += 1
         for seq in step.sampled:
             if (guest := self._guests.pop(seq, None)) is not None:
                 self._steps[lane].accepted[-1].prompts.append((seq, len(guest.prompt)))
@@ -570,6 +603,7 @@ class Scheduler:
             other_layouts=layouts[1:],
             other_slots=other_slots,
             needs_logits=bool(step.sampled or step.scored),
+            samples_at=samples_at,
             is_decode=is_decode(step),
         )
 

@@ -18,12 +18,13 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from gmanager.wire.scaling import RopeScaling, parse_scaling
-from gmanager.wire.sizes import parse_disk, parse_size
+from gmanager.wire.sizes import parse_disk, parse_layers, parse_size
 from instance import config as settings
 from instance.checkpoint import LOAD_ERRORS, CheckpointError, first_line, read_config
 from instance.errors import UnsupportedModel
+from instance.load import shaped_model
 from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
-from instance.model import Model, shaped_model
+from instance.model import Model
 from instance.needs import Needs, settle_format, settle_shape
 from instance.split import Place
 from kvstore.tier_storage import slot_bytes
@@ -61,7 +62,11 @@ class Question:
     kv_dtype: settings.KVDType = "auto"
     """Likewise."""
     tp: int = 1
-    """GPUs of each instance."""
+    """GPUs of each stage of an instance."""
+    pp: int = 1
+    """Its stages."""
+    pp_layers: tuple[int, ...] = ()
+    """Layers of each; none: as even as can be."""
     block_size: int
     chunk_tokens: int
     host_memory: int = 0
@@ -74,6 +79,7 @@ class Question:
             ("--context", self.context),
             ("--gpus", self.instances),
             ("--tp", self.tp),
+            ("--pp", self.pp),
             ("--max-context", self.max_context),
             ("--block-size", self.block_size),
             ("--chunk-tokens", self.chunk_tokens),
@@ -91,6 +97,11 @@ class Question:
     def backend(self) -> Literal["triton", "torch"]:
         """Which kernels an instance would run."""
         return "triton" if self.device == "cuda" else "torch"
+
+    @property
+    def places(self) -> list[Place]:
+        """Of the first rank of each stage, which has as much as the others or more."""
+        return [Place(0, self.tp, stage, self.pp, self.pp_layers) for stage in range(self.pp)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +142,9 @@ class Answer:
     """Tokens of the sequence that is asked about."""
     instances: int
     tp: int
-    """Ranks of each, one of which the bytes are of."""
+    """Ranks of each stage. All bytes are those of one rank: where there are several stages, of that with least room."""
+    pp: int
+    """Stages of each."""
     instance: InstanceSize
     cell_tokens: int
     """Of KV, in all instances."""
@@ -147,7 +160,7 @@ class Answer:
 
 def answer(question: Question) -> Answer:
     """The arithmetic. Raises CheckpointError, UnsupportedModel, or TooLittleMemory for a GPU too small for an instance."""
-    model = _shape_of(question)
+    model = _tightest(question)
     context = model.max_context if question.context is None else question.context
     blocks = -(-context // question.block_size)
     if question.device == "cpu" and question.kv_tokens is None:
@@ -177,6 +190,7 @@ def answer(question: Question) -> Answer:
         context=context,
         instances=count,
         tp=question.tp,
+        pp=question.pp,
         instance=one,
         cell_tokens=count * one.tokens,
         longest=longest,
@@ -267,7 +281,7 @@ def show(found: Answer) -> str:
         ("KV of a token", f"{found.kv_per_token:,} bytes{stored}{windows}"),
         ("", ""),
         (
-            "one instance" if found.tp == 1 else f"one of {found.tp} ranks",
+            "one instance" if found.tp * found.pp == 1 else f"one of {found.tp * found.pp} ranks",
             f"{where}, {found.instances:,} in the cell",
         ),
         *((f"  {name}", _gib(part)) for name, part in one.parts.items()),
@@ -324,6 +338,8 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     parser.add_argument("--context", type=parse_count, help="tokens of one sequence, as 128K, 1M, 1_000_000 (the model's most)")
     parser.add_argument("--gpus", type=int, help="of the cell, one for each instance (as many as are needed)")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs between which an instance is split (%(default)s)")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="stages of --tp GPUs each, likewise (%(default)s)")
+    parser.add_argument("--pp-layers", metavar="A,B,...", help="layers of each stage, as 20,12 (as even as can be)")
     parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is or is said one"
     )
@@ -358,8 +374,10 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     question = Question(
         model=args.model,
         context=args.context,
-        instances=None if args.gpus is None else _instances_on(args.gpus, args.tp),
+        instances=None if args.gpus is None else _instances_on(args.gpus, args.tp, args.pp),
         tp=args.tp,
+        pp=args.pp,
+        pp_layers=() if args.pp_layers is None else parse_layers(args.pp_layers),
         device="cuda" if on_gpu else "cpu",
         gpu_bytes=int(args.gpu_memory * GIB) if given else torch.cuda.mem_get_info()[1] if on_gpu else 0,
         kv_memory=args.kv_memory,
@@ -396,15 +414,27 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"instance.size: {message}\n")
 
 
-def _shape_of(question: Question) -> Model:
-    """The model without values. Raises CheckpointError, or UnsupportedModel as an instance would."""
+def _tightest(question: Question) -> Model:
+    """The part of the stage whose GPU has room for the fewest tokens; on the CPU, which isn't measured, of the largest.
+
+    Raises as `_shape_of`, and TooLittleMemory if a stage has no room for any."""
+    models = [_shape_of(question, place) for place in question.places]
+    if question.pp == 1:
+        return models[0]
+    if question.device == "cpu":
+        return max(models, key=lambda model: model.weight_bytes())
+    return min(models, key=lambda model: instance_size(question, model, question.instances or 1).tokens)
+
+
+def _shape_of(question: Question, place: Place) -> Model:
+    """The part of the model without values. Raises CheckpointError, or UnsupportedModel as an instance would."""
     config = read_config(question.model, cache_dir=question.cache_dir)
     dtype: Any = config.dtype if question.dtype == "auto" else getattr(torch, question.dtype)
     if dtype is None:
         raise CheckpointError(f"the config of {question.model} doesn't say of which type its weights are: give --dtype")
     config.dtype = dtype
     try:
-        quantize, place = None if question.quantize == "none" else question.quantize, Place(0, question.tp)
+        quantize = None if question.quantize == "none" else question.quantize
         model = shaped_model(config, question.model, dtype, question.max_context, question.rope_scaling, quantize, place)
         if question.kv_format == "plain":
             model.keep_heads()
@@ -438,11 +468,12 @@ def _notes(question: Question) -> list[str]:
     return notes
 
 
-def _instances_on(gpus: int, tp: int) -> int:
+def _instances_on(gpus: int, tp: int, pp: int) -> int:
     """Raises ValueError if instances of so many ranks can't share them evenly."""
-    if tp < 1 or gpus % tp:
-        raise ValueError(f"--gpus {gpus} are no multiple of --tp {tp}")
-    return gpus // tp
+    ranks = tp * pp
+    if min(tp, pp) < 1 or gpus % ranks:
+        raise ValueError(f"--gpus {gpus} are no multiple of --tp {tp}{'' if pp == 1 else f' times --pp {pp}'}")
+    return gpus // ranks
 
 
 def _given(value: int | None, default: int) -> int:

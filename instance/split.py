@@ -1,4 +1,4 @@
-"""Which part of a model each rank of an instance has (tensor parallelism): pure integers.
+"""Which part of a model each rank of an instance has (tensor and pipeline parallelism): pure integers.
 
     qkv, gate, up   rows, of some heads or inner dims          no exchange before them
     o, down         columns of the same                        what the parts add is summed after them
@@ -7,10 +7,17 @@
 So a layer takes two sums, and a part of the instance holds its heads' KV alone. KV heads are dealt out whole, with all query
 heads that read them; where there are more parts than KV heads, several parts have the same one, and share its query heads.
 
-Source: Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3).
+Layers are dealt out to stages, consecutive ones to each, and every stage is split into as many parts:
+
+    stage 0   layers 0 ..     part 0, part 1, ...      embeddings, the last norm and the head, too
+    stage 1   layers n ..     part 0, part 1, ...
+
+Sources: Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3); GPipe (Huang et al., arXiv 1811.06965) for stages.
 """
 
 from dataclasses import dataclass
+
+from gmanager.wire.sizes import check_layers
 
 _GRAINS = (128, 64, 32, 16, 8)
 """Inner dims are dealt out by so many, where that leaves each part some: products of odd sizes are slow."""
@@ -22,10 +29,40 @@ class Place:
 
     part: int = 0
     parts: int = 1
+    """Of each stage."""
+    stage: int = 0
+    stages: int = 1
+    layers: tuple[int, ...] = ()
+    """How many each stage has; empty: as even as can be."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.part < self.parts:
             raise ValueError(f"part {self.part} of {self.parts}")
+        if not 0 <= self.stage < self.stages:
+            raise ValueError(f"stage {self.stage} of {self.stages}")
+        if self.layers:
+            check_layers(self.layers, self.stages)
+
+    @property
+    def ranks(self) -> int:
+        """Of the instance."""
+        return self.parts * self.stages
+
+    @property
+    def rank(self) -> int:
+        """Of this one among them: 0 leads."""
+        return self.stage * self.parts + self.part
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the last layers."""
+        return self.stage == self.stages - 1
+
+    @property
+    def flags(self) -> str:
+        """What asked for it, for messages."""
+        said = [f"--tp {self.parts}"] if self.parts > 1 else []
+        return " ".join([*said, f"--pp {self.stages}"] if self.stages > 1 else said)
 
 
 WHOLE = Place()
@@ -67,6 +104,18 @@ def split_of(place: Place, *, heads: int, kv_heads: int, inner: int, vocabulary:
         padded=padded,
         is_first=place.part == 0,
     )
+
+
+def stages_of(place: Place, num_layers: int) -> list[range]:
+    """The layers of each stage. As the first has embeddings and head besides, the last ones have one more where they don't
+    divide. Raises ValueError, with the numbers, if they don't fit."""
+    counts = place.layers or tuple(len(hand) for hand in reversed(dealt(num_layers, place.stages)))
+    if sum(counts) != num_layers:
+        raise ValueError(f"it has {num_layers} layers, and --pp-layers {','.join(map(str, counts))} are {sum(counts)}")
+    if min(counts) < 1:
+        raise ValueError(f"it has {num_layers} layers, which {place.stages} stages can't share (--pp)")
+    ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    return [range(ends[i], ends[i + 1]) for i in range(len(counts))]
 
 
 def _heads_of(place: Place, heads: int, kv_heads: int) -> tuple[range, range]:

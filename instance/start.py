@@ -14,8 +14,9 @@ from instance.crew import Crew, Meeting
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
+from instance.load import load_model, load_text_assets, refuse_by_config
 from instance.memory import TooLittleMemory, check_tiers, check_weights, loaded_bytes, measure, tiers_bytes
-from instance.model import Model, load_model, load_text_assets, refuse_by_config
+from instance.model import Model
 from instance.needs import Needs, settle_format, settle_shape
 from instance.plan import MAX_DECODE_ROWS
 from instance.processors import check_parts
@@ -59,13 +60,13 @@ def load(config: InstanceConfig) -> Loaded:
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            needed = loaded_bytes(path, dtype, quantize) // place.parts
+            needed = loaded_bytes(path, dtype, quantize) // place.ranks
             check_weights(str(device), needed=needed, free=free, total=total)
         meeting = None
         if config.meeting is not None:
             meeting = Meeting.of(config.meeting, place, device, config.host, config.step_timeout_s)
         team = None if meeting is None else meeting.team
-        model = load_model(path, dtype, device, config.max_context, config.rope_scaling, quantize, team)
+        model = load_model(path, dtype, device, config.max_context, config.rope_scaling, quantize, team, place)
         assets = load_text_assets(path)
         if assets.tokenizer_json is None:
             log.warning("no tokenizer: only token ids are served", model=config.model)
@@ -143,7 +144,9 @@ def make_instance(config: InstanceConfig, loaded: Loaded, transport: Transport, 
     if crew is None:
         config = sized(config, model)
     storage = make_pool(config, model)
-    spec = _make_spec(config, loaded, storage.num_blocks, _needs(config, model).kv.windows)
+    own = model.fingerprint()
+    fingerprint = own if crew is None else crew.fingerprint(own)
+    spec = _make_spec(config, loaded, fingerprint, storage.num_blocks, _needs(config, model).kv.windows)
     return Instance(config, model, loaded.assets, spec, storage, transport, make_tiers(config, storage), crew)
 
 
@@ -246,12 +249,12 @@ def make_tiers(config: InstanceConfig, storage: KVStorage) -> TierStorage | None
     return tiers
 
 
-def _make_spec(config: InstanceConfig, loaded: Loaded, num_blocks: int, windows: list[int]) -> InstanceSpec:
+def _make_spec(config: InstanceConfig, loaded: Loaded, fingerprint: str, num_blocks: int, windows: list[int]) -> InstanceSpec:
     """What this instance tells the gManager of itself."""
     model = loaded.model
     return InstanceSpec(
         model=config.model if config.served_model_name is None else config.served_model_name,
-        fingerprint=model.fingerprint(),
+        fingerprint=fingerprint,
         tokenizer=hashlib.sha256(repr(loaded.assets).encode()).hexdigest(),
         dtype=str(model.shape.dtype).removeprefix("torch."),
         layers="as transformers has them" if model.fused is None else "fused",
@@ -263,6 +266,8 @@ def _make_spec(config: InstanceConfig, loaded: Loaded, num_blocks: int, windows:
         num_blocks=num_blocks,
         windows=windows,
         tp=config.place.parts,
+        pp=model.place.stages,
+        pp_layers=list(model.place.layers),
         chunk_tokens=config.chunk_tokens,
         decode_rows=MAX_DECODE_ROWS,
         reach=model.reach(),

@@ -14,6 +14,7 @@ import msgspec
 
 from distattn.layout import Holding, Span, held_after
 from gmanager.wire.messages import Message, Part, SequenceParams, Share, TokenLogprob
+from instance.pipelining import slice_rows
 
 STRETCH = 4
 """How many times as long as it would alone a prompt may take before those that come later, and are shorter, stand back."""
@@ -161,6 +162,8 @@ class Notice(Message):
     """What its decode rows in the same notice say is held is after these."""
     groupings: list[Grouping]
     """Parties that are to follow this one, for the leader to know (`instance.party`); no part of the step."""
+    stages: int = 1
+    """Of each of the cell's instances, through which steps go (`instance.pipelining`)."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -299,8 +302,10 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
     others = sorted((p for p in waiting if p.seq not in promised), key=_shortest)[: MAX_PROMPTS - len(first)]
     order = sorted(first + others, key=_shortest)
     last = {share.rank: prefill.seq for prefill in order for share in prefill.shares if share.tokens}
+    by_rank = {notice.rank: notice for notice in notices}
     for prefill in order:
-        if chunk := _chunk(prefill, rooms, [rank for rank, seq in last.items() if seq == prefill.seq]):
+        most = _slice(prefill, by_rank)
+        if chunk := _chunk(prefill, rooms, [rank for rank, seq in last.items() if seq == prefill.seq], most):
             yield prefill, chunk
 
 
@@ -357,13 +362,27 @@ def _concerned(prefill: Prefill) -> Iterable[int]:
     yield from (holding.rank for holding in prefill.holdings)
 
 
-def _chunk(prefill: Prefill, rooms: Mapping[int, _Room], last_at: Sequence[int]) -> list[Span]:
-    """A prompt's next rows, gap after gap as far as there is room. `last_at`: where none comes after it."""
+def _slice(prefill: Prefill, notices: Mapping[int, Notice]) -> int:
+    """Most rows of a prompt in this step, on all instances, so that those of the next follow through the stages."""
+    its = [notices[share.rank] for share in prefill.shares if share.tokens]
+    return slice_rows(
+        prefill.start,
+        prefill.rows,
+        stages=its[0].stages,
+        most=sum(notice.budget for notice in its),
+        reach=min(notice.reach for notice in its),
+        grain=sum(notice.grain for notice in its),
+    )
+
+
+def _chunk(prefill: Prefill, rooms: Mapping[int, _Room], last_at: Sequence[int], most: int) -> list[Span]:
+    """A prompt's next rows, gap after gap as far as there is room, and `most` in all. `last_at`: where none comes after it."""
     left = {share.rank: share.tokens for share in prefill.shares}
     ranks = list(left)
     home = ranks[0]
     chunk: list[Span] = []
-    for start, end in prefill.gaps:
+    for start, end_of_gap in prefill.gaps:
+        end = min(end_of_gap, start + most)
         room = [rooms[rank].rows_for(prefill.seq, start, left[rank], is_last=rank in last_at) for rank in ranks]
         caps = [min(room[0], left[home] - 1), *room[1:]] if len(room) > 1 else room
         spans = [
@@ -375,7 +394,8 @@ def _chunk(prefill: Prefill, rooms: Mapping[int, _Room], last_at: Sequence[int])
             rooms[rank].fill(prefill.seq, start, rows)
             left[rank] -= rows
         chunk += spans
-        if not spans or spans[-1].stop < end:
+        most -= sum(span.stop - span.start for span in spans)
+        if not spans or spans[-1].stop < end_of_gap or not most:
             break
     return chunk
 

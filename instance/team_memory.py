@@ -3,7 +3,7 @@
 import torch
 
 from distattn.exchange import Store
-from distattn.ipc import export_memory, import_memory
+from distattn.ipc import share_memory
 from instance.split import Place
 from kernels.layer_ops import Norm
 from kernels.team_rows import BUFFERS, Mailbox, sum_add_rms_norm, sum_rows, take_first
@@ -18,10 +18,7 @@ class TeamMemory:
         Raises RuntimeError if memory can't be shared.
         """
         inbox_NBTW = torch.zeros((place.parts, BUFFERS, rows, row_bytes // 4), dtype=torch.int64, device=device)
-        torch.cuda.synchronize(device)
-        store.set(f"team-{place.part}", export_memory(inbox_NBTW))
-        others = [rank for rank in range(place.parts) if rank != place.part]
-        self._others = {rank: import_memory(store.get(f"team-{rank}"), device) for rank in others}
+        self._others = share_memory(inbox_NBTW, store, "team", rank=place.part, size=place.parts)
         starts = [self._others.get(rank, inbox_NBTW).data_ptr() for rank in range(place.parts)]
         away = [(start - inbox_NBTW.data_ptr()) // 8 + place.part * inbox_NBTW.stride(0) for start in starts]
         self._mailbox = Mailbox(
@@ -30,6 +27,7 @@ class TeamMemory:
             away_N=torch.tensor(away, dtype=torch.int64, device=device),
             calls_T=torch.zeros(rows, dtype=torch.int32, device=device),
             abort_1=torch.zeros(1, dtype=torch.int32, pin_memory=True),
+            aborted_1=torch.zeros(1, dtype=torch.int32, device=device),
         )
 
     def fits(self, x: torch.Tensor) -> bool:

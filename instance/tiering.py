@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from distattn.transfer import PATIENCE_S, StepBudget
+from distattn.budget import PATIENCE_S, StepBudget
 from gmanager.wire import messages as wire
 from gmanager.wire.logs import get_logger
 from instance.rmanager import RManager

@@ -25,8 +25,11 @@ from kernels.layer_ops import Norm
 from kernels.layer_ops_triton import scaled
 
 BUFFERS = 2
-_TURNS = 256
-"""Looks at memory here, between two at the abort word in the host's."""
+_TURNS = 2**16
+"""Looks at memory here, some 50 ms, between two at the abort word in the host's. With 256, two H200s, 64 rows that waited for a
+millisecond took 20 more: all of their programs read the host's memory at once."""
+
+_KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,9 @@ class Mailbox:
     """int32: how often each row was exchanged. Zeros at first."""
     abort_1: torch.Tensor
     """int32 in the host's memory. Not 0: nobody waits any more, and what comes back means nothing."""
+    aborted_1: torch.Tensor
+    """int32: whether a program has seen that. 0 at first."""
+    turns: int = _TURNS
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether rows `[T, E]` can be exchanged: the same on all ranks."""
@@ -90,29 +96,31 @@ def _push(bits, call, to_ptr, word, is_word):  # type: ignore[no-untyped-def]
     tl.store(to_ptr + word, (bits.to(tl.int64) & 0xFFFFFFFF) | (call.to(tl.int64) << 32), mask=is_word)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _arrived(from_ptr, call, word, is_word, abort_ptr, TURNS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _arrived(from_ptr, call, word, is_word, abort_ptr, aborted_ptr, turns):  # type: ignore[no-untyped-def]
     """What a rank has pushed in this call, once all of it is here."""
     got = tl.load(from_ptr + word, mask=is_word, other=0, volatile=True)
     late = tl.sum((is_word & ((got >> 32).to(tl.int32) != call)).to(tl.int32), 0)
     turn = 0
-    aborted = 0
+    aborted = tl.load(aborted_ptr, volatile=True)
     while (late > 0) & (aborted == 0):
         got = tl.load(from_ptr + word, mask=is_word, other=0, volatile=True)
         late = tl.sum((is_word & ((got >> 32).to(tl.int32) != call)).to(tl.int32), 0)
         turn += 1
-        if turn % TURNS == 0:
+        if turn == turns:
+            turn = 0
             aborted = tl.load(abort_ptr, volatile=True)
+            tl.store(aborted_ptr, aborted)
     return got.to(tl.int32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, residual_ptr, first_ptr, weight_ptr, out_ptr, inbox_ptr, away_ptr, calls_ptr, abort_ptr,
-    stride_x, stride_r, stride_o, most_rows, first_eps, eps,
+    x_ptr, residual_ptr, first_ptr, weight_ptr, out_ptr, inbox_ptr, away_ptr, calls_ptr, abort_ptr, aborted_ptr,
+    stride_x, stride_r, stride_o, most_rows, turns, first_eps, eps,
     E: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr, N: tl.constexpr, PART: tl.constexpr, KIND: tl.constexpr,
     PAIR: tl.constexpr, WITH_NORM: tl.constexpr, WITH_FIRST: tl.constexpr, FIRST_FROM_ONE: tl.constexpr,
-    FROM_ONE: tl.constexpr, TAKES_FIRST: tl.constexpr, TURNS: tl.constexpr, DEPENDENT: tl.constexpr,
+    FROM_ONE: tl.constexpr, TAKES_FIRST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out = the sum of all ranks' x; with a norm, residual += that, or its first norm, and out is the norm of the residual.
 
@@ -140,7 +148,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         if peer == PART:
             bits = mine
         else:
-            bits = _arrived(inbox_ptr + peer * 2 * most_rows * ROOM + place, call, word, is_word, abort_ptr, TURNS)
+            bits = _arrived(inbox_ptr + peer * 2 * most_rows * ROOM + place, call, word, is_word, abort_ptr, aborted_ptr, turns)
         if TAKES_FIRST:
             if peer == 0:
                 out = bits
@@ -204,14 +212,11 @@ def _launch(
     weights = [x_TE if its is None else its.weight_E for its in (first, norm)]
     _sum_kernel[(x_TE.shape[0],)](
         x_TE, residual, *weights, out_TE, mailbox.inbox_NBTW, mailbox.away_N, mailbox.calls_T, mailbox.abort_1,
-        *(rows.stride(0) * rows.element_size() // 4 for rows in (x_TE, residual, out_TE)), most_rows,
-        0.0 if first is None else first.eps, 0.0 if norm is None else norm.eps,
+        mailbox.aborted_1, *(rows.stride(0) * rows.element_size() // 4 for rows in (x_TE, residual, out_TE)), most_rows,
+        mailbox.turns, 0.0 if first is None else first.eps, 0.0 if norm is None else norm.eps,
         E=words * 2 if pair else words, TILE=tile, ROOM=room, N=ranks, PART=mailbox.part,
         KIND=_KINDS.get(x_TE.dtype, tl.float32), PAIR=pair, WITH_NORM=norm is not None, WITH_FIRST=first is not None,
         FIRST_FROM_ONE=first is not None and first.from_one, FROM_ONE=norm is not None and norm.from_one,
-        TAKES_FIRST=takes_first, TURNS=_TURNS, DEPENDENT=dependent,
+        TAKES_FIRST=takes_first, DEPENDENT=dependent,
         num_warps=min(8, max(1, tile // 256)), launch_pdl=dependent,
     )  # fmt: skip
-
-
-_KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+LARGEST = 0
+"""In the place of a number of tokens: as many as fit."""
+
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
     """Which needles are asked for, and where the answers go."""
@@ -22,3 +25,12 @@ def check_benchmark_arguments(parser: argparse.ArgumentParser, args: argparse.Na
     wrong = [depth for depth in args.depths if not 0 <= depth <= 100]
     if wrong:
         parser.error(f"--depths are percentages, got {wrong[0]}")
+
+
+def tokens_or_largest(text: str) -> int:
+    """A number of tokens, or `LARGEST` for the word. For argparse: raises ArgumentTypeError."""
+    if text == "largest":
+        return LARGEST
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or largest, got {text}")
+    return int(text)

@@ -7,8 +7,9 @@ from make_dummy_model import config_of
 
 from instance.config import GPU_KV_MEMORY
 from instance.layers import Mixture
+from instance.load import random_model
 from instance.memory import measure
-from instance.model import Model, random_model
+from instance.model import Model
 from instance.needs import Needs
 from instance.warmup import warm_up
 from kernels.products import Kind

@@ -5,10 +5,11 @@ What runs is what `instance.server` runs: party, scheduler, derivation, runner. 
 
 import asyncio
 import gc
+import itertools
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -49,6 +50,7 @@ class Cell:
     size: int
     store: Store
     groups: Mapping[Lane, EpochGroup]
+    _questions: Iterator[int] = field(default_factory=itertools.count)
 
     @staticmethod
     def meet(store_address: str, rank: int, size: int, device: torch.device) -> "Cell":
@@ -68,14 +70,21 @@ class Cell:
         return Cell(rank, size, groups["decode"].store, groups)
 
     def barrier(self) -> None:
-        """Until all members have come here."""
+        """Until all members have come here. Not while any steps run, which may exchange rows in the same group."""
         self.groups["decode"].barrier()
+
+    def gather(self, value: float) -> list[float]:
+        """What each member says, by rank: all call this, and wait for all. Steps may run meanwhile."""
+        number = next(self._questions)
+        self.store.set(f"said-{number}-{self.rank}", repr(value).encode())
+        return [float(self.store.get(f"said-{number}-{rank}")) for rank in range(self.size)]
 
 
 class Loop:
     """The loops of one instance's lanes; alone, or in a cell of which all members call the same methods in the same order.
 
-    They run while a method waits for them, and stand still meanwhile.
+    They run while a method waits for them, and stand still meanwhile. What several hold is placed or admitted on all of them
+    before any steps: they wait for each other (`Cell.gather`) in between.
     """
 
     def __init__(
@@ -115,7 +124,7 @@ class Loop:
             )
         if on_gpu:
             peers = None
-            if cell is not None:
+            if cell is not None and size > 1:
                 peers = PeerMemory(
                     store=cell.store,
                     rank=cell.rank,

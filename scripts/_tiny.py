@@ -90,11 +90,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def make_model(kind: str, path: Path, *, seed: int = 0) -> Path:
-    """Write a tiny random model of a kind in `CONFIGS` with a byte-level tokenizer to `path`."""
+def make_model(kind: str, path: Path, *, seed: int = 0, **other: Any) -> Path:
+    """Write a tiny random model of a kind in `CONFIGS` with a byte-level tokenizer to `path`. `other`: fields of its config."""
     torch.manual_seed(seed)
     auto: Any = AutoModelForCausalLM  # its from_config has no types
-    model = auto.from_config(CONFIGS[kind], dtype=torch.float32)
+    config = CONFIGS[kind]
+    if other:
+        given = config.to_dict() | other
+        if "num_hidden_layers" in other and "layer_types" not in other:
+            given.pop("layer_types", None)  # it names one for each layer
+        config = type(config).from_dict(given)
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -3,7 +3,8 @@
 
 Starts a service whose instances share every sequence, and asks for keys of haystacks in which every block has its own: at
 given depths, and with `--questions` for random ones and those on both sides of borders between instances. An answer is right if
-all its tokens are. Prints a table, writes JSON, and ends with 1 if one answer was wrong or a sequence lay on one instance only.
+all its tokens are. Prints a table, writes JSON, and ends with 1 if one answer was wrong or a sequence did not lie on all
+instances, with 130 if it was interrupted.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from _measure import Row, show, write_json
 from _retrieval import Haystack, make_haystack
+from bench_serve import interruptible
 from make_retrieval_model import write
 
 from gmanager import AsyncClient, SamplingParams
@@ -81,7 +83,8 @@ async def ask(client: AsyncClient, haystack: Haystack, questions: list[int], at_
     return Asked(right, len(questions), time.perf_counter() - begin, held)
 
 
-async def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
+async def measure(args: argparse.Namespace, folder: Path) -> int:
+    """The exit code."""
     config = ServiceConfig(
         model=str(folder),
         instances=args.instances,
@@ -115,7 +118,8 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
                 }
             )
             write_json(args.out, {"rows": rows, "arguments": {key: str(value) for key, value in vars(args).items()}})
-    return rows
+    show(rows, "Needles found")
+    return int(any(row["right"] < row["asked"] or row["instances"] < args.instances for row in rows))
 
 
 def main() -> int:
@@ -136,9 +140,7 @@ def main() -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), getattr(torch, args.dtype))
-        rows = asyncio.run(measure(args, Path(folder)))
-    show(rows, "Needles found")
-    return int(any(row["right"] < row["asked"] or row["instances"] < args.instances for row in rows))
+        return asyncio.run(interruptible(measure(args, Path(folder))))
 
 
 if __name__ == "__main__":

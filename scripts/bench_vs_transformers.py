@@ -105,7 +105,7 @@ async def compare(args: argparse.Namespace) -> int:
     from gmanager.cli.needle import Prompts, read_haystack
     from gmanager.cli.service import ServiceConfig, running
     from instance.checkpoint import resolve_checkpoint
-    from instance.model import load_text_assets
+    from instance.load import load_text_assets
 
     cores = len(os.sched_getaffinity(0))
     model = resolve_checkpoint(str(fetch(MODEL, CACHE / "model")[0]), cache_dir=CACHE / "converted")

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-POSITIONS = 2_097_152
+POSITIONS = 8_388_608
 """More than the models that the shapes are of: what is measured is how long a text can be, not what it says."""
 
 SHAPES: dict[str, dict[str, Any]] = {

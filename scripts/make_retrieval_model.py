@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a checkpoint that finds needles exactly at any length up to 2M tokens: an integrity test, not a language model.
+"""Write a checkpoint that finds needles exactly at any length up to 8M tokens: an integrity test, not a language model.
 
 It is a Llama of two layers whose weights are constructed, not trained, for the language of `_retrieval.py`:
 
@@ -11,8 +11,8 @@ It is a Llama of two layers whose weights are constructed, not trained, for the 
    says it.
 
 So an answer depends on the KV of the key's block and on no other: if that is lost, mixed up or stands elsewhere, the answer is
-wrong. Rotary frequencies are 10^(-24 i / 64): the pairs from 21 on turn less than 0.03 in 2M tokens, so codes live there; those
-before tell neighbours apart, and any two places up to 2M. Codes are +1 and -1, sums of them small integers, so that bf16 is
+wrong. Rotary frequencies are 10^(-24 i / 64): the pairs from 21 on turn less than 0.12 in 8M tokens, so codes live there; those
+before tell neighbours apart, and any two places up to 8M. Codes are +1 and -1, sums of them small integers, so that bf16 is
 exact enough: a mismatch of one bit costs 45 in the exponent.
 """
 
@@ -34,7 +34,7 @@ PAIRS = HEAD_DIM // 2
 FAST_PAIRS = 21
 """Rotary pairs that positions use; the others hold codes."""
 THETA = 1e24
-MAX_POSITIONS = 2_097_152 + 4096
+MAX_POSITIONS = 8_388_608 + 4096
 POSITION_GAIN = 32.0
 """Of queries and keys in layer 1: a neighbour of the right place is 50 behind in the exponent."""
 CODE_GAIN = 16.0

@@ -141,7 +141,9 @@ def print_results(results: Sequence[Result]) -> None:
         table.add_column(name)
     for name in ("failed", "refused", "completed/s", "goodput/s", "prompt tok/s", "output tok/s", "TTFT s p50", "p99"):
         table.add_column(name, justify="right")
-    for name in ("TPOT ms p50", "p99", "ITL ms p50", "p99", "KV %", "most", "preempted", "homes moved", "busy %"):
+    for name in ("TPOT ms p50", "p99", "ITL ms p50", "p99", "KV %", "most", "prefix %", "preempted"):
+        table.add_column(name, justify="right")
+    for name in ("homes moved", "followed", "after s p50", "busy %"):
         table.add_column(name, justify="right")
     for result in results:
         g = result.figures
@@ -161,9 +163,12 @@ def print_results(results: Sequence[Result]) -> None:
             shown(g.itl_p50_s, 1e3, 2),
             shown(g.itl_p99_s, 1e3, 2),
         ]
-        kv = [shown(result.kv_use, 100, 1), shown(result.kv_use_most, 100, 1), str(result.preemptions), str(result.home_moves)]
+        kv = [shown(result.kv_use, 100, 1), shown(result.kv_use_most, 100, 1)]
+        found = result.prefix_hits / result.prefix_queries if result.prefix_queries else None
+        kv += [shown(found, 100, 1), str(result.preemptions), str(result.home_moves)]
+        kv += [str(result.followed), shown(result.follow_p50_s, 1, 2)]
         table.add_row(*case, str(g.failed), str(g.refused), *rates, *seconds, *kv, shown(result.busy, 100, 0))
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
+    Console(width=None if sys.stdout.isatty() else 280).print(table)
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

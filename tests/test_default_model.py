@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from gmanager import AsyncClient, SamplingParams, TokenLogprob
 from instance.checkpoint import resolve_checkpoint
 from instance.exact import eager_logits
-from instance.model import load_model
+from instance.load import load_model
 from kernels.products import Kind
 from tests.support.exactness import ask, ask_mixed, clear_prompt
 from tests.support.farm import DEVICE, Farm, Setup

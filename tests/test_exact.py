@@ -130,6 +130,35 @@ async def test_models_that_are_split_between_ranks(kind: str, tp: int, size: int
         await ask(service.client, path, long)  # cached, wherever it lies
 
 
+@pytest.mark.parametrize(
+    ("kind", "tp", "pp", "layers", "size"),
+    [
+        ("llama", 1, 2, (), 1),
+        ("llama", 1, 3, (1, 3, 1), 1),
+        ("llama", 2, 2, (), 1),
+        ("llama", 1, 2, (4, 1), 2),
+        ("qwen2", 3, 2, (), 1),
+        ("mistral-window", 1, 2, (), 2),
+    ],
+)
+async def test_models_whose_layers_are_split_into_stages(
+    kind: str, tp: int, pp: int, layers: tuple[int, ...], size: int, farm: Farm, tmp_path: Path
+) -> None:
+    """Five layers: in stages alone, of several ranks each, and on two instances that share a sequence, whose home moves on."""
+    path = make_model(kind, tmp_path, num_hidden_layers=5, tie_word_embeddings=kind == "qwen2")
+    long, moving = prompt(path, 150), prompt(path, 50, new=30)
+    prompts = [prompt(path, length, seed=i) for i, length in enumerate((1, 24, 90, 63))]
+    setup = Setup(model=path, kv_tokens=1024 // size, chunk_tokens=24, tp=tp, pp=pp, pp_layers=layers)
+    scored = SamplingParams(max_tokens=1, temperature=0, logprobs=0, prompt_logprobs=3, ignore_eos=True)
+    async with serve(farm, size, setup) as service:
+        (chunk,) = [chunk async for chunk in service.client.generate(long, scored, spread="all") if chunk.prompt_logprobs]
+        check_prompt_logprobs(path, long, chunk.prompt_logprobs, 3)
+        await ask(service.client, path, long, spread="all")
+        await ask(service.client, path, moving, spread=1 if size > 1 else None, new=30, move=size > 1)
+        await ask_mixed(service.client, path, prompts)
+        await ask(service.client, path, long)  # cached, wherever it lies
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
 async def test_texts_beyond_a_models_own_limit(kind: Literal["yarn", "linear"], size: int, farm: Farm, tmp_path: Path) -> None:
@@ -198,6 +227,24 @@ async def test_sampling_survives_preemption_and_moves(farm: Farm, llama: Path) -
     async with serve(farm, 2, Setup(model=llama, kv_tokens=128)) as service:
         assert await asyncio.gather(*(tokens(service.client, i) for i in range(4))) == alone
         assert (await service.client.stats()).counters.preemptions >= 1
+
+
+async def test_sampling_in_stages_is_that_of_the_whole_model(farm: Farm, tmp_path: Path) -> None:
+    """With penalties, which count the tokens so far; seven requests at once, in groups that follow each other."""
+    path = make_model("llama", tmp_path, num_hidden_layers=4)
+    said = []
+    for pp in (1, 2):
+        async with serve(farm, 1, Setup(model=path, kv_tokens=2048, chunk_tokens=32, pp=pp)) as service:
+
+            async def tokens(client: AsyncClient, i: int) -> list[int]:
+                params = SamplingParams(
+                    max_tokens=20 + i, temperature=1.0, seed=i, frequency_penalty=0.5, repetition_penalty=1.2, ignore_eos=True
+                )
+                ids = prompt(path, 30 + 20 * i, seed=i)
+                return [token async for chunk in client.generate(ids, params) for token in chunk.token_ids]
+
+            said.append(await asyncio.gather(*(tokens(service.client, i) for i in range(7))))
+    assert said[0] == said[1]
 
 
 def check_prompt_logprobs(path: Path, ids: list[int], got: list[TokenLogprob] | None, num_top: int) -> None:

@@ -87,7 +87,7 @@ def test_chunk_and_stats() -> None:
     of_request = ["prompt_logprobs", "finish_reason", "error", "cached_tokens"]
     assert list(Chunk.__dataclass_fields__) == ["index", "token_ids", "text", "logprobs", *of_request]
     assert fields(Stats) == ["epoch", "cells", "instances", "requests", "counters", "observed"]
-    more = ["counters", "is_draining", "slowness", "cached_tokens", "host_tokens", "disk_tokens"]
+    more = ["counters", "is_draining", "slowness", "cached_tokens", "host_tokens", "disk_tokens", "role"]
     kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
     assert fields(InstanceStats) == ["cell", "rank", *kv, *more]
     assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))

@@ -37,6 +37,12 @@ def up(
         int,
         typer.Option(min=1, help="GPUs between which the model and the KV of an instance are split (on the CPU: processes)"),
     ] = 1,
+    pp: Annotated[
+        int, typer.Option(min=1, help="stages, of --tp GPUs each, between which the layers of an instance are split")
+    ] = 1,
+    pp_layers: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="layers of each stage, as 20,12 (as even as can be)")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there are as many GPUs as that takes")] = "auto",
     http: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="where the OpenAI-compatible server listens")
@@ -105,6 +111,8 @@ def up(
         model=model,
         instances=instances,
         tp=tp,
+        pp=pp,
+        pp_layers=pp_layers,
         device=device,
         http=None if no_http else http,
         bind=bind,

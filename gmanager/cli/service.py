@@ -16,7 +16,7 @@ from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
 from gmanager.wire.messages import Role
 from gmanager.wire.scaling import RopeScaling
-from gmanager.wire.sizes import parse_disk, parse_size
+from gmanager.wire.sizes import check_layers, parse_disk, parse_layers, parse_size
 
 T = TypeVar("T")
 
@@ -94,7 +94,11 @@ class ServiceConfig:
     kv_dtype: str = "auto"
     """How KV is stored; auto: in the model's dtype."""
     tp: int = 1
-    """Ranks, and GPUs, of each instance."""
+    """Ranks, and GPUs, of each stage of an instance."""
+    pp: int = 1
+    """Stages of each instance."""
+    pp_layers: str | None = None
+    """Layers of each stage, with commas between; None: as even as can be."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what an instance would refuse, before one is started."""
@@ -126,10 +130,20 @@ class ServiceConfig:
                     parse(given)
                 except ValueError as error:
                     raise ValueError(f"{flag}: {error}") from error
-        if self.tp < 1:
-            raise ValueError(f"--tp must be at least 1, got {self.tp}")
+        for flag, degree in (("--tp", self.tp), ("--pp", self.pp)):
+            if degree < 1:
+                raise ValueError(f"{flag} must be at least 1, got {degree}")
+        if self.pp > 1 and self.device == "cuda":
+            raise ValueError(f"--pp {self.pp} on GPUs is refused: stages have run on CPUs only, as yet")
+        if self.pp_layers is not None:
+            check_layers(parse_layers(self.pp_layers), self.pp)
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
+
+    @property
+    def ranks(self) -> int:
+        """Processes, and GPUs, of each instance."""
+        return self.tp * self.pp
 
 
 @dataclass(kw_only=True)
@@ -238,13 +252,13 @@ def _gateway(config: ServiceConfig, address: str, bind: str) -> list[str]:
 def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
     """A torchrun for each, so that the loss of one doesn't end the others. Who is lost is started again by `Upkeep`, which sees
     why it ended, and not by torchrun, which would start one with wrong settings again, too."""
-    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", f"--nproc-per-node={config.tp}"]
+    torchrun = [sys.executable, "-m", "instance.torchrun", "--standalone", f"--nproc-per-node={config.ranks}"]
     flags = {
         "--gmanager": address,
         "--model": config.model,
         "--cell-size": config.instances,
         "--id": number,
-        "--gpu": number * config.tp if config.device == "cuda" else None,
+        "--gpu": number * config.ranks if config.device == "cuda" else None,
         "--kv-tokens": config.kv_tokens,
         "--kv-memory": config.kv_memory,
         "--device": config.device,
@@ -260,6 +274,8 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--max-context": config.max_context,
         "--rope-scaling": config.rope_scaling,
         "--tp": config.tp if config.tp > 1 else None,
+        "--pp": config.pp if config.pp > 1 else None,
+        "--pp-layers": config.pp_layers,
         "--role": config.roles[number] if config.roles else None,
     }
     names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]

@@ -23,6 +23,7 @@ from gmanager.cli.service import Service, ServiceConfig
 from gmanager.cli.starts import in_use, logs_of_this_start
 from gmanager.cli.upkeep import keep_up
 from gmanager.client import AsyncClient
+from gmanager.cluster.policies import POLICIES
 from gmanager.config import GManagerConfig
 from gmanager.gateway.config import GatewayConfig, parse_address, parse_aliases, read_keys
 from gmanager.wire.channel import check_address
@@ -52,7 +53,10 @@ class Wanted:
     model: str
     instances: int
     tp: int
-    """GPUs, or on the CPU processes, of each."""
+    """GPUs, or on the CPU processes, of each stage."""
+    pp: int
+    """Stages of each."""
+    pp_layers: str | None
     device: str
     http: str | None
     bind: str
@@ -108,14 +112,14 @@ def check(wanted: Wanted) -> ServiceConfig:
             raise CannotStart(f"{package} is not installed: pip install 'distattn[{extra}]'")
     if wanted.device not in ("auto", "cpu", "cuda"):
         raise CannotStart(f"--device must be auto, cpu or cuda, got {wanted.device}")
-    gpus = count_gpus()
+    gpus, ranks = count_gpus(), wanted.tp * wanted.pp
     device = wanted.device
     if device == "auto":
-        device = "cuda" if gpus >= wanted.instances * wanted.tp else "cpu"
-    if device == "cuda" and gpus < wanted.instances * wanted.tp:
+        device = "cuda" if gpus >= wanted.instances * ranks else "cpu"
+    if device == "cuda" and gpus < wanted.instances * ranks:
         many = f"{wanted.instances} instances need as many GPUs"
-        if wanted.tp > 1:
-            many = f"{wanted.instances} instances of {wanted.tp} ranks need {wanted.instances * wanted.tp} GPUs"
+        if ranks > 1:
+            many = f"{wanted.instances} instances of {ranks} ranks need {wanted.instances * ranks} GPUs"
         raise CannotStart(f"{many}; this machine has {gpus}")
     try:
         GManagerConfig(bind=wanted.bind, policy=wanted.policy)
@@ -148,6 +152,8 @@ def check(wanted: Wanted) -> ServiceConfig:
             other_names=wanted.names[1:],
             instances=wanted.instances,
             tp=wanted.tp,
+            pp=wanted.pp,
+            pp_layers=wanted.pp_layers,
             kv_tokens=kv_tokens,
             kv_memory=wanted.kv_memory,
             max_context=wanted.max_context,
@@ -156,7 +162,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             kv_dtype=wanted.kv_dtype,
             dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
             quantize=wanted.quantize,
-            threads=max(1, len(os.sched_getaffinity(0)) // (wanted.instances * wanted.tp)),
+            threads=max(1, len(os.sched_getaffinity(0)) // (wanted.instances * ranks)),
             logs=logs_of_this_start(wanted.logs or cache_dir() / "logs"),
             ready_timeout_s=3600,
             bind=wanted.bind,
@@ -329,10 +335,15 @@ async def _run(config: ServiceConfig, console: Console) -> None:
         await keep_up(service, lambda line: console.print(line, markup=False, soft_wrap=True))
 
 
+def roles_lack(config: ServiceConfig) -> str | None:
+    """What the policy misses among the instances' roles, so that all serve as if mixed; None: nothing."""
+    return POLICIES[config.policy]().wrong_with(config.roles or ("mixed",) * config.instances)
+
+
 def _announce(
     console: Console, config: ServiceConfig, service: Service, tokens: int, seconds: float, *, reads_text: bool
 ) -> None:
-    ranks = f" of {config.tp} ranks" if config.tp > 1 else ""
+    ranks = f" of {config.ranks} ranks" if config.ranks > 1 else ""
     where = f"{config.instances} instance{'s' if config.instances > 1 else ''}{ranks} ({config.device})"
     names = " or ".join([config.served_model_name or config.model, *config.other_names])
     lines = [
@@ -340,6 +351,7 @@ def _announce(
         *([f"  HTTP    {service.url}/v1"] if service.url else []),
         f"  client  {service.address}",
         *([] if reads_text else ["  text    none: the model has no tokenizer, prompts are token ids"]),
+        *([] if (wrong := roles_lack(config)) is None else [f"  roles   {wrong}"]),
         f"  logs    {config.logs}",
         "Ctrl-C stops it. Elsewhere: distattn chat, status, top",
     ]

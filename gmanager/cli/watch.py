@@ -208,7 +208,7 @@ def _instances(stats: Stats, live: dict[str, RequestStats], width: int) -> Table
     length = max(8, width - 62 - max(map(len, cached.values()), default=0))
     for instance in stats.instances:
         table.add_row(
-            f"{instance.cell} {instance.rank}{' drains' if instance.is_draining else ''}",
+            " ".join([f"{instance.cell} {instance.rank}", *_marks(instance)]),
             bar(segments(instance, live), instance.total_tokens, length),
             f"{instance.used_tokens:,} ({100 * instance.used_tokens / max(1, instance.total_tokens):.0f} %)",
             f"{instance.free_tokens:,}{cached[instance]}",
@@ -216,6 +216,11 @@ def _instances(stats: Stats, live: dict[str, RequestStats], width: int) -> Table
             f"{instance.borrowed_tokens:,}",
         )
     return table
+
+
+def _marks(instance: InstanceStats) -> list[str]:
+    """What is not so of most instances."""
+    return [*([] if instance.role == "mixed" else [instance.role]), *(["drains"] if instance.is_draining else [])]
 
 
 def _cached(instance: InstanceStats) -> str:

@@ -85,6 +85,8 @@ _SAME = (
     "dtype",
     "kv_dtype",
     "tp",
+    "pp",
+    "pp_layers",
     "rotary",
     "fingerprint",
     "layers",
@@ -97,6 +99,8 @@ _SAME = (
 )
 _IN_WORDS = {
     "tp": "degree of tensor parallelism",
+    "pp": "number of pipeline stages",
+    "pp_layers": "number of layers in each stage",
     "layers": "way to run layers",
     "rotary": "rotary scaling",
     "windows": "blocks in windows",

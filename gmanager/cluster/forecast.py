@@ -8,9 +8,9 @@
   the time. What waits takes its turn first.
 - **Refusals.** Who would miss an objective now is told when one like it would not; who would miss it even alone, what the best
   is. A queued request is never dropped: it was accepted.
-- **Doubt.** Nothing is refused of which nothing is known: before `pace.LEAST` were measured, or for a prompt `BEYOND` times as
-  large as any. Nor for ever because of what was: while a cell is idle what is expected is halved every `FRESH_S`, until one is
-  taken and measured anew.
+- **Doubt.** Before `pace.LEAST` were measured, and for a prompt `BEYOND` times as large as any, only the cell's performance
+  model knows something, of steps alone: who would need `DOUBT` times what it has is refused. Nor is one refused for ever
+  because of what was: while a cell is idle what is expected is halved every `FRESH_S`, until one is taken and measured anew.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +29,8 @@ from gmanager.wire.messages import Outputs, Refusal
 
 BEYOND = 4
 """A prompt with so many times the work of any that was measured is none of which something is known."""
+DOUBT = 2.0
+"""By how much the performance model is believed to be wrong at most, of requests that it has seen none like."""
 FRESH_S = 60.0
 """So long what was measured holds in an idle cell; then its half, for as long again, and so on."""
 WINDOW = 16
@@ -155,13 +157,18 @@ class Forecast:
 
     def _late_refusal(self, request: Request, load: _Load, shared: int) -> Refusal | None:
         wanted, alone = request.objectives.ttft_s, self._alone(request, shared)
-        own_s, busy_s = self.predictor.prefill_s(alone), self.predictor.prefill_s(max(load.work, alone))
-        is_known = self._num_measured >= LEAST and alone <= BEYOND * self._largest
-        if wanted is None or own_s is None or busy_s is None or self._fastest.value is None or not is_known:
+        if wanted is None:
             return None
-        trust = self._trust()
         what, size = f"objective TTFT {wanted:g} s", f"a prompt of {request.missing_tokens:,} tokens"
         size += f", {shared:,} of them there already," if shared else ""
+        own_s, busy_s = self.predictor.prefill_s(alone), self.predictor.prefill_s(max(load.work, alone))
+        is_known = self._num_measured >= LEAST and alone <= BEYOND * self._largest
+        if own_s is None or busy_s is None or self._fastest.value is None or not is_known:
+            steps_s = self._steps_s(request, shared)
+            if steps_s <= DOUBT * wanted:
+                return None
+            return Refusal("unreachable", f"{what}: the steps of {size} take {_shown(steps_s)} alone here")
+        trust = self._trust()
         best_s = trust * min(own_s, alone * self._fastest.value)  # crowds teach little of what one takes that is alone
         if best_s > wanted:
             return Refusal("unreachable", f"{what}: {size} takes {_shown(best_s)} alone here at best")
@@ -178,9 +185,15 @@ class Forecast:
     def _slow_refusal(self, request: Request, load: _Load, views: Sequence[InstanceView]) -> Refusal | None:
         wanted, alone_s = request.objectives.tpot_s, self.predictor.decode_step_s(1)
         step_s = self.predictor.decode_step_s(load.rows)
-        if wanted is None or alone_s is None or step_s is None or request.max_tokens < 2:
+        if wanted is None or request.max_tokens < 2:
             return None
         trust, what = self._trust(), f"objective TPOT {wanted:g} s"
+        if alone_s is None or step_s is None:
+            performance = self._cell.performance
+            least_s = 0.0 if performance.is_guess else performance.costs.decode_step_s(1, request.num_tokens)
+            if least_s <= DOUBT * wanted:
+                return None
+            return Refusal("unreachable", f"{what}: a step takes {_shown(least_s)} alone here")
         if trust * alone_s > wanted and self._fewest < 2:  # it may be less than a fit to many rows says
             return Refusal("unreachable", f"{what}: a token takes {_shown(trust * alone_s)} here at best")
         if trust * (alone_s + self._slow.factor * (step_s - alone_s)) <= wanted or load.rows == 1:
@@ -224,13 +237,25 @@ class Forecast:
         lacks_places = max(len(queue) - places, 0 if fits else 1)  # of one, where there is room and it is divided badly
         return runs_s * max(0.0, lacks_blocks / max(1, used), lacks_places / max(1, homes))
 
+    def _most(self, request: Request) -> int:
+        """Instances that would prefill it."""
+        spread, size = request.spread, max(1, self._cell.size)
+        if spread == "auto":
+            return size if request.missing_tokens >= LONG_PROMPT else 1
+        return size if spread == "all" else min(spread, size)
+
+    def _steps_s(self, request: Request, shared: int) -> float:
+        """What the steps of its prefill take alone, by the cell's performance model; 0: that is a guess."""
+        performance, tokens = self._cell.performance, request.missing_tokens
+        if performance.is_guess:
+            return 0.0
+        there = min(shared, tokens - 1)
+        chunk = self._cell.spec.chunk_tokens
+        return performance.costs.prefill_s(tokens - there, there, self._most(request), chunk=chunk)
+
     def _alone(self, request: Request, shared: int) -> float:
         """The least work until its first token: alone, by as many instances as would prefill it, what it shares left out."""
-        tokens, spread, size = request.missing_tokens, request.spread, max(1, self._cell.size)
-        if spread == "auto":
-            count = size if tokens >= LONG_PROMPT else 1
-        else:
-            count = size if spread == "all" else min(spread, size)
+        tokens, count = request.missing_tokens, self._most(request)
         work = prompt_work(tokens, self._cell.spec.reach) - prompt_work(min(shared, tokens - 1), self._cell.spec.reach)
         return work if count == 1 else work / (count * PARALLEL_EFFICIENCY)
 

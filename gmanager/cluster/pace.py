@@ -1,6 +1,6 @@
 """How fast a cell is, from what its requests took: pure, times in seconds. What is older counts less.
 
-Work is counted as `policy.prompt_work` does, in tokens at the beginning of a prompt. Until `LEAST` of a kind were measured
+Work is counted as `placement.prompt_work` does, in tokens at the beginning of a prompt. Until `LEAST` of a kind were measured
 nothing is known of it, and whoever asks is told so.
 """
 
@@ -72,8 +72,8 @@ class Line:
 
 
 class Measured:
-    """A `Predictor` from what requests took to their first token, and what steps took. One with a model of the hardware may
-    take its place."""
+    """A `Predictor` from what requests took to their first token, and what steps took: with all that lies between steps, of
+    which the performance model of the cell knows nothing."""
 
     def __init__(self) -> None:
         self._prefill = Line(memory=FEW, is_flat=False)

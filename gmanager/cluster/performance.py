@@ -302,9 +302,9 @@ class PerformanceModel:
             ratios = [_ratio(step.seconds, self._lanes[lane].predict(step)) for lane, step in steps]
             self._factors[instance] = _bounded(median(ratios), 1 / MAX_FACTOR)
 
-    def factor(self, instance: int | None) -> float:
-        """How many times longer steps of this instance take than most instances'."""
-        return 1.0 if instance is None else self._factors.get(instance, 1.0)
+    def factor(self, instance: int) -> float:
+        """How many times longer steps of this instance take than most instances'. It is shown, and no policy weighs it."""
+        return self._factors.get(instance, 1.0)
 
     def num_samples(self, lane: Lane) -> int:
         """Steps that have been heard of."""
@@ -315,38 +315,6 @@ class PerformanceModel:
         none yet."""
         errors = self._lanes[lane].errors
         return median(errors) if errors else None
-
-    # --- predictions, of an instance by its id, or of one as fast as most ---------------------------------------------
-
-    def decode_step_s(
-        self,
-        rows: int,
-        held_here: int,
-        sent: int = 0,
-        served: int = 0,
-        *,
-        instance: int | None = None,
-        beside: bool = False,
-    ) -> float:
-        """As `Costs.decode_step_s`."""
-        return self._costs.decode_step_s(rows, held_here, sent, served, beside=beside) * self.factor(instance)
-
-    def prefill_s(
-        self,
-        tokens: int,
-        prefix: int = 0,
-        degree: int = 1,
-        *,
-        chunk: int,
-        instance: int | None = None,
-        beside: bool = False,
-    ) -> float:
-        """As `Costs.prefill_s`. `instance`: the slowest of those that take part."""
-        return self._costs.prefill_s(tokens, prefix, degree, chunk=chunk, beside=beside) * self.factor(instance)
-
-    def transfer_s(self, tokens: int) -> float:
-        """As `Costs.transfer_s`."""
-        return self._costs.transfer_s(tokens)
 
 
 def _ratio(seconds: float, predicted: float) -> float:

@@ -97,4 +97,5 @@ def _instance(cell: Cell, member: Member, lent: int, borrowed: int) -> InstanceS
         cached_tokens=footprint.held(member.cached_blocks, windows) * size,
         host_tokens=min(member.host_blocks * size, 2**63 - 1),
         disk_tokens=min(member.disk_blocks * size, 2**63 - 1),
+        role=member.register.role,
     )

@@ -1,6 +1,7 @@
-"""Sizes and places as flags have them: `64G`, `/scratch:2T`."""
+"""Sizes, places and numbers as flags have them: `64G`, `/scratch:2T`, `20,12`."""
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,3 +23,18 @@ def parse_disk(text: str) -> tuple[Path, int]:
     if not (colon and folder):
         raise ValueError(f"{text!r} is no directory and size, like /scratch:500G")
     return Path(folder).expanduser(), parse_size(size)
+
+
+def check_layers(counts: Sequence[int], stages: int) -> None:
+    """Raises ValueError unless each stage has a number of layers."""
+    if len(counts) != stages or min(counts) < 1:
+        said = ",".join(map(str, counts))
+        raise ValueError(f"--pp-layers {said} are not the layers of {stages} stages (--pp), at least one for each")
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Of each stage: `20,12`. Raises ValueError."""
+    counts = text.split(",")
+    if not all(count.isascii() and count.isdigit() for count in counts):
+        raise ValueError(f"{text!r} are no numbers of layers with commas between, like 20,12")
+    return tuple(map(int, counts))

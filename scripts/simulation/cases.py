@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 from _trace import BLOCK_TOKENS, Arrival, TraceError, read_trace, trace_of
-from bench_serve import Group, Objectives, summarise
+from bench_serve import Group, Objectives, percentile, summarise
 from make_trace import Settings, make_trace
 
 from simulation.service import Outcome, Setting, simulate
@@ -48,6 +48,15 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """(second, part)."""
     preemptions: int
     home_moves: int
+    prefix_queries: int
+    """Prompt tokens that were looked for among what was kept."""
+    prefix_hits: int
+    """Those that were found."""
+    followed: int
+    """Runs that were copied from what was their home: of as many homes that moved the KV followed before the end."""
+    follow_p50_s: float | None
+    """From when the home moved until it had followed; None: of none."""
+    follow_p99_s: float | None
     rounds: int
     """Steps of parties."""
     busy: float
@@ -74,6 +83,11 @@ def run(case: Case) -> Result:
         kv_curve=_thinned(outcome),
         preemptions=outcome.preemptions,
         home_moves=outcome.home_moves,
+        prefix_queries=outcome.prefix_queries,
+        prefix_hits=outcome.prefix_hits,
+        followed=len(outcome.follows_s),
+        follow_p50_s=percentile(outcome.follows_s, 50),
+        follow_p99_s=percentile(outcome.follows_s, 99),
         rounds=outcome.rounds,
         busy=outcome.busy,
         simulated_s=outcome.ended_s,

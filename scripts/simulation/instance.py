@@ -16,8 +16,6 @@ from simulation.times import Load, Profile
 
 VOCABULARY = 1 << 31
 MAX_CONTEXT = 1 << 40
-COPIED_TOKEN_S = 1e-6
-"""Seconds in which a token's KV is copied to another instance, beside steps and at no cost to them."""
 
 
 class SimulationError(Exception):
@@ -41,6 +39,8 @@ class Instance:
         self._parties: Parties | None = None
         self._seats: dict[Lane, Seat] = {}
         self._epoch = 0
+        self.num_steps = 0
+        """That have run; one of decodes counts as many as it stands for."""
         self._samples: dict[Lane, deque[m.StepSample]] = {lane: deque(maxlen=m.MAX_STEP_SAMPLES // 2) for lane in LANES}
         """Of the newest steps, not told yet."""
 
@@ -89,6 +89,7 @@ class Instance:
         self.scheduler = Scheduler(epoch=epoch, rank=rank, pace=pace, rmanager=self.rmanager, lay_out_as=parties.counting)
         self.newest = Grouping(number=0, members=[rank])
         self._parties = parties
+        parties.copies.enter(rank)
         self._seats = {lane: parties.enter(self, rank, lane) for lane in LANES}
 
     def obey(self, message: m.Message) -> None:
@@ -118,6 +119,7 @@ class Instance:
                 self.newest = Grouping(number=number, members=mine)
             case m.MoveSequence(seq=seq, to=to):
                 self.scheduler.move(seq, to)
+                self._cell.copies.note_left(seq, self.rank)
             case m.FlipRun():
                 self.scheduler.flip(message)
             case m.Cancel(seq=seq):
@@ -138,6 +140,7 @@ class Instance:
 
     def note_step(self, part: Part, load: Load) -> None:
         """A step has run."""
+        self.num_steps += self._profile.decode_steps if part.lane == "decode" else 1
         if load.rows or load.served:
             other: Lane = "decode" if part.lane == "prefill" else "prefill"
             self._samples[part.lane].append(
@@ -153,13 +156,19 @@ class Instance:
             )
 
     def tell_progress(self) -> None:
-        """A lane has moved on: tell the gManager, and the other lane."""
+        """A lane has moved on: tell the gManager, the other lane, and who copies."""
+        self.tell_budget()
         self._tell_of_freed()
         self._tell_of_cached()  # before the Released of sequences that left it
         for message in self.scheduler.take_messages():
             self._tell(message)
         self.scheduler.forget_origins()
         self._look()
+
+    def tell_budget(self) -> None:
+        """A step has begun or ended: of what may be copied."""
+        is_busy = any(seat.running is not None for seat in self._seats.values())
+        self._cell.copies.tell(self.rank, self.num_steps, is_busy=is_busy)
 
     @property
     def used(self) -> float:
@@ -169,6 +178,13 @@ class Instance:
     def validate(self) -> None:
         """Raises RuntimeError if the books contradict each other."""
         self.scheduler.validate()  # and the rManager
+
+    @property
+    def _cell(self) -> Parties:
+        """Raises SimulationError before `join`."""
+        if self._parties is None:
+            raise SimulationError("an instance was told of sequences before it was of a cell")
+        return self._parties
 
     def _look(self) -> None:
         if self._parties is not None:
@@ -193,12 +209,11 @@ class Instance:
         if asked.target != self.rank:
             return
 
-        def arrive() -> None:
+        def arrive(took_s: float) -> None:
             self.rmanager.note_copy(asked.move, asked.ranges)
             self._tell(m.Copied(epoch=asked.epoch, move=asked.move, us=round(took_s * 1e6)))
 
-        took_s = COPIED_TOKEN_S * sum(end - start for start, end in asked.ranges)
-        self._clock.after(took_s, arrive)
+        self._cell.copies.begin(asked, arrive)
 
     def _tell_of_freed(self) -> None:
         if self.rmanager.freed:

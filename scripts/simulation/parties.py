@@ -17,6 +17,7 @@ from instance.plan import StepPlan
 from instance.sharing import Load as Reading
 from instance.step import Grouping, Lane, derive
 from simulation.clock import Clock
+from simulation.copies import Copies
 from simulation.counting import Counting
 from simulation.device import Group, Part, run_together
 from simulation.times import Load, Profile
@@ -73,6 +74,7 @@ class Parties:
     def __init__(self, clock: Clock, profile: Profile) -> None:
         self.num_rounds = 0
         self.counting = Counting()
+        self.copies = Copies(clock, profile)
         self._clock = clock
         self._profile = profile
         self._tables: dict[tuple[Lane, int, int], Table] = {}
@@ -179,6 +181,7 @@ class Parties:
             else:
                 seat.behind = launched
                 self._await_result(seat)
+            seat.instance.tell_budget()
         table.present.clear()
 
     def _come_back(self, seat: Seat) -> None:

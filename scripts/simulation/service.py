@@ -9,6 +9,7 @@ from typing import get_args
 from _replay import Timing
 from _trace import Arrival, BlockArrival
 
+from gmanager.cluster.chain import Chain
 from gmanager.cluster.cluster import Cluster
 from gmanager.cluster.events import (
     Action,
@@ -130,6 +131,12 @@ class Outcome:
     """Steps of parties, in all lanes."""
     busy: float = 0.0
     """Part of the time that a device ran a step of either lane, on average; both at once count twice."""
+    prefix_queries: int = 0
+    """Prompt tokens that were looked for among what was kept."""
+    prefix_hits: int = 0
+    """Those that were found."""
+    follows_s: list[float] = field(default_factory=list)
+    """Of each run that was copied from what was its home: from when the home moved until the KV had followed."""
     step_s: float = 0.0
     """What steps took on all instances together, waits for other instances' rows included."""
     ended_s: float = 0.0
@@ -206,7 +213,11 @@ class Service:
             timing.due_s = None if timing.due_s is None else timing.due_s - start
             timing.token_s = [at - start for at in timing.token_s]
         outcome.kv_use = [(at - start, use) for at, use in outcome.kv_use]
-        outcome.preemptions = self.cluster.stats().counters.preemptions
+        stats = self.cluster.stats()
+        outcome.preemptions = stats.counters.preemptions
+        outcome.prefix_queries = stats.observed.prefix_queries * self.setting.grain
+        outcome.prefix_hits = stats.observed.prefix_hits * self.setting.grain
+        outcome.follows_s = [took for parties in self._parties.values() for took in parties.copies.follows_s]
         outcome.home_moves = sum(instance.scheduler.tally.home_moves for instance in self.instances.values())
         outcome.rounds = sum(parties.num_rounds for parties in self._parties.values())
         outcome.step_s = sum(instance.device.occupied_s for instance in self.instances.values())
@@ -310,9 +321,10 @@ class Service:
                     self._send(peer, message)
             case Deliver():
                 self._take(action)
-            case Encode(request=number, submit=submit):
+            case Encode(request=number, submit=submit, chain_seed=seed, block_size=block_size):
                 ids = submit.token_ids or b""
-                self._soon(Encoded(number, self.clock.now, token_ids=ids, highest=VOCABULARY - 1))
+                chain = None if seed is None else Chain(seed, block_size, ids)
+                self._soon(Encoded(number, self.clock.now, token_ids=ids, highest=VOCABULARY - 1, chain=chain))
             case LoadText(cell=number):
                 self._soon(TextLoaded(number, self.clock.now))
             case Log() | Write():  # there is no journal

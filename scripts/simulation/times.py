@@ -137,11 +137,16 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reach: int
     grain: int = 1
     """As `instance.plan.Pace` has these four."""
+    copy_tokens: int = 16
+    """Of KV, copied to or from an instance for each of its steps while it steps: `--copy-tokens`."""
+    decode_steps: int = 1
+    """That a decode step stands for, and tokens that a row stands for: more than one if it is `coarse`."""
     shrinks: bool = True
     """Whether chunks beside decodes are the smaller the longer the prefix: on a GPU, not on the CPU."""
 
     def __post_init__(self) -> None:
-        for name in ("kv_tokens", "block_size", "chunk_tokens", "mixed_chunk_tokens", "reach", "grain"):
+        counts = ("kv_tokens", "block_size", "chunk_tokens", "mixed_chunk_tokens", "reach", "grain")
+        for name in (*counts, "copy_tokens", "decode_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("meet_s", "host_s", "link_s"):  # a round that takes no time could repeat for ever
@@ -198,6 +203,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             mixed_chunk_tokens=-(-self.mixed_chunk_tokens // grain),
             reach=-(-self.reach // grain),
             grain=-(-self.grain // grain),
+            copy_tokens=-(-self.copy_tokens // grain),
+            decode_steps=self.decode_steps * grain,
         )
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from gmanager import AsyncClient, SamplingParams
+from gmanager.cli.service import ServiceConfig
+from gmanager.cli.up import roles_lack
 from tests.support.processes import Processes, address_of, client_of, free_port, until_ready
 from tests.support.service import at_rest
 from tests.support.tiny import make_model
@@ -320,10 +322,11 @@ def test_a_model_without_a_tokenizer_and_with_another_context(model: Path, tmp_p
         started.child.send_signal(signal.SIGINT)
 
 
-def test_an_instance_of_two_ranks(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--tp", "--pp"])
+def test_an_instance_of_two_ranks(model: Path, tmp_path: Path, flag: str) -> None:
     """It says the same as one of one rank does."""
     said = []
-    for more in (("--tp", "2"), ()):
+    for more in ((flag, "2"), ()):
         logs = tmp_path / f"logs {len(more)}"
         with up(model, logs, "--no-http", "--device", "cpu", *more) as (started, address, _):
             line = started.wait_for("ready in")
@@ -373,6 +376,9 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ),
             ([str(model), "--slo-ttft", "0"], "--slo-ttft must be a positive number of seconds, got 0"),
             ([str(model), "--tp", "64", "--device", "cuda"], "1 instances of 64 ranks need 64 GPUs; this machine has "),
+            ([str(model), "--pp", "64", "--device", "cuda"], "1 instances of 64 ranks need 64 GPUs; this machine has "),
+            ([str(model), "--pp", "2", "--pp-layers", "3"], "--pp-layers 3 are not the layers of 2 stages (--pp)"),
+            ([str(model), "--pp", "2", "--pp-layers", "a,b"], "'a,b' are no numbers of layers with commas between, like 20,12"),
             ([str(model), "--slo-tpot", "inf"], "--slo-tpot must be a positive number of seconds, got inf"),
             ([str(model), "--bind", "here"], "an address looks like tcp://127.0.0.1:5570, got 'here'"),
             ([str(model), "--http", "127.0.0.1:70000"], "the port must be in [0, 65536), got 70000"),
@@ -493,3 +499,23 @@ def test_help_names_every_command() -> None:
     for command in ("up", "chat", "generate", "status", "top", "drain", "needle", "size"):
         assert re.search(rf"\b{command}\b", text)
         assert run(command, "--help").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "roles", "said"),
+    [
+        ("split", ("decode", "decode"), "policy split has no instance with --role prefill, or mixed: all do both"),
+        ("split", (), "policy split has no instance with a --role: all do both"),
+        ("split", ("prefill", "decode"), None),
+        ("elastic", ("prefill", "decode"), "policy elastic knows no roles, and these have some: decode, prefill"),
+        ("elastic", (), None),
+    ],
+)
+def test_roles_that_mean_nothing_are_said_where_they_were_given(policy: str, roles: tuple[str, ...], said: str | None) -> None:
+    config = ServiceConfig(model="x", instances=2, logs=Path(), policy=policy, roles=roles, kv_tokens=64)
+    assert roles_lack(config) == said
+
+
+def test_stages_are_refused_on_gpus_where_they_have_never_run() -> None:
+    with pytest.raises(ValueError, match="--pp 2 on GPUs is refused: stages have run on CPUs only, as yet"):
+        ServiceConfig(model="x", instances=1, logs=Path(), kv_tokens=64, device="cuda", pp=2)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from rich.console import Console
 
-from gmanager.cli.watch import Segment, bar, colour, screen, segments
+from gmanager.cli.watch import Segment, _marks, bar, colour, screen, segments
 from gmanager.observed import Observed
 from gmanager.wire.messages import CellStats, Counters, InstanceStats, RequestStats, Stats
 
@@ -54,6 +54,15 @@ def test_bars_are_as_long_as_they_should_be(parts: list[int], free: int, width: 
     used = drawn.plain.count("\u2588")
     assert drawn.plain == "\u2588" * used + "\u2591" * (width - used)
     assert used == (-(-sum(parts) * width // total) if total else 0)
+
+
+def test_what_an_instance_is_for_is_shown_where_it_was_said() -> None:
+    shown = [
+        replace(instance(0, 10), role="prefill", is_draining=True),
+        replace(instance(1, 10), role="decode"),
+        instance(2, 0),
+    ]
+    assert [_marks(its) for its in shown] == [["prefill", "drains"], ["decode"], []]
 
 
 def test_a_request_keeps_its_colour() -> None:

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn import transfer
+from distattn.budget import PATIENCE_S, StepBudget, TransferEnded
 from distattn.exchange import Exchange, ExchangeError
-from distattn.transfer import CopyFailed, StepBudget, TransferEnded, Transfers
+from distattn.transfer import CopyFailed, Transfers
 from instance.cell import EpochGroup, open_store
 from instance.copies import CHANNELS
 from kernels.kv_blocks import FP8
@@ -310,7 +311,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("slow", [0, 1])
 def test_neither_begins_to_move_a_block_before_both_may(ends: Ends, slow: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU what waits for the other end would hold processors."""
-    monkeypatch.setattr(transfer, "PATIENCE_S", 60)
+    monkeypatch.setattr("distattn.budget.PATIENCE_S", 60)
     ends.budgets[slow].tell(0, is_busy=True)
     sending, receiving = ends.send(1, [3, 4]), ends.receive(1, [5, 6])
     for block in range(2):
@@ -325,13 +326,13 @@ def test_neither_begins_to_move_a_block_before_both_may(ends: Ends, slow: int, m
 
 def test_a_block_waits_no_longer_for_its_budget_than_is_stated(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps may take longer than any wait for a word."""
-    monkeypatch.setattr(transfer, "PATIENCE_S", 0.05)
+    monkeypatch.setattr("distattn.budget.PATIENCE_S", 0.05)
     for budget in ends.budgets:
         budget.tell(0, is_busy=True)
     sending, receiving = ends.send(1, [3, 4]), ends.receive(1, [5, 6])
     assert receiving.result(10) is None
     sending.result(10)
-    assert transfer.PATIENCE_S < transfer.PEER_TIMEOUT_S
+    assert PATIENCE_S < transfer.PEER_TIMEOUT_S
 
 
 @pytest.mark.parametrize("who", ["source", "target", "both"])
@@ -390,7 +391,7 @@ def test_ends_with_any_budgets_and_steps_copy_all(data: st.DataObject) -> None:
 
 
 def test_a_budget_is_kept_while_steps_run_and_not_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "PATIENCE_S", 60)
+    monkeypatch.setattr("distattn.budget.PATIENCE_S", 60)
     budget = StepBudget(16)
     budget.take(1000)
     budget.tell(5, is_busy=True)
@@ -425,6 +426,7 @@ def test_who_does_not_wait_is_told_whether_it_may_copy() -> None:
     budget.tell(2, is_busy=True)
     assert budget.try_take(32)
     assert not budget.try_take(32)
+    assert budget.try_take(32, is_patient=False)
     budget.end()
     assert budget.try_take(1000)
 

@@ -80,6 +80,24 @@ def test_nothing_is_refused_of_which_nothing_is_known() -> None:
     assert all(isinstance(cell.ask(), int) for _ in range(9))
 
 
+def test_before_anything_is_measured_steps_say_what_is_hopeless() -> None:
+    """A prefill step takes 0.1 s here, a decode step 0.02 s, as calibration has found."""
+    cell = Cell()
+    performance = cell.driver.cluster._cells["main"].performance
+    for lane, rows, attended, us in ((0, 8, 36, 100_000), (1, 1, 8, 20_000)):
+        step = m.StepSample(lane=lane, rows=rows, attended=attended, sent=0, served=0, us=us, beside=False)
+        performance.take(0, [step] * 9)
+    performance.refit(1e6)
+    hopeless = cell.ask(slo_ttft_s=0.04)
+    assert isinstance(hopeless, Deliver)
+    assert hopeless.refusal == "unreachable"
+    assert hopeless.error == "objective TTFT 0.04 s: the steps of a prompt of 8 tokens take 0.1 s alone here"
+    slow = cell.ask(slo_tpot_s=0.009, max_tokens=4)
+    assert isinstance(slow, Deliver)
+    assert (slow.refusal, slow.error) == ("unreachable", "objective TPOT 0.009 s: a step takes 0.02 s alone here")
+    assert isinstance(cell.ask(slo_ttft_s=0.06, slo_tpot_s=0.011), int), "the model may be wrong by as much"
+
+
 def test_a_prompt_larger_than_all_that_were_measured_is_tried() -> None:
     cell = Cell(slo_ttft_s=0.15)
     cell.learn()

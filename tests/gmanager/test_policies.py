@@ -24,8 +24,8 @@ from gmanager.cluster.policies import (
     Split,
     Static,
 )
-from gmanager.cluster.policies.elastic import WAITS_S
-from gmanager.cluster.policies.gain import after
+from gmanager.cluster.policies.elastic import SOONER_S, WAITS_S
+from gmanager.cluster.policies.gain import after, best_of
 from gmanager.cluster.unsettled import MAX_ASKED, view_of
 from gmanager.config import GManagerConfig, PolicyName
 from gmanager.wire import messages as m
@@ -154,9 +154,19 @@ def test_infinite_lets_a_debtor_go_when_others_wait() -> None:
     assert Infinite().improve([long], cell(debtor, creditor, waiting=100, mean_tokens=1000)) == NewHome(7, 1)
     small = instance(1, rows=40, held=40_000, free_blocks=1000, total_blocks=3200)
     assert Infinite().improve([long], cell(debtor, small, waiting=100, mean_tokens=1000)) is None, "its KV could not follow"
+    few = [instance(0, rows=20, held=100_000, free_blocks=3), instance(1, rows=20, held=100_000, free_blocks=2500)]
+    little = cell(*few, waiting=1, mean_tokens=1000)
+    assert Infinite().improve([sequence({0: 20_000}, copyable=())], little) is None, "one more of 41 is no twentieth"
     # what it left behind follows
     left = sequence({0: 100_000, 1: 10}, home=1)
     assert Infinite().improve([left], cell(debtor, creditor)) == NewHolder(7, 0, 1)
+
+
+def test_the_largest_gain_is_taken_and_of_equals_the_first() -> None:
+    moves = [NewHome(seq, 1) for seq in range(4)]
+    assert best_of(zip((0.1, 0.3, 0.3, 0.0), moves, strict=True)) == moves[1]
+    assert best_of([(0.0, moves[0])]) is None
+    assert best_of([]) is None
 
 
 def test_infinite_looks_at_debtors_while_others_wait() -> None:
@@ -397,6 +407,13 @@ def test_a_short_prompt_waits_rather_than_slow_all_down() -> None:
         placed = Elastic().place(long, replace(roomy, costs=slow, num_waiting=waiting))
         assert placed is not None
         assert len(placed.blocks) == degree, "its first token comes sooner, unless others wait for theirs"
+    # alone it takes 20 s or 5, and half of that on two
+    soon = replace(slow, prefill=replace(slow.prefill, step_s=0.0, row_s=4 * SOONER_S / long.missing, attended_s=0.0))
+    for row_s, degree in ((soon.prefill.row_s, 2), (soon.prefill.row_s / 4, 1)):
+        costs = replace(soon, prefill=replace(soon.prefill, row_s=row_s))
+        placed = Elastic().place(long, replace(roomy, costs=costs))
+        assert placed is not None
+        assert len(placed.blocks) == degree, "by so little nobody is slowed down"
     small = cell(*(replace(view, total_blocks=18) for view in busy.views))
     assert Elastic().place(prompt, replace(small, costs=slow)) is not None, "no instance ever holds it"
 

@@ -11,7 +11,8 @@ import pytest
 
 from gmanager.cluster.chain import Chain
 from gmanager.cluster.events import Action, Deliver, Encode, Encoded, Send
-from gmanager.cluster.reuse import FAR_TOKENS
+from gmanager.cluster.placement import InstanceView, Placement
+from gmanager.cluster.reuse import FAR_TOKENS, _cost
 from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
 from tests.gmanager.cluster_support import (
@@ -320,3 +321,14 @@ def test_a_client_that_leaves_while_blocks_are_pinned() -> None:
     assert drop(0, 2) in driver.say(CLIENT, m.Abort(call=1, request_id="again"))
     driver.say(peer(0), granted(2, 4, 15), beat(20))
     assert driver.cluster.is_idle
+
+
+def test_what_is_to_be_computed_before_a_prompt_counts_as_much_as_the_prompt() -> None:
+    """A document lies where 3,000 tokens wait; elsewhere it is computed anew, unless it is longer than they."""
+    there, elsewhere = Placement([m.Share(rank=0, tokens=10)], {0: 2}), Placement([m.Share(rank=1, tokens=2010)], {1: 34})
+    for backlog, cheaper in ((3000, elsewhere), (1000, there)):
+        views = [
+            InstanceView(rank=rank, free_blocks=99, total_blocks=99, homes=0, max_homes=9, backlog=tokens)
+            for rank, tokens in enumerate((backlog, 0))
+        ]
+        assert min((there, elsewhere), key=lambda its: _cost((its, None), views, 2010, 10**9)) is cheaper

@@ -9,6 +9,7 @@ import httpx2 as httpx
 import pytest
 
 from gmanager import RequestRefused, SamplingParams
+from gmanager.cluster import forecast
 from gmanager.cluster.pace import LEAST
 from gmanager.gateway.errors import translate
 from gmanager.server import Server
@@ -101,8 +102,9 @@ async def test_an_objective_that_would_be_missed(farm: Farm, llama: Path) -> Non
         assert 'distattn:requests_missed_slo_total{objective="tpot"} 0.0' in metrics
 
 
-async def test_goodput_counts_what_was_met(farm: Farm, llama: Path) -> None:
-    """By objectives that every request meets, or none does."""
+async def test_goodput_counts_what_was_met(farm: Farm, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By objectives that every request meets, or none does; those are not refused beforehand here."""
+    monkeypatch.setattr(forecast, "DOUBT", float("inf"))
     async with serve(farm, 1, Setup(model=llama), slo_ttft_s=1e-9) as service:
         for own in (None, None, 1e9):
             async for _ in service.client.generate("x", SamplingParams(max_tokens=4), slo_ttft_s=own, slo_tpot_s=1e9):

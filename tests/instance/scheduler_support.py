@@ -26,7 +26,7 @@ from gmanager.wire.messages import (
     pack_tokens,
 )
 from instance.needs import most_blocks
-from instance.plan import Pace, StepPlan
+from instance.plan import MAX_SAMPLES, Pace, StepPlan
 from instance.rmanager import RManager
 from instance.scheduler import Scheduler
 from instance.step import LANES, Lane, Step, derive
@@ -73,7 +73,8 @@ class FakeInstance:
     rmanager: RManager
     scheduler: Scheduler
     running: dict[Lane, deque[Launched]] = field(default_factory=lambda: defaultdict(deque))
-    previous: dict[Lane, list[int]] = field(default_factory=lambda: defaultdict(list))
+    previous: dict[Lane, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    """Place among the samples that are kept -> token."""
     kv: dict[int, Token] = field(default_factory=dict)
     """What has been written to each slot."""
     behind: list[dict[int, Token]] = field(default_factory=list)
@@ -118,15 +119,17 @@ class FakeCell:
         reach: int = 20,
         attends: bool = False,
         windows: Sequence[Sight] = (),
+        stages: int = 1,
     ) -> None:
         """`attends`: whether it sees what each row reads, which takes time with long prompts. `windows`: what rows see by the
-        tables behind the first."""
+        tables behind the first. `stages`: that steps go through, so that as many and one more are under way."""
         self.epoch = 0
+        self.stages = stages
         self.block_size = block_size
         self.attends = attends
         self.windows = tuple(windows)
         self.most = [most_blocks(sight, block_size, chunk_tokens) for sight in windows]
-        self._pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), reach)
+        self._pace = Pace(chunk_tokens, max(1, chunk_tokens // 4), reach, stages=stages)
         self._begin_epoch([RManager(blocks, block_size, windows=windows, chunk_tokens=chunk_tokens) for _ in range(size)])
         self.home: dict[int, int] = {}
         self.outputs: dict[int, dict[int, int]] = {}
@@ -253,7 +256,7 @@ class FakeCell:
         for instance in self.instances:
             self.accept(instance, lane)
         for instance in self.instances:
-            if len(instance.running[lane]) == 2:
+            if len(instance.running[lane]) > self.stages:
                 self.commit(instance, lane)
         return True
 
@@ -262,15 +265,15 @@ class FakeCell:
         one has run is known once all have accepted it: each waits for what the others compute."""
         found: list[Callable[[], None]] = []
         for lane, party in self.parties.items():
-            are_free = not party.waiting and all(len(i.running[lane]) < 2 for i in self.instances)
+            are_free = not party.waiting and all(len(i.running[lane]) <= self.stages for i in self.instances)
             if are_free and any(i.scheduler.has_work(lane, self.members) for i in self.instances):
                 found.append(partial(self.derive, lane))
             for instance in self.instances:
                 num_running = len(instance.running[lane])
-                if instance in party.waiting and num_running < 2:
+                if instance in party.waiting and num_running <= self.stages:
                     found.append(partial(self.accept, instance, lane))
                 rests = not party.waiting and not instance.scheduler.has_work(lane, self.members)
-                if num_running == 2 or (num_running == 1 and rests):
+                if num_running > self.stages or (num_running and rests):
                     found.append(partial(self.commit, instance, lane))
         return found
 
@@ -310,7 +313,10 @@ class FakeCell:
         for s in plan.sampled:
             assert rows[s.row] == (s.seq, s.position - 1)
             sampled.append(token_at(s.seq, s.position))
-        instance.previous[lane] = sampled
+        kept = range(plan.samples_at, plan.samples_at + MAX_SAMPLES[lane])
+        instance.previous[lane] = {at: token for at, token in instance.previous[lane].items() if at not in kept}
+        instance.previous[lane] |= zip(kept, sampled, strict=False)
+        assert plan.samples_at in range(0, self.stages * MAX_SAMPLES[lane], MAX_SAMPLES[lane])
         instance.running[lane].append(Launched(plan, sampled, rows))
         instance.certain.difference_update(rows)  # what was kept and then discarded, or cut
 

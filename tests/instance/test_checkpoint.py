@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from instance.checkpoint import CheckpointError, convert_gguf
-from instance.model import load_model
+from instance.load import load_model
 from tests.support.tiny import make_model
 
 CPU = torch.device("cpu")

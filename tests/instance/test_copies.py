@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from distattn.budget import StepBudget
 from distattn.exchange import Exchange
-from distattn.transfer import StepBudget, Transfers
+from distattn.transfer import Transfers
 from gmanager.wire import messages as wire
 from instance.copies import Copies
 from instance.rmanager import RManager

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from distattn.budget import TransferEnded
 from distattn.layout import Layout, Reading
-from distattn.transfer import TransferEnded
 from gmanager.wire.codec import Decoder, encode
 from gmanager.wire.memory import MemoryTransport
 from gmanager.wire.messages import CopyRun, JoinEpoch, MemberAddress, SequenceParams
@@ -76,7 +76,7 @@ class Played:
 
     async def __aenter__(self) -> "Played":
         for part, rank in enumerate(self.ranks, 1):
-            rank.send(RankReady(part=part, token="secret", tokens=1000 * part))
+            rank.send(RankReady(rank=part, token="secret", tokens=1000 * part, fingerprint=""))
             await self.crew._hear()
         self.watching = asyncio.create_task(self.crew.watch())
         return self
@@ -119,11 +119,11 @@ async def test_a_crew_forms_runs_and_ends() -> None:
 async def test_strangers_are_not_heard() -> None:
     async with asyncio.timeout(5), Played() as played:
         crew, stranger = played.crew, played.stranger
-        stranger.send(RankReady(part=1, token="guessed", tokens=1))
+        stranger.send(RankReady(rank=1, token="guessed", tokens=1, fingerprint=""))
         stranger.send(RankBroke(epoch=4, reason="nonsense"))
         crew.form(JOIN)
         stranger.send(RankFormed(epoch=4))
-        stranger.send(RankReady(part=1, token="secret", tokens=1))  # that part is here
+        stranger.send(RankReady(rank=1, token="secret", tokens=1, fingerprint=""))  # that part is here
         await asyncio.sleep(0.01)
         assert not crew.broke.done() and not played.watching.done()
         assert crew.use_pool(5000) == 1000
@@ -162,7 +162,7 @@ async def test_a_rank_lets_go_of_an_epoch_that_it_was_never_told_of() -> None:
     listener = transport.listen("tcp://127.0.0.1:*", to_first)
     unused: Any = None
     first = transport.dial(listener.address, to_rank)
-    first.send(RankReady(part=1, token="secret", tokens=1))
+    first.send(RankReady(rank=1, token="secret", tokens=1, fingerprint=""))
     peer, _ = await listener.recv()
     running = asyncio.create_task(Follower(unused, unused, first).run())
     async with asyncio.timeout(5):

@@ -22,7 +22,8 @@ from transformers import (
 
 from distattn.shape import PackedRows
 from instance.fused import OwnRow
-from instance.model import Model, random_model
+from instance.load import random_model
+from instance.model import Model
 from tests.support.tiny import SIZES
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distattn.shape import AttentionShape, PackedRows
+from instance.load import load_model
 from instance.memory import (
     MemoryBudget,
     NoAttention,
@@ -18,7 +19,6 @@ from instance.memory import (
     size,
     tiers_bytes,
 )
-from instance.model import load_model
 from instance.needs import KVNeeds
 from tests.support.tiny import make_model
 

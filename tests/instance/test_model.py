@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from instance.errors import UnsupportedModel
+from instance.load import load_model, load_text_assets, random_model
 from instance.memory import NoAttention
-from instance.model import Model, load_model, load_text_assets, random_model
+from instance.model import Model
 from tests.support.tiny import CONFIGS, make_model
 
 SMALL: dict[str, Any] = {

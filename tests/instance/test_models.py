@@ -16,7 +16,8 @@ from instance.config import DType, InstanceConfig, Launch
 from instance.errors import UnsupportedModel
 from instance.exact import difference, eager_logits, paged_logits, refuse_inexact
 from instance.latent import LatentHeads
-from instance.model import Model, load_model, random_model
+from instance.load import load_model, random_model
+from instance.model import Model
 from instance.start import load
 from kernels.segments import Scoring
 from kvstore.sight import FULL, Sight
@@ -354,7 +355,7 @@ def test_a_state_is_refused_in_a_sentence_before_weights_are_loaded(
         pytest.skip(f"this transformers has no {kind}")
     more, sentence = STATEFUL[kind]
     AutoConfig.for_model(kind, **(SIZES | more)).save_pretrained(tmp_path)
-    monkeypatch.setattr("instance.model.load_whole", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("instance.load.load_whole", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(UnsupportedModel, match=re.escape(sentence)) as refusal:
         load_model(tmp_path, None, CPU)
     assert str(refusal.value).startswith(f"{kind}: ")

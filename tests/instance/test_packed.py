@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from instance.checkpoint import CheckpointError
 from instance.errors import UnsupportedModel
 from instance.exact import eager_logits, refuse_inexact
+from instance.load import load_model
 from instance.memory import loaded_bytes
-from instance.model import load_model
 from instance.quantised import quantised_parts
 from instance.size import main
 from tests.support.exactness import ask, prompt

@@ -10,7 +10,8 @@ from transformers import DeepseekV3Config, GPT2Config
 
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
-from instance.model import Model, load_model, random_model
+from instance.load import load_model, random_model
+from instance.model import Model
 from instance.quantised import QuantisedLinear, matrix_of, quantised_parts
 from kernels.products import TYPES, Kind, Quantised, dequantise, quantise
 from tests.instance.test_fused import CPU, KNOWN, OTHERS, logits, make

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gmanager.wire.scaling import RopeScaling, lengths
 from instance.errors import UnsupportedModel
 from instance.exact import paged_logits, refuse_inexact
-from instance.model import Model, load_model, random_model
+from instance.load import load_model, random_model
+from instance.model import Model
 from tests.instance.test_models import EXACT, SIZES
 from tests.support.tiny import make_model
 
@@ -202,7 +203,7 @@ def test_layers_that_ignore_their_config_are_refused() -> None:
 
 def test_limits_are_checked_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_model("qwen2", tmp_path)
-    monkeypatch.setattr("instance.model.load_whole", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("instance.load.load_whole", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(UnsupportedModel, match="--max-context 513 is more than the 512 tokens that qwen2 takes$"):
         load_model(path, None, CPU, 513)
     sentence = "--max-context 2,049 is more than the 2,048 tokens that qwen2 takes with --rope-scaling yarn:4"

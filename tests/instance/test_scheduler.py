@@ -25,6 +25,7 @@ def test_lives_of_sequences(data: st.DataObject) -> None:
         chunk_tokens=data.draw(st.sampled_from([1, 7, 64])),
         attends=True,
         windows=data.draw(st.sampled_from(WINDOWS)),
+        stages=data.draw(st.sampled_from([1, 1, 2, 3])),
     )
     in_any_order = data.draw(st.booleans())
 

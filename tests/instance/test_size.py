@@ -14,8 +14,8 @@ from transformers import DeepseekV2Config, DeepseekV3Config, Gemma3TextConfig, L
 
 from gmanager.wire import footprint
 from instance.checkpoint import resolve_checkpoint
+from instance.load import load_model, random_model
 from instance.memory import activation_bytes, run_step
-from instance.model import load_model, random_model
 from instance.needs import Needs
 from instance.rmanager import RManager
 from instance.size import Question, answer, fewest_instances, instance_size, main, parse_count
@@ -104,6 +104,31 @@ def test_seventy_billion_parameters_fit_two_h200s_and_not_one(tmp_path: Path, ca
     assert "a GPU needs 141.0 GiB (weights 131.4 GiB" in capsys.readouterr().err
     assert main([*given, "--tp", "2", "--gpus", "3"]) == 2
     assert "--gpus 3 are no multiple of --tp 2" in capsys.readouterr().err
+
+
+def test_stages_are_sized_by_the_one_with_least_room(tmp_path: Path, shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first has embeddings and head; where it has but few layers, another has less room."""
+    memory = ("--gpu-memory", str(H200_GIB))
+    found = ask(shape_8b, "--pp", "2", "--gpus", "2", *memory, capsys=capsys)
+    assert (found["instances"], found["tp"], found["pp"], found["kv_per_token"]) == (1, 1, 2, 131_072 // 2)
+    ends = 2 * 128_256 * 4096 * 2
+    assert found["weights"] == pytest.approx((16_060_522_496 - ends) / 2 + ends, rel=1e-3)
+    uneven = ask(shape_8b, "--pp", "2", "--pp-layers", "4,28", *memory, capsys=capsys)
+    assert uneven["kv_per_token"] == 131_072 * 28 // 32
+    assert uneven["weights"] == pytest.approx((16_060_522_496 - ends) * 28 / 32, rel=2e-3)
+    large = SHAPE_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    LlamaConfig(**large).save_pretrained(tmp_path / "large")
+    both = ask(str(tmp_path / "large"), "--context", "64K", "--tp", "2", "--pp", "2", "--gpus", "4", *memory, capsys=capsys)
+    assert (both["instances"], both["tp"], both["pp"], both["fits"]) == (1, 2, 2, True)
+    for wrong, sentence in (
+        (("--pp", "3", "--pp-layers", "20,12"), "--pp-layers 20,12 are not the layers of 3 stages (--pp)"),
+        (("--pp", "2", "--pp-layers", "20,11"), "it has 32 layers, and --pp-layers 20,11 are 31"),
+        (("--pp", "33"), "it has 32 layers, which 33 stages can't share (--pp)"),
+        (("--pp", "2", "--gpus", "3"), "--gpus 3 are no multiple of --tp 1 times --pp 2"),
+        (("--pp", "2", "--pp-layers", "a"), "'a' are no numbers of layers with commas between, like 20,12"),
+    ):
+        assert main([shape_8b, *memory, *wrong]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_weights_of_8_bits_are_counted_as_such(shape_8b: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

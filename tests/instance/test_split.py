@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instance.split import Place, dealt, split_of
+from instance.split import Place, dealt, split_of, stages_of
 
 
 @given(st.integers(0, 500), st.integers(1, 20))
@@ -49,3 +49,34 @@ def test_more_ranks_than_heads_are_refused_with_the_numbers() -> None:
         split_of(Place(0, 5), heads=4, kv_heads=2, inner=128, vocabulary=100)
     with pytest.raises(ValueError, match="part 2 of 2"):
         Place(2, 2)
+
+
+@given(st.integers(1, 12), st.integers(1, 200))
+def test_stages_have_all_layers_in_order_and_the_last_ones_more(stages: int, num_layers: int) -> None:
+    if stages > num_layers:
+        with pytest.raises(ValueError, match=f"it has {num_layers} layers, which {stages} stages can't share"):
+            stages_of(Place(stages=stages), num_layers)
+        return
+    found = stages_of(Place(stages=stages), num_layers)
+    assert [layer for layers in found for layer in layers] == list(range(num_layers))
+    sizes = [len(layers) for layers in found]
+    assert sorted(sizes) == sizes and sizes[-1] - sizes[0] <= 1
+
+
+def test_stages_have_the_layers_that_are_asked_for() -> None:
+    assert stages_of(Place(stages=2, layers=(20, 12)), 32) == [range(20), range(20, 32)]
+    with pytest.raises(ValueError, match="it has 32 layers, and --pp-layers 20,13 are 33"):
+        stages_of(Place(stages=2, layers=(20, 13)), 32)
+    for layers in ((20, 12), (32, 0, 0)):
+        with pytest.raises(ValueError, match=r"--pp-layers .* are not the layers of 3 stages"):
+            Place(stages=3, layers=layers)
+    with pytest.raises(ValueError, match="stage 3 of 3"):
+        Place(stage=3, stages=3)
+
+
+def test_ranks_of_a_stage_come_one_after_the_other() -> None:
+    places = [Place(part, 2, stage, 3) for stage in range(3) for part in range(2)]
+    assert [place.rank for place in places] == list(range(6))
+    assert {place.ranks for place in places} == {6}
+    assert [place.is_last for place in places] == [False] * 4 + [True] * 2
+    assert (Place(0, 2).flags, Place(stages=3).flags, Place(0, 2, 0, 3).flags) == ("--tp 2", "--pp 3", "--tp 2 --pp 3")

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Lla
 from instance.checkpoint import CheckpointError
 from instance.errors import UnsupportedModel
 from instance.exact import eager_logits, refuse_inexact
+from instance.load import load_model, refuse_by_config
 from instance.memory import loaded_bytes
-from instance.model import load_model, refuse_by_config
 from instance.quantised import quantised_parts
 from instance.size import main
 from tests.support.exactness import ask, prompt

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
-from distattn.transfer import StepBudget
+from distattn.budget import StepBudget
 from gmanager.wire import messages as wire
 from instance.rmanager import RManager
 from instance.tiering import Tiering

@@ -29,7 +29,8 @@ from distattn.layout import Layout, Reading
 from instance import graphs
 from instance.calibrate import Room, plans
 from instance.graphs import DecodeGraphs, Replay
-from instance.model import Model, random_model
+from instance.load import random_model
+from instance.model import Model
 from instance.plan import SampledRow, StepPlan
 from kvstore.format import KVFormat
 from kvstore.storage import KVStorage

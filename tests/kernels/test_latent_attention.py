@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import DeepseekV3Config
 
 from instance.exact import refuse_inexact
-from instance.model import random_model
+from instance.load import random_model
 from instance.warmup import warm_up
 from kernels import decode_attention, latent_attention, paged_attention_torch
 from kernels.decode_attention import DecodeConfig, RowReading

@@ -28,6 +28,8 @@ class Ranks:
             torch.tensor(away, device=DEVICE),
             torch.zeros(ROWS, dtype=torch.int32, device=DEVICE),
             abort.pin_memory() if DEVICE.type == "cuda" else abort,
+            torch.zeros(1, dtype=torch.int32, device=DEVICE),
+            turns=5,
         )
         self._inboxes = inboxes
 
@@ -111,6 +113,10 @@ def test_an_abort_ends_a_wait_for_a_rank_that_never_comes() -> None:
     ranks.mailbox.abort_1.fill_(1)
     sum_rows(rows(1, 2, 8, torch.float32, 0)[0], ranks.mailbox)
     assert ranks.mailbox.calls_T.tolist() == [1, 1, 0, 0, 0]
+    assert ranks.mailbox.aborted_1.item() == 1
+    ranks.mailbox.abort_1.fill_(0)
+    sum_rows(rows(1, 2, 8, torch.float32, 0)[0], ranks.mailbox)  # what has been seen here isn't asked of the host again
+    assert ranks.mailbox.calls_T.tolist() == [2, 2, 0, 0, 0]
 
 
 def test_what_fits() -> None:

@@ -13,7 +13,7 @@ from transformers import Qwen3Config
 from gmanager.text.grammars import compile_grammar
 from gmanager.wire.messages import StructuredOutputsParams
 from instance.exact import refuse_inexact
-from instance.model import load_model, load_text_assets
+from instance.load import load_model, load_text_assets
 
 SCRIPT = Path(make_dummy_model.__file__)
 

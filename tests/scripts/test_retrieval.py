@@ -12,7 +12,7 @@ import torch
 from _retrieval import END, FILLER, KEY, VOCABULARY, make_haystack
 from make_retrieval_model import FAST_PAIRS, HEAD_DIM, POSITION_GAIN, THETA, check, write
 
-from instance.model import load_model, load_text_assets
+from instance.load import load_model, load_text_assets
 
 SCRIPTS = Path(make_retrieval_model.__file__).parent
 
@@ -55,7 +55,7 @@ def test_windows_occur_once_and_only_where_they_should() -> None:
     assert (make_haystack(5000, seed=1).tokens == make_haystack(5000, seed=1).tokens).all()
 
 
-def test_positions_are_told_apart_up_to_two_million() -> None:
+def test_positions_are_told_apart_up_to_eight_million() -> None:
     """How far behind the best other place is in the exponent, computed as positions are rotated: fp32 angles, bf16 cosines."""
     frequencies = (THETA ** (-torch.arange(FAST_PAIRS, dtype=torch.float64) * 2 / HEAD_DIM)).float()
 
@@ -65,10 +65,12 @@ def test_positions_are_told_apart_up_to_two_million() -> None:
         cos, sin = angle.cos().bfloat16().float(), angle.sin().bfloat16().float()
         return torch.cat([low * cos - high * sin, high * cos + low * sin], 1).bfloat16().float() * POSITION_GAIN
 
-    for at in (2_000_000, 1_999_999, 131_072, 77):
-        keys = turned(torch.arange(at + 1), 0)
+    farthest, piece = 8_388_607, 1 << 18
+    keys = [turned(part, 0).bfloat16() for part in torch.arange(farthest + 1).split(piece)]  # nothing is lost: they are rounded
+    for at in (farthest, 1_999_999, 131_072, 77):
         for back in (1, 4):
-            scores = (keys @ turned(torch.tensor([at]), back)[0]) * HEAD_DIM**-0.5
+            query = turned(torch.tensor([at]), back)[0]
+            scores = torch.cat([part.float() @ query for part in keys[: at // piece + 1]])[: at + 1] * HEAD_DIM**-0.5
             best = scores.topk(2)
             assert int(best.indices[0]) == at - back
             assert float(best.values[0] - best.values[1]) > 30
@@ -76,7 +78,7 @@ def test_positions_are_told_apart_up_to_two_million() -> None:
 
 def test_instances_take_the_checkpoint_as_it_is(model: Path) -> None:
     loaded = load_model(model, None, torch.device("cpu"))
-    assert (loaded.num_layers, loaded.max_context) == (2, 2_097_152 + 4096)
+    assert (loaded.num_layers, loaded.max_context) == (2, 8_388_608 + 4096)
     assert load_text_assets(model).eos_token_ids == [END]
 
 

@@ -20,16 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation.cases import Case, Result, arrivals_of, at_rate, run, run_all
 from simulation.clock import Clock
+from simulation.copies import PASSED_TOKEN_S, Copies
 from simulation.counting import Counting, attended_by
 from simulation.device import Device, Group, Part, Processor, run_together
-from simulation.instance import SimulationError
+from simulation.instance import Instance, SimulationError
 from simulation.search import Search, Tried, repeated
 from simulation.service import Outcome, Service, Setting, prompt_of, simulate
 from simulation.times import H200_8B, LaneTimes, Load, Profile, TimesError, read_stats, read_times, write_times
 from simulation.validate import SHARED, Measured, Sweep, beside, crowd, crowding, fit, level, scaled
 
+from distattn.budget import PATIENCE_S
 from distattn.layout import Layout, lay_out
 from gmanager.cluster.cluster import Cluster
+from gmanager.cluster.intake import SCANNED_AT_ONCE
 from gmanager.config import GManagerConfig
 from gmanager.wire import messages as m
 from instance.sharing import Load as KvRead
@@ -192,10 +195,130 @@ def test_prompts_that_begin_alike_share_what_was_computed() -> None:
     assert whole.ttft_s - cached.ttft_s > 31 * 0.001  # the rows of four blocks of 8, but for a token or so
 
 
+def test_of_long_prompts_is_found_what_there_is_as_of_short_ones() -> None:
+    """The gManager has those scanned beside its own work: that is the shell's, which is simulated."""
+    tokens = 2 * SCANNED_AT_ONCE
+    profile = msgspec.structs.replace(SMALL, kv_tokens=4 * tokens, chunk_tokens=tokens)
+    first = BlockArrival(at_s=0, prompt_tokens=tokens, max_tokens=2, hash_ids=[1, 2], block_tokens=SCANNED_AT_ONCE)
+    again = msgspec.structs.replace(first, at_s=1e5, hash_ids=[1, 3])
+    outcome = simulated([first, again], instances=1, profile=profile, limit_s=1e6)
+    assert (outcome.prefix_queries, outcome.prefix_hits) == (2 * tokens, SCANNED_AT_ONCE)
+
+
+def test_what_was_found_of_prompts_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two prompts of 40 tokens the second begins with 32 of the first's; the table shows two fifths."""
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out"
+    lines = [
+        {"timestamp": at_ms, "input_length": 40, "output_length": 4, "hash_ids": [1, 2, 3, 4, last]}
+        for at_ms, last in ((0, 5), (2000, 6))
+    ]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["run", "--trace", str(trace), "--instances", "1", "--policies", "static", "--block-tokens", "8"]
+    report = command.run(command.parse([*words, "--out", str(out)]), SMALL)
+    (cached,) = report.results
+    assert (cached.prefix_queries, cached.prefix_hits) == (80, 32)
+    assert "prefix %" in (told := capsys.readouterr().out)
+    assert " 40.0 " in told
+    (whole,) = command.run(command.parse([*words, "--no-prefix-cache", "--out", str(out)]), SMALL).results
+    assert (whole.prefix_queries, whole.prefix_hits) == (0, 0)
+
+
 @pytest.mark.parametrize("policy", ["static", "infinite", "loong", "split:1", "split:2", "elastic"])
 def test_each_policy_serves(policy: str) -> None:
     outcome = simulated([Arrival(at_s=0.2 * i, prompt_tokens=20, max_tokens=8) for i in range(6)], policy=policy)
     assert (outcome.home_moves > 0) == policy.startswith("split")
+
+
+# --- copies of KV
+
+
+def copied(copies: Copies, tokens: int) -> list[float]:
+    """Begin a copy from instance 0 to instance 1; the seconds that it took, once it is over."""
+    took: list[float] = []
+    asked = m.CopyRun(epoch=1, move=7, seq=1, source=0, target=1, ranges=[(0, tokens)], firsts=[])
+    copies.begin(asked, took.append)
+    return took
+
+
+def two_ends(clock: Clock, copy_tokens: int = 2) -> Copies:
+    copies = Copies(clock, msgspec.structs.replace(SMALL, copy_tokens=copy_tokens))
+    for rank in (0, 1):
+        copies.enter(rank)
+    return copies
+
+
+def test_idle_instances_copy_as_fast_as_words_and_blocks_pass() -> None:
+    clock = Clock()
+    took = copied(two_ends(clock), 30)
+    run_out(clock)
+    assert took == [pytest.approx(8 * (2 * SMALL.link_s + SMALL.block_size * PASSED_TOKEN_S))]
+
+
+@pytest.mark.parametrize("busy", [[0], [1], [0, 1]])
+def test_beside_steps_a_copy_takes_as_many_as_bring_its_tokens(busy: list[int]) -> None:
+    """At either end 2 tokens a step: eight blocks of 4 tokens take 16 steps, of 0.1 s each."""
+    clock = Clock()
+    copies = two_ends(clock)
+
+    def step(number: int) -> None:
+        for rank in busy:
+            copies.tell(rank, number, is_busy=True)
+        if number < 30:
+            clock.after(0.1, lambda: step(number + 1))
+
+    step(0)
+    took = copied(copies, 32)
+    run_out(clock)
+    # a source begins to save up for a block when it first waits for one: a step later than its target
+    assert took == [pytest.approx((15 + len(busy)) * 0.1, abs=0.01)]
+
+
+def test_a_block_waits_for_steps_no_longer_than_a_real_one() -> None:
+    clock = Clock()
+    copies = two_ends(clock)
+    copies.tell(0, 0, is_busy=True)
+    took = copied(copies, 12)
+    run_out(clock)
+    assert took == [pytest.approx(3 * PATIENCE_S, abs=0.01)]
+
+
+def test_who_becomes_idle_copies_at_once() -> None:
+    clock = Clock()
+    copies = two_ends(clock)
+    copies.tell(1, 0, is_busy=True)
+    took = copied(copies, 12)
+    clock.after(0.5, lambda: copies.tell(1, 1, is_busy=False))
+    run_out(clock)
+    assert took == [pytest.approx(0.5, abs=0.01)]
+
+
+def test_coarse_decode_steps_bring_what_those_do_that_they_stand_for() -> None:
+    fine = msgspec.structs.replace(SMALL, copy_tokens=4)
+    coarse = fine.coarse(2)
+    assert (coarse.copy_tokens, coarse.decode_steps) == (2, 2)
+    clock = Clock()
+    here = Instance(clock, coarse, Processor(clock, coarse), tell=lambda message: None)
+    here.note_step(Part(here.device, "prefill", 0.1, Group()), Load(0, 0, 0, 0))
+    assert here.num_steps == 1
+    here.note_step(Part(here.device, "decode", 0.1, Group()), Load(0, 0, 0, 0))
+    assert here.num_steps == 3
+
+
+def test_kv_follows_its_sequence_at_the_pace_of_steps() -> None:
+    """A prompt of 40 tokens has ten blocks of 4. With a token a step they follow after 40 steps of a decode or so, 11 ms at
+    least; before, in 40 us. With so few tokens to come they don't follow at all."""
+
+    def follows_s(copy_tokens: int, answer: int) -> list[float]:
+        profile = msgspec.structs.replace(SMALL, copy_tokens=copy_tokens, kv_tokens=256)
+        outcome = simulated(at_once((40, answer)), policy="split:1", instances=2, profile=profile)
+        assert outcome.home_moves == 1
+        return outcome.follows_s
+
+    (slow_s,) = follows_s(1, answer=80)
+    assert 36 * 0.011 < slow_s < 80 * 0.016
+    (fast_s,) = follows_s(64, answer=80)
+    assert fast_s < slow_s / 2
+    assert not follows_s(1, answer=10)
 
 
 # --- figures that were measured

@@ -67,7 +67,15 @@ class Setup:
     kv_format: KVFormat = "auto"
     kv_dtype: KVDType = "auto"
     tp: int = 1
-    """Workers that share the model of an instance."""
+    """Workers that share the layers of a stage."""
+    pp: int = 1
+    pp_layers: tuple[int, ...] = ()
+    """Stages of an instance."""
+
+    @property
+    def ranks(self) -> int:
+        """Workers of an instance."""
+        return self.tp * self.pp
 
 
 @dataclass
@@ -111,8 +119,8 @@ class Farm:
 
         `rests`: False if the gManager will be gone by then.
         """
-        self.grow(size * setup.tp)
-        workers = self.workers[: size * setup.tp]
+        self.grow(size * setup.ranks)
+        workers = self.workers[: size * setup.ranks]
         with tempfile.TemporaryDirectory() as meetings:
             starts = (w.ask("serve", rank, size, setup, gmanager, Path(meetings)) for rank, w in enumerate(workers))
             await asyncio.gather(*starts)
@@ -208,7 +216,8 @@ class _Serving:
         from instance.follower import meet_first
         from instance.start import device_of, lead, load
 
-        launch, seat = Launch(rank=rank, local_rank=rank, world_size=size * setup.tp, run_id="farm").split(setup.tp)
+        of_all = Launch(rank=rank, local_rank=rank, world_size=size * setup.ranks, run_id="farm")
+        launch, seat = of_all.split(setup.tp, setup.pp, setup.pp_layers)
         config = InstanceConfig(
             gmanager=gmanager,
             model=str(setup.model),
@@ -217,7 +226,7 @@ class _Serving:
             kv_tokens=setup.kv_tokens if isinstance(setup.kv_tokens, int) else setup.kv_tokens[launch.rank],
             launch=launch,
             place=seat,
-            meeting=meetings / f"load-{launch.rank}" if setup.tp > 1 else None,
+            meeting=meetings / f"load-{launch.rank}" if setup.ranks > 1 else None,
             device=setup.device,
             gpu=place(rank)[0],
             dtype=setup.dtype,
@@ -236,14 +245,14 @@ class _Serving:
             step_timeout_s=30,
         )
         form = setup.dtype, setup.quantize, setup.rope_scaling, setup.kv_format, setup.kv_dtype
-        key = (setup.model, *form, rank, setup.tp)
+        key = (setup.model, *form, seat)
         if key not in _loaded:
             _loaded[key] = load(config)
         loaded = _loaded[key]
-        if setup.tp > 1:
+        if setup.ranks > 1:
             path = meetings / f"serve-{launch.rank}"
             loaded = replace(loaded, meeting=Meeting.of(path, seat, device_of(config), config.host, config.step_timeout_s))
-        if seat.part:
+        if seat.rank:
             return _Following(asyncio.create_task(_follow(await meet_first(config, loaded, ZmqTransport()))))
         instance = await lead(config, loaded, ZmqTransport())
         instance._lasting.storage.fill_(torch.nan)

@@ -18,7 +18,7 @@ from _loop import Cell, Loop
 from transformers import AutoConfig
 
 from instance.cell import open_store
-from instance.model import random_model
+from instance.load import random_model
 from instance.warmup import warm_up
 
 PROMPTS = (300, 65, 7, 128, 1000)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from distattn.budget import StepBudget, TransferEnded
 from distattn.exchange import ExchangeError
 from distattn.layout import Layout, Reading
-from distattn.transfer import StepBudget, TransferEnded
 from gmanager.wire import messages as m
 from instance.copies import Copies
 from instance.epoch import Epoch, Lasting

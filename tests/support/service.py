@@ -25,7 +25,7 @@ class Service:
 @asynccontextmanager
 async def serve(farm: Farm, size: int, setup: Setup, **config: Any) -> AsyncIterator[Service]:
     """Ready when entered; when left, every request must have ended and every pool be empty. `config`: of the gManager."""
-    if setup.device == "cuda" and 1 < NUM_GPUS < size * setup.tp:
+    if setup.device == "cuda" and 1 < NUM_GPUS < size * setup.ranks:
         pytest.skip(f"needs {size} GPUs")
     server = Server(GManagerConfig(**({"bind": "tcp://127.0.0.1:*", "max_queue_wait_s": 60} | config)))
     server.start()

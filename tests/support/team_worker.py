@@ -18,7 +18,8 @@ if not torch.cuda.is_available():
 
 from instance import graphs
 from instance.crew import Meeting
-from instance.model import Model, load_model
+from instance.load import load_model
+from instance.model import Model
 from instance.plan import StepPlan
 from instance.split import Place
 from instance.team import Team
@@ -37,7 +38,7 @@ def main(rank: int, ranks: int, folder: Path, dtype: torch.dtype) -> None:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
     meeting = Meeting.of(folder / "meeting", Place(rank, ranks), device, "127.0.0.1", 60)
-    model = load_model(folder / "model", dtype, device, team=meeting.team)
+    model = load_model(folder / "model", dtype, device, team=meeting.team, place=Place(rank, ranks))
     assert model.fuse("triton") is None
     if device.type == "cuda":
         model.context.team = _with_memory(meeting, model)
@@ -69,9 +70,8 @@ def _with_memory(meeting: Meeting, model: Model) -> Team:
     """The team, which adds rows one-sided."""
     from instance.team_memory import TeamMemory
 
-    width = model.hidden_size * model.shape.dtype.itemsize
     place, store = meeting.team.place, torch.distributed.PrefixStore("memory", meeting.store)
-    memory = TeamMemory(store=store, place=place, rows=4, row_bytes=width, device=model.device)
+    memory = TeamMemory(store=store, place=place, rows=4, row_bytes=model.row_bytes, device=model.device)
     meeting.team.agree(torch.zeros(1, dtype=torch.int64, device=model.device))  # nobody writes before all are there
     torch.cuda.synchronize(model.device)
     return Team(meeting.team.group, place, memory)

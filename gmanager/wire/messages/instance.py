@@ -4,7 +4,7 @@ from typing import Literal
 
 from gmanager.wire.messages.base import Message, Part
 from gmanager.wire.messages.client import Pong, Refused
-from gmanager.wire.messages.requests import PromptLogprobs, TextAssets, TokenLogprob
+from gmanager.wire.messages.requests import PromptLogprobs, Role, TextAssets, TokenLogprob
 from gmanager.wire.messages.stats import Counters
 
 # --- instance -> gManager ---------------------------------------------------------------------------------------------
@@ -41,6 +41,10 @@ class InstanceSpec(Part):
     takes on an instance (`gmanager.wire.footprint`)."""
     tp: int = 1
     """Ranks between which its model and each block of its KV are split."""
+    pp: int = 1
+    """Stages that its layers are split into."""
+    pp_layers: list[int] = []
+    """Of each stage, if there are several."""
     rotary: str = ""
     """What the service has chosen of the model's rotary frequencies, in words; empty: they are as the model has them."""
     kv_dtype: str = ""
@@ -50,10 +54,6 @@ class InstanceSpec(Part):
     def number_types(self) -> str:
         """Those by which its KV differs from that of the same weights elsewhere."""
         return f"{self.dtype}, KV {self.kv_dtype}" if self.kv_dtype else self.dtype
-
-
-Role = Literal["mixed", "prefill", "decode"]
-"""What an instance is for, under a policy that tells them apart."""
 
 
 class Former(Part):

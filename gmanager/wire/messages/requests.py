@@ -19,6 +19,8 @@ MOST_PRIORITY = 2**31
 FinishReason = Literal["stop", "length", "abort", "error"]
 RequestState = Literal["queued", "reserving", "prefill", "decode", "moving", "preempted", "finished"]
 CellState = Literal["forming", "ready", "changing"]
+Role = Literal["mixed", "prefill", "decode"]
+"""What an instance is for, under a policy that tells them apart."""
 RefusalReason = Literal["invalid", "too_long", "never", "model", "full", "not_ready", "unknown", "overloaded", "unreachable"]
 """Why a request never starts: it is wrong in itself; longer than the model takes; more KV than the cell will ever hold; for a
 model that nobody serves; the queue is full; no cell is ready and it was not to wait for one. Unknown: there is no request of

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 from gmanager.wire.messages.base import Part
-from gmanager.wire.messages.requests import CellState, FinishReason, RefusalReason, RequestState
+from gmanager.wire.messages.requests import CellState, FinishReason, RefusalReason, RequestState, Role
 
 
 class Counters(Part):
@@ -78,6 +78,8 @@ class InstanceStats(Part):
     """Whose KV has a copy in host memory."""
     disk_tokens: int = 0
     """And on disk."""
+    role: Role = "mixed"
+    """What it was started for."""
 
 
 class RequestStats(Part):

@@ -1,0 +1,75 @@
+"""A model's layers in stages: each is loaded alone, and rows that go through all of them are those of the whole model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from instance.errors import UnsupportedModel
+from instance.fused import OwnRow
+from instance.load import load_model
+from instance.model import Model
+from instance.split import Place
+from tests.support.tiny import make_model
+
+CPU = torch.device("cpu")
+LAYERS = 5
+
+
+def stages(path: Path, layers: tuple[int, ...]) -> list[Model]:
+    return [
+        load_model(path, None, CPU, place=Place(stage=stage, stages=len(layers), layers=layers)) for stage in range(len(layers))
+    ]
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_rows_through_all_stages_are_those_of_the_model(kind: str, is_tied: bool, is_fused: bool, tmp_path: Path) -> None:
+    if kind == "gemma2":  # rows are scaled where they enter
+        path = make_model("gemma2", tmp_path, num_hidden_layers=LAYERS, layer_types=["full_attention"] * LAYERS)
+    else:
+        path = make_model(kind, tmp_path, num_hidden_layers=LAYERS, tie_word_embeddings=is_tied)
+    whole, parts = load_model(path, None, CPU), stages(path, (2, 1, 2))
+    assert [part.num_layers for part in parts] == [2, 1, 2]
+    embeddings = whole.module.get_input_embeddings().weight.numel()
+    for part in parts[1:]:
+        assert part.num_parameters() < whole.num_parameters() - embeddings, "no stage but the first has the embeddings"
+    if is_fused:
+        assert [model.fuse("torch") for model in (whole, *parts)] == [None] * 4
+    for model in (whole, *parts):
+        model.context.attention = OwnRow(model.shape, "torch")
+    ids, places = torch.tensor([5, 77, 256, 3, 9]), torch.tensor([0, 5, 100, 7, 511])
+    with torch.inference_mode():
+        want = whole.forward(ids, places, torch.tensor([4, 1]))
+        rows = None
+        for part in parts:
+            rows = part.run_stage(ids, places, rows)
+        assert rows is not None
+        got = parts[0].logits(parts[0].behind_stages(rows[torch.tensor([4, 1])]), torch.arange(2))
+        assert (parts[2].run_stage(ids, places, rows, stores_only=True) is None) == is_fused
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_see_differently_are_refused(tmp_path: Path) -> None:
+    path = make_model("gemma2", tmp_path, num_hidden_layers=4)
+    with pytest.raises(UnsupportedModel, match=r"--pp 2 takes models whose layers all see alike, .*\(full_attention, sliding_"):
+        stages(path, (2, 2))
+
+
+def test_wrong_numbers_of_layers_are_refused_before_there_are_weights(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path, num_hidden_layers=LAYERS)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModel, match="llama: it has 5 layers, and --pp-layers 2,2 are 4"):
+        stages(path, (2, 2))
+    with pytest.raises(UnsupportedModel, match=r"llama: it has 5 layers, which 6 stages can't share \(--pp\)"):
+        load_model(path, None, CPU, place=Place(stages=6))
+
+
+def test_what_a_stage_lacks_is_named_as_in_the_checkpoint(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path, num_hidden_layers=LAYERS)
+    index = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(index | {"num_hidden_layers": 6}))
+    with pytest.raises(ValueError, match=r"lacks 9 of the weights .*model\.layers\.5\."):
+        stages(path, (3, 3))
