@@ -21,6 +21,7 @@ from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels import triton_ops
 from kernels.decode_attention import DecodeAttention, DecodeTables, RowReading, Written
+from kernels.decode_fp8 import FP8Decode
 from kernels.kv_blocks import store_kv
 from kernels.latent_attention import LatentDecode
 from kernels.merge_state import apply_sinks
@@ -35,7 +36,8 @@ _PIECES = 8
 
 def decode_kernel(storage: KVStorage, shape: AttentionShape, processors: int | None = None) -> DecodeAttention:
     """The kernel that all `DecodeStep`s of a stream share. `processors`: of the stream, if not all of the device's."""
-    of_shape = LatentDecode if shape.value_dim else DecodeAttention
+    of_heads = FP8Decode if storage.format.has_scales else DecodeAttention
+    of_shape = LatentDecode if shape.value_dim else of_heads
     sizes = attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device, storage.format.dtype)
     return of_shape(sizes, processors=processors)
 

@@ -21,8 +21,8 @@ DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 Quantize = Literal["none", "fp8", "int8"]
 QUANTIZE: tuple[Quantize, ...] = ("none", "fp8", "int8")
 
-KVFormat = Literal["auto", "plain"]
-KV_FORMATS: tuple[KVFormat, ...] = ("auto", "plain")
+KVFormatChoice = Literal["auto", "plain"]
+KV_FORMATS: tuple[KVFormatChoice, ...] = ("auto", "plain")
 
 KVDType = Literal["auto", "fp8"]
 KV_DTYPES: tuple[KVDType, ...] = ("auto", "fp8")
@@ -128,7 +128,7 @@ class InstanceConfig:
     """Tokens of the longest sequence served; None: as many as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of the model's rotary frequencies; None: what its config says."""
-    kv_format: KVFormat = "auto"
+    kv_format: KVFormatChoice = "auto"
     """auto: latents where the model's layers have some; plain: keys and values of all heads, to compare with."""
     kv_dtype: KVDType = "auto"
     """auto: KV is stored in the model's dtype; fp8: in e4m3, with a scale for each block and KV head."""

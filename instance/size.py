@@ -57,7 +57,7 @@ class Question:
     """Tokens of the longest sequence served; None: as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of its rotary frequencies; None: what its config says."""
-    kv_format: settings.KVFormat = "auto"
+    kv_format: settings.KVFormatChoice = "auto"
     """As an instance's."""
     kv_dtype: settings.KVDType = "auto"
     """Likewise."""

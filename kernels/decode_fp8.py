@@ -1,4 +1,4 @@
-"""The kernel of `kernels.decode_attention` over KV in fp8 (`kernels.kv_blocks`): the same tables, slots, pieces and merge.
+"""`kernels.decode_attention` over KV in fp8 (`kernels.kv_blocks`): the same tables, slots, pieces and merge.
 
 At half the bytes of a number, half as many instructions may be spent on it. On Hopper products take 16 bits, numbers that
 become them pass through registers, and what a product sums over must lie side by side in one. Tokens don't: the eight bits of a
@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.decode_attention import DecodeConfig, DecodeTables, row_of, soft_capped
+from kernels.decode_attention import DecodeAttention, DecodeConfig, DecodeTables, soft_capped
+from kernels.decode_slots import part_of_row, part_of_run, store_state
 from kernels.launch import has_dependent_launch, wait_for_previous
 from kernels.segments import AttentionSizes, Scoring
 
@@ -218,8 +219,7 @@ def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     head = program % K
     slot = program // K
-    size = num_rows + 1
-    tile_count = tl.load(rows_ptr + 3 * size + num_rows).to(tl.int64)
+    tile_count = tl.load(rows_ptr + 3 * (num_rows + 1) + num_rows).to(tl.int64)
     slots = tl.minimum(tl.num_programs(0) // K, tile_count)
     if slot >= slots:
         wait_for_previous(DEPENDENT)
@@ -228,17 +228,10 @@ def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
     last = (slot + 1) * tile_count // slots
     m_M = tl.arange(0, BLOCK_M)
     dim_E = 2 * tl.arange(0, E)
-    dim_D = tl.arange(0, D)
     wait_for_previous(DEPENDENT)
     while tile < last:
-        index = row_of(rows_ptr + 3 * size + 1, num_rows, tile)
-        tiles_before = tl.load(rows_ptr + 3 * size + index)
-        tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
-        first_tile = (tile - tiles_before).to(tl.int32)
-        num_tiles = tl.minimum((last - tile).to(tl.int32), tiles - first_tile)
-        row = tl.load(rows_ptr + index).to(tl.int64)
-        kv_len = tl.load(rows_ptr + size + index)
-        table_ptr = blocks_ptr + tl.load(rows_ptr + 2 * size + index)
+        row, kv_len, begin, tiles, first_tile, num_tiles = part_of_row(rows_ptr, num_rows, tile, last)
+        table_ptr = blocks_ptr + begin
         head_M = head * G + m_M
         q_ptr_ME = q_ptr + (row * stride_qt + head_M * stride_qh)[:, None] + dim_E[None, :]
         q_even_ME = tl.load(q_ptr_ME, mask=(m_M < G)[:, None], other=0.0)
@@ -264,13 +257,7 @@ def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
             skipped = first_tile  # of the run's tiles and those after it: not this slot's
             left = num_tiles
             for run in range(-kv_len):
-                run_len = tl.load(table_ptr + 2 * run)
-                run_ptr = blocks_ptr + tl.load(table_ptr + 2 * run + 1)
-                run_tiles = (run_len + BLOCK_N - 1) // BLOCK_N
-                if WINDOWED:
-                    run_tiles -= tl.load(run_ptr - 1) // BLOCK_N
-                first = tl.minimum(skipped, run_tiles)
-                taken = tl.minimum(left, run_tiles - first)
+                run_len, run_ptr, first, taken = part_of_run(table_ptr, blocks_ptr, run, skipped, left, BLOCK_N, WINDOWED)
                 skipped -= first
                 left -= taken
                 even_ME, odd_ME, top_M, sum_M, unit = _attend_run(
@@ -281,51 +268,53 @@ def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
 
         result_MD = tl.interleave(even_ME, odd_ME) * (unit / sum_M)[:, None]
         lse_M = (top_M + (tl.log2(sum_M) - _P_SHIFT)) * 0.6931471805599453  # ln 2
-        if num_tiles == tiles:
-            out_ptr_MD = out_ptr + (row * stride_ot + head_M * stride_oh)[:, None] + dim_D[None, :]
-            tl.store(out_ptr_MD, result_MD.to(out_ptr.dtype.element_ty), mask=(m_M < G)[:, None])
-            tl.store(lse_ptr + row * stride_lt + head_M * stride_lh, lse_M, mask=m_M < G)
-        else:
-            piece_M = (2 * program + (first_tile == 0).to(tl.int32)) * BLOCK_M + m_M
-            tl.store(piece_out_ptr + piece_M[:, None] * D + dim_D[None, :], result_MD, mask=(m_M < G)[:, None])
-            tl.store(piece_lse_ptr + piece_M, lse_M, mask=m_M < G)
+        store_state(
+            result_MD, lse_M, row, head, num_tiles == tiles, first_tile == 0, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr,
+            stride_ot, stride_oh, stride_lt, stride_lh, program, G, D, BLOCK_M,
+        )  # fmt: skip
         tile += num_tiles
 
 
-def launch(
-    q_THD: torch.Tensor,
-    kv_2BPKD: torch.Tensor,
-    scales_2BK: torch.Tensor,
-    scoring: Scoring,
-    tables: DecodeTables,
-    out: tuple[torch.Tensor, torch.Tensor],
-    pieces: tuple[torch.Tensor, torch.Tensor],
-    *,
-    sizes: AttentionSizes,
-    config: DecodeConfig,
-    slots: int,
-    block_m: int,
-) -> None:
-    """The slots of a `DecodeAttention`: rows that lie in one, to `out` (out, lse), and the pieces of the others."""
-    pairs_2BPKE = kv_2BPKD.view(torch.int16)
-    dependent = has_dependent_launch(sizes.device)
-    if config.use_tma:
-        shape = [config.block_n, sizes.head_dim // 2]
-        k_src, v_src = (TensorDescriptor.from_tensor(x_BPKE.flatten(0, 1).flatten(1), shape) for x_BPKE in pairs_2BPKE)
-    else:
-        k_src, v_src = pairs_2BPKE
-    _fp8_decode_kernel[(slots * sizes.num_kv_heads,)](
-        q_THD, k_src, v_src, scales_2BK, *out, *pieces, tables.rows_4R1, tables.blocks_N, tables.rows_4R1.numel() // 4 - 1,
-        *q_THD.stride()[:2], *out[0].stride()[:2], *out[1].stride(), *pairs_2BPKE.stride()[1:4], *scales_2BK.stride()[:2],
-        scoring.scale * math.log2(math.e), scoring.soft_cap * math.log2(math.e),
-        K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, P=sizes.block_size, BLOCK_M=block_m, BLOCK_N=config.block_n,
-        USE_TMA=config.use_tma, DEPENDENT=dependent, WINDOWED=tables.windowed, CAPPED=scoring.soft_cap > 0,
-        WITH_ASM=sizes.device.type == "cuda",
-        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
-    )  # fmt: skip
+class FP8Decode(DecodeAttention):
+    """`DecodeAttention` over KV in fp8: the same tables, slots and merge."""
+
+    def __init__(self, sizes: AttentionSizes, config: DecodeConfig | None = None, processors: int | None = None) -> None:
+        """As there."""
+        super().__init__(sizes, config or _default_config(sizes), processors)
+
+    def _launch(
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
+        scoring: Scoring,
+        tables: DecodeTables,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+    ) -> None:
+        if scales_2BK is None:
+            raise ValueError("KV in fp8 came without its scales")
+        sizes, config = self.sizes, self.config
+        pairs_2BPKE = kv_2BPKD.view(torch.int16)
+        dependent = has_dependent_launch(sizes.device)
+        if config.use_tma:
+            shape = [config.block_n, sizes.head_dim // 2]
+            k_src, v_src = (TensorDescriptor.from_tensor(x_BPKE.flatten(0, 1).flatten(1), shape) for x_BPKE in pairs_2BPKE)
+        else:
+            k_src, v_src = pairs_2BPKE
+        _fp8_decode_kernel[(self._slots * sizes.num_kv_heads,)](
+            q_THD, k_src, v_src, scales_2BK, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1,
+            tables.blocks_N, tables.rows_4R1.numel() // 4 - 1,
+            *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *pairs_2BPKE.stride()[1:4], *scales_2BK.stride()[:2],
+            scoring.scale * math.log2(math.e), scoring.soft_cap * math.log2(math.e),
+            K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, P=sizes.block_size, BLOCK_M=self._block_m,
+            BLOCK_N=config.block_n, USE_TMA=config.use_tma, DEPENDENT=dependent, WINDOWED=tables.windowed,
+            CAPPED=scoring.soft_cap > 0, WITH_ASM=sizes.device.type == "cuda",
+            num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
+        )  # fmt: skip
 
 
-def default_config(sizes: AttentionSizes) -> DecodeConfig:
+def _default_config(sizes: AttentionSizes) -> DecodeConfig:
     """By the instructions above; not timed yet. As many bytes are on their way as in 16 bits, where it is three programs."""
     if sizes.dtype == torch.float32:  # IEEE products run outside the tensor cores
         return DecodeConfig(block_n=32, num_warps=4, num_stages=2, programs_per_processor=2, use_tma=False)
@@ -336,3 +325,6 @@ def default_config(sizes: AttentionSizes) -> DecodeConfig:
         programs_per_processor=6 if sizes.head_dim <= 128 else 2,
         use_tma=sizes.block_size % 64 == 0,
     )
+
+
+MOST_PROGRAMS = DecodeConfig(block_n=64, num_warps=2, num_stages=2, programs_per_processor=6, use_tma=False)

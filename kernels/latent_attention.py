@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeConfig, DecodeTables, MergeShape, RowReading, row_of
+from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeConfig, DecodeTables, MergeShape, RowReading
+from kernels.decode_slots import part_of_row, part_of_run, store_state
 from kernels.launch import has_dependent_launch, num_processors, wait_for_previous
 from kernels.paged_attention_triton import (
     SECTION_COLUMNS,
@@ -176,8 +177,7 @@ def _latent_decode_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     head_tile = program % K
     slot = program // K
-    size = num_rows + 1
-    tile_count = tl.load(rows_ptr + 3 * size + num_rows).to(tl.int64)
+    tile_count = tl.load(rows_ptr + 3 * (num_rows + 1) + num_rows).to(tl.int64)
     slots = tl.minimum(tl.num_programs(0) // K, tile_count)
     if slot >= slots:
         wait_for_previous(DEPENDENT)
@@ -191,14 +191,8 @@ def _latent_decode_kernel(  # type: ignore[no-untyped-def]
     head_M = head_tile * G + m_M
     wait_for_previous(DEPENDENT)
     while tile < last:
-        index = row_of(rows_ptr + 3 * size + 1, num_rows, tile)
-        tiles_before = tl.load(rows_ptr + 3 * size + index)
-        tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
-        first_tile = (tile - tiles_before).to(tl.int32)
-        num_tiles = tl.minimum((last - tile).to(tl.int32), tiles - first_tile)
-        row = tl.load(rows_ptr + index).to(tl.int64)
-        kv_len = tl.load(rows_ptr + size + index)
-        table_ptr = blocks_ptr + tl.load(rows_ptr + 2 * size + index)
+        row, kv_len, begin, tiles, first_tile, num_tiles = part_of_row(rows_ptr, num_rows, tile, last)
+        table_ptr = blocks_ptr + begin
         q_M_ptr = q_ptr + row * stride_qt + head_M * stride_qh
         q_MC = tl.load(q_M_ptr[:, None] + dim_C[None, :], mask=is_head_M[:, None], other=0.0)
         q_MR = tl.load(q_M_ptr[:, None] + C + dim_R[None, :], mask=is_head_M[:, None], other=0.0)
@@ -216,11 +210,7 @@ def _latent_decode_kernel(  # type: ignore[no-untyped-def]
             skipped = first_tile  # of the run's tiles and those after it: not this slot's
             left = num_tiles
             for run in range(-kv_len):
-                run_len = tl.load(table_ptr + 2 * run)
-                run_ptr = blocks_ptr + tl.load(table_ptr + 2 * run + 1)
-                run_tiles = (run_len + BLOCK_N - 1) // BLOCK_N
-                first = tl.minimum(skipped, run_tiles)
-                taken = tl.minimum(left, run_tiles - first)
+                run_len, run_ptr, first, taken = part_of_run(table_ptr, blocks_ptr, run, skipped, left, BLOCK_N, False)
                 skipped -= first
                 left -= taken
                 acc_MC, top_M, sum_M, unit = _attend_run(
@@ -232,14 +222,10 @@ def _latent_decode_kernel(  # type: ignore[no-untyped-def]
             acc_MC *= unit
         result_MC = acc_MC / sum_M[:, None]
         lse_M = (top_M + tl.log2(sum_M)) * 0.6931471805599453  # ln 2
-        if num_tiles == tiles:
-            out_MC_ptr = out_ptr + (row * stride_ot + head_M * stride_oh)[:, None] + dim_C[None, :]
-            tl.store(out_MC_ptr, result_MC.to(out_ptr.dtype.element_ty), mask=is_head_M[:, None])
-            tl.store(lse_ptr + row * stride_lt + head_M * stride_lh, lse_M, mask=is_head_M)
-        else:
-            piece_M = (2 * program + (first_tile == 0).to(tl.int32)) * BLOCK_M + m_M
-            tl.store(piece_out_ptr + piece_M[:, None] * C + dim_C[None, :], result_MC, mask=is_head_M[:, None])
-            tl.store(piece_lse_ptr + piece_M, lse_M, mask=is_head_M)
+        store_state(
+            result_MC, lse_M, row, head_tile, num_tiles == tiles, first_tile == 0, out_ptr, lse_ptr, piece_out_ptr,
+            piece_lse_ptr, stride_ot, stride_oh, stride_lt, stride_lh, program, G, C, BLOCK_M,
+        )  # fmt: skip
         tile += num_tiles
 
 

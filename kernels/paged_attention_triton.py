@@ -26,9 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import decode_attention
+from kernels import decode_attention, decode_fp8
 from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading, soft_capped
-from kernels.kv_blocks import LEAST_EXPONENT
+from kernels.decode_fp8 import FP8Decode
+from kernels.kv_blocks import FP8, LEAST_EXPONENT
 from kernels.launch import num_processors
 from kernels.paged_attention_tiles import TiledAttention, TilePlan, is_tileable, uses_tiles
 from kernels.segments import AttentionSizes, PagedAttention, Scoring, Segment, by_rows, uncovered_ranges
@@ -345,7 +346,8 @@ def scratch_bytes(
     """Most bytes of the parts of split KV: at most one for each program that fills the device, and the decode kernel's."""
     group: int = triton.next_power_of_2(num_heads // num_kv_heads)
     parts = parts_bytes(max(128, group), num_kv_heads, head_dim, device)
-    return parts + decode_attention.scratch_bytes(num_heads, num_kv_heads, head_dim, device, kv_dtype)
+    most = decode_fp8.MOST_PROGRAMS if kv_dtype == FP8 else decode_attention.MOST_PROGRAMS
+    return parts + decode_attention.scratch_bytes(num_heads, num_kv_heads, head_dim, device, most)
 
 
 def parts_bytes(block_m: int, num_kv_heads: int, out_dim: int, device: torch.device) -> int:
@@ -379,7 +381,7 @@ class TritonPagedAttention(PagedAttention):
                 single.append([RowReading(run.first_row, run.block_ids, run.kv_lens[0], *run.starts) for run in runs])
         self._decode: list[tuple[DecodeAttention, DecodeTables]] = []
         if single:
-            kernel = DecodeAttention(sizes)
+            kernel = (FP8Decode if sizes.has_scales else DecodeAttention)(sizes)
             for at in range(0, len(single), MAX_ROWS):
                 readings = [reading for row in single[at : at + MAX_ROWS] for reading in row]
                 self._decode.append((kernel, kernel.upload_tables(readings)))

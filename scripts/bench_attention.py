@@ -29,6 +29,7 @@ from _measure import Row, copy_bandwidth, graph_ms, matmul_tflops, show, write_j
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from kernels.decode_attention import DecodeAttention, DecodeConfig, RowReading
+from kernels.decode_fp8 import FP8Decode
 from kernels.kv_blocks import FP8
 from kernels.latent_attention import LatentDecode
 from kernels.paged_attention import plan_attention
@@ -139,7 +140,9 @@ Attention = Callable[[torch.Tensor], Result]
 
 
 def ours(case: Case, config: DecodeConfig | None = None) -> Attention:
-    kernel = (LatentDecode if case.value_dim else DecodeAttention)(sizes_of(case), config)
+    sizes = sizes_of(case)
+    of_heads = FP8Decode if sizes.has_scales else DecodeAttention
+    kernel = (LatentDecode if case.value_dim else of_heads)(sizes, config)
     readings = [RowReading(i, ids, n) for i, (ids, n) in enumerate(zip(case.block_ids, case.lens, strict=True))]
     tables = kernel.upload_tables(readings)
     out_THD, lse_TH = case.results()

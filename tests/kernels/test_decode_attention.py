@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kernels import decode_attention
 from kernels.decode_attention import _LEAST_SHARED, DecodeAttention, DecodeConfig, DecodeTables, RowReading, Written
+from kernels.decode_fp8 import FP8Decode
 from kernels.launch import num_processors
 from kernels.reference import attention_state
 from kernels.segments import AttentionSizes, Scoring
@@ -50,7 +51,7 @@ def check(
         device=DEVICE,
         kv_dtype=kv_dtype,
     )
-    kernel = DecodeAttention(sizes, config)
+    kernel = (FP8Decode if sizes.has_scales else DecodeAttention)(sizes, config)
     order = torch.randperm(len(lens)).tolist()
     runs = [(row, n) for row, each in zip(order, lens, strict=True) for n in (each if isinstance(each, list) else [each])]
     blocks = [-(-n // block_size) for _, n in runs]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kernels import decode_attention
 from kernels.decode_attention import DecodeConfig
+from kernels.decode_fp8 import FP8Decode
 from kernels.kv_blocks import FP8, FP8_MOST, check_scales, gather_kv_into, store_kv
 from kernels.layer_ops import Norm, rotate_and_store
 from kernels.paged_attention import plan_attention
@@ -258,7 +259,7 @@ def test_queries_of_any_size_stay_in_range(scale: float) -> None:
     sizes = AttentionSizes(
         num_rows=0, block_size=16, num_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float16, device=DEVICE, kv_dtype=FP8
     )
-    kernel = decode_attention.DecodeAttention(sizes)
+    kernel = FP8Decode(sizes)
     kv, scales = pool(4, 16, 2, 32)
     store(torch.randn(2, 64, 2, 32), (kv, scales), list(range(64)), "torch")
     tables = kernel.upload_tables([decode_attention.RowReading(0, [0, 1, 2, 3], 64)])

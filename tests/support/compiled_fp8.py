@@ -45,7 +45,7 @@ def main() -> None:
             device=torch.device("meta"),
             kv_dtype=torch.float8_e4m3fn,
         )
-        config = decode_fp8.default_config(sizes)
+        config = decode_fp8._default_config(sizes)
         tile = f"tensordesc<i16[{config.block_n},{head_dim // 2}]>"
         constants = {"K": 8, "G": 4, "D": head_dim, "P": 64, "BLOCK_M": 16, "BLOCK_N": config.block_n, "USE_TMA": True}
         constants |= {"DEPENDENT": True, "WINDOWED": windowed, "CAPPED": windowed, "WITH_ASM": True}

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from gmanager.wire.scaling import RopeScaling
-from instance.config import InstanceConfig, KVDType, KVFormat, Launch, Quantize
+from instance.config import InstanceConfig, KVDType, KVFormatChoice, Launch, Quantize
 
 Mutation = Literal["drop", "double", "shift"]
 
@@ -64,7 +64,7 @@ class Setup:
     disk_bytes: int = 0
     check_cache: bool = False
     rope_scaling: RopeScaling | None = None
-    kv_format: KVFormat = "auto"
+    kv_format: KVFormatChoice = "auto"
     kv_dtype: KVDType = "auto"
     tp: int = 1
     """Workers that share the layers of a stage."""
