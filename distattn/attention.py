@@ -29,7 +29,7 @@ from kernels.merge_state import MergePlan, apply_sinks, merge_states
 from kernels.paged_attention import attention_scratch_bytes, plan_attention
 from kernels.paged_attention_tiles import ROW_TILES, TOKEN_TILES, TiledAttention, uses_tiles
 from kernels.paged_attention_tiles import scratch_bytes as tiles_scratch_bytes
-from kernels.segments import PagedAttention, Scoring, Segment
+from kernels.segments import PagedAttention, Segment
 from kernels.upload import upload
 from kvstore.storage import KVStorage
 
@@ -119,14 +119,22 @@ class DistAttention:
 
     @staticmethod
     def scratch_bytes(
-        shape: AttentionShape, max_rows: int, num_peers: int, device: torch.device, backend: str, *, tiles: bool
+        shape: AttentionShape,
+        max_rows: int,
+        num_peers: int,
+        device: torch.device,
+        backend: str,
+        *,
+        tiles: bool,
+        kv_dtype: torch.dtype | None = None,
     ) -> int:
         """Most bytes that a step's buffers take: `max_rows` own rows, all dispatched to every peer, and as many from each.
 
-        `tiles`: whether `use_tiles` is called.
+        `tiles`: whether `use_tiles` is called. `kv_dtype`: of KV as it is stored, if not the shape's.
         """
+        heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
         kernels = sum(
-            attention_scratch_bytes(rows, shape.num_heads, shape.num_kv_heads, shape.head_dim, device, backend, shape.value_dim)
+            attention_scratch_bytes(rows, *heads, device, backend, shape.value_dim, kv_dtype)
             for rows in (max_rows, num_peers * max_rows)
         )
         if backend == "triton":  # whose plans have theirs for as long as the step runs
@@ -147,9 +155,9 @@ class DistAttention:
             return
         if TOKEN_TILES[-1] % self._storage.block_size:
             return  # a tile must begin where a block does
-        sizes = attention_sizes(shape, self._storage.block_size, self._device)
+        sizes = attention_sizes(shape, self._storage.block_size, self._device, self._storage.format.dtype)
         self._tiles = TiledAttention(sizes, backend=self.backend, row_tiles=row_tiles)
-        self._tiles.warm_up(self._storage.layer(0))
+        self._tiles.warm_up(self._storage.layer(0), self._storage.scales(0))
 
     def plan(self, layouts: Sequence[Layout], slots: Sequence[list[int]]) -> None:
         """Prepare all layers of a step: a layout for each group of `shape.sights`. `slots[g][i]`: where own row i's K and V go
@@ -214,23 +222,34 @@ class DistAttention:
         `sinks_H`: one more logit for each head, that stands for no value. The result is a buffer that the next layer writes.
         Raises RuntimeError if no step was planned or the rows are not those of the plan.
         """
-        group, kv_2BPKD = self._planned(layer, q_THD.shape[0]), self._storage.layer(layer)
+        group = self._planned(layer, q_THD.shape[0])
         with self._attending():
-            store_kv(k_TKD, None if self.shape.value_dim else v_TKD, kv_2BPKD, group.slots_T, backend=self.backend)
-            return self._attend_rows(group, layer, q_THD, kv_2BPKD, sinks_H)
+            store_kv(
+                k_TKD,
+                None if self.shape.value_dim else v_TKD,
+                self._storage.layer(layer),
+                group.slots_T,
+                scales_2BK=self._storage.scales(layer),
+                backend=self.backend,
+            )
+            return self._attend_rows(group, layer, q_THD, sinks_H)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `run`, of rows that come packed."""
-        group, kv_2BPKD = self._planned(layer, rows.qkv_TE.shape[0]), self._storage.layer(layer)
+        group = self._planned(layer, rows.qkv_TE.shape[0])
         with self._attending():
-            q_THD = rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, group.slots_T, self.backend)
-            return self._attend_rows(group, layer, q_THD, kv_2BPKD, rows.sinks_H)
+            q_THD = self._rotate_and_store(group, layer, rows)
+            return self._attend_rows(group, layer, q_THD, rows.sinks_H)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """Keep the rows' keys and values, and attend to nothing: no member of the party may expect more of this layer."""
         group = self._planned(layer, rows.qkv_TE.shape[0])
         with self._attending():
-            rows.rotate_and_store(self.shape.num_heads, self._storage.layer(layer), group.slots_T, self.backend)
+            self._rotate_and_store(group, layer, rows)
+
+    def _rotate_and_store(self, group: _GroupPlan, layer: int, rows: PackedRows) -> torch.Tensor:
+        kv_2BPKD, scales_2BK = self._storage.layer(layer), self._storage.scales(layer)
+        return rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, group.slots_T, self.backend, scales_2BK)
 
     def _planned(self, layer: int, num_rows: int) -> _GroupPlan:
         """The step's plan for a layer, once the device is near enough."""
@@ -245,33 +264,46 @@ class DistAttention:
             raise RuntimeError(f"{num_rows} rows came, {planned} was planned")
         return plan.groups[self._layers[layer][1]]
 
-    def _attend_rows(
-        self, group: _GroupPlan, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None
-    ) -> torch.Tensor:
-        self._attend_group(group, q_THD, kv_2BPKD, self._layers[layer][0])
+    def _attend_rows(self, group: _GroupPlan, layer: int, q_THD: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
+        self._attend_group(group, layer, q_THD)
         to = group.buffers
         if sinks_H is not None:
             apply_sinks(to.out_THD, to.lse_TH, sinks_H, backend=self.backend)
         return to.out_THD
 
-    def _attend_group(self, group: _GroupPlan, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring) -> None:
+    def _attend_group(self, group: _GroupPlan, layer: int, q_THD: torch.Tensor) -> None:
         """Whole states of the own rows."""
-        layout, to, scale, soft_cap = group.layout, group.buffers, scoring.scale, scoring.soft_cap
+        layout, to = group.layout, group.buffers
         alone = not (layout.dispatched or layout.received)
         if not alone:
             torch.index_select(q_THD, 0, group.send_rows_S, out=to.send_q_SHD)
             dispatch = self._exchange.start([(to.send_q_SHD, layout.dispatched)], [(to.recv_q_MHD, layout.received)])
-        group.own.run(q_THD, kv_2BPKD, scale, out_THD=to.out_THD, lse_TH=to.lse_TH, soft_cap=soft_cap)
+        self._attend_local(group.own, layer, q_THD, to.out_THD, to.lse_TH)
         if alone:
             return
         self._wait(dispatch)
-        group.others.run(to.recv_q_MHD, kv_2BPKD, scale, out_THD=to.recv_out_MHD, lse_TH=to.recv_lse_MH, soft_cap=soft_cap)
+        self._attend_local(group.others, layer, to.recv_q_MHD, to.recv_out_MHD, to.recv_lse_MH)
         combine = self._exchange.start(
             [(to.recv_out_MHD, layout.received), (to.recv_lse_MH, layout.received)],
             [(to.part_out_SHD, layout.dispatched), (to.part_lse_SH, layout.dispatched)],
         )
         self._wait(combine)
         merge_states(to.out_THD, to.lse_TH, to.part_out_SHD, to.part_lse_SH, group.merge, backend=self.backend)
+
+    def _attend_local(
+        self, plan: PagedAttention, layer: int, q_THD: torch.Tensor, out_THD: torch.Tensor, lse_TH: torch.Tensor
+    ) -> None:
+        """Partial states of what lies here."""
+        scoring = self._layers[layer][0]
+        plan.run(
+            q_THD,
+            self._storage.layer(layer),
+            scoring.scale,
+            out_THD=out_THD,
+            lse_TH=lse_TH,
+            soft_cap=scoring.soft_cap,
+            scales_2BK=self._storage.scales(layer),
+        )
 
     def take_times(self) -> LayerTimes:
         """What layers have taken since the last call."""
@@ -309,6 +341,7 @@ class DistAttention:
             backend=self.backend,
             tiles=None if self.shape.is_capped(group) else self._tiles,
             value_dim=self.shape.value_dim,
+            kv_dtype=self._storage.format.dtype,
         )
 
 

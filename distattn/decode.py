@@ -21,6 +21,7 @@ from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels import triton_ops
 from kernels.decode_attention import DecodeAttention, DecodeTables, RowReading, Written
+from kernels.decode_fp8 import FP8Decode
 from kernels.kv_blocks import store_kv
 from kernels.latent_attention import LatentDecode
 from kernels.merge_state import apply_sinks
@@ -35,8 +36,10 @@ _PIECES = 8
 
 def decode_kernel(storage: KVStorage, shape: AttentionShape, processors: int | None = None) -> DecodeAttention:
     """The kernel that all `DecodeStep`s of a stream share. `processors`: of the stream, if not all of the device's."""
-    of_shape = LatentDecode if shape.value_dim else DecodeAttention
-    return of_shape(attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device), processors=processors)
+    of_heads = FP8Decode if storage.format.has_scales else DecodeAttention
+    of_shape = LatentDecode if shape.value_dim else of_heads
+    sizes = attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device, storage.format.dtype)
+    return of_shape(sizes, processors=processors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,19 +185,27 @@ class DecodeStep:
         """As `DistAttention.run`."""
         if self._peers is not None:
             q_THD = q_THD.contiguous()  # as rows are pushed
-        kv_2BPKD = self._storage.layer(layer)
-        store_kv(k_TKD, None if self._shape.value_dim else v_TKD, kv_2BPKD, self._slots(layer), backend="triton")
-        return self._attend(layer, q_THD, kv_2BPKD, sinks_H)
+        store_kv(
+            k_TKD,
+            None if self._shape.value_dim else v_TKD,
+            self._storage.layer(layer),
+            self._slots(layer),
+            scales_2BK=self._storage.scales(layer),
+            backend="triton",
+        )
+        return self._attend(layer, q_THD, sinks_H)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
         """As `DistAttention.run_packed`."""
-        kv_2BPKD = self._storage.layer(layer)
-        q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots(layer), "triton")
-        return self._attend(layer, q_THD, kv_2BPKD, rows.sinks_H)
+        return self._attend(layer, self._rotate_and_store(layer, rows), rows.sinks_H)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
         """As `DistAttention.store_packed`."""
-        rows.rotate_and_store(self._shape.num_heads, self._storage.layer(layer), self._slots(layer), "triton")
+        self._rotate_and_store(layer, rows)
+
+    def _rotate_and_store(self, layer: int, rows: PackedRows) -> torch.Tensor:
+        kv_2BPKD, scales_2BK = self._storage.layer(layer), self._storage.scales(layer)
+        return rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots(layer), "triton", scales_2BK)
 
     def _slots(self, layer: int) -> torch.Tensor:
         return self._tables[_of("slots", self._shape.table(self._layers[layer][1]))]
@@ -202,18 +213,16 @@ class DecodeStep:
     def serve(self, layer: int) -> None:
         """Attend for others, with no rows of our own."""
         if self._peers is not None:
-            self._serve(self._peers, layer, self._storage.layer(layer))
+            self._serve(self._peers, layer)
 
-    def _attend(
-        self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _attend(self, layer: int, q_THD: torch.Tensor, sinks_H: torch.Tensor | None = None) -> torch.Tensor:
         tables, peers = self._tables, self._peers
-        scoring, group = self._layers[layer]
+        group = self._layers[layer][1]
         if peers is not None:
             push_rows(q_THD, None, tables[_of("sends", group)], peers.query_inbox)
-        self._kernel.run(q_THD, kv_2BPKD, scoring, self._groups[group].own, out_THD=self._out_THD, lse_TH=self._lse_TH)
+        self._attend_local(layer, q_THD, self._groups[group].own, self._out_THD, self._lse_TH)
         if peers is not None:
-            self._serve(peers, layer, kv_2BPKD)
+            self._serve(peers, layer)
             wait_rows(peers.state_signals_N, tables[_of("expected_states", group)], peers.abort_1)
             triton_ops.merge_states(
                 self._out_THD,
@@ -227,14 +236,28 @@ class DecodeStep:
             apply_sinks(self._out_THD, self._lse_TH, sinks_H, backend="triton")
         return self._out_THD
 
-    def _serve(self, peers: PeerMemory, layer: int, kv_2BPKD: torch.Tensor) -> None:
-        scoring, group = self._layers[layer]
+    def _serve(self, peers: PeerMemory, layer: int) -> None:
+        group = self._layers[layer][1]
         others = self._groups[group].others
         if others is None:
             raise RuntimeError("a step without peers serves nobody")
         wait_rows(peers.query_signals_N, self._tables[_of("expected_queries", group)], peers.abort_1)
-        self._kernel.run(peers.queries_MHD, kv_2BPKD, scoring, others, out_THD=self._served_MHD, lse_TH=self._served_MH)
+        self._attend_local(layer, peers.queries_MHD, others, self._served_MHD, self._served_MH)
         push_rows(self._served_MHD, self._served_MH, self._tables[_of("returns", group)], peers.state_inbox)
+
+    def _attend_local(
+        self, layer: int, q_THD: torch.Tensor, tables: DecodeTables, out_THD: torch.Tensor, lse_TH: torch.Tensor
+    ) -> None:
+        """Partial states of what lies here."""
+        self._kernel.run(
+            q_THD,
+            self._storage.layer(layer),
+            self._layers[layer][0],
+            tables,
+            out_THD=out_THD,
+            lse_TH=lse_TH,
+            scales_2BK=self._storage.scales(layer),
+        )
 
     def _plan_sends(self, peers: PeerMemory, layout: Layout, group: int) -> None:
         """Which query goes where and which place its state comes back to; where the states of served rows go."""

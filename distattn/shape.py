@@ -86,9 +86,9 @@ class AttentionShape(TokenForm):
     `value_dim` numbers are its value. Such is what returns for a row, too: `instance.latent` makes heads' values of it."""
 
     @property
-    def layer_token_bytes(self) -> int:
-        """Of one token's KV in one layer."""
-        return self.parts * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+    def layer_token_numbers(self) -> int:
+        """That are stored of one token in one layer."""
+        return self.parts * self.num_kv_heads * self.head_dim
 
     @property
     def query_bytes(self) -> int:
@@ -139,8 +139,10 @@ class AttentionShape(TokenForm):
         return any(layer.scoring.soft_cap and self.sights[group] == layer.sight for layer in self.layers)
 
 
-def attention_sizes(shape: AttentionShape, block_size: int, device: torch.device) -> AttentionSizes:
-    """What kernels that serve any number of rows are made for."""
+def attention_sizes(
+    shape: AttentionShape, block_size: int, device: torch.device, kv_dtype: torch.dtype | None = None
+) -> AttentionSizes:
+    """What kernels that serve any number of rows are made for. `kv_dtype`: of what is stored, if not the shape's."""
     return AttentionSizes(
         num_rows=0,
         block_size=block_size,
@@ -150,6 +152,7 @@ def attention_sizes(shape: AttentionShape, block_size: int, device: torch.device
         dtype=shape.dtype,
         device=device,
         value_dim=shape.value_dim,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -165,7 +168,14 @@ class PackedRows:
     sinks_H: torch.Tensor | None = None
     """One more logit for each query head, that stands for no value."""
 
-    def rotate_and_store(self, num_heads: int, kv_2BPKD: torch.Tensor, slots_T: torch.Tensor, backend: str) -> torch.Tensor:
+    def rotate_and_store(
+        self,
+        num_heads: int,
+        kv_2BPKD: torch.Tensor,
+        slots_T: torch.Tensor,
+        backend: str,
+        scales_2BK: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Queries `[T, H, D]`, ready to attend; keys and values go to their slots."""
         return rotate_and_store(
             self.qkv_TE,
@@ -176,5 +186,6 @@ class PackedRows:
             num_heads,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
+            scales_2BK=scales_2BK,
             backend=backend,
         )

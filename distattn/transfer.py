@@ -23,7 +23,7 @@ import torch
 
 from distattn.budget import StepBudget
 from distattn.exchange import Exchange, ExchangeError
-from kvstore.checksum import bytes_of, checksum_of
+from kvstore.checksum import checksum_of
 from kvstore.storage import KVStorage, on_stream
 
 PEER_TIMEOUT_S = 10.0
@@ -59,9 +59,7 @@ class Transfers:
         timeout_s: float = PEER_TIMEOUT_S,
     ) -> None:
         """`words`: over Gloo, with a group that only copies use. `timeout_s`: longest wait for the other end."""
-        self._data_L2BPKD = storage.data_L2BPKD
-        self._block_size = storage.block_size
-        self._block_bytes = storage.block_bytes
+        self._storage = storage
         self._exchange = exchange
         self._words = words
         self._budget = budget
@@ -80,14 +78,14 @@ class Transfers:
         checksum = 0
         for index, block in enumerate(block_ids):
             with on_stream(self._stream):
-                block_L2PKD = self._data_L2BPKD[:, :, block].clone(memory_format=torch.contiguous_format)
-                checksum = checksum_of(block_L2PKD, checksum)
+                block_N = self._storage.pack(block)
+                checksum = checksum_of(block_N, checksum)
                 self._hear(move, to, index)
-                self._budget.take(self._block_size)
+                self._budget.take(self._storage.block_size)
                 self._say(move, to, index)
-                self._pass([(bytes_of(block_L2PKD), {to: 1})], [])
+                self._pass([(block_N.unsqueeze(0), {to: 1})], [])
             self.blocks_sent += 1
-            self.bytes_sent += self._block_bytes
+            self.bytes_sent += self._storage.block_bytes
         self._say(move, to, checksum)
 
     def receive(self, move: int, block_ids: Sequence[int] | None, source: int) -> str | None:
@@ -98,15 +96,14 @@ class Transfers:
             raise CopyFailed("nothing is reserved for it here")
         checksum = 0
         for index, block in enumerate(block_ids):
-            self._budget.take(self._block_size)
+            self._budget.take(self._storage.block_size)
             self._say(move, source, index)
             self._hear(move, source, index)
             with on_stream(self._stream):
-                place_L2PKD = self._data_L2BPKD[:, :, block]
-                block_L2PKD = torch.empty_like(place_L2PKD, memory_format=torch.contiguous_format)
-                self._pass([], [(bytes_of(block_L2PKD), {source: 1})])
-                place_L2PKD.copy_(block_L2PKD)
-                checksum = checksum_of(place_L2PKD.clone(memory_format=torch.contiguous_format), checksum)
+                block_N = torch.empty(self._storage.block_bytes, dtype=torch.uint8, device=self._device)
+                self._pass([], [(block_N.unsqueeze(0), {source: 1})])
+                self._storage.unpack(block, block_N)
+                checksum = checksum_of(self._storage.pack(block), checksum)
         sent = self._word_of(move, source)
         return None if sent == checksum else f"the checksum of {len(block_ids)} blocks is {checksum:#x}, sent was {sent:#x}"
 

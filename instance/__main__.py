@@ -80,6 +80,12 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         help="of a model with latent attention: latents, or with plain the keys and values of all its heads (%(default)s)",
     )
     parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=settings.KV_DTYPES,
+        help="how KV is stored: in the model's dtype, or in fp8, half the bytes of 16 bits (%(default)s)",
+    )
+    parser.add_argument(
         "--tp",
         type=int,
         default=1,
@@ -191,6 +197,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         kv_format=args.kv_format,
+        kv_dtype=args.kv_dtype,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),

@@ -21,8 +21,11 @@ DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 Quantize = Literal["none", "fp8", "int8"]
 QUANTIZE: tuple[Quantize, ...] = ("none", "fp8", "int8")
 
-KVFormat = Literal["auto", "plain"]
-KV_FORMATS: tuple[KVFormat, ...] = ("auto", "plain")
+KVFormatChoice = Literal["auto", "plain"]
+KV_FORMATS: tuple[KVFormatChoice, ...] = ("auto", "plain")
+
+KVDType = Literal["auto", "fp8"]
+KV_DTYPES: tuple[KVDType, ...] = ("auto", "fp8")
 
 GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
@@ -125,8 +128,10 @@ class InstanceConfig:
     """Tokens of the longest sequence served; None: as many as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of the model's rotary frequencies; None: what its config says."""
-    kv_format: KVFormat = "auto"
+    kv_format: KVFormatChoice = "auto"
     """auto: latents where the model's layers have some; plain: keys and values of all heads, to compare with."""
+    kv_dtype: KVDType = "auto"
+    """auto: KV is stored in the model's dtype; fp8: in e4m3, with a scale for each block and KV head."""
     block_size: int = CPU_BLOCK_SIZE
     """Tokens in a block."""
     chunk_tokens: int = CPU_CHUNK_TOKENS
@@ -181,6 +186,8 @@ class InstanceConfig:
             raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {self.quantize}")
         if self.kv_format not in KV_FORMATS:
             raise ValueError(f"--kv-format must be one of {', '.join(KV_FORMATS)}, got {self.kv_format}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype}")
         for flag, value in (
             ("--block-size", self.block_size),
             ("--chunk-tokens", self.chunk_tokens),

@@ -4,7 +4,8 @@ What a probe of single layers can't see (a scale that depends on the place, plac
 logits. Two short random texts run in steps of many rows and of one row each, one of them at the last places that the
 model takes; their blocks lie in turn, and the pool holds NaN wherever nothing was written. Meanwhile windows and chunks are of
 a third of the texts, in the model's config too, so that these reach far beyond them: that a layer has one, and where it begins,
-shows as well as with the true size, which `instance.sights` has tried on its own.
+shows as well as with the true size, which `instance.sights` has tried on its own. Here KV is stored in the model's dtype in any
+case: what is compared is what is computed, and not how KV is rounded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from instance.errors import UnsupportedModel
 from instance.model import ATTENTION, TOLERANCE, Model, relative
 from instance.quantised import plain_products
 from instance.sights import smaller
+from kvstore.format import KVFormat
 from kvstore.run import Run
 from kvstore.storage import KVStorage
 
@@ -88,10 +90,10 @@ def paged_logits(
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         parts=shape.parts,
-        dtype=shape.dtype,
+        format=KVFormat(shape.dtype),
         device=model.device,
     )
-    storage.data_L2BPKD.fill_(torch.nan)
+    storage.fill_(torch.nan)
     attention = DistAttention(storage, shape, Exchange(None, model.device), backend=backend)  # type: ignore[arg-type]  # alone
     steps: list[torch.Tensor] = []
     model.context.attention = attention

@@ -118,7 +118,7 @@ def bind_latents(module: nn.Module, shape: AttentionShape, context: AttentionCon
     are_plain = all(layer.sight == FULL and not layer.scoring.soft_cap for layer in shape.layers)
     if heads != (dims.heads, dims.heads, dims.nope + dims.rotated) or not are_plain:
         return []
-    if latent_shape(shape, dims).layer_token_bytes >= shape.layer_token_bytes:
+    if latent_shape(shape, dims).layer_token_numbers >= shape.layer_token_numbers:
         return []
     return [LatentHeads(attention, dims, context) for attention in attentions]
 

@@ -41,6 +41,7 @@ from instance.split import WHOLE, Place
 from instance.team import Team
 from kernels.experts import ExpertWeights
 from kernels.products import rows_of_each_kernel as rows_of_each_product
+from kvstore.format import KVFormat
 from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
 
@@ -110,6 +111,8 @@ class Model:
         """Of attention as the layers call it."""
         self.shape = self.heads_shape
         """Of what is stored and attended to: of latents where the layers have some."""
+        self.kv_format = KVFormat(self.heads_shape.dtype)
+        """How it is stored."""
         self._latents: list[LatentHeads] = []
         if not any(call.has_sinks for call in self._calls):
             self._latents = bind_latents(module, self.heads_shape, self.context)
@@ -255,6 +258,10 @@ class Model:
         """Bytes of all parameters."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
 
+    def layer_token_bytes(self) -> int:
+        """Bytes of one token's KV in one layer, without scales."""
+        return self.shape.layer_token_numbers * self.kv_format.dtype.itemsize
+
     def num_parameters(self) -> int:
         """Numbers that its weights are, however they are stored; scales of others aren't counted."""
         return sum(
@@ -269,8 +276,19 @@ class Model:
         return self.hidden_size * self.shape.dtype.itemsize
 
     def token_bytes(self) -> int:
-        """Bytes of one token's KV in all layers."""
-        return self.num_layers * self.shape.layer_token_bytes
+        """The same in all layers."""
+        return self.num_layers * self.layer_token_bytes()
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of a block of so many tokens."""
+        shape = self.shape
+        return self.kv_format.block_bytes(
+            num_layers=shape.layers_of_block(self.num_layers),
+            parts=shape.parts,
+            block_size=block_size,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+        )
 
     def make_storage(self, num_blocks: int, block_size: int) -> KVStorage:
         """A pool for its KV. Raises ValueError or MemoryError as `KVStorage`."""
@@ -283,7 +301,7 @@ class Model:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             parts=shape.parts,
-            dtype=shape.dtype,
+            format=self.kv_format,
             device=self.device,
         )
 

@@ -8,6 +8,7 @@ import torch
 from distattn.attention import DistAttention
 from distattn.shape import AttentionShape
 from gmanager.wire import footprint
+from instance.config import KVDType
 from instance.errors import UnsupportedModel
 from instance.layers import MLP_ROWS, has_known_parts
 from instance.model import Model
@@ -16,7 +17,9 @@ from instance.rmanager import UNSURE_ROWS
 from instance.sampler import scratch_bytes as sampler_scratch_bytes
 from instance.sharing import SPLITS
 from instance.step import LANES
+from kernels.kv_blocks import FP8
 from kernels.paged_attention import plan_attention
+from kvstore.format import SCALE_BYTES, KVFormat
 from kvstore.sight import Sight
 
 _ROWS_AT_ONCE = 4
@@ -80,14 +83,22 @@ class Needs:
             weights=model.weight_bytes(),
             kv=KVNeeds(
                 block_size=block_size,
-                block=block_size * shape.layer_token_bytes * shape.layers_of_block(model.num_layers),
+                block=model.block_bytes(block_size),
                 windows=[most_blocks(sight, block_size, chunk_tokens) for sight in shape.windows],
             ),
             steps=[(rows[lane], MAX_SAMPLES[lane]) for lane in LANES],
             mlp_rows=MLP_ROWS if backend == "triton" and has_known_parts(model.module) else chunk_tokens,
             streams=1 + len(splits) if backend == "triton" else 1,
             attention=sum(
-                DistAttention.scratch_bytes(shape, rows[lane], cell_size - 1, model.device, backend, tiles=lane == "prefill")
+                DistAttention.scratch_bytes(
+                    shape,
+                    rows[lane],
+                    cell_size - 1,
+                    model.device,
+                    backend,
+                    tiles=lane == "prefill",
+                    kv_dtype=model.kv_format.dtype,
+                )
                 for lane in LANES
             ),
             sampling=sum(sampler_scratch_bytes(MAX_SAMPLES[lane], model.vocab_size) for lane in LANES),
@@ -111,7 +122,30 @@ def settle_shape(model: Model, name: str, *, block_size: int, backend: str) -> N
         raise UnsupportedModel(f"{name}: {reason}")
 
 
-def _unsupported(shape: AttentionShape, device: torch.device, block_size: int, backend: str) -> str | None:
+def settle_format(model: Model, name: str, kv_dtype: KVDType, *, block_size: int, backend: str) -> None:
+    """How the model's KV is stored, once its shape is settled.
+
+    Raises UnsupportedModel for a format that the device or the kernels don't support.
+    """
+    if kv_dtype == "auto":
+        return
+    reason = _unsupported(model.shape, model.device, block_size, backend, FP8)
+    if (
+        backend == "triton"
+        and model.device.type == "cuda"
+        and (found := torch.cuda.get_device_capability(model.device)) < (8, 9)
+    ):
+        reason = f"it needs a GPU of compute capability 8.9 or more, {model.device} has {'.'.join(map(str, found))}"
+    model.kv_format = KVFormat(FP8)
+    if (size := model.block_bytes(block_size)) % SCALE_BYTES:
+        reason = f"blocks must be of a multiple of {SCALE_BYTES} bytes, and are of {size:,}"
+    if reason is not None:
+        raise UnsupportedModel(f"{name}: --kv-dtype {kv_dtype}: {reason}")
+
+
+def _unsupported(
+    shape: AttentionShape, device: torch.device, block_size: int, backend: str, kv_dtype: torch.dtype | None = None
+) -> str | None:
     """Why the kernels don't take a shape; None: they do."""
     try:
         plan_attention(
@@ -123,6 +157,7 @@ def _unsupported(shape: AttentionShape, device: torch.device, block_size: int, b
             head_dim=shape.head_dim,
             value_dim=shape.value_dim,
             dtype=shape.dtype,
+            kv_dtype=kv_dtype,
             device=device,
             backend=backend,
         )

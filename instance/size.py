@@ -25,7 +25,7 @@ from instance.errors import UnsupportedModel
 from instance.load import shaped_model
 from instance.memory import TooLittleMemory, activation_bytes, predict, tiers_bytes
 from instance.model import Model
-from instance.needs import Needs, settle_shape
+from instance.needs import Needs, settle_format, settle_shape
 from instance.split import Place
 from kvstore.tier_storage import slot_bytes
 
@@ -57,8 +57,10 @@ class Question:
     """Tokens of the longest sequence served; None: as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of its rotary frequencies; None: what its config says."""
-    kv_format: settings.KVFormat = "auto"
+    kv_format: settings.KVFormatChoice = "auto"
     """As an instance's."""
+    kv_dtype: settings.KVDType = "auto"
+    """Likewise."""
     tp: int = 1
     """GPUs of each stage of an instance."""
     pp: int = 1
@@ -129,6 +131,8 @@ class Answer:
     dtype: str
     parameters: int
     weights: int
+    kv_dtype: str
+    """Of KV as it is stored."""
     kv_per_token: int
     kv_windows: int
     """Most that a sequence takes on an instance besides, in layers that see but a window or a chunk of it."""
@@ -179,7 +183,8 @@ def answer(question: Question) -> Answer:
         dtype=str(model.shape.dtype).removeprefix("torch."),
         parameters=model.num_parameters(),
         weights=model.weight_bytes(),
-        kv_per_token=kv.block // kv.block_size,
+        kv_dtype=str(model.kv_format.dtype).removeprefix("torch."),
+        kv_per_token=-(-kv.block // kv.block_size),
         kv_windows=sum(kv.windows) * kv.block,
         max_context=model.max_context,
         context=context,
@@ -268,11 +273,12 @@ def show(found: Answer) -> str:
     limit = "" if one.limit is None else f"   of {_gib(one.limit).strip()}"
     why = "alone in the cell" if found.longest < found.max_context else "the model's most"
     windows = f", and {_gib(found.kv_windows).strip()} for the windows of a sequence" if found.kv_windows else ""
+    stored = "" if found.kv_dtype == found.dtype else f" in {found.kv_dtype}, with scales"
     where = f"on {'a GPU' if found.device == 'cuda' else 'the CPU'}"
     rows = [
         ("model", found.model),
         ("parameters", f"{found.parameters:,} in {found.dtype}, {_gib(found.weights).strip()}"),
-        ("KV of a token", f"{found.kv_per_token:,} bytes{windows}"),
+        ("KV of a token", f"{found.kv_per_token:,} bytes{stored}{windows}"),
         ("", ""),
         (
             "one instance" if found.tp * found.pp == 1 else f"one of {found.tp * found.pp} ranks",
@@ -351,6 +357,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     parser.add_argument("--max-context", type=parse_count, help="tokens of the longest sequence served (as the config says)")
     parser.add_argument("--rope-scaling", metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the config says)")
     parser.add_argument("--kv-format", default="auto", choices=settings.KV_FORMATS, help="plain: of heads, not of latents")
+    parser.add_argument("--kv-dtype", default="auto", choices=settings.KV_DTYPES, help="fp8: KV in half the bytes of 16 bits")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=parse_count, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")
@@ -380,6 +387,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
         max_context=args.max_context,
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         kv_format=args.kv_format,
+        kv_dtype=args.kv_dtype,
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if on_gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=_given(args.chunk_tokens, settings.GPU_CHUNK_TOKENS if on_gpu else settings.CPU_CHUNK_TOKENS),
         host_memory=parse_size(args.host_memory),
@@ -431,6 +439,7 @@ def _shape_of(question: Question, place: Place) -> Model:
         if question.kv_format == "plain":
             model.keep_heads()
         settle_shape(model, question.model, block_size=question.block_size, backend=question.backend)
+        settle_format(model, question.model, question.kv_dtype, block_size=question.block_size, backend=question.backend)
     except UnsupportedModel:
         raise
     except LOAD_ERRORS as error:

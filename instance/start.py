@@ -17,7 +17,7 @@ from instance.host import host_of_this_process, visible_gpus
 from instance.load import load_model, load_text_assets, refuse_by_config
 from instance.memory import TooLittleMemory, check_tiers, check_weights, loaded_bytes, measure, tiers_bytes
 from instance.model import Model
-from instance.needs import Needs, settle_shape
+from instance.needs import Needs, settle_format, settle_shape
 from instance.plan import MAX_DECODE_ROWS
 from instance.processors import check_parts
 from instance.server import Instance
@@ -82,6 +82,7 @@ def load(config: InstanceConfig) -> Loaded:
             f"{config.model}: some of its layers see but a window, whose KV --host-memory, --disk and --check-cache don't know"
         )
     _verify(model, config)
+    settle_format(model, config.model, config.kv_dtype, block_size=config.block_size, backend=config.backend)
     return Loaded(model, assets, meeting)
 
 
@@ -180,6 +181,7 @@ def make_pool(config: InstanceConfig, model: Model) -> KVStorage:
         blocks=storage.num_blocks,
         block_bytes=storage.block_bytes,
         memory=_mib(storage.nbytes),
+        dtype=str(storage.format.dtype).removeprefix("torch."),
     )
     warm_up(model, storage, config.backend, config.chunk_tokens)
     return storage
@@ -257,6 +259,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded, fingerprint: str, num_blo
         dtype=str(model.shape.dtype).removeprefix("torch."),
         layers="as transformers has them" if model.fused is None else "fused",
         rotary=model.rotary or "",
+        kv_dtype="" if config.kv_dtype == "auto" else config.kv_dtype,
         block_size=config.block_size,
         vocab_size=model.vocab_size,
         max_context=model.max_context,

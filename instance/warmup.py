@@ -79,6 +79,7 @@ class _MadeUpStep:
                 head_dim=shape.head_dim,
                 value_dim=shape.value_dim,
                 dtype=shape.dtype,
+                kv_dtype=storage.format.dtype,
                 device=model.device,
                 backend=backend,
             )
@@ -97,23 +98,39 @@ class _MadeUpStep:
         v_TKD: torch.Tensor,
         sinks_H: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        kv_2BPKD = self._cleared(layer)
-        store_kv(k_TKD, None if self._shape.value_dim else v_TKD, kv_2BPKD, self._slots_T, backend=self._backend)
-        return self._attend(layer, q_THD, kv_2BPKD, sinks_H)
+        store_kv(
+            k_TKD,
+            None if self._shape.value_dim else v_TKD,
+            self._cleared(layer),
+            self._slots_T,
+            scales_2BK=self._storage.scales(layer),
+            backend=self._backend,
+        )
+        return self._attend(layer, q_THD, sinks_H)
 
     def run_packed(self, layer: int, rows: PackedRows) -> torch.Tensor:
-        kv_2BPKD = self._cleared(layer)
-        q_THD = rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend)
-        return self._attend(layer, q_THD, kv_2BPKD, rows.sinks_H)
+        return self._attend(layer, self._rotate_and_store(layer, rows), rows.sinks_H)
 
     def store_packed(self, layer: int, rows: PackedRows) -> None:
-        rows.rotate_and_store(self._shape.num_heads, self._cleared(layer), self._slots_T, self._backend)
+        self._rotate_and_store(layer, rows)
 
-    def _attend(self, layer: int, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
+    def _rotate_and_store(self, layer: int, rows: PackedRows) -> torch.Tensor:
+        kv_2BPKD, scales_2BK = self._cleared(layer), self._storage.scales(layer)
+        return rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend, scales_2BK)
+
+    def _attend(self, layer: int, q_THD: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         scoring, attention = self._shape.layer(layer).scoring, self._attentions[self._shape.group(layer)]
         out_THD = q_THD.new_empty((*q_THD.shape[:2], self._shape.out_dim))
-        lse_TH = self._lse_TH
-        attention.run(q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH, soft_cap=scoring.soft_cap)
+        lse_TH, kv_2BPKD = self._lse_TH, self._storage.layer(layer)
+        attention.run(
+            q_THD,
+            kv_2BPKD,
+            scoring.scale,
+            out_THD=out_THD,
+            lse_TH=lse_TH,
+            soft_cap=scoring.soft_cap,
+            scales_2BK=self._storage.scales(layer),
+        )
         merge_states(out_THD, lse_TH, out_THD[:1].clone(), lse_TH[:1].clone(), self._merge, backend=self._backend)
         if sinks_H is not None:
             apply_sinks(out_THD, lse_TH, sinks_H, backend=self._backend)

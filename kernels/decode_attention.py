@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.decode_slots import part_of_row, part_of_run, store_state
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
 from kernels.segments import AttentionSizes, Scoring
 from kernels.upload import upload
@@ -226,19 +227,6 @@ def _attend_run(  # type: ignore[no-untyped-def]
     return acc_MD, top_M, sum_M
 
 
-@triton.jit
-def row_of(ends_ptr, num_rows, tile):  # type: ignore[no-untyped-def]
-    """The row that a tile belongs to: the first whose end lies beyond it, by bisection."""
-    low = 0
-    high = num_rows
-    while low < high:
-        middle = (low + high) // 2
-        is_before = tl.load(ends_ptr + middle) <= tile
-        low = tl.where(is_before, middle + 1, low)
-        high = tl.where(is_before, high, middle)
-    return low
-
-
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_src, v_src, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, blocks_ptr, num_rows,
@@ -250,8 +238,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     head = program % K
     slot = program // K
-    size = num_rows + 1
-    tile_count = tl.load(rows_ptr + 3 * size + num_rows).to(tl.int64)
+    tile_count = tl.load(rows_ptr + 3 * (num_rows + 1) + num_rows).to(tl.int64)
     slots = tl.minimum(tl.num_programs(0) // K, tile_count)
     if slot >= slots:
         wait_for_previous(DEPENDENT)
@@ -262,14 +249,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     dim_D = tl.arange(0, D)
     wait_for_previous(DEPENDENT)
     while tile < last:
-        index = row_of(rows_ptr + 3 * size + 1, num_rows, tile)
-        tiles_before = tl.load(rows_ptr + 3 * size + index)
-        tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
-        first_tile = (tile - tiles_before).to(tl.int32)
-        num_tiles = tl.minimum((last - tile).to(tl.int32), tiles - first_tile)
-        row = tl.load(rows_ptr + index).to(tl.int64)
-        kv_len = tl.load(rows_ptr + size + index)
-        table_ptr = blocks_ptr + tl.load(rows_ptr + 2 * size + index)
+        row, kv_len, begin, tiles, first_tile, num_tiles = part_of_row(rows_ptr, num_rows, tile, last)
+        table_ptr = blocks_ptr + begin
         head_M = head * G + m_M
         q_ptr_MD = q_ptr + (row * stride_qt + head_M * stride_qh)[:, None] + dim_D[None, :]
         q_MD = tl.load(q_ptr_MD, mask=(m_M < G)[:, None], other=0.0)
@@ -286,13 +267,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             skipped = first_tile  # of the run's tiles and those after it: not this slot's
             left = num_tiles
             for run in range(-kv_len):
-                run_len = tl.load(table_ptr + 2 * run)
-                run_ptr = blocks_ptr + tl.load(table_ptr + 2 * run + 1)
-                run_tiles = (run_len + BLOCK_N - 1) // BLOCK_N
-                if WINDOWED:
-                    run_tiles -= tl.load(run_ptr - 1) // BLOCK_N
-                first = tl.minimum(skipped, run_tiles)
-                taken = tl.minimum(left, run_tiles - first)
+                run_len, run_ptr, first, taken = part_of_run(table_ptr, blocks_ptr, run, skipped, left, BLOCK_N, WINDOWED)
                 skipped -= first
                 left -= taken
                 acc_MD, top_M, sum_M = _attend_run(
@@ -303,14 +278,10 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
         result_MD = acc_MD / sum_M[:, None]
         lse_M = (top_M + tl.log2(sum_M)) * 0.6931471805599453  # ln 2
-        if num_tiles == tiles:
-            out_ptr_MD = out_ptr + (row * stride_ot + head_M * stride_oh)[:, None] + dim_D[None, :]
-            tl.store(out_ptr_MD, result_MD.to(out_ptr.dtype.element_ty), mask=(m_M < G)[:, None])
-            tl.store(lse_ptr + row * stride_lt + head_M * stride_lh, lse_M, mask=m_M < G)
-        else:
-            piece_M = (2 * program + (first_tile == 0).to(tl.int32)) * BLOCK_M + m_M
-            tl.store(piece_out_ptr + piece_M[:, None] * D + dim_D[None, :], result_MD, mask=(m_M < G)[:, None])
-            tl.store(piece_lse_ptr + piece_M, lse_M, mask=m_M < G)
+        store_state(
+            result_MD, lse_M, row, head, num_tiles == tiles, first_tile == 0, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr,
+            stride_ot, stride_oh, stride_lt, stride_lh, program, G, D, BLOCK_M,
+        )  # fmt: skip
         tile += num_tiles
 
 
@@ -486,12 +457,13 @@ class DecodeAttention:
         *,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
+        scales_2BK: torch.Tensor | None = None,
     ) -> None:
         """Fill the rows of `out` and `lse` that the tables name; a row with no token gets `0, -inf`. Only launches.
 
-        Nothing is checked: the tables' contents may change between launches of a graph.
+        `scales_2BK`: of KV in fp8. Nothing is checked: the tables' contents may change between launches of a graph.
         """
-        self._launch(q_THD, kv_2BPKD, scoring, tables, out_THD, lse_TH)
+        self._launch(q_THD, kv_2BPKD, scales_2BK, scoring, tables, out_THD, lse_TH)
         sizes = self.sizes
         num_rows = tables.rows_4R1.numel() // 4 - 1
         dependent = has_dependent_launch(sizes.device)
@@ -507,12 +479,13 @@ class DecodeAttention:
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
         scoring: Scoring,
         tables: DecodeTables,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
     ) -> None:
-        """The slots: rows that lie in one, and the pieces of the others."""
+        """The slots: rows that lie in one, and the pieces of the others. Scales are for who takes KV in fp8."""
         sizes, config = self.sizes, self.config
         num_rows = tables.rows_4R1.numel() // 4 - 1
         dependent = has_dependent_launch(sizes.device)
@@ -532,10 +505,10 @@ class DecodeAttention:
         )  # fmt: skip
 
 
-def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:
-    """Bytes that a `DecodeAttention` holds."""
+def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, most: DecodeConfig) -> int:
+    """Bytes that a `DecodeAttention` holds. `most`: that it is launched with."""
     block_m = max(16, int(triton.next_power_of_2(num_heads // num_kv_heads)))
-    programs = max(num_kv_heads, _MOST_PROGRAMS.programs(num_processors(device)))
+    programs = max(num_kv_heads, most.programs(num_processors(device)))
     return 2 * programs * block_m * (head_dim + 1) * 4
 
 
@@ -558,4 +531,4 @@ def _default_config(sizes: AttentionSizes, processors: int) -> DecodeConfig:
     )
 
 
-_MOST_PROGRAMS = DecodeConfig(block_n=64, num_warps=4, num_stages=2, programs_per_processor=3, use_tma=False)
+MOST_PROGRAMS = DecodeConfig(block_n=64, num_warps=4, num_stages=2, programs_per_processor=3, use_tma=False)

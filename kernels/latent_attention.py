@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeConfig, DecodeTables, MergeShape, RowReading, row_of
+from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeConfig, DecodeTables, MergeShape, RowReading
+from kernels.decode_slots import part_of_row, part_of_run, store_state
 from kernels.launch import has_dependent_launch, num_processors, wait_for_previous
 from kernels.paged_attention_triton import (
     SECTION_COLUMNS,
@@ -43,15 +44,28 @@ _MOST_HEADS = 64
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_tile(  # type: ignore[no-untyped-def]
-    acc_MC, top_M, sum_M, q_MC, q_MR, c_NC, r_NR, is_seen_MN, log2_scale, MASKED: tl.constexpr
+    acc_MC, top_M, sum_M, unit, q_MC, q_MR, c_NC, r_NR, is_seen_MN, scale, scale_N, log2_scale, MASKED: tl.constexpr,
+    SCALED: tl.constexpr, IN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax, base 2, over a tile of latents.
 
     s = (q_c c^T + q_r r^T) scale log2(e)    new = max(top, max_n s)    p = 2^(s - new)
     sum = sum 2^(top - new) + sum_n p        acc = acc 2^(top - new) + p c
+
+    SCALED: latents are in fp8, and acc in units (`kernels.decode_fp8`): their scale is `scale` if the tile lies IN_BLOCK,
+    else that of each is in `scale_N`.
     """
+    if SCALED:
+        c_NC = c_NC.to(q_MC.dtype)
+        r_NR = r_NR.to(q_MR.dtype)
     score_MN = tl.dot(q_MC, tl.trans(c_NC), input_precision="ieee")
     score_MN = tl.dot(q_MR, tl.trans(r_NR), score_MN, input_precision="ieee") * log2_scale
+    if SCALED:
+        if IN_BLOCK:
+            score_MN *= scale
+        else:
+            score_MN *= scale_N[None, :]
+            scale = tl.max(scale_N, 0)
     if MASKED:
         score_MN = tl.where(is_seen_MN, score_MN, -float("inf"))
     new_M = tl.maximum(top_M, tl.max(score_MN, 1))
@@ -59,16 +73,23 @@ def _add_tile(  # type: ignore[no-untyped-def]
     p_MN = tl.exp2(score_MN - shift_M[:, None])
     decay_M = tl.exp2(top_M - shift_M)
     sum_M = sum_M * decay_M + tl.sum(p_MN, 1)
+    if SCALED:
+        if not IN_BLOCK:
+            p_MN *= (scale_N / scale)[None, :]
+        decay_M *= unit / scale
+        unit = scale
     acc_MC = tl.dot(p_MN.to(c_NC.dtype), c_NC, acc_MC * decay_M[:, None], input_precision="ieee")
-    return acc_MC, new_M, sum_M
+    return acc_MC, new_M, sum_M, unit
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_tile(  # type: ignore[no-untyped-def]
-    acc_MC, top_M, sum_M, q_MC, q_MR, token, kv_len, block, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
-    C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+    acc_MC, top_M, sum_M, unit, q_MC, q_MR, token, kv_len, block, scale, c_src, r_src, scales_ptr, table_ptr, stride_b,
+    stride_p, stride_sb, log2_scale, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """`_add_tile` of tokens [token, token + BLOCK_N) of a run, those from kv_len on masked."""
+    scale_N = 1.0
     token_N = token + tl.arange(0, BLOCK_N)
     is_seen_N = token_N < kv_len
     if USE_TMA:
@@ -81,6 +102,8 @@ def _attend_tile(  # type: ignore[no-untyped-def]
         else:
             block_N = tl.load(table_ptr + token_N // P, mask=is_seen_N, other=0).to(tl.int64)
             at_N = block_N * stride_b + (token_N % P) * stride_p
+            if SCALED:
+                scale_N = tl.load(scales_ptr + block_N * stride_sb, mask=is_seen_N, other=0.0)
         c_NC_ptr = c_src + at_N[:, None] + tl.arange(0, C)[None, :]
         r_NR_ptr = r_src + at_N[:, None] + tl.arange(0, R)[None, :]
         if MASKED:
@@ -91,18 +114,22 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             r_NR = tl.load(r_NR_ptr)
     if MASKED:
         c_NC = tl.where(is_seen_N[:, None], c_NC, 0.0)  # memory that nobody wrote may hold NaN, and 0 * NaN is NaN
-    return _add_tile(acc_MC, top_M, sum_M, q_MC, q_MR, c_NC, r_NR, is_seen_N[None, :], log2_scale, MASKED)
+    return _add_tile(
+        acc_MC, top_M, sum_M, unit, q_MC, q_MR, c_NC, r_NR, is_seen_N[None, :], scale, scale_N, log2_scale, MASKED, SCALED,
+        P % BLOCK_N == 0,
+    )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_run(  # type: ignore[no-untyped-def]
-    acc_MC, top_M, sum_M, q_MC, q_MR, first_tile, num_tiles, kv_len, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
-    C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr,
+    acc_MC, top_M, sum_M, unit, q_MC, q_MR, first_tile, num_tiles, kv_len, c_src, r_src, scales_ptr, table_ptr, stride_b,
+    stride_p, stride_sb, log2_scale, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """`_attend_tile` over some tiles of one run, of which the last may be cut off by `kv_len`.
 
     The block of the next tile is looked up meanwhile: looked up where it is needed it takes one of the compiler's stages, and
-    so a tile's buffer.
+    so a tile's buffer. SCALED: so is its scale, and the block of the tile behind it.
     """
     begin = first_tile * BLOCK_N
     end = begin + num_tiles * BLOCK_N
@@ -111,34 +138,46 @@ def _attend_run(  # type: ignore[no-untyped-def]
         block = tl.load(table_ptr + begin // P)
     else:
         block = 0
+    scale = 1.0
+    if SCALED:
+        following = block
+        if end > begin:
+            following = tl.load(table_ptr + tl.minimum(begin + BLOCK_N, end - BLOCK_N) // P)
+            scale = tl.load(scales_ptr + tl.cast(block, tl.int64) * stride_sb)
     for token in tl.range(begin, full_end, BLOCK_N):
-        following = tl.load(table_ptr + tl.minimum(token + BLOCK_N, end - BLOCK_N) // P)
-        acc_MC, top_M, sum_M = _attend_tile(
-            acc_MC, top_M, sum_M, q_MC, q_MR, token, kv_len, block, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
-            C, R, P, BLOCK_N, USE_TMA, False,
+        if SCALED:
+            block_behind = tl.load(table_ptr + tl.minimum(token + 2 * BLOCK_N, end - BLOCK_N) // P)
+            next_scale = tl.load(scales_ptr + tl.cast(following, tl.int64) * stride_sb)
+        else:
+            following = tl.load(table_ptr + tl.minimum(token + BLOCK_N, end - BLOCK_N) // P)
+        acc_MC, top_M, sum_M, unit = _attend_tile(
+            acc_MC, top_M, sum_M, unit, q_MC, q_MR, token, kv_len, block, scale, c_src, r_src, scales_ptr, table_ptr, stride_b,
+            stride_p, stride_sb, log2_scale, C, R, P, BLOCK_N, USE_TMA, False, SCALED,
         )  # fmt: skip
         block = following
+        if SCALED:
+            following = block_behind
+            scale = next_scale
     if full_end < end:
-        acc_MC, top_M, sum_M = _attend_tile(
-            acc_MC, top_M, sum_M, q_MC, q_MR, full_end, kv_len, block, c_src, r_src, table_ptr, stride_b, stride_p, log2_scale,
-            C, R, P, BLOCK_N, USE_TMA, True,
+        acc_MC, top_M, sum_M, unit = _attend_tile(
+            acc_MC, top_M, sum_M, unit, q_MC, q_MR, full_end, kv_len, block, scale, c_src, r_src, scales_ptr, table_ptr,
+            stride_b, stride_p, stride_sb, log2_scale, C, R, P, BLOCK_N, USE_TMA, True, SCALED,
         )  # fmt: skip
-    return acc_MC, top_M, sum_M
+    return acc_MC, top_M, sum_M, unit
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _latent_decode_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, c_src, r_src, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, blocks_ptr, num_rows,
-    stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_lh, stride_b, stride_p, log2_scale,
+    q_ptr, c_src, r_src, scales_ptr, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, blocks_ptr, num_rows,
+    stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_lh, stride_b, stride_p, stride_sb, log2_scale,
     K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """The states of a slot's tiles and one head tile, as `kernels.decode_attention._decode_kernel` makes them."""
     program = tl.program_id(0)
     head_tile = program % K
     slot = program // K
-    size = num_rows + 1
-    tile_count = tl.load(rows_ptr + 3 * size + num_rows).to(tl.int64)
+    tile_count = tl.load(rows_ptr + 3 * (num_rows + 1) + num_rows).to(tl.int64)
     slots = tl.minimum(tl.num_programs(0) // K, tile_count)
     if slot >= slots:
         wait_for_previous(DEPENDENT)
@@ -152,14 +191,8 @@ def _latent_decode_kernel(  # type: ignore[no-untyped-def]
     head_M = head_tile * G + m_M
     wait_for_previous(DEPENDENT)
     while tile < last:
-        index = row_of(rows_ptr + 3 * size + 1, num_rows, tile)
-        tiles_before = tl.load(rows_ptr + 3 * size + index)
-        tiles = tl.load(rows_ptr + 3 * size + index + 1) - tiles_before
-        first_tile = (tile - tiles_before).to(tl.int32)
-        num_tiles = tl.minimum((last - tile).to(tl.int32), tiles - first_tile)
-        row = tl.load(rows_ptr + index).to(tl.int64)
-        kv_len = tl.load(rows_ptr + size + index)
-        table_ptr = blocks_ptr + tl.load(rows_ptr + 2 * size + index)
+        row, kv_len, begin, tiles, first_tile, num_tiles = part_of_row(rows_ptr, num_rows, tile, last)
+        table_ptr = blocks_ptr + begin
         q_M_ptr = q_ptr + row * stride_qt + head_M * stride_qh
         q_MC = tl.load(q_M_ptr[:, None] + dim_C[None, :], mask=is_head_M[:, None], other=0.0)
         q_MR = tl.load(q_M_ptr[:, None] + C + dim_R[None, :], mask=is_head_M[:, None], other=0.0)
@@ -167,44 +200,40 @@ def _latent_decode_kernel(  # type: ignore[no-untyped-def]
         acc_MC = tl.zeros((BLOCK_M, C), dtype=tl.float32)
         top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
         sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        unit = 1.0
         if kv_len >= 0:
-            acc_MC, top_M, sum_M = _attend_run(
-                acc_MC, top_M, sum_M, q_MC, q_MR, first_tile, num_tiles, kv_len, c_src, r_src, table_ptr, stride_b, stride_p,
-                log2_scale, C, R, P, BLOCK_N, USE_TMA,
+            acc_MC, top_M, sum_M, unit = _attend_run(
+                acc_MC, top_M, sum_M, unit, q_MC, q_MR, first_tile, num_tiles, kv_len, c_src, r_src, scales_ptr, table_ptr,
+                stride_b, stride_p, stride_sb, log2_scale, C, R, P, BLOCK_N, USE_TMA, SCALED,
             )  # fmt: skip
         else:
             skipped = first_tile  # of the run's tiles and those after it: not this slot's
             left = num_tiles
             for run in range(-kv_len):
-                run_len = tl.load(table_ptr + 2 * run)
-                run_ptr = blocks_ptr + tl.load(table_ptr + 2 * run + 1)
-                run_tiles = (run_len + BLOCK_N - 1) // BLOCK_N
-                first = tl.minimum(skipped, run_tiles)
-                taken = tl.minimum(left, run_tiles - first)
+                run_len, run_ptr, first, taken = part_of_run(table_ptr, blocks_ptr, run, skipped, left, BLOCK_N, False)
                 skipped -= first
                 left -= taken
-                acc_MC, top_M, sum_M = _attend_run(
-                    acc_MC, top_M, sum_M, q_MC, q_MR, first, taken, run_len, c_src, r_src, run_ptr, stride_b, stride_p,
-                    log2_scale, C, R, P, BLOCK_N, USE_TMA,
+                acc_MC, top_M, sum_M, unit = _attend_run(
+                    acc_MC, top_M, sum_M, unit, q_MC, q_MR, first, taken, run_len, c_src, r_src, scales_ptr, run_ptr,
+                    stride_b, stride_p, stride_sb, log2_scale, C, R, P, BLOCK_N, USE_TMA, SCALED,
                 )  # fmt: skip
 
+        if SCALED:
+            acc_MC *= unit
         result_MC = acc_MC / sum_M[:, None]
         lse_M = (top_M + tl.log2(sum_M)) * 0.6931471805599453  # ln 2
-        if num_tiles == tiles:
-            out_MC_ptr = out_ptr + (row * stride_ot + head_M * stride_oh)[:, None] + dim_C[None, :]
-            tl.store(out_MC_ptr, result_MC.to(out_ptr.dtype.element_ty), mask=is_head_M[:, None])
-            tl.store(lse_ptr + row * stride_lt + head_M * stride_lh, lse_M, mask=is_head_M)
-        else:
-            piece_M = (2 * program + (first_tile == 0).to(tl.int32)) * BLOCK_M + m_M
-            tl.store(piece_out_ptr + piece_M[:, None] * C + dim_C[None, :], result_MC, mask=is_head_M[:, None])
-            tl.store(piece_lse_ptr + piece_M, lse_M, mask=is_head_M)
+        store_state(
+            result_MC, lse_M, row, head_tile, num_tiles == tiles, first_tile == 0, out_ptr, lse_ptr, piece_out_ptr,
+            piece_lse_ptr, stride_ot, stride_oh, stride_lt, stride_lh, program, G, C, BLOCK_M,
+        )  # fmt: skip
         tile += num_tiles
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_tiles(  # type: ignore[no-untyped-def]
-    acc_MC, top_M, sum_M, q_MC, q_MR, kv_len_M, kv_ptr, table_ptr, begin, end, stride_b, stride_p, log2_scale,
-    C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    acc_MC, top_M, sum_M, unit, q_MC, q_MR, kv_len_M, kv_ptr, scales_ptr, table_ptr, begin, end, stride_b, stride_p,
+    stride_sb, log2_scale, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """`_add_tile` over tokens [begin, end), begin a multiple of BLOCK_N; end too unless MASKED, where row m sees the first
     `kv_len_M[m]`."""
@@ -214,12 +243,18 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     for start in range(begin, end, BLOCK_N):
         token_N = start + offset_N
         is_read_N = token_N < end
+        scale = 1.0
+        scale_N = 1.0
         if P % BLOCK_N == 0:  # the tile lies in one block
             block = tl.load(table_ptr + start // P).to(tl.int64)
             at_N = block * stride_b + (start % P + offset_N) * stride_p
+            if SCALED:
+                scale = tl.load(scales_ptr + block * stride_sb)
         else:
             block_N = tl.load(table_ptr + token_N // P, mask=is_read_N, other=0).to(tl.int64)
             at_N = block_N * stride_b + (token_N % P) * stride_p
+            if SCALED:
+                scale_N = tl.load(scales_ptr + block_N * stride_sb, mask=is_read_N, other=0.0)
         c_NC_ptr = kv_ptr + at_N[:, None] + dim_C[None, :]
         r_NR_ptr = kv_ptr + C + at_N[:, None] + dim_R[None, :]
         if MASKED:  # memory from `end` on may hold NaN, and 0 * NaN is NaN
@@ -229,19 +264,20 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             c_NC = tl.load(c_NC_ptr)
             r_NR = tl.load(r_NR_ptr)
         is_seen_MN = (token_N[None, :] < kv_len_M[:, None]) & is_read_N[None, :]
-        acc_MC, top_M, sum_M = _add_tile(
-            acc_MC, top_M, sum_M, q_MC, q_MR, c_NC, r_NR, is_seen_MN, log2_scale, MASKED
+        acc_MC, top_M, sum_M, unit = _add_tile(
+            acc_MC, top_M, sum_M, unit, q_MC, q_MR, c_NC, r_NR, is_seen_MN, scale, scale_N, log2_scale, MASKED, SCALED,
+            P % BLOCK_N == 0,
         )  # fmt: skip
-    return acc_MC, top_M, sum_M
+    return acc_MC, top_M, sum_M, unit
 
 
 # tables are slices of one buffer, and begin where they begin: each alignment would be compiled anew
 @triton.jit(do_not_specialize_on_alignment=["work_ptr", "sections_ptr", "kv_lens_ptr", "tables_ptr"])  # type: ignore[untyped-decorator]
 def _latent_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, kv_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, work_ptr, sections_ptr, kv_lens_ptr, tables_ptr,
-    stride_qt, stride_qh, stride_b, stride_p, stride_ot, stride_oh, stride_lt, stride_lh, log2_scale,
+    q_ptr, kv_ptr, scales_ptr, out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, work_ptr, sections_ptr, kv_lens_ptr, tables_ptr,
+    stride_qt, stride_qh, stride_b, stride_p, stride_sb, stride_ot, stride_oh, stride_lt, stride_lh, log2_scale,
     K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """The state of one work item's tokens and one head tile, as `kernels.paged_attention_triton._attention_kernel` makes it.
 
@@ -268,6 +304,7 @@ def _latent_kernel(  # type: ignore[no-untyped-def]
     acc_MC = tl.zeros((BLOCK_M, C), dtype=tl.float32)
     top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
     sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    unit = 1.0
     for section in range(num_sections):
         section_ptr = sections_ptr + (first_section + section) * SECTION_COLUMNS
         kv_len_M = tl.load(kv_lens_ptr + tl.load(section_ptr) + m_M // G, mask=is_row_M, other=0)
@@ -275,16 +312,18 @@ def _latent_kernel(  # type: ignore[no-untyped-def]
         begin = tl.load(section_ptr + 2)
         full_end = tl.load(section_ptr + 3)
         end = tl.load(section_ptr + 4)
-        acc_MC, top_M, sum_M = _attend_tiles(
-            acc_MC, top_M, sum_M, q_MC, q_MR, kv_len_M, kv_ptr, table_ptr, begin, full_end, stride_b, stride_p, log2_scale,
-            C, R, P, BLOCK_N, False,
+        acc_MC, top_M, sum_M, unit = _attend_tiles(
+            acc_MC, top_M, sum_M, unit, q_MC, q_MR, kv_len_M, kv_ptr, scales_ptr, table_ptr, begin, full_end, stride_b,
+            stride_p, stride_sb, log2_scale, C, R, P, BLOCK_N, False, SCALED,
         )  # fmt: skip
-        acc_MC, top_M, sum_M = _attend_tiles(
-            acc_MC, top_M, sum_M, q_MC, q_MR, kv_len_M, kv_ptr, table_ptr, full_end, end, stride_b, stride_p, log2_scale,
-            C, R, P, BLOCK_N, True,
+        acc_MC, top_M, sum_M, unit = _attend_tiles(
+            acc_MC, top_M, sum_M, unit, q_MC, q_MR, kv_len_M, kv_ptr, scales_ptr, table_ptr, full_end, end, stride_b,
+            stride_p, stride_sb, log2_scale, C, R, P, BLOCK_N, True, SCALED,
         )  # fmt: skip
 
     divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # an empty state: 0 / 1, and -inf + log 1
+    if SCALED:
+        acc_MC *= unit
     acc_MC = acc_MC / divisor_M[:, None]
     lse_M = (top_M + tl.log2(divisor_M)) * 0.6931471805599453  # ln 2
     if part < 0:
@@ -312,6 +351,7 @@ class LatentDecode(DecodeAttention):
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
         scoring: Scoring,
         tables: DecodeTables,
         out_THD: torch.Tensor,
@@ -328,12 +368,13 @@ class LatentDecode(DecodeAttention):
                 for x, dim in ((c_src, latent), (r_src, rotated))
             )
         _latent_decode_kernel[(self._slots * sizes.num_kv_heads,)](
-            q_THD, c_src, r_src, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, tables.blocks_N,
-            tables.rows_4R1.numel() // 4 - 1,
+            q_THD, c_src, r_src, scales_2BK, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1,
+            tables.blocks_N, tables.rows_4R1.numel() // 4 - 1,
             *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_BPD.stride()[:2],
+            0 if scales_2BK is None else scales_2BK.stride(1),
             scoring.scale * math.log2(math.e),
             K=sizes.num_kv_heads, G=sizes.group, C=latent, R=rotated, P=sizes.block_size, BLOCK_M=self._block_m,
-            BLOCK_N=config.block_n, USE_TMA=config.use_tma, DEPENDENT=dependent,
+            BLOCK_N=config.block_n, USE_TMA=config.use_tma, DEPENDENT=dependent, SCALED=scales_2BK is not None,
             num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
         )  # fmt: skip
 
@@ -363,7 +404,13 @@ class TritonLatentAttention(PagedAttention):
         self._empty = uncovered_ranges(segments, sizes.num_rows)
 
     def _run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
+        scoring: Scoring,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
     ) -> None:
         if scoring.soft_cap:
             raise ValueError("the kernels of latent KV know no soft cap")
@@ -371,27 +418,28 @@ class TritonLatentAttention(PagedAttention):
             out_THD[start:end] = 0
             lse_TH[start:end] = -torch.inf
         for kernel, tables in self._decode:
-            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH)
+            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH, scales_2BK=scales_2BK)
         if self._chunk is not None:
-            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scoring, out_THD, lse_TH)
+            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scales_2BK, scoring, out_THD, lse_TH)
 
     def _run_chunk(
         self,
         launch: Launch,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
         scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
     ) -> None:
         sizes, shape = self._tiled, launch.shape
         _latent_kernel[(launch.work_WC.shape[0], sizes.num_kv_heads)](
-            q_THD, kv_2BPKD, out_THD, lse_TH, launch.part_out_XKMD, launch.part_lse_XKM,
-            launch.work_WC, launch.sections_SC, launch.kv_lens, launch.tables,
-            *q_THD.stride()[:2], *kv_2BPKD.stride()[1:3], *out_THD.stride()[:2], *lse_TH.stride(),
+            q_THD, kv_2BPKD, scales_2BK, out_THD, lse_TH, launch.part_out_XKMD, launch.part_lse_XKM,
+            launch.work_WC, launch.sections_SC, launch.kv_lens, launch.tables, *q_THD.stride()[:2], *kv_2BPKD.stride()[1:3],
+            0 if scales_2BK is None else scales_2BK.stride(1), *out_THD.stride()[:2], *lse_TH.stride(),
             scoring.scale * math.log2(math.e),
             K=sizes.num_kv_heads, G=sizes.group, C=sizes.value_dim, R=sizes.head_dim - sizes.value_dim, P=sizes.block_size,
-            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n,
+            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, SCALED=scales_2BK is not None,
             num_warps=shape.num_warps, num_stages=shape.num_stages,
         )  # fmt: skip
         merge_parts(launch, sizes, out_THD, lse_TH)

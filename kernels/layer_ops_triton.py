@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import fp8_triton
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 from kernels.layer_ops import Norm
 
@@ -94,9 +95,10 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, cos_ptr, sin_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, q_ptr, kv_ptr, eps,
     stride_t, stride_c, stride_s, stride_2, stride_b, stride_p, stride_k,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
-    TILE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, FROM_ONE: tl.constexpr, DEPENDENT: tl.constexpr,
+    TILE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, FROM_ONE: tl.constexpr, IN_ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One program for some heads of a row: query heads, then key heads, then value heads.
+    """One program for some heads of a row: query heads, then key heads, then value heads. IN_ROWS: each row's slot is the row.
 
     out[d] = x[d] cos[d] + (d < R/2 ? -x[d + R/2] : x[d - R/2]) sin[d] for d < R, x[d] beyond; x normed before if asked.
     """
@@ -135,7 +137,10 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     turned_HD = full_HD * cos_D[None, :] + tl.where((d_D < half)[None, :], -other_HD, other_HD) * sin_D[None, :]
     out_HD = tl.where(is_value_H[:, None], full_HD, turned_HD).to(x_HD.dtype)
     tl.store(q_ptr + (row * H + head_H[:, None]) * D + d_D[None, :], out_HD, mask=is_HD & is_query_H[:, None])
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    if IN_ROWS:
+        slot = row
+    else:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
     to_ptr = kv_ptr + (slot // P) * stride_b + (slot % P) * stride_p
     key_ptr_HD = to_ptr + (head_H - H)[:, None] * stride_k + d_D[None, :]
     tl.store(key_ptr_HD, out_HD, mask=is_HD & is_key_H[:, None] & (slot >= 0))
@@ -149,11 +154,36 @@ def rotate_and_store(
     sin_TR: torch.Tensor,
     slots_T: torch.Tensor,
     kv_2BPKD: torch.Tensor,
+    scales_2BK: torch.Tensor | None,
     num_heads: int,
     q_norm: Norm | None,
     k_norm: Norm | None,
 ) -> torch.Tensor:
-    """See `kernels.layer_ops.rotate_and_store`."""
+    """See `kernels.layer_ops.rotate_and_store`.
+
+    KV in fp8 passes through memory: what a row's scale is depends on other rows, whose keys must be rotated first.
+    """
+    if scales_2BK is not None:
+        num_rows, (num_kv_heads, head_dim) = qkv_TE.shape[0], kv_2BPKD.shape[3:]
+        new_2T1KD = qkv_TE.new_empty((2, num_rows, 1, num_kv_heads, head_dim))  # blocks of one token
+        q_THD = _rotate_and_store(qkv_TE, cos_TR, sin_TR, None, new_2T1KD, num_heads, q_norm, k_norm)
+        if num_rows:
+            fp8_triton.store_kv(new_2T1KD[0, :, 0], new_2T1KD[1, :, 0], kv_2BPKD, scales_2BK, slots_T)
+        return q_THD
+    return _rotate_and_store(qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, num_heads, q_norm, k_norm)
+
+
+def _rotate_and_store(
+    qkv_TE: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    slots_T: torch.Tensor | None,
+    kv_2BPKD: torch.Tensor,
+    num_heads: int,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+) -> torch.Tensor:
+    """`slots_T` None: row t into slot t."""
     either = q_norm or k_norm
     num_rows = qkv_TE.shape[0]
     block_size, num_kv_heads, head_dim = kv_2BPKD.shape[2:]
@@ -167,7 +197,7 @@ def rotate_and_store(
             H=num_heads, K=num_kv_heads, D=head_dim, R=cos_TR.shape[1], P=block_size, HEADS=_ROTATED_HEADS,
             TILE=triton.next_power_of_2(head_dim),
             Q_NORM=q_norm is not None, K_NORM=k_norm is not None, FROM_ONE=either is not None and either.from_one,
-            DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
+            IN_ROWS=slots_T is None, DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
         )  # fmt: skip
     return q_THD
 

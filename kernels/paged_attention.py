@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.kv_blocks import FP8
 from kernels.segments import AttentionSizes, PagedAttention, Segment, validate
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def plan_attention(
     backend: str,
     tiles: "TiledAttention | None" = None,
     value_dim: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> PagedAttention:
     """Validate the segments of one step and build its tables. Two have the same rows and disjoint tokens, or no row in common.
 
@@ -50,6 +52,9 @@ def plan_attention(
     `value_dim` > 0: of latent KV. On triton that has one KV head, `value_dim` and the rest of `head_dim` are each a power of
     two from 16 to 512, rows see runs from their beginning, and there are no tiles and no soft cap.
 
+    `kv_dtype`: how KV is stored, if not in `dtype`, which q and out have: `kernels.kv_blocks.FP8`, with scales, on triton with
+    a head_dim from 32 on.
+
     Raises:
         ValueError: a segment that contradicts itself or another, or a shape that the backend doesn't support.
     """
@@ -58,6 +63,8 @@ def plan_attention(
             f"block size {block_size}, {num_heads} heads, {num_kv_heads} KV heads, head dim {head_dim}: all must be at "
             f"least 1 and the heads a multiple of the KV heads; values of {value_dim} numbers of a key"
         )
+    if kv_dtype not in (None, dtype, FP8):
+        raise ValueError(f"KV is stored in {dtype}, as queries are, or in {FP8}, not in {kv_dtype}")
     sizes = AttentionSizes(
         num_rows=num_rows,
         block_size=block_size,
@@ -67,6 +74,7 @@ def plan_attention(
         dtype=dtype,
         device=device,
         value_dim=value_dim,
+        kv_dtype=kv_dtype,
     )
     min_blocks = validate(segments, num_rows, block_size)
     match backend:
@@ -86,7 +94,14 @@ def plan_attention(
 
 
 def attention_scratch_bytes(
-    num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, backend: str, value_dim: int = 0
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    backend: str,
+    value_dim: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> int:
     """Most bytes that `run` takes beside its arguments for that many rows, whatever the segments."""
     match backend:
@@ -101,5 +116,5 @@ def attention_scratch_bytes(
         case "triton":
             from kernels.paged_attention_triton import scratch_bytes as of_triton
 
-            return of_triton(num_heads, num_kv_heads, head_dim, device)
+            return of_triton(num_heads, num_kv_heads, head_dim, device, kv_dtype)
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")

@@ -19,7 +19,7 @@ equal length, which go to cuDNN as a batch.
 Rows that see several runs of tokens have such a segment for each: the states of all of them merge alike.
 
 Where the blocks of a tile are consecutive, the pool itself is read through a strided view; else its blocks are gathered into
-a buffer of the same strides, once for all rows.
+a buffer of the same strides, once for all rows. So are all blocks of KV in fp8, as the numbers that they stand for.
 
 Sources: partial states are Flash-Decoding's and DistAttention's, the split by visibility cascade inference's (FlashInfer).
 
@@ -212,7 +212,7 @@ class TiledAttention:
         """Most bytes that this object and a `run` for so many rows hold beside the arguments, the library's own left out."""
         return scratch_bytes(self.sizes, num_rows, self._row_tiles[0], self._token_tiles[0])
 
-    def warm_up(self, kv_2BPKD: torch.Tensor) -> None:
+    def warm_up(self, kv_2BPKD: torch.Tensor, scales_2BK: torch.Tensor | None = None) -> None:
         """Build every plan and kernel that `run` may need; reads one block of `kv`, a layer of the pool, and writes nothing.
 
         Must be called on the thread that will call `run`: PyTorch keeps cuDNN's plans per thread, by sizes and strides.
@@ -223,7 +223,8 @@ class TiledAttention:
         out_THD, lse_TH = torch.zeros_like(q_THD), torch.zeros(shape[:2], device=sizes.device)
         ids_N = upload([0] * (self._token_tiles[0] // sizes.block_size), sizes.device, torch.int32)
         self._gathered_2SKD.zero_()
-        gather_kv_into(self._gathered_2SKD[:, : self._token_tiles[0]], kv_2BPKD, ids_N, 0, backend=self._backend)
+        all_2SKD = self._gathered_2SKD[:, : self._token_tiles[0]]
+        gather_kv_into(all_2SKD, kv_2BPKD, ids_N, 0, scales_2BK=scales_2BK, backend=self._backend)
         by_parts: dict[int, tuple[int, int]] = {}
         for num_rows, num_tokens, is_causal in self.shapes():
             k_SKD, v_SKD = self._gathered_2SKD[:, :num_tokens]
@@ -238,7 +239,7 @@ class TiledAttention:
                 jobs = [TileJob(0, rows, i * tokens, tokens, is_causal=False) for i in range(num_jobs)]
                 for left_over in ([], [Segment(0, rows, ids, (1,) * rows)]):
                     plan = self._plan(ids, jobs, left_over)
-                    self.run(plan, q_THD, kv_2BPKD, 1.0, out_THD=out_THD, lse_TH=lse_TH)
+                    self.run(plan, q_THD, kv_2BPKD, 1.0, out_THD=out_THD, lse_TH=lse_TH, scales_2BK=scales_2BK)
 
     def plan(self, segments: Sequence[Segment], others: Sequence[Segment] = ()) -> TilePlan:
         """Cut segments of the same rows and upload their block tables. `others`: of these rows too, to be left over whole.
@@ -276,6 +277,8 @@ class TiledAttention:
         )
 
     def _pool_token(self, block_ids: tuple[int, ...], job: TileJob) -> int | None:
+        if self.sizes.has_scales:
+            return None
         block_size = self.sizes.block_size
         first, offset = divmod(job.first_token, block_size)
         ids = block_ids[first : -(-(job.first_token + job.num_tokens) // block_size)]
@@ -292,6 +295,7 @@ class TiledAttention:
         *,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
+        scales_2BK: torch.Tensor | None = None,
     ) -> None:
         """Complete the states of the plan's rows in `out_THD` (q's dtype) and `lse_TH` (fp32, natural log).
 
@@ -313,7 +317,7 @@ class TiledAttention:
         for call in plan.calls:
             job = call.job
             if read is None or (job.first_token, job.num_tokens) != (read.first_token, read.num_tokens):
-                k_SKD, v_SKD = self._read(plan, call, kv_2BPKD)
+                k_SKD, v_SKD = self._read(plan, call, kv_2BPKD, scales_2BK)
                 read = job
             first, num_rows = job.first_row, job.num_rows
             num_parts = self._num_parts(num_rows, job.num_tokens, job.is_causal)
@@ -340,12 +344,14 @@ class TiledAttention:
             parts *= 2
         return parts
 
-    def _read(self, plan: TilePlan, call: _Call, kv_2BPKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(
+        self, plan: TilePlan, call: _Call, kv_2BPKD: torch.Tensor, scales_2BK: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`k_SKD`, `v_SKD` of a job, with the same strides whether gathered or not."""
         job = call.job
         if call.pool_token is None:
             kv_2SKD = self._gathered_2SKD[:, : job.num_tokens]
-            gather_kv_into(kv_2SKD, kv_2BPKD, plan.block_ids_N, job.first_token, backend=self._backend)
+            gather_kv_into(kv_2SKD, kv_2BPKD, plan.block_ids_N, job.first_token, scales_2BK=scales_2BK, backend=self._backend)
         else:
             kv_2SKD = kv_2BPKD.flatten(1, 2)[:, call.pool_token : call.pool_token + job.num_tokens]
         return kv_2SKD[0], kv_2SKD[1]
@@ -360,9 +366,11 @@ class TiledAttention:
                 f"rows must be (T, {state[0]}, {state[1]}), got q {tuple(q_THD.shape)}, out {tuple(out_THD.shape)}, lse "
                 f"{tuple(lse_TH.shape)}"
             )
-        if not q_THD.dtype == out_THD.dtype == kv_2BPKD.dtype == sizes.dtype or lse_TH.dtype != torch.float32:
+        stored = sizes.kv_dtype or sizes.dtype
+        dtypes = (q_THD.dtype, out_THD.dtype, kv_2BPKD.dtype, lse_TH.dtype)
+        if dtypes != (sizes.dtype, sizes.dtype, stored, torch.float32):
             raise ValueError(
-                f"q, out and kv must be {sizes.dtype} and lse torch.float32, got {q_THD.dtype}, {out_THD.dtype}, "
+                f"q and out must be {sizes.dtype}, kv {stored} and lse torch.float32, got {q_THD.dtype}, {out_THD.dtype}, "
                 f"{kv_2BPKD.dtype}, {lse_TH.dtype}"
             )
         block = (sizes.block_size, sizes.num_kv_heads, sizes.head_dim)

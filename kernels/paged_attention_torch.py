@@ -25,6 +25,7 @@ from functools import reduce
 
 import torch
 
+from kernels.kv_blocks import dequantised
 from kernels.reference import attention_state
 from kernels.segments import AttentionSizes, PagedAttention, Scoring, Segment, by_rows, uncovered_ranges
 
@@ -41,7 +42,7 @@ One core, fp32, 2048 tokens, views against gathered: 1 row, 9/3 heads x 64, runs
 """
 
 _GATHER_BYTES = 64 << 20
-"""Most that is gathered at once: a long shard in scattered blocks must not be copied whole."""
+"""Most that is gathered at once: a long shard in scattered blocks, or in fp8, must not be copied whole."""
 
 _FOLD_ROWS = 16
 """Up to so many unmasked rows, the heads of a group become rows of one head, so that a tile of K is used by all of them.
@@ -73,13 +74,20 @@ class _Piece:
     mask_TS: torch.Tensor | None = None
     """Both as the fused kernel takes them: 0 or -inf in q's dtype."""
 
-    def read(self, kv_2BPKD: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`k_K1SD`, `v_K1SD`: views where the blocks are consecutive. `value_dim` as in `AttentionSizes`.
+    def read(
+        self, kv_2BPKD: torch.Tensor, scales_2BK: torch.Tensor | None, sizes: AttentionSizes
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`k_K1SD`, `v_K1SD`: views where the blocks are consecutive, unless KV has scales: then q's dtype.
 
         One `as_strided` each: slicing, flattening and transposing cost 12 us more per piece and layer.
         """
-        blocks, first = kv_2BPKD, self.first_block
-        if self.gather_N is not None:
+        blocks, first, value_dim = kv_2BPKD, self.first_block, sizes.value_dim
+        if scales_2BK is not None:
+            ids = self.gather_N
+            used = slice(first, first + _cdiv(self.skip + self.num_tokens, sizes.block_size))
+            stored, scales = (x[:, used] if ids is None else x.index_select(1, ids) for x in (kv_2BPKD, scales_2BK))
+            blocks, first = dequantised(stored, scales, sizes.dtype), 0
+        elif self.gather_N is not None:
             blocks, first = kv_2BPKD.index_select(1, self.gather_N), 0
         stride_2, stride_b, stride_p, stride_k, _ = blocks.stride()
         size = (blocks.shape[3], 1, self.num_tokens, blocks.shape[4])
@@ -118,7 +126,13 @@ class TorchPagedAttention(PagedAttention):
         self._attend = _attend_fused if sizes.device.type == "cpu" else _attend_plain
 
     def _run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
+        scoring: Scoring,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
     ) -> None:
         attend = _attend_capped if scoring.soft_cap else self._attend
         if kv_2BPKD.stride(1) != kv_2BPKD.stride(2) * self.sizes.block_size:
@@ -133,7 +147,7 @@ class TorchPagedAttention(PagedAttention):
                 lse_TH[rows] = -torch.inf
                 continue
             q_rows = q_THD[rows]
-            parts = (attend(q_rows, *piece.read(kv_2BPKD, self.sizes.value_dim), scoring, piece) for piece in tile.pieces)
+            parts = (attend(q_rows, *piece.read(kv_2BPKD, scales_2BK, self.sizes), scoring, piece) for piece in tile.pieces)
             out_THD[rows], lse_TH[rows] = reduce(_merge, parts)
 
 
@@ -263,7 +277,8 @@ def _prefix(block_ids: tuple[int, ...], begin: int, end: int, num_rows: int, siz
     if begin >= end:
         return
     block_size = sizes.block_size
-    block_bytes = sizes.parts * block_size * sizes.num_kv_heads * sizes.head_dim * sizes.dtype.itemsize
+    itemsize = sizes.dtype.itemsize + sizes.has_scales  # what is in fp8 is there twice while it is read
+    block_bytes = sizes.parts * block_size * sizes.num_kv_heads * sizes.head_dim * itemsize
     view_bytes = _VIEW_BYTES if num_rows <= _FOLD_ROWS else 4 * _VIEW_BYTES
     used = block_ids[begin // block_size : _cdiv(end, block_size)]
     before = begin % block_size  # tokens that the first block has and that aren't wanted
@@ -274,7 +289,7 @@ def _prefix(block_ids: tuple[int, ...], begin: int, end: int, num_rows: int, siz
     for start, stop in zip(starts, [*starts[1:], len(used)], strict=True):
         skip = before if start == 0 else 0
         left_out = beyond if stop == len(used) else 0
-        if len(starts) == 1 or (stop - start) * block_bytes >= view_bytes:
+        if not sizes.has_scales and (len(starts) == 1 or (stop - start) * block_bytes >= view_bytes):
             yield _Piece(used[start], None, skip, (stop - start) * block_size - skip - left_out)
         else:
             scattered += used[start:stop]

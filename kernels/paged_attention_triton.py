@@ -26,8 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import decode_attention
+from kernels import decode_attention, decode_fp8
 from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading, soft_capped
+from kernels.decode_fp8 import FP8Decode
+from kernels.kv_blocks import FP8, LEAST_EXPONENT
 from kernels.launch import num_processors
 from kernels.paged_attention_tiles import TiledAttention, TilePlan, is_tileable, uses_tiles
 from kernels.segments import AttentionSizes, PagedAttention, Scoring, Segment, by_rows, uncovered_ranges
@@ -35,10 +37,13 @@ from kernels.upload import upload
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_GROUP = 64
+_LEAST_FP8_DIM = 32
+"""Products are of half of them (`kernels.decode_fp8`), and of 16 at least."""
 _MIN_PART_TILES = 4
 """A part of split KV is at least so many KV tiles long, so that the merge stays small beside it."""
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGE_PARTS = 16
+_LEAST_SCALE = tl.constexpr(2.0**LEAST_EXPONENT)
 WORK_COLUMNS = tl.constexpr(5)
 SECTION_COLUMNS = tl.constexpr(6)
 _SPLIT_COLUMNS = tl.constexpr(4)
@@ -62,19 +67,25 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     stride_p,
     log2_scale,
     log2_cap,
+    unit,
+    k_scales_ptr,
+    v_scales_ptr,
+    stride_sb,
     D: tl.constexpr,
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Online softmax, base 2, over tokens [begin, end), begin a multiple of BLOCK_N; end too unless MASKED.
 
     s = q k^T scale log2(e)    new = max(top, max_n s)    p = 2^(s - new)
     sum = sum 2^(top - new) + sum_n p                     acc = acc 2^(top - new) + p v
 
-    MASKED and WINDOWED: row m sees those from `start_M[m]` on, and nothing before `first` is read.
+    MASKED and WINDOWED: row m sees those from `start_M[m]` on, and nothing before `first` is read. SCALED: k and v are in fp8,
+    and acc is counted in `unit`s, as `kernels.decode_fp8` has them.
     """
     offset_N = tl.arange(0, BLOCK_N)
     dim_D = tl.arange(0, D)
@@ -96,7 +107,21 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         else:
             k_ND = tl.load(k_ptr + at_ND)
             v_ND = tl.load(v_ptr + at_ND)
+        if SCALED:
+            k_ND = k_ND.to(q_MD.dtype)
+            v_ND = v_ND.to(q_MD.dtype)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * log2_scale
+        if SCALED:
+            if P % BLOCK_N == 0:
+                score_MN *= tl.load(k_scales_ptr + block * stride_sb)
+                v_scale = tl.load(v_scales_ptr + block * stride_sb)
+            else:
+                has_scale_N = token_N < end
+                if WINDOWED:  # blocks before are others' by now
+                    has_scale_N &= token_N >= first
+                score_MN *= tl.load(k_scales_ptr + block_N * stride_sb, mask=has_scale_N, other=0.0)[None, :]
+                v_scale_N = tl.load(v_scales_ptr + block_N * stride_sb, mask=has_scale_N, other=0.0)
+                v_scale = tl.maximum(tl.max(v_scale_N, 0), _LEAST_SCALE)
         if CAPPED:
             score_MN = soft_capped(score_MN, log2_cap)
         if MASKED:
@@ -109,9 +134,14 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         p_MN = tl.exp2(score_MN - shift_M[:, None])
         decay_M = tl.exp2(top_M - shift_M)
         sum_M = sum_M * decay_M + tl.sum(p_MN, 1)
+        if SCALED:
+            if P % BLOCK_N != 0:
+                p_MN *= (v_scale_N / v_scale)[None, :]
+            decay_M *= unit / v_scale
+            unit = v_scale
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * decay_M[:, None], input_precision="ieee")
         top_M = new_M
-    return acc_MD, top_M, sum_M
+    return acc_MD, top_M, sum_M, unit
 
 
 # tables are slices of one buffer, and begin where they begin: each alignment would be compiled anew
@@ -119,6 +149,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
 def _attention_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     kv_ptr,
+    scales_ptr,
     out_ptr,
     lse_ptr,
     part_out_ptr,
@@ -134,6 +165,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     stride_b,
     stride_p,
     stride_k,
+    stride_s2,
+    stride_sb,
     stride_ot,
     stride_oh,
     stride_lt,
@@ -148,6 +181,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over one work item's tokens.
 
@@ -171,6 +205,12 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     q_MD = tl.load(q_MD_ptr, mask=is_row_M[:, None], other=0.0)
     k_ptr = kv_ptr + kv_head.to(tl.int64) * stride_k
     v_ptr = k_ptr + stride_2
+    k_scales_ptr = scales_ptr
+    v_scales_ptr = scales_ptr
+    if SCALED:
+        k_scales_ptr += kv_head
+        v_scales_ptr += kv_head + stride_s2
+    unit = 1.0
 
     acc_MD = tl.zeros((BLOCK_M, D), dtype=tl.float32)
     top_M = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
@@ -188,21 +228,26 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             start_M = tl.load(starts_ptr + tl.load(section_ptr) + m_M // G, mask=is_row_M, other=2147483647)
             first = tl.min(start_M, 0)
             full_begin = tl.load(section_ptr + 5)
-            acc_MD, top_M, sum_M = _attend_tiles(
+            acc_MD, top_M, sum_M, unit = _attend_tiles(
                 acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_begin,
-                stride_b, stride_p, log2_scale, log2_cap, D, P, BLOCK_N, True, True, CAPPED,
+                stride_b, stride_p, log2_scale, log2_cap, unit, k_scales_ptr, v_scales_ptr, stride_sb,
+                D, P, BLOCK_N, True, True, CAPPED, SCALED,
             )  # fmt: skip
             begin = full_begin
-        acc_MD, top_M, sum_M = _attend_tiles(
+        acc_MD, top_M, sum_M, unit = _attend_tiles(
             acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_end,
-            stride_b, stride_p, log2_scale, log2_cap, D, P, BLOCK_N, False, WINDOWED, CAPPED,
+            stride_b, stride_p, log2_scale, log2_cap, unit, k_scales_ptr, v_scales_ptr, stride_sb,
+            D, P, BLOCK_N, False, WINDOWED, CAPPED, SCALED,
         )  # fmt: skip
-        acc_MD, top_M, sum_M = _attend_tiles(
+        acc_MD, top_M, sum_M, unit = _attend_tiles(
             acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, full_end, end,
-            stride_b, stride_p, log2_scale, log2_cap, D, P, BLOCK_N, True, WINDOWED, CAPPED,
+            stride_b, stride_p, log2_scale, log2_cap, unit, k_scales_ptr, v_scales_ptr, stride_sb,
+            D, P, BLOCK_N, True, WINDOWED, CAPPED, SCALED,
         )  # fmt: skip
 
     divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # an empty state: 0 / 1, and -inf + log 1
+    if SCALED:
+        acc_MD *= unit
     acc_MD = acc_MD / divisor_M[:, None]
     lse_M = (top_M + tl.log2(divisor_M)) * 0.6931471805599453  # ln 2
     if part < 0:
@@ -295,11 +340,14 @@ class Launch:
     part_lse_XKM: torch.Tensor
 
 
-def scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> int:
+def scratch_bytes(
+    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, kv_dtype: torch.dtype | None = None
+) -> int:
     """Most bytes of the parts of split KV: at most one for each program that fills the device, and the decode kernel's."""
     group: int = triton.next_power_of_2(num_heads // num_kv_heads)
     parts = parts_bytes(max(128, group), num_kv_heads, head_dim, device)
-    return parts + decode_attention.scratch_bytes(num_heads, num_kv_heads, head_dim, device)
+    most = decode_fp8.MOST_PROGRAMS if kv_dtype == FP8 else decode_attention.MOST_PROGRAMS
+    return parts + decode_attention.scratch_bytes(num_heads, num_kv_heads, head_dim, device, most)
 
 
 def parts_bytes(block_m: int, num_kv_heads: int, out_dim: int, device: torch.device) -> int:
@@ -333,7 +381,7 @@ class TritonPagedAttention(PagedAttention):
                 single.append([RowReading(run.first_row, run.block_ids, run.kv_lens[0], *run.starts) for run in runs])
         self._decode: list[tuple[DecodeAttention, DecodeTables]] = []
         if single:
-            kernel = DecodeAttention(sizes)
+            kernel = (FP8Decode if sizes.has_scales else DecodeAttention)(sizes)
             for at in range(0, len(single), MAX_ROWS):
                 readings = [reading for row in single[at : at + MAX_ROWS] for reading in row]
                 self._decode.append((kernel, kernel.upload_tables(readings)))
@@ -341,7 +389,13 @@ class TritonPagedAttention(PagedAttention):
         self._empty = uncovered_ranges(segments, sizes.num_rows)
 
     def _run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
+        scoring: Scoring,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
     ) -> None:
         if scoring.soft_cap and self._tiled:
             raise ValueError("the library's dense kernel knows no soft cap: plan without tiles")
@@ -349,18 +403,19 @@ class TritonPagedAttention(PagedAttention):
             out_THD[start:end] = 0
             lse_TH[start:end] = -torch.inf
         for kernel, tables in self._decode:
-            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH)
+            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH, scales_2BK=scales_2BK)
         if self._chunk is not None:
-            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scoring, out_THD, lse_TH)
+            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scales_2BK, scoring, out_THD, lse_TH)
         if self._tiles is not None:
             for plan in self._tiled:
-                self._tiles.run(plan, q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH)
+                self._tiles.run(plan, q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH, scales_2BK=scales_2BK)
 
     def _run_chunk(
         self,
         launch: Launch,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
         scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
@@ -369,6 +424,7 @@ class TritonPagedAttention(PagedAttention):
         _attention_kernel[(launch.work_WC.shape[0], sizes.num_kv_heads)](
             q_THD,
             kv_2BPKD,
+            scales_2BK,
             out_THD,
             lse_TH,
             launch.part_out_XKMD,
@@ -380,6 +436,7 @@ class TritonPagedAttention(PagedAttention):
             launch.tables,
             *q_THD.stride()[:2],
             *kv_2BPKD.stride()[:4],
+            *((0, 0) if scales_2BK is None else scales_2BK.stride()[:2]),
             *out_THD.stride()[:2],
             *lse_TH.stride(),
             scoring.scale * math.log2(math.e),
@@ -392,6 +449,7 @@ class TritonPagedAttention(PagedAttention):
             BLOCK_N=shape.block_n,
             WINDOWED=launch.starts is not None,
             CAPPED=scoring.soft_cap > 0,
+            SCALED=scales_2BK is not None,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
         )
@@ -430,6 +488,8 @@ def _refuse_unsupported(sizes: AttentionSizes) -> None:
             f"the triton backend takes float32, float16 and bfloat16, head_dim a power of two from 16 to 256, and at most "
             f"{_MAX_GROUP} query heads per KV head; got {sizes.dtype}, head_dim {dim}, {sizes.group} query heads per KV head"
         )
+    if sizes.has_scales and dim < _LEAST_FP8_DIM:
+        raise ValueError(f"of KV in fp8 the triton backend takes head_dim from {_LEAST_FP8_DIM} on, got {dim}")
     if sizes.device.type == "cpu" and isinstance(_attention_kernel, triton.JITFunction):
         raise ValueError(f"the triton backend needs a CUDA device, got {sizes.device}")
 

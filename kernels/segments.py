@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.kv_blocks import FP8, check_scales
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -65,6 +67,13 @@ class AttentionSizes(TokenForm):
     value_dim: int = 0
     """0: tokens have keys and values of `head_dim`, the two parts of `kv`. Else latent KV of one part: the value of a token is
     the first `value_dim` numbers of its key."""
+    kv_dtype: torch.dtype | None = None
+    """Of `kv`; None: as `dtype`. What is in fp8 has scales (`kernels.kv_blocks`)."""
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether KV is in fp8."""
+        return self.kv_dtype == FP8
 
     @property
     def group(self) -> int:
@@ -97,10 +106,11 @@ class PagedAttention(ABC):
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
         soft_cap: float = 0.0,
+        scales_2BK: torch.Tensor | None = None,
     ) -> None:
         """Fill `out_THD` (q's dtype) and `lse_TH` (fp32, natural log) with the partial states of all rows.
 
-        `soft_cap` c > 0 bounds scores: s becomes c tanh(s / c).
+        `soft_cap` c > 0 bounds scores: s becomes c tanh(s / c). `scales_2BK`: of KV in fp8.
 
         Rows of no segment, and rows that see nothing, get `out = 0`, `lse = -inf`. KV that no row sees is never read into a
         result, so it may be NaN. The last dimension of q, kv and out must be contiguous.
@@ -110,7 +120,7 @@ class PagedAttention(ABC):
         """
         sizes = self.sizes
         heads = (sizes.num_rows, sizes.num_heads)
-        block = (sizes.block_size, sizes.num_kv_heads, sizes.head_dim)
+        block, stored = (sizes.block_size, sizes.num_kv_heads, sizes.head_dim), sizes.kv_dtype or sizes.dtype
         for name, tensor, dim in (("q", q_THD, sizes.head_dim), ("out", out_THD, sizes.out_dim)):
             rows = (*heads, dim)
             if tensor.shape != rows or tensor.dtype != sizes.dtype or tensor.stride(-1) != 1:
@@ -119,20 +129,27 @@ class PagedAttention(ABC):
             raise ValueError(f"lse must be {heads} torch.float32, got {_describe(lse_TH)}")
         if (
             (kv_2BPKD.shape[0], *kv_2BPKD.shape[2:]) != (sizes.parts, *block)
-            or kv_2BPKD.dtype != sizes.dtype
+            or kv_2BPKD.dtype != stored
             or kv_2BPKD.stride(-1) != 1
         ):
-            raise ValueError(f"kv must be ({sizes.parts}, blocks, {block}) {sizes.dtype}, got {_describe(kv_2BPKD)}")
+            raise ValueError(f"kv must be ({sizes.parts}, blocks, {block}) {stored}, got {_describe(kv_2BPKD)}")
+        check_scales(kv_2BPKD, scales_2BK)
         if kv_2BPKD.shape[1] < self._min_blocks:
             raise ValueError(f"the plan reads block {self._min_blocks - 1}, kv holds {kv_2BPKD.shape[1]} blocks")
         if not q_THD.device.type == kv_2BPKD.device.type == sizes.device.type:
             raise ValueError(f"planned for {sizes.device}, got q on {q_THD.device}, kv on {kv_2BPKD.device}")
         if sizes.num_rows:
-            self._run(q_THD, kv_2BPKD, Scoring(scale, soft_cap), out_THD, lse_TH)
+            self._run(q_THD, kv_2BPKD, scales_2BK, Scoring(scale, soft_cap), out_THD, lse_TH)
 
     @abstractmethod
     def _run(
-        self, q_THD: torch.Tensor, kv_2BPKD: torch.Tensor, scoring: Scoring, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self,
+        q_THD: torch.Tensor,
+        kv_2BPKD: torch.Tensor,
+        scales_2BK: torch.Tensor | None,
+        scoring: Scoring,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
     ) -> None: ...
 
 

@@ -207,6 +207,7 @@ def store_kv(k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_2BPKD: torch.Te
 @triton.jit(do_not_specialize=["first_token", "num_tokens"], do_not_specialize_on_alignment=["block_ids_ptr"])  # type: ignore[untyped-decorator]
 def _gather_kernel(  # type: ignore[no-untyped-def]
     kv_ptr,
+    scales_ptr,
     block_ids_ptr,
     out_ptr,
     first_token,
@@ -215,14 +216,18 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     stride_b,
     stride_p,
     stride_k,
+    stride_s2,
+    stride_sb,
     stride_o2,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SCALED_D: tl.constexpr,
 ):
-    """out[0, j - first] = kv[0, ids[j // P], j % P], out[1, ...] = kv[1, ...].
+    """out[0, j - first] = kv[0, ids[j // P], j % P], out[1, ...] = kv[1, ...]; times its block's scale for each SCALED_D of a
+    token's elements, if that isn't 0.
 
     One program per BLOCK_S tokens and BLOCK_C elements of each, keys and values.
     """
@@ -238,13 +243,24 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     to_SC_ptr = out_ptr + (index_S * (K * D))[:, None] + element_C[None, :]
     k_SC = tl.load(from_SC_ptr, mask=is_SC)
     v_SC = tl.load(from_SC_ptr + stride_2, mask=is_SC)  # both are on their way before the first store waits
+    if SCALED_D:
+        scale_SC_ptr = scales_ptr + (block_S * stride_sb)[:, None] + (element_C // SCALED_D)[None, :]
+        k_SC = (k_SC.to(tl.float32) * tl.load(scale_SC_ptr, mask=is_SC)).to(out_ptr.dtype.element_ty)
+        v_SC = (v_SC.to(tl.float32) * tl.load(scale_SC_ptr + stride_s2, mask=is_SC)).to(out_ptr.dtype.element_ty)
     tl.store(to_SC_ptr, k_SC, mask=is_SC)
     tl.store(to_SC_ptr + stride_o2, v_SC, mask=is_SC)
 
 
-def gather_kv(out_2SKD: torch.Tensor, kv_2BPKD: torch.Tensor, block_ids_N: torch.Tensor, first_token: int) -> None:
+def gather_kv(
+    out_2SKD: torch.Tensor,
+    kv_2BPKD: torch.Tensor,
+    block_ids_N: torch.Tensor,
+    first_token: int,
+    scales_2BK: torch.Tensor | None,
+) -> None:
     """See `kernels.kv_blocks.gather_kv_into`."""
     _, num_tokens, num_kv_heads, head_dim = out_2SKD.shape
+    scaled_dim = 0 if scales_2BK is None else head_dim
     stride_2, stride_b, stride_p, stride_k, _ = kv_2BPKD.stride()
     if stride_k == head_dim:  # one run of elements per token: nothing for the compiler to prove
         num_kv_heads, head_dim = 1, num_kv_heads * head_dim
@@ -253,6 +269,7 @@ def gather_kv(out_2SKD: torch.Tensor, kv_2BPKD: torch.Tensor, block_ids_N: torch
     block_s = _GATHER_ELEMENTS // block_c
     _gather_kernel[(triton.cdiv(num_tokens, block_s), triton.cdiv(elements, block_c))](
         kv_2BPKD,
+        scales_2BK,
         block_ids_N,
         out_2SKD,
         first_token,
@@ -261,12 +278,14 @@ def gather_kv(out_2SKD: torch.Tensor, kv_2BPKD: torch.Tensor, block_ids_N: torch
         stride_b,
         stride_p,
         stride_k,
+        *((0, 0) if scales_2BK is None else scales_2BK.stride()[:2]),
         out_2SKD.stride(0),
         K=num_kv_heads,
         D=head_dim,
         P=kv_2BPKD.shape[2],
         BLOCK_S=block_s,
         BLOCK_C=block_c,
+        SCALED_D=scaled_dim,
     )
 
 

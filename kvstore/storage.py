@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
+from kvstore.format import SCALE_BYTES, KVFormat
+
 
 class KVStorage:
     """KV of one instance, `data_L2BPKD`: layers of a block, (K, V), blocks, block size, KV heads, head dim. Of latent KV
-    `data_L1BPKD`, by the same name.
+    `data_L1BPKD`, by the same name. KV in fp8 has `scales_L2BK` (fp32) besides.
 
     A block has all of a model's layers, or those of one of several tables (`kvstore.run`): then several have the same place.
     Token-major inside a block, so that consecutive blocks are one strided view (`kernels.paged_attention`). The memory is
@@ -23,7 +25,7 @@ class KVStorage:
         block_size: int,
         num_kv_heads: int,
         head_dim: int,
-        dtype: torch.dtype,
+        format: KVFormat,
         device: torch.device,
         places: Sequence[int] = (),
         parts: int = 2,
@@ -31,17 +33,26 @@ class KVStorage:
         """`num_layers`: of a block; `places`: where each of the model's layers is in one, if it doesn't have all. `parts` of a
         token in a layer: its keys and values, or 1, where KV is latent.
 
-        Raises ValueError for a size below 1, MemoryError (with the sizes) if the device can't hold it.
+        Raises ValueError for a size below 1, or a block in fp8 whose scales would be aligned to less than their size;
+        MemoryError (with the sizes) if the device can't hold it.
         """
         shape = (num_layers, parts, num_blocks, block_size, num_kv_heads, head_dim)
         if min(shape) < 1:
             raise ValueError(f"every size of KV storage must be at least 1, got {shape}")
-        self.block_bytes = num_layers * parts * block_size * num_kv_heads * head_dim * dtype.itemsize
+        self.format = format
+        self.block_bytes = format.block_bytes(
+            num_layers=num_layers, parts=parts, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim
+        )
+        if format.has_scales and self.block_bytes % SCALE_BYTES:
+            raise ValueError(f"blocks in {format.dtype} must be of a multiple of {SCALE_BYTES} bytes, got {self.block_bytes}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._places = tuple(places) or tuple(range(num_layers))
+        self.scales_L2BK: torch.Tensor | None = None
         try:
-            self.data_L2BPKD = torch.empty(shape, dtype=dtype, device=device)
+            self.data_L2BPKD = torch.empty(shape, dtype=format.dtype, device=device)
+            if format.has_scales:
+                self.scales_L2BK = torch.empty((*shape[:3], num_kv_heads), dtype=torch.float32, device=device)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             needed = num_blocks * self.block_bytes
             raise MemoryError(
@@ -50,7 +61,7 @@ class KVStorage:
 
     @property
     def nbytes(self) -> int:
-        return self.data_L2BPKD.untyped_storage().nbytes()
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())
 
     @property
     def num_layers(self) -> int:
@@ -60,6 +71,40 @@ class KVStorage:
     def layer(self, layer: int) -> torch.Tensor:
         """`kv_2BPKD` of one layer, a view."""
         return self.data_L2BPKD[self._places[layer]]
+
+    def scales(self, layer: int) -> torch.Tensor | None:
+        """`scales_2BK` of one layer, a view; None: KV isn't in fp8."""
+        return None if self.scales_L2BK is None else self.scales_L2BK[self._places[layer]]
+
+    def fill_(self, value: float) -> None:
+        """Let all numbers and scales be `value`: for tests and made-up steps."""
+        for tensor in self._tensors():
+            tensor.fill_(value)
+
+    def pack(self, block: int, into_N: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of all bytes of a block (uint8), one after the other: numbers, then scales. `into_N`: where to; None: new."""
+        if into_N is None:
+            into_N = torch.empty(self.block_bytes, dtype=torch.uint8, device=self.data_L2BPKD.device)
+        for place, packed in self._pieces(block, into_N):
+            packed.copy_(place)
+        return into_N
+
+    def unpack(self, block: int, from_N: torch.Tensor) -> None:
+        """Fill a block with what `pack` made of one, here or elsewhere."""
+        for place, packed in self._pieces(block, from_N):
+            place.copy_(packed)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [self.data_L2BPKD] if self.scales_L2BK is None else [self.data_L2BPKD, self.scales_L2BK]
+
+    def _pieces(self, block: int, packed_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A block's place in each tensor, and that of the same in its packed bytes."""
+        at = 0
+        for tensor in self._tensors():
+            place = tensor[:, :, block]
+            end = at + place.numel() * place.dtype.itemsize
+            yield place, packed_N[at:end].view(place.dtype).view(place.shape)
+            at = end
 
 
 @contextmanager

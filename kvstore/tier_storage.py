@@ -33,20 +33,18 @@ class TierStorage:
 
     def __init__(self, storage: KVStorage, *, host_slots: int = 0, disk_slots: int = 0, folder: Path | None = None) -> None:
         """`folder`: of the disk's file. Raises MemoryError and OSError if there is no room, with the numbers."""
-        data = storage.data_L2BPKD
         self.storage = storage
-        shape = (*data.shape[:2], *data.shape[3:])
-        self._device = data.device
+        self._device = storage.data_L2BPKD.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.host_SL2PKD = _host_buffer((host_slots, *shape), data.dtype, self._device)
-        self._staged_L2PKD = _host_buffer((1, *shape), data.dtype, self._device)[0]
+        self.host_SN = _host_buffer(host_slots, storage.block_bytes, self._device)
+        self._staged_N = _host_buffer(1, storage.block_bytes, self._device)[0]
         """For blocks that go between the pool and the disk."""
         self.file = SlotFile(folder, disk_slots, storage.block_bytes) if disk_slots and folder is not None else None
 
     @property
     def slots(self) -> dict[Tier, int]:
         """Of each tier."""
-        return {"host": self.host_SL2PKD.shape[0], "disk": 0 if self.file is None else self.file.num_slots}
+        return {"host": self.host_SN.shape[0], "disk": 0 if self.file is None else self.file.num_slots}
 
     def copy(self, items: Sequence[Copying]) -> list[int | Fault]:
         """For each block the checksum of what came, or why nothing did."""
@@ -58,7 +56,7 @@ class TierStorage:
         if self.file is not None:
             self.file.close()
         if self._device.type == "cuda":
-            for buffer in (self.host_SL2PKD, self._staged_L2PKD):
+            for buffer in (self.host_SN, self._staged_N):
                 if buffer.numel():
                     runtime: Any = torch.cuda
                     runtime.cudart().cudaHostUnregister(buffer.data_ptr())
@@ -73,51 +71,46 @@ class TierStorage:
 
     def _copy(self, item: Copying) -> int | Fault:
         if item.source == item.target:  # only looked at
-            block_L2PKD = self.storage.data_L2BPKD[:, :, item.source.slot]
-            return checksum_of(block_L2PKD.clone(memory_format=torch.contiguous_format))
+            return checksum_of(self.storage.pack(item.source.slot))
         if item.source.where == "pool":
             return self._down(item)
         if item.target.where == "pool":
             return self._up(item)
         if item.target.where == "disk":
-            return self._write(item, item.checksum or 0, self.host_SL2PKD[item.source.slot])
-        is_read = self._file.read(item.source.slot, item.key, item.checksum or 0, self.host_SL2PKD[item.target.slot])
+            return self._write(item, item.checksum or 0, self.host_SN[item.source.slot])
+        is_read = self._file.read(item.source.slot, item.key, item.checksum or 0, self.host_SN[item.target.slot])
         return item.checksum or 0 if is_read else "unreadable"
 
     def _down(self, item: Copying) -> int | Fault:
         """From the pool. A checksum on a GPU is made there, before the block has crossed the bus."""
-        block_L2PKD = self.storage.data_L2BPKD[:, :, item.source.slot]
-        target_L2PKD = self._host_place(item.target)
+        target_N = self._host_place(item.target)
         if self._stream is None:
-            target_L2PKD.copy_(block_L2PKD)
-            checksum = checksum_of(target_L2PKD)
+            self.storage.pack(item.source.slot, target_N)
+            checksum = checksum_of(target_N)
         else:
-            packed_L2PKD = block_L2PKD.clone(memory_format=torch.contiguous_format)
-            target_L2PKD.copy_(packed_L2PKD, non_blocking=True)
-            checksum = checksum_of(packed_L2PKD)
+            packed_N = self.storage.pack(item.source.slot)
+            target_N.copy_(packed_N, non_blocking=True)
+            checksum = checksum_of(packed_N)
             self._stream.synchronize()
         if item.target.where == "disk":
-            return self._write(item, checksum, target_L2PKD)
+            return self._write(item, checksum, target_N)
         return checksum
 
     def _up(self, item: Copying) -> int | Fault:
         """Into the pool, and what lies there then."""
-        source_L2PKD = self._host_place(item.source)
-        if item.source.where == "disk" and not self._file.read(item.source.slot, item.key, item.checksum or 0, source_L2PKD):
+        source_N = self._host_place(item.source)
+        if item.source.where == "disk" and not self._file.read(item.source.slot, item.key, item.checksum or 0, source_N):
             return "unreadable"
-        place_L2PKD = self.storage.data_L2BPKD[:, :, item.target.slot]
-        if self._stream is None:
-            place_L2PKD.copy_(source_L2PKD)
-        else:
-            place_L2PKD.copy_(source_L2PKD.to(self._device, non_blocking=True))
-        return checksum_of(place_L2PKD.clone(memory_format=torch.contiguous_format))
+        here_N = source_N if self._stream is None else source_N.to(self._device, non_blocking=True)
+        self.storage.unpack(item.target.slot, here_N)
+        return checksum_of(self.storage.pack(item.target.slot))
 
-    def _write(self, item: Copying, checksum: int, block_L2PKD: torch.Tensor) -> int | Fault:
-        return checksum if self._file.write(item.target.slot, item.key, checksum, block_L2PKD) else "unwritable"
+    def _write(self, item: Copying, checksum: int, block_N: torch.Tensor) -> int | Fault:
+        return checksum if self._file.write(item.target.slot, item.key, checksum, block_N) else "unwritable"
 
     def _host_place(self, place: Place) -> torch.Tensor:
         """Where a block lies in host memory, or passes through it."""
-        return self.host_SL2PKD[place.slot] if place.where == "host" else self._staged_L2PKD
+        return self.host_SN[place.slot] if place.where == "host" else self._staged_N
 
     @property
     def _file(self) -> "SlotFile":
@@ -185,11 +178,11 @@ def slot_bytes(block_bytes: int) -> int:
     return -(-(_HEADER.size + block_bytes) // PAGE) * PAGE
 
 
-def _host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _host_buffer(slots: int, block_bytes: int, device: torch.device) -> torch.Tensor:
     """In host memory; for a GPU pinned. torch's own pinned memory would take a power of two. Raises MemoryError."""
-    size = torch.Size(shape).numel() * dtype.itemsize
+    size = slots * block_bytes
     try:
-        buffer = torch.empty(shape, dtype=dtype)
+        buffer = torch.empty((slots, block_bytes), dtype=torch.uint8)
     except RuntimeError as error:
         raise MemoryError(f"{size:,} bytes of host memory can't be had: {error}") from error
     if device.type == "cuda" and size:

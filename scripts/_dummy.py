@@ -69,4 +69,4 @@ def bytes_read(model: Model, rows: int = 1) -> float:
 def bytes_seen(model: Model, tokens: int) -> int:
     """KV that a row reads which is to see so many tokens where its layers let it."""
     spans = (model.shape.layer(i).sight.span or tokens for i in range(model.num_layers))
-    return model.shape.layer_token_bytes * sum(min(tokens, span) for span in spans)
+    return model.layer_token_bytes() * sum(min(tokens, span) for span in spans)

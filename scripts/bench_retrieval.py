@@ -26,7 +26,7 @@ from bench_serve import interruptible
 from make_retrieval_model import write
 
 from gmanager import AsyncClient, SamplingParams
-from gmanager.cli.service import ServiceConfig, running
+from gmanager.cli.service import KV_DTYPES, ServiceConfig, running
 
 CHUNKS = 8
 """Of so many chunks the borders are asked about."""
@@ -92,6 +92,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> int:
         kv_memory=None if args.kv_tokens else 0.92,
         device=args.device,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
         spread="all",
         chunk_tokens=args.chunk_tokens,
         logs=args.out.parent / "logs",
@@ -134,6 +135,7 @@ def main() -> int:
     parser.add_argument("--chunk-tokens", type=int, default=2048)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto", help="how KV is stored")
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

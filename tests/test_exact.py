@@ -14,7 +14,7 @@ import pytest
 
 from gmanager import AsyncClient, SamplingParams, TokenLogprob
 from gmanager.wire.scaling import RopeScaling
-from instance.config import KVFormat
+from instance.config import KVFormatChoice
 from tests.support.exactness import LOGPROB_TOLERANCE, MIXED_LENGTHS, Differs, ask, ask_mixed, move_on, prompt
 from tests.support.farm import Farm, Mutation, Setup
 from tests.support.service import Service, serve
@@ -92,7 +92,7 @@ async def test_masks_in_small_chunks_over_several_instances(
 @pytest.mark.parametrize("kind", ["deepseek", "deepseek-v2"])
 @pytest.mark.parametrize("kv_format", ["auto", "plain"])
 async def test_latents_and_plain_heads_say_the_same(
-    kv_format: KVFormat, kind: str, size: int, block: int, farm: Farm, tmp_path: Path
+    kv_format: KVFormatChoice, kind: str, size: int, block: int, farm: Farm, tmp_path: Path
 ) -> None:
     """As transformers does: a prompt over all instances, a home that moves on, several requests side by side. What travels is
     the absorbed query, and a latent comes back."""

@@ -56,6 +56,9 @@ def up(
         str | None, typer.Option(metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the model's config says)")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; CPU: float32), float32, float16, bfloat16")] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="how KV is stored: auto (as dtype), or fp8, half the bytes of 16 bits")
+    ] = "auto",
     quantize: Annotated[str, typer.Option(help="weights of linear layers become 8 bits: none, fp8 or int8")] = "none",
     names: Annotated[
         list[str] | None,
@@ -118,6 +121,7 @@ def up(
         max_context=max_context,
         rope_scaling=rope_scaling,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         quantize=quantize,
         names=tuple(dict.fromkeys(names or ())),
         prefix_cache=prefix_cache == "on",

@@ -28,6 +28,7 @@ ECHO_S = 2.0
 
 QUANTIZE = ("none", "fp8", "int8")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_DTYPES = ("auto", "fp8")
 
 SLACK = 64
 """KV tokens beside the longest prompt: its answer, and a block or two."""
@@ -90,6 +91,8 @@ class ServiceConfig:
     """Tokens of the longest sequence; None: as the model's config says."""
     rope_scaling: RopeScaling | None = None
     """Of its rotary frequencies; None: what its config says."""
+    kv_dtype: str = "auto"
+    """How KV is stored; auto: in the model's dtype."""
     tp: int = 1
     """Ranks, and GPUs, of each stage of an instance."""
     pp: int = 1
@@ -112,6 +115,8 @@ class ServiceConfig:
             raise ValueError(f"--kv-memory must be in (0, 1), got {self.kv_memory}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype}")
         if self.quantize not in QUANTIZE:
             raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {self.quantize}")
         if "" in (self.served_model_name, *self.other_names):
@@ -256,6 +261,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--kv-memory": config.kv_memory,
         "--device": config.device,
         "--dtype": config.dtype,
+        "--kv-dtype": config.kv_dtype,
         "--quantize": None if config.quantize == "none" else config.quantize,
         "--threads": config.threads,
         "--chunk-tokens": config.chunk_tokens,

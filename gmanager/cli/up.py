@@ -65,6 +65,7 @@ class Wanted:
     max_context: int | None
     rope_scaling: str | None
     dtype: str
+    kv_dtype: str
     quantize: str
     names: tuple[str, ...]
     prefix_cache: bool
@@ -158,6 +159,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             max_context=wanted.max_context,
             rope_scaling=None if wanted.rope_scaling is None else parse_scaling(wanted.rope_scaling),
             device=device,
+            kv_dtype=wanted.kv_dtype,
             dtype="float32" if device == "cpu" and wanted.dtype == "auto" else wanted.dtype,
             quantize=wanted.quantize,
             threads=max(1, len(os.sched_getaffinity(0)) // (wanted.instances * ranks)),

@@ -54,6 +54,7 @@ MAX_CELL_NAME = 64
 MAX_CELL_SIZE = 4096
 MAX_HOST = 64
 MAX_ROTARY = 200
+MAX_DTYPE = 20
 MAX_KV_TOKENS = 2**50
 """Most tokens of KV of one instance. Those of a whole cell fit the wire's integers."""
 
@@ -82,6 +83,7 @@ MAX_WINDOWS = 64
 
 _SAME = (
     "dtype",
+    "kv_dtype",
     "tp",
     "pp",
     "pp_layers",
@@ -102,7 +104,9 @@ _IN_WORDS = {
     "layers": "way to run layers",
     "rotary": "rotary scaling",
     "windows": "blocks in windows",
+    "kv_dtype": "dtype of KV",
 }
+_IF_EMPTY = {"rotary": "the model's own", "kv_dtype": "the model's"}
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
 
@@ -308,8 +312,8 @@ class Cell:
                 if field_name == "fingerprint":
                     what = "model"
                     own, theirs = (f"{spec.model[:40]} ({spec.fingerprint[:12]})" for spec in (register.spec, self.spec))
-                if field_name == "rotary":
-                    own, theirs = (rotary or "the model's own" for rotary in (own, theirs))
+                if field_name in _IF_EMPTY:
+                    own, theirs = (value or _IF_EMPTY[field_name] for value in (own, theirs))
                 return f"its {what} is {str(own)[:80]}, that of cell '{self.name}' is {str(theirs)[:80]}"
         if (register.spec.device == "cpu") != (self.spec.device == "cpu"):
             return f"its device is {register.spec.device[:80]}, that of cell '{self.name}' is {self.spec.device[:80]}"
@@ -323,7 +327,7 @@ class Cell:
 
     def chain_seed(self, salt: str | None) -> bytes:
         """That names of prefixes begin with: what has the same may share KV."""
-        return seed_of(self.spec.fingerprint, self.spec.dtype, salt or "")
+        return seed_of(self.spec.fingerprint, self.spec.number_types, salt or "")
 
     def room(self, prompt_tokens: int) -> int:
         """Most tokens that can be generated after a prompt of that length; 1 if there is no room, to be refused for that."""
@@ -683,6 +687,8 @@ def malformed(register: Register) -> str | None:
         return f"an instance's number must be in [0, {MAX_CELL_SIZE}), got {register.wanted_id}"
     if len(register.spec.rotary) > MAX_ROTARY or not register.spec.rotary.isprintable():
         return f"rotary frequencies are told with at most {MAX_ROTARY} printable characters, got {len(register.spec.rotary)}"
+    if len(register.spec.kv_dtype) > MAX_DTYPE or not register.spec.kv_dtype.isprintable():
+        return f"a dtype of KV has at most {MAX_DTYPE} printable characters, got {len(register.spec.kv_dtype)}"
     if len(register.spec.host) > MAX_HOST:
         return f"a host is named with at most {MAX_HOST} characters, got {len(register.spec.host)}"
     if len(register.spec.windows) > MAX_WINDOWS or min(register.spec.windows, default=1) < 1:

@@ -121,7 +121,7 @@ class Cells:
 
 def kind_of(spec: InstanceSpec) -> str:
     """The same for cells whose steps should take the same time: of one model, computed in one way on one kind of device."""
-    return hashlib.sha256(msgspec.msgpack.encode((spec.fingerprint, spec.dtype, spec.layers, spec.device))).hexdigest()
+    return hashlib.sha256(msgspec.msgpack.encode((spec.fingerprint, spec.number_types, spec.layers, spec.device))).hexdigest()
 
 
 def _counters(sequences: Sequences) -> Counters:

@@ -50,6 +50,7 @@ def _cell(cell: Cell) -> CellStats:
         total_tokens=cell.total_tokens,
         other_names=cell.spec.other_names,
         rotary=cell.spec.rotary,
+        kv_dtype=cell.spec.kv_dtype,
         performance=_performance(cell.performance),
     )
 

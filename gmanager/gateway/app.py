@@ -447,6 +447,7 @@ def _model(served: Served) -> dict[str, Any]:
         "root": served.root,
         "max_model_len": served.max_context,
         "rope_scaling": served.rotary or None,
+        "kv_dtype": served.kv_dtype or None,
     }
 
 

@@ -30,6 +30,8 @@ class Served:
     max_context: int
     rotary: str
     """What was chosen of its rotary frequencies; empty: nothing."""
+    kv_dtype: str
+    """How its KV is stored; empty: in the model's dtype."""
     tokenizer: Tokenizer
     since: int
     """Unix time."""
@@ -161,7 +163,12 @@ class Backend:
                     assets = await client.text_assets(cell.name)
                     if known is not None and known.tokenizer.assets == assets:  # its membership has changed, no more
                         self._models[name] = replace(
-                            known, cell=cell.name, epoch=cell.epoch, max_context=cell.max_context, rotary=cell.rotary
+                            known,
+                            cell=cell.name,
+                            epoch=cell.epoch,
+                            max_context=cell.max_context,
+                            rotary=cell.rotary,
+                            kv_dtype=cell.kv_dtype,
                         )
                         continue
                     tokenizer = await asyncio.to_thread(Tokenizer, assets)
@@ -179,6 +186,7 @@ class Backend:
                     epoch=cell.epoch,
                     max_context=cell.max_context,
                     rotary=cell.rotary,
+                    kv_dtype=cell.kv_dtype,
                     tokenizer=tokenizer,
                     since=int(time.time()),
                     habits=habits_of(assets.chat_template),

@@ -17,6 +17,7 @@ from instance.cell import EpochGroup, open_store
 from kernels.paged_attention import attention_scratch_bytes
 from kernels.reference import compare
 from kernels.segments import Scoring
+from kvstore.format import KVFormat
 from kvstore.shard import ShardTable
 from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
@@ -132,7 +133,7 @@ class Rank:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             parts=shape.parts,
-            dtype=shape.dtype,
+            format=KVFormat(shape.dtype),
             device=CPU,
         )
         self.storage.data_L2BPKD.fill_(torch.nan)
@@ -245,7 +246,9 @@ def test_layers_of_several_groups_see_what_is_theirs(
 
 
 def test_layouts_that_are_not_the_groups_are_refused(cell: Cell) -> None:
-    storage = KVStorage(num_layers=2, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
+    storage = KVStorage(
+        num_layers=2, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, format=KVFormat(torch.float32), device=CPU
+    )
     shape = replace(SHAPE, layers=(LayerView(Scoring(0.3)), LayerView(Scoring(0.3), Sight(window=4))))
     attention = DistAttention(storage, shape, Exchange(cell.groups[0].group, CPU), backend="torch")
     with pytest.raises(ValueError, match="for 2 groups of layers"):
@@ -253,7 +256,9 @@ def test_layouts_that_are_not_the_groups_are_refused(cell: Cell) -> None:
 
 
 def test_rows_that_were_not_planned_are_refused(cell: Cell) -> None:
-    storage = KVStorage(num_layers=1, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
+    storage = KVStorage(
+        num_layers=1, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, format=KVFormat(torch.float32), device=CPU
+    )
     attention = DistAttention(storage, SHAPE, Exchange(cell.groups[0].group, CPU), backend="torch")
     rows = torch.zeros((2, 4, 16)), torch.zeros((2, 2, 16)), torch.zeros((2, 2, 16))
     with pytest.raises(RuntimeError, match="2 rows came, no step was planned"):
@@ -266,7 +271,9 @@ def test_rows_that_were_not_planned_are_refused(cell: Cell) -> None:
 @pytest.mark.parametrize("shape", [SHAPE, LATENT], ids=["keys and values", "latents"])
 def test_scratch_is_what_is_allocated(shape: AttentionShape, cell: Cell) -> None:
     """The buffers of the largest step: all own rows go to both peers, and as many come from each."""
-    storage = KVStorage(num_layers=1, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=CPU)
+    storage = KVStorage(
+        num_layers=1, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=16, format=KVFormat(torch.float32), device=CPU
+    )
     attention = DistAttention(storage, shape, Exchange(cell.groups[0].group, CPU), backend="torch")
     rows, both = 10, {1: 10, 2: 10}
     attention.plan(

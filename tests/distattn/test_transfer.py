@@ -25,7 +25,9 @@ from distattn.exchange import Exchange, ExchangeError
 from distattn.transfer import CopyFailed, Transfers
 from instance.cell import EpochGroup, open_store
 from instance.copies import CHANNELS
+from kernels.kv_blocks import FP8
 from kvstore.checksum import checksum_of
+from kvstore.format import KVFormat
 from kvstore.storage import KVStorage
 from tests.support.farm import DEVICE, place
 from tests.support.line import Line, LineGroup
@@ -42,17 +44,19 @@ def device_of(rank: int) -> torch.device:
     return CPU if DEVICE == "cpu" else torch.device("cuda", place(rank)[0])
 
 
-def storage_of(seed: int, device: torch.device = CPU, parts: int = 2) -> KVStorage:
+def storage_of(seed: int, device: torch.device = CPU, parts: int = 2, dtype: torch.dtype = torch.bfloat16) -> KVStorage:
     storage = KVStorage(
         num_layers=3,
         num_blocks=BLOCKS,
         block_size=SIZE,
         num_kv_heads=2,
         head_dim=8,
-        dtype=torch.bfloat16,
+        format=KVFormat(dtype),
         device=device,
         parts=parts,
     )
+    if storage.scales_L2BK is not None:
+        storage.scales_L2BK.copy_(torch.rand(storage.scales_L2BK.shape, generator=torch.Generator().manual_seed(seed)))
     shape = storage.data_L2BPKD.shape
     storage.data_L2BPKD.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
     storage.data_L2BPKD[:, :, ::7] = torch.nan  # what no step has written may be anything
@@ -61,6 +65,11 @@ def storage_of(seed: int, device: torch.device = CPU, parts: int = 2) -> KVStora
 
 def bits(storage: KVStorage) -> torch.Tensor:
     return storage.data_L2BPKD.view(torch.int16).cpu()
+
+
+def packed(storage: KVStorage) -> torch.Tensor:
+    """All bytes of each block, with scales if there are some."""
+    return torch.stack([storage.pack(block) for block in range(storage.num_blocks)])
 
 
 class Groups:
@@ -224,7 +233,7 @@ def test_a_block_that_does_not_pass_ends_the_copy_and_on_a_gpu_the_epoch(peer: P
     """Both have begun to move it, and one stops there. It is larger than what a group takes without the other end."""
     device = peer.groups.device
     large = KVStorage(
-        num_layers=8, num_blocks=2, block_size=2**17, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16, device=device
+        num_layers=8, num_blocks=2, block_size=2**17, num_kv_heads=2, head_dim=8, format=KVFormat(torch.bfloat16), device=device
     )
     peer.pipe.send(("begin and stop", 1, []))
     failure, what = (CopyFailed, "the exchange with") if DEVICE == "cpu" else (ExchangeError, r"did not pass within 0\.5 s")
@@ -249,9 +258,16 @@ def test_the_communicator_of_copies_takes_no_more_than_is_reserved(peer: Peer) -
 class Ends:
     """Rank 0 copies to rank 1, each in a thread."""
 
-    def __init__(self, *, budgets: tuple[int, int] = (16, 16), timeout_s: float = TIMEOUT_S, parts: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        budgets: tuple[int, int] = (16, 16),
+        timeout_s: float = TIMEOUT_S,
+        parts: int = 2,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.words, self.blocks = Line(), Line()
-        self.storages = [storage_of(rank + 1, parts=parts) for rank in range(2)]
+        self.storages = [storage_of(rank + 1, parts=parts, dtype=dtype) for rank in range(2)]
         self.budgets = [StepBudget(tokens) for tokens in budgets]
         self.transfers = [
             Transfers(
@@ -350,14 +366,16 @@ def test_ends_of_two_moves_do_not_copy() -> None:
 @given(st.data())
 @settings(max_examples=20, deadline=None)
 def test_ends_with_any_budgets_and_steps_copy_all(data: st.DataObject) -> None:
-    """Also if they differ: what is moved at once doesn't depend on them. Of keys and values, or of latents."""
+    """Also if they differ: what is moved at once doesn't depend on them. Of keys and values, or of latents; with scales in
+    fp8."""
     budgets = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 100)), "tokens a step")
     count = data.draw(st.integers(0, 6), "blocks")
     here = data.draw(st.permutations(range(BLOCKS)), "here")[:count]
     there = data.draw(st.permutations(range(BLOCKS)), "there")[:count]
     told = data.draw(st.lists(st.tuples(st.integers(0, 1), st.booleans()), max_size=20), "steps")
-    ends = Ends(budgets=budgets, parts=data.draw(st.integers(1, 2), "parts"))
-    before = bits(ends.storages[1]).clone()
+    dtype = data.draw(st.sampled_from([torch.bfloat16, FP8]), "dtype")
+    ends = Ends(budgets=budgets, parts=data.draw(st.integers(1, 2), "parts"), dtype=dtype)
+    before = packed(ends.storages[1])
     steps = [0, 0]
     sending, receiving = ends.send(1, here), ends.receive(1, there)
     for rank, is_busy in told:
@@ -367,8 +385,8 @@ def test_ends_with_any_budgets_and_steps_copy_all(data: st.DataObject) -> None:
         budget.tell(step, is_busy=False)
     assert receiving.result(10) is None
     sending.result(10)
-    before[:, :, there] = bits(ends.storages[0])[:, :, here]
-    assert torch.equal(bits(ends.storages[1]), before)
+    before[there] = packed(ends.storages[0])[here]
+    assert torch.equal(packed(ends.storages[1]), before)
     ends.close()
 
 

@@ -168,6 +168,8 @@ def test_members_are_told_each_others_hosts() -> None:
         ({"rotary": "yarn:4", "fingerprint": "c0de"}, "its rotary scaling is yarn:4, that of cell 'main' is the model's own"),
         ({"rotary": "\n"}, "rotary frequencies are told with at most 200 printable characters, got 1"),
         ({"rotary": "y" * 201}, "rotary frequencies are told with at most 200 printable characters, got 201"),
+        ({"kv_dtype": "fp8"}, "its dtype of KV is fp8, that of cell 'main' is the model's"),
+        ({"kv_dtype": "f" * 21}, "a dtype of KV has at most 20 printable characters, got 21"),
         ({"tokenizer": "cafe"}, "its tokenizer is cafe, that of cell 'main' is beef"),
         ({"dtype": "float16"}, "its dtype is float16, that of cell 'main' is float32"),
         ({"block_size": 16}, "its block size is 16, that of cell 'main' is 4"),

@@ -21,6 +21,7 @@ from instance.load import load_model
 from instance.memory import MemoryBudget, TooLittleMemory
 from instance.needs import Needs
 from instance.start import load, make_tiers, size_pool
+from kvstore.format import KVFormat
 from tests.support.tiny import make_model
 
 LAUNCH = Launch(rank=1, local_rank=1, world_size=2, run_id="x")
@@ -137,9 +138,7 @@ def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(start, "measure", measure)
     monkeypatch.setattr(needs_module, "sampler_scratch_bytes", lambda rows, vocab: rows * 10)
-    monkeypatch.setattr(
-        DistAttention, "scratch_bytes", staticmethod(lambda shape, rows, peers, device, backend, tiles: rows * 100 * peers)
-    )
+    monkeypatch.setattr(DistAttention, "scratch_bytes", staticmethod(lambda shape, rows, peers, *_, **__: rows * 100 * peers))
     settings: dict[str, Any] = {"device": "cuda", "chunk_tokens": 44, "kv_tokens": None}
     needs = Needs.of(model, block_size=16, chunk_tokens=44, cell_size=2, backend="triton")
     assert (needs.attention, needs.sampling) == (30_000, 3_200)
@@ -169,6 +168,7 @@ def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.Monk
         ({"threads": 0}, "--threads must be at least 1, got 0"),
         ({"decode_processors": (12, 24)}, "--decode-processors must be multiples of 8, got 12 24"),
         ({"cell_size": 0}, "--cell-size must be at least 1, got 0"),
+        ({"kv_dtype": "int4"}, "--kv-dtype must be one of auto, fp8, got int4"),
         ({"dtype": "int8"}, "--dtype must be one of auto, float32, float16, bfloat16, got int8"),
         ({"host": "0.0.0.0"}, "--host '0.0.0.0' is no address that the other instances could dial"),
         ({"cell": ""}, "--cell must not be empty"),
@@ -269,7 +269,13 @@ def test_what_the_machine_has_not_is_an_error_before_the_start(tmp_path: Path) -
     with pytest.raises(TooLittleMemory, match="nowhere can't be used: No such file or directory"):
         load(config(model=str(tmp_path), disk=tmp_path / "nowhere", disk_bytes=2**20))
     storage = start.KVStorage(
-        num_layers=1, num_blocks=2, block_size=4, num_kv_heads=1, head_dim=8, dtype=torch.float32, device=torch.device("cpu")
+        num_layers=1,
+        num_blocks=2,
+        block_size=4,
+        num_kv_heads=1,
+        head_dim=8,
+        format=KVFormat(torch.float32),
+        device=torch.device("cpu"),
     )
     assert make_tiers(config(), storage) is None
     with pytest.raises(TooLittleMemory, match="--host-memory 100 bytes don't hold one block of 256 bytes"):

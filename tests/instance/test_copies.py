@@ -13,6 +13,7 @@ from distattn.transfer import Transfers
 from gmanager.wire import messages as wire
 from instance.copies import Copies
 from instance.rmanager import RManager
+from kvstore.format import KVFormat
 from kvstore.storage import KVStorage
 from tests.support.line import Line, LineGroup
 
@@ -28,7 +29,13 @@ class End:
 
     def __init__(self, rank: int, words: Line, blocks: Line, timeout_s: float) -> None:
         self.storage = KVStorage(
-            num_layers=2, num_blocks=BLOCKS, block_size=SIZE, num_kv_heads=1, head_dim=4, dtype=torch.float32, device=CPU
+            num_layers=2,
+            num_blocks=BLOCKS,
+            block_size=SIZE,
+            num_kv_heads=1,
+            head_dim=4,
+            format=KVFormat(torch.float32),
+            device=CPU,
         )
         self.storage.data_L2BPKD.normal_(generator=torch.Generator().manual_seed(rank))
         self.rmanager = RManager(BLOCKS, SIZE)

@@ -464,3 +464,26 @@ def test_a_token_costs_its_latents(
     assert ask(*asked, "cpu", "--kv-format", "plain", capsys=capsys)["kv_per_token"] == heads
     assert main([*asked, "cuda", "--gpu-memory", "1500", "--kv-format", "plain"]) == 2
     assert "head_dim a power of two from 16 to 256" in capsys.readouterr().err
+
+
+def test_kv_in_fp8_holds_nearly_twice_the_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what is left of a GPU; a token's bytes are half, and a scale for each block and head."""
+    DeepseekV2Config(**V2_LITE).save_pretrained(tmp_path / "latents")
+    LlamaConfig(
+        hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32, max_position_embeddings=2**21
+    ).save_pretrained(tmp_path / "heads")
+    for kind in ("latents", "heads"):
+        asked = [str(tmp_path / kind), "--dtype", "bfloat16", "--device", "cuda", "--gpu-memory", "139.8", "--gpus", "1"]
+        plain, fp8 = (ask(*asked, "--context", "32K", *more, capsys=capsys) for more in ([], ["--kv-dtype", "fp8"]))
+        assert (plain["kv_dtype"], fp8["kv_dtype"]) == ("bfloat16", "float8_e4m3fn")
+        assert fp8["instance"]["tokens"] >= 1.95 * plain["instance"]["tokens"]
+        assert plain["kv_per_token"] / 2 < fp8["kv_per_token"] < plain["kv_per_token"] / 1.95
+    assert main([*asked, "--kv-dtype", "fp8"]) == 0
+    assert "in float8_e4m3fn, with scales" in capsys.readouterr().out
+
+
+def test_heads_too_narrow_for_fp8_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, max_position_embeddings=1024).save_pretrained(tmp_path)
+    asked = [str(tmp_path), "--dtype", "bfloat16", "--gpu-memory", "80", "--kv-dtype", "fp8"]
+    assert main(asked) == 2
+    assert "--kv-dtype fp8: of KV in fp8 the triton backend takes head_dim from 32 on, got 16" in capsys.readouterr().err

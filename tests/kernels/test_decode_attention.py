@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from kernels import decode_attention
 from kernels.decode_attention import _LEAST_SHARED, DecodeAttention, DecodeConfig, DecodeTables, RowReading, Written
+from kernels.decode_fp8 import FP8Decode
 from kernels.launch import num_processors
 from kernels.reference import attention_state
 from kernels.segments import AttentionSizes, Scoring
-from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state, union
+from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state, made_up_scales, put, union
 
 HEADS = [(4, 2), (9, 3), (2, 2), (7, 1)]
 
@@ -33,6 +34,7 @@ def check(
     seed: int = 0,
     window: int = 0,
     soft_cap: float = 0.0,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Each row reads a run of its own, or several; the tables' order is not that of q. Twice, as two layers would.
 
@@ -47,8 +49,9 @@ def check(
         head_dim=head_dim,
         dtype=dtype,
         device=DEVICE,
+        kv_dtype=kv_dtype,
     )
-    kernel = DecodeAttention(sizes, config)
+    kernel = (FP8Decode if sizes.has_scales else DecodeAttention)(sizes, config)
     order = torch.randperm(len(lens)).tolist()
     runs = [(row, n) for row, each in zip(order, lens, strict=True) for n in (each if isinstance(each, list) else [each])]
     blocks = [-(-n // block_size) for _, n in runs]
@@ -64,23 +67,35 @@ def check(
         window > 0,
     )
     for _ in range(2):
-        kv_2BPKD = torch.full((2, sum(blocks) + 2, block_size, heads[1], head_dim), NAN, dtype=dtype)
+        stored = kv_dtype or dtype
+        kv_2BPKD = torch.full((2, sum(blocks) + 2, block_size, heads[1], head_dim), NAN).to(stored)
+        scales_2BK = None if kv_dtype is None else made_up_scales(kv_2BPKD)
         q_THD = torch.randn(num_rows, heads[0], head_dim).to(dtype)
         want_out = torch.zeros(num_rows, *q_THD.shape[1:], dtype=torch.float64)
         want_lse = torch.full(q_THD.shape[:2], -torch.inf, dtype=torch.float64)
         for reading in readings:
             token_S = torch.arange(reading.kv_len)
-            kv_2SKD = torch.randn(2, reading.kv_len, heads[1], head_dim).to(dtype)
+            kv_2SKD = torch.randn(2, reading.kv_len, heads[1], head_dim).to(stored)
             place = torch.tensor(reading.block_ids, dtype=torch.int64)
             seen_S = token_S[reading.start :]
-            kv_2BPKD[:, place[seen_S // block_size], seen_S % block_size] = kv_2SKD[:, reading.start :]
+            put(kv_2BPKD, place[seen_S // block_size], seen_S % block_size, kv_2SKD[:, reading.start :])
+            if scales_2BK is not None:
+                kv_2SKD = kv_2SKD.double() * scales_2BK[:, place[token_S // block_size], :, None]
             row = slice(reading.row, reading.row + 1)
             starts_1, lens_1 = torch.tensor([[reading.start], [reading.kv_len]])
             state = attention_state(q_THD[row].double(), *kv_2SKD.double(), scale, lens_1, starts_T=starts_1, soft_cap=soft_cap)
             want_out[row], want_lse[row] = union((want_out[row], want_lse[row]), state)
         out_THD = torch.full(q_THD.shape, NAN, dtype=dtype, device=DEVICE)
         lse_TH = torch.full(q_THD.shape[:2], NAN, device=DEVICE)
-        kernel.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), Scoring(scale, soft_cap), tables, out_THD=out_THD, lse_TH=lse_TH)
+        kernel.run(
+            q_THD.to(DEVICE),
+            kv_2BPKD.to(DEVICE),
+            Scoring(scale, soft_cap),
+            tables,
+            out_THD=out_THD,
+            lse_TH=lse_TH,
+            scales_2BK=None if scales_2BK is None else scales_2BK.to(DEVICE),
+        )
         read = sorted(order)
         check_state(out_THD[read], lse_TH[read], want_out[read], want_lse[read])
         assert out_THD[len(lens) :].isnan().all()  # rows that the tables don't name are left alone

@@ -34,6 +34,7 @@ from instance.load import load_model, random_model
 from instance.model import Model
 from instance.plan import SampledRow, StepPlan
 from instance.split import Place
+from kvstore.format import KVFormat
 from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE
 from tests.support.tiny import SIZES, make_model
@@ -158,7 +159,7 @@ def storage_of(model: Model, seed: int) -> KVStorage:
         num_kv_heads=model.shape.num_kv_heads,
         head_dim=model.shape.head_dim,
         parts=model.shape.parts,
-        dtype=torch.float32,
+        format=KVFormat(torch.float32),
         device=DEVICE,
     )
     storage.data_L2BPKD.copy_(torch.randn(storage.data_L2BPKD.shape, generator=torch.Generator().manual_seed(seed)))

@@ -18,6 +18,7 @@ from kernels.peer_rows import Inbox
 from kernels.reference import attention_state, compare
 from kernels.segments import Scoring
 from kernels.upload import FixedTables
+from kvstore.format import KVFormat
 from kvstore.shard import ShardTable
 from kvstore.sight import FULL, Sight
 from kvstore.storage import KVStorage
@@ -80,7 +81,7 @@ def test_rows_see_what_is_theirs_in_each_group_wherever_it_lies(monkeypatch: pyt
             block_size=BLOCK,
             num_kv_heads=2,
             head_dim=16,
-            dtype=torch.float32,
+            format=KVFormat(torch.float32),
             device=DEVICE,
         )
         storage.data_L2BPKD.fill_(torch.nan)
@@ -123,7 +124,7 @@ def test_rows_see_what_is_theirs_in_each_group_wherever_it_lies(monkeypatch: pyt
     for _ in range(2):  # signals are as before
         for layer, view in enumerate(SHAPE.layers):
             q_THD = torch.randn((len(SPANS), 4, 16), generator=random)
-            got = steps[0]._attend(layer, q_THD.to(DEVICE), storages[0].layer(layer)).clone()
+            got = steps[0]._attend(layer, q_THD.to(DEVICE)).clone()
             for row, span in enumerate(SPANS):
                 seen = slice(view.sight.first(span.start), span.stop)
                 k_SKD, v_SKD = kv[span.seq].double()[:, seen]

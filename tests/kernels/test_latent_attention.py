@@ -21,6 +21,7 @@ from kernels.latent_attention import LatentDecode
 from kernels.paged_attention import attention_scratch_bytes, plan_attention
 from kernels.reference import attention_state
 from kernels.segments import AttentionSizes, Scoring, Segment
+from kvstore.format import KVFormat
 from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, Case, cases, check, check_state, mixed_case, union
 from tests.support.compiling import compiled
@@ -198,7 +199,14 @@ def test_a_tiny_deepseek_by_these_kernels() -> None:
     assert (shape.head_dim, shape.value_dim) == (48, 32)
     assert refuse_inexact(model, "deepseek", block_size=16, backend="triton") < 1e-4
     storage = KVStorage(
-        num_layers=2, num_blocks=2, block_size=16, num_kv_heads=1, head_dim=48, dtype=shape.dtype, device=DEVICE, parts=1
+        num_layers=2,
+        num_blocks=2,
+        block_size=16,
+        num_kv_heads=1,
+        head_dim=48,
+        format=KVFormat(shape.dtype),
+        device=DEVICE,
+        parts=1,
     )
     storage.data_L2BPKD.fill_(NAN)
     with mock.patch.multiple("instance.warmup", _LONG_TOKENS=80, _CHUNK_ROWS=8):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import PagedAttention, Segment, gather_kv, paged_attention_torch, store_kv
+from kernels.kv_blocks import FP8
 from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention
 from kernels.reference import attention_state, compare
@@ -46,6 +47,24 @@ class Case:
     seed: int = 0
     soft_cap: float = 0.0
     value_dim: int = 0
+    kv_dtype: torch.dtype | None = None
+
+
+def powers(least: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random powers of two from 2^least up to 2^(stop - 1)."""
+    return torch.ldexp(torch.ones(shape), torch.randint(least, stop, shape))
+
+
+def made_up_scales(kv_2BPKD: torch.Tensor) -> torch.Tensor:
+    """Of each block and head, far apart."""
+    return powers(-4, 1, (*kv_2BPKD.shape[:2], kv_2BPKD.shape[3]))
+
+
+def put(kv_2BPKD: torch.Tensor, block_S: torch.Tensor, offset_S: torch.Tensor, kv_2SKD: torch.Tensor) -> None:
+    """Torch writes no numbers of 8 bits by an index."""
+    if kv_2BPKD.dtype == FP8:
+        kv_2BPKD, kv_2SKD = kv_2BPKD.view(torch.uint8), kv_2SKD.view(torch.uint8)
+    kv_2BPKD[:, block_S, offset_S] = kv_2SKD
 
 
 def keys_and_values(kv_2SKD: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +110,7 @@ def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None
         backend=backend,
         tiles=tiles,
         value_dim=case.value_dim,
+        kv_dtype=case.kv_dtype,
     )
     parts, out_dim = (1, case.value_dim) if case.value_dim else (2, case.head_dim)
     torch.manual_seed(case.seed)
@@ -98,14 +118,20 @@ def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None
     for _ in range(2):
         # a layer of a bigger pool, and q as a slice of fused q, k and v: neither is contiguous as a whole
         pool = (parts, case.num_blocks + 3, case.block_size, num_kv_heads, case.head_dim)
-        kv_2BPKD = torch.full(pool, NAN, dtype=case.dtype)[:, :-3]
+        stored = case.kv_dtype or case.dtype
+        kv_2BPKD = torch.full(pool, NAN).to(stored)[:, :-3]
+        scales_2BK = made_up_scales(kv_2BPKD) if case.kv_dtype is not None else None
+        seen_B = torch.zeros(case.num_blocks, dtype=torch.bool)
         q_THD = torch.randn(case.num_rows, num_heads + 2 * num_kv_heads, case.head_dim).to(case.dtype)[:, :num_heads]
         want_out = torch.zeros(case.num_rows, num_heads, out_dim, dtype=torch.float64)
         want_lse = torch.full((case.num_rows, num_heads), -torch.inf, dtype=torch.float64)
         for segment in case.segments:
             block, offset = visible_tokens(segment, case.block_size)
-            kv_2SKD = torch.randn(parts, len(block), num_kv_heads, case.head_dim).to(case.dtype)
-            kv_2BPKD[:, block, offset] = kv_2SKD
+            kv_2SKD = torch.randn(parts, len(block), num_kv_heads, case.head_dim).to(stored)
+            put(kv_2BPKD, block, offset, kv_2SKD)
+            seen_B[block] = True
+            if scales_2BK is not None:
+                kv_2SKD = kv_2SKD.double() * scales_2BK[:, block, :, None]
             rows = slice(segment.first_row, segment.first_row + segment.num_rows)
             hidden = min(segment.starts, default=0)
             state = attention_state(
@@ -119,7 +145,17 @@ def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None
             want_out[rows], want_lse[rows] = union((want_out[rows], want_lse[rows]), state)
         out_THD = torch.full(want_out.shape, NAN, dtype=case.dtype, device=DEVICE)
         lse_TH = torch.full(want_lse.shape, NAN, device=DEVICE)
-        plan.run(q_THD.to(DEVICE), kv_2BPKD.to(DEVICE), scale, out_THD=out_THD, lse_TH=lse_TH, soft_cap=case.soft_cap)
+        if scales_2BK is not None:
+            scales_2BK = torch.where(seen_B[None, :, None], scales_2BK, NAN).to(DEVICE)
+        plan.run(
+            q_THD.to(DEVICE),
+            kv_2BPKD.to(DEVICE),
+            scale,
+            out_THD=out_THD,
+            lse_TH=lse_TH,
+            soft_cap=case.soft_cap,
+            scales_2BK=scales_2BK,
+        )
         check_state(out_THD, lse_TH, want_out, want_lse)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import groupby, pairwise
 from random import Random
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -295,9 +296,9 @@ def test_gathers_only_what_is_scattered_and_that_once() -> None:
     gathered: list[tuple[int, int]] = []
     gather = paged_attention_tiles.gather_kv_into
 
-    def count(out_2SKD: torch.Tensor, kv: torch.Tensor, ids: torch.Tensor, first_token: int, *, backend: str) -> None:
+    def count(out_2SKD: torch.Tensor, kv: torch.Tensor, ids: torch.Tensor, first_token: int, **options: Any) -> None:
         gathered.append((first_token, out_2SKD.shape[1]))
-        gather(out_2SKD, kv, ids, first_token, backend=backend)
+        gather(out_2SKD, kv, ids, first_token, **options)
 
     with mock.patch.object(paged_attention_tiles, "gather_kv_into", count):
         check(tiles, Segment(0, 24, tuple(range(20)), (80,) * 24), 24)

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.kv_blocks import FP8
+from kvstore.format import KVFormat
 from kvstore.pool import BlockPool
 from kvstore.run import Run, continued
 from kvstore.shard import Shard, ShardTable
@@ -303,7 +305,7 @@ def test_storage_is_what_it_says() -> None:
         block_size=16,
         num_kv_heads=2,
         head_dim=8,
-        dtype=torch.float32,
+        format=KVFormat(torch.float32),
         device=torch.device("cpu"),
     )
     assert storage.nbytes == 5 * storage.block_bytes == 3 * 2 * 5 * 16 * 2 * 8 * 4
@@ -316,7 +318,7 @@ def test_storage_is_what_it_says() -> None:
             block_size=16,
             num_kv_heads=2,
             head_dim=8,
-            dtype=torch.float32,
+            format=KVFormat(torch.float32),
             device=torch.device("cpu"),
         )
     with pytest.raises(MemoryError, match="need"):
@@ -326,6 +328,24 @@ def test_storage_is_what_it_says() -> None:
             block_size=64,
             num_kv_heads=2,
             head_dim=64,
-            dtype=torch.float32,
+            format=KVFormat(torch.float32),
             device=torch.device("cpu"),
         )
+
+
+def test_kv_in_fp8_holds_twice_the_tokens() -> None:
+    """But for its scales: one for each layer, keys and values, and head of a block."""
+    sizes = {"num_layers": 32, "parts": 2, "block_size": 64, "num_kv_heads": 8, "head_dim": 128}
+    plain, fp8 = KVFormat(torch.bfloat16), KVFormat(FP8)
+    assert (plain.has_scales, fp8.has_scales) == (False, True)
+    assert plain.block_bytes(**sizes) == 32 * 2 * 64 * 8 * 128 * 2
+    assert fp8.block_bytes(**sizes) == 32 * 2 * 8 * (64 * 128 + 4)
+    assert plain.block_bytes(**sizes) / fp8.block_bytes(**sizes) > 1.95
+    small = {"num_layers": 3, "block_size": 4, "num_kv_heads": 2, "device": torch.device("cpu")}
+    storage = KVStorage(num_blocks=5, head_dim=8, format=fp8, **small)  # type: ignore[arg-type]
+    assert storage.nbytes == 5 * storage.block_bytes
+    assert storage.scales(1) is not None
+    assert storage.scales(1).shape == (2, 5, 2)  # type: ignore[union-attr]
+    small["block_size"], small["num_layers"] = 1, 1
+    with pytest.raises(ValueError, match="must be of a multiple of 4 bytes, got 22"):
+        KVStorage(num_blocks=5, head_dim=7, parts=1, format=fp8, **small)  # type: ignore[arg-type]

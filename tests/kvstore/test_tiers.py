@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.kv_blocks import FP8
 from kvstore.checksum import checksum_of
+from kvstore.format import KVFormat
 from kvstore.prefix import MOST_SPARE, CachedRun
 from kvstore.ranges import join_ranges, split_tokens, whole_blocks
 from kvstore.shard import ShardTable
@@ -424,7 +426,7 @@ def test_a_broken_copy_is_a_hole() -> None:
 # --- bytes
 
 
-def storage(blocks: int = 6, parts: int = 2) -> KVStorage:
+def storage(blocks: int = 6, parts: int = 2, dtype: torch.dtype = torch.bfloat16) -> KVStorage:
     made = KVStorage(
         num_layers=2,
         num_blocks=blocks,
@@ -432,28 +434,36 @@ def storage(blocks: int = 6, parts: int = 2) -> KVStorage:
         num_kv_heads=2,
         head_dim=8,
         parts=parts,
-        dtype=torch.bfloat16,
+        format=KVFormat(dtype),
         device=torch.device(DEVICE),
     )
     made.data_L2BPKD.copy_(torch.randn(made.data_L2BPKD.shape))
+    if made.scales_L2BK is not None:
+        made.scales_L2BK.copy_(torch.rand(made.scales_L2BK.shape))
     return made
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
 @pytest.mark.parametrize("parts", [2, 1], ids=["keys and values", "latents"])
-def test_bytes_come_back_through_all_tiers(parts: int, tmp_path: Path) -> None:
-    pool = storage(parts=parts)
+def test_bytes_come_back_through_all_tiers(parts: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """With their scales, if they have some."""
+    pool = storage(parts=parts, dtype=dtype)
     tiers = TierStorage(pool, host_slots=2, disk_slots=3, folder=tmp_path)
     assert not list(tmp_path.iterdir()), "the file has no name"
-    before = pool.data_L2BPKD[:, :, 1].clone()
+    before = pool.pack(1)
+    assert (before.numel(), pool.scales_L2BK is None) == (pool.block_bytes, dtype != FP8)
     (checksum,) = tiers.copy([Copying(1, Place("pool", 1), Place("host", 0), None)])
     assert checksum == checksum_of(before)
     assert tiers.copy([Copying(1, Place("host", 0), Place("disk", 2), checksum)]) == [checksum]
-    tiers.host_SL2PKD.zero_()
+    tiers.host_SN.zero_()
     assert tiers.copy([Copying(1, Place("disk", 2), Place("host", 1), checksum)]) == [checksum]
     assert tiers.copy([Copying(1, Place("host", 1), Place("pool", 4), checksum)]) == [checksum]
     assert tiers.copy([Copying(1, Place("disk", 2), Place("pool", 5), checksum)]) == [checksum]
-    assert torch.equal(pool.data_L2BPKD[:, :, 4], before)
-    assert torch.equal(pool.data_L2BPKD[:, :, 5], before)
+    assert torch.equal(pool.pack(4), before)
+    assert torch.equal(pool.pack(5), before)
+    for tensor in (pool.data_L2BPKD.view(torch.uint8), *([] if pool.scales_L2BK is None else [pool.scales_L2BK])):
+        assert torch.equal(tensor[:, :, 4], tensor[:, :, 1])
+        assert not torch.equal(tensor[:, :, 4], tensor[:, :, 2])
     (direct,) = tiers.copy([Copying(2, Place("pool", 1), Place("disk", 0), None)])
     assert direct == checksum
     tiers.close()
@@ -481,10 +491,11 @@ def test_what_is_wrong_on_disk_is_seen(tmp_path: Path, what: str) -> None:
     assert wrong != second
 
 
-def test_a_bit_that_flips_in_host_memory_is_seen() -> None:
-    tiers = TierStorage(storage(), host_slots=1)
+@pytest.mark.parametrize(("dtype", "at"), [(torch.bfloat16, 77), (FP8, 77), (FP8, -1)], ids=["KV", "fp8", "a scale"])
+def test_a_bit_that_flips_in_host_memory_is_seen(dtype: torch.dtype, at: int) -> None:
+    tiers = TierStorage(storage(dtype=dtype), host_slots=1)
     (checksum,) = tiers.copy([Copying(1, Place("pool", 1), Place("host", 0), None)])
-    tiers.host_SL2PKD.view(torch.uint8)[0, 1, 1, 3, 1, 5] ^= 4
+    tiers.host_SN[0, at] ^= 4
     assert isinstance(checksum, int)
     assert tiers.copy([Copying(1, Place("host", 0), Place("pool", 0), checksum)]) != [checksum]
 

@@ -41,7 +41,7 @@ def main() -> None:
             value_dim=512,
         )
         sizes = latents._in_head_tiles(whole)
-        constants = {"K": sizes.num_kv_heads, "G": sizes.group, "C": 512, "R": 64, "P": 64}
+        constants = {"scales_ptr": None, "SCALED": False, "K": sizes.num_kv_heads, "G": sizes.group, "C": 512, "R": 64, "P": 64}
         floats = {"q_ptr": "*bf16", "kv_ptr": "*bf16", "out_ptr": "*bf16", "log2_scale": "fp32"}
         parts = ("lse_ptr", "piece_out_ptr", "piece_lse_ptr", "part_out_ptr", "part_lse_ptr")
         tables = ("rows_ptr", "blocks_ptr", "work_ptr", "sections_ptr", "kv_lens_ptr", "tables_ptr")

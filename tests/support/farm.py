@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from gmanager.wire.scaling import RopeScaling
-from instance.config import InstanceConfig, KVFormat, Launch, Quantize
+from instance.config import InstanceConfig, KVDType, KVFormatChoice, Launch, Quantize
 
 Mutation = Literal["drop", "double", "shift"]
 
@@ -66,7 +66,8 @@ class Setup:
     disk_bytes: int = 0
     check_cache: bool = False
     rope_scaling: RopeScaling | None = None
-    kv_format: KVFormat = "auto"
+    kv_format: KVFormatChoice = "auto"
+    kv_dtype: KVDType = "auto"
     tp: int = 1
     """Workers that share the layers of a stage."""
     pp: int = 1
@@ -196,7 +197,7 @@ async def _follow(follower: Any) -> None:
 
     def poisoned(*args: Any) -> Any:
         storage = make_pool(*args)
-        storage.data_L2BPKD.fill_(torch.nan)
+        storage.fill_(torch.nan)
         return storage
 
     room.make_pool = poisoned
@@ -244,10 +245,12 @@ class _Serving:
             check_cache=setup.check_cache,
             rope_scaling=setup.rope_scaling,
             kv_format=setup.kv_format,
+            kv_dtype=setup.kv_dtype,
             threads=1,
             step_timeout_s=30,
         )
-        key = (setup.model, setup.dtype, setup.quantize, setup.rope_scaling, setup.kv_format, seat)
+        form = setup.dtype, setup.quantize, setup.rope_scaling, setup.kv_format, setup.kv_dtype
+        key = (setup.model, *form, seat)
         if key not in _loaded:
             _loaded[key] = load(config)
         loaded = _loaded[key]
@@ -257,7 +260,7 @@ class _Serving:
         if seat.rank:
             return _Following(asyncio.create_task(_follow(await meet_first(config, loaded, ZmqTransport()))))
         instance = await lead(config, loaded, ZmqTransport())
-        instance._lasting.storage.data_L2BPKD.fill_(torch.nan)
+        instance._lasting.storage.fill_(torch.nan)
         undo = _mutate(setup.mutate, setup.block_size) if setup.mutate and rank == 0 else None
         return _Serving(instance, instance._rmanager, asyncio.create_task(instance.run()), undo)
 
@@ -289,9 +292,9 @@ class _Serving:
             async with asyncio.timeout(5):
                 while len(self._instance._tiering.known(cached)) < len(cached):
                     await asyncio.sleep(0.01)
-            data[0, 0, cached, 0, 0, 0] += 1
+            data.view(torch.uint8)[0, 0, cached, 0, 0, 0] ^= 1
         elif where == "host":
-            tiers.host_SL2PKD.view(torch.uint8)[:, 0, 0, 0, 0, 0] ^= 1
+            tiers.host_SN[:, 0] ^= 1
         else:
             for slot in range(tiers.file.num_slots):
                 tiers.file.spoil(slot, 200, b"spoiled")

@@ -47,6 +47,13 @@ class InstanceSpec(Part):
     """Of each stage, if there are several."""
     rotary: str = ""
     """What the service has chosen of the model's rotary frequencies, in words; empty: they are as the model has them."""
+    kv_dtype: str = ""
+    """How KV is stored; empty: as `dtype`."""
+
+    @property
+    def number_types(self) -> str:
+        """Those by which its KV differs from that of the same weights elsewhere."""
+        return f"{self.dtype}, KV {self.kv_dtype}" if self.kv_dtype else self.dtype
 
 
 class Former(Part):

@@ -140,6 +140,8 @@ class CellStats(Part):
     """By which the model may be asked for, too."""
     rotary: str = ""
     """What the service has chosen of its rotary frequencies, in words; empty: they are as the model has them."""
+    kv_dtype: str = ""
+    """How KV is stored; empty: in the model's dtype."""
     performance: CellPerformance | None = None
 
 

@@ -1,0 +1,29 @@
+"""How KV is stored: of which numbers, and with scales or without. A description; `kernels.kv_blocks` has the arithmetic."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.kv_blocks import FP8
+
+SCALE_BYTES = 4
+"""Of a scale, in fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """Of one pool, and of all of a cell."""
+
+    dtype: torch.dtype
+    """Of a number as it is stored. Queries, outputs and partial states have the model's."""
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether each block has scales: one for each layer, keys and values, and KV head."""
+        return self.dtype == FP8
+
+    def block_bytes(self, *, num_layers: int, parts: int, block_size: int, num_kv_heads: int, head_dim: int) -> int:
+        """Of a block of so many tokens, with its scales. `parts` of a token in a layer: keys and values, or 1, where KV is
+        latent."""
+        heads = num_layers * parts * num_kv_heads
+        return heads * (block_size * head_dim * self.dtype.itemsize + (SCALE_BYTES if self.has_scales else 0))
