@@ -12,6 +12,8 @@ from gmanager.wire.errors import AddressError
 from gmanager.wire.logs import Style
 from gmanager.wire.messages import Role
 from gmanager.wire.scaling import RopeScaling
+from gmanager.wire.sizes import check_sharing
+from instance.elastic_tp import ElasticTP
 from instance.sharing import SPLITS
 from instance.split import WHOLE, Place
 
@@ -127,6 +129,8 @@ class InstanceConfig:
     """Of the model's rotary frequencies; None: what its config says."""
     kv_format: KVFormat = "auto"
     """auto: latents where the model's layers have some; plain: keys and values of all heads, to compare with."""
+    elastic_tp: ElasticTP = 0
+    """Most rows of a decode step whose feeds the cell's instances share; auto: as they measure it."""
     block_size: int = CPU_BLOCK_SIZE
     """Tokens in a block."""
     chunk_tokens: int = CPU_CHUNK_TOKENS
@@ -200,6 +204,8 @@ class InstanceConfig:
             raise ValueError(f"--pp {self.place.stages} on GPUs is refused: stages have run on CPUs only, as yet")
         if self.place.ranks > 1 and self.reads_pool:
             raise ValueError(f"--host-memory, --disk and --check-cache don't go with {self.place.flags} yet")
+        if self.elastic_tp:
+            check_sharing(self.elastic_tp, device=self.device, ranks=self.place.ranks, quantize=self.quantize)
         if self.host_memory < 0:
             raise ValueError(f"--host-memory must not be negative, got {self.host_memory}")
         if self.disk is not None and self.disk_bytes < 1:

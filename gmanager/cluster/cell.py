@@ -77,6 +77,9 @@ TORCHRUN_STOPS_S = 60.0
 
 Phase = Literal["registering", "returning", "opening", "joining", "ready", "suspending"]
 
+MAX_ELASTIC = 16
+"""Characters of --elastic-tp."""
+
 MAX_WINDOWS = 64
 """Tables of blocks behind the first that a model may have."""
 
@@ -85,6 +88,7 @@ _SAME = (
     "tp",
     "pp",
     "pp_layers",
+    "elastic_tp",
     "rotary",
     "fingerprint",
     "layers",
@@ -99,6 +103,7 @@ _IN_WORDS = {
     "tp": "degree of tensor parallelism",
     "pp": "number of pipeline stages",
     "pp_layers": "number of layers in each stage",
+    "elastic_tp": "--elastic-tp",
     "layers": "way to run layers",
     "rotary": "rotary scaling",
     "windows": "blocks in windows",
@@ -293,6 +298,11 @@ class Cell:
         """Most tokens of a request, prompt and generated, whatever memory there is."""
         return min(self.spec.max_context, MAX_TOKENS)
 
+    def helpers(self) -> list[int]:
+        """Ranks that share dense layers, whatever they hold: all, if they are told to and are of one host; else none."""
+        is_one_host = len({member.spec.host for member in self.members}) == 1
+        return [member.rank for member in self.members] if is_one_host and self.spec.elastic_tp else []
+
     def refusal(self, register: Register) -> str | None:
         """Why this instance can't be a member."""
         if not self.is_formed and self.phase not in ("registering", "returning"):
@@ -310,6 +320,8 @@ class Cell:
                     own, theirs = (f"{spec.model[:40]} ({spec.fingerprint[:12]})" for spec in (register.spec, self.spec))
                 if field_name == "rotary":
                     own, theirs = (rotary or "the model's own" for rotary in (own, theirs))
+                if field_name == "elastic_tp":
+                    own, theirs = (told or "off" for told in (own, theirs))
                 return f"its {what} is {str(own)[:80]}, that of cell '{self.name}' is {str(theirs)[:80]}"
         if (register.spec.device == "cpu") != (self.spec.device == "cpu"):
             return f"its device is {register.spec.device[:80]}, that of cell '{self.name}' is {self.spec.device[:80]}"
@@ -682,6 +694,8 @@ def malformed(register: Register) -> str | None:
         return f"an instance's number must be in [0, {MAX_CELL_SIZE}), got {register.wanted_id}"
     if len(register.spec.rotary) > MAX_ROTARY or not register.spec.rotary.isprintable():
         return f"rotary frequencies are told with at most {MAX_ROTARY} printable characters, got {len(register.spec.rotary)}"
+    if len(register.spec.elastic_tp) > MAX_ELASTIC or not register.spec.elastic_tp.isprintable():
+        return f"--elastic-tp is told with at most {MAX_ELASTIC} printable characters, got {len(register.spec.elastic_tp)}"
     if len(register.spec.host) > MAX_HOST:
         return f"a host is named with at most {MAX_HOST} characters, got {len(register.spec.host)}"
     if len(register.spec.windows) > MAX_WINDOWS or min(register.spec.windows, default=1) < 1:

@@ -70,6 +70,7 @@ class Setup:
     pp: int = 1
     pp_layers: tuple[int, ...] = ()
     """Stages of an instance."""
+    elastic_tp: int | Literal["auto"] = 0
 
     @property
     def ranks(self) -> int:
@@ -239,10 +240,11 @@ class _Serving:
             check_cache=setup.check_cache,
             rope_scaling=setup.rope_scaling,
             kv_format=setup.kv_format,
+            elastic_tp=setup.elastic_tp,
             threads=1,
             step_timeout_s=30,
         )
-        key = (setup.model, setup.dtype, setup.quantize, setup.rope_scaling, setup.kv_format, seat)
+        key = (setup.model, setup.dtype, setup.quantize, setup.rope_scaling, setup.kv_format, bool(setup.elastic_tp), seat)
         if key not in _loaded:
             _loaded[key] = load(config)
         loaded = _loaded[key]
