@@ -299,10 +299,9 @@ class Runner:
         model.context.sharing = self._shared_feeds(plan)
         if not plan.token_ids_T:
             if model.context.sharing is not None and model.fused is not None:
-                model.fused.help(self._serve)
+                model.fused.help(self._serve_layer)
             else:
-                for layer in range(model.num_layers - (model.fused is not None and not plan.needs_logits)):
-                    self._serve(layer)
+                self._serve(model.num_layers - (model.fused is not None and not plan.needs_logits))
             return Results()
         model.context.attention = self._attention
         token_ids_T, positions_T = self._token_ids(plan), self._upload(plan.positions_T)
@@ -332,8 +331,12 @@ class Runner:
             raise RuntimeError("no feeds are shared")
         return self._driver.submit(self._feeds.measure, ranks, rank).result()
 
-    def _serve(self, layer: int) -> None:
-        """Attend for others in a layer, with no rows of our own."""
+    def _serve(self, num_layers: int) -> None:
+        """Attend for others in the first layers, with no rows of our own."""
+        for layer in range(num_layers):
+            self._serve_layer(layer)
+
+    def _serve_layer(self, layer: int) -> None:
         shape = self._attention.shape
         q_0HD = torch.empty((0, shape.num_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
         kv_0KD = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
