@@ -200,8 +200,6 @@ class InstanceConfig:
                 raise ValueError(f"{flag} must not be negative, got {number}")
         if (self.place.ranks > 1) != (self.meeting is not None):
             raise ValueError(f"{self.place.ranks} ranks that share a model, and meet at {self.meeting}")
-        if self.place.stages > 1 and self.device == "cuda":
-            raise ValueError(f"--pp {self.place.stages} on GPUs is refused: stages have run on CPUs only, as yet")
         if self.place.ranks > 1 and self.reads_pool:
             raise ValueError(f"--host-memory, --disk and --check-cache don't go with {self.place.flags} yet")
         if self.elastic_tp:

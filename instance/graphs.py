@@ -2,7 +2,8 @@
 
 A step of decode rows (`StepPlan.is_decode`) is padded to the next bucket. Its tables lie at fixed addresses
 (`kernels.upload.FixedTables`); padding rows write no KV and attend to nothing. With peers, each bucket has a second graph in
-which rows travel (`distattn.decode`): all members of a party run theirs in the same step.
+which rows travel (`distattn.decode`): all members of a party run theirs in the same step. A stage's graph leaves rows instead
+of logits, and but in the first stage begins with rows.
 """
 
 from array import array
@@ -50,7 +51,8 @@ class _Graph:
     graph: Replay
     logits_rows_R: torch.Tensor
     """What the graph reads must live as long as it does."""
-    logits_RV: torch.Tensor | None
+    out_R: torch.Tensor | None
+    """Logits `[R, V]`, or a stage's rows `[R, E]`."""
 
 
 class DecodeGraphs:
@@ -77,7 +79,11 @@ class DecodeGraphs:
         self._peers = peers
         self._kernel = decode_kernel(storage, model.shape, processors)
         self._served = None if peers is None else Served.of(peers)
-        self._logits_RV: torch.Tensor | None = None
+        self._rows_RE: torch.Tensor | None = None
+        """Of the stage before."""
+        if model.place.stage:
+            self._rows_RE = torch.zeros(MAX_DECODE_ROWS, model.hidden_size, dtype=model.shape.dtype, device=self._device)
+        self._out_R: torch.Tensor | None = None
         """Of the step that has run last: each graph with its own would take gigabytes for large vocabularies."""
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._graphs: dict[tuple[int, bool], _Graph] = {}
@@ -92,13 +98,18 @@ class DecodeGraphs:
         """Whether the step is one of those captured."""
         return plan.is_decode and (self._peers is not None or not plan.is_shared)
 
-    def run(self, plan: StepPlan) -> torch.Tensor | None:
-        """Queue the step: logits `[T, V]` of its rows, if it has any, in memory that the next step overwrites."""
+    def run(self, plan: StepPlan, rows_TE: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Queue the step: logits `[T, V]` of its rows, if it has any, in memory that the next step overwrites.
+
+        Of a stage: the rows `[T, E]` that go on, made of `rows_TE`, those of the stage before, but in the first.
+        """
         num_rows = len(plan.token_ids_T)
         graph = self._graphs[_bucket(num_rows), plan.is_shared]
         _fill_tables(graph.tables, graph.attention, plan)
+        if rows_TE is not None and self._rows_RE is not None:
+            self._rows_RE[:num_rows] = rows_TE
         graph.graph.replay()
-        return None if graph.logits_RV is None else graph.logits_RV[:num_rows]
+        return None if graph.out_R is None else graph.out_R[:num_rows]
 
     def graph(self, num_rows: int) -> Replay:
         """The graph that runs so many rows alone. To measure with: it runs the tables of its last step again."""
@@ -122,17 +133,25 @@ class DecodeGraphs:
             sampled_T = self._previous_tokens[sources_T.clamp(min=0)]
             token_ids_T = torch.where(sources_T >= 0, sampled_T, tables["token_ids"])
             self._model.context.attention = attention
-            logits_RV = self._model.forward(token_ids_T, self._positions(tables["positions"]), logits_rows_R)
-            if self._logits_RV is None:  # before the first capture, which is of the largest
-                self._logits_RV = torch.empty_like(logits_RV)
-            return self._logits_RV[:num_rows].copy_(logits_RV)
+            out_R = self._forward(token_ids_T, self._positions(tables["positions"]), logits_rows_R)
+            if self._out_R is None:  # before the first capture, which is of the largest
+                self._out_R = torch.empty_like(out_R)
+            return self._out_R[:num_rows].copy_(out_R)
 
         with torch.inference_mode():
             nothing = replace(_NOTHING, other_layouts=[_NOTHING.layout] * (len(self._shape.sights) - 1))
             _fill_tables(tables, attention, nothing)
             forward()  # what is compiled or allocated once must not happen in the capture
-            graph, logits_RV = self._record(forward)
-        self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, logits_RV)
+            graph, out_R = self._record(forward)
+        self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, out_R)
+
+    def _forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        if self._model.place.stages == 1:
+            return self._model.forward(token_ids_T, positions_T, rows_R)
+        rows_TE = None if self._rows_RE is None else self._rows_RE[: len(positions_T)].clone()  # layers may write to them
+        out_TE = self._model.run_stage(token_ids_T, positions_T, rows_TE)
+        assert out_TE is not None  # it is None where keys and values are all that is wanted
+        return out_TE
 
     def _positions(self, positions_T: torch.Tensor) -> torch.Tensor:
         """As the model's layers take them."""
@@ -145,8 +164,8 @@ class DecodeGraphs:
         # other threads go on: NCCL's watchdog asks its events meanwhile
         stream = torch.cuda.current_stream(self._device)
         with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
-            logits_RV = forward()
-        return graph, logits_RV
+            out_R = forward()
+        return graph, out_R
 
 
 def _bucket(num_rows: int) -> int:

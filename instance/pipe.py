@@ -1,15 +1,16 @@
 """The way of a step's rows through the stages of an instance: from each to the next, and from the last back to the first.
 
     stage 0  --rows_TE-->  stage 1  --rows_TE-->  ...  --rows_TE-->  last stage
-       ^------------------------- back_RE -------------------------------'
+       ^------------------------- rows_RE -------------------------------'
 
 What comes back are the rows whose logits are wanted, or one that says no more than that all stages have run the step: its KV
-is written, everywhere. Both ways have a communicator of their own, so that the next step's rows don't wait for those that come
-back. All ranks of one part run the same steps of a lane in the same order.
+is written, everywhere. All ranks of one part run the same steps of a lane in the same order, so a rank gives to one other, and
+takes from one.
 
 Shape suffixes: T rows of a step, R of them that come back, E hidden size.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 
 import torch
@@ -18,51 +19,54 @@ from distattn.exchange import Exchange, Transfer
 from instance.split import Place
 
 
-class Pipe:
+class Pipe(ABC):
     """One rank's ends of it, in one lane."""
 
-    def __init__(
-        self, rows: Exchange, back: Exchange, place: Place, *, hidden_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """`rows`, `back`: over the ranks of the same part, whose ranks are their stages."""
+    def __init__(self, place: Place, *, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.place = place
-        self._rows = rows
-        self._back = back
+        self.before = (place.stage - 1) % place.stages
+        self.next = (place.stage + 1) % place.stages
         self._size = hidden_size
         self._dtype = dtype
         self._device = device
-        self._under_way: deque[tuple[Transfer, torch.Tensor]] = deque()
-        """With what is sent."""
 
-    def receive(self, num_rows: int) -> torch.Tensor:
-        """`[T, E]` of the stage before. Raises ExchangeError."""
-        return self._take(self._rows, self.place.stage - 1, num_rows)
+    @abstractmethod
+    def take(self, num_rows: int) -> torch.Tensor:
+        """`[T, E]` of the stage before, or in the first `[R, E]` of the last. Raises ExchangeError."""
 
-    def send(self, rows_TE: torch.Tensor) -> None:
-        """To the next stage; from then on the rows are its. Raises ExchangeError."""
-        self._give(self._rows, self.place.stage + 1, rows_TE)
-
-    def take_back(self, num_rows: int) -> torch.Tensor:
-        """`[R, E]` of the last stage. Raises ExchangeError."""
-        return self._take(self._back, self.place.stages - 1, num_rows)
-
-    def give_back(self, rows_RE: torch.Tensor) -> None:
-        """To the first stage; from then on the rows are its. Raises ExchangeError."""
-        self._give(self._back, 0, rows_RE)
+    @abstractmethod
+    def give(self, rows_TE: torch.Tensor) -> None:
+        """To the next stage, or from the last to the first. Raises ExchangeError."""
 
     def token(self) -> torch.Tensor:
         """A row that only says that it comes."""
         return torch.zeros((1, self._size), dtype=self._dtype, device=self._device)
 
-    def _take(self, exchange: Exchange, source: int, num_rows: int) -> torch.Tensor:
+
+class ExchangePipe(Pipe):
+    """By messages of a process group. What goes on and what comes back have a communicator each, so that the next step's rows
+    don't wait for those that come back."""
+
+    def __init__(
+        self, rows: Exchange, back: Exchange, place: Place, *, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`rows`, `back`: over the ranks of the same part, whose ranks are their stages."""
+        super().__init__(place, hidden_size=hidden_size, dtype=dtype, device=device)
+        self._taking = rows if place.stage else back
+        self._giving = back if place.is_last else rows
+        self._under_way: deque[tuple[Transfer, torch.Tensor]] = deque()
+        """With what is sent."""
+
+    def take(self, num_rows: int) -> torch.Tensor:
         rows = torch.empty((num_rows, self._size), dtype=self._dtype, device=self._device)
-        exchange.start([], [(rows, {source: num_rows})]).wait()
+        self._taking.start([], [(rows, {self.before: num_rows})]).wait()
         return rows
 
-    def _give(self, exchange: Exchange, target: int, rows: torch.Tensor) -> None:
-        """It may be taken while the next step runs, and no later: so a stage is never further ahead."""
-        rows = rows.contiguous()
-        self._under_way.append((exchange.start([(rows, {target: len(rows)})], []), rows))
+    def give(self, rows_TE: torch.Tensor) -> None:
+        """From then on the rows are its. They may be taken while the next step runs, and no later: so a stage is never further
+        ahead."""
+        rows = rows_TE.contiguous()
+        self._under_way.append((self._giving.start([(rows, {self.next: len(rows)})], []), rows))
         while len(self._under_way) > 1:
             transfer, _ = self._under_way[0]
             transfer.wait()

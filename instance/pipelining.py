@@ -18,22 +18,27 @@ each computes between, for two stages a sixteenth in all."""
 def slice_rows(start: int, rows: int, *, stages: int, most: int, reach: int, grain: int) -> int:
     """Rows of the next slice of a prompt of which `rows` are left, from position `start` on.
 
-    All slices of a prompt cost the same, so that all stages have done with theirs at once. A row costs 1, and as much again
-    for `reach` tokens before it:
+    A row costs 1, and as much again for `reach` tokens before it:
 
         cost(start, rows) = rows + rows x (start + rows / 2) / reach
 
-    `most`: what a slice may cost, in rows at the beginning of a prompt. `grain`: rows that cost as much as fewer. What is cut
-    off leaves the same slices, so nothing of them needs to be known from step to step.
+    Where slices go through stages that take as long for each, one behind the other, all of them take as long as one stage for
+    all slices, and the other stages for the dearest (a flow shop with equal machines). So the dearest is a part of the whole,
+    those that may cost as much cost the same, and those that can't, as they have the `most` rows that a step takes, are left
+    as large as they can be: few rows are multiplied and attend at less of a device's speed. `grain`: rows that cost as much as
+    fewer; slices are of whole quarters of it, which are few tiles of attention. What is cut off leaves the same slices, so
+    nothing of them needs to be known from step to step.
     """
     if stages == 1 or rows <= 1:
         return rows
     end = start + rows
     whole, left = _cost(0, end, reach), _cost(start, rows, reach)  # times 2 reach, so that they are integers
-    limit = min(2 * reach * most, max(2 * reach * grain, whole // (SLICES * stages)))
+    limit = max(2 * reach * grain, whole // (SLICES * stages))
     at = reach + start
     count = -(-left // (limit + 2 * at))  # a row more does no harm, and what divides is divided
-    return min(rows, 1 + isqrt(at * at + -(-left // count) - 1) - at)  # rounded up
+    even = 1 + isqrt(at * at + -(-left // count) - 1) - at  # rounded up
+    quarter = max(1, grain // 4)
+    return min(rows, most, -(-even // quarter) * quarter)
 
 
 def _cost(start: int, rows: int, reach: int) -> int:

@@ -24,7 +24,7 @@ from instance.copies import CHANNELS
 from instance.elastic_tp import MOST_SPLIT_ROWS, FeedCosts, SplitRule, pack, unpack
 from instance.errors import InstanceError
 from instance.model import Model
-from instance.pipe import Pipe
+from instance.pipe import ExchangePipe, Pipe
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, StepPlan
 from instance.processors import Processors
 from instance.runner import Runner
@@ -36,13 +36,11 @@ from kvstore.storage import KVStorage
 
 if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
     from distattn.peers import PeerMemory
+    from instance.pipe_memory import MemoryPipe
     from instance.team_memory import TeamMemory
 
 log = get_logger("instance")
 
-PUSHED_ROWS = 1
-"""Most decode rows that ranks add one-sided. Of more (64 were tried) the ranks of a service took 10 to 15 ms a step where the
-same graphs take 4.5 by themselves; what is thought to be the reason is mended (`kernels.team_rows`), but not measured yet."""
 LET_GO_S = 0.5
 """Between two looks who still waits."""
 END_TIMEOUT_S = 8.0
@@ -86,6 +84,7 @@ class RankEpoch:
         self._made = ExitStack()
         """Undoes what was made, last first."""
         self._exchanges: list[Exchange] = []
+        self._pipes: list[MemoryPipe] = []
         self._is_over = False
 
     @property
@@ -115,6 +114,8 @@ class RankEpoch:
         stuck: list[Work] = []
         while ending:
             _, ending = await asyncio.wait(ending, timeout=LET_GO_S)
+            for pipe in self._pipes:
+                pipe.abort()
             sending = [exchange.sending for exchange in self._exchanges if exchange.sending is not None]
             if ending and self._equipment.model.device.type == "cpu" and len(ending) <= len(sending) and sending == stuck:
                 # all connections are closed: such a thread can only come back with an error, and then writes nothing
@@ -208,7 +209,7 @@ class RankEpoch:
             self.split_rule = self._agree_when(runner, group)
         if device.type == "cuda" and lane == "prefill":
             runner.prepare_chunks(config.chunk_tokens)
-        elif device.type == "cuda" and config.place.stages == 1:  # a stage's steps have no graphs (`instance.stage_runner`)
+        elif device.type == "cuda":
             peers = self._share_memory(group)
             log.info("capturing CUDA graphs")
             runner.capture(equipment.storage, peers)
@@ -278,7 +279,7 @@ class RankEpoch:
             memory = TeamMemory(
                 store=group.store,
                 place=self._equipment.config.place,
-                rows=PUSHED_ROWS,
+                rows=MAX_DECODE_ROWS,
                 row_bytes=model.row_bytes,
                 device=model.device,
             )
@@ -294,12 +295,42 @@ class RankEpoch:
         """Through the stages of this instance."""
         place, model = self._equipment.config.place, self._equipment.model
 
-        def way(name: str) -> Exchange:
+        def group(name: str, device: torch.device) -> EpochGroup:
             full = f"{lane}-{name}-of-{self._join.id}-part-{place.part}"
-            group = self._make_group(full, device, rank=place.stage, size=place.stages)
-            return self._kept(Exchange(group.group, device, members="stage"))
+            return self._make_group(full, device, rank=place.stage, size=place.stages)
 
-        return Pipe(way("rows"), way("back"), place, hidden_size=model.hidden_size, dtype=model.shape.dtype, device=device)
+        def way(name: str) -> Exchange:
+            return self._kept(Exchange(group(name, device).group, device, members="stage"))
+
+        if device.type == "cuda" and (pipe := self._share_places(lane, group("places", torch.device("cpu")))):
+            return pipe
+        return ExchangePipe(
+            way("rows"), way("back"), place, hidden_size=model.hidden_size, dtype=model.shape.dtype, device=device
+        )
+
+    def _share_places(self, lane: Lane, group: EpochGroup) -> "MemoryPipe | None":
+        """By which rows go from stage to stage; None: one of them can't reach another's memory."""
+        from instance.pipe_memory import MemoryPipe  # it needs CUDA's driver
+
+        model, config = self._equipment.model, self._equipment.config
+        pipe: MemoryPipe | None = None
+        try:
+            pipe = MemoryPipe(
+                config.place,
+                store=group.store,
+                most_rows=config.chunk_tokens if lane == "prefill" else MAX_DECODE_ROWS,
+                hidden_size=model.hidden_size,
+                dtype=model.shape.dtype,
+                device=model.device,
+            )
+            self._pipes.append(pipe)
+            self._undo(pipe.abort)
+        except RuntimeError as error:
+            log.warning("the stages' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
+        if not group.all_say(pipe is not None):
+            pipe = None
+        log.info("rows go from stage to stage", lane=lane, by="copies" if pipe else "NCCL")
+        return pipe
 
 
 def share_host(members: Sequence[wire.MemberAddress]) -> bool:

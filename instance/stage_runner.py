@@ -6,8 +6,6 @@
 
 The end of a step waits for the rows that the last stage sends back; layers of a step wait for nothing but the tokens that they
 need of steps before. A wait is only ever for a step that came earlier, so none of them can be for each other.
-
-On a GPU the steps run eagerly, those of decodes too: a graph of a stage would have to begin with rows that are received.
 """
 
 import asyncio
@@ -76,31 +74,39 @@ class StageRunner(Runner):
         with torch.inference_mode():
             if not plan.is_idle:
                 self._count(plan)
-                self._run_stage(plan)
+                self._run_stage(plan, processors)
         layers = self._attention.take_times()
         return Launched(Results(), Times(began_ns, layers.attention_ns, layers.exchange_ns), events)
 
-    def _run_stage(self, plan: StepPlan) -> None:
+    def _run_stage(self, plan: StepPlan, processors: int) -> None:
         """This rank's layers of a step; its rows go on."""
-        pipe, place, model = self._pipe, self._pipe.place, self._model
+        pipe, place = self._pipe, self._pipe.place
         num_rows = len(plan.token_ids_T)
+        graphs = self.graphs.get(processors)
+        rows_TE = pipe.take(num_rows) if place.stage and num_rows else None
+        if graphs is not None and graphs.can_run(plan):
+            out_TE = graphs.run(plan, rows_TE)
+            self.shared_graph_steps += plan.is_shared
+        else:
+            out_TE = self._run_layers_eagerly(plan, rows_TE)
+        if not num_rows and place.stage:  # who asked for our attention hasn't waited for the stages before
+            pipe.take(1)
+        if out_TE is not None and place.is_last:
+            wanted = wanted_rows(plan)
+            out_TE = out_TE[self._upload(wanted)] if wanted else None
+        pipe.give(pipe.token() if out_TE is None else out_TE)
+
+    def _run_layers_eagerly(self, plan: StepPlan, rows_TE: torch.Tensor | None) -> torch.Tensor | None:
+        """None: no rows go on."""
+        place, model = self._pipe.place, self._model
+        stores_only = place.is_last and not plan.needs_logits
         self._attention.plan(plan.layouts, plan.slots)
-        if num_rows:
-            model.context.attention = self._attention
-            token_ids_T = self._token_ids(plan) if place.stage == 0 else self._upload([])
-            rows_TE = pipe.receive(num_rows) if place.stage else None
-            stores_only = place.is_last and not plan.needs_logits
-            out_TE = model.run_stage(token_ids_T, self._upload(plan.positions_T), rows_TE, stores_only=stores_only)
-        else:
-            skips_one = model.fused is not None and place.is_last and not plan.needs_logits
-            self._serve(model.num_layers - skips_one)  # who asks needn't wait for the stages before
-            out_TE = pipe.receive(1) if place.stage else pipe.token()
-        if not place.is_last:
-            pipe.send(pipe.token() if out_TE is None else out_TE)
-        elif out_TE is None or not (wanted := wanted_rows(plan)):
-            pipe.give_back(pipe.token())
-        else:
-            pipe.give_back(out_TE[self._upload(wanted)])
+        if not plan.token_ids_T:
+            self._serve(model.num_layers - (model.fused is not None and stores_only))
+            return None
+        model.context.attention = self._attention
+        token_ids_T = self._token_ids(plan) if place.stage == 0 else self._upload([])
+        return model.run_stage(token_ids_T, self._upload(plan.positions_T), rows_TE, stores_only=stores_only)
 
     def _end(self, plan: StepPlan, running: "Future[Launched]") -> Launched:
         """Of a step, in the first stage."""
@@ -119,7 +125,7 @@ class StageRunner(Runner):
     def _results(self, plan: StepPlan) -> Results:
         """Once the rows are back: all ranks' KV is written then."""
         wanted = wanted_rows(plan)
-        rows_RE = self._pipe.take_back(max(1, len(wanted)))
+        rows_RE = self._pipe.take(max(1, len(wanted)))
         results = Results()
         if wanted:
             hidden = self._model.behind_stages(rows_RE)

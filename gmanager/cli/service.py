@@ -130,8 +130,6 @@ class ServiceConfig:
         for flag, degree in (("--tp", self.tp), ("--pp", self.pp)):
             if degree < 1:
                 raise ValueError(f"{flag} must be at least 1, got {degree}")
-        if self.pp > 1 and self.device == "cuda":
-            raise ValueError(f"--pp {self.pp} on GPUs is refused: stages have run on CPUs only, as yet")
         if self.pp_layers is not None:
             check_layers(parse_layers(self.pp_layers), self.pp)
         if sharing := parse_elastic(self.elastic_tp):

@@ -518,8 +518,3 @@ def test_help_names_every_command() -> None:
 def test_roles_that_mean_nothing_are_said_where_they_were_given(policy: str, roles: tuple[str, ...], said: str | None) -> None:
     config = ServiceConfig(model="x", instances=2, logs=Path(), policy=policy, roles=roles, kv_tokens=64)
     assert roles_lack(config) == said
-
-
-def test_stages_are_refused_on_gpus_where_they_have_never_run() -> None:
-    with pytest.raises(ValueError, match="--pp 2 on GPUs is refused: stages have run on CPUs only, as yet"):
-        ServiceConfig(model="x", instances=1, logs=Path(), kv_tokens=64, device="cuda", pp=2)

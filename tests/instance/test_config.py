@@ -20,7 +20,6 @@ from instance.errors import UnsupportedModel
 from instance.load import load_model
 from instance.memory import MemoryBudget, TooLittleMemory
 from instance.needs import Needs
-from instance.split import Place
 from instance.start import load, make_tiers, size_pool
 from tests.support.tiny import make_model
 
@@ -284,10 +283,3 @@ def test_what_lies_below_the_pool_is_not_offered_where_layers_have_windows(tmp_p
     path = make_model("gemma2", tmp_path)
     with pytest.raises(UnsupportedModel, match="some of its layers see but a window, whose KV --host-memory, --disk and"):
         load(config(model=str(path), host_memory=2**20))
-
-
-def test_stages_are_refused_on_gpus_where_they_have_never_run() -> None:
-    seat = Place(stage=1, stages=2)
-    assert config(place=seat, meeting=Path("/tmp/m")).place is seat
-    with pytest.raises(ValueError, match="--pp 2 on GPUs is refused: stages have run on CPUs only, as yet"):
-        config(place=seat, meeting=Path("/tmp/m"), device="cuda")

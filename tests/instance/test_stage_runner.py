@@ -18,7 +18,7 @@ from distattn.layout import Layout, read_run
 from gmanager.wire.messages import SequenceParams
 from instance.load import load_model
 from instance.model import Model
-from instance.pipe import Pipe
+from instance.pipe import ExchangePipe, Pipe
 from instance.plan import MAX_SAMPLES, SampledRow, ScoredRows, StepPlan
 from instance.runner import Launched, Runner, StepResult
 from instance.split import Place
@@ -108,7 +108,7 @@ async def test_stages_run_ahead_and_say_what_the_whole_model_does(tmp_path: Path
         ways.append(Way(stage, rows))
         ends: list[Any] = [Exchange(way, CPU, members="stage") for way in (ways[-1], Way(stage, back))]  # type: ignore[arg-type]
         model = load_model(path, None, CPU, place=place)
-        pipe = Pipe(*ends, place, hidden_size=64, dtype=torch.float32, device=CPU)
+        pipe = ExchangePipe(*ends, place, hidden_size=64, dtype=torch.float32, device=CPU)
         stages.append(runner_of(model, pipe))
     whole = runner_of(load_model(path, None, CPU), None)
     first, second = stages

@@ -7,6 +7,7 @@ buckets, padding and routing of pending tokens are the real ones.
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,12 +30,13 @@ from distattn.layout import Layout, Reading
 from instance import graphs
 from instance.calibrate import Room, plans
 from instance.graphs import DecodeGraphs, Replay
-from instance.load import random_model
+from instance.load import load_model, random_model
 from instance.model import Model
 from instance.plan import SampledRow, StepPlan
+from instance.split import Place
 from kvstore.storage import KVStorage
 from tests.kernels.test_paged_attention import DEVICE
-from tests.support.tiny import SIZES
+from tests.support.tiny import SIZES, make_model
 
 BLOCK = 16
 PARAMS: Any = None
@@ -236,6 +238,40 @@ def test_steps_of_any_size_are_those_run_eagerly(kind: str, request: pytest.Fixt
             want = eagerly(model, theirs, plan, previous)
             torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
             torch.testing.assert_close(ours.data_L2BPKD, theirs.data_L2BPKD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_stages_hand_their_rows_on(is_fused: bool, tmp_path: Path) -> None:
+    """Two layers in the first, one in the second; the second begins with rows, and its result is what the head is given."""
+    path = make_model("llama", tmp_path, num_hidden_layers=3)
+    whole = load_model(path, torch.float32, DEVICE)
+    theirs = filled(whole.make_storage(30, BLOCK), range(3))
+    previous = torch.tensor([17, 41, 3, 88, 9, 60, 2, 5], device=DEVICE)
+    stages, captured = [], []
+    with mock.patch.object(graphs, "BUCKETS", (1, 2, 4)), mock.patch.object(graphs, "MAX_DECODE_ROWS", 4):
+        for stage, layers in enumerate((range(2), range(2, 3))):
+            model = load_model(path, torch.float32, DEVICE, place=Place(stage=stage, stages=2, layers=(2, 1)))
+            if is_fused:
+                assert model.fuse("triton") is None
+            stages.append(model)
+            captured.append(Graphs(model, filled(model.make_storage(30, BLOCK), layers), previous, None))
+        for kv_lens, pending in [([33], []), ([100, 1, 17], [(0, 2), (2, 7)]), ([16, 48], [(1, 0)]), ([2], [(0, 4)])]:
+            plan = step(kv_lens, pending)
+            rows_TE = captured[0].run(plan)
+            assert rows_TE is not None
+            rows_TE = captured[1].run(plan, rows_TE)
+            assert rows_TE is not None
+            with torch.inference_mode():
+                got = stages[0].logits(stages[0].behind_stages(rows_TE), torch.arange(len(kv_lens), device=DEVICE))
+            torch.testing.assert_close(got, eagerly(whole, theirs, plan, previous), rtol=2e-4, atol=2e-4)
+
+
+def filled(storage: KVStorage, layers: range) -> KVStorage:
+    """With what those layers of a model hold."""
+    for at, layer in enumerate(layers):
+        kv = storage.data_L2BPKD[at]
+        kv.copy_(torch.randn(kv.shape, generator=torch.Generator().manual_seed(layer)))
+    return storage
 
 
 @pytest.mark.parametrize("kind", ["model", "windowed"])
