@@ -22,7 +22,7 @@ from gmanager.wire import logs
 from gmanager.wire.channel import ZmqTransport
 from gmanager.wire.errors import AddressError
 from gmanager.wire.scaling import parse_scaling
-from gmanager.wire.sizes import parse_disk, parse_layers, parse_size
+from gmanager.wire.sizes import parse_disk, parse_elastic, parse_layers, parse_size
 from instance import config as settings
 from instance.checkpoint import CheckpointError
 from instance.config import InstanceConfig, Launch
@@ -101,6 +101,13 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
     )
     parser.add_argument(
         "--pp-layers", metavar="A,B,...", help="layers of each stage, as 20,12 where devices differ (as even as can be)"
+    )
+    parser.add_argument(
+        "--elastic-tp",
+        default="off",
+        metavar="ROWS",
+        help="let the instances of the cell share a decode step's dense layers while it has at most so many rows; auto: while "
+        "that is faster, as they measure it (%(default)s)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--gpu", type=int, help="index of its GPU, among those that are seen (LOCAL_RANK)")
@@ -198,6 +205,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         rope_scaling=None if args.rope_scaling is None else parse_scaling(args.rope_scaling),
         kv_format=args.kv_format,
         kv_dtype=args.kv_dtype,
+        elastic_tp=parse_elastic(args.elastic_tp),
         block_size=_given(args.block_size, settings.GPU_BLOCK_SIZE if gpu else settings.CPU_BLOCK_SIZE),
         chunk_tokens=chunk_tokens,
         mixed_chunk_tokens=_given(args.mixed_chunk_tokens, settings.GPU_MIXED_CHUNK_TOKENS if gpu else chunk_tokens),

@@ -99,9 +99,13 @@ class EpochGroup:
 
     def all_say(self, mine: bool) -> bool:
         """Whether all members say so, of one thing: each calls this once. Waits for them as `meet` does."""
-        self.store.set(f"says-{self._rank}", b"yes" if mine else b"no")
+        return all(said == b"yes" for said in self.hear_all("says", b"yes" if mine else b"no"))
+
+    def hear_all(self, what: str, mine: bytes) -> list[bytes]:
+        """What each member says of one thing, in the order of ranks: each calls this once for it. Waits as `meet` does."""
+        self.store.set(f"{what}-{self._rank}", mine)
         self.barrier()
-        return all(self.store.get(f"says-{rank}") == b"yes" for rank in range(self._size))
+        return [self.store.get(f"{what}-{rank}") for rank in range(self._size)]
 
     def _connect(self, rank: int, size: int) -> None:
         """Exchange a row with every other member: NCCL connects two in their first exchange, which takes it half a second."""

@@ -12,6 +12,8 @@ from gmanager.wire.errors import AddressError
 from gmanager.wire.logs import Style
 from gmanager.wire.messages import Role
 from gmanager.wire.scaling import RopeScaling
+from gmanager.wire.sizes import check_sharing
+from instance.elastic_tp import ElasticTP
 from instance.sharing import SPLITS
 from instance.split import WHOLE, Place
 
@@ -132,6 +134,8 @@ class InstanceConfig:
     """auto: latents where the model's layers have some; plain: keys and values of all heads, to compare with."""
     kv_dtype: KVDType = "auto"
     """auto: KV is stored in the model's dtype; fp8: in e4m3, with a scale for each block and KV head."""
+    elastic_tp: ElasticTP = 0
+    """Most rows of a decode step whose feeds the cell's instances share; auto: as they measure it."""
     block_size: int = CPU_BLOCK_SIZE
     """Tokens in a block."""
     chunk_tokens: int = CPU_CHUNK_TOKENS
@@ -205,6 +209,8 @@ class InstanceConfig:
             raise ValueError(f"{self.place.ranks} ranks that share a model, and meet at {self.meeting}")
         if self.place.ranks > 1 and self.reads_pool:
             raise ValueError(f"--host-memory, --disk and --check-cache don't go with {self.place.flags} yet")
+        if self.elastic_tp:
+            check_sharing(self.elastic_tp, device=self.device, ranks=self.place.ranks, quantize=self.quantize)
         if self.host_memory < 0:
             raise ValueError(f"--host-memory must not be negative, got {self.host_memory}")
         if self.disk is not None and self.disk_bytes < 1:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from instance.fused import LayerAttention
+from instance.fused import FeedSharing, LayerAttention
 from instance.team import Team
 
 
@@ -20,6 +20,8 @@ class AttentionContext(threading.local):
         self.team = team
 
     attention: LayerAttention | None = None
+    sharing: FeedSharing | None = None
+    """Other instances that compute a part of the present step's feeds, and this one of theirs; None: all is computed here."""
     hidden: Any = None
     """What the layers shall seem to have computed."""
     rows_TE: torch.Tensor | None = None

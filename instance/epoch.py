@@ -123,6 +123,7 @@ class Epoch(RankEpoch):
             budgets=self._budgets(),
             timeout_s=config.step_timeout_s,
             stages=config.place.stages,
+            split_rule=self.split_rule,
         )
         if join.calibrate and lasting.crew is not None:
             await lasting.crew.unless_broken(self._calibrate(self._lanes))
@@ -212,6 +213,7 @@ class Epoch(RankEpoch):
             step_us=times.step_ns // 1000,
             exchange_us=times.exchange_ns // 1000,
             attention_us=times.attention_ns // 1000,
+            split_steps=sum(loop.runner.split_steps for loop in self._lanes),
             notice_us=sum(loop.notice_ns for loop in self._lanes) // 1000,
             dropped_messages=self._lanes.parties.dropped,
         )

@@ -20,7 +20,7 @@ from instance.layers import Dense, Layer, Mixture, norm_of, read_layers
 from instance.quantised import matrix_of, plain_products
 from instance.team import Team
 from kernels.layer_ops import Norm, add_rms_norm, linear, rms_norm, uses_gemv
-from kernels.products import Matrix
+from kernels.products import Matrix, Quantised
 
 _CHECK_IDS = (0, 1, 5, 77)
 _CHECK_TURNS = 5
@@ -56,6 +56,14 @@ class LayerAttention(PackedAttention, Protocol):
     ) -> torch.Tensor: ...
 
 
+class FeedSharing(Protocol):
+    """Other instances, which compute a part of the present step's feeds and head (`instance.shared_feeds`)."""
+
+    def run(self, feed: Dense, h_TE: torch.Tensor) -> torch.Tensor: ...
+
+    def logits(self, head_NE: torch.Tensor, bias_N: torch.Tensor | None, h_TE: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Hidden:
     """Rows after the last layer."""
@@ -86,8 +94,10 @@ class FusedDecoder:
         backend: str,
         max_context: int,
         team: Callable[[], Team | None],
+        sharing: Callable[[], FeedSharing | None],
     ) -> None:
-        """`layers`: of `instance.layers.read_layers`. `team`: of the ranks whose parts this and others are, in this thread."""
+        """`layers`: of `instance.layers.read_layers`. `team`: of the ranks whose parts this and others are, in this thread.
+        `sharing`: likewise, instances that have all weights and compute parts of the step that runs."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         self._module: Any = module
         self._embed: nn.Module = base.embed_tokens
@@ -98,20 +108,27 @@ class FusedDecoder:
         self._soft_cap: float = getattr(module.config.get_text_config(), "final_logit_softcapping", None) or 0.0
         self._backend = backend
         self._team = team
+        self._sharing = sharing
         # the last place, too: some models scale what stands far back
         self._check_positions = sorted({min(place, max_context - 1) for place in (0, 1, 5, max_context - 1)})
         self._layers = layers
         self._halves = self._has_halves()
 
     @staticmethod
-    def of(module: PreTrainedModel, backend: str, max_context: int, team: Callable[[], Team | None]) -> "FusedDecoder | None":
+    def of(
+        module: PreTrainedModel,
+        backend: str,
+        max_context: int,
+        team: Callable[[], Team | None],
+        sharing: Callable[[], FeedSharing | None],
+    ) -> "FusedDecoder | None":
         """Of a model that `has_known_parts`, whose weights are merged; None if what they compute is of no known kind."""
         base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
         final_norm = norm_of(base.norm)
         layers = None if final_norm is None else read_layers(module)
         if final_norm is None or layers is None:
             return None
-        return FusedDecoder(module, layers, final_norm, backend, max_context, team)
+        return FusedDecoder(module, layers, final_norm, backend, max_context, team, sharing)
 
     @property
     def num_layers(self) -> int:
@@ -120,6 +137,31 @@ class FusedDecoder:
     def feeds(self) -> list[Dense | Mixture]:
         """Of each layer."""
         return [layer.feed for layer in self._layers]
+
+    @property
+    def can_share(self) -> bool:
+        """Whether feeds and head can be split between instances: they are dense, with weights of 16 or 32 bits."""
+        matrices = [matrix_of(self._head), *(matrix for feed in self.feeds() for matrix in feed.matrices())]
+        return all(isinstance(feed, Dense) for feed in self.feeds()) and not any(isinstance(m, Quantised) for m in matrices)
+
+    def blank_rows(self, num_rows: int) -> torch.Tensor:
+        """Rows between layers, of zeros."""
+        embeddings_VE = self._embeddings()
+        return embeddings_VE.new_zeros((num_rows, embeddings_VE.shape[1]))
+
+    def run_dense(self, h_TE: torch.Tensor) -> None:
+        """All feeds and the head, of rows that mean nothing: to see how long that takes."""
+        for feed in self.feeds():
+            feed.run(h_TE, None, self._backend)
+        self._logits_of(h_TE)
+
+    def help(self, attend: Callable[[int], None]) -> None:
+        """Compute parts of others' rows, with none of our own, behind each layer's `attend`. Needs others to share with."""
+        rows_0E = self.blank_rows(0)
+        for index, layer in enumerate(self._layers):
+            attend(index)
+            self._feed(layer, rows_0E, None)
+        self._logits_of(rows_0E)
 
     def matrices(self) -> list[Matrix]:
         """All that a step multiplies with, `[out, in]`, in order."""
@@ -225,7 +267,11 @@ class FusedDecoder:
         return weight_VE
 
     def _logits_of(self, h_SE: torch.Tensor) -> torch.Tensor:
-        logits_SV = linear(h_SE, matrix_of(self._head), self._head.bias, backend=self._backend)
+        head_NE = matrix_of(self._head)
+        if (sharing := self._sharing()) is not None and not isinstance(head_NE, Quantised):
+            logits_SV = sharing.logits(head_NE, self._head.bias, h_SE)
+        else:
+            logits_SV = linear(h_SE, head_NE, self._head.bias, backend=self._backend)
         if (team := self._team()) is not None:
             logits_SV = team.gather(logits_SV)[:, : self._vocab_size]
         return torch.tanh(logits_SV / self._soft_cap) * self._soft_cap if self._soft_cap else logits_SV
@@ -282,8 +328,15 @@ class FusedDecoder:
         else:
             added_TE = linear(out_TE, layer.out, layer.out_bias, backend=backend)
             h_TE = self._add_norm(added_TE, x_TE, layer.feed_input_norm, layer.attention_norm)
-        fed_TE = layer.feed.run(h_TE, x_TE if team is None and layer.feed_norm is None else None, backend)
+        fed_TE = self._feed(layer, h_TE, x_TE if team is None and layer.feed_norm is None else None)
         return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm)
+
+    def _feed(self, layer: Layer, h_TE: torch.Tensor, residual_TE: torch.Tensor | None) -> torch.Tensor | None:
+        """What the layer's feed makes of the rows; None, if it was added to the residual."""
+        sharing = self._sharing()
+        if sharing is not None and isinstance(layer.feed, Dense):
+            return sharing.run(layer.feed, h_TE)
+        return layer.feed.run(h_TE, residual_TE, self._backend)
 
     def _project(self, layer: Layer, x_TE: torch.Tensor, pending: _Pending | None, rotary: Rotary) -> PackedRows:
         """The layer's rows, before attention. Adds what is pending to `x_TE`."""

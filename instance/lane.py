@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from distattn.budget import StepBudget
 from instance.calibrate import Room, calibrate
+from instance.elastic_tp import SplitRule
 from instance.errors import StepTimeout
 from instance.party import Parties, Party
 from instance.plan import StepPlan
@@ -36,16 +37,27 @@ class Lanes:
         budgets: Sequence[StepBudget],
         timeout_s: float,
         stages: int = 1,
+        split_rule: SplitRule | None = None,
     ) -> None:
         """`sharing`: of a GPU's processors. `budgets`: of what is copied beside steps. `timeout_s`: longest that the device may
-        take for a step. `stages`: that each goes through."""
+        take for a step. `stages`: that each goes through. `split_rule`: when the feeds of decodes are split between members."""
         self.parties = parties
         self.scheduler = scheduler
         self.log = StepLog()
         self._budgets = budgets
         self._sharing = sharing
         self._loops = {
-            lane: LaneLoop(lane, parties[lane], scheduler, runner, self.log, self._processors, timeout_s, stages)
+            lane: LaneLoop(
+                lane,
+                parties[lane],
+                scheduler,
+                runner,
+                self.log,
+                self._processors,
+                timeout_s,
+                stages,
+                split_rule if lane == "decode" else None,
+            )
             for lane, runner in runners.items()
         }
 
@@ -103,6 +115,7 @@ class LaneLoop:
     _processors: Callable[[Lane, Sequence[Notice], StepPlan], int]
     _timeout_s: float
     _stages: int = 1
+    _split_rule: SplitRule | None = None
     notice_ns: int = 0
     """How long it has waited for the notices of its party's others."""
     steps_run: int = 0
@@ -185,7 +198,7 @@ class LaneLoop:
         self.notice_ns += time.perf_counter_ns() - asked_ns
         if notices is None:
             return None
-        step = derive(notices, scheduler.known(self.lane))
+        step = derive(notices, scheduler.known(self.lane), self._split_rule)
         plan = scheduler.accept(self.lane, step)
         launched = self.runner.launch(plan, self._processors(self.lane, notices, plan))
         self._log.launched(self.lane, plan.layout)

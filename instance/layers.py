@@ -23,7 +23,7 @@ from instance.packed import PARTS, is_packed, packed_weight, run_plain
 from instance.quantised import QuantisedLinear, is_linear, matrix_of
 from kernels.experts import ExpertWeights, Gate, Packed, mix_experts, route
 from kernels.layer_ops import ACTIVATIONS, Norm, gated, gated_linear, linear, rms_norm, uses_gemv
-from kernels.products import Matrix, stack
+from kernels.products import Matrix, Quantised, stack
 
 _LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm"}
 _GEMMA_NORMS = _LLAMA_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
@@ -59,6 +59,19 @@ class Dense:
     def _run_part(self, h_TE: torch.Tensor, backend: str) -> torch.Tensor:
         active_TI = gated(linear(h_TE, self.gate_up, backend=backend), self.activation, backend=backend)
         return linear(active_TI, self.down, backend=backend)
+
+    def run_dims(self, h_TE: torch.Tensor, inner: range, backend: str) -> torch.Tensor:
+        """What some of the dims between gate and down add to what the rows become, new: of all dims the sum is `run`'s.
+
+        Weights aren't copied, and must not be of 8 bits: then it raises ValueError.
+        """
+        gate_up_2IE, down_EI = self.gate_up, self.down
+        if isinstance(gate_up_2IE, Quantised) or isinstance(down_EI, Quantised):
+            raise ValueError("weights of 8 bits have no parts")
+        starts = (inner.start, down_EI.shape[1] + inner.start)
+        halves = [linear(h_TE, gate_up_2IE[start : start + len(inner)], backend=backend) for start in starts]
+        active_TI = gated(torch.cat(halves, -1), self.activation, backend=backend)
+        return linear(active_TI, down_EI[:, inner.start : inner.stop], backend=backend)
 
     def matrices(self) -> list[Matrix]:
         """That every row is multiplied with, `[out, in]`."""

@@ -23,7 +23,7 @@ from instance.calls import refuse_layer_types, refuse_state
 from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole, stored_dtype
 from instance.errors import UnsupportedModel
 from instance.model import ATTENTION, Model, register_attention
-from instance.parts import empty_part, load_part
+from instance.parts import empty_part, has_dense_layers, load_part
 from instance.quantised import quantise_linears, refuse_device
 from instance.rotary import longest_text, scale_rotary
 from instance.split import WHOLE, Place, stages_of
@@ -121,6 +121,16 @@ def refuse_by_config(
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     _prepare(config, max_context, scaling)
     _take_form(config, str(path), quantize)
+
+
+def refuse_unshared(path: Path, flag: str) -> None:
+    """What instances can't share (`instance.elastic_tp`), by a resolved checkpoint's config. Raises UnsupportedModel."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if not has_dense_layers(config, register_attention()):
+        raise UnsupportedModel(
+            f"{config.model_type}: {flag} splits layers that have the parts of Llama's or Gemma's and a dense MLP, and this "
+            "model's have others"
+        )
 
 
 def _take_form(config: PretrainedConfig, name: str, quantize: Kind | None) -> Form | PackedExperts | None:

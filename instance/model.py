@@ -176,7 +176,9 @@ class Model:
             return "their values are narrower than keys"
         self.context.attention = OwnRow(self.shape, backend)
         try:
-            fused = FusedDecoder.of(self.module, backend, self.max_context, lambda: self.context.team)
+            fused = FusedDecoder.of(
+                self.module, backend, self.max_context, lambda: self.context.team, lambda: self.context.sharing
+            )
             if fused is None:
                 return "their norms or activations are others than Llama's or Gemma's"
             with torch.inference_mode():

@@ -76,6 +76,11 @@ def layers_of_stage(config: PretrainedConfig, place: Place) -> range:
     return stages_of(place, int(text.num_hidden_layers))[place.stage]
 
 
+def has_dense_layers(config: PretrainedConfig, attention: str) -> bool:
+    """Whether the model of that config has `instance.layers.has_dense_parts`. `attention`: name of the attention function."""
+    return has_dense_parts(_empty(config, torch.float32, torch.device("meta"), attention))
+
+
 def empty_part(
     config: PretrainedConfig, place: Place, dtype: torch.dtype, device: torch.device, attention: str
 ) -> tuple[PreTrainedModel, Split]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from distattn.layout import Layout
 from gmanager.wire.messages import SequenceParams
+from instance.elastic_tp import FeedShares
 from instance.sequence import History
 from instance.step import FAR, MAX_PROMPTS, Lane, Step
 
@@ -66,13 +67,16 @@ class StepPlan:
     samples_at: int = 0
     """Where the samples go among those that are kept for steps to come: of the newest step, or of as many as the instance has
     stages."""
+    shares: FeedShares | None = None
+    """How the feeds of all members' rows are split between them; None: each computes its own."""
     is_decode: bool
     """Whether every row of every member is a span of its own that yields a token, and none has more than `MAX_DECODE_ROWS`."""
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to run: no own rows, and none to serve."""
-        return not (self.layout.num_rows or any(layout.num_received for layout in self.layouts))
+        """Whether there is nothing to run: no own rows, and none to serve or to help with."""
+        served = any(layout.num_received for layout in self.layouts)
+        return not (self.layout.num_rows or served or self.shares is not None)
 
     @property
     def layouts(self) -> list[Layout]:

@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,14 @@ from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup
 from instance.config import InstanceConfig
 from instance.copies import CHANNELS
+from instance.elastic_tp import MOST_SPLIT_ROWS, FeedCosts, SplitRule, pack, unpack
 from instance.errors import InstanceError
 from instance.model import Model
 from instance.pipe import ExchangePipe, Pipe
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, StepPlan
 from instance.processors import Processors
 from instance.runner import Runner
+from instance.shared_feeds import SharedFeeds
 from instance.stage_runner import StageRunner
 from instance.step import Lane
 from instance.team import Team
@@ -71,6 +73,9 @@ class RankEpoch:
         """`tell`: the other ranks of an epoch's step, before it runs here."""
         self.number = join.epoch
         self.runners: dict[Lane, Runner] = {}
+        self.split_rule: SplitRule | None = None
+        """When the feeds of decodes are split between the members: the same on all, known with the decode lane's runner. None:
+        never."""
         self._equipment = equipment
         self._join = join
         self._tell = tell
@@ -190,6 +195,7 @@ class RankEpoch:
             "tokenizer": equipment.tokenizer,
             "streams": None if equipment.processors is None else equipment.processors.streams[lane],
             "team": self._make_team(lane, device),
+            "feeds": self._shared_feeds(exchange) if lane == "decode" else None,
             "tell": None if self._tell is None else partial(self._tell, self.number, lane),
         }
         runner: Runner
@@ -199,6 +205,8 @@ class RankEpoch:
             ends = self._make_team(f"{lane}-ends", device) if config.place.stage == 0 else None
             runner = StageRunner(equipment.model, attention, pipe=self._make_pipe(lane, device), ends=ends, **given)
         self._undo(runner.close)
+        if given["feeds"] is not None:
+            self.split_rule = self._agree_when(runner, group)
         if device.type == "cuda" and lane == "prefill":
             runner.prepare_chunks(config.chunk_tokens)
         elif device.type == "cuda":
@@ -210,6 +218,26 @@ class RankEpoch:
                 peers = None
             log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
         return runner
+
+    def _shared_feeds(self, exchange: Exchange) -> SharedFeeds | None:
+        """Of the members, if they are to share feeds; None: each computes its own."""
+        equipment, config = self._equipment, self._equipment.config
+        if not config.elastic_tp or self.size == 1 or equipment.model.fused is None:
+            return None
+        if not share_host(self._join.members):
+            log.warning("--elastic-tp is of instances of one host, and this cell has several: each computes its own rows")
+            return None
+        return SharedFeeds(exchange, equipment.model.fused, config.backend)
+
+    def _agree_when(self, runner: Runner, group: EpochGroup) -> SplitRule:
+        """When members share feeds: as they were told, or as all of them measured it."""
+        most = self._equipment.config.elastic_tp
+        if most != "auto":
+            return SplitRule(min(most, MOST_SPLIT_ROWS))
+        own = runner.measure_feeds(range(self.size), self._join.rank)
+        costs = FeedCosts.agreed([unpack(told) for told in group.hear_all("feeds", pack(own))])
+        log.info("feeds measured", **{name: round(value / 1e3) for name, value in asdict(costs).items()}, unit="us")
+        return SplitRule(MOST_SPLIT_ROWS, costs)
 
     def _share_memory(self, group: EpochGroup) -> "PeerMemory | None":
         """Memory that the members write for each other, where graphs can use it."""

@@ -13,10 +13,12 @@ from llguidance import LLTokenizer
 from distattn.attention import DistAttention
 from gmanager.wire.logs import get_logger
 from gmanager.wire.messages import PromptLogprobs, TokenLogprob, pack_tokens
+from instance.elastic_tp import FeedCosts
 from instance.fused import Hidden
 from instance.model import Model
 from instance.plan import SampledRow, ScoredRows, StepPlan
 from instance.sampler import Sampler
+from instance.shared_feeds import SharedFeeds
 from instance.team import Team
 from kernels.upload import upload
 from kvstore.storage import KVStorage
@@ -127,12 +129,13 @@ class Runner:
         tokenizer: LLTokenizer | None = None,
         streams: "Mapping[int, torch.cuda.Stream] | None" = None,
         team: Team | None = None,
+        feeds: SharedFeeds | None = None,
         tell: Callable[[StepPlan, int], None] | None = None,
     ) -> None:
         """`max_samples`: most tokens that one step samples. `tokenizer`: without it no sequence may have a grammar.
 
         `streams`: on a GPU, those that steps may run on, by the number of their processors. `team`: of the ranks that share the
-        model, whose first samples. `tell`: what the others shall launch, too.
+        model, whose first samples. `feeds`: of steps that instances split. `tell`: what the others shall launch, too.
         """
         self.traffic = Traffic()
         self.times = Times()
@@ -152,6 +155,9 @@ class Runner:
         self._max_samples = max_samples
         self._sampler = Sampler(model.vocab_size, self._device, backend=attention.backend, max_rows=max_samples)
         self._team = team
+        self._feeds = feeds
+        self.split_steps = 0
+        """Steps whose feeds were split between instances."""
         self._tell = tell
         self._previous_tokens = torch.zeros(max_samples, dtype=torch.int64, device=self._device)
         # the number of threads and the current GPU are settings of the thread that calls
@@ -242,7 +248,8 @@ class Runner:
         began_ns = time.perf_counter_ns()
         results = self._compute(plan, processors)
         layers = self._attention.take_times()
-        times = Times(time.perf_counter_ns() - began_ns, layers.attention_ns, layers.exchange_ns)
+        waited_ns = layers.exchange_ns + (0 if self._feeds is None else self._feeds.take_waited_ns())
+        times = Times(time.perf_counter_ns() - began_ns, layers.attention_ns, waited_ns)
         return Launched(results, times, None)
 
     def _go_to(self, processors: int) -> None:
@@ -288,10 +295,14 @@ class Runner:
 
     def _run_eagerly(self, plan: StepPlan) -> Results:
         self._attention.plan(plan.layouts, plan.slots)
-        if not plan.token_ids_T:
-            self._serve(self._model.num_layers - (self._model.fused is not None and not plan.needs_logits))
-            return Results()
         model = self._model
+        model.context.sharing = self._shared_feeds(plan)
+        if not plan.token_ids_T:
+            if model.context.sharing is not None and model.fused is not None:
+                model.fused.help(self._serve_layer)
+            else:
+                self._serve(model.num_layers - (model.fused is not None and not plan.needs_logits))
+            return Results()
         model.context.attention = self._attention
         token_ids_T, positions_T = self._token_ids(plan), self._upload(plan.positions_T)
         if not plan.needs_logits:
@@ -303,13 +314,33 @@ class Runner:
             return Results(None, scored)
         return Results(self._sample(plan, model.logits(hidden, self._upload([s.row for s in plan.sampled]))), scored)
 
+    def _shared_feeds(self, plan: StepPlan) -> SharedFeeds | None:
+        """What a step is split by; None: it isn't."""
+        if self._feeds is None or plan.shares is None:
+            return None
+        self._feeds.plan(plan.shares)
+        self.split_steps += 1
+        return self._feeds
+
+    def measure_feeds(self, ranks: range, rank: int) -> FeedCosts:
+        """What steps that are split cost, before the first launch: all members of the epoch call this at once.
+
+        Raises RuntimeError without feeds to share.
+        """
+        if self._feeds is None:
+            raise RuntimeError("no feeds are shared")
+        return self._driver.submit(self._feeds.measure, ranks, rank).result()
+
     def _serve(self, num_layers: int) -> None:
         """Attend for others in the first layers, with no rows of our own."""
+        for layer in range(num_layers):
+            self._serve_layer(layer)
+
+    def _serve_layer(self, layer: int) -> None:
         shape = self._attention.shape
         q_0HD = torch.empty((0, shape.num_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
         kv_0KD = torch.empty((0, shape.num_kv_heads, shape.head_dim), dtype=shape.dtype, device=self._device)
-        for layer in range(num_layers):
-            self._attention.run(layer, q_0HD, kv_0KD, kv_0KD)
+        self._attention.run(layer, q_0HD, kv_0KD, kv_0KD)
 
     def _token_ids(self, plan: StepPlan) -> torch.Tensor:
         """Token ids of the rows, those that steps before sample taken from the device."""

@@ -14,6 +14,7 @@ follow them. A sequence passes from one to the other when its home has committed
 attended to all that others hold of the prompt, so by then all of it is written, everywhere.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -36,6 +37,7 @@ from gmanager.wire.messages import (
     TokenLogprob,
     unpack_tokens,
 )
+from instance.elastic_tp import FeedShares
 from instance.handoff import handoff_of, home_of
 from instance.pipelining import deal
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, SampledRow, ScoredRows, StepPlan, is_decode
@@ -604,8 +606,16 @@ class Scheduler:
             other_slots=other_slots,
             needs_logits=bool(step.sampled or step.scored),
             samples_at=samples_at,
+            shares=self._shares(step),
             is_decode=is_decode(step),
         )
+
+    def _shares(self, step: Step) -> FeedShares | None:
+        """How the step's feeds are split."""
+        if not step.sharers:
+            return None
+        rows = Counter(span.rank for span in step.spans)
+        return FeedShares(self.rank, tuple((rank, rows[rank]) for rank in step.sharers))
 
     def _known_token(self, span: Span, previous: Mapping[int, int]) -> int | None:
         """The token of a decode row, or None while the step before computes it."""

@@ -91,19 +91,23 @@ def split_of(place: Place, *, heads: int, kv_heads: int, inner: int, vocabulary:
     parts = place.parts
     if parts > min(heads, inner):
         raise ValueError(f"it has {heads} query heads and {inner} inner dims, which {parts} parts can't share")
-    grain = next((grain for grain in _GRAINS if inner % grain == 0 and inner // grain >= parts), 1)
-    shares = dealt(inner // grain, parts)[place.part]
     padded = -(-vocabulary // parts)
     first = min(place.part * padded, vocabulary)
     own, kv = _heads_of(place, heads, kv_heads)
     return Split(
         heads=own,
         kv_heads=kv,
-        inner=range(shares.start * grain, shares.stop * grain),
+        inner=inner_shares(inner, parts)[place.part],
         vocabulary=range(first, min(first + padded, vocabulary)),
         padded=padded,
         is_first=place.part == 0,
     )
+
+
+def inner_shares(inner: int, parts: int) -> list[range]:
+    """Which dims between gate and down each part has."""
+    grain = next((grain for grain in _GRAINS if inner % grain == 0 and inner // grain >= parts), 1)
+    return [range(its.start * grain, its.stop * grain) for its in dealt(inner // grain, parts)]
 
 
 def stages_of(place: Place, num_layers: int) -> list[range]:

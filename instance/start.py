@@ -14,7 +14,7 @@ from instance.crew import Crew, Meeting
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
-from instance.load import load_model, load_text_assets, refuse_by_config
+from instance.load import load_model, load_text_assets, refuse_by_config, refuse_unshared
 from instance.memory import TooLittleMemory, check_tiers, check_weights, loaded_bytes, measure, tiers_bytes
 from instance.model import Model
 from instance.needs import Needs, settle_format, settle_shape
@@ -62,6 +62,8 @@ def load(config: InstanceConfig) -> Loaded:
             free, total = torch.cuda.mem_get_info(device)
             needed = loaded_bytes(path, dtype, quantize) // place.ranks
             check_weights(str(device), needed=needed, free=free, total=total)
+        if config.elastic_tp:
+            refuse_unshared(path, f"--elastic-tp {config.elastic_tp}")
         meeting = None
         if config.meeting is not None:
             meeting = Meeting.of(config.meeting, place, device, config.host, config.step_timeout_s)
@@ -99,7 +101,7 @@ def _verify(model: Model, config: InstanceConfig) -> None:
         )
     if model.rotary is not None:
         log.info("rotary frequencies of all texts", rotary=model.rotary, max_context=model.max_context)
-    if config.backend != "triton":
+    if config.backend != "triton" and not config.elastic_tp:
         return
     reason = model.fuse(config.backend)
     if reason is None:
@@ -110,6 +112,9 @@ def _verify(model: Model, config: InstanceConfig) -> None:
             reason = f"fused, {error}"
     if reason is not None and model.is_quantised:  # by kernels of ours in layers of transformers
         refuse_inexact(model, config.model, block_size=config.block_size, backend=config.backend)
+    if config.elastic_tp and (model.fused is None or not model.fused.can_share):
+        why = reason or "its weights are of 8 bits"
+        raise UnsupportedModel(f"{config.model}: --elastic-tp {config.elastic_tp} can't split its layers: {why}")
     log.info("layers", run="fused" if reason is None else f"as transformers has them: {reason}")
 
 
@@ -268,6 +273,7 @@ def _make_spec(config: InstanceConfig, loaded: Loaded, fingerprint: str, num_blo
         tp=config.place.parts,
         pp=model.place.stages,
         pp_layers=list(model.place.layers),
+        elastic_tp=str(config.elastic_tp) if config.elastic_tp else "",
         chunk_tokens=config.chunk_tokens,
         decode_rows=MAX_DECODE_ROWS,
         reach=model.reach(),

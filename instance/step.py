@@ -14,6 +14,7 @@ import msgspec
 
 from distattn.layout import Holding, Span, held_after
 from gmanager.wire.messages import Message, Part, SequenceParams, Share, TokenLogprob
+from instance.elastic_tp import SplitRule
 from instance.pipelining import slice_rows
 
 STRETCH = 4
@@ -183,6 +184,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     last_tokens: list[LastToken]
     flips: list[Flip]
     """Before its rows run."""
+    sharers: list[int] = []
+    """Members between which the feeds of all rows are split, ascending; none: each computes its own rows."""
 
     def digest(self) -> list[int]:
         """A checksum for each field, in the order of `__struct_fields__`."""
@@ -192,11 +195,13 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         return not any(getattr(self, field) for field in self.__struct_fields__)
 
 
-def derive(notices: Sequence[Notice], known: Mapping[int, list[Holding]] | None = None) -> Step:
+def derive(
+    notices: Sequence[Notice], known: Mapping[int, list[Holding]] | None = None, split_rule: SplitRule | None = None
+) -> Step:
     """The step that the notices of all members of a party ask for.
 
     `known`: what former steps of this party left held of sequences that decode, the same on all members: notices don't repeat
-    it (`Scheduler.known`).
+    it (`Scheduler.known`). `split_rule`: when decode rows' feeds are split between the members; None: never.
 
     Raises StepMismatch if they are not of one party and step, or if the steps before differed.
     """
@@ -234,6 +239,7 @@ def derive(notices: Sequence[Notice], known: Mapping[int, list[Holding]] | None 
         handoffs=[handoff for notice in notices for handoff in notice.handoffs],
         last_tokens=[token for notice in notices for token in notice.last_tokens],
         flips=[flip for notice in notices for flip in notice.flips],
+        sharers=[] if split_rule is None else split_rule.sharers({notice.rank: len(notice.decodes) for notice in notices}),
     )
 
 

@@ -323,3 +323,31 @@ async def test_one_wrong_block_is_noticed(mutation: Mutation, farm: Farm, llama:
     async with serve(farm, 2, Setup(model=llama, mutate=mutation)) as service:
         with pytest.raises(Differs):
             await ask(service.client, llama, ids, spread="all")
+
+
+@pytest.mark.parametrize(("kind", "size", "most"), [("llama", 2, 256), ("llama", 3, 1), ("llama", 2, "auto"), ("gemma2", 2, 2)])
+async def test_dense_layers_that_instances_share(
+    kind: str, size: int, most: int | Literal["auto"], farm: Farm, tmp_path: Path
+) -> None:
+    """Elastic tensor parallelism: of a sequence that lies on all, of one whose home moves on, of one that lies on one instance
+    while the others are idle, and of so many that steps are split and whole in turn."""
+    path = make_model(kind, tmp_path)
+    long, moving, idle = prompt(path, 150), prompt(path, 50, new=30), prompt(path, 20, new=30)
+    prompts = [prompt(path, length, seed=i) for i, length in enumerate((1, 24, 90, 63))]
+
+    async def split_steps(client: AsyncClient) -> int:
+        await asyncio.sleep(1.5)  # counters come with the instances' next beats
+        return (await client.stats()).counters.split_steps
+
+    async with serve(farm, size, Setup(model=path, kv_tokens=1536 // size, chunk_tokens=24, elastic_tp=most)) as service:
+        await ask(service.client, path, long, spread="all")
+        await ask(service.client, path, moving, spread=1, new=30, move=True)
+        before = await split_steps(service.client)
+        await ask(service.client, path, idle, spread=1, new=30)
+        alone = await split_steps(service.client) - before
+        await asyncio.gather(ask(service.client, path, moving, new=30), ask_mixed(service.client, path, prompts))
+        stats = await service.client.stats()
+    if most != "auto":
+        assert before > 0
+        assert alone >= size * 25  # all but the first row of a decode, whose party may meet later
+    assert stats.counters.blocks_copied == stats.counters.kv_bytes == 0

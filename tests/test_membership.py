@@ -138,11 +138,13 @@ async def test_a_loss_costs_only_what_was_lost(started: Processes, model: Path, 
             assert again <= 0.4 * sum(before.kv_tokens.values())
 
 
-async def test_who_touched_nothing_of_it_goes_on(started: Processes, model: Path) -> None:
-    """A stream that lay wholly on a survivor pauses for the change alone; one on the lost instance is computed again."""
+@pytest.mark.parametrize("more", [(), ("--elastic-tp", "8")], ids=["each its own rows", "shared dense layers"])
+async def test_who_touched_nothing_of_it_goes_on(started: Processes, model: Path, more: tuple[str, ...]) -> None:
+    """A stream that lay wholly on a survivor pauses for the change alone; one on the lost instance is computed again. So it is
+    where that one was computing a part of all steps."""
     texts = [text(model, 300, 400, seed) for seed in range(3)]
     async with here(GManagerConfig(bind="tcp://127.0.0.1:*")) as server:
-        instances = cell_of(started, 3, server.address, model)
+        instances = cell_of(started, 3, server.address, model, *more)
         await until_ready(server.address)
         async with client_of(server.address) as client:
             streams = [Stream(client, f"s{i}", ids, 400, 1) for i, (ids, _) in enumerate(texts)]
@@ -154,6 +156,7 @@ async def test_who_touched_nothing_of_it_goes_on(started: Processes, model: Path
             instances[1].signal(signal.SIGKILL)
             for stream, (_, expected) in zip(streams, texts, strict=True):
                 await stream.is_right(expected)
+            assert bool((await client.stats()).counters.split_steps) == bool(more)
             pauses = {home: stream.pause_after(moment) for home, stream in zip(homes, streams, strict=True)}
             print("seconds to the next token, by home:", pauses)
             assert max(pauses[0], pauses[2]) < 3

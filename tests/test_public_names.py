@@ -91,7 +91,7 @@ def test_chunk_and_stats() -> None:
     kv = ["total_tokens", "used_tokens", "free_tokens", "lent_tokens", "borrowed_tokens"]
     assert fields(InstanceStats) == ["cell", "rank", *kv, *more]
     assert {"state", "home", "kv_tokens", "home_moves", "prompt_tokens"} <= set(fields(RequestStats))
-    tokens = ["steps", "rows", "rows_dispatched", "tokens_prefilled", "tokens_generated"]
+    tokens = ["steps", "rows", "rows_dispatched", "split_steps", "tokens_prefilled", "tokens_generated"]
     tiers = ["tier_bytes_down", "tier_bytes_up", "tier_tokens", "blocks_corrupt", "slots_failed", "copies_failed"]
     moves = ["home_moves", "preemptions", "moves_failed", "blocks_copied", "blocks_evicted", *tiers]
     moves += ["query_bytes", "partial_bytes", "kv_bytes"]

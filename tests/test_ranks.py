@@ -104,6 +104,14 @@ async def test_what_can_not_be_split_is_said_before_weights_are_loaded(started: 
         (model_of_nothing, 3, "--pp 3", r"llama: it has 2 layers, which 3 stages can't share \(--pp\)"),
         (model_of_nothing, 2, "--pp 2 --pp-layers 2,1", "llama: it has 2 layers, and --pp-layers 2,1 are 3"),
         (model_of_nothing, 2, "--pp 2 --quantize int8", "--pp 2 splits weights of 16 or 32 bits, as yet"),
+        (
+            model_of_nothing,
+            2,
+            "--tp 2 --elastic-tp 4",
+            "--elastic-tp 4 is for instances that each have all weights: these are split between 2 ranks",
+        ),
+        (model_of_nothing, 1, "--elastic-tp on", "--elastic-tp 'on' is neither off, nor auto, nor a number of rows"),
+        (experts, 1, "--elastic-tp 4", "gpt_oss: --elastic-tp 4 splits layers that have the parts of Llama's or Gemma's"),
         (experts, 2, "--pp 2", "gpt_oss: --pp 2 takes models whose layers all see alike, as yet"),
     ]
     for path, processes, given, sentence in cases:

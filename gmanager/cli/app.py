@@ -43,6 +43,12 @@ def up(
     pp_layers: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="layers of each stage, as 20,12 (as even as can be)")
     ] = None,
+    elastic_tp: Annotated[
+        str,
+        typer.Option(
+            metavar="ROWS", help="instances share a decode step's dense layers while it has at most so many rows; off, or auto"
+        ),
+    ] = "off",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there are as many GPUs as that takes")] = "auto",
     http: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="where the OpenAI-compatible server listens")
@@ -113,6 +119,7 @@ def up(
         tp=tp,
         pp=pp,
         pp_layers=pp_layers,
+        elastic_tp=elastic_tp,
         device=device,
         http=None if no_http else http,
         bind=bind,

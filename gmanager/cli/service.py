@@ -16,7 +16,7 @@ from gmanager.client import AsyncClient
 from gmanager.wire.errors import DistattnError
 from gmanager.wire.messages import Role
 from gmanager.wire.scaling import RopeScaling
-from gmanager.wire.sizes import check_layers, parse_disk, parse_layers, parse_size
+from gmanager.wire.sizes import check_layers, check_sharing, parse_disk, parse_elastic, parse_layers, parse_size
 
 T = TypeVar("T")
 
@@ -99,6 +99,8 @@ class ServiceConfig:
     """Stages of each instance."""
     pp_layers: str | None = None
     """Layers of each stage, with commas between; None: as even as can be."""
+    elastic_tp: str = "off"
+    """Most rows of a decode step whose dense layers the instances share; or auto, or off."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what an instance would refuse, before one is started."""
@@ -135,6 +137,8 @@ class ServiceConfig:
                 raise ValueError(f"{flag} must be at least 1, got {degree}")
         if self.pp_layers is not None:
             check_layers(parse_layers(self.pp_layers), self.pp)
+        if sharing := parse_elastic(self.elastic_tp):
+            check_sharing(sharing, device=self.device, ranks=self.ranks, quantize=self.quantize)
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 
@@ -274,6 +278,7 @@ def _instance(config: ServiceConfig, address: str, number: int) -> list[str]:
         "--tp": config.tp if config.tp > 1 else None,
         "--pp": config.pp if config.pp > 1 else None,
         "--pp-layers": config.pp_layers,
+        "--elastic-tp": None if config.elastic_tp == "off" else config.elastic_tp,
         "--role": config.roles[number] if config.roles else None,
     }
     names = [f"--served-model-name={name}" for name in (config.served_model_name, *config.other_names) if name is not None]

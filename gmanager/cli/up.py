@@ -57,6 +57,7 @@ class Wanted:
     pp: int
     """Stages of each."""
     pp_layers: str | None
+    elastic_tp: str
     device: str
     http: str | None
     bind: str
@@ -154,6 +155,7 @@ def check(wanted: Wanted) -> ServiceConfig:
             tp=wanted.tp,
             pp=wanted.pp,
             pp_layers=wanted.pp_layers,
+            elastic_tp=wanted.elastic_tp,
             kv_tokens=kv_tokens,
             kv_memory=wanted.kv_memory,
             max_context=wanted.max_context,

@@ -78,6 +78,9 @@ TORCHRUN_STOPS_S = 60.0
 
 Phase = Literal["registering", "returning", "opening", "joining", "ready", "suspending"]
 
+MAX_ELASTIC = 16
+"""Characters of --elastic-tp."""
+
 MAX_WINDOWS = 64
 """Tables of blocks behind the first that a model may have."""
 
@@ -87,6 +90,7 @@ _SAME = (
     "tp",
     "pp",
     "pp_layers",
+    "elastic_tp",
     "rotary",
     "fingerprint",
     "layers",
@@ -101,12 +105,13 @@ _IN_WORDS = {
     "tp": "degree of tensor parallelism",
     "pp": "number of pipeline stages",
     "pp_layers": "number of layers in each stage",
+    "elastic_tp": "--elastic-tp",
     "layers": "way to run layers",
     "rotary": "rotary scaling",
     "windows": "blocks in windows",
     "kv_dtype": "dtype of KV",
 }
-_IF_EMPTY = {"rotary": "the model's own", "kv_dtype": "the model's"}
+_IF_EMPTY = {"rotary": "the model's own", "kv_dtype": "the model's", "elastic_tp": "off"}
 _POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
 
 
@@ -296,6 +301,11 @@ class Cell:
     def max_tokens(self) -> int:
         """Most tokens of a request, prompt and generated, whatever memory there is."""
         return min(self.spec.max_context, MAX_TOKENS)
+
+    def helpers(self) -> list[int]:
+        """Ranks that share dense layers, whatever they hold: all, if they are told to and are of one host; else none."""
+        is_one_host = len({member.spec.host for member in self.members}) == 1
+        return [member.rank for member in self.members] if is_one_host and self.spec.elastic_tp else []
 
     def refusal(self, register: Register) -> str | None:
         """Why this instance can't be a member."""
@@ -689,6 +699,8 @@ def malformed(register: Register) -> str | None:
         return f"rotary frequencies are told with at most {MAX_ROTARY} printable characters, got {len(register.spec.rotary)}"
     if len(register.spec.kv_dtype) > MAX_DTYPE or not register.spec.kv_dtype.isprintable():
         return f"a dtype of KV has at most {MAX_DTYPE} printable characters, got {len(register.spec.kv_dtype)}"
+    if len(register.spec.elastic_tp) > MAX_ELASTIC or not register.spec.elastic_tp.isprintable():
+        return f"--elastic-tp is told with at most {MAX_ELASTIC} printable characters, got {len(register.spec.elastic_tp)}"
     if len(register.spec.host) > MAX_HOST:
         return f"a host is named with at most {MAX_HOST} characters, got {len(register.spec.host)}"
     if len(register.spec.windows) > MAX_WINDOWS or min(register.spec.windows, default=1) < 1:

@@ -1,6 +1,10 @@
-"""Parties: the instances that share a sequence, directly or through others, step together."""
+"""Parties: the instances that share a sequence, directly or through others, step together.
 
-from collections.abc import Iterable
+Where instances share dense layers (`instance.elastic_tp`) all are one party, whatever lies where: an idle one helps the
+others. As nobody needs that while nothing runs, they meet with the first sequence of an epoch.
+"""
+
+from collections.abc import Collection, Iterable
 
 from gmanager.wire.messages import Regroup
 
@@ -8,7 +12,9 @@ from gmanager.wire.messages import Regroup
 class Parties:
     """The parties of one epoch. Every rank starts alone, in a party with number 0."""
 
-    def __init__(self, epoch: int, size: int) -> None:
+    def __init__(self, epoch: int, size: int, standing: Collection[int] = ()) -> None:
+        """`standing`: ranks that are together as soon as anything runs."""
+        self._standing = sorted(standing)
         self._epoch = epoch
         self._size = size
         self._number = 0
@@ -17,12 +23,12 @@ class Parties:
         """Lowest rank of each one's party."""
 
     def hold(self, ranks: Iterable[int]) -> bool:
-        """Whether these are in one party."""
-        return len({self._of[rank] for rank in ranks}) <= 1
+        """Whether these are in one party, and those together that are to be."""
+        return all(len({self._of[rank] for rank in its}) <= 1 for its in (ranks, self._standing))
 
     def regroup(self, shared: Iterable[Iterable[int]]) -> tuple[list[int], Regroup] | None:
         """Make the parties fit these sets of participants. Returns whom to tell what, or None if nothing changes."""
-        wanted = connected(self._size, shared)
+        wanted = connected(self._size, [self._standing, *shared])
         known = {tuple(party) for party in self._parties}
         new = [party for party in wanted if tuple(party) not in known]
         if not new:
@@ -37,7 +43,7 @@ class Parties:
 
     def validate(self, shared: Iterable[Iterable[int]]) -> None:
         """Raises RuntimeError unless the parties are those that these sets make."""
-        wanted = connected(self._size, shared)
+        wanted = connected(self._size, [self._standing if self._number else (), *shared])
         if self._parties != wanted:
             raise RuntimeError(f"parties are {self._parties} and should be {wanted}")
 

@@ -31,6 +31,7 @@ _COUNTED = {
     "steps": "Steps that the instance had a part in.",
     "rows": "Rows of tokens that ran through the model.",
     "rows_dispatched": "Query rows sent to other instances, once a step and receiver.",
+    "split_steps": "Decode steps whose dense layers were split between instances.",
     "tokens_prefilled": "Prompt tokens computed, those of preempted requests again.",
     "tokens_generated": "Tokens sampled for the sequences at home here.",
     "home_moves": "Sequences that came here to be at home.",

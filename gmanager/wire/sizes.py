@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 _UNITS = {unit: 2 ** (10 * power) for power, unit in enumerate(("", "K", "M", "G", "T"))}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -38,3 +39,25 @@ def parse_layers(text: str) -> tuple[int, ...]:
     if not all(count.isascii() and count.isdigit() for count in counts):
         raise ValueError(f"{text!r} are no numbers of layers with commas between, like 20,12")
     return tuple(map(int, counts))
+
+
+def parse_elastic(text: str) -> int | Literal["auto"]:
+    """Rows of a step that instances share, 0 for `off`, or `auto`. Raises ValueError."""
+    if text == "auto":
+        return "auto"
+    if text != "off" and not (text.isascii() and text.isdigit()):
+        raise ValueError(f"--elastic-tp {text!r} is neither off, nor auto, nor a number of rows")
+    return 0 if text == "off" else int(text)
+
+
+def check_sharing(most_rows: int | Literal["auto"], *, device: str, ranks: int, quantize: str) -> None:
+    """Raises ValueError for instances that can't share dense layers. `ranks`: of each."""
+    flag = f"--elastic-tp {most_rows}"
+    if most_rows != "auto" and most_rows < 0:
+        raise ValueError(f"{flag} is no number of rows")
+    if device == "cuda":
+        raise ValueError(f"{flag} on GPUs is refused: instances have shared dense layers on CPUs only, as yet")
+    if ranks > 1:
+        raise ValueError(f"{flag} is for instances that each have all weights: these are split between {ranks} ranks")
+    if quantize != "none":
+        raise ValueError(f"{flag} splits weights of 16 or 32 bits, and doesn't go with --quantize {quantize}")

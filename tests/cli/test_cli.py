@@ -379,6 +379,11 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(model), "--pp", "64", "--device", "cuda"], "1 instances of 64 ranks need 64 GPUs; this machine has "),
             ([str(model), "--pp", "2", "--pp-layers", "3"], "--pp-layers 3 are not the layers of 2 stages (--pp)"),
             ([str(model), "--pp", "2", "--pp-layers", "a,b"], "'a,b' are no numbers of layers with commas between, like 20,12"),
+            ([str(model), "--elastic-tp", "on"], "--elastic-tp 'on' is neither off, nor auto, nor a number of rows"),
+            (
+                [str(model), "--elastic-tp", "auto", "--tp", "2"],
+                "--elastic-tp auto is for instances that each have all weights: these are split between 2 ranks",
+            ),
             ([str(model), "--slo-tpot", "inf"], "--slo-tpot must be a positive number of seconds, got inf"),
             ([str(model), "--bind", "here"], "an address looks like tcp://127.0.0.1:5570, got 'here'"),
             ([str(model), "--http", "127.0.0.1:70000"], "the port must be in [0, 65536), got 70000"),

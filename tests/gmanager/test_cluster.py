@@ -170,6 +170,8 @@ def test_members_are_told_each_others_hosts() -> None:
         ({"rotary": "y" * 201}, "rotary frequencies are told with at most 200 printable characters, got 201"),
         ({"kv_dtype": "fp8"}, "its dtype of KV is fp8, that of cell 'main' is the model's"),
         ({"kv_dtype": "f" * 21}, "a dtype of KV has at most 20 printable characters, got 21"),
+        ({"elastic_tp": "4"}, "its --elastic-tp is 4, that of cell 'main' is off"),
+        ({"elastic_tp": "4" * 17}, "--elastic-tp is told with at most 16 printable characters, got 17"),
         ({"tokenizer": "cafe"}, "its tokenizer is cafe, that of cell 'main' is beef"),
         ({"dtype": "float16"}, "its dtype is float16, that of cell 'main' is float32"),
         ({"block_size": 16}, "its block size is 16, that of cell 'main' is 4"),

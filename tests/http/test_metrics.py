@@ -20,6 +20,7 @@ BUSY = m.Counters(
     steps=10,
     rows=300,
     rows_dispatched=40,
+    split_steps=4,
     tokens_prefilled=280,
     tokens_generated=20,
     home_moves=2,
@@ -199,7 +200,7 @@ def test_memory_and_cells(samples: Samples) -> None:
 
 def test_work(samples: Samples) -> None:
     for name in (
-        *("steps", "rows", "rows_dispatched", "tokens_prefilled", "tokens_generated", "home_moves"),
+        *("steps", "rows", "rows_dispatched", "split_steps", "tokens_prefilled", "tokens_generated", "home_moves"),
         *("blocks_copied", "query_bytes", "partial_bytes", "kv_bytes"),
     ):
         for rank, counters in enumerate((BUSY, IDLE)):

@@ -73,6 +73,7 @@ class Setup:
     pp: int = 1
     pp_layers: tuple[int, ...] = ()
     """Stages of an instance."""
+    elastic_tp: int | Literal["auto"] = 0
 
     @property
     def ranks(self) -> int:
@@ -246,11 +247,12 @@ class _Serving:
             rope_scaling=setup.rope_scaling,
             kv_format=setup.kv_format,
             kv_dtype=setup.kv_dtype,
+            elastic_tp=setup.elastic_tp,
             threads=1,
             step_timeout_s=30,
         )
         form = setup.dtype, setup.quantize, setup.rope_scaling, setup.kv_format, setup.kv_dtype
-        key = (setup.model, *form, seat)
+        key = (setup.model, *form, bool(setup.elastic_tp), seat)
         if key not in _loaded:
             _loaded[key] = load(config)
         loaded = _loaded[key]

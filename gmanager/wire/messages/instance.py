@@ -45,6 +45,8 @@ class InstanceSpec(Part):
     """Stages that its layers are split into."""
     pp_layers: list[int] = []
     """Of each stage, if there are several."""
+    elastic_tp: str = ""
+    """Most rows of a step whose dense layers the cell's instances share, or "auto"; empty: they never do."""
     rotary: str = ""
     """What the service has chosen of the model's rotary frequencies, in words; empty: they are as the model has them."""
     kv_dtype: str = ""

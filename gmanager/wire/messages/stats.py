@@ -13,6 +13,8 @@ class Counters(Part):
     rows: int = 0
     rows_dispatched: int = 0
     """Query rows sent to other instances, counted once a step and receiver, not in each layer."""
+    split_steps: int = 0
+    """Decode steps whose dense layers were split between instances."""
     tokens_prefilled: int = 0
     tokens_generated: int = 0
     home_moves: int = 0

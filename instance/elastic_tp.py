@@ -1,0 +1,137 @@
+"""Whether a step's feeds and head are split between the instances that run it: pure, and the same on every member.
+
+    whole   each instance computes its own rows                  and reads all weights
+    split   each computes a part of what all rows become         and reads 1/n of them; rows travel there and back in each layer
+
+All have all weights, so nothing is moved for either: a part is a view (`instance.shared_feeds`). Attention and its projections
+stay with a row's home in both: for one row of an 8B model in bf16 feeds and head are 82 % of what is read, and each exchange
+more that projections would take costs what halving them saves (docs/operate.md).
+
+Source of the switch by load: shift parallelism (Hidayetoglu et al., arXiv 2509.16495), which keeps weights in two layouts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import msgspec
+
+from instance.split import dealt, inner_shares
+
+MOST_SPLIT_ROWS = 256
+"""Of a step that is split, of all members together."""
+
+ElasticTP = int | Literal["auto"]
+"""Most rows of a step that is split, 0: none is; or as what was measured says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedCosts:
+    """Nanoseconds in a step, for the feeds of all layers and the head. Never negative."""
+
+    weights_ns: float
+    """Of one instance to read all, whatever the rows."""
+    row_ns: float
+    """Of one instance for all of a row more."""
+    trip_ns: float
+    """For rows to travel to the other instances, and what they make of them back, however few."""
+    trip_row_ns: float
+    """For each row that travels, to each of the others."""
+
+    @staticmethod
+    def through(few_rows: tuple[int, float, float], many_rows: tuple[int, float, float], *, others: int) -> "FeedCosts":
+        """The lines through what was measured with few and with many rows of each instance, with so many `others`: their
+        number, what an instance took by itself, and what the trips took."""
+        few, whole_ns, trip_ns = few_rows
+        many, whole_many_ns, trip_many_ns = many_rows
+        row_ns = max(0.0, (whole_many_ns - whole_ns) / (many - few))
+        trip_row_ns = max(0.0, (trip_many_ns - trip_ns) / ((many - few) * (others + 1) * others))
+        return FeedCosts(
+            weights_ns=max(0.0, whole_ns - few * row_ns),
+            row_ns=row_ns,
+            trip_ns=max(0.0, trip_ns - few * (others + 1) * others * trip_row_ns),
+            trip_row_ns=trip_row_ns,
+        )
+
+    @staticmethod
+    def agreed(all_: Sequence["FeedCosts"]) -> "FeedCosts":
+        """Of all members' the largest of each: a step takes as long as the slowest."""
+        return FeedCosts(**{field.name: max(getattr(costs, field.name) for costs in all_) for field in fields(FeedCosts)})
+
+    def whole(self, rows: int) -> float:
+        """Of an instance that computes so many rows by itself."""
+        return self.weights_ns + rows * self.row_ns if rows else 0.0
+
+    def split(self, rows: int, members: int) -> float:
+        """Of so many members that compute so many rows together."""
+        trips = self.trip_ns + rows * (members - 1) * self.trip_row_ns
+        return (self.weights_ns + rows * self.row_ns) / members + trips
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRule:
+    """When steps are split. All members of an epoch have the same."""
+
+    most_rows: int
+    """Of all members together in a step that is split."""
+    costs: FeedCosts | None = None
+    """None: all up to `most_rows` are."""
+
+    def sharers(self, rows: Mapping[int, int]) -> list[int]:
+        """Among whom a step of decode rows is split, of which each member has so many; ascending. Empty: it is not.
+
+        It takes as long as the member for whom it takes longest.
+        """
+        total, members = sum(rows.values()), len(rows)
+        if members < 2 or not 0 < total <= self.most_rows:
+            return []
+        if self.costs is not None and self.costs.split(total, members) >= max(map(self.costs.whole, rows.values())):
+            return []
+        return sorted(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedShares:
+    """How one step is split, as one member has it."""
+
+    rank: int
+    """Of that member."""
+    rows: tuple[tuple[int, int], ...]
+    """`(rank, rows)` of all members, ascending."""
+
+    @property
+    def part(self) -> int:
+        """Which of the parts it computes."""
+        return [rank for rank, _ in self.rows].index(self.rank)
+
+    @property
+    def parts(self) -> int:
+        return len(self.rows)
+
+    @property
+    def total(self) -> int:
+        """Rows of all."""
+        return sum(count for _, count in self.rows)
+
+    def range_of(self, rank: int) -> range:
+        """Where a member's rows are among those of all."""
+        start = sum(count for its, count in self.rows if its < rank)
+        return range(start, start + dict(self.rows)[rank])
+
+    def inner(self, width: int) -> range:
+        """The dims between gate and down that it computes."""
+        return inner_shares(width, self.parts)[self.part]
+
+    def vocabulary(self, size: int) -> list[range]:
+        """The tokens whose logits each member computes, in the order of `rows`."""
+        return dealt(size, self.parts)
+
+
+def pack(costs: FeedCosts) -> bytes:
+    """For other members to read."""
+    return msgspec.json.encode(costs)
+
+
+def unpack(told: bytes) -> FeedCosts:
+    """What `pack` made. Raises msgspec.ValidationError for anything else."""
+    return msgspec.json.decode(told, type=FeedCosts)
