@@ -213,7 +213,7 @@ class Epoch(RankEpoch):
             step_us=times.step_ns // 1000,
             exchange_us=times.exchange_ns // 1000,
             attention_us=times.attention_ns // 1000,
-            split_steps=sum(loop.runner.split_steps for loop in self._lanes),
+            split_steps=tally.split_steps,
             notice_us=sum(loop.notice_ns for loop in self._lanes) // 1000,
             dropped_messages=self._lanes.parties.dropped,
         )

@@ -156,8 +156,6 @@ class Runner:
         self._sampler = Sampler(model.vocab_size, self._device, backend=attention.backend, max_rows=max_samples)
         self._team = team
         self._feeds = feeds
-        self.split_steps = 0
-        """Steps whose feeds were split between instances."""
         self._tell = tell
         self._previous_tokens = torch.zeros(max_samples, dtype=torch.int64, device=self._device)
         # the number of threads and the current GPU are settings of the thread that calls
@@ -319,7 +317,6 @@ class Runner:
         if self._feeds is None or plan.shares is None:
             return None
         self._feeds.plan(plan.shares)
-        self.split_steps += 1
         return self._feeds
 
     def measure_feeds(self, ranks: range, rank: int) -> FeedCosts:

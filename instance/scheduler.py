@@ -108,6 +108,8 @@ class Tally:
 
     steps: int = 0
     rows: int = 0
+    split_steps: int = 0
+    """Whose feeds were split between members."""
     tokens_prefilled: int = 0
     tokens_generated: int = 0
     home_moves: int = 0
@@ -589,6 +591,7 @@ class Scheduler:
         self._move_on(step, spans_of)
         self._check_holdings(step)
         self.tally.steps += not step.is_empty()
+        self.tally.split_steps += bool(step.sharers)
         self.tally.rows += len(token_ids)
         layouts = [
             self._lay_out(step.spans, step.holdings, self._rmanager.shards, self.rank, sight, group if other_slots else 0)
