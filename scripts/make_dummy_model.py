@@ -3,15 +3,17 @@
 
 The tokenizer is byte-level, with a chat template; ids beyond the bytes read `<|300|>`, and no text becomes them. The last of
 them ends a text, unless the config says what does: tools and JSON schemas need that, and `ignore_eos` does without. Weights are
-drawn on a GPU if there is one: the same seed gives the same ones on the same kind of device.
+drawn on a GPU if there is one: the same seed gives the same ones on the same kind of device. With --alike they are drawn for
+one layer, and all others have the same: of a large shape that takes a part of the time.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 POSITIONS = 8_388_608
 """More than the models that the shapes are of: what is measured is how long a text can be, not what it says."""
@@ -139,8 +141,13 @@ def config_of(shape: str) -> Any:
     return AutoConfig.from_pretrained(shape, local_files_only=True)
 
 
-def write(shape: str, folder: Path, dtype: str, seed: int = 0) -> None:
-    """The checkpoint. Raises OSError or ValueError for a shape that can't be had, or a vocabulary too small for bytes."""
+def write(
+    shape: str, folder: Path, dtype: str, seed: int = 0, *, alike: bool = False, form: Literal["plain", "fp8"] = "plain"
+) -> None:
+    """The checkpoint. `alike`: all layers have the same weights; then `form` says how linear layers are stored.
+
+    Raises OSError or ValueError for a shape that can't be had, or a vocabulary too small for bytes.
+    """
     import torch
     from _tiny import make_tokenizer
     from transformers import AutoModelForCausalLM
@@ -152,12 +159,21 @@ def write(shape: str, folder: Path, dtype: str, seed: int = 0) -> None:
     tokenizer = make_tokenizer(vocabulary)
     config.dtype = getattr(torch, dtype)
     torch.manual_seed(seed)
-    auto: Any = AutoModelForCausalLM  # its from_config has no types
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # 8B: five minutes on CPUs
-        model = auto.from_config(config, dtype=config.dtype, trust_remote_code=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # 8B: five minutes on CPUs
+    if alike:
+        from _alike import write_alike
+
+        model = write_alike(config, folder, device=device, fp8=form == "fp8")
+    else:
+        auto: Any = AutoModelForCausalLM  # its from_config has no types
+        with device:
+            model = auto.from_config(config, dtype=config.dtype, trust_remote_code=False)
     if config.get_text_config().eos_token_id is None and vocabulary > BYTES:
         model.generation_config.eos_token_id = vocabulary - 1
-    model.save_pretrained(folder)
+    if alike:
+        model.generation_config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -167,9 +183,18 @@ def main() -> int:
     parser.add_argument("out", metavar="DIR", type=Path, help="directory of the checkpoint")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alike", action="store_true", help="give all layers the same weights")
+    parser.add_argument(
+        "--form",
+        choices=("plain", "fp8"),
+        default="plain",
+        help="with --alike: fp8 has linear layers in e4m3, as compressed-tensors stores them",
+    )
     args = parser.parse_args()
+    if args.form != "plain" and not args.alike:
+        parser.error(f"--form {args.form} goes with --alike")
     try:
-        write(args.shape, args.out, args.dtype, args.seed)
+        write(args.shape, args.out, args.dtype, args.seed, alike=args.alike, form=args.form)
     except (OSError, ValueError) as error:
         print(f"make_dummy_model: {error}", file=sys.stderr)
         return 2

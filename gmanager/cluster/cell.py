@@ -15,25 +15,23 @@ still step in the epoch in which they were left; when they are all back, or some
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from gmanager.cluster.chain import seed_of
 from gmanager.cluster.events import Emit, LoadText, Log, Send
+from gmanager.cluster.member import Member
 from gmanager.cluster.performance import PerformanceModel
 from gmanager.cluster.placement import why_never
 from gmanager.cluster.policies import Policy
 from gmanager.cluster.prefixes import Held, follow_of, is_shareable
-from gmanager.cluster.request import Runs
+from gmanager.cluster.registration import MAX_CELL_SIZE, MAX_KV_TOKENS, differing
 from gmanager.wire import footprint
 from gmanager.wire.codec import MAX_FRAME_BYTES
 from gmanager.wire.errors import NO_TOKENIZER
 from gmanager.wire.messages import (
-    PROTOCOL,
     Beat,
     Counters,
     Former,
-    InstanceSpec,
     JoinEpoch,
     Kept,
     MemberAddress,
@@ -45,18 +43,9 @@ from gmanager.wire.messages import (
     Submit,
     Suspend,
     TextAssets,
-    Unheard,
     unpack_tokens,
 )
 from gmanager.wire.peer import PeerId
-
-MAX_CELL_NAME = 64
-MAX_CELL_SIZE = 4096
-MAX_HOST = 64
-MAX_ROTARY = 200
-MAX_DTYPE = 20
-MAX_KV_TOKENS = 2**50
-"""Most tokens of KV of one instance. Those of a whole cell fit the wire's integers."""
 
 MAX_TOKENS = MAX_FRAME_BYTES // 4 - 2**18
 """Most tokens of a request, whatever the model takes: all of them must fit one Admit."""
@@ -77,119 +66,6 @@ TORCHRUN_STOPS_S = 60.0
 """Longest that the torchrun of a lost instance takes to stop its others: it looks every few seconds, and they have 30."""
 
 Phase = Literal["registering", "returning", "opening", "joining", "ready", "suspending"]
-
-MAX_ELASTIC = 16
-"""Characters of --elastic-tp."""
-
-MAX_WINDOWS = 64
-"""Tables of blocks behind the first that a model may have."""
-
-_SAME = (
-    "dtype",
-    "kv_dtype",
-    "tp",
-    "pp",
-    "pp_layers",
-    "elastic_tp",
-    "rotary",
-    "fingerprint",
-    "layers",
-    "tokenizer",
-    "block_size",
-    "chunk_tokens",
-    "vocab_size",
-    "max_context",
-    "windows",
-)
-_IN_WORDS = {
-    "tp": "degree of tensor parallelism",
-    "pp": "number of pipeline stages",
-    "pp_layers": "number of layers in each stage",
-    "elastic_tp": "--elastic-tp",
-    "layers": "way to run layers",
-    "rotary": "rotary scaling",
-    "windows": "blocks in windows",
-    "kv_dtype": "dtype of KV",
-}
-_IF_EMPTY = {"rotary": "the model's own", "kv_dtype": "the model's", "elastic_tp": "off"}
-_POSITIVE = ("block_size", "vocab_size", "max_context", "num_blocks", "chunk_tokens", "decode_rows", "reach")
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """One instance, and what is known of its blocks."""
-
-    peer: PeerId
-    register: Register
-    run: tuple[str, int]
-    """Its torchrun: the run id, and how many instances of the same run id and rank came before (torchruns that were
-    given no id are all called "none")."""
-    heard_at: float
-    id: int = -1
-    """In the cell, as long as it is a member; -1 before the first epoch has begun."""
-    rank: int = -1
-    """In the epoch; -1 before it has begun."""
-    joined: bool = False
-    kept: dict[int, Runs] | None = None
-    """seq -> what it has kept of the epoch before. None: it has not said yet."""
-    shared_ends: dict[int, int] = field(default_factory=dict)
-    """seq -> position before which it can't go on, as it shares blocks with others."""
-    since: dict[int, int] = field(default_factory=dict)
-    """seq -> the first row that can follow what it has kept."""
-    cached: dict[int, Held] = field(default_factory=dict)
-    """seq -> what it has kept of those that are over, while the membership changes."""
-    cached_blocks: int = 0
-    """Of the free ones, as last heard."""
-    host_blocks: int = 0
-    disk_blocks: int = 0
-    """Copies of blocks in host memory and on disk, likewise."""
-    free_blocks: int = 0
-    """As last heard. Answers to Reserve are already in it."""
-    outstanding: dict[int, int] = field(default_factory=dict)
-    """seq -> blocks of Reserves that aren't answered."""
-    is_freeing: bool = False
-    """It held KV that nobody wants any more, and has not said since how many blocks are free."""
-    counters: Counters = field(default_factory=Counters)
-    num_outputs: int = 0
-    """Messages Outputs that came of it."""
-    requests: dict[int, int] = field(default_factory=dict)
-    """seq -> number of the request, as it says of what it has kept."""
-    unheard: list[Unheard] = field(default_factory=list)
-    """What it generated while there was no gManager."""
-    is_draining: bool = False
-    """It gets nothing new, and leaves when what it has is elsewhere, or can't be."""
-    is_asking: bool = False
-    """It has asked for that itself, and waits for the answer."""
-    drain_calls: list[tuple[PeerId, int]] = field(default_factory=list)
-    """Clients' calls that are answered when it has left."""
-
-    @property
-    def spec(self) -> InstanceSpec:
-        return self.register.spec
-
-    @property
-    def free(self) -> int:
-        """Blocks that a new Reserve may count on."""
-        return max(0, self.free_blocks - sum(self.outstanding.values())) if self.outstanding else self.free_blocks
-
-    @property
-    def room(self) -> int:
-        """The longest new sequence for which `free` are enough, in blocks of tokens."""
-        return footprint.held(self.free, self.spec.windows)
-
-    @property
-    def size(self) -> int:
-        """The longest sequence that all its blocks hold, likewise."""
-        return footprint.held(self.spec.num_blocks, self.spec.windows)
-
-    @property
-    def name(self) -> str:
-        run = self.register.run_id[:64]
-        which = self.id if self.id >= 0 else f"with RANK {self.register.rank} of run {run!r}"
-        return f"instance {which} of cell '{self.register.cell}'"
-
-    def hear_free(self, blocks: int) -> None:
-        self.free_blocks = max(0, min(blocks, self.spec.num_blocks))
 
 
 class Cell:
@@ -315,19 +191,7 @@ class Cell:
             return f"cell '{self.name}' has {len(self.everybody)} instances, as many as may be"
         if register.cell_size != self.quorum:
             return f"its cell size is {register.cell_size}, that of cell '{self.name}' is {self.quorum}"
-        for field_name in _SAME:
-            own, theirs = getattr(register.spec, field_name), getattr(self.spec, field_name)
-            if own != theirs:
-                what = _IN_WORDS.get(field_name, field_name.replace("_", " "))
-                if field_name == "fingerprint":
-                    what = "model"
-                    own, theirs = (f"{spec.model[:40]} ({spec.fingerprint[:12]})" for spec in (register.spec, self.spec))
-                if field_name in _IF_EMPTY:
-                    own, theirs = (value or _IF_EMPTY[field_name] for value in (own, theirs))
-                return f"its {what} is {str(own)[:80]}, that of cell '{self.name}' is {str(theirs)[:80]}"
-        if (register.spec.device == "cpu") != (self.spec.device == "cpu"):
-            return f"its device is {register.spec.device[:80]}, that of cell '{self.name}' is {self.spec.device[:80]}"
-        return None
+        return differing(register.spec, self.spec, self.name)
 
     def why_unreadable(self, submit: Submit) -> Refusal | None:
         """Why what the request holds besides token ids can't be read here; None if it can, or there is nothing."""
@@ -681,35 +545,3 @@ class Cell:
             wrong = self.policy.wrong_with([member.register.role for member in self.members])
             if wrong is not None:
                 self._emit(Log(logging.WARNING, "roles mean nothing", {"cell": self.name, "reason": wrong}))
-
-
-def malformed(register: Register) -> str | None:
-    """What is wrong with a registration whatever the cell."""
-    if register.protocol != PROTOCOL:
-        return f"it speaks protocol {register.protocol}, this gManager {PROTOCOL}"
-    if not (1 <= len(register.cell) <= MAX_CELL_NAME and register.cell.isprintable()):
-        return f"a cell's name has 1 to {MAX_CELL_NAME} printable characters"
-    if not 1 <= register.cell_size <= MAX_CELL_SIZE:
-        return f"cell size must be between 1 and {MAX_CELL_SIZE}, got {register.cell_size}"
-    if register.rank < 0:
-        return f"RANK must not be negative, got {register.rank}"
-    if register.wanted_id is not None and not 0 <= register.wanted_id < MAX_CELL_SIZE:
-        return f"an instance's number must be in [0, {MAX_CELL_SIZE}), got {register.wanted_id}"
-    if len(register.spec.rotary) > MAX_ROTARY or not register.spec.rotary.isprintable():
-        return f"rotary frequencies are told with at most {MAX_ROTARY} printable characters, got {len(register.spec.rotary)}"
-    if len(register.spec.kv_dtype) > MAX_DTYPE or not register.spec.kv_dtype.isprintable():
-        return f"a dtype of KV has at most {MAX_DTYPE} printable characters, got {len(register.spec.kv_dtype)}"
-    if len(register.spec.elastic_tp) > MAX_ELASTIC or not register.spec.elastic_tp.isprintable():
-        return f"--elastic-tp is told with at most {MAX_ELASTIC} printable characters, got {len(register.spec.elastic_tp)}"
-    if len(register.spec.host) > MAX_HOST:
-        return f"a host is named with at most {MAX_HOST} characters, got {len(register.spec.host)}"
-    if len(register.spec.windows) > MAX_WINDOWS or min(register.spec.windows, default=1) < 1:
-        return f"there are at most {MAX_WINDOWS} windows, of 1 block at least, got {register.spec.windows[: MAX_WINDOWS + 1]}"
-    for field_name in _POSITIVE:
-        value = getattr(register.spec, field_name)
-        if value < 1:
-            return f"{field_name} must be at least 1, got {value}"
-    if register.spec.num_blocks * register.spec.block_size > MAX_KV_TOKENS:
-        blocks = f"{register.spec.num_blocks:,} blocks of {register.spec.block_size:,} tokens"
-        return f"an instance has at most {MAX_KV_TOKENS:,} tokens of KV, got {blocks}"
-    return None

@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Iterable
 
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Log, Send
+from gmanager.cluster.member import Member
 from gmanager.cluster.sequences import Sequences
 from gmanager.wire.messages import CallFailed, Done, Drain, NotDrained
 from gmanager.wire.peer import PeerId

@@ -16,7 +16,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
+from gmanager.cluster.member import Member
 from gmanager.cluster.pace import LEAST, Least, Margin, Mean, Measured, Predictor
 from gmanager.cluster.placement import LONG_PROMPT, PARALLEL_EFFICIENCY, InstanceView, prompt_work
 from gmanager.cluster.request import Request

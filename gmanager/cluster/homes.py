@@ -7,8 +7,9 @@ wish, NeedBlock, drain ──next_of──> a target ──Reserve, Granted─�
 
 from collections.abc import Callable
 
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Send
+from gmanager.cluster.member import Member
 from gmanager.cluster.moves import Moves
 from gmanager.cluster.placement import Candidate, choose_target
 from gmanager.cluster.request import MoveCall, Request

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Iterable
 
 from gmanager.cluster import drains
-from gmanager.cluster.cell import Member
 from gmanager.cluster.cells import Cells
+from gmanager.cluster.member import Member
 from gmanager.cluster.membership import Membership
 from gmanager.cluster.parting import Parting
 from gmanager.cluster.sequences import Sequences

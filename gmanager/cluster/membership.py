@@ -8,11 +8,13 @@ import logging
 from collections.abc import Callable, Collection
 
 from gmanager.cluster import drains
-from gmanager.cluster.cell import MAX_ATTEMPTS, RETURN_GRACE_S, SUSPEND_TIMEOUT_S, Cell, Member, malformed
+from gmanager.cluster.cell import MAX_ATTEMPTS, RETURN_GRACE_S, SUSPEND_TIMEOUT_S, Cell
 from gmanager.cluster.cells import Cells
 from gmanager.cluster.events import DropText
+from gmanager.cluster.member import Member
 from gmanager.cluster.parting import Parting
 from gmanager.cluster.policies import POLICIES
+from gmanager.cluster.registration import malformed
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.sequences import Sequences
 from gmanager.cluster.turn import Turn

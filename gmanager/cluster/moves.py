@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Log, Send
+from gmanager.cluster.member import Member
 from gmanager.cluster.placement import InstanceView, choose_holder
 from gmanager.cluster.sequence import Sequence as SequenceState
 from gmanager.wire.messages import Copied, CopyRun, Drop, FlipRun, OfferRun, Reserve, RunMoved, RunOffered

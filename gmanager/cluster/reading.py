@@ -19,8 +19,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Send
+from gmanager.cluster.member import Member
 from gmanager.cluster.request import Request
 from gmanager.wire.messages import Fetch, Fetched, StopFetch
 

@@ -11,9 +11,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Send
 from gmanager.cluster.following import Following
+from gmanager.cluster.member import Member
 from gmanager.cluster.placement import InstanceView, Placement, prompt_work
 from gmanager.cluster.prefixes import Match, Prefixes, follow_of, is_shareable
 from gmanager.cluster.reading import MOST_READS, Reading

@@ -8,8 +8,9 @@ from bisect import insort
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Send
+from gmanager.cluster.member import Member
 from gmanager.cluster.parties import Parties
 from gmanager.cluster.placement import InstanceView
 from gmanager.cluster.sequence import Sequence

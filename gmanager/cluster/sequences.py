@@ -24,11 +24,12 @@ from itertools import islice
 from msgspec.structs import replace
 
 from gmanager.cluster.backfill import Backfill
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Send, SendAll
 from gmanager.cluster.forecast import Forecast
 from gmanager.cluster.homes import Homes
 from gmanager.cluster.lifecycle import RUNNING, State
+from gmanager.cluster.member import Member
 from gmanager.cluster.moves import Moves
 from gmanager.cluster.placement import Placement
 from gmanager.cluster.policies import NewHolder, NewHome

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from gmanager.cluster.cell import Cell, Member
+from gmanager.cluster.cell import Cell
+from gmanager.cluster.member import Member
 from gmanager.cluster.performance import Lane, PerformanceModel
 from gmanager.cluster.sequences import Sequences
 from gmanager.wire import footprint

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from gmanager.cluster.cell import malformed
 from gmanager.cluster.chain import Chain
 from gmanager.cluster.events import Send, SendAll
 from gmanager.cluster.following import Following
 from gmanager.cluster.prefixes import FAR, Prefixes, first_gap
+from gmanager.cluster.registration import malformed
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import CLIENT, HELLO, Driver, beat, granted, peer, register, reserve, running, submit
 

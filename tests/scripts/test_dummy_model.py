@@ -3,17 +3,19 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import make_dummy_model
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
 from gmanager.text.grammars import compile_grammar
 from gmanager.wire.messages import StructuredOutputsParams
 from instance.exact import refuse_inexact
 from instance.load import load_model, load_text_assets
+from tests.support.tiny import SIZES
 
 SCRIPT = Path(make_dummy_model.__file__)
 
@@ -52,6 +54,26 @@ def test_a_config_becomes_one_too(tmp_path: Path) -> None:
     model = load_model(tmp_path / "made", None, torch.device("cpu"))
     assert (model.module.config.model_type, model.vocab_size) == ("qwen3", 400)
     assert load_text_assets(tmp_path / "made").eos_token_ids == [399]
+
+
+@pytest.mark.parametrize("form", ["plain", "fp8"])
+def test_all_layers_may_be_alike(form: Literal["plain", "fp8"], tmp_path: Path) -> None:
+    config = LlamaConfig(**(SIZES | {"num_hidden_layers": 12, "vocab_size": 300, "eos_token_id": None}))  # type: ignore[arg-type]
+    config.save_pretrained(tmp_path / "shape")
+    make_dummy_model.write(str(tmp_path / "shape"), tmp_path / "made", "float32", alike=True, form=form)
+    model = load_model(tmp_path / "made", None, torch.device("cpu"))
+    assert model.num_layers == 12
+    weights = dict(model.module.named_parameters())
+    first, last = (weights[f"model.layers.{layer}.mlp.down_proj.weight"].float() for layer in (0, 11))
+    assert torch.equal(first, last) and bool((first != 0).any())
+    assert (weights["model.layers.3.mlp.down_proj.weight"].dtype == torch.float8_e4m3fn) == (form == "fp8")
+    refuse_inexact(model, "made", block_size=16, backend="torch")
+    assert load_text_assets(tmp_path / "made").eos_token_ids == [299]
+
+
+def test_layers_of_several_kinds_can_not_be_alike(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gemma3_text: its layers can't be alike, they are of several kinds"):
+        make_dummy_model.write("gemma-3-27b", tmp_path, "float32", alike=True)
 
 
 def test_what_is_no_shape_is_refused_in_a_sentence(tmp_path: Path) -> None:
