@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
 
 log = get_logger("instance")
 
-LET_GO_S = 0.5
-"""Between two looks who still waits."""
+LET_GO_S, LOOK_S = 0.5, 0.01
+"""Between two looks who still waits, and whether the device has ended."""
 END_TIMEOUT_S = 8.0
 """Longest that the device may take to let go of a step that was aborted."""
 
@@ -84,7 +84,6 @@ class RankEpoch:
         self._made = ExitStack()
         """Undoes what was made, last first."""
         self._exchanges: list[Exchange] = []
-        self._pipes: list[MemoryPipe] = []
         self._is_over = False
 
     @property
@@ -114,8 +113,6 @@ class RankEpoch:
         stuck: list[Work] = []
         while ending:
             _, ending = await asyncio.wait(ending, timeout=LET_GO_S)
-            for pipe in self._pipes:
-                pipe.abort()
             sending = [exchange.sending for exchange in self._exchanges if exchange.sending is not None]
             if ending and self._equipment.model.device.type == "cpu" and len(ending) <= len(sending) and sending == stuck:
                 # all connections are closed: such a thread can only come back with an error, and then writes nothing
@@ -124,6 +121,12 @@ class RankEpoch:
             if ending and loop.time() > deadline:
                 raise InstanceError(f"the device did not let go of an aborted step within {END_TIMEOUT_S:g} s")
             stuck = sending
+        ends = [event for runner in self.runners.values() for event in runner.ends()]
+        # a rank that is asked for no results has waited for no step
+        while not all(event.query() for event in ends):  # type: ignore[no-untyped-call]
+            if loop.time() > deadline:
+                raise InstanceError(f"the device did not end what it was given within {END_TIMEOUT_S:g} s")
+            await asyncio.sleep(LOOK_S)
 
     def _threads(self) -> Sequence[Executor]:
         """That may still do something of it."""
@@ -323,8 +326,9 @@ class RankEpoch:
                 dtype=model.shape.dtype,
                 device=model.device,
             )
-            self._pipes.append(pipe)
             self._undo(pipe.abort)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             log.warning("the stages' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
         if not group.all_say(pipe is not None):

@@ -231,6 +231,13 @@ class Runner:
         """That drive the device: they have ended once nothing of a closed runner runs any more."""
         return self._driver, self._waiter
 
+    def ends(self) -> "list[torch.cuda.Event]":
+        """On a GPU: of all that was queued. To be called once the threads have ended."""
+        return [stream.record_event() for stream in self._used_streams()]
+
+    def _used_streams(self) -> "list[torch.cuda.Stream]":
+        return [] if self._stream is None else [self._stream]  # each waits for the one before (`_go_to`)
+
     def close(self) -> None:
         """Let go of the threads and the graphs. A step that waits for a lost peer is not waited for."""
         for pool in self.threads:

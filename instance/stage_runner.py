@@ -10,7 +10,9 @@ need of steps before. A wait is only ever for a step that came earlier, so none 
 
 import asyncio
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from instance.pipe import Pipe
 from instance.plan import ScoredRows, StepPlan
 from instance.runner import Launched, Results, Runner, Times
 from instance.team import Team
+from kernels.stream_words import NoStreamWords, stream_of_its_own
 
 
 class StageRunner(Runner):
@@ -39,6 +42,9 @@ class StageRunner(Runner):
         self._previous_tokens = torch.zeros(pipe.place.stages * self._max_samples, dtype=torch.int64, device=self._device)
         self._ender.submit(torch.set_num_threads, kwargs["threads"]).result()
         self._ender.submit(setattr, self._model.context, "team", ends).result()
+        self._broken: BaseException | None = None
+        """Of a step that wasn't run to its end: rows of the next would be taken for its rows."""
+        self._end_stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._ender.submit(self._take_stream).result()
 
@@ -59,10 +65,34 @@ class StageRunner(Runner):
         return *super().threads, self._ender
 
     def _take_stream(self) -> None:
+        """Ends are short, and whoever waits for tokens waits for them: they run on any processor, before other work."""
         torch.cuda.set_device(self._device)
-        torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        new: Any = torch.cuda.Stream  # its constructor has no types
+        try:
+            self._end_stream = stream_of_its_own(self._device, f"ends of {self._max_samples}", -1)
+        except NoStreamWords:
+            self._end_stream = new(self._device, priority=-1)
+        torch.cuda.set_stream(self._end_stream)
+
+    def _used_streams(self) -> "list[torch.cuda.Stream]":
+        return super()._used_streams() + ([] if self._end_stream is None else [self._end_stream])
 
     def _run_layers(self, plan: StepPlan, processors: int, sources: "set[Future[Launched]]") -> Launched:
+        with self._unbroken():
+            return self._queue_layers(plan, processors, sources)
+
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        """Once a step has failed none is run any more. Raises what it failed with."""
+        if self._broken is not None:
+            raise self._broken
+        try:
+            yield
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def _queue_layers(self, plan: StepPlan, processors: int, sources: "set[Future[Launched]]") -> Launched:
         if self._device.type == "cuda":
             self._go_to(processors)
         for source in sources:
@@ -86,6 +116,7 @@ class StageRunner(Runner):
         rows_TE = pipe.take(num_rows) if place.stage and num_rows else None
         if graphs is not None and graphs.can_run(plan):
             out_TE = graphs.run(plan, rows_TE)
+            out_TE = None if out_TE is None else out_TE.clone()  # the next step overwrites it, sent or not
             self.shared_graph_steps += plan.is_shared
         else:
             out_TE = self._run_layers_eagerly(plan, rows_TE)
@@ -111,7 +142,7 @@ class StageRunner(Runner):
     def _end(self, plan: StepPlan, running: "Future[Launched]") -> Launched:
         """Of a step, in the first stage."""
         layers = running.result()
-        with torch.inference_mode():
+        with self._unbroken(), torch.inference_mode():
             results = Results() if plan.is_idle else self._results(plan)
         # while several steps are in the stages, one takes what passes between two ends
         if layers.events is not None:

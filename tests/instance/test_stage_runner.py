@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 
 from distattn.attention import DistAttention
@@ -140,3 +142,61 @@ async def test_stages_run_ahead_and_say_what_the_whole_model_does(tmp_path: Path
         theirs[1].ranks,
         theirs[1].top_ids,
     )
+
+
+class Overwritten:
+    """Graphs whose steps all leave their rows in the same memory."""
+
+    def __init__(self) -> None:
+        self._out_TE = torch.zeros(1, 64)
+
+    def can_run(self, plan: StepPlan) -> bool:
+        return True
+
+    def run(self, plan: StepPlan, rows_TE: torch.Tensor | None) -> torch.Tensor:
+        return self._out_TE.add_(1)
+
+
+class Unhurried(Way):
+    """Sends what is there when it is taken."""
+
+    def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Done:
+        self._rows[self._rank, dst].put(tensors[0])
+        return Done()
+
+
+async def first_of_two(path: Path, way: type[Way]) -> tuple[Runner, Way, "queue.Queue[torch.Tensor]"]:
+    """The first stage, by itself: two steps' rows have come back to it already. With what it sends."""
+    rows: defaultdict[tuple[int, int], queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
+    back: defaultdict[tuple[int, int], queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
+    for _ in range(2):
+        back[1, 0].put(torch.zeros(1, 64))
+    place = Place(stage=0, stages=2)
+    sender = way(0, rows)
+    ends: list[Any] = [Exchange(its, CPU, members="stage") for its in (sender, way(0, back))]  # type: ignore[arg-type]
+    pipe = ExchangePipe(*ends, place, hidden_size=64, dtype=torch.float32, device=CPU)
+    return runner_of(load_model(path, None, CPU, place=place), pipe), sender, rows[0, 1]
+
+
+async def test_what_a_graph_has_left_is_sent_as_it_was(tmp_path: Path) -> None:
+    runner, _, sent = await first_of_two(make_model("llama", tmp_path), Unhurried)
+    graphs: Any = Overwritten()
+    runner.graphs[0] = graphs
+    try:
+        for step in [runner.launch(plan([7], at)) for at in range(2)]:
+            await step
+    finally:
+        runner.close()
+    assert [float(sent.get_nowait()[0, 0]) for _ in range(2)] == [1, 2]
+
+
+async def test_behind_a_step_that_failed_none_is_sent_as_its(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, sender, _ = await first_of_two(make_model("llama", tmp_path), Way)
+    monkeypatch.setattr(runner._model, "run_stage", mock.Mock(side_effect=[RuntimeError("out of luck"), torch.zeros(1, 64)]))
+    try:
+        for step in [runner.launch(plan([7], at)) for at in range(2)]:
+            with pytest.raises(RuntimeError, match="out of luck"):
+                await step
+    finally:
+        runner.close()
+    assert sender.sent == 0

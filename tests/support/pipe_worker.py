@@ -1,6 +1,7 @@
 """One stage of two; run by `tests/instance/test_pipe_memory.py`: STAGE FOLDER.
 
-Steps of other numbers of rows go round, several under way; then both wait for what never comes, until that is ended.
+Steps of other numbers of rows go round, several under way; then both wait for two more until that is ended, though one of them
+still comes to the first.
 """
 
 import sys
@@ -37,12 +38,18 @@ def main(stage: int, folder: Path) -> None:
                 pipe.give(pipe.take(count) + 1)
         torch.cuda.synchronize(device)
         _meet(store, stage, "went round")
+        if stage == 0:
+            torch.cuda._sleep(10**9)  # half a second
+        pipe.take(1)
         pipe.take(1)
         nobody_came = torch.cuda.Event()
         nobody_came.record()
-        time.sleep(0.2)
+        time.sleep(0.1)
         assert not nobody_came.query()
         pipe.abort()
+        _meet(store, stage, "gave up")
+        if stage == 1:  # a step that the first one still waits for comes late; the other never does
+            pipe.give(torch.zeros(1, 32, dtype=torch.bfloat16, device=device))
         torch.cuda.synchronize(device)
     try:
         pipe.give(torch.zeros(MOST + 1, 32, dtype=torch.bfloat16, device=device))

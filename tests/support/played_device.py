@@ -210,6 +210,10 @@ class PlayedRunner:
         result: StepResult = await launched
         return result
 
+    def ends(self) -> list[Any]:
+        """A device that is made up runs nothing by itself."""
+        return []
+
     def close(self) -> None:
         """A step that was under way may have written some of what it writes."""
         if self.is_closed:
