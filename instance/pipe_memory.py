@@ -36,7 +36,7 @@ class MemoryPipe(Pipe):
     ) -> None:
         """All stages of the same part call this together, and meet once more before they use it. `most_rows`: of a step.
 
-        Raises NoStreamWords or another RuntimeError if memory can't be shared.
+        Raises DriverError or another RuntimeError if memory can't be shared.
         """
         super().__init__(place, hidden_size=hidden_size, dtype=dtype, device=device)
         self._words = StreamWords()

@@ -18,6 +18,7 @@ from instance.errors import InstanceError
 from instance.model import Model
 from instance.sharing import SPLITS, Costs, Sharing
 from instance.step import Lane
+from kernels.driver import DriverError, call, driver
 
 log = get_logger("instance")
 
@@ -29,10 +30,6 @@ def queues_of_their_own() -> None:
     kernel of one lane that waits for a peer would hold what the other lane's peer waits for.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
-
-class NoGreenContexts(RuntimeError):
-    """The driver, or its Python binding, can't divide this GPU; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class Processors:
                 decode, prefill = _divide(device, count)
                 streams["decode"][count] = decode
                 streams["prefill"][total - count] = prefill
-        except NoGreenContexts as error:
+        except DriverError as error:
             log.warning("decodes will wait for prompts: the GPU can't be divided", reason=str(error))
         return Processors(total, streams)
 
@@ -91,30 +88,18 @@ def sharing_of(model: Model, processors: Processors) -> Sharing:
 
 
 def _divide(device: torch.device, count: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Streams on `count` processors, and on all others. Raises NoGreenContexts."""
-    try:
-        from cuda.bindings import driver  # type: ignore[import-not-found]  # torch for CUDA brings it
-    except ImportError as error:
-        raise NoGreenContexts(f"cuda-bindings is missing ({error})") from error
-
-    def call(name: str, *arguments: Any) -> Any:
-        if not hasattr(driver, name):
-            raise NoGreenContexts(f"cuda-bindings has no {name}")
-        code, *results = getattr(driver, name)(*arguments)
-        if code != driver.CUresult.CUDA_SUCCESS:
-            raise NoGreenContexts(f"{name} failed with {code.name}")
-        return results
-
+    """Streams on `count` processors, and on all others. Raises DriverError."""
+    kinds = driver()
     torch.cuda.current_stream(device).synchronize()  # the primary context is there from now on
     number = call("cuDeviceGet", device.index)[0]
-    whole = call("cuDeviceGetDevResource", number, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)[0]
+    whole = call("cuDeviceGetDevResource", number, kinds.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM)[0]
     groups, _, rest = call("cuDevSmResourceSplitByCount", 1, whole, 0, count)
     streams = []
     wrap: Any = torch.cuda.ExternalStream
     for resource in (groups[0], rest):
         description = call("cuDevResourceGenerateDesc", [resource], 1)[0]
-        flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+        flags = kinds.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
         context = call("cuGreenCtxCreate", description, number, flags)[0]
-        stream = call("cuGreenCtxStreamCreate", context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0)[0]
+        stream = call("cuGreenCtxStreamCreate", context, kinds.CUstream_flags.CU_STREAM_NON_BLOCKING, 0)[0]
         streams.append(wrap(int(stream), device=device))
     return streams[0], streams[1]

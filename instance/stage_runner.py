@@ -22,7 +22,8 @@ from instance.pipe import Pipe
 from instance.plan import ScoredRows, StepPlan
 from instance.runner import Launched, Results, Runner, Times
 from instance.team import Team
-from kernels.stream_words import NoStreamWords, stream_of_its_own
+from kernels.driver import DriverError
+from kernels.stream_words import stream_of_its_own
 
 
 class StageRunner(Runner):
@@ -70,7 +71,7 @@ class StageRunner(Runner):
         new: Any = torch.cuda.Stream  # its constructor has no types
         try:
             self._end_stream = stream_of_its_own(self._device, f"ends of {self._max_samples}", -1)
-        except NoStreamWords:
+        except DriverError:
             self._end_stream = new(self._device, priority=-1)
         torch.cuda.set_stream(self._end_stream)
 
