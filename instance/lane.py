@@ -16,6 +16,7 @@ from instance.calibrate import Room, calibrate
 from instance.elastic_tp import SplitRule
 from instance.errors import StepTimeout
 from instance.party import Parties, Party
+from instance.pipelining import under_way
 from instance.plan import StepPlan
 from instance.runner import Launched, Runner, StepResult, Times
 from instance.samples import StepLog
@@ -158,7 +159,7 @@ class LaneLoop:
                 return True
             tasks.create_task(_fail_with(launched))
             self._running.append(launched)
-            if len(self._running) <= self._stages:
+            if len(self._running) < under_way(self._stages):
                 return True
         elif not self._running or (len(self._running) < self._stages and not await self._oldest_is_over(tasks)):
             return False

@@ -12,6 +12,7 @@ from instance.config import KVDType
 from instance.errors import UnsupportedModel
 from instance.layers import MLP_ROWS, has_known_parts
 from instance.model import Model
+from instance.pipelining import under_way
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES
 from instance.rmanager import UNSURE_ROWS
 from instance.sampler import scratch_bytes as sampler_scratch_bytes
@@ -21,9 +22,6 @@ from kernels.kv_blocks import FP8
 from kernels.paged_attention import plan_attention
 from kvstore.format import SCALE_BYTES, KVFormat
 from kvstore.sight import Sight
-
-_ROWS_AT_ONCE = 4
-"""Steps of a lane whose rows a stage holds: one that is received, one that runs, and two that are sent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +65,7 @@ class Needs:
     sampling: int
     """Scratch of their sampling."""
     stage_rows: int = 0
-    """Rows of steps that come from a stage, run, and go to the next, where there are several."""
+    """Where there are several stages: places for rows that come from another, and those that run."""
 
     @staticmethod
     def of(
@@ -77,7 +75,7 @@ class Needs:
 
         `splits`: processors that the decode lane may have on a GPU.
         """
-        shape = model.shape
+        shape, stages = model.shape, model.place.stages
         rows = {"prefill": chunk_tokens, "decode": MAX_DECODE_ROWS}
         return Needs(
             weights=model.weight_bytes(),
@@ -102,7 +100,7 @@ class Needs:
                 for lane in LANES
             ),
             sampling=sum(sampler_scratch_bytes(MAX_SAMPLES[lane], model.vocab_size) for lane in LANES),
-            stage_rows=0 if model.place.stages == 1 else _ROWS_AT_ONCE * sum(rows.values()) * model.row_bytes,
+            stage_rows=0 if stages == 1 else (under_way(stages) + 1) * sum(rows.values()) * model.row_bytes,
         )
 
 

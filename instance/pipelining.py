@@ -15,6 +15,11 @@ SLICES = 8
 each computes between, for two stages a sixteenth in all."""
 
 
+def under_way(stages: int) -> int:
+    """Most steps of a lane that have begun and aren't over: one in each stage, and one that is made ready meanwhile."""
+    return stages + 1
+
+
 def slice_rows(start: int, rows: int, *, stages: int, most: int, reach: int, grain: int) -> int:
     """Rows of the next slice of a prompt of which `rows` are left, from position `start` on.
 

@@ -302,17 +302,21 @@ class RankEpoch:
             full = f"{lane}-{name}-of-{self._join.id}-part-{place.part}"
             return self._make_group(full, device, rank=place.stage, size=place.stages)
 
-        def way(name: str) -> Exchange:
-            return self._kept(Exchange(group(name, device).group, device, members="stage"))
+        def messages(name: str, device: torch.device, hidden_size: int, dtype: torch.dtype) -> ExchangePipe:
+            def way(direction: str) -> Exchange:
+                return self._kept(Exchange(group(f"{name}{direction}", device).group, device, members="stage"))
 
-        if device.type == "cuda" and (pipe := self._share_places(lane, group("places", torch.device("cpu")))):
-            return pipe
-        return ExchangePipe(
-            way("rows"), way("back"), place, hidden_size=model.hidden_size, dtype=model.shape.dtype, device=device
-        )
+            return ExchangePipe(way("rows"), way("back"), place, hidden_size=hidden_size, dtype=dtype, device=device)
 
-    def _share_places(self, lane: Lane, group: EpochGroup) -> "MemoryPipe | None":
-        """By which rows go from stage to stage; None: one of them can't reach another's memory."""
+        if device.type == "cuda":
+            host = torch.device("cpu")
+            told = messages("told-", host, 1, torch.uint8)
+            if pipe := self._share_places(lane, group("places", host), told):
+                return pipe
+        return messages("", device, model.hidden_size, model.shape.dtype)
+
+    def _share_places(self, lane: Lane, group: EpochGroup, told: Pipe) -> "MemoryPipe | None":
+        """By which rows go from stage to stage; None: one of them can't reach another's memory. `told`: between the hosts."""
         from instance.pipe_memory import MemoryPipe  # it needs CUDA's driver
 
         model, config = self._equipment.model, self._equipment.config
@@ -320,6 +324,7 @@ class RankEpoch:
         try:
             pipe = MemoryPipe(
                 config.place,
+                told=told,
                 store=group.store,
                 most_rows=config.chunk_tokens if lane == "prefill" else MAX_DECODE_ROWS,
                 hidden_size=model.hidden_size,
