@@ -429,6 +429,8 @@ def _normalises(router: Any) -> bool | None:
 def _merge_rows(projections: list[Any]) -> tuple[Matrix, torch.Tensor | None]:
     """One weight (and bias) of them all, one below the other; theirs become views of it."""
     weight: Matrix
+    if projections[0].weight.is_cuda:
+        torch.cuda.empty_cache()  # else a part of what the layer before left would be taken, and the rest be of no use
     if isinstance(projections[0], QuantisedLinear):
         weight = stack([p.matrix for p in projections])
     else:
