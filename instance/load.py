@@ -23,7 +23,7 @@ from instance.calls import refuse_layer_types, refuse_state
 from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole, stored_dtype
 from instance.errors import UnsupportedModel
 from instance.model import ATTENTION, Model, register_attention
-from instance.parts import empty_part, has_dense_layers, load_part
+from instance.parts import empty_part, has_dense_layers, load_part, place_part_by_config
 from instance.quantised import quantise_linears, refuse_device
 from instance.rotary import longest_text, scale_rotary
 from instance.split import WHOLE, Place, stages_of
@@ -53,9 +53,10 @@ def load_model(
     form = _take_form(config, str(path), quantize)
     if place != WHOLE:
         place = _with_layers(config, place)
-        _refuse_split_bits(str(path), place, form, quantize)
+        bits = quantize if form is None or isinstance(form, PackedExperts) else form
         with _refusing_old_style(str(path)):
-            part = load_part(path, config, place, _type_of_rows(dtype, config, path), device, register_attention())
+            part = load_part(path, config, place, _type_of_rows(dtype, config, path), device, register_attention(), bits)
+        refuse_device(part, device)
         return Model(part, max_context, scaling, team, place)
     if form is not None:
         with _refusing_old_style(str(path)):
@@ -91,12 +92,6 @@ def _with_layers(config: PretrainedConfig, place: Place) -> Place:
     except ValueError as error:
         raise UnsupportedModel(f"{config.model_type}: {error}") from error
     return replace(place, layers=tuple(map(len, stages)))
-
-
-def _refuse_split_bits(name: str, place: Place, form: object, quantize: Kind | None) -> None:
-    """Raises UnsupportedModel for weights of fewer bits, stored or to be, where ranks share the model."""
-    if form is not None or quantize is not None:
-        raise UnsupportedModel(f"{name}: {place.flags} splits weights of 16 or 32 bits, as yet")
 
 
 def _settled(
@@ -164,9 +159,12 @@ def shaped_model(
     config.dtype = dtype  # else what it says would be taken
     if place != WHOLE:
         place = _with_layers(config, place)
-        _refuse_split_bits(name, place, form, quantize)
-        max_context = _prepare(config, max_context, scaling)
-        part, _ = empty_part(config, place, dtype, torch.device("meta"), register_attention())
+        max_context, nowhere = _prepare(config, max_context, scaling), torch.device("meta")
+        part, _ = empty_part(config, place, dtype, nowhere, register_attention())
+        if isinstance(form, Form):
+            place_part_by_config(part, config, place, form)
+        elif quantize is not None:
+            quantise_linears(part, quantize, nowhere)
         return Model(part, max_context, scaling, place=place)
     return random_model(config, dtype, torch.device("meta"), 0, max_context, scaling, quantize, form)
 

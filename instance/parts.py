@@ -9,6 +9,7 @@ too can be run by themselves and compared with transformers' own layers; in a st
 
 import copy
 import re
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from instance.checkpoint import CheckpointError, some_of, weight_files
+from gmanager.wire.logs import get_logger
+from instance.checkpoint import CheckpointError, some_of, stored_tensors, weight_files
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.layers import has_dense_parts
+from instance.quantised import QuantisedLinear, is_tied, linears_of, quantise_head, quantised_parts, replace_part
 from instance.split import Place, Split, split_of, stages_of
+from instance.stored import Form, begins_block, part_of_matrix, place_stored, stored_matrices
+from kernels.products import Kind, Quantised, dequantise, quantise
+
+log = get_logger("instance")
 
 _SUMMED = ("o_proj", "down_proj")
 
@@ -88,6 +95,15 @@ def empty_part(
 
     Raises UnsupportedModel for layers that have other parts than Llama's or Gemma's and a dense MLP.
     """
+    module, split = _with_whole_head(config, place, dtype, device, attention)
+    if place.parts > 1:
+        _split_head(module, split)
+    return module, split
+
+
+def _with_whole_head(
+    config: PretrainedConfig, place: Place, dtype: torch.dtype, device: torch.device, attention: str
+) -> tuple[PreTrainedModel, Split]:
     smaller, split = part_of_config(config, place)
     module = _empty(smaller, dtype, device, attention)
     if not has_dense_parts(module):
@@ -95,45 +111,170 @@ def empty_part(
             f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's or Gemma's and a dense MLP, "
             "and this model's have others"
         )
-    if place.parts > 1:
-        _split_head(module, split)
     return module, split
 
 
 def load_part(
-    path: Path, config: PretrainedConfig, place: Place, dtype: torch.dtype, device: torch.device, attention: str
+    path: Path,
+    config: PretrainedConfig,
+    place: Place,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    bits: Form | Kind | None = None,
 ) -> PreTrainedModel:
-    """That rank's part of a resolved checkpoint, as `empty_part`.
+    """That rank's part of a resolved checkpoint, as `empty_part`. `bits`: in which form of 8 bits its linear layers are stored,
+    or what they become as they are read; None: neither.
 
     Raises UnsupportedModel, and CheckpointError if a weight is missing or has another shape than the config says.
     """
-    module, split = empty_part(config, place, dtype, device, attention)
-    embeddings: Any = module.get_input_embeddings()
-    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    wanted = dict(module.named_parameters())
-    if place.stage:
-        _make_up_ends(module)
-        ends = {id(weight) for weight in _ends(module)}
-        wanted = {name: weight for name, weight in wanted.items() if id(weight) not in ends}
-    first = layers_of_stage(config, place).start
-    sources = {name: _name_in_whole(name, first) for name in wanted}
-    if module.config.get_text_config().tie_word_embeddings:
-        (whole,) = (name for name, weight in wanted.items() if weight is embeddings.weight)
-        sources |= {name: whole for name, weight in wanted.items() if weight is head.weight}
-    head_dim = int(module.config.get_text_config().head_dim)
+    # what isn't touched of a host's memory takes none: no more of a layer of 8 bits is ever there than is read of it
+    around = device if bits is None else torch.device("cpu")
+    module, split = _with_whole_head(config, place, dtype, around, attention)
     with torch.no_grad(), ExitStack() as opened:
-        files = [opened.enter_context(safe_open(file, framework="pt")) for file in weight_files(path)]
-        stored: dict[str, Any] = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
-        if missing := set(sources.values()) - stored.keys():
-            raise CheckpointError(f"{path} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}")
-        for name, weight in wanted.items():
-            source, ranges, own = sources[name], _ranges(name, split, head_dim), weight
-            if weight is head.weight and place.parts > 1:
-                ranges, own = (split.vocabulary, None), weight[: len(split.vocabulary)]
-                weight[len(own) :] = 0
-            own.copy_(_read(stored[source], source, own.shape, ranges, split))
+        source = _Source(path, opened, split, module, layers_of_stage(config, place).start, bits)
+        not_stored = {id(weight) for weight in (_ends(module) if place.stage else _tied(module))}
+        source.refuse_missing(name for name, weight in module.named_parameters() if id(weight) not in not_stored)
+        if bits is not None:
+            _place_linears(module, source, bits, device)
+            module.to(device)  # type: ignore[arg-type]
+        if place.parts > 1:
+            _split_head(module, split)
+        if place.stage:
+            _make_up_ends(module)
+        _fill(module, source, split, made_up=_ends(module) if place.stage else [])
+        if isinstance(bits, str):
+            quantise_head(module, device)
     module.train(False)
     return module
+
+
+def place_part_by_config(module: PreTrainedModel, config: PretrainedConfig, place: Place, form: Form) -> None:
+    """Give a rank's part on `meta`, of the model of that config, the weights that `load_part` would."""
+    _, split = part_of_config(config, place)
+    text, head_dim = config.get_text_config(), int(module.config.get_text_config().head_dim)
+    wide = {"o_proj": text.num_attention_heads * head_dim, "down_proj": text.intermediate_size}
+    first = layers_of_stage(config, place).start
+    for name, linear in _but_head(module).items():
+        _, columns = _ranges(f"{name}.weight", split, head_dim)
+        fits = columns is None or begins_block(form, columns, wide[name.rpartition(".")[2]])
+        if fits and form.is_of(_name_in_whole(name, first)):
+            place_stored(module, name, linear, form)
+
+
+class _Source:
+    """A checkpoint as one rank reads it: its part of each weight, and no more."""
+
+    def __init__(
+        self, folder: Path, opened: ExitStack, split: Split, part: PreTrainedModel, first_layer: int, bits: Form | Kind | None
+    ) -> None:
+        """Raises CheckpointError if weights of 8 bits aren't of the form that is said."""
+        files = [opened.enter_context(safe_open(file, framework="pt")) for file in weight_files(folder)]
+        self._stored: dict[str, Any] = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+        self._folder = folder
+        self._split = split
+        self._head_dim = int(part.config.get_text_config().head_dim)
+        self._first_layer = first_layer
+        self._form = bits if isinstance(bits, Form) else None
+        self._matrices = set() if self._form is None else stored_matrices(folder, self._form, stored_tensors(folder))
+
+    def refuse_missing(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError if it lacks one of these weights."""
+        if missing := {self._whole(name) for name in names} - self._stored.keys():
+            raise CheckpointError(
+                f"{self._folder} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}"
+            )
+
+    def matrix(self, name: str) -> Quantised | None:
+        """The weight of the linear layer of that name, if it is stored in 8 bits, and blocks end where this part does."""
+        base = self._whole(name)
+        if self._form is None or base not in self._matrices:
+            return None
+        weight, scale = self._stored[f"{base}.weight"], self._stored[f"{base}.{self._form.scale}"]
+        num_out, num_in = weight.get_shape()
+        rows, columns = _ranges(f"{name}.weight", self._split, self._head_dim)
+        if columns is not None and not begins_block(self._form, columns, num_in):
+            return None
+        return part_of_matrix(weight, scale, self._form, rows or range(num_out), columns or range(num_in))
+
+    def read(self, name: str, weight: torch.Tensor, rows: range | None = None) -> torch.Tensor:
+        """What a plain weight of that name is to hold. `rows`: of it, if the name doesn't tell.
+
+        Raises CheckpointError if what is stored has another shape.
+        """
+        whole = self._whole(name)
+        own_rows, columns = _ranges(name, self._split, self._head_dim)
+        rows = rows or own_rows
+        part: torch.Tensor
+        if self._form is not None and (base := whole.removesuffix(".weight")) in self._matrices:
+            stored, scale = self._stored[whole], self._stored[f"{base}.{self._form.scale}"]
+            num_out, num_in = stored.get_shape()
+            matrix = part_of_matrix(stored, scale, self._form, rows or range(num_out), range(num_in))
+            part = dequantise(matrix, weight.dtype, backend="torch")
+        else:
+            stored = self._stored[whole]
+            part = stored[rows.start : rows.stop] if rows is not None else stored[:]
+        if columns is not None:
+            part = part[:, columns.start : columns.stop]
+        if part.shape != weight.shape:
+            raise CheckpointError(
+                f"{whole} is {tuple(stored.get_shape())}, of which {tuple(weight.shape)} should be this rank's"
+            )
+        if whole.endswith(".bias") and whole.split(".")[-2] in _SUMMED and not self._split.is_first:
+            return torch.zeros_like(part)
+        return part
+
+    def _whole(self, name: str) -> str:
+        """What a weight or a layer is called in the whole model."""
+        return _name_in_whole(name, self._first_layer)
+
+
+def _place_linears(module: PreTrainedModel, source: _Source, bits: Form | Kind, device: torch.device) -> None:
+    """Give a part, but for its head, the linear layers of 8 bits that it is to have."""
+    layers = _but_head(module)
+    for name, linear in layers.items():
+        matrix: Quantised | None
+        if isinstance(bits, Form):
+            matrix = source.matrix(name)
+        else:
+            matrix = quantise(source.read(f"{name}.weight", linear.weight).to(device, linear.weight.dtype), bits)
+        if matrix is not None and matrix.shape != linear.weight.shape:
+            raise CheckpointError(f"{name} is {tuple(matrix.shape)} here, and should be {tuple(linear.weight.shape)}")
+        if matrix is not None:
+            on_device = Quantised(matrix.weight_NE.to(device).contiguous(), matrix.scale_NG.to(device), matrix.group)
+            replace_part(module, name, QuantisedLinear(on_device, linear.bias))
+    matrices = len(quantised_parts(module))
+    log.info("weights of 8 bits, in this part", matrices=matrices, plain=len(layers) - matrices)
+
+
+def _fill(module: PreTrainedModel, source: _Source, split: Split, *, made_up: list[torch.Tensor]) -> None:
+    """Read all weights that are plain and not made up."""
+    embeddings: Any = module.get_input_embeddings()
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    done = {id(weight) for part in quantised_parts(module) for weight in (part.weight, part.weight_scale)}
+    done |= {id(weight) for weight in made_up}
+    wanted = {name: weight for name, weight in module.named_parameters() if id(weight) not in done}
+    (of_embeddings,) = [name for name, weight in wanted.items() if weight is embeddings.weight] or [""]
+    for name, weight in wanted.items():
+        if weight is head.weight and weight is not embeddings.weight:
+            own = weight[: len(split.vocabulary)]
+            weight[len(own) :] = 0
+            own.copy_(source.read(of_embeddings if is_tied(module) else name, own, split.vocabulary))
+        else:
+            weight.copy_(source.read(name, weight))
+
+
+def _tied(module: PreTrainedModel) -> list[torch.Tensor]:
+    """The weight of a head that is one with the embeddings."""
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embeddings: Any = module.get_input_embeddings()
+    return [head.weight] if is_tied(module) and head.weight is not embeddings.weight else []
+
+
+def _but_head(module: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers of a part, but for its head."""
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return {name: linear for name, linear in linears_of(module).items() if linear is not head}
 
 
 def bind_stage(module: PreTrainedModel, context: AttentionContext) -> None:
@@ -223,20 +364,6 @@ def _ranges(name: str, split: Split, head_dim: int) -> tuple[range | None, range
             return split.heads, None
         case _:
             return None, None
-
-
-def _read(stored: Any, name: str, shape: torch.Size, ranges: tuple[range | None, range | None], split: Split) -> torch.Tensor:
-    """This rank's part of a stored weight, of which no more is read than its rows. Raises CheckpointError if that is of another
-    shape."""
-    rows, columns = ranges
-    part: torch.Tensor = stored[rows.start : rows.stop] if rows is not None else stored[:]
-    if columns is not None:
-        part = part[:, columns.start : columns.stop]
-    if part.shape != shape:
-        raise CheckpointError(f"{name} is {tuple(stored.get_shape())}, of which {tuple(shape)} should be this rank's")
-    if name.endswith(".bias") and name.split(".")[-2] in _SUMMED and not split.is_first:
-        return torch.zeros_like(part)
-    return part
 
 
 def _split_head(module: PreTrainedModel, split: Split) -> None:

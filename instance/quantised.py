@@ -74,21 +74,42 @@ def quantise_linears(module: PreTrainedModel, kind: Kind, device: torch.device) 
     Raises UnsupportedModel if it has none.
     """
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    embeddings: Any = module.get_input_embeddings()
-    found = [
-        (name, part)
-        for name, part in module.named_modules()
-        if type(part) is nn.Linear and name.rpartition(".")[2] not in KEPT and part.weight is not embeddings.weight
-    ]
-    if not any(part is not head for _, part in found):
+    found = {name: part for name, part in linears_of(module).items() if part is not head}
+    if not found:
         raise UnsupportedModel(
             f"{module.config.model_type}: it has no linear layers, so none that --quantize {kind} could change"
         )
-    for name, part in found:
-        bias = None if part.bias is None else part.bias.data.to(device)
-        matrix = quantise(part.weight.data.to(device), _HEAD_KIND if part is head else kind)
-        replace_part(module, name, QuantisedLinear(matrix, bias))
-        part.weight.data = part.weight.data.new_empty(0)  # somebody may hold the module, but nobody the weight
+    for name, part in found.items():
+        _quantise(module, name, part, kind, device)
+    quantise_head(module, device)
+
+
+def quantise_head(module: PreTrainedModel, device: torch.device) -> None:
+    """Likewise, unless it is one with the embeddings."""
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    for name, part in linears_of(module).items():
+        if part is head and not is_tied(module):
+            _quantise(module, name, part, _HEAD_KIND, device)
+
+
+def _quantise(module: PreTrainedModel, name: str, part: nn.Linear, kind: Kind, device: torch.device) -> None:
+    bias = None if part.bias is None else part.bias.data.to(device)
+    replace_part(module, name, QuantisedLinear(quantise(part.weight.data.to(device), kind), bias))
+    part.weight.data = part.weight.data.new_empty(0)  # somebody may hold the module, but nobody the weight
+
+
+def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a model whose weights may be of 8 bits, by their names."""
+    return {
+        name: part for name, part in module.named_modules() if type(part) is nn.Linear and name.rpartition(".")[2] not in KEPT
+    }
+
+
+def is_tied(module: PreTrainedModel) -> bool:
+    """Whether its head is one with the embeddings."""
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embeddings: Any = module.get_input_embeddings()
+    return head.weight is embeddings.weight or module.config.get_text_config().tie_word_embeddings
 
 
 def replace_part(module: nn.Module, name: str, part: nn.Module) -> None:

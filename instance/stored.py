@@ -32,7 +32,7 @@ from gmanager.wire.logs import get_logger
 from instance.checkpoint import CheckpointError, load_whole, some_of, stored_tensors, weight_files
 from instance.errors import UnsupportedModel
 from instance.packed import PARTS, can_be_packed, pack
-from instance.quantised import KEPT, QuantisedLinear, replace_part
+from instance.quantised import QuantisedLinear, linears_of, replace_part
 from kernels.experts import PACKED_BYTES
 from kernels.products import TYPES, Kind, Quantised, dequantise
 
@@ -189,18 +189,41 @@ def as_matrix(weight_NE: torch.Tensor, scale: torch.Tensor, form: Form) -> Quant
 
     Raises ValueError if there are more or fewer scales than the form has.
     """
-    num_out, num_in = weight_NE.shape
+    return Quantised(weight_NE, *_scales(scale, form, *weight_NE.shape))
+
+
+def part_of_matrix(weight: Any, scale: Any, form: Form, rows: range, columns: range) -> Quantised:
+    """Those features out and in of a stored matrix, of which no more is read. `weight` and `scale`: of safetensors.
+
+    Raises ValueError as `as_matrix`, and if columns don't begin where a block does (`begins_block`).
+    """
+    num_out, num_in = weight.get_shape()
+    scale_NG, group = _scales(scale[...], form, num_out, num_in)
+    if not begins_block(form, columns, num_in):
+        raise ValueError(f"features in from {columns.start} on begin within a block of {group}")
+    groups = slice(columns.start // group, -(-columns.stop // group))
+    part_NE = weight[rows.start : rows.stop, columns.start : columns.stop]
+    return Quantised(part_NE, scale_NG[rows.start : rows.stop, groups].contiguous(), min(group, len(columns)))
+
+
+def begins_block(form: Form, columns: range, num_in: int) -> bool:
+    """Whether those of `num_in` features in begin with one of the blocks that share a scale."""
+    return form.block is None or form.block[1] >= num_in or columns.start % form.block[1] == 0
+
+
+def _scales(scale: torch.Tensor, form: Form, num_out: int, num_in: int) -> tuple[torch.Tensor, int]:
+    """`[N, G]`, and how many features in share one. Raises ValueError if there are more or fewer than the form has."""
     full = scale.float()
     if form.block is not None:
         rows, columns = form.block
         if full.shape != (-(-num_out // rows), -(-num_in // columns)):
             raise ValueError(f"scales {tuple(scale.shape)} for weights {num_out} x {num_in} in blocks of {rows} x {columns}")
-        return Quantised(weight_NE, full.repeat_interleave(rows, 0)[:num_out].contiguous(), min(columns, num_in))
+        return full.repeat_interleave(rows, 0)[:num_out].contiguous(), min(columns, num_in)
     if full.numel() == 1:
         full = full.reshape(1, 1).expand(num_out, 1)
     elif full.shape not in ((num_out,), (num_out, 1)):
         raise ValueError(f"scales {tuple(scale.shape)} for weights {num_out} x {num_in}")
-    return Quantised(weight_NE, full.reshape(num_out, 1).contiguous(), num_in)
+    return full.reshape(num_out, 1).contiguous(), num_in
 
 
 class _Dequantised:
@@ -217,13 +240,6 @@ class _Dequantised:
         return dequantise(as_matrix(weight, scale, self._form), self._dtype, backend="torch")
 
 
-def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a model that may be stored in 8 bits and run so, by their names."""
-    return {
-        name: part for name, part in module.named_modules() if type(part) is nn.Linear and name.rpartition(".")[2] not in KEPT
-    }
-
-
 def place_by_config(module: PreTrainedModel, form: Form | PackedExperts) -> None:
     """Give a model on `meta` the weights that it would have once a checkpoint of that form is loaded."""
     if isinstance(form, PackedExperts):
@@ -231,11 +247,16 @@ def place_by_config(module: PreTrainedModel, form: Form | PackedExperts) -> None
         return
     for name, linear in linears_of(module).items():
         if form.is_of(name):
-            num_out, num_in = linear.weight.shape
-            group = num_in if form.block is None else min(form.block[1], num_in)
-            weight = torch.empty((num_out, num_in), dtype=TYPES[form.kind], device="meta")
-            scale = torch.empty((num_out, -(-num_in // group)), dtype=torch.float32, device="meta")
-            replace_part(module, name, QuantisedLinear(Quantised(weight, scale, group), linear.bias))
+            place_stored(module, name, linear, form)
+
+
+def place_stored(module: nn.Module, name: str, linear: nn.Linear, form: Form) -> None:
+    """Give that linear layer, on `meta`, the weight and scales that it has once such a checkpoint is loaded."""
+    num_out, num_in = linear.weight.shape
+    group = num_in if form.block is None else min(form.block[1], num_in)
+    weight = torch.empty((num_out, num_in), dtype=TYPES[form.kind], device="meta")
+    scale = torch.empty((num_out, -(-num_in // group)), dtype=torch.float32, device="meta")
+    replace_part(module, name, QuantisedLinear(Quantised(weight, scale, group), linear.bias))
 
 
 def load_stored(
@@ -251,8 +272,7 @@ def load_stored(
     if isinstance(form, PackedExperts):
         return _load_packed(folder, tensors, options)
     plain_name = ".weight"
-    bases = {name.removesuffix(plain_name): _KINDS[kind] for name, (kind, _) in tensors.items() if kind in _KINDS}
-    _refuse_torn(folder, form, bases, tensors)
+    bases = stored_matrices(folder, form, tensors)
     shaped = _shaped(config)
     places = {base: name for base in bases if (name := _place_of(shaped, base)) is not None}
     fit = linears_of(shaped)
@@ -289,10 +309,12 @@ def load_stored(
     return module
 
 
-def _refuse_torn(
-    folder: Path, form: Form, bases: Mapping[str, Kind], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> None:
-    """Raises CheckpointError for weights without scales, of another type than the config says, or whose scales don't fit."""
+def stored_matrices(folder: Path, form: Form, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> set[str]:
+    """Names of all matrices of 8 bits, without the `.weight` behind. `tensors`: as `stored_tensors` says.
+
+    Raises CheckpointError for weights without scales, of another type than the config says, or whose scales don't fit.
+    """
+    bases = {name.removesuffix(".weight"): _KINDS[kind] for name, (kind, _) in tensors.items() if kind in _KINDS}
     if not bases:
         raise CheckpointError(f"{folder}: its config says {form.method}, and none of its weights is of 8 bits")
     if others := {f"{base}.weight" for base, kind in bases.items() if kind != form.kind}:
@@ -307,6 +329,7 @@ def _refuse_torn(
             as_matrix(weight.to(TYPES[form.kind]), scale, form)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {base} has {error}") from error
+    return set(bases)
 
 
 def _place_of(module: PreTrainedModel, base: str) -> str | None:

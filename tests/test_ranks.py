@@ -103,7 +103,6 @@ async def test_what_can_not_be_split_is_said_before_weights_are_loaded(started: 
         (experts, 2, "--tp 2", r"gpt_oss: --tp 2 splits layers that have the parts of Llama's or Gemma's and a dense MLP"),
         (model_of_nothing, 3, "--pp 3", r"llama: it has 2 layers, which 3 stages can't share \(--pp\)"),
         (model_of_nothing, 2, "--pp 2 --pp-layers 2,1", "llama: it has 2 layers, and --pp-layers 2,1 are 3"),
-        (model_of_nothing, 2, "--pp 2 --quantize int8", "--pp 2 splits weights of 16 or 32 bits, as yet"),
         (
             model_of_nothing,
             2,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Lla
 from instance.checkpoint import CheckpointError
 from instance.errors import UnsupportedModel
 from instance.exact import eager_logits, refuse_inexact
-from instance.load import load_model, refuse_by_config
+from instance.load import load_model, refuse_by_config, shaped_model
 from instance.memory import loaded_bytes
-from instance.quantised import quantised_parts
+from instance.quantised import QuantisedLinear, matrix_of, quantised_parts
 from instance.size import main
+from instance.split import Place
+from kernels.products import Quantised, dequantise
 from tests.support.exactness import ask, prompt
 from tests.support.farm import Farm, Setup
 from tests.support.service import serve
@@ -249,3 +252,78 @@ def test_a_config_that_says_so_of_plain_weights_is_refused(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="its config says fp8, and none of its weights is of 8 bits"):
         load_model(plain, None, CPU)
     assert AutoConfig.from_pretrained(plain).model_type == "llama"
+
+
+ALONG = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "o_proj": 1, "down_proj": 1}
+"""On which side tensor parallelism splits each matrix."""
+
+
+@pytest.mark.parametrize("form", [*FORMS, "int8", "fp8"])
+@pytest.mark.parametrize("degree", ["tp", "pp"])
+def test_parts_of_a_model_have_parts_of_its_weights_of_8_bits(form: str, degree: str, tmp_path: Path) -> None:
+    """Two parts, put together, are the whole."""
+    config = LlamaConfig(**SIZES, attention_bias=True)
+    stored, plain = make_stored(tmp_path, config, FORMS.get(form, FORMS["fine-grained"]))
+    path = stored if form in FORMS else plain
+    quantize: Any = None if form in FORMS else form
+    places = [Place(part=i, parts=2) if degree == "tp" else Place(stage=i, stages=2) for i in range(2)]
+    parts = [load_model(path, torch.float32, CPU, quantize=quantize, place=place) for place in places]
+    for name, weight in load_file(plain / "model.safetensors").items():
+        base, _, kind = name.rpartition(".")
+        side = ALONG.get(base.rpartition(".")[2])
+        if kind != "weight" or side is None:
+            continue
+        if degree == "tp":
+            matrices = [matrix_of(part.module.get_submodule(base)) for part in parts]
+        else:
+            stage = int(base.split(".")[2])
+            matrices = [matrix_of(parts[stage].module.get_submodule(base.replace(f".{stage}.", ".0.")))]
+        assert isinstance(matrices[0], Quantised)
+        both = [one if isinstance(one, torch.Tensor) else dequantise(one, torch.float32, backend="torch") for one in matrices]
+        got = torch.cat(both, side)
+        assert got.shape == weight.shape
+        assert float((got.detach() - weight).norm() / weight.norm()) < (1e-6 if form in FORMS else 0.04)
+    for place, part in zip(places, parts, strict=True):
+        shaped = shaped_model(AutoConfig.from_pretrained(path), str(path), torch.float32, quantize=quantize, place=place)
+        assert shaped.weight_bytes() == part.weight_bytes()
+
+
+def test_a_part_that_begins_within_a_block_is_dequantised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """192 and 160 features in are both split at 96, and 128 share a scale."""
+    caplog.set_level(logging.INFO, "instance")
+    path, _ = make_stored(tmp_path, LlamaConfig(**SIZES), FORMS["fine-grained"])
+    for part, plain in ((0, 0), (1, 2 * 2)):
+        load_model(path, torch.float32, CPU, place=Place(part=part, parts=2))
+        told = vars(caplog.records[-1])
+        assert (told["matrices"], told["plain"]) == (14 - plain, plain)
+
+
+@pytest.mark.parametrize(
+    ("form", "degree"), [("fine-grained", {"tp": 2}), ("compressed-tensors, integers", {"tp": 3, "pp": 2})]
+)
+async def test_ranks_that_share_a_stored_checkpoint_answer_as_its_plain_twin(
+    form: str, degree: dict[str, int], farm: Farm, tmp_path: Path
+) -> None:
+    stored, plain = make_stored(tmp_path, LlamaConfig(**SIZES), FORMS[form])
+    async with serve(farm, 1, Setup(model=stored, chunk_tokens=24, **degree)) as service:
+        await ask(service.client, plain, prompt(plain, 120))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+async def test_ranks_choose_scales_for_their_own_parts(is_tied: bool, farm: Farm, tmp_path: Path) -> None:
+    """Two ranks and `--quantize` answer as the plain weights that both parts' stand for."""
+    config = LlamaConfig(**SIZES | {"tie_word_embeddings": is_tied, "vocab_size": 301})  # one rank has less of the head
+    _, plain = make_stored(tmp_path, config, FORMS["fine-grained"])
+    twin = tmp_path / "twin"
+    shutil.copytree(plain, twin)
+    weights = load_file(twin / "model.safetensors")
+    parts = [load_model(plain, torch.float32, CPU, quantize="int8", place=Place(part=i, parts=2)).module for i in range(2)]
+    for name, its in parts[0].named_modules():
+        if isinstance(its, QuantisedLinear):
+            both = [dequantise(matrix_of(part.get_submodule(name)), torch.float32, backend="torch") for part in parts]  # type: ignore[arg-type]
+            weights[f"{name}.weight"] = torch.cat(both, ALONG.get(name.rpartition(".")[2], 0))
+    if not is_tied:
+        weights["lm_head.weight"] = weights["lm_head.weight"][:301]  # without padding
+    save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
+    async with serve(farm, 1, Setup(model=plain, quantize="int8", chunk_tokens=24, tp=2)) as service:
+        await ask(service.client, twin, prompt(twin, 120))
