@@ -19,6 +19,7 @@ from instance.load import shaped_model
 from instance.model import Model
 from instance.needs import KVNeeds, Needs
 from instance.quantised import most_weights
+from instance.split import WHOLE, Place
 from instance.stored import form_of
 from kernels.experts import MOST_ROWS
 from kernels.products import TILED_ROWS, Kind
@@ -202,14 +203,15 @@ def checkpoint_bytes(folder: Path, dtype: torch.dtype | None) -> int:
     return sum(torch.Size(shape).numel() for shape in tensor_shapes(folder).values()) * dtype.itemsize
 
 
-def loaded_bytes(folder: Path, dtype: torch.dtype | None, quantize: Kind | None) -> int:
-    """Bytes of the weights in `folder` once they are loaded as `dtype` (None: as they are) and quantised, or as they are stored
-    in fewer bits. Raises UnsupportedModel for a form that isn't read."""
+def loaded_bytes(folder: Path, dtype: torch.dtype | None, quantize: Kind | None, place: Place = WHOLE) -> int:
+    """Bytes of a rank's part of the weights in `folder` once they are loaded as `dtype` (None: as they are) and quantised, or
+    as they are stored in fewer bits. Raises UnsupportedModel for a form that isn't read, or a model that can't be split so."""
     config = read_config(str(folder))
-    if quantize is None and form_of(config, str(folder)) is None:
+    if place == WHOLE and quantize is None and form_of(config, str(folder)) is None:
         return checkpoint_bytes(folder, dtype)
     of_config: Any = config.dtype
-    return shaped_model(config, str(folder), dtype or of_config or torch.bfloat16, quantize=quantize).weight_bytes()
+    model = shaped_model(config, str(folder), dtype or of_config or torch.bfloat16, quantize=quantize, place=place)
+    return model.weight_bytes()
 
 
 def measure(model: Model, needs: Needs, *, fraction: float) -> MemoryBudget:

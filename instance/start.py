@@ -60,8 +60,7 @@ def load(config: InstanceConfig) -> Loaded:
         path = resolve_checkpoint(config.model, cache_dir=config.cache_dir)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            needed = loaded_bytes(path, dtype, quantize) // place.ranks
-            check_weights(str(device), needed=needed, free=free, total=total)
+            check_weights(str(device), needed=loaded_bytes(path, dtype, quantize, place), free=free, total=total)
         if config.elastic_tp:
             refuse_unshared(path, f"--elastic-tp {config.elastic_tp}")
         meeting = None

@@ -9,6 +9,7 @@ import torch
 from instance.errors import UnsupportedModel
 from instance.fused import OwnRow
 from instance.load import load_model
+from instance.memory import loaded_bytes
 from instance.model import Model
 from instance.split import Place
 from tests.support.tiny import make_model
@@ -36,6 +37,8 @@ def test_rows_through_all_stages_are_those_of_the_model(kind: str, is_tied: bool
     embeddings = whole.module.get_input_embeddings().weight.numel()
     for part in parts[1:]:
         assert part.num_parameters() < whole.num_parameters() - embeddings, "no stage but the first has the embeddings"
+    for part in parts:
+        assert loaded_bytes(path, None, None, part.place) == part.weight_bytes()
     if is_fused:
         assert [model.fuse("torch") for model in (whole, *parts)] == [None] * 4
     for model in (whole, *parts):

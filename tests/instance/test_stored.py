@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Lla
 from instance.checkpoint import CheckpointError
 from instance.errors import UnsupportedModel
 from instance.exact import eager_logits, refuse_inexact
-from instance.load import load_model, refuse_by_config, shaped_model
+from instance.load import load_model, refuse_by_config
 from instance.memory import loaded_bytes
 from instance.quantised import QuantisedLinear, matrix_of, quantised_parts
 from instance.size import main
@@ -284,8 +284,7 @@ def test_parts_of_a_model_have_parts_of_its_weights_of_8_bits(form: str, degree:
         assert got.shape == weight.shape
         assert float((got.detach() - weight).norm() / weight.norm()) < (1e-6 if form in FORMS else 0.04)
     for place, part in zip(places, parts, strict=True):
-        shaped = shaped_model(AutoConfig.from_pretrained(path), str(path), torch.float32, quantize=quantize, place=place)
-        assert shaped.weight_bytes() == part.weight_bytes()
+        assert loaded_bytes(path, torch.float32, quantize, place) == part.weight_bytes()
 
 
 def test_a_part_that_begins_within_a_block_is_dequantised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
