@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from instance.errors import UnsupportedModel
 from instance.layers import has_dense_parts
 from instance.quantised import QuantisedLinear, is_tied, linears_of, quantise_head, quantised_parts, replace_part
 from instance.split import Place, Split, split_of, stages_of
-from instance.stored import Form, begins_block, part_of_matrix, place_stored, stored_matrices
+from instance.stored import Form, block_start, part_of_matrix, place_stored, stored_matrices
 from kernels.products import Kind, Quantised, dequantise, quantise
 
 log = get_logger("instance")
@@ -104,6 +105,7 @@ def empty_part(
 def _with_whole_head(
     config: PretrainedConfig, place: Place, dtype: torch.dtype, device: torch.device, attention: str
 ) -> tuple[PreTrainedModel, Split]:
+    """As `empty_part`, but for the head."""
     smaller, split = part_of_config(config, place)
     module = _empty(smaller, dtype, device, attention)
     if not has_dense_parts(module):
@@ -111,6 +113,9 @@ def _with_whole_head(
             f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's or Gemma's and a dense MLP, "
             "and this model's have others"
         )
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if place.parts > 1 and head.bias is not None:
+        raise UnsupportedModel(f"{config.model_type}: its head has a bias, which {place.flags} doesn't split")
     return module, split
 
 
@@ -129,17 +134,17 @@ def load_part(
     Raises UnsupportedModel, and CheckpointError if a weight is missing or has another shape than the config says.
     """
     # what isn't touched of a host's memory takes none: no more of a layer of 8 bits is ever there than is read of it
-    around = device if bits is None else torch.device("cpu")
-    module, split = _with_whole_head(config, place, dtype, around, attention)
+    first_device = device if bits is None else torch.device("cpu")
+    module, split = _with_whole_head(config, place, dtype, first_device, attention)
     with torch.no_grad(), ExitStack() as opened:
-        source = _Source(path, opened, split, module, layers_of_stage(config, place).start, bits)
-        not_stored = {id(weight) for weight in (_ends(module) if place.stage else _tied(module))}
-        source.refuse_missing(name for name, weight in module.named_parameters() if id(weight) not in not_stored)
+        source = _Source(path, opened, config, place, bits)
+        ends = {id(weight) for weight in _ends(module)} if place.stage else set()
+        source.refuse_missing(name for name, weight in module.named_parameters() if id(weight) not in ends)
         if bits is not None:
             _place_linears(module, source, bits, device)
             module.to(device)  # type: ignore[arg-type]
         if place.parts > 1:
-            _split_head(module, split)
+            _split_head(module, split)  # on its device: it may be a view of the embeddings
         if place.stage:
             _make_up_ends(module)
         _fill(module, source, split, made_up=_ends(module) if place.stage else [])
@@ -151,82 +156,128 @@ def load_part(
 
 def place_part_by_config(module: PreTrainedModel, config: PretrainedConfig, place: Place, form: Form) -> None:
     """Give a rank's part on `meta`, of the model of that config, the weights that `load_part` would."""
-    _, split = part_of_config(config, place)
-    text, head_dim = config.get_text_config(), int(module.config.get_text_config().head_dim)
-    wide = {"o_proj": text.num_attention_heads * head_dim, "down_proj": text.intermediate_size}
-    first = layers_of_stage(config, place).start
+    shape = _Whole(config, place)
     for name, linear in _but_head(module).items():
-        _, columns = _ranges(f"{name}.weight", split, head_dim)
-        fits = columns is None or begins_block(form, columns, wide[name.rpartition(".")[2]])
-        if fits and form.is_of(_name_in_whole(name, first)):
+        if form.is_of(shape.name(name)) and shape.keeps_blocks(name, form):
             place_stored(module, name, linear, form)
 
 
-class _Source:
-    """A checkpoint as one rank reads it: its part of each weight, and no more."""
+class _Whole:
+    """The whole model, as a rank has its part of it."""
+
+    def __init__(self, config: PretrainedConfig, place: Place) -> None:
+        text = config.get_text_config()
+        heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self._head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        self._first_layer = layers_of_stage(config, place).start
+        self._vocab_size = int(text.vocab_size)
+        self._splits = [part_of_config(config, replace(place, part=part))[1] for part in range(place.parts)]
+        self.split = self._splits[place.part]
+        """What this rank has."""
+        queries, keys, inner = heads * self._head_dim, kv_heads * self._head_dim, int(text.intermediate_size)
+        self._sizes = {
+            "q_proj": queries,
+            "k_proj": keys,
+            "v_proj": keys,
+            "o_proj": queries,
+            "sinks": heads,
+            **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner),
+        }
+
+    def name(self, own: str) -> str:
+        """What a weight or a layer is called there."""
+        return _name_in_whole(own, self._first_layer)
+
+    def ranges(self, name: str) -> tuple[range | None, range | None]:
+        """Rows and columns of a weight that are this rank's; None: all."""
+        return _ranges(name, self.split, self._head_dim)
+
+    def shape(self, name: str, part: torch.Size) -> tuple[int, ...]:
+        """Of a weight of which this rank's part has that shape."""
+        rows, columns = self.ranges(name)
+        *_, parent, own = name.split(".")
+        size = self._sizes.get(parent) or self._sizes.get(own) or 0
+        return (part[0] if rows is None else size, *(part[1:] if columns is None else (size,)))
+
+    def keeps_blocks(self, name: str, form: Form) -> bool:
+        """Whether no rank's part of a layer's features in begins within a block of the form. All ranks must come to the same:
+        how many rows they warm up with depends on it."""
+        size = self._sizes[name.rpartition(".")[2]]
+        parts = [_ranges(f"{name}.weight", split, self._head_dim)[1] for split in self._splits]
+        return all(its is None or block_start(form, its.start, size) == its.start for its in parts)
+
+
+class _Source(_Whole):
+    """Its checkpoint, of whose weights no more than a part is read."""
 
     def __init__(
-        self, folder: Path, opened: ExitStack, split: Split, part: PreTrainedModel, first_layer: int, bits: Form | Kind | None
+        self, folder: Path, opened: ExitStack, config: PretrainedConfig, place: Place, bits: Form | Kind | None
     ) -> None:
         """Raises CheckpointError if weights of 8 bits aren't of the form that is said."""
+        super().__init__(config, place)
         files = [opened.enter_context(safe_open(file, framework="pt")) for file in weight_files(folder)]
         self._stored: dict[str, Any] = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
         self._folder = folder
-        self._split = split
-        self._head_dim = int(part.config.get_text_config().head_dim)
-        self._first_layer = first_layer
         self._form = bits if isinstance(bits, Form) else None
         self._matrices = set() if self._form is None else stored_matrices(folder, self._form, stored_tensors(folder))
 
     def refuse_missing(self, names: Iterable[str]) -> None:
         """Raises CheckpointError if it lacks one of these weights."""
-        if missing := {self._whole(name) for name in names} - self._stored.keys():
+        if missing := {self.name(name) for name in names} - self._stored.keys():
             raise CheckpointError(
                 f"{self._folder} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}"
             )
 
-    def matrix(self, name: str) -> Quantised | None:
-        """The weight of the linear layer of that name, if it is stored in 8 bits, and blocks end where this part does."""
-        base = self._whole(name)
-        if self._form is None or base not in self._matrices:
+    def matrix(self, name: str, part: torch.Size) -> Quantised | None:
+        """The weight of a linear layer, of that shape, if it is stored in 8 bits and stays so. Raises CheckpointError."""
+        if self._form is None or self.name(name) not in self._matrices or not self.keeps_blocks(name, self._form):
             return None
-        weight, scale = self._stored[f"{base}.weight"], self._stored[f"{base}.{self._form.scale}"]
-        num_out, num_in = weight.get_shape()
-        rows, columns = _ranges(f"{name}.weight", self._split, self._head_dim)
-        if columns is not None and not begins_block(self._form, columns, num_in):
-            return None
-        return part_of_matrix(weight, scale, self._form, rows or range(num_out), columns or range(num_in))
+        self._refuse_other_shape(f"{name}.weight", self.shape(f"{name}.weight", part))
+        rows, columns = self.ranges(f"{name}.weight")
+        return self._matrix(
+            f"{self.name(name)}.weight", self._form, _all_if_none(rows, part[0]), _all_if_none(columns, part[1])
+        )
 
-    def read(self, name: str, weight: torch.Tensor, rows: range | None = None) -> torch.Tensor:
-        """What a plain weight of that name is to hold. `rows`: of it, if the name doesn't tell.
-
-        Raises CheckpointError if what is stored has another shape.
-        """
-        whole = self._whole(name)
-        own_rows, columns = _ranges(name, self._split, self._head_dim)
-        rows = rows or own_rows
-        part: torch.Tensor
-        if self._form is not None and (base := whole.removesuffix(".weight")) in self._matrices:
-            stored, scale = self._stored[whole], self._stored[f"{base}.{self._form.scale}"]
-            num_out, num_in = stored.get_shape()
-            matrix = part_of_matrix(stored, scale, self._form, rows or range(num_out), range(num_in))
-            part = dequantise(matrix, weight.dtype, backend="torch")
-        else:
-            stored = self._stored[whole]
-            part = stored[rows.start : rows.stop] if rows is not None else stored[:]
-        if columns is not None:
-            part = part[:, columns.start : columns.stop]
-        if part.shape != weight.shape:
-            raise CheckpointError(
-                f"{whole} is {tuple(stored.get_shape())}, of which {tuple(weight.shape)} should be this rank's"
-            )
-        if whole.endswith(".bias") and whole.split(".")[-2] in _SUMMED and not self._split.is_first:
+    def read(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """What a plain weight is to hold. Raises CheckpointError."""
+        self._refuse_other_shape(name, self.shape(name, part.shape))
+        rows, columns = self.ranges(name)
+        if name.endswith(".bias") and name.split(".")[-2] in _SUMMED and not self.split.is_first:
             return torch.zeros_like(part)
-        return part
+        if columns is None:
+            return self._read(name, _all_if_none(rows, part.shape[0]), None, part.dtype)
+        return self._read(name, range(part.shape[0]), columns, part.dtype)
 
-    def _whole(self, name: str) -> str:
-        """What a weight or a layer is called in the whole model."""
-        return _name_in_whole(name, self._first_layer)
+    def read_head(self, name: str, part_VE: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of the head, which is called so. Raises CheckpointError."""
+        self._refuse_other_shape(name, (self._vocab_size, part_VE.shape[1]))
+        return self._read(name, self.split.vocabulary, None, part_VE.dtype)
+
+    def _read(self, name: str, rows: range, columns: range | None, dtype: torch.dtype) -> torch.Tensor:
+        whole = self.name(name)
+        stored: Any = self._stored[whole]
+        part: torch.Tensor
+        if self._form is None or whole.removesuffix(".weight") not in self._matrices:
+            part = stored[rows.start : rows.stop] if columns is None else stored[:, columns.start : columns.stop]
+            return part
+        num_in = stored.get_shape()[1]
+        wanted = range(num_in) if columns is None else columns
+        start = block_start(self._form, wanted.start, num_in)
+        matrix = self._matrix(whole, self._form, rows, range(start, wanted.stop))
+        return dequantise(matrix, dtype, backend="torch")[:, wanted.start - start :]
+
+    def _matrix(self, whole: str, form: Form, rows: range, columns: range) -> Quantised:
+        scale = self._stored[f"{whole.removesuffix('.weight')}.{form.scale}"]
+        return part_of_matrix(self._stored[whole], scale, form, rows, columns)
+
+    def _refuse_other_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        whole = self.name(name)
+        if (found := tuple(self._stored[whole].get_shape())) != tuple(wanted):
+            raise CheckpointError(f"{self._folder}: {whole} is {found}, and {tuple(wanted)} by the config")
+
+
+def _all_if_none(some: range | None, count: int) -> range:
+    return range(count) if some is None else some
 
 
 def _place_linears(module: PreTrainedModel, source: _Source, bits: Form | Kind, device: torch.device) -> None:
@@ -235,14 +286,16 @@ def _place_linears(module: PreTrainedModel, source: _Source, bits: Form | Kind, 
     for name, linear in layers.items():
         matrix: Quantised | None
         if isinstance(bits, Form):
-            matrix = source.matrix(name)
+            matrix = source.matrix(name, linear.weight.shape)
         else:
             matrix = quantise(source.read(f"{name}.weight", linear.weight).to(device, linear.weight.dtype), bits)
-        if matrix is not None and matrix.shape != linear.weight.shape:
-            raise CheckpointError(f"{name} is {tuple(matrix.shape)} here, and should be {tuple(linear.weight.shape)}")
         if matrix is not None:
-            on_device = Quantised(matrix.weight_NE.to(device).contiguous(), matrix.scale_NG.to(device), matrix.group)
-            replace_part(module, name, QuantisedLinear(on_device, linear.bias))
+            weight_NE = matrix.weight_NE.to(device, copy=True).contiguous()  # what was read is the file, mapped
+            replace_part(
+                module,
+                name,
+                QuantisedLinear(replace(matrix, weight_NE=weight_NE, scale_NG=matrix.scale_NG.to(device)), linear.bias),
+            )
     matrices = len(quantised_parts(module))
     log.info("weights of 8 bits, in this part", matrices=matrices, plain=len(layers) - matrices)
 
@@ -259,16 +312,9 @@ def _fill(module: PreTrainedModel, source: _Source, split: Split, *, made_up: li
         if weight is head.weight and weight is not embeddings.weight:
             own = weight[: len(split.vocabulary)]
             weight[len(own) :] = 0
-            own.copy_(source.read(of_embeddings if is_tied(module) else name, own, split.vocabulary))
+            own.copy_(source.read_head(of_embeddings if is_tied(module) else name, own))
         else:
             weight.copy_(source.read(name, weight))
-
-
-def _tied(module: PreTrainedModel) -> list[torch.Tensor]:
-    """The weight of a head that is one with the embeddings."""
-    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    embeddings: Any = module.get_input_embeddings()
-    return [head.weight] if is_tied(module) and head.weight is not embeddings.weight else []
 
 
 def _but_head(module: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -338,6 +384,7 @@ def _empty(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, a
         with device, no_init_weights():
             auto: Any = AutoModelForCausalLM  # its from_config has no types
             module: PreTrainedModel = auto.from_config(config, attn_implementation=attention, trust_remote_code=False)
+            module.tie_weights()  # which is a part of what isn't done here, too
     finally:
         torch.set_default_dtype(default)
     return module
@@ -371,8 +418,6 @@ def _split_head(module: PreTrainedModel, split: Split) -> None:
     unless the last rank has fewer rows than the others."""
     whole: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     embeddings: Any = module.get_input_embeddings()
-    if whole.bias is not None:
-        raise UnsupportedModel(f"{module.config.model_type}: its head has a bias, which --tp doesn't split")
     head = nn.Linear(whole.in_features, split.padded, bias=False, device="meta")
     if whole.weight is embeddings.weight and len(split.vocabulary) == split.padded:
         del head.weight

@@ -44,8 +44,9 @@ class Pipe(ABC):
 
 
 class ExchangePipe(Pipe):
-    """By messages of a process group. What goes on and what comes back have a communicator each, so that the next step's rows
-    don't wait for those that come back."""
+    """By messages of a process group: of rows, or of bytes with which hosts tell each other of rows (`instance.pipe_memory`).
+    What goes on and what comes back have a communicator each, so that the next step's rows don't wait for those that come
+    back."""
 
     def __init__(
         self, rows: Exchange, back: Exchange, place: Place, *, hidden_size: int, dtype: torch.dtype, device: torch.device

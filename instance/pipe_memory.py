@@ -54,7 +54,9 @@ class MemoryPipe(Pipe):
         self._words = StreamWords()
         self._abort_stream = stream_of_its_own(device, "abort")
         self._most_rows = most_rows
-        self._num_places = under_way(place.stages)  # what one held was taken, and its step is over, when it is written again
+        # a lane's loop begins no step before that one is over which had the same place: all parts had taken its rows by then,
+        # as the first stage's ranks end a step together
+        self._num_places = under_way(place.stages)
         nbytes = _ROWS + self._num_places * most_rows * hidden_size * dtype.itemsize
         self._memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         self._next_memory = share_memory(self._memory, store, "stages", rank=place.stage, size=place.stages)[self.next]

@@ -114,7 +114,7 @@ class RankEpoch:
         while ending:
             _, ending = await asyncio.wait(ending, timeout=LET_GO_S)
             sending = [exchange.sending for exchange in self._exchanges if exchange.sending is not None]
-            if ending and self._equipment.model.device.type == "cpu" and len(ending) <= len(sending) and sending == stuck:
+            if ending and len(ending) <= len(sending) and sending == stuck:
                 # all connections are closed: such a thread can only come back with an error, and then writes nothing
                 log.warning("left behind in a send that nobody takes", threads=len(ending))
                 break
@@ -296,30 +296,34 @@ class RankEpoch:
 
     def _make_pipe(self, lane: Lane, device: torch.device) -> Pipe:
         """Through the stages of this instance."""
-        place, model = self._equipment.config.place, self._equipment.model
+        model = self._equipment.model
+        if device.type == "cuda" and (pipe := self._share_places(lane)):
+            return pipe
+        return self._messages(lane, ("rows", "back"), model.hidden_size, model.shape.dtype, device)
 
-        def group(name: str, device: torch.device) -> EpochGroup:
-            full = f"{lane}-{name}-of-{self._join.id}-part-{place.part}"
-            return self._make_group(full, device, rank=place.stage, size=place.stages)
+    def _messages(
+        self, lane: Lane, ways: tuple[str, str], width: int, dtype: torch.dtype, device: torch.device
+    ) -> ExchangePipe:
+        rows, back = (self._way(lane, name, device) for name in ways)
+        return ExchangePipe(rows, back, self._equipment.config.place, hidden_size=width, dtype=dtype, device=device)
 
-        def messages(name: str, device: torch.device, hidden_size: int, dtype: torch.dtype) -> ExchangePipe:
-            def way(direction: str) -> Exchange:
-                return self._kept(Exchange(group(f"{name}{direction}", device).group, device, members="stage"))
+    def _way(self, lane: Lane, name: str, device: torch.device) -> Exchange:
+        """Between the stages."""
+        return self._kept(Exchange(self._group_of_stages(lane, name, device).group, device, members="stage"))
 
-            return ExchangePipe(way("rows"), way("back"), place, hidden_size=hidden_size, dtype=dtype, device=device)
+    def _group_of_stages(self, lane: Lane, name: str, device: torch.device) -> EpochGroup:
+        """Of the ranks of this instance that have the same part."""
+        place = self._equipment.config.place
+        full = f"{lane}-{name}-of-{self._join.id}-part-{place.part}"
+        return self._make_group(full, device, rank=place.stage, size=place.stages)
 
-        if device.type == "cuda":
-            host = torch.device("cpu")
-            told = messages("told-", host, 1, torch.uint8)
-            if pipe := self._share_places(lane, group("places", host), told):
-                return pipe
-        return messages("", device, model.hidden_size, model.shape.dtype)
-
-    def _share_places(self, lane: Lane, group: EpochGroup, told: Pipe) -> "MemoryPipe | None":
-        """By which rows go from stage to stage; None: one of them can't reach another's memory. `told`: between the hosts."""
+    def _share_places(self, lane: Lane) -> "MemoryPipe | None":
+        """By which rows go from stage to stage; None: one of them can't reach another's memory."""
         from instance.pipe_memory import MemoryPipe  # it needs CUDA's driver
 
-        model, config = self._equipment.model, self._equipment.config
+        model, config, host = self._equipment.model, self._equipment.config, torch.device("cpu")
+        told = self._messages(lane, ("told", "told-back"), 1, torch.uint8, host)
+        group = self._group_of_stages(lane, "places", host)
         pipe: MemoryPipe | None = None
         try:
             pipe = MemoryPipe(

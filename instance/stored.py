@@ -195,20 +195,19 @@ def as_matrix(weight_NE: torch.Tensor, scale: torch.Tensor, form: Form) -> Quant
 def part_of_matrix(weight: Any, scale: Any, form: Form, rows: range, columns: range) -> Quantised:
     """Those features out and in of a stored matrix, of which no more is read. `weight` and `scale`: of safetensors.
 
-    Raises ValueError as `as_matrix`, and if columns don't begin where a block does (`begins_block`).
+    Columns must begin where a block does (`block_start`). Raises ValueError as `as_matrix`.
     """
     num_out, num_in = weight.get_shape()
     scale_NG, group = _scales(scale[...], form, num_out, num_in)
-    if not begins_block(form, columns, num_in):
-        raise ValueError(f"features in from {columns.start} on begin within a block of {group}")
     groups = slice(columns.start // group, -(-columns.stop // group))
     part_NE = weight[rows.start : rows.stop, columns.start : columns.stop]
     return Quantised(part_NE, scale_NG[rows.start : rows.stop, groups].contiguous(), min(group, len(columns)))
 
 
-def begins_block(form: Form, columns: range, num_in: int) -> bool:
-    """Whether those of `num_in` features in begin with one of the blocks that share a scale."""
-    return form.block is None or form.block[1] >= num_in or columns.start % form.block[1] == 0
+def block_start(form: Form, column: int, num_in: int) -> int:
+    """Where that block of `num_in` features in begins whose features share a scale with this one."""
+    block = num_in if form.block is None else min(form.block[1], num_in)
+    return column // block * block
 
 
 def _scales(scale: torch.Tensor, form: Form, num_out: int, num_in: int) -> tuple[torch.Tensor, int]:
@@ -324,9 +323,10 @@ def stored_matrices(folder: Path, form: Form, tensors: Mapping[str, tuple[str, t
     if lone := {f"{base}.weight" for base in bases if f"{base}.{form.scale}" not in tensors}:
         raise CheckpointError(f"{folder} has {len(lone)} weights of 8 bits without {form.scale}: {some_of(lone)}")
     for base in bases:
-        weight, scale = (torch.empty(tensors[f"{base}.{part}"][1], device="meta") for part in ("weight", form.scale))
+        weight = torch.empty(tensors[f"{base}.weight"][1], dtype=TYPES[form.kind], device="meta")
+        scale = _empty(*tensors[f"{base}.{form.scale}"])
         try:
-            as_matrix(weight.to(TYPES[form.kind]), scale, form)
+            as_matrix(weight, scale, form)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {base} has {error}") from error
     return set(bases)

@@ -18,6 +18,8 @@ from kernels.products import quantise
 _FIRST = re.compile(r"\blayers\.0\.")
 _AT_ONCE = 8
 """Files that are written."""
+_DRAWN = 0.02
+"""Standard deviation of weights, where a config doesn't say it."""
 _PIECE = 64 * 2**20
 """Bytes that are copied at a time."""
 _FP8: dict[str, Any] = {
@@ -49,9 +51,10 @@ def write_alike(config: PretrainedConfig, folder: Path, *, device: torch.device,
         raise ValueError(f"{config.model_type}: its layers can't be alike, they are of several kinds")
     one = copy.deepcopy(config)
     one.get_text_config().num_hidden_layers = 1
-    # 0.02, as transformers draws, makes a row of 8,192 numbers 1.8 times as large in each product: after 80 layers bf16's
+    # a product with what transformers draws (0.02) makes a row of 8,192 numbers 1.8 times as large: after 80 layers bf16's
     # rounding is 0.22 of the logits, which an instance refuses
-    one.get_text_config().initializer_range = min(text.initializer_range, text.hidden_size**-0.5)
+    drawn = getattr(text, "initializer_range", _DRAWN)
+    one.get_text_config().initializer_range = min(drawn, text.hidden_size**-0.5)
     if kinds:
         one.get_text_config().layer_types = text.layer_types[:1]
     auto: Any = AutoModelForCausalLM  # its from_config has no types

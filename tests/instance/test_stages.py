@@ -37,6 +37,8 @@ def test_rows_through_all_stages_are_those_of_the_model(kind: str, is_tied: bool
     embeddings = whole.module.get_input_embeddings().weight.numel()
     for part in parts[1:]:
         assert part.num_parameters() < whole.num_parameters() - embeddings, "no stage but the first has the embeddings"
+    head = parts[0].module.get_output_embeddings()
+    assert (head.weight is parts[0].module.get_input_embeddings().weight) == (is_tied and kind != "gemma2")
     for part in parts:
         assert loaded_bytes(path, None, None, part.place) == part.weight_bytes()
     if is_fused:
@@ -76,3 +78,10 @@ def test_what_a_stage_lacks_is_named_as_in_the_checkpoint(tmp_path: Path) -> Non
     (path / "config.json").write_text(json.dumps(index | {"num_hidden_layers": 6}))
     with pytest.raises(ValueError, match=r"lacks 9 of the weights .*model\.layers\.5\."):
         stages(path, (3, 3))
+
+
+def test_ranks_hold_a_tied_head_once(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path, num_hidden_layers=LAYERS, tie_word_embeddings=True)
+    module = load_model(path, None, CPU, place=Place(part=1, parts=2)).module
+    head, embeddings = module.get_output_embeddings().weight, module.get_input_embeddings().weight
+    assert head.data_ptr() == embeddings[len(embeddings) // 2 :].data_ptr()
