@@ -84,6 +84,8 @@ class RankEpoch:
         self._made = ExitStack()
         """Undoes what was made, last first."""
         self._exchanges: list[Exchange] = []
+        self._peers: PeerMemory | None = None
+        """Kept while the device may still run graphs that write to others' memory, though the graphs are let go of before."""
         self._is_over = False
 
     @property
@@ -259,6 +261,7 @@ class RankEpoch:
             shape=model.shape,
             device=model.device,
         )
+        self._peers = peers
         self._undo(peers.abort)
         group.barrier()  # nobody pushes into memory that its owner has yet to clear
         return peers
