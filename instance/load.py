@@ -160,7 +160,7 @@ def shaped_model(
     if place != WHOLE:
         place = _with_layers(config, place)
         max_context, nowhere = _prepare(config, max_context, scaling), torch.device("meta")
-        part, _ = empty_part(config, place, dtype, nowhere, register_attention())
+        part = empty_part(config, place, dtype, nowhere, register_attention())
         if isinstance(form, Form):
             place_part_by_config(part, config, place, form)
         elif quantize is not None:

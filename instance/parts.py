@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from gmanager.wire.logs import get_logger
-from instance.checkpoint import CheckpointError, some_of, stored_tensors, weight_files
+from instance.checkpoint import CheckpointError, some_of, stored_tensors
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.layers import has_dense_parts
-from instance.quantised import QuantisedLinear, is_tied, linears_of, quantise_head, quantised_parts, replace_part
+from instance.quantised import QuantisedLinear, is_tied, linears_but_head, quantise_head, quantised_parts, replace_part
 from instance.split import Place, Split, split_of, stages_of
-from instance.stored import Form, block_start, part_of_matrix, place_stored, stored_matrices
+from instance.stored import Form, block_start, part_of_matrix, place_stored, slices_of, stored_matrices
 from kernels.products import Kind, Quantised, dequantise, quantise
 
 log = get_logger("instance")
@@ -91,7 +90,7 @@ def has_dense_layers(config: PretrainedConfig, attention: str) -> bool:
 
 def empty_part(
     config: PretrainedConfig, place: Place, dtype: torch.dtype, device: torch.device, attention: str
-) -> tuple[PreTrainedModel, Split]:
+) -> PreTrainedModel:
     """That rank's part of a model, whose weights are whatever is in memory. `attention`: name of the attention function.
 
     Raises UnsupportedModel for layers that have other parts than Llama's or Gemma's and a dense MLP.
@@ -99,7 +98,7 @@ def empty_part(
     module, split = _with_whole_head(config, place, dtype, device, attention)
     if place.parts > 1:
         _split_head(module, split)
-    return module, split
+    return module
 
 
 def _with_whole_head(
@@ -147,7 +146,7 @@ def load_part(
             _split_head(module, split)  # on its device: it may be a view of the embeddings
         if place.stage:
             _make_up_ends(module)
-        _fill(module, source, split, made_up=_ends(module) if place.stage else [])
+        _fill(module, source, made_up=_ends(module) if place.stage else [])
         if isinstance(bits, str):
             quantise_head(module, device)
     module.train(False)
@@ -157,7 +156,7 @@ def load_part(
 def place_part_by_config(module: PreTrainedModel, config: PretrainedConfig, place: Place, form: Form) -> None:
     """Give a rank's part on `meta`, of the model of that config, the weights that `load_part` would."""
     shape = _Whole(config, place)
-    for name, linear in _but_head(module).items():
+    for name, linear in linears_but_head(module).items():
         if form.is_of(shape.name(name)) and shape.keeps_blocks(name, form):
             place_stored(module, name, linear, form)
 
@@ -215,8 +214,7 @@ class _Source(_Whole):
     ) -> None:
         """Raises CheckpointError if weights of 8 bits aren't of the form that is said."""
         super().__init__(config, place)
-        files = [opened.enter_context(safe_open(file, framework="pt")) for file in weight_files(folder)]
-        self._stored: dict[str, Any] = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+        self._stored = slices_of(folder, opened)
         self._folder = folder
         self._form = bits if isinstance(bits, Form) else None
         self._matrices = set() if self._form is None else stored_matrices(folder, self._form, stored_tensors(folder))
@@ -282,7 +280,7 @@ def _all_if_none(some: range | None, count: int) -> range:
 
 def _place_linears(module: PreTrainedModel, source: _Source, bits: Form | Kind, device: torch.device) -> None:
     """Give a part, but for its head, the linear layers of 8 bits that it is to have."""
-    layers = _but_head(module)
+    layers = linears_but_head(module)
     for name, linear in layers.items():
         matrix: Quantised | None
         if isinstance(bits, Form):
@@ -300,7 +298,7 @@ def _place_linears(module: PreTrainedModel, source: _Source, bits: Form | Kind, 
     log.info("weights of 8 bits, in this part", matrices=matrices, plain=len(layers) - matrices)
 
 
-def _fill(module: PreTrainedModel, source: _Source, split: Split, *, made_up: list[torch.Tensor]) -> None:
+def _fill(module: PreTrainedModel, source: _Source, *, made_up: list[torch.Tensor]) -> None:
     """Read all weights that are plain and not made up."""
     embeddings: Any = module.get_input_embeddings()
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -310,17 +308,11 @@ def _fill(module: PreTrainedModel, source: _Source, split: Split, *, made_up: li
     (of_embeddings,) = [name for name, weight in wanted.items() if weight is embeddings.weight] or [""]
     for name, weight in wanted.items():
         if weight is head.weight and weight is not embeddings.weight:
-            own = weight[: len(split.vocabulary)]
+            own = weight[: len(source.split.vocabulary)]
             weight[len(own) :] = 0
             own.copy_(source.read_head(of_embeddings if is_tied(module) else name, own))
         else:
             weight.copy_(source.read(name, weight))
-
-
-def _but_head(module: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers of a part, but for its head."""
-    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return {name: linear for name, linear in linears_of(module).items() if linear is not head}
 
 
 def bind_stage(module: PreTrainedModel, context: AttentionContext) -> None:

@@ -73,8 +73,7 @@ def quantise_linears(module: PreTrainedModel, kind: Kind, device: torch.device) 
 
     Raises UnsupportedModel if it has none.
     """
-    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-    found = {name: part for name, part in linears_of(module).items() if part is not head}
+    found = linears_but_head(module)
     if not found:
         raise UnsupportedModel(
             f"{module.config.model_type}: it has no linear layers, so none that --quantize {kind} could change"
@@ -103,6 +102,12 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: part for name, part in module.named_modules() if type(part) is nn.Linear and name.rpartition(".")[2] not in KEPT
     }
+
+
+def linears_but_head(module: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Likewise, without its head."""
+    head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return {name: part for name, part in linears_of(module).items() if part is not head}
 
 
 def is_tied(module: PreTrainedModel) -> bool:

@@ -307,6 +307,7 @@ class RankEpoch:
     def _messages(
         self, lane: Lane, ways: tuple[str, str], width: int, dtype: torch.dtype, device: torch.device
     ) -> ExchangePipe:
+        """Between the stages, by groups of these names: of rows so wide."""
         rows, back = (self._way(lane, name, device) for name in ways)
         return ExchangePipe(rows, back, self._equipment.config.place, hidden_size=width, dtype=dtype, device=device)
 

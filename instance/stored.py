@@ -64,6 +64,10 @@ class Form:
             _names(kept, name) for kept in self.kept
         )
 
+    def group(self, num_in: int) -> int:
+        """How many of so many features in share a scale."""
+        return num_in if self.block is None else min(self.block[1], num_in)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
@@ -206,8 +210,8 @@ def part_of_matrix(weight: Any, scale: Any, form: Form, rows: range, columns: ra
 
 def block_start(form: Form, column: int, num_in: int) -> int:
     """Where that block of `num_in` features in begins whose features share a scale with this one."""
-    block = num_in if form.block is None else min(form.block[1], num_in)
-    return column // block * block
+    group = form.group(num_in)
+    return column // group * group
 
 
 def _scales(scale: torch.Tensor, form: Form, num_out: int, num_in: int) -> tuple[torch.Tensor, int]:
@@ -217,12 +221,12 @@ def _scales(scale: torch.Tensor, form: Form, num_out: int, num_in: int) -> tuple
         rows, columns = form.block
         if full.shape != (-(-num_out // rows), -(-num_in // columns)):
             raise ValueError(f"scales {tuple(scale.shape)} for weights {num_out} x {num_in} in blocks of {rows} x {columns}")
-        return full.repeat_interleave(rows, 0)[:num_out].contiguous(), min(columns, num_in)
+        return full.repeat_interleave(rows, 0)[:num_out].contiguous(), form.group(num_in)
     if full.numel() == 1:
         full = full.reshape(1, 1).expand(num_out, 1)
     elif full.shape not in ((num_out,), (num_out, 1)):
         raise ValueError(f"scales {tuple(scale.shape)} for weights {num_out} x {num_in}")
-    return full.reshape(num_out, 1).contiguous(), num_in
+    return full.reshape(num_out, 1).contiguous(), form.group(num_in)
 
 
 class _Dequantised:
@@ -252,7 +256,7 @@ def place_by_config(module: PreTrainedModel, form: Form | PackedExperts) -> None
 def place_stored(module: nn.Module, name: str, linear: nn.Linear, form: Form) -> None:
     """Give that linear layer, on `meta`, the weight and scales that it has once such a checkpoint is loaded."""
     num_out, num_in = linear.weight.shape
-    group = num_in if form.block is None else min(form.block[1], num_in)
+    group = form.group(num_in)
     weight = torch.empty((num_out, num_in), dtype=TYPES[form.kind], device="meta")
     scale = torch.empty((num_out, -(-num_in // group)), dtype=torch.float32, device="meta")
     replace_part(module, name, QuantisedLinear(Quantised(weight, scale, group), linear.bias))
@@ -278,7 +282,7 @@ def load_stored(
     places = {base: name for base, name in places.items() if tuple(fit[name].weight.shape) == tensors[f"{base}{plain_name}"][1]}
     scales = {f"{base}.{form.scale}": base for base in bases}
     with ExitStack() as files:
-        slices = _slices(folder, files)
+        slices = slices_of(folder, files)
         state = {name: one for name, one in slices.items() if not name.endswith(".input_scale") and name not in scales}
         for base in bases:
             weight, scale = slices[f"{base}{plain_name}"], slices[f"{base}.{form.scale}"]
@@ -363,7 +367,7 @@ def _load_packed(
         raise CheckpointError(f"{folder}: its config says mxfp4, and none of its weights is packed")
     with ExitStack() as files:
         auto = _placed(type(_shaped(options["config"])), _pack_experts)
-        module = load_whole(None, str(folder), auto=auto, state_dict=_slices(folder, files), **options)
+        module = load_whole(None, str(folder), auto=auto, state_dict=slices_of(folder, files), **options)
     log.info("experts stay packed", model=str(folder), stored="mxfp4", matrices=len(wholes))
     return module
 
@@ -388,8 +392,8 @@ def _shaped(config: PretrainedConfig) -> PreTrainedModel:
     return module
 
 
-def _slices(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """What transformers reads weights from, by their names, while `files` are open."""
+def slices_of(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """What weights are read from, by their names, while `files` are open."""
     slices: dict[str, Any] = {}
     for file in weight_files(folder):
         opened = files.enter_context(safe_open(file, framework="pt"))
