@@ -20,6 +20,8 @@ from instance.split import dealt, inner_shares
 
 MOST_SPLIT_ROWS = 256
 """Of a step that is split, of all members together."""
+MOST_GRAPH_ROWS = 64
+"""Likewise on GPUs, where such steps are captured: about as many as take no longer than one to compute (`instance.graphs`)."""
 
 ElasticTP = int | Literal["auto"]
 """Most rows of a step that is split, 0: none is; or as what was measured says."""
@@ -117,6 +119,20 @@ class FeedShares:
         """Where a member's rows are among those of all."""
         start = sum(count for its, count in self.rows if its < rank)
         return range(start, start + dict(self.rows)[rank])
+
+    def homes(self, room: int) -> list[int]:
+        """Which of the parts each row of all is at home with, and -1 for each that pads them to `room`."""
+        homes = [part for part, (_, count) in enumerate(self.rows) for _ in range(count)]
+        return homes + [-1] * (room - len(homes))
+
+    def own_rows(self, room: int) -> list[int]:
+        """Which own row each row of all is, where the own rows are padded to `room` as all are; the others stand for padding.
+
+        first = 2, count = 3:    3 4 | 0 1 2 | 5 6 7
+        """
+        own = self.range_of(self.rank)
+        before, behind = range(len(own), own.stop), range(own.stop, room)
+        return [*before, *range(len(own)), *behind]
 
     def inner(self, width: int) -> range:
         """The dims between gate and down that it computes."""

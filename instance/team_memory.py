@@ -6,7 +6,8 @@ from distattn.exchange import Store
 from distattn.ipc import share_memory
 from instance.split import Place
 from kernels.layer_ops import Norm
-from kernels.team_rows import BUFFERS, Mailbox, sum_add_rms_norm, sum_rows, take_first
+from kernels.mailbox import Mailbox
+from kernels.team_rows import BUFFERS, sum_add_rms_norm, sum_rows, take_first
 
 
 class TeamMemory:

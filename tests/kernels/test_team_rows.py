@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels.layer_ops import Norm, add_rms_norm
-from kernels.team_rows import BUFFERS, Mailbox, sum_add_rms_norm, sum_rows, take_first
+from kernels.mailbox import Mailbox
+from kernels.team_rows import BUFFERS, sum_add_rms_norm, sum_rows, take_first
 from tests.kernels.test_paged_attention import DEVICE
 
 ROOM = 48

@@ -61,12 +61,12 @@ class Compiled:
                 "shared": compiled.metadata.shared,
                 "wide": sum(code.count(load) for load in WIDE_LOADS),
                 "narrow": len(re.findall(r"cp\.async\.ca\.shared\.global|ld\.global(?!.*v[24])[\w.:]*\.b(?:8|16)\b", code)),
-                **_registers(compiled.asm["cubin"]),
+                **registers(compiled.asm["cubin"]),
             }
         )
 
 
-def _registers(cubin: bytes) -> dict[str, int]:
+def registers(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
