@@ -56,12 +56,27 @@ class LayerAttention(PackedAttention, Protocol):
     ) -> torch.Tensor: ...
 
 
-class FeedSharing(Protocol):
-    """Other instances, which compute a part of the present step's feeds and head (`instance.shared_feeds`)."""
+class Summing(Protocol):
+    """Who compute a part each of what layers add to rows."""
 
-    def run(self, feed: Dense, h_TE: torch.Tensor) -> torch.Tensor: ...
+    def sum(self, part_TE: torch.Tensor, /) -> torch.Tensor:
+        """Of all parts."""
 
-    def logits(self, head_NE: torch.Tensor, bias_N: torch.Tensor | None, h_TE: torch.Tensor) -> torch.Tensor: ...
+    def add_rms_norm(
+        self, part_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, /, *, first: Norm | None, backend: str
+    ) -> torch.Tensor:
+        """`kernels.layer_ops.add_rms_norm` of the sum."""
+
+
+class FeedSharing(Summing, Protocol):
+    """Other instances, which compute a part of the present step's feeds and head (`instance.shared_feeds`): of the rows of all,
+    so a part is `[R, E]`. What is summed are the own rows."""
+
+    def run(self, feed: Dense, h_TE: torch.Tensor) -> torch.Tensor:
+        """This instance's part of what a feed makes of all rows; `h`: the own. It is summed before anything else is asked."""
+
+    def logits(self, head_NE: torch.Tensor, bias_N: torch.Tensor | None, h_TE: torch.Tensor) -> torch.Tensor:
+        """Of the own rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +93,11 @@ class _Pending:
     """What a layer adds, which the next norm adds on its way."""
 
     x_TE: torch.Tensor
-    """This rank's part of it, where the layer is split between several."""
+    """Or a part of it, where others have the rest."""
     norm: Norm | None
     """Of it, before it is added."""
+    others: Summing | None
+    """With whom it is summed up; None: it is whole."""
 
 
 class FusedDecoder:
@@ -160,7 +177,9 @@ class FusedDecoder:
         rows_0E = self.blank_rows(0)
         for index, layer in enumerate(self._layers):
             attend(index)
-            self._feed(layer, rows_0E, None)
+            fed = self._feed(layer, rows_0E, None)
+            if fed is not None:
+                self._whole(fed)
         self._logits_of(rows_0E)
 
     def matrices(self) -> list[Matrix]:
@@ -327,16 +346,16 @@ class FusedDecoder:
             h_TE = rms_norm(x_TE, layer.feed_input_norm, backend=backend)
         else:
             added_TE = linear(out_TE, layer.out, layer.out_bias, backend=backend)
-            h_TE = self._add_norm(added_TE, x_TE, layer.feed_input_norm, layer.attention_norm)
-        fed_TE = self._feed(layer, h_TE, x_TE if team is None and layer.feed_norm is None else None)
-        return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm)
+            h_TE = self._add_norm(_Pending(added_TE, layer.attention_norm, team), x_TE, layer.feed_input_norm)
+        return self._feed(layer, h_TE, x_TE if team is None and layer.feed_norm is None else None)
 
-    def _feed(self, layer: Layer, h_TE: torch.Tensor, residual_TE: torch.Tensor | None) -> torch.Tensor | None:
+    def _feed(self, layer: Layer, h_TE: torch.Tensor, residual_TE: torch.Tensor | None) -> _Pending | None:
         """What the layer's feed makes of the rows; None, if it was added to the residual."""
         sharing = self._sharing()
         if sharing is not None and isinstance(layer.feed, Dense):
-            return sharing.run(layer.feed, h_TE)
-        return layer.feed.run(h_TE, residual_TE, self._backend)
+            return _Pending(sharing.run(layer.feed, h_TE), layer.feed_norm, sharing)
+        fed_TE = layer.feed.run(h_TE, residual_TE, self._backend)
+        return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm, self._team())
 
     def _project(self, layer: Layer, x_TE: torch.Tensor, pending: _Pending | None, rotary: Rotary) -> PackedRows:
         """The layer's rows, before attention. Adds what is pending to `x_TE`."""
@@ -344,21 +363,18 @@ class FusedDecoder:
         if pending is None:
             h_TE = rms_norm(x_TE, layer.input_norm, backend=backend)
         else:
-            h_TE = self._add_norm(pending.x_TE, x_TE, layer.input_norm, pending.norm)
+            h_TE = self._add_norm(pending, x_TE, layer.input_norm)
         qkv_TE = linear(h_TE, layer.qkv, layer.qkv_bias, backend=backend)
         return PackedRows(qkv_TE, *rotary[layer.rotary], layer.q_norm, layer.k_norm, layer.sinks_H)
 
-    def _add_norm(self, x_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, first: Norm | None) -> torch.Tensor:
-        """`kernels.layer_ops.add_rms_norm`, of the sum of all ranks' rows where there are several."""
-        team = self._team()
-        if team is not None:
-            return team.add_rms_norm(x_TE, residual_TE, norm, first=first, backend=self._backend)
-        return add_rms_norm(x_TE, residual_TE, norm, first=first, backend=self._backend)
+    def _add_norm(self, pending: _Pending, residual_TE: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """`kernels.layer_ops.add_rms_norm` of what is pending."""
+        add = add_rms_norm if pending.others is None else pending.others.add_rms_norm
+        return add(pending.x_TE, residual_TE, norm, first=pending.norm, backend=self._backend)
 
     def _whole(self, pending: _Pending) -> torch.Tensor:
         """What is added to the rows in the end."""
-        team = self._team()
-        x_TE = pending.x_TE if team is None else team.sum(pending.x_TE)
+        x_TE = pending.x_TE if pending.others is None else pending.others.sum(pending.x_TE)
         return x_TE if pending.norm is None else rms_norm(x_TE, pending.norm, backend=self._backend)
 
 

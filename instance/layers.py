@@ -70,8 +70,8 @@ class Dense:
             raise ValueError("weights of 8 bits have no parts")
         starts = (inner.start, down_EI.shape[1] + inner.start)
         halves = [linear(h_TE, gate_up_2IE[start : start + len(inner)], backend=backend) for start in starts]
-        active_TI = gated(torch.cat(halves, -1), self.activation, backend=backend)
-        return linear(active_TI, down_EI[:, inner.start : inner.stop], backend=backend)
+        down_EJ = down_EI[:, inner.start : inner.stop]
+        return gated_linear(torch.cat(halves, -1), down_EJ, self.activation, backend=backend)
 
     def matrices(self) -> list[Matrix]:
         """That every row is multiplied with, `[out, in]`."""

@@ -19,7 +19,7 @@ from distattn.exchange import Exchange
 from instance.elastic_tp import FeedCosts, FeedShares
 from instance.fused import FusedDecoder
 from instance.layers import Dense
-from kernels.layer_ops import linear
+from kernels.layer_ops import Norm, add_rms_norm, linear
 
 FEW_ROWS, MANY_ROWS = 1, 16
 """Of each instance, in steps that are measured."""
@@ -43,14 +43,22 @@ class SharedFeeds:
         self._shares = shares
 
     def run(self, feed: Dense, h_TE: torch.Tensor) -> torch.Tensor:
-        """What the own rows become in a feed, new; the others' parts of it are computed meanwhile. Raises ExchangeError."""
-        part_RE = feed.run_dims(self._gather(h_TE), self._shares.inner(feed.down.shape[1]), self._backend)
-        shares, dtype = self._shares, h_TE.dtype
-        parts = self._send_back(part_RE, [part_RE.shape[1]] * shares.parts)
+        """As `FeedSharing.run`, new; `h`: the own rows `[T, E]`. Raises ExchangeError."""
+        return feed.run_dims(self._gather(h_TE), self._shares.inner(feed.down.shape[1]), self._backend)
+
+    def sum(self, part_RE: torch.Tensor, /) -> torch.Tensor:
+        """Of all parts of the own rows `[T, E]`, new; the others' parts are computed meanwhile. Raises ExchangeError."""
+        parts = self._send_back(part_RE, [part_RE.shape[1]] * self._shares.parts)
         total_TE = parts[0].float()
         for part_TE in parts[1:]:
             total_TE = total_TE + part_TE
-        return total_TE.to(dtype)
+        return total_TE.to(part_RE.dtype)
+
+    def add_rms_norm(
+        self, part_RE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, /, *, first: Norm | None, backend: str
+    ) -> torch.Tensor:
+        """`kernels.layer_ops.add_rms_norm` of that. Raises ExchangeError."""
+        return add_rms_norm(self.sum(part_RE), residual_TE, norm, first=first, backend=backend)
 
     def logits(self, head_NE: torch.Tensor, bias_N: torch.Tensor | None, h_TE: torch.Tensor) -> torch.Tensor:
         """Of the own rows, `[T, N]`, new; of all tokens that the head knows. Raises ExchangeError."""
@@ -72,7 +80,7 @@ class SharedFeeds:
         for rows in (FEW_ROWS, MANY_ROWS):
             h_TE = self._fused.blank_rows(rows)
             self.plan(FeedShares(rank, tuple((member, rows) for member in ranks)))
-            whole_ns, trips_ns = (_least_ns(partial(work, h_TE)) for work in (self._fused.run_dense, self._make_trips))
+            whole_ns, trips_ns = (least_ns(partial(work, h_TE)) for work in (self._fused.run_dense, self._make_trips))
             found.append((rows, whole_ns, trips_ns))
         self.take_waited_ns()
         return FeedCosts.through(*found, others=len(ranks) - 1)
@@ -118,7 +126,7 @@ class SharedFeeds:
         self._waited_ns += time.perf_counter_ns() - began_ns
 
 
-def _least_ns(work: Callable[[], object]) -> float:
+def least_ns(work: Callable[[], object]) -> float:
     """Of some runs, but for the first, in which memory is allocated."""
     took = []
     for _ in range(1 + REPEATS):

@@ -100,8 +100,18 @@ def test_shares_say_where_each_members_rows_are() -> None:
     shares = FeedShares(5, ((1, 2), (3, 0), (5, 4)))
     assert (shares.part, shares.parts, shares.total) == (2, 3, 6)
     assert [shares.range_of(rank) for rank in (1, 3, 5)] == [range(2), range(2, 2), range(2, 6)]
+    assert shares.homes(8) == [0, 0, 2, 2, 2, 2, -1, -1]
     assert shares.inner(300) == range(200, 300)
     assert shares.vocabulary(10) == [range(4), range(4, 7), range(7, 10)]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 3), st.data())
+def test_each_row_of_all_stands_for_one_own_or_padding_row(counts: list[int], more: int, data: st.DataObject) -> None:
+    rank = data.draw(st.sampled_from(range(len(counts))))
+    shares, room = FeedShares(rank, tuple(enumerate(counts))), sum(counts) + more
+    own, homes = shares.own_rows(room), shares.homes(room)
+    assert sorted(own) == list(range(room))
+    assert [row for row, home in zip(own, homes, strict=True) if home == rank] == list(range(counts[rank]))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
@@ -150,7 +160,7 @@ def test_instances_make_of_their_rows_what_each_would_alone(rows: tuple[int, ...
         feeds = SharedFeeds(Exchange(group.group, torch.device("cpu")), decoder, "torch")
         costs[rank] = FeedCosts.agreed([unpack(told) for told in group.hear_all("c", pack(feeds.measure(range(size), rank)))])
         feeds.plan(FeedShares(rank, tuple(enumerate(rows))))
-        got[rank] = feeds.run(feed, h_TEs[rank]), feeds.logits(head, None, h_TEs[rank])
+        got[rank] = feeds.sum(feeds.run(feed, h_TEs[rank])), feeds.logits(head, None, h_TEs[rank])
         assert feeds.take_waited_ns() > 0
 
     threads = [threading.Thread(target=member, args=(rank,)) for rank in range(size)]
