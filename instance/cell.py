@@ -97,9 +97,9 @@ class EpochGroup:
             self._connect(self._rank, self._size)
         return self
 
-    def all_say(self, mine: bool) -> bool:
-        """Whether all members say so, of one thing: each calls this once. Waits for them as `meet` does."""
-        return all(said == b"yes" for said in self.hear_all("says", b"yes" if mine else b"no"))
+    def all_say(self, mine: bool, what: str = "says") -> bool:
+        """Whether all members say so of one thing: each calls this once for it. Waits for them as `meet` does."""
+        return all(said == b"yes" for said in self.hear_all(what, b"yes" if mine else b"no"))
 
     def hear_all(self, what: str, mine: bytes) -> list[bytes]:
         """What each member says of one thing, in the order of ranks: each calls this once for it. Waits as `meet` does."""

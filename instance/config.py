@@ -210,7 +210,7 @@ class InstanceConfig:
         if self.place.ranks > 1 and self.reads_pool:
             raise ValueError(f"--host-memory, --disk and --check-cache don't go with {self.place.flags} yet")
         if self.elastic_tp:
-            check_sharing(self.elastic_tp, device=self.device, ranks=self.place.ranks, quantize=self.quantize)
+            check_sharing(self.elastic_tp, ranks=self.place.ranks, quantize=self.quantize)
         if self.host_memory < 0:
             raise ValueError(f"--host-memory must not be negative, got {self.host_memory}")
         if self.disk is not None and self.disk_bytes < 1:

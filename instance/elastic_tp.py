@@ -56,6 +56,20 @@ class FeedCosts:
         )
 
     @staticmethod
+    def of_steps(few_rows: tuple[int, float, float], many_rows: tuple[int, float, float], *, others: int) -> "FeedCosts":
+        """Likewise from the times of whole steps: what an instance took by itself, and what all took together.
+
+        What isn't split in them counts as weights do, and what it takes beside its part of these as trips: the difference
+        between whole and split steps is what it is, and nobody asks for more.
+        """
+        few, whole_ns, split_ns = few_rows
+        many, whole_many_ns, split_many_ns = many_rows
+        row_ns = max(0.0, (whole_many_ns - whole_ns) / (many - few))
+        part_ns = max(0.0, whole_ns - few * row_ns) / (others + 1)
+        trips = (split_ns - part_ns - few * row_ns, split_many_ns - part_ns - many * row_ns)
+        return FeedCosts.through((few, whole_ns, trips[0]), (many, whole_many_ns, trips[1]), others=others)
+
+    @staticmethod
     def agreed(all_: Sequence["FeedCosts"]) -> "FeedCosts":
         """Of all members' the largest of each: a step takes as long as the slowest."""
         return FeedCosts(**{field.name: max(getattr(costs, field.name) for costs in all_) for field in fields(FeedCosts)})
@@ -78,6 +92,8 @@ class SplitRule:
     """Of all members together in a step that is split."""
     costs: FeedCosts | None = None
     """None: all up to `most_rows` are."""
+    least_members: int = 2
+    """Of the party that runs it: where steps are captured all of the epoch, as each has its part in the graph."""
 
     def sharers(self, rows: Mapping[int, int]) -> list[int]:
         """Among whom a step of decode rows is split, of which each member has so many; ascending. Empty: it is not.
@@ -85,7 +101,7 @@ class SplitRule:
         It takes as long as the member for whom it takes longest.
         """
         total, members = sum(rows.values()), len(rows)
-        if members < 2 or not 0 < total <= self.most_rows:
+        if members < self.least_members or not 0 < total <= self.most_rows:
             return []
         if self.costs is not None and self.costs.split(total, members) >= max(map(self.costs.whole, rows.values())):
             return []

@@ -161,6 +161,11 @@ class FusedDecoder:
         matrices = [matrix_of(self._head), *(matrix for feed in self.feeds() for matrix in feed.matrices())]
         return all(isinstance(feed, Dense) for feed in self.feeds()) and not any(isinstance(m, Quantised) for m in matrices)
 
+    @property
+    def num_logits(self) -> int:
+        """Of a row: of all tokens that the head knows."""
+        return matrix_of(self._head).shape[0]
+
     def blank_rows(self, num_rows: int) -> torch.Tensor:
         """Rows between layers, of zeros."""
         embeddings_VE = self._embeddings()

@@ -4,6 +4,9 @@ A step of decode rows (`StepPlan.is_decode`) is padded to the next bucket. Its t
 (`kernels.upload.FixedTables`); padding rows write no KV and attend to nothing. With peers, each bucket has a second graph in
 which rows travel (`distattn.decode`): all members of a party run theirs in the same step. A stage's graph leaves rows instead
 of logits, and but in the first stage begins with rows.
+
+Steps whose feeds are split between instances (`instance.elastic_tp`) have more, of up to `MOST_GRAPH_ROWS` rows of all members:
+for each bucket of these one of members that have rows among them, and one of those that only help.
 """
 
 from array import array
@@ -12,18 +15,24 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from msgspec import structs
 
 from distattn.decode import DecodeStep, Served, decode_kernel
 from distattn.layout import Layout
 from distattn.peers import PeerMemory
+from instance.elastic_tp import MOST_GRAPH_ROWS, FeedCosts, FeedShares
 from instance.model import Model
 from instance.plan import MAX_DECODE_ROWS, StepPlan
+from instance.shared_feeds import FEW_ROWS, MANY_ROWS, least_ns
+from instance.shared_memory import CapturedFeeds, FeedMemory
+from kernels.shared_rows import Homes
 from kernels.upload import FixedTables
 from kvstore.storage import KVStorage
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_DECODE_ROWS)
 """Rows of the captured steps. Up to 64 rows reading the weights is what takes time, so a bucket's padding is nearly free."""
-
+_TURNS = 5
+"""Of a step that is measured, one right behind the other: members don't begin the first at the same moment."""
 
 _NOTHING = StepPlan(
     token_ids_T=[],
@@ -45,7 +54,29 @@ class Replay(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Kind:
+    """Of captured steps."""
+
+    num_rows: int
+    """Own ones."""
+    with_peers: bool
+    """Whether rows travel to attend, or others' may come here."""
+    num_shared: int = 0
+    """Rows of all members, whose feeds are split; 0: they aren't."""
+
+    @staticmethod
+    def of(plan: StepPlan) -> "_Kind":
+        """The smallest that a step fits into. Raises StopIteration if none is large enough."""
+        num_rows = len(plan.token_ids_T)
+        if plan.shares is None:
+            return _Kind(_bucket(num_rows), plan.is_shared)
+        num_shared = _bucket(plan.shares.total)
+        return _Kind(num_shared if num_rows else 0, plan.is_shared, num_shared)
+
+
+@dataclass(frozen=True, slots=True)
 class _Graph:
+    kind: _Kind
     tables: FixedTables
     attention: DecodeStep
     graph: Replay
@@ -65,9 +96,11 @@ class DecodeGraphs:
         previous_tokens: torch.Tensor,
         peers: PeerMemory | None,
         processors: int | None = None,
+        feeds: FeedMemory | None = None,
     ) -> None:
         """Captures every bucket, alone and with `peers`, on the current stream. `previous_tokens`: where each step leaves its
-        samples for the next. `processors`: of the stream, if not all of the device's.
+        samples for the next. `processors`: of the stream, if not all of the device's. `feeds`: through which a fused model's
+        are split.
 
         Raises RuntimeError for a model that waits for the device within a step: no graph can hold that.
         """
@@ -86,17 +119,27 @@ class DecodeGraphs:
         self._out_R: torch.Tensor | None = None
         """Of the step that has run last: each graph with its own would take gigabytes for large vocabularies."""
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._feeds = feeds
+        self._graphs: dict[_Kind, _Graph] = {}
+        ways = (False,) if peers is None else (False, True)
         for rows in sorted(BUCKETS, reverse=True):  # the largest first: the others fit in the memory it took
-            self._capture(rows, None)
-            if peers is not None:
-                self._capture(rows, peers)
+            for with_peers in ways:
+                self._capture(_Kind(rows, with_peers))
+                if feeds is not None and rows <= MOST_GRAPH_ROWS:
+                    self._capture(_Kind(rows, with_peers, rows))
+                    self._capture(_Kind(0, with_peers, rows))
         if peers is not None:
-            self._capture(0, peers)
+            self._capture(_Kind(0, True))
 
     def can_run(self, plan: StepPlan) -> bool:
         """Whether the step is one of those captured."""
-        return plan.is_decode and (self._peers is not None or not plan.is_shared)
+        if not plan.is_decode or (plan.shares is not None and not self._can_share(plan.shares)):
+            return False
+        return self._peers is not None or not plan.is_shared
+
+    def _can_share(self, shares: FeedShares) -> bool:
+        """The same on all members: each has its part in the graphs, and none may be missing."""
+        return self._feeds is not None and shares.parts == self._feeds.parts and shares.total <= MOST_GRAPH_ROWS
 
     def run(self, plan: StepPlan, rows_TE: torch.Tensor | None = None) -> torch.Tensor | None:
         """Queue the step: logits `[T, V]` of its rows, if it has any, in memory that the next step overwrites.
@@ -104,8 +147,8 @@ class DecodeGraphs:
         Of a stage: the rows `[T, E]` that go on, made of `rows_TE`, those of the stage before, but in the first.
         """
         num_rows = len(plan.token_ids_T)
-        graph = self._graphs[_bucket(num_rows), plan.is_shared]
-        _fill_tables(graph.tables, graph.attention, plan)
+        graph = self._graphs[_Kind.of(plan)]
+        _fill_tables(graph.kind, graph.tables, graph.attention, plan)
         if rows_TE is not None and self._rows_RE is not None:
             self._rows_RE[:num_rows] = rows_TE
         graph.graph.replay()
@@ -113,18 +156,49 @@ class DecodeGraphs:
 
     def graph(self, num_rows: int) -> Replay:
         """The graph that runs so many rows alone. To measure with: it runs the tables of its last step again."""
-        return self._graphs[_bucket(num_rows), False].graph
+        return self._graphs[_Kind(_bucket(num_rows), False)].graph
 
-    def _capture(self, num_rows: int, peers: PeerMemory | None) -> None:
-        tables = FixedTables(
-            {"token_ids": num_rows, "positions": num_rows, "sources": num_rows}
-            | DecodeStep.table_sizes(self._storage, self._shape, num_rows, peers),
-            self._device,
-        )
+    def measure_feeds(self, ranks: range, rank: int) -> FeedCosts:
+        """What split steps cost beside whole ones, of rows that see nothing: all members of the epoch, which have these ranks,
+        call this at once, and each finds its own. Needs `feeds`."""
+        found = []
+        for rows in (FEW_ROWS, min(MANY_ROWS, MOST_GRAPH_ROWS // len(ranks))):
+            blank = _made_up(rows, len(self._shape.sights))
+            split = replace(blank, shares=FeedShares(rank, tuple((member, rows) for member in ranks)))
+            whole_ns, split_ns = (self._least_ns(plan) for plan in (blank, split))
+            found.append((rows, whole_ns, split_ns))
+        return FeedCosts.of_steps(*found, others=len(ranks) - 1)
+
+    def _least_ns(self, plan: StepPlan) -> float:
+        """Of a step."""
+        self.run(plan)
+        graph = self._graphs[_Kind.of(plan)].graph
+
+        def work() -> None:
+            for _ in range(_TURNS):
+                graph.replay()
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+
+        return least_ns(work) / _TURNS
+
+    def _capture(self, kind: _Kind) -> None:
+        num_rows, peers = kind.num_rows, self._peers if kind.with_peers else None
+        sizes = {"token_ids": num_rows, "positions": num_rows, "sources": num_rows}
+        if kind.num_shared:
+            sizes |= {"homes": kind.num_shared, "own rows": kind.num_shared}
+        sizes |= DecodeStep.table_sizes(self._storage, self._shape, num_rows, peers)
+        tables = FixedTables(sizes, self._device)
+        feeds: CapturedFeeds | None = None
+        if kind.num_shared and self._feeds is not None:
+            feeds = CapturedFeeds(self._feeds, Homes(tables["homes"], tables["own rows"]), num_rows)
         attention = DecodeStep(self._storage, self._shape, tables, num_rows, self._kernel, peers, self._served)
         logits_rows_R = torch.arange(num_rows, device=self._device)
 
-        def forward() -> torch.Tensor | None:
+        def layers() -> torch.Tensor | None:
+            if feeds is not None and not num_rows and self._model.fused is not None:
+                self._model.fused.help(attention.serve)
+                return None
             if not num_rows:
                 for layer in range(self._model.num_layers):
                     attention.serve(layer)
@@ -138,12 +212,18 @@ class DecodeGraphs:
                 self._out_R = torch.empty_like(out_R)
             return self._out_R[:num_rows].copy_(out_R)
 
+        def forward() -> torch.Tensor | None:
+            self._model.context.sharing = feeds
+            try:
+                return layers()
+            finally:
+                self._model.context.sharing = None
+
         with torch.inference_mode():
-            nothing = replace(_NOTHING, other_layouts=[_NOTHING.layout] * (len(self._shape.sights) - 1))
-            _fill_tables(tables, attention, nothing)
+            _fill_tables(kind, tables, attention, _made_up(0, len(self._shape.sights)))
             forward()  # what is compiled or allocated once must not happen in the capture
             graph, out_R = self._record(forward)
-        self._graphs[num_rows, peers is not None] = _Graph(tables, attention, graph, logits_rows_R, out_R)
+        self._graphs[kind] = _Graph(kind, tables, attention, graph, logits_rows_R, out_R)
 
     def _forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
         if self._model.place.stages == 1:
@@ -172,8 +252,21 @@ def _bucket(num_rows: int) -> int:
     return next(rows for rows in (0, *BUCKETS) if rows >= num_rows)
 
 
-def _fill_tables(tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> None:
-    """Write all tables of the step and send them; rows beyond its own are padding."""
+def _made_up(num_rows: int, groups: int) -> StepPlan:
+    """A step of so many rows that see nothing and write nothing."""
+    layout = structs.replace(_NOTHING.layout, num_rows=num_rows)
+    return replace(
+        _NOTHING,
+        token_ids_T=[0] * num_rows,
+        positions_T=[0] * num_rows,
+        slots_T=[-1] * num_rows,
+        layout=layout,
+        other_layouts=[layout] * (groups - 1),
+    )
+
+
+def _fill_tables(kind: _Kind, tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> None:
+    """Write all tables of the step and send them; rows beyond its own are padding, and where it isn't split, all that are."""
     padding = [0] * (attention.num_rows - len(plan.token_ids_T))
     sources = array("i", [-1] * attention.num_rows)
     for row, sample in plan.pending:
@@ -182,5 +275,9 @@ def _fill_tables(tables: FixedTables, attention: DecodeStep, plan: StepPlan) -> 
     tables.write("token_ids", array("i", plan.token_ids_T + padding))
     tables.write("positions", array("i", plan.positions_T + padding))
     tables.write("sources", sources)
+    if kind.num_shared:
+        shares = plan.shares or FeedShares(0, ((0, 0),))
+        tables.write("homes", array("i", shares.homes(kind.num_shared)))
+        tables.write("own rows", array("i", shares.own_rows(kind.num_shared)))
     attention.plan(plan.layouts, plan.slots)
     tables.upload()

@@ -21,8 +21,9 @@ from gmanager.wire.logs import get_logger
 from instance.cell import EpochGroup
 from instance.config import InstanceConfig
 from instance.copies import CHANNELS
-from instance.elastic_tp import MOST_SPLIT_ROWS, FeedCosts, SplitRule, pack, unpack
+from instance.elastic_tp import MOST_GRAPH_ROWS, MOST_SPLIT_ROWS, FeedCosts, SplitRule, pack, unpack
 from instance.errors import InstanceError
+from instance.fused import FusedDecoder
 from instance.model import Model
 from instance.pipe import ExchangePipe, Pipe
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, StepPlan
@@ -37,6 +38,7 @@ from kvstore.storage import KVStorage
 if TYPE_CHECKING:  # it needs Triton, which an instance on the CPU does without
     from distattn.peers import PeerMemory
     from instance.pipe_memory import MemoryPipe
+    from instance.shared_memory import FeedMemory
     from instance.team_memory import TeamMemory
 
 log = get_logger("instance")
@@ -200,7 +202,7 @@ class RankEpoch:
             "tokenizer": equipment.tokenizer,
             "streams": None if equipment.processors is None else equipment.processors.streams[lane],
             "team": self._make_team(lane, device),
-            "feeds": self._shared_feeds(exchange) if lane == "decode" else None,
+            "feeds": self._shared_feeds(exchange) if lane == "decode" and device.type == "cpu" else None,
             "tell": None if self._tell is None else partial(self._tell, self.number, lane),
         }
         runner: Runner
@@ -215,34 +217,74 @@ class RankEpoch:
         if device.type == "cuda" and lane == "prefill":
             runner.prepare_chunks(config.chunk_tokens)
         elif device.type == "cuda":
-            peers = self._share_memory(group)
-            log.info("capturing CUDA graphs")
-            runner.capture(equipment.storage, peers)
-            if not group.all_say(bool(runner.graphs)):  # a shared step is a graph on all members, or on none
-                runner.graphs.clear()
-                peers = None
-            log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
+            self._capture(runner, group)
+        if lane == "decode" and config.elastic_tp and self.size > 1 and self.split_rule is None:
+            log.warning(
+                "--elastic-tp is of instances of one host, whose GPUs can write for each other: each computes its own rows"
+            )
         return runner
 
+    def _capture(self, runner: Runner, group: EpochGroup) -> None:
+        """Decode steps, with what the members write for each other in them."""
+        peers = self._share_memory(group)
+        feeds = None if peers is None else self._share_feed_memory(group)  # rows of a split step may travel to attend, too
+        log.info("capturing CUDA graphs")
+        runner.capture(self._equipment.storage, peers, feeds)
+        if not group.all_say(bool(runner.graphs)):  # a shared step is a graph on all members, or on none
+            runner.graphs.clear()
+            peers = feeds = None
+        if feeds is not None:
+            self.split_rule = self._agree_when(runner, group)
+        log.info("decode rows travel", by="NVLink or PCIe, one-sided" if peers else "NCCL")
+
+    def _fused_if_shared(self) -> FusedDecoder | None:
+        """The layers, if the members are to share feeds; None: each computes its own."""
+        equipment = self._equipment
+        can = equipment.config.elastic_tp and self.size > 1 and share_host(self._join.members)
+        return equipment.model.fused if can else None
+
     def _shared_feeds(self, exchange: Exchange) -> SharedFeeds | None:
-        """Of the members, if they are to share feeds; None: each computes its own."""
-        equipment, config = self._equipment, self._equipment.config
-        if not config.elastic_tp or self.size == 1 or equipment.model.fused is None:
+        """Of the members, by messages; None: each computes its own."""
+        fused = self._fused_if_shared()
+        return None if fused is None else SharedFeeds(exchange, fused, self._equipment.config.backend)
+
+    def _share_feed_memory(self, group: EpochGroup) -> "FeedMemory | None":
+        """Of the members, for steps that are captured; None: each computes its own."""
+        if (fused := self._fused_if_shared()) is None:
             return None
-        if not share_host(self._join.members):
-            log.warning("--elastic-tp is of instances of one host, and this cell has several: each computes its own rows")
-            return None
-        return SharedFeeds(exchange, equipment.model.fused, config.backend)
+        from instance.shared_memory import FeedMemory  # it needs Triton, which an instance on the CPU does without
+
+        model = self._equipment.model
+        inboxes = FeedMemory.inboxes(
+            parts=self.size,
+            rows=MOST_GRAPH_ROWS,
+            hidden_size=model.hidden_size,
+            vocab_size=fused.num_logits,
+            dtype=model.shape.dtype,
+            device=model.device,
+        )
+        memory: FeedMemory | None = None
+        try:
+            memory = FeedMemory.share(inboxes, group.store, part=self._join.rank, vocab_size=fused.num_logits)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("the instances' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
+        else:
+            self._undo(memory.abort)
+        return memory if group.all_say(memory is not None, "feeds are shared") else None
 
     def _agree_when(self, runner: Runner, group: EpochGroup) -> SplitRule:
-        """When members share feeds: as they were told, or as all of them measured it."""
-        most = self._equipment.config.elastic_tp
-        if most != "auto":
-            return SplitRule(min(most, MOST_SPLIT_ROWS))
+        """When members share feeds: as they were told, or as all of them measured it; all of them, where steps are captured."""
+        told, captured = self._equipment.config.elastic_tp, bool(runner.graphs)
+        most = MOST_GRAPH_ROWS if captured else MOST_SPLIT_ROWS
+        least_members = self.size if captured else 2
+        if told != "auto":
+            return SplitRule(min(told, most), least_members=least_members)
         own = runner.measure_feeds(range(self.size), self._join.rank)
-        costs = FeedCosts.agreed([unpack(told) for told in group.hear_all("feeds", pack(own))])
+        costs = FeedCosts.agreed([unpack(its) for its in group.hear_all("feeds", pack(own))])
         log.info("feeds measured", **{name: round(value / 1e3) for name, value in asdict(costs).items()}, unit="us")
-        return SplitRule(MOST_SPLIT_ROWS, costs)
+        return SplitRule(most, costs, least_members)
 
     def _share_memory(self, group: EpochGroup) -> "PeerMemory | None":
         """Memory that the members write for each other, where graphs can use it."""

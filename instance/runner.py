@@ -28,6 +28,7 @@ log = get_logger("instance")
 if TYPE_CHECKING:  # they need Triton, which an instance on the CPU does without
     from distattn.peers import PeerMemory
     from instance.graphs import DecodeGraphs
+    from instance.shared_memory import FeedMemory
 
 
 @dataclass(slots=True)
@@ -135,7 +136,8 @@ class Runner:
         """`max_samples`: most tokens that one step samples. `tokenizer`: without it no sequence may have a grammar.
 
         `streams`: on a GPU, those that steps may run on, by the number of their processors. `team`: of the ranks that share the
-        model, whose first samples. `feeds`: of steps that instances split. `tell`: what the others shall launch, too.
+        model, whose first samples. `feeds`: of steps that instances split, where none are captured. `tell`:
+        what the others shall launch, too.
         """
         self.traffic = Traffic()
         self.times = Times()
@@ -171,8 +173,8 @@ class Runner:
         """Build what steps with up to `max_rows` prompt rows need on a GPU: seconds, before the first launch."""
         self._driver.submit(self._use_tiles, max_rows).result()
 
-    def capture(self, storage: KVStorage, peers: "PeerMemory | None") -> None:
-        """Capture decode steps on a GPU: seconds, before the first launch.
+    def capture(self, storage: KVStorage, peers: "PeerMemory | None", feeds: "FeedMemory | None" = None) -> None:
+        """Capture decode steps on a GPU: seconds, before the first launch. `feeds`: of steps that instances split.
 
         A model whose layers run as transformers has them may do what no graph holds: then it runs eagerly, and the log says so.
         """
@@ -182,7 +184,7 @@ class Runner:
             for processors in self._streams:
                 self._go_to(processors)
                 self.graphs[processors] = DecodeGraphs(
-                    self._model, storage, self._previous_tokens, peers, processors=processors
+                    self._model, storage, self._previous_tokens, peers, processors=processors, feeds=feeds
                 )
 
         try:
@@ -320,9 +322,14 @@ class Runner:
         return Results(self._sample(plan, model.logits(hidden, self._upload([s.row for s in plan.sampled]))), scored)
 
     def _shared_feeds(self, plan: StepPlan) -> SharedFeeds | None:
-        """What a step is split by; None: it isn't."""
-        if self._feeds is None or plan.shares is None:
+        """What a step is split by; None: it isn't.
+
+        Raises RuntimeError for one that should have run as a graph: it does on the others, who would wait for this instance.
+        """
+        if plan.shares is None:
             return None
+        if self._feeds is None:
+            raise RuntimeError(f"a split step of {plan.shares.total} rows isn't captured")
         self._feeds.plan(plan.shares)
         return self._feeds
 
@@ -331,9 +338,17 @@ class Runner:
 
         Raises RuntimeError without feeds to share.
         """
+        return self._driver.submit(self._measure_feeds, ranks, rank).result()
+
+    def _measure_feeds(self, ranks: range, rank: int) -> FeedCosts:
+        if self.graphs:
+            processors = max(self.graphs)
+            self._go_to(processors)
+            with torch.inference_mode():
+                return self.graphs[processors].measure_feeds(ranks, rank)
         if self._feeds is None:
             raise RuntimeError("no feeds are shared")
-        return self._driver.submit(self._feeds.measure, ranks, rank).result()
+        return self._feeds.measure(ranks, rank)
 
     def _serve(self, num_layers: int) -> None:
         """Attend for others in the first layers, with no rows of our own."""

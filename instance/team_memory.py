@@ -3,10 +3,9 @@
 import torch
 
 from distattn.exchange import Store
-from distattn.ipc import share_memory
+from instance.mailboxes import Abort, share_mailbox
 from instance.split import Place
 from kernels.layer_ops import Norm
-from kernels.mailbox import Mailbox
 from kernels.team_rows import BUFFERS, sum_add_rms_norm, sum_rows, take_first
 
 
@@ -19,17 +18,8 @@ class TeamMemory:
         Raises RuntimeError if memory can't be shared.
         """
         inbox_NBTW = torch.zeros((place.parts, BUFFERS, rows, row_bytes // 4), dtype=torch.int64, device=device)
-        self._others = share_memory(inbox_NBTW, store, "team", rank=place.part, size=place.parts)
-        starts = [self._others.get(rank, inbox_NBTW).data_ptr() for rank in range(place.parts)]
-        away = [(start - inbox_NBTW.data_ptr()) // 8 + place.part * inbox_NBTW.stride(0) for start in starts]
-        self._mailbox = Mailbox(
-            part=place.part,
-            inbox_NBTW=inbox_NBTW,
-            away_N=torch.tensor(away, dtype=torch.int64, device=device),
-            calls_T=torch.zeros(rows, dtype=torch.int32, device=device),
-            abort_1=torch.zeros(1, dtype=torch.int32, pin_memory=True),
-            aborted_1=torch.zeros(1, dtype=torch.int32, device=device),
-        )
+        self._abort = Abort.of(device)
+        self._mailbox = share_mailbox(inbox_NBTW, store, "team", part=place.part, counted=rows, abort=self._abort)
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether there is room for these rows `[T, E]`."""
@@ -49,4 +39,4 @@ class TeamMemory:
 
     def abort(self) -> None:
         """End every wait, present and to come: the epoch is over, and what its steps still compute means nothing."""
-        self._mailbox.abort_1.fill_(1)
+        self._abort.now()

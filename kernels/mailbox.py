@@ -42,6 +42,8 @@ class Mailbox:
     aborted_1: torch.Tensor
     """int32: whether a program has seen that. 0 at first."""
     turns: int = _TURNS
+    others: tuple[torch.Tensor, ...] = ()
+    """Their inboxes, where they are mapped into this process: only as long as somebody has them."""
 
     def fits(self, x: torch.Tensor) -> bool:
         """Whether rows `[T, E]` can be exchanged: the same on all ranks."""

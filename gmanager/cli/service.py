@@ -138,7 +138,7 @@ class ServiceConfig:
         if self.pp_layers is not None:
             check_layers(parse_layers(self.pp_layers), self.pp)
         if sharing := parse_elastic(self.elastic_tp):
-            check_sharing(sharing, device=self.device, ranks=self.ranks, quantize=self.quantize)
+            check_sharing(sharing, ranks=self.ranks, quantize=self.quantize)
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"--max-context must be at least 1, got {self.max_context}")
 

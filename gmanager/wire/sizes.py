@@ -50,13 +50,11 @@ def parse_elastic(text: str) -> int | Literal["auto"]:
     return 0 if text == "off" else int(text)
 
 
-def check_sharing(most_rows: int | Literal["auto"], *, device: str, ranks: int, quantize: str) -> None:
+def check_sharing(most_rows: int | Literal["auto"], *, ranks: int, quantize: str) -> None:
     """Raises ValueError for instances that can't share dense layers. `ranks`: of each."""
     flag = f"--elastic-tp {most_rows}"
     if most_rows != "auto" and most_rows < 0:
         raise ValueError(f"{flag} is no number of rows")
-    if device == "cuda":
-        raise ValueError(f"{flag} on GPUs is refused: instances have shared dense layers on CPUs only, as yet")
     if ranks > 1:
         raise ValueError(f"{flag} is for instances that each have all weights: these are split between {ranks} ranks")
     if quantize != "none":

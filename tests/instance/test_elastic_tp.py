@@ -96,6 +96,27 @@ def test_a_step_is_split_for_all_members_alike_and_who_differs_is_found() -> Non
         derive(told)
 
 
+def test_captured_steps_are_split_between_all_of_the_epoch_or_not_at_all() -> None:
+    rule = SplitRule(64, least_members=3)
+    assert rule.sharers({0: 1, 1: 0, 2: 0}) == [0, 1, 2]
+    assert rule.sharers({0: 1, 2: 0}) == []
+
+
+@given(st.integers(1, 7), st.floats(1, 1e7), st.floats(0, 1e5), st.floats(0, 1e6), st.floats(0, 1e4))
+def test_costs_of_whole_and_split_steps_are_what_was_measured(
+    others: int, weights_ns: float, row_ns: float, more_ns: float, more_row_ns: float
+) -> None:
+    members = others + 1
+    measured = []
+    for rows in (1, 8):
+        whole_ns = weights_ns + rows * row_ns
+        measured.append((rows, whole_ns, weights_ns / members + rows * row_ns + more_ns + rows * more_row_ns))
+    costs = FeedCosts.of_steps(*measured, others=others)
+    for rows, whole_ns, split_ns in measured:
+        assert costs.whole(rows) == pytest.approx(whole_ns)
+        assert costs.split(rows * members, members) == pytest.approx(split_ns, abs=1)
+
+
 def test_shares_say_where_each_members_rows_are() -> None:
     shares = FeedShares(5, ((1, 2), (3, 0), (5, 4)))
     assert (shares.part, shares.parts, shares.total) == (2, 3, 6)
@@ -189,11 +210,10 @@ def test_what_it_cannot_be_is_said(text: str) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"device": "cuda"}, "--elastic-tp 4 on GPUs is refused: instances have shared dense layers on CPUs only, as yet"),
         ({"ranks": 2}, "--elastic-tp 4 is for instances that each have all weights: these are split between 2 ranks"),
         ({"quantize": "int8"}, "--elastic-tp 4 splits weights of 16 or 32 bits, and doesn't go with --quantize int8"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        check_sharing(4, **({"device": "cpu", "ranks": 1, "quantize": "none"} | given))
+        check_sharing(4, **({"ranks": 1, "quantize": "none"} | given))

@@ -29,10 +29,13 @@ from distattn.exchange import Exchange
 from distattn.layout import Layout, Reading
 from instance import graphs
 from instance.calibrate import Room, plans
+from instance.elastic_tp import FeedShares
 from instance.graphs import DecodeGraphs, Replay
 from instance.load import load_model, random_model
+from instance.mailboxes import Abort, mailbox
 from instance.model import Model
 from instance.plan import SampledRow, StepPlan
+from instance.shared_memory import FeedMemory, counted
 from instance.split import Place
 from kvstore.format import KVFormat
 from kvstore.storage import KVStorage
@@ -311,6 +314,34 @@ def test_a_step_that_others_have_a_part_in_needs_peers(model: Model) -> None:
     )  # fmt: skip
     assert captured.can_run(alone)
     assert not captured.can_run(shared)
+
+
+def test_a_split_step_needs_room_for_all_rows_and_all_members(model: Model) -> None:
+    """What decides is the same on all members: whether they have rows of their own doesn't."""
+    assert model.fused is not None
+    vocab_size = model.fused.num_logits
+    inboxes = FeedMemory.inboxes(
+        parts=2, rows=2, hidden_size=model.hidden_size, vocab_size=vocab_size, dtype=torch.float32, device=DEVICE
+    )
+    abort = Abort.of(DEVICE)
+    mailboxes = {n: mailbox(its, {}, part=0, counted=counted(its), abort=abort) for n, its in inboxes.items()}
+    memory = FeedMemory(**mailboxes, vocab_size=vocab_size, abort=abort)
+    previous = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    with mock.patch.multiple(graphs, BUCKETS=(1, 2, 4), MOST_GRAPH_ROWS=2):
+        captured = Graphs(model, storage_of(model, 1), previous, None, feeds=memory)
+        whole = Graphs(model, storage_of(model, 1), previous, None)
+        assert model.context.sharing is None
+        for count, rows, can_run in (
+            (1, ((0, 1), (1, 1)), True),
+            (0, ((0, 0), (1, 2)), True),
+            (1, ((0, 1), (1, 2)), False),
+            (1, ((0, 1), (1, 0), (2, 0)), False),
+        ):
+            plan = replace(step([5] * count, []), shares=FeedShares(0, rows))
+            assert captured.can_run(plan) == can_run
+            assert not whole.can_run(plan)
+        assert captured.run(step([5] * 4, [])) is not None
+    assert not any(its.inbox_NBTW.any() or its.calls_T.any() for its in mailboxes.values())
 
 
 @pytest.mark.parametrize("kind", ["model", "windowed"])
