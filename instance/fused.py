@@ -72,8 +72,11 @@ class FeedSharing(Summing, Protocol):
     """Other instances, which compute a part of the present step's feeds and head (`instance.shared_feeds`): of the rows of all,
     so a part is `[R, E]`. What is summed are the own rows."""
 
-    def run(self, feed: Dense, h_TE: torch.Tensor) -> torch.Tensor:
-        """This instance's part of what a feed makes of all rows; `h`: the own. It is summed before anything else is asked."""
+    def run(
+        self, feed: Dense, x_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, *, first: Norm | None
+    ) -> torch.Tensor:
+        """This instance's part, new, of what a feed makes of all members' `kernels.layer_ops.add_rms_norm` of x. It is summed
+        before anything else is asked."""
 
     def logits(self, head_NE: torch.Tensor, bias_N: torch.Tensor | None, h_TE: torch.Tensor) -> torch.Tensor:
         """Of the own rows."""
@@ -182,7 +185,7 @@ class FusedDecoder:
         rows_0E = self.blank_rows(0)
         for index, layer in enumerate(self._layers):
             attend(index)
-            fed = self._feed(layer, rows_0E, None)
+            fed = self._share(layer, rows_0E, rows_0E)
             if fed is not None:
                 self._whole(fed)
         self._logits_of(rows_0E)
@@ -345,22 +348,26 @@ class FusedDecoder:
         backend, team = self._backend, self._team()
         rows = self._project(layer, x_TE, pending, rotary)
         out_TE = attention.run_packed(index, rows).view(len(x_TE), -1)
-        if team is None and layer.attention_norm is None and uses_gemv(len(x_TE), layer.out, backend):
+        is_shared = self._sharing() is not None
+        if team is None and not is_shared and layer.attention_norm is None and uses_gemv(len(x_TE), layer.out, backend):
             # the sum rides along with the product
             linear(out_TE, layer.out, layer.out_bias, residual_TN=x_TE, backend=backend)
             h_TE = rms_norm(x_TE, layer.feed_input_norm, backend=backend)
         else:
             added_TE = linear(out_TE, layer.out, layer.out_bias, backend=backend)
+            if (shared := self._share(layer, added_TE, x_TE)) is not None:
+                return shared
             h_TE = self._add_norm(_Pending(added_TE, layer.attention_norm, team), x_TE, layer.feed_input_norm)
-        return self._feed(layer, h_TE, x_TE if team is None and layer.feed_norm is None else None)
+        fed_TE = layer.feed.run(h_TE, x_TE if team is None and layer.feed_norm is None else None, backend)
+        return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm, team)
 
-    def _feed(self, layer: Layer, h_TE: torch.Tensor, residual_TE: torch.Tensor | None) -> _Pending | None:
-        """What the layer's feed makes of the rows; None, if it was added to the residual."""
+    def _share(self, layer: Layer, added_TE: torch.Tensor, x_TE: torch.Tensor) -> _Pending | None:
+        """The layer's feed behind what attention adds to `x`, which it does; None, and nothing done, if it isn't shared."""
         sharing = self._sharing()
-        if sharing is not None and isinstance(layer.feed, Dense):
-            return _Pending(sharing.run(layer.feed, h_TE), layer.feed_norm, sharing)
-        fed_TE = layer.feed.run(h_TE, residual_TE, self._backend)
-        return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm, self._team())
+        if sharing is None or not isinstance(layer.feed, Dense):
+            return None
+        part_RE = sharing.run(layer.feed, added_TE, x_TE, layer.feed_input_norm, first=layer.attention_norm)
+        return _Pending(part_RE, layer.feed_norm, sharing)
 
     def _project(self, layer: Layer, x_TE: torch.Tensor, pending: _Pending | None, rotary: Rotary) -> PackedRows:
         """The layer's rows, before attention. Adds what is pending to `x_TE`."""

@@ -42,8 +42,11 @@ class SharedFeeds:
         """For the calls that follow."""
         self._shares = shares
 
-    def run(self, feed: Dense, h_TE: torch.Tensor) -> torch.Tensor:
-        """As `FeedSharing.run`, new; `h`: the own rows `[T, E]`. Raises ExchangeError."""
+    def run(
+        self, feed: Dense, x_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, *, first: Norm | None
+    ) -> torch.Tensor:
+        """As `FeedSharing.run`. Raises ExchangeError."""
+        h_TE = add_rms_norm(x_TE, residual_TE, norm, first=first, backend=self._backend)
         return feed.run_dims(self._gather(h_TE), self._shares.inner(feed.down.shape[1]), self._backend)
 
     def sum(self, part_RE: torch.Tensor, /) -> torch.Tensor:

@@ -12,7 +12,15 @@ from instance.mailboxes import Abort, share_mailbox
 from instance.split import dealt, inner_shares
 from kernels.layer_ops import Norm, linear
 from kernels.mailbox import Mailbox
-from kernels.shared_rows import Homes, collect_parts, num_pieces, spread_rows, sum_parts, sum_parts_add_rms_norm
+from kernels.shared_rows import (
+    Homes,
+    collect_parts,
+    num_pieces,
+    spread_add_rms_norm,
+    spread_rows,
+    sum_parts,
+    sum_parts_add_rms_norm,
+)
 
 
 class FeedMemory:
@@ -75,11 +83,14 @@ class CapturedFeeds:
         self._homes = homes
         self._num_own = num_own
 
-    def run(self, feed: Dense, h_TE: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, feed: Dense, x_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, *, first: Norm | None
+    ) -> torch.Tensor:
         """As `FeedSharing.run`."""
         memory = self._memory
         inner = inner_shares(feed.down.shape[1], memory.parts)[memory.part]
-        return feed.run_dims(spread_rows(h_TE, self._homes, memory.there), inner, "triton")
+        all_RE = spread_add_rms_norm(x_TE, residual_TE, norm, self._homes, memory.there, first=first)
+        return feed.run_dims(all_RE, inner, "triton")
 
     def sum(self, part_RE: torch.Tensor, /) -> torch.Tensor:
         """Of all parts of the own rows `[T, E]`, new."""

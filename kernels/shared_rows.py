@@ -1,6 +1,6 @@
 """Rows that instances share: each goes from its home to all others, and what they make of it comes back, one-sided.
 
-    spread     home   push its rows to all others    all its rows, and theirs as they come
+    spread     home   residual +=    norm    push its rows to all others    all its rows, and theirs as they come
     sum        home   wait for the others' parts     x0 + x1 + ..    residual +=    norm
                other  push a part of each row to its home
     collect    home   wait for the others' parts     one beside the other
@@ -29,6 +29,7 @@ Shape suffixes: R rows of all, T own rows, E elements of a row, N ranks, V eleme
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -54,10 +55,16 @@ class Homes:
 
 @triton.jit(do_not_specialize=["turns"])  # type: ignore[untyped-decorator]
 def _spread_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, all_ptr, ranks_ptr, own_ptr, inbox_ptr, away_ptr, calls_ptr, abort_ptr, aborted_ptr, stride_x, most_rows, turns,
-    WORDS: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr, N: tl.constexpr, PART: tl.constexpr, DEPENDENT: tl.constexpr,
+    x_ptr, residual_ptr, first_ptr, weight_ptr, all_ptr, ranks_ptr, own_ptr, inbox_ptr, away_ptr, calls_ptr, abort_ptr,
+    aborted_ptr, stride_x, stride_r, most_rows, turns, first_eps, eps,
+    E: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr, N: tl.constexpr, PART: tl.constexpr, KIND: tl.constexpr,
+    PAIR: tl.constexpr, WITH_NORM: tl.constexpr, WITH_FIRST: tl.constexpr, FIRST_FROM_ONE: tl.constexpr, FROM_ONE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """all[row] = x[own row] at home, elsewhere what comes from there; 0 of padding. One program for a row."""
+    """all[row] = x[own row] at home, elsewhere what comes from there; 0 of padding. With a norm, residual[own row] += x, or its
+    first norm, and the norm of that is what goes to all. One program for a row.
+    """
+    WORDS: tl.constexpr = E // 2 if PAIR else E
     row = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, TILE)
     is_word = word < WORDS
@@ -69,6 +76,14 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
     bits = tl.zeros((TILE,), dtype=tl.int32)
     if home == PART:
         bits = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + own * stride_x + word, mask=is_word, other=0)
+        if WITH_NORM:
+            x_low, x_high = halves(bits, KIND, PAIR)
+            residual_row_ptr = residual_ptr.to(tl.pointer_type(tl.int32)) + own * stride_r
+            x_low, x_high = added_and_normed(
+                x_low, x_high, residual_row_ptr, first_ptr, weight_ptr, word, is_word, first_eps, eps, E, WITH_FIRST,
+                FIRST_FROM_ONE, FROM_ONE, KIND, PAIR,
+            )  # fmt: skip
+            bits = whole(x_low, x_high, PAIR)
         for peer in tl.static_range(N):
             if peer != PART:
                 away = tl.multiple_of(tl.load(away_ptr + peer), 2)  # two words in a store
@@ -203,17 +218,17 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
 
 def spread_rows(x_TE: torch.Tensor, homes: Homes, mailbox: Mailbox) -> torch.Tensor:
     """The rows of all `[R, E]`, new; 0 of padding. `x`: T = R rows, of which the last pad, or none. All call it at once."""
-    num_rows, width = homes.ranks_R.numel(), x_TE.shape[1]
-    all_RE = x_TE.new_empty((num_rows, width))
-    ranks, _, most_rows, room = mailbox.inbox_NBTW.shape
-    words = width * x_TE.element_size() // 4
-    tile: int = triton.next_power_of_2(words)
-    dependent = has_dependent_launch(x_TE.device)
-    _spread_kernel[(num_rows,)](
-        x_TE, all_RE, homes.ranks_R, homes.own_R, mailbox.inbox_NBTW, mailbox.away_N, mailbox.calls_T, mailbox.abort_1,
-        mailbox.aborted_1, x_TE.stride(0) * x_TE.element_size() // 4, most_rows, mailbox.turns, WORDS=words, TILE=tile,
-        ROOM=room, N=ranks, PART=mailbox.part, DEPENDENT=dependent, num_warps=_warps(tile), launch_pdl=dependent,
-    )  # fmt: skip
+    all_RE = x_TE.new_empty((homes.ranks_R.numel(), x_TE.shape[1]))
+    _launch(_spread_kernel, x_TE, all_RE, homes, mailbox)
+    return all_RE
+
+
+def spread_add_rms_norm(
+    x_TE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, homes: Homes, mailbox: Mailbox, *, first: Norm | None = None
+) -> torch.Tensor:
+    """Likewise `kernels.layer_ops.add_rms_norm` of the rows; the residuals of those that pad stay as they are."""
+    all_RE = x_TE.new_empty((homes.ranks_R.numel(), x_TE.shape[1]))
+    _launch(_spread_kernel, x_TE, all_RE, homes, mailbox, residual_TE=residual_TE, norm=norm, first=first)
     return all_RE
 
 
@@ -222,14 +237,18 @@ def sum_parts(part_RE: torch.Tensor, num_own: int, homes: Homes, mailbox: Mailbo
 
     All call it at once, once they have `spread_rows`.
     """
-    return _sum(part_RE, num_own, homes, mailbox)
+    out_TE = part_RE.new_empty((num_own, part_RE.shape[1]))
+    _launch(_sum_kernel, part_RE, out_TE, homes, mailbox, HAS_OWN=num_own > 0)
+    return out_TE
 
 
 def sum_parts_add_rms_norm(
     part_RE: torch.Tensor, residual_TE: torch.Tensor, norm: Norm, homes: Homes, mailbox: Mailbox, *, first: Norm | None = None
 ) -> torch.Tensor:
     """`kernels.layer_ops.add_rms_norm` of these sums; 0 in rows that pad, whose residual stays as it is. As `sum_parts`."""
-    return _sum(part_RE, len(residual_TE), homes, mailbox, residual_TE=residual_TE, norm=norm, first=first)
+    out_TE, has_own = torch.empty_like(residual_TE), len(residual_TE) > 0
+    _launch(_sum_kernel, part_RE, out_TE, homes, mailbox, residual_TE=residual_TE, norm=norm, first=first, HAS_OWN=has_own)
+    return out_TE
 
 
 def collect_parts(
@@ -266,35 +285,31 @@ def num_pieces(room: int) -> int:
     return pieces
 
 
-def _sum(
-    part_RE: torch.Tensor,
-    num_own: int,
+def _launch(
+    kernel: Any,
+    x_TE: torch.Tensor,
+    out_TE: torch.Tensor,
     homes: Homes,
     mailbox: Mailbox,
     *,
     residual_TE: torch.Tensor | None = None,
     norm: Norm | None = None,
     first: Norm | None = None,
-) -> torch.Tensor:
-    num_rows, width = part_RE.shape
-    out_TE = part_RE.new_empty((num_own, width))
+    **constants: bool,
+) -> None:
+    """One of the two that rows have a program each in."""
     ranks, _, most_rows, room = mailbox.inbox_NBTW.shape
-    residual = part_RE if residual_TE is None else residual_TE
-    weights = [part_RE if its is None else its.weight_E for its in (first, norm)]
-    size = part_RE.element_size()
+    residual = x_TE if residual_TE is None else residual_TE
+    weights = [x_TE if its is None else its.weight_E for its in (first, norm)]
+    width, size = x_TE.shape[1], x_TE.element_size()
     tile: int = triton.next_power_of_2(width * size // 4)
-    dependent = has_dependent_launch(part_RE.device)
-    _sum_kernel[(num_rows,)](
-        part_RE, residual, *weights, out_TE, homes.ranks_R, homes.own_R, mailbox.inbox_NBTW, mailbox.away_N, mailbox.calls_T,
-        mailbox.abort_1, mailbox.aborted_1, *(rows.stride(0) * size // 4 for rows in (part_RE, residual)), most_rows,
+    dependent = has_dependent_launch(x_TE.device)
+    kernel[(homes.ranks_R.numel(),)](
+        x_TE, residual, *weights, out_TE, homes.ranks_R, homes.own_R, mailbox.inbox_NBTW, mailbox.away_N, mailbox.calls_T,
+        mailbox.abort_1, mailbox.aborted_1, *(rows.stride(0) * size // 4 for rows in (x_TE, residual)), most_rows,
         mailbox.turns, 0.0 if first is None else first.eps, 0.0 if norm is None else norm.eps,
-        E=width, TILE=tile, ROOM=room, N=ranks, PART=mailbox.part, KIND=KINDS.get(part_RE.dtype, tl.float32), PAIR=size == 2,
-        HAS_OWN=num_own > 0, WITH_NORM=norm is not None, WITH_FIRST=first is not None,
-        FIRST_FROM_ONE=first is not None and first.from_one, FROM_ONE=norm is not None and norm.from_one, DEPENDENT=dependent,
-        num_warps=_warps(tile), launch_pdl=dependent,
+        E=width, TILE=tile, ROOM=room, N=ranks, PART=mailbox.part, KIND=KINDS.get(x_TE.dtype, tl.float32), PAIR=size == 2,
+        WITH_NORM=norm is not None, WITH_FIRST=first is not None, FIRST_FROM_ONE=first is not None and first.from_one,
+        FROM_ONE=norm is not None and norm.from_one, DEPENDENT=dependent, num_warps=min(8, max(1, tile // 256)),
+        launch_pdl=dependent, **constants,
     )  # fmt: skip
-    return out_TE
-
-
-def _warps(tile: int) -> int:
-    return min(8, max(1, tile // 256))

@@ -17,6 +17,7 @@ from instance.fused import FusedDecoder
 from instance.layers import Dense
 from instance.shared_feeds import SharedFeeds
 from instance.step import Decode, StepMismatch, derive
+from kernels.layer_ops import Norm, rms_norm
 from tests.instance.test_fused import KNOWN, make
 from tests.instance.test_step import notice
 
@@ -171,6 +172,7 @@ def test_instances_make_of_their_rows_what_each_would_alone(rows: tuple[int, ...
     size, (store, address) = len(rows), open_store("127.0.0.1", 20)
     seeded = torch.Generator().manual_seed(0)
     h_TEs = [torch.randn(count, head.shape[1], generator=seeded) for count in rows]
+    norm = Norm(torch.randn(head.shape[1], generator=seeded), 1e-5)
     got: dict[int, tuple[torch.Tensor, ...]] = {}
     costs: dict[int, FeedCosts] = {}
 
@@ -181,7 +183,8 @@ def test_instances_make_of_their_rows_what_each_would_alone(rows: tuple[int, ...
         feeds = SharedFeeds(Exchange(group.group, torch.device("cpu")), decoder, "torch")
         costs[rank] = FeedCosts.agreed([unpack(told) for told in group.hear_all("c", pack(feeds.measure(range(size), rank)))])
         feeds.plan(FeedShares(rank, tuple(enumerate(rows))))
-        got[rank] = feeds.sum(feeds.run(feed, h_TEs[rank])), feeds.logits(head, None, h_TEs[rank])
+        x_TE = h_TEs[rank].clone()
+        got[rank] = feeds.sum(feeds.run(feed, h_TEs[rank], x_TE, norm, first=None)), x_TE, feeds.logits(head, None, h_TEs[rank])
         assert feeds.take_waited_ns() > 0
 
     threads = [threading.Thread(target=member, args=(rank,)) for rank in range(size)]
@@ -191,7 +194,7 @@ def test_instances_make_of_their_rows_what_each_would_alone(rows: tuple[int, ...
         thread.join()
     assert store is not None
     for rank, h_TE in enumerate(h_TEs):
-        want: Any = feed.run(h_TE, None, "torch"), h_TE @ head.T
+        want: Any = feed.run(rms_norm(2 * h_TE, norm, backend="torch"), None, "torch"), 2 * h_TE, h_TE @ head.T
         torch.testing.assert_close(got[rank], want, rtol=1e-4, atol=1e-5)
     assert len(set(costs.values())) == 1
 

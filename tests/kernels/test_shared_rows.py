@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from instance.elastic_tp import FeedShares
 from kernels.layer_ops import Norm, add_rms_norm
 from kernels.mailbox import Mailbox
-from kernels.shared_rows import PIECE, Homes, collect_parts, num_pieces, spread_rows, sum_parts, sum_parts_add_rms_norm
+from kernels.shared_rows import (
+    PIECE,
+    Homes,
+    collect_parts,
+    num_pieces,
+    spread_add_rms_norm,
+    spread_rows,
+    sum_parts,
+    sum_parts_add_rms_norm,
+)
 from tests.kernels.test_paged_attention import DEVICE
 from tests.support.compiling import compiled
 
@@ -166,6 +175,34 @@ def test_a_residual_and_norms_ride_along(dtype: torch.dtype, with_first: bool, f
         torch.testing.assert_close(got[part][:count], want_TE, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         torch.testing.assert_close(residuals[part], want_residual_TE, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         assert not got[part][count:].any()
+
+
+@pytest.mark.parametrize("counts", [(3, 0), (1, 2), (0, 4), (2, 1, 1)])
+@pytest.mark.parametrize("with_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_added_to_a_residual_and_normed_goes_to_all(
+    dtype: torch.dtype, with_first: bool, counts: tuple[int, ...]
+) -> None:
+    width, step = WIDTH[dtype], Step(counts, room_for(counts))
+    added_RE, before_RE = rows(step.room, width, dtype, 3), rows(step.room, width, dtype, 4)
+    norm = Norm(rows(1, width, dtype, 1)[0], 1e-5)
+    first = Norm(rows(1, width, dtype, 2)[0], 1e-6, True) if with_first else None
+    residuals: dict[int, torch.Tensor] = {}
+
+    def call(part: int, mailbox: Mailbox) -> torch.Tensor:
+        residuals[part] = step.padded(before_RE, part)
+        added_TE = step.padded(added_RE, part)
+        return spread_add_rms_norm(added_TE, residuals[part], norm, step.homes[part], mailbox, first=first)
+
+    got = Cell(len(counts), 20).all_call(call)
+    total, after_RE = sum(counts), before_RE.clone()
+    want_RE = add_rms_norm(added_RE[:total], after_RE[:total], norm, first=first, backend="torch")
+    for part, count in enumerate(counts):
+        torch.testing.assert_close(got[part][:total], want_RE, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        assert torch.equal(got[part], got[0])
+        assert not got[part][total:].any()
+        limit = TOLERANCE[dtype]
+        torch.testing.assert_close(residuals[part][:count], step.own(after_RE, part), rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("width", [97, 2 * PIECE + 12])

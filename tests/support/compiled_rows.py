@@ -53,7 +53,7 @@ def main() -> None:
                 for kind in ("bf16", "fp32")
                 for name, kernel, constants, warps in (
                     ("team", team_rows._sum_kernel, NORMS | {"TAKES_FIRST": False}, 8),
-                    ("spread", shared_rows._spread_kernel, {}, 8),
+                    ("spread", shared_rows._spread_kernel, NORMS, 8),
                     ("sum", shared_rows._sum_kernel, NORMS | {"HAS_OWN": True}, 8),
                     ("push", shared_rows._push_part_kernel, {"WIDTH": 64128, "TILE": shared_rows.PIECE}, 4),
                     ("collect", shared_rows._collect_kernel, {"TILE": shared_rows.PIECE}, 4),
