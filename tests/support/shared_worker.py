@@ -70,16 +70,19 @@ def main(rank: int, size: int, folder: Path, dtype: torch.dtype) -> None:
         previous = torch.tensor([17, 41, 3, 88, 9, 60, 2, 5], device=device)
         captured = single.Graphs(model, ours, previous, peers, feeds=memory)
         _meet(store, "captured", rank, size)
+        if size == 2:  # of more there is no room for two rows of each
+            costs = captured.measure_feeds(range(size), rank)
+            assert costs.whole(1) > 0
+            print(
+                f"one row each: whole {costs.whole(1) / 1e3:.1f} us, split {costs.split(2, 2) / 1e3:.1f} us; {costs}",
+                flush=True,
+            )
         for number, seen in enumerate(STEPS):
             shares = FeedShares(rank, tuple((its, len(seen.get(its, []))) for its in range(size)))
             plan = replace(single.step(seen.get(rank, []), [(0, 3)] if seen.get(rank) else []), shares=shares)
             assert captured.can_run(plan)
             got = captured.run(plan)
             _check(model, theirs, plan, previous, got, number)
-        if size == 2:  # of more there is no room for two rows of each
-            costs = captured.measure_feeds(range(size), rank)
-            assert costs.whole(1) > 0
-            print(costs)
     _meet(store, "end", rank, size)
     print("EQUAL", flush=True)
 
