@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
 
 @pytest.mark.parametrize(
     ("kind", "size", "hidden", "dtype"),
-    [("llama", 2, 64, "float32"), ("gemma2", 3, 64, "float32"), ("llama", 2, 2048, "bfloat16")],
+    [("llama", 2, 64, "float32"), ("llama", 2, 64, "float16"), ("gemma2", 3, 64, "float32"), ("llama", 2, 2048, "bfloat16")],
 )
 def test_split_steps_as_graphs_are_whole_ones_run_eagerly(
     kind: str, size: int, hidden: int, dtype: str, tmp_path: Path

@@ -42,7 +42,7 @@ STEPS: list[dict[int, list[int]]] = [
     {1: [2]},
 ]
 """Tokens that the rows of each rank see."""
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def main(rank: int, size: int, folder: Path, dtype: torch.dtype) -> None:
@@ -70,7 +70,7 @@ def main(rank: int, size: int, folder: Path, dtype: torch.dtype) -> None:
         previous = torch.tensor([17, 41, 3, 88, 9, 60, 2, 5], device=device)
         captured = single.Graphs(model, ours, previous, peers, feeds=memory)
         _meet(store, "captured", rank, size)
-        if size == 2:  # of more there is no room for two rows of each
+        if size == 2 and dtype != torch.float16:  # of more members there is no room for two rows of each
             costs = captured.measure_feeds(range(size), rank)
             assert costs.whole(1) > 0
             print(
