@@ -5,8 +5,8 @@ A step of decode rows (`StepPlan.is_decode`) is padded to the next bucket. Its t
 which rows travel (`distattn.decode`): all members of a party run theirs in the same step. A stage's graph leaves rows instead
 of logits, and but in the first stage begins with rows.
 
-Steps whose feeds are split between instances (`instance.elastic_tp`) have more, of up to `MOST_GRAPH_ROWS` rows of all members:
-for each bucket of these one of members that have rows among them, and one of those that only help.
+Steps whose feeds are split between instances (`instance.elastic_tp`) have more, of as many rows of all members as their memory
+has room for: for each bucket of these one of members that have rows among them, and one of those that only help.
 """
 
 from array import array
@@ -20,7 +20,7 @@ from msgspec import structs
 from distattn.decode import DecodeStep, Served, decode_kernel
 from distattn.layout import Layout
 from distattn.peers import PeerMemory
-from instance.elastic_tp import MOST_GRAPH_ROWS, FeedCosts, FeedShares
+from instance.elastic_tp import FeedCosts, FeedShares
 from instance.model import Model
 from instance.plan import MAX_DECODE_ROWS, StepPlan
 from instance.shared_feeds import FEW_ROWS, MANY_ROWS, least_ns
@@ -69,8 +69,8 @@ class _Kind:
         """The smallest that a step fits into. Raises StopIteration if none is large enough."""
         num_rows = len(plan.token_ids_T)
         if plan.shares is None:
-            return _Kind(_bucket(num_rows), plan.is_shared)
-        num_shared = _bucket(plan.shares.total)
+            return _Kind(bucket(num_rows), plan.is_shared)
+        num_shared = bucket(plan.shares.total)
         return _Kind(num_shared if num_rows else 0, plan.is_shared, num_shared)
 
 
@@ -125,7 +125,7 @@ class DecodeGraphs:
         for rows in sorted(BUCKETS, reverse=True):  # the largest first: the others fit in the memory it took
             for with_peers in ways:
                 self._capture(_Kind(rows, with_peers))
-                if feeds is not None and rows <= MOST_GRAPH_ROWS:
+                if feeds is not None and rows <= feeds.most_rows:
                     self._capture(_Kind(rows, with_peers, rows))
                     self._capture(_Kind(0, with_peers, rows))
         if peers is not None:
@@ -139,7 +139,7 @@ class DecodeGraphs:
 
     def _can_share(self, shares: FeedShares) -> bool:
         """The same on all members: each has its part in the graphs, and none may be missing."""
-        return self._feeds is not None and shares.parts == self._feeds.parts and shares.total <= MOST_GRAPH_ROWS
+        return self._feeds is not None and shares.parts == self._feeds.parts and shares.total <= self._feeds.most_rows
 
     def run(self, plan: StepPlan, rows_TE: torch.Tensor | None = None) -> torch.Tensor | None:
         """Queue the step: logits `[T, V]` of its rows, if it has any, in memory that the next step overwrites.
@@ -156,13 +156,14 @@ class DecodeGraphs:
 
     def graph(self, num_rows: int) -> Replay:
         """The graph that runs so many rows alone. To measure with: it runs the tables of its last step again."""
-        return self._graphs[_Kind(_bucket(num_rows), False)].graph
+        return self._graphs[_Kind(bucket(num_rows), False)].graph
 
     def measure_feeds(self, ranks: range, rank: int) -> FeedCosts:
         """What split steps cost beside whole ones, of rows that see nothing: all members of the epoch, which have these ranks,
         call this at once, and each finds its own. Needs `feeds`."""
+        assert self._feeds is not None
         found = []
-        for rows in (FEW_ROWS, min(MANY_ROWS, MOST_GRAPH_ROWS // len(ranks))):
+        for rows in (FEW_ROWS, min(MANY_ROWS, self._feeds.most_rows // len(ranks))):
             blank = _made_up(rows, len(self._shape.sights))
             split = replace(blank, shares=FeedShares(rank, tuple((member, rows) for member in ranks)))
             whole_ns, split_ns = (self._least_ns(plan) for plan in (blank, split))
@@ -248,7 +249,8 @@ class DecodeGraphs:
         return graph, out_R
 
 
-def _bucket(num_rows: int) -> int:
+def bucket(num_rows: int) -> int:
+    """Rows of the smallest captured step that has so many."""
     return next(rows for rows in (0, *BUCKETS) if rows >= num_rows)
 
 

@@ -86,8 +86,8 @@ class RankEpoch:
         self._made = ExitStack()
         """Undoes what was made, last first."""
         self._exchanges: list[Exchange] = []
-        self._peers: PeerMemory | None = None
-        """Kept while the device may still run graphs that write to others' memory, though the graphs are let go of before."""
+        self._written: list[PeerMemory | FeedMemory] = []
+        """What graphs write to, kept while the device may still run them, though they are let go of before."""
         self._is_over = False
 
     @property
@@ -252,12 +252,13 @@ class RankEpoch:
         """Of the members, for steps that are captured; None: each computes its own."""
         if (fused := self._fused_if_shared()) is None:
             return None
-        from instance.shared_memory import FeedMemory  # it needs Triton, which an instance on the CPU does without
+        from instance.graphs import bucket  # they need Triton, which an instance on the CPU does without
+        from instance.shared_memory import FeedMemory
 
-        model = self._equipment.model
+        model, told = self._equipment.model, self._equipment.config.elastic_tp
         inboxes = FeedMemory.inboxes(
             parts=self.size,
-            rows=MOST_GRAPH_ROWS,
+            rows=MOST_GRAPH_ROWS if told == "auto" else bucket(min(told, MOST_GRAPH_ROWS)),
             hidden_size=model.hidden_size,
             vocab_size=fused.num_logits,
             dtype=model.shape.dtype,
@@ -271,6 +272,7 @@ class RankEpoch:
         except RuntimeError as error:
             log.warning("the instances' GPUs don't reach each other's memory", reason=str(error).splitlines()[0][:200])
         else:
+            self._written.append(memory)
             self._undo(memory.abort)
         return memory if group.all_say(memory is not None, "feeds are shared") else None
 
@@ -303,7 +305,7 @@ class RankEpoch:
             shape=model.shape,
             device=model.device,
         )
-        self._peers = peers
+        self._written.append(peers)
         self._undo(peers.abort)
         group.barrier()  # nobody pushes into memory that its owner has yet to clear
         return peers

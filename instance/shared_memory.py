@@ -1,14 +1,18 @@
 """Memory that instances write for each other to share feeds and head of captured steps, and what such a step does through it
 (`kernels.shared_rows`). By `instance.shared_feeds` steps that aren't captured do the same.
 
-Shape suffixes: T own rows, R rows of all, E hidden size, V vocabulary, N members, B buffers, W words.
+Shape suffixes: T own rows, R rows of all, E hidden size, V vocabulary, P this member's part of it, N members, B buffers,
+W words.
 """
+
+import math
 
 import torch
 
 from distattn.exchange import Store
+from distattn.ipc import share_memory
 from instance.layers import Dense
-from instance.mailboxes import Abort, share_mailbox
+from instance.mailboxes import Abort, mailbox
 from instance.split import dealt, inner_shares
 from kernels.layer_ops import Norm, linear
 from kernels.mailbox import Mailbox
@@ -33,6 +37,8 @@ class FeedMemory:
         """`there`: of rows on their way to all; `back`: of what comes back of them in layers, and `logits` in the end."""
         self.there, self.back, self.of_logits = there, back, logits
         self.part, self.parts = there.part, len(there.inbox_NBTW)
+        self.most_rows = there.inbox_NBTW.shape[2]
+        """Of all members in a step."""
         self.tokens = dealt(vocab_size, self.parts)
         """Whose logits each member computes."""
         ends = [0, *(its.stop for its in self.tokens)]
@@ -43,13 +49,14 @@ class FeedMemory:
     def inboxes(
         *, parts: int, rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """What each of so many members needs, `[N, B, T, W]` by name. `rows`: most of all members."""
+        """What each of so many members needs, `[N, B, R, W]` by name: parts of one piece of memory, which is shared at once.
+        `rows`: most of all members."""
         numbers = {"there": hidden_size, "back": hidden_size, "logits": len(dealt(vocab_size, parts)[0])}
         words = {name: -(-count * dtype.itemsize // 4) for name, count in numbers.items()}
-        return {
-            name: torch.zeros((parts, 1, rows, room + room % 2), dtype=torch.int64, device=device)  # two words in a store
-            for name, room in words.items()
-        }
+        shapes = {name: (parts, 1, rows, room + room % 2) for name, room in words.items()}  # two words in a store
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        pieces = torch.split(torch.zeros(sum(sizes), dtype=torch.int64, device=device), sizes)
+        return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
     @staticmethod
     def share(inboxes: dict[str, torch.Tensor], store: Store, *, part: int, vocab_size: int) -> "FeedMemory":
@@ -57,9 +64,17 @@ class FeedMemory:
 
         Raises RuntimeError if memory can't be shared.
         """
-        abort = Abort.of(inboxes["there"].device)
+        some = inboxes["there"]
+        abort, others = Abort.of(some.device), share_memory(some, store, "feeds", rank=part, size=len(some))
+        words = {rank: memory.view(torch.int64) for rank, memory in others.items()}
         mailboxes = {
-            name: share_mailbox(inbox, store, f"feeds-{name}", part=part, counted=counted(inbox), abort=abort)
+            name: mailbox(
+                inbox,
+                {rank: its[inbox.storage_offset() :] for rank, its in words.items()},
+                part=part,
+                counted=counted(inbox),
+                abort=abort,
+            )
             for name, inbox in inboxes.items()
         }
         return FeedMemory(**mailboxes, vocab_size=vocab_size, abort=abort)

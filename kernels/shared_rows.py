@@ -68,10 +68,10 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, TILE)
     is_word = word < WORDS
+    wait_for_previous(DEPENDENT)  # a step that begins with this has just got its tables
+    let_next_start(DEPENDENT)
     home = tl.load(ranks_ptr + row)
     own = tl.load(own_ptr + row).to(tl.int64)
-    wait_for_previous(DEPENDENT)
-    let_next_start(DEPENDENT)
     call = tl.load(calls_ptr + row) + 1
     bits = tl.zeros((TILE,), dtype=tl.int32)
     if home == PART:
@@ -92,6 +92,7 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
         from_ptr = inbox_ptr + (home * most_rows + row) * ROOM
         bits = arrived(from_ptr, call, word, is_word, abort_ptr, aborted_ptr, turns)
     tl.store(all_ptr.to(tl.pointer_type(tl.int32)) + row * WORDS + word, bits, mask=is_word)
+    tl.debug_barrier()  # all threads have read how many calls there were
     if home >= 0:
         tl.store(calls_ptr + row, call)
 
@@ -111,10 +112,10 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, TILE)
     is_word = word < WORDS
+    wait_for_previous(DEPENDENT)  # a step that begins with this has just got its tables
+    let_next_start(DEPENDENT)
     home = tl.load(ranks_ptr + row)
     own = tl.load(own_ptr + row).to(tl.int64)
-    wait_for_previous(DEPENDENT)
-    let_next_start(DEPENDENT)
     call = tl.load(calls_ptr + row) + 1
     mine = tl.load(part_ptr.to(tl.pointer_type(tl.int32)) + row * stride_p + word, mask=is_word, other=0)
     out = tl.zeros((TILE,), dtype=tl.int32)
@@ -143,6 +144,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         push(mine, call, inbox_ptr + away + row * ROOM, word, is_word)
     if HAS_OWN:
         tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + own * WORDS + word, out, mask=is_word)
+    tl.debug_barrier()
     if home >= 0:
         tl.store(calls_ptr + row, call)
 
@@ -169,9 +171,9 @@ def _push_part_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     word = piece * TILE + tl.arange(0, TILE)
-    home = tl.load(ranks_ptr + row)
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
+    home = tl.load(ranks_ptr + row)
     if (home >= 0) & (home != PART):
         call = tl.load(calls_ptr + row * num_pieces + piece) + 1
         low, high = _own_part(part_ptr + row * stride_p, word, WIDTH, PAIR)
@@ -191,10 +193,10 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     word = piece * TILE + tl.arange(0, TILE)
+    wait_for_previous(DEPENDENT)  # a step that begins with this has just got its tables
+    let_next_start(DEPENDENT)
     home = tl.load(ranks_ptr + row)
     own = tl.load(own_ptr + row).to(tl.int64)
-    wait_for_previous(DEPENDENT)
-    let_next_start(DEPENDENT)
     call = tl.load(calls_ptr + row * num_pieces + piece) + 1
     if home == PART:
         for peer in tl.static_range(N):
@@ -212,6 +214,7 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
                 tl.store(to_ptr + 2 * word + 1, high, mask=2 * word + 1 < width)
             else:
                 tl.store(to_ptr + word, low, mask=word < width)
+    tl.debug_barrier()
     if home >= 0:
         tl.store(calls_ptr + row * num_pieces + piece, call)
 
@@ -257,9 +260,10 @@ def collect_parts(
     """All parts `[T, V]` of the own rows, one beside the other, new; in rows that pad lies anything.
 
     `starts`: int32 `[N + 1]`, where in V = `width` each rank's part begins, and the last ends. The mailbox counts for each row
-    and each `PIECE` of its room. As `sum_parts`.
+    and each `PIECE` of its room. As `sum_parts`. All of these raise ValueError for rows that the mailbox has no room for.
     """
     num_rows = homes.ranks_R.numel()
+    _refuse_unfit(part_RP, num_rows, mailbox)
     out_TV = part_RP.new_empty((num_own, width))
     ranks, _, most_rows, room = mailbox.inbox_NBTW.shape
     pair = part_RP.element_size() == 2
@@ -277,6 +281,16 @@ def collect_parts(
         launch_pdl=dependent,
     )  # fmt: skip
     return out_TV
+
+
+def _refuse_unfit(x: torch.Tensor, num_rows: int, mailbox: Mailbox) -> None:
+    """Raises ValueError for rows that others have no room for: they would be written into what lies behind."""
+    _, _, most_rows, room = mailbox.inbox_NBTW.shape
+    words = -(-x.shape[1] * x.element_size() // 4)
+    if num_rows > most_rows or words > room or mailbox.calls_T.numel() < num_rows or (len(x) and x.stride(1) != 1):
+        raise ValueError(
+            f"{num_rows} rows of {words} words, in mailboxes for {most_rows} of {room} that count {mailbox.calls_T.numel()}"
+        )
 
 
 def num_pieces(room: int) -> int:
@@ -298,6 +312,7 @@ def _launch(
     **constants: bool,
 ) -> None:
     """One of the two that rows have a program each in."""
+    _refuse_unfit(x_TE, homes.ranks_R.numel(), mailbox)
     ranks, _, most_rows, room = mailbox.inbox_NBTW.shape
     residual = x_TE if residual_TE is None else residual_TE
     weights = [x_TE if its is None else its.weight_E for its in (first, norm)]

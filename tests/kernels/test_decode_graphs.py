@@ -327,7 +327,7 @@ def test_a_split_step_needs_room_for_all_rows_and_all_members(model: Model) -> N
     mailboxes = {n: mailbox(its, {}, part=0, counted=counted(its), abort=abort) for n, its in inboxes.items()}
     memory = FeedMemory(**mailboxes, vocab_size=vocab_size, abort=abort)
     previous = torch.zeros(8, dtype=torch.int64, device=DEVICE)
-    with mock.patch.multiple(graphs, BUCKETS=(1, 2, 4), MOST_GRAPH_ROWS=2):
+    with mock.patch.multiple(graphs, BUCKETS=(1, 2, 4)):
         captured = Graphs(model, storage_of(model, 1), previous, None, feeds=memory)
         whole = Graphs(model, storage_of(model, 1), previous, None)
         assert model.context.sharing is None

@@ -63,7 +63,7 @@ def main(rank: int, size: int, folder: Path, dtype: torch.dtype) -> None:
     _meet(store, "memory", rank, size)
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if gpus else nullcontext()
     turns = graphs._TURNS if gpus else 1
-    with stream, mock.patch.multiple(graphs, BUCKETS=BUCKETS, MOST_GRAPH_ROWS=max(BUCKETS), _TURNS=turns):
+    with stream, mock.patch.multiple(graphs, BUCKETS=BUCKETS, _TURNS=turns):
         ours, theirs = (model.make_storage(30, single.BLOCK) for _ in range(2))
         for storage in (ours, theirs):
             storage.data_L2BPKD.copy_(torch.randn(storage.data_L2BPKD.shape, generator=torch.Generator().manual_seed(rank)))
