@@ -22,7 +22,7 @@ from instance.errors import UnsupportedModel
 from instance.packed import PARTS, is_packed, packed_weight, run_plain
 from instance.quantised import QuantisedLinear, is_linear, matrix_of
 from kernels.experts import ExpertWeights, Gate, Packed, mix_experts, route
-from kernels.layer_ops import ACTIVATIONS, Norm, gated, gated_linear, linear, rms_norm, uses_gemv
+from kernels.layer_ops import ACTIVATIONS, Norm, gate_up, gated, gated_linear, linear, rms_norm, uses_gemv
 from kernels.products import Matrix, Quantised, stack
 
 _LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -68,10 +68,8 @@ class Dense:
         gate_up_2IE, down_EI = self.gate_up, self.down
         if isinstance(gate_up_2IE, Quantised) or isinstance(down_EI, Quantised):
             raise ValueError("weights of 8 bits have no parts")
-        starts = (inner.start, down_EI.shape[1] + inner.start)
-        halves = [linear(h_TE, gate_up_2IE[start : start + len(inner)], backend=backend) for start in starts]
-        down_EJ = down_EI[:, inner.start : inner.stop]
-        return gated_linear(torch.cat(halves, -1), down_EJ, self.activation, backend=backend)
+        gate_up_T2J = gate_up(h_TE, gate_up_2IE, inner, backend=backend)
+        return gated_linear(gate_up_T2J, down_EI[:, inner.start : inner.stop], self.activation, backend=backend)
 
     def matrices(self) -> list[Matrix]:
         """That every row is multiplied with, `[out, in]`."""

@@ -178,6 +178,25 @@ def linear(
     return out_TN if residual_TN is None else residual_TN.add_(out_TN)
 
 
+def gate_up(h_TE: torch.Tensor, gate_up_2IE: torch.Tensor, dims: range, *, backend: str) -> torch.Tensor:
+    """Gate and up `[T, 2 J]` of J of the dims between gate and down, new: what `gated` takes. Weights aren't copied.
+
+    Raises ValueError for dims that aren't there.
+    """
+    inner = len(gate_up_2IE) // 2
+    if not 0 <= dims.start <= dims.stop <= inner:
+        raise ValueError(f"dims {dims.start} to {dims.stop} of {inner}")
+    if len(dims) and uses_gemv(len(h_TE), gate_up_2IE, backend):
+        from kernels import layer_ops_triton
+
+        both_NE = gate_up_2IE[dims.start : inner + dims.stop]
+        return layer_ops_triton.gemv(h_TE, both_NE, None, None, skip=range(len(dims), inner))
+    parts_2JE = gate_up_2IE.view(2, inner, -1)[:, dims.start : dims.stop]
+    out_T2J = h_TE.new_empty((len(h_TE), 2, len(dims)))
+    torch.bmm(h_TE.expand(2, -1, -1), parts_2JE.mT, out=out_T2J.transpose(0, 1))  # both in one kernel, and in their places
+    return out_T2J.flatten(1)
+
+
 def gated_linear(
     gate_up_T2I: torch.Tensor,
     weight_EI: Matrix,

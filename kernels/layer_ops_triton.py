@@ -267,17 +267,21 @@ def add_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gemv_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N, first, skipped,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, WITH_BIAS: tl.constexpr,
     WITH_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum_e f(x)[e] w[n, e] (+ bias[n]), added to the residual if there is one; f(x) is activation(gate) up, or x."""
+    """out[n] = sum_e f(x)[e] w[n, e] (+ bias[n]), added to the residual if there is one; f(x) is activation(gate) up, or x.
+
+    Behind the `first` rows of w lie `skipped` ones that aren't multiplied.
+    """
     LAST: tl.constexpr = E // BLOCK_E * BLOCK_E
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_N = n_N < N
     e_E = tl.arange(0, BLOCK_E)
     x_ptr_E = x_ptr + e_E
-    w_ptr_NE = weight_ptr + n_N.to(tl.int64)[:, None] * stride_w + e_E[None, :]
+    place_N = (n_N + tl.where(n_N < first, 0, skipped)).to(tl.int64)
+    w_ptr_NE = weight_ptr + place_N[:, None] * stride_w + e_E[None, :]
     w_NE = tl.load(w_ptr_NE, mask=is_N[:, None], other=0.0)  # weights don't wait for the kernel before
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
@@ -316,15 +320,18 @@ def gemv(
     residual_1N: torch.Tensor | None,
     *,
     activation: str | None = None,
+    skip: range = range(0),
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
-    """See `kernels.layer_ops.linear`; with an activation `gated_linear` (x is then `[1, 2 E]`)."""
-    num_out, num_in = weight_NE.shape
+    """See `kernels.layer_ops.linear`; with an activation `gated_linear` (x is then `[1, 2 E]`). `skip`: weights' rows that are
+    left out."""
+    num_out, num_in = weight_NE.shape[0] - len(skip), weight_NE.shape[1]
     config = config or gemv_config()
     dependent = has_dependent_launch(x_1E.device)
     out_1N = x_1E.new_empty((1, num_out)) if residual_1N is None else residual_1N
     _gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
         x_1E, weight_NE, x_1E if bias_N is None else bias_N, out_1N, out_1N, weight_NE.stride(0), num_out,
+        skip.start if skip else num_out, len(skip),
         E=num_in, BLOCK_N=config.block_n, BLOCK_E=config.block_e, ACTIVATION=activation, WITH_BIAS=bias_N is not None,
         WITH_RESIDUAL=residual_1N is not None, STAGES=config.num_stages, DEPENDENT=dependent, num_warps=config.num_warps,
         launch_pdl=dependent,

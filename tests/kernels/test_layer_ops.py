@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.layer_ops import ACTIVATIONS, Norm, add_rms_norm, gated, gated_linear, linear, rms_norm, rotate_and_store
+from kernels.layer_ops import ACTIVATIONS, Norm, add_rms_norm, gate_up, gated, gated_linear, linear, rms_norm, rotate_and_store
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
@@ -101,3 +101,17 @@ def test_products_and_what_rides_along(
     assert gated_linear(gate_up, down, activation, residual_TE=residual, backend=backend) is residual
     near(residual, want)
     near(gated_linear(gate_up, down, activation, backend=backend), active @ down.double().T)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(0, 1024), (1, 1024), (1, 96), (3, 1024)])
+@pytest.mark.parametrize("dims", [range(37), range(37, 81), range(81, 100), range(100), range(5, 5)])
+def test_gate_and_up_of_some_dims(dims: range, rows: int, width: int, dtype: torch.dtype, backend: str) -> None:
+    x = torch.randn(rows, width, device=DEVICE).to(dtype)
+    weight = (torch.randn(200, width, device=DEVICE) / math.sqrt(width)).to(dtype)
+    got = gate_up(x, weight, dims, backend=backend)
+    both = [*dims, *(100 + dim for dim in dims)]
+    near(got, x.double() @ weight[both].double().T)
+    with pytest.raises(ValueError, match="dims 90 to 101 of 100"):
+        gate_up(x, weight, range(90, 101), backend=backend)
