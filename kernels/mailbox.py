@@ -75,10 +75,9 @@ def whole(low, high, PAIR: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def normed(  # type: ignore[no-untyped-def]
-    low, high, weight_ptr, word, is_word, eps, E, FROM_ONE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr
+    low, high, weight, eps, E, FROM_ONE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr
 ):  # fmt: skip
     """weight (x / sqrt(mean(x^2) + eps))"""
-    weight = tl.load(weight_ptr.to(tl.pointer_type(tl.int32)) + word, mask=is_word, other=0)
     weight_low, weight_high = halves(weight, KIND, PAIR)
     full_low, full_high = low.to(tl.float32), high.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(full_low * full_low + full_high * full_high, 0) / E + eps)
@@ -111,15 +110,24 @@ def arrived(from_ptr, call, word, is_word, abort_ptr, aborted_ptr, turns):  # ty
 
 @triton.jit  # type: ignore[untyped-decorator]
 def added_and_normed(  # type: ignore[no-untyped-def]
-    low, high, residual_ptr, first_ptr, weight_ptr, word, is_word, first_eps, eps, E, WITH_FIRST: tl.constexpr,
+    low, high, before, first, weight, residual_ptr, word, is_word, first_eps, eps, E, WITH_FIRST: tl.constexpr,
     FIRST_FROM_ONE: tl.constexpr, FROM_ONE: tl.constexpr, KIND: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """residual += the elements, or their first norm; the norm of that. `residual_ptr`: int32, of the row."""
+    """residual += the elements, or their first norm; the norm of that. `residual_ptr`: int32, of the row.
+
+    `before`: what lies there; `first`, `weight`: of the norms. All are words, which callers read before they wait
+    for elements: each read takes most of a microsecond.
+    """
     if WITH_FIRST:
-        low, high = normed(low, high, first_ptr, word, is_word, first_eps, E, FIRST_FROM_ONE, KIND, PAIR)
-    before_ptr = residual_ptr + word
-    before_low, before_high = halves(tl.load(before_ptr, mask=is_word, other=0), KIND, PAIR)
+        low, high = normed(low, high, first, first_eps, E, FIRST_FROM_ONE, KIND, PAIR)
+    before_low, before_high = halves(before, KIND, PAIR)
     low = (before_low.to(tl.float32) + low.to(tl.float32)).to(KIND)
     high = (before_high.to(tl.float32) + high.to(tl.float32)).to(KIND)
-    tl.store(before_ptr, whole(low, high, PAIR), mask=is_word)
-    return normed(low, high, weight_ptr, word, is_word, eps, E, FROM_ONE, KIND, PAIR)
+    tl.store(residual_ptr + word, whole(low, high, PAIR), mask=is_word)
+    return normed(low, high, weight, eps, E, FROM_ONE, KIND, PAIR)
+
+
+@triton.jit
+def words_at(ptr, word, is_word):  # type: ignore[no-untyped-def]
+    """Elements as words of 4 bytes, from a place that is a multiple of these."""
+    return tl.load(ptr.to(tl.pointer_type(tl.int32)) + word, mask=is_word, other=0)

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+
 _TILE = 2048
 
 
@@ -32,9 +34,12 @@ class Inbox:
 def _push_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, lse_ptr, sends_ptr, addresses_ptr, most_sends, num_peers, stride_t, stride_lt,
     ROW: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, WITH_LSE: tl.constexpr, TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program per send; those beyond the count in `sends[0]` have nothing to do."""
     send = tl.program_id(0)
+    wait_for_previous(DEPENDENT)  # those with nothing to do, too: the next kernel may read what those before have written
+    let_next_start(DEPENDENT)
     if send >= tl.load(sends_ptr):
         return
     row = tl.load(sends_ptr + 1 + send).to(tl.int64)
@@ -55,9 +60,11 @@ def _push_kernel(  # type: ignore[no-untyped-def]
     tl.atomic_add(signal_ptr, 1, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["num_peers"])
-def _wait_kernel(signals_ptr, expected_ptr, abort_ptr, num_peers):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["num_peers"])  # type: ignore[untyped-decorator]
+def _wait_kernel(signals_ptr, expected_ptr, abort_ptr, num_peers, DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program: until each signal is what is expected."""
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
     for peer in range(num_peers):
         expected = tl.load(expected_ptr + peer)
         if expected > 0:
@@ -79,6 +86,7 @@ def push_rows(rows_THD: torch.Tensor, lse_TH: torch.Tensor | None, sends: torch.
     heads, dim = rows_THD.shape[1:]
     most = (sends.numel() - 1) // 3
     lse = rows_THD if lse_TH is None else lse_TH
+    dependent = has_dependent_launch(rows_THD.device)
     _push_kernel[(most,)](
         rows_THD,
         lse,
@@ -93,9 +101,14 @@ def push_rows(rows_THD: torch.Tensor, lse_TH: torch.Tensor | None, sends: torch.
         HEADS_PADDED=triton.next_power_of_2(heads),
         WITH_LSE=lse_TH is not None,
         TILE=_TILE,
+        DEPENDENT=dependent,
+        launch_pdl=dependent,
     )
 
 
 def wait_rows(signals_N: torch.Tensor, expected_N: torch.Tensor, abort_1: torch.Tensor) -> None:
     """Hold the stream until every peer has pushed as many rows as expected (int32), or `abort` (host memory) is not 0."""
-    _wait_kernel[(1,)](signals_N, expected_N, abort_1, signals_N.numel(), num_warps=1)
+    dependent = has_dependent_launch(signals_N.device)
+    _wait_kernel[(1,)](
+        signals_N, expected_N, abort_1, signals_N.numel(), DEPENDENT=dependent, num_warps=1, launch_pdl=dependent
+    )

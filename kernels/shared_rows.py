@@ -37,7 +37,7 @@ import triton.language as tl
 
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 from kernels.layer_ops import Norm
-from kernels.mailbox import KINDS, Mailbox, added_and_normed, arrived, halves, push, whole
+from kernels.mailbox import KINDS, Mailbox, added_and_normed, arrived, halves, push, whole, words_at
 
 PIECE = 1024
 """Words of a row that a program of `collect_parts` has."""
@@ -68,19 +68,22 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, TILE)
     is_word = word < WORDS
-    wait_for_previous(DEPENDENT)  # a step that begins with this has just got its tables
-    let_next_start(DEPENDENT)
     home = tl.load(ranks_ptr + row)
     own = tl.load(own_ptr + row).to(tl.int64)
+    weight = words_at(weight_ptr, word, is_word) if WITH_NORM else word
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
     call = tl.load(calls_ptr + row) + 1
     bits = tl.zeros((TILE,), dtype=tl.int32)
     if home == PART:
         bits = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + own * stride_x + word, mask=is_word, other=0)
         if WITH_NORM:
-            x_low, x_high = halves(bits, KIND, PAIR)
             residual_row_ptr = residual_ptr.to(tl.pointer_type(tl.int32)) + own * stride_r
+            before = words_at(residual_row_ptr, word, is_word)
+            first = words_at(first_ptr, word, is_word) if WITH_FIRST else word
+            x_low, x_high = halves(bits, KIND, PAIR)
             x_low, x_high = added_and_normed(
-                x_low, x_high, residual_row_ptr, first_ptr, weight_ptr, word, is_word, first_eps, eps, E, WITH_FIRST,
+                x_low, x_high, before, first, weight, residual_row_ptr, word, is_word, first_eps, eps, E, WITH_FIRST,
                 FIRST_FROM_ONE, FROM_ONE, KIND, PAIR,
             )  # fmt: skip
             bits = whole(x_low, x_high, PAIR)
@@ -112,14 +115,18 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, TILE)
     is_word = word < WORDS
-    wait_for_previous(DEPENDENT)  # a step that begins with this has just got its tables
-    let_next_start(DEPENDENT)
     home = tl.load(ranks_ptr + row)
     own = tl.load(own_ptr + row).to(tl.int64)
+    first = words_at(first_ptr, word, is_word) if WITH_FIRST else word
+    weight = words_at(weight_ptr, word, is_word) if WITH_NORM else word
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
     call = tl.load(calls_ptr + row) + 1
     mine = tl.load(part_ptr.to(tl.pointer_type(tl.int32)) + row * stride_p + word, mask=is_word, other=0)
     out = tl.zeros((TILE,), dtype=tl.int32)
     if home == PART:
+        residual_row_ptr = residual_ptr.to(tl.pointer_type(tl.int32)) + own * stride_r
+        before = words_at(residual_row_ptr, word, is_word) if WITH_NORM else word
         sum_low = tl.zeros((TILE,), dtype=tl.float32)
         sum_high = tl.zeros((TILE,), dtype=tl.float32)
         for peer in tl.static_range(N):
@@ -133,9 +140,8 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
             sum_high += high.to(tl.float32)
         x_low, x_high = sum_low.to(KIND), sum_high.to(KIND)
         if WITH_NORM:
-            residual_row_ptr = residual_ptr.to(tl.pointer_type(tl.int32)) + own * stride_r
             x_low, x_high = added_and_normed(
-                x_low, x_high, residual_row_ptr, first_ptr, weight_ptr, word, is_word, first_eps, eps, E, WITH_FIRST,
+                x_low, x_high, before, first, weight, residual_row_ptr, word, is_word, first_eps, eps, E, WITH_FIRST,
                 FIRST_FROM_ONE, FROM_ONE, KIND, PAIR,
             )  # fmt: skip
         out = whole(x_low, x_high, PAIR)

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 from kernels.layer_ops import Norm
-from kernels.mailbox import KINDS, Mailbox, added_and_normed, arrived, halves, push, whole
+from kernels.mailbox import KINDS, Mailbox, added_and_normed, arrived, halves, push, whole, words_at
 
 BUFFERS = 2
 
@@ -41,10 +41,14 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, TILE)
     is_word = word < WORDS
+    first = words_at(first_ptr, word, is_word) if WITH_FIRST else word
+    weight = words_at(weight_ptr, word, is_word) if WITH_NORM else word
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
     call = tl.load(calls_ptr + row) + 1
     mine = tl.load(x_ptr.to(tl.pointer_type(tl.int32)) + row * stride_x + word, mask=is_word, other=0)
+    residual_row_ptr = residual_ptr.to(tl.pointer_type(tl.int32)) + row * stride_r
+    before = words_at(residual_row_ptr, word, is_word) if WITH_NORM else word
     place = ((call & 1) * most_rows + row) * ROOM
     for peer in tl.static_range(N):
         if peer != PART:
@@ -70,9 +74,8 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     if not TAKES_FIRST:
         x_low, x_high = sum_low.to(KIND), sum_high.to(KIND)
         if WITH_NORM:
-            residual_row_ptr = residual_ptr.to(tl.pointer_type(tl.int32)) + row * stride_r
             x_low, x_high = added_and_normed(
-                x_low, x_high, residual_row_ptr, first_ptr, weight_ptr, word, is_word, first_eps, eps, E, WITH_FIRST,
+                x_low, x_high, before, first, weight, residual_row_ptr, word, is_word, first_eps, eps, E, WITH_FIRST,
                 FIRST_FROM_ONE, FROM_ONE, KIND, PAIR,
             )  # fmt: skip
         out = whole(x_low, x_high, PAIR)

@@ -52,12 +52,15 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """lse = log sum_i exp(lse_i); out = sum_i exp(lse_i - lse) out_i, over the row itself and its parts.
 
     One program per row and tile of heads.
     """
     row = tl.program_id(0).to(tl.int64)
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
     first = tl.load(row_offsets_ptr + row)
     last = tl.load(row_offsets_ptr + row + 1)
     if first == last:
@@ -96,6 +99,7 @@ def merge_states(
 ) -> None:
     """See `kernels.merge_state.merge_states`."""
     num_rows, num_heads, head_dim = out_THD.shape
+    dependent = has_dependent_launch(out_THD.device)
     _merge_kernel[(num_rows, triton.cdiv(num_heads, _TILE_HEADS))](
         out_THD,
         lse_TH,
@@ -111,6 +115,8 @@ def merge_states(
         D=head_dim,
         BLOCK_H=_TILE_HEADS,
         BLOCK_D=triton.next_power_of_2(head_dim),
+        DEPENDENT=dependent,
+        launch_pdl=dependent,
     )
 
 
