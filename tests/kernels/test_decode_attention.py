@@ -35,6 +35,7 @@ def check(
     window: int = 0,
     soft_cap: float = 0.0,
     kv_dtype: torch.dtype | None = None,
+    mostly_empty: bool = False,
 ) -> None:
     """Each row reads a run of its own, or several; the tables' order is not that of q. Twice, as two layers would.
 
@@ -65,6 +66,7 @@ def check(
         torch.tensor(rows, dtype=torch.int32, device=DEVICE),
         torch.tensor([-1, -1, -1, *block_table], dtype=torch.int32).to(DEVICE),
         window > 0,
+        mostly_empty,
     )
     for _ in range(2):
         stored = kv_dtype or dtype
@@ -120,6 +122,14 @@ def test_any_rows_over_any_number_of_programs(
     one_each = replace(config(), programs_per_processor=1)
     with mock.patch.object(decode_attention, "num_processors", return_value=programs):
         check(lens, block_size=block_size, heads=heads, config=one_each, padding=padding, seed=seed)
+
+
+@pytest.mark.parametrize(("num_rows", "padding"), [(9, 0), (9, 20), (13, 3)])
+@pytest.mark.parametrize("mostly_empty", [False, True])
+def test_more_rows_than_are_merged_at_once(num_rows: int, padding: int, mostly_empty: bool) -> None:
+    lens = [(37 * row) % 120 for row in range(num_rows)]
+    with mock.patch.multiple(decode_attention, _MOST_MERGED=4, _MOST_OF_FEW=3, _FEW_ROWS=2):
+        check(lens, block_size=16, heads=(4, 2), config=config(), padding=padding, mostly_empty=mostly_empty)
 
 
 @settings(max_examples=60 if ON_GPU else 12)
