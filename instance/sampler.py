@@ -32,6 +32,8 @@ _LEAST_TEMPERATURE = 1e-5
 """Below it a row is greedy, as in vLLM: logits divided by less may overflow."""
 
 _FIRST_SLOTS = 8
+_BEST_PARTS = 64
+"""At most, of which each has a best token first."""
 _NEVER = -1e38
 """Added to the logit of a token that may not come. Not infinity: where a grammar leaves nothing else, it comes all the same."""
 _NO_TOKEN = -2
@@ -75,7 +77,7 @@ class Sampler:
         if self._grammars is None and any(row.params.grammar is not None for row in rows):
             raise RuntimeError("a sequence has a grammar, and nothing is known of the model's tokens")
         logits_SV = self._adjust(logits_SV, batch, masks)
-        tokens_S = logits_SV.argmax(-1)
+        tokens_S = _best(logits_SV)
         if batch.random is not None:
             self._choose(tokens_S, logits_SV, batch.random, rows)
         if batch.counted is not None:
@@ -114,7 +116,18 @@ class Sampler:
             scaled = _keep_top_p(scaled, random.top_p_R1)
         positions_R = upload([rows[i].position for i in random.rows], self._device)
         uniform = _uniform(random.seed_low_R, random.seed_high_R, positions_R, scaled.shape[-1])
-        tokens_S[random.rows_R] = (scaled - torch.log(-torch.log(uniform))).argmax(-1)
+        tokens_S[random.rows_R] = _best(scaled - torch.log(-torch.log(uniform)))
+
+
+def _best(x_SV: torch.Tensor) -> torch.Tensor:
+    """`x.argmax(-1)`, the first of equals. In two steps: PyTorch's kernel has one block of threads for a row, and took an H200
+    31 us for 128,256 tokens."""
+    num_rows, width = x_SV.shape
+    parts = max(number for number in range(1, _BEST_PARTS + 1) if width % number == 0)
+    best_SP, places_SP = x_SV.view(num_rows, parts, width // parts).max(-1)
+    part_S1 = best_SP.argmax(-1, keepdim=True)
+    tokens_S: torch.Tensor = (places_SP.gather(1, part_S1) + part_S1 * (width // parts)).squeeze(1)
+    return tokens_S
 
 
 # --- what is the same in all steps that sample for the same sequences -------------------------------------------------

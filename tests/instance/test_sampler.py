@@ -46,6 +46,14 @@ def test_temperature_zero_is_greedy() -> None:
     assert torch.equal(sample(logits_SV, [params(temperature=0)] * 50, [0] * 50), logits_SV.argmax(-1))
 
 
+@settings(max_examples=30)
+@given(st.integers(1, 5), st.sampled_from([1, 2, 97, 128, 130, 4096, 4099]), st.integers(1, 4), st.integers(0, 2**31))
+def test_the_first_of_equals_is_the_best(num_rows: int, vocab: int, values: int, seed: int) -> None:
+    logits_SV = torch.randint(values, (num_rows, vocab), generator=torch.Generator().manual_seed(seed)).bfloat16()
+    got_S = sample(logits_SV, [params(temperature=0)] * num_rows, [0] * num_rows)
+    assert got_S.tolist() == [row.index(max(row)) for row in logits_SV.tolist()]
+
+
 def test_frequencies_are_the_softmax() -> None:
     logits_V = torch.randn(8, generator=torch.Generator().manual_seed(3))
     count = 40_000
