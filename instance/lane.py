@@ -100,7 +100,7 @@ class Lanes:
         if lane == "decode":
             return self._sharing.for_decode(Load.of(plan.layout), prefill_is_busy=self["prefill"].is_running)
         # others' decodes may read here, too
-        decodes = self["decode"].is_running or any(notice.is_beside_decodes for notice in notices)
+        decodes = self["decode"].is_running or any(notice.both_lanes for notice in notices)
         return self._sharing.for_prefill(decodes_meanwhile=decodes)
 
 
@@ -116,7 +116,8 @@ class LaneLoop:
     _processors: Callable[[Lane, Sequence[Notice], StepPlan], int]
     _timeout_s: float
     _stages: int = 1
-    _split_rule: SplitRule | None = None
+    split_rule: SplitRule | None = None
+    """Of all members' loops the same. To be changed while nothing runs only."""
     notice_ns: int = 0
     """How long it has waited for the notices of its party's others."""
     steps_run: int = 0
@@ -199,7 +200,7 @@ class LaneLoop:
         self.notice_ns += time.perf_counter_ns() - asked_ns
         if notices is None:
             return None
-        step = derive(notices, scheduler.known(self.lane), self._split_rule)
+        step = derive(notices, scheduler.known(self.lane), self.split_rule)
         plan = scheduler.accept(self.lane, step)
         launched = self.runner.launch(plan, self._processors(self.lane, notices, plan))
         self._log.launched(self.lane, plan.layout)

@@ -25,6 +25,7 @@ from gmanager.wire.footprint import taken
 from gmanager.wire.messages import Admit, Message, Outputs, SequenceParams, Share, TextAssets, pack_tokens
 from instance.cell import EpochGroup
 from instance.config import GPU_GRAIN, GPU_MIXED_CHUNK_TOKENS
+from instance.elastic_tp import MOST_GRAPH_ROWS, FeedCosts, SplitRule
 from instance.grammars import grammar_tokenizer
 from instance.lane import Lanes
 from instance.model import Model
@@ -35,6 +36,7 @@ from instance.processors import Processors, sharing_of
 from instance.rmanager import RManager
 from instance.runner import Runner
 from instance.scheduler import Scheduler
+from instance.shared_memory import FeedMemory
 from instance.sharing import SPLITS
 from instance.step import LANES, Grouping, Handoff, Lane, Past, derive
 from kvstore.storage import KVStorage
@@ -97,8 +99,9 @@ class Loop:
         decode_processors: Sequence[int] = SPLITS,
         cell: Cell | None = None,
         assets: TextAssets | None = None,
+        shares_feeds: bool = False,
     ) -> None:
-        """`assets`: of a tokenizer, for sequences that follow a grammar."""
+        """`assets`: of a tokenizer, for sequences that follow a grammar. `shares_feeds`: whether GPUs can (`split`)."""
         on_gpu = model.device.type == "cuda"
         self.rank, size = (0, 1) if cell is None else (cell.rank, cell.size)
         self.storage = storage
@@ -123,7 +126,7 @@ class Loop:
                 streams=None if processors is None else processors.streams[lane],
             )
         if on_gpu:
-            peers = None
+            peers = feeds = None
             if cell is not None and size > 1:
                 peers = PeerMemory(
                     store=cell.store,
@@ -133,9 +136,11 @@ class Loop:
                     shape=model.shape,
                     device=model.device,
                 )
+                if shares_feeds:
+                    feeds = _share_feeds(model, cell)
                 cell.barrier()  # nobody pushes into memory that its owner has yet to clear
             self.runners["prefill"].prepare_chunks(chunk_tokens)
-            self.runners["decode"].capture(storage, peers)
+            self.runners["decode"].capture(storage, peers, feeds)
         windows = model.shape.windows
         self._rmanager = RManager(storage.num_blocks, storage.block_size, windows=windows, chunk_tokens=chunk_tokens)
         self._window_blocks = [most_blocks(sight, storage.block_size, chunk_tokens) for sight in windows]
@@ -163,6 +168,15 @@ class Loop:
         self._groupings += 1
         self._parties.learn([Grouping(number=self._groupings, members=list(members))])
         self._events.run(self._settle())
+
+    def split(self, rule: SplitRule | None) -> None:
+        """When feeds are split from now on; None: never. All of the cell call this, while nothing runs."""
+        self._lanes["decode"].split_rule = rule
+
+    def measure_feeds(self) -> FeedCosts:
+        """What this instance finds split steps to cost: all of the cell call this at once, while nothing runs."""
+        assert self._cell is not None
+        return self.runners["decode"].measure_feeds(range(self._cell.size), self.rank)
 
     def place(self, seq: int, tokens: Sequence[int], max_tokens: int, *, token: int | None = None, **sampling: Any) -> None:
         """A sequence that has just been prefilled, whatever its KV holds: `tokens[r]` of it on rank r, in that order.
@@ -318,6 +332,21 @@ class Loop:
         blocks = -(-tokens // self.storage.block_size) + 1
         if not self._rmanager.reserve(seq, taken(blocks, most)):
             raise ValueError(f"{tokens} tokens don't fit in {self.free_tokens} free ones")
+
+
+def _share_feeds(model: Model, cell: Cell) -> FeedMemory:
+    """As an instance's epoch does it (`instance.rank_epoch`)."""
+    assert model.fused is not None
+    vocab_size = model.fused.num_logits
+    inboxes = FeedMemory.inboxes(
+        parts=cell.size,
+        rows=MOST_GRAPH_ROWS,
+        hidden_size=model.hidden_size,
+        vocab_size=vocab_size,
+        dtype=model.shape.dtype,
+        device=model.device,
+    )
+    return FeedMemory.share(inboxes, cell.store, part=cell.rank, vocab_size=vocab_size)
 
 
 def _params(max_tokens: int) -> SequenceParams:

@@ -34,6 +34,7 @@ from _loop import Cell, Loop
 from _measure import Row, copy_bandwidth, p99, show, write_json
 
 from instance.cell import open_store
+from instance.elastic_tp import SplitRule
 from instance.model import Model
 from instance.processors import queues_of_their_own
 
@@ -154,6 +155,37 @@ def long_rows(bench: Bench, lengths: Sequence[int]) -> list[Row]:
         if bench.size > 1 and "one GPU ms" in row:
             row["attention, one / all"] = (row["one GPU ms"] - base) / (step - base)
         rows.append(row)
+    return rows
+
+
+def elastic(bench: Bench, lengths: Sequence[int]) -> list[Row]:
+    """Steps whose feeds and head all GPUs share (`--elastic-tp`), beside steps of which each GPU computes its own rows: first
+    what is all at home on one of them, then one row of sequences whose KV lies on all."""
+
+    def at_home(tokens: int) -> list[int]:
+        return [0] * (bench.size - 1) + [tokens]
+
+    rows: list[Row] = []
+    short = bench.tokens(1024)
+    lengths = [its for its in map(bench.tokens, lengths) if bench.fits(its)]
+    cases = [(count, short, at_home(short)) for count in (1, 8, 16, 32, 64)]
+    cases += [(1, tokens, bench.evenly(tokens)) for tokens in (short, *lengths)]
+    bench.together()
+    costs = bench.loop.measure_feeds()
+    for count, tokens, places in cases:
+        took = {}
+        for is_split in (False, True):
+            bench.loop.split(SplitRule(count, least_members=bench.size) if is_split else None)
+            bench.wait()
+            bench.place([places] * count)
+            took[is_split] = bench.step_ms()
+        bench.loop.split(None)
+        its_rows = [0] * (bench.size - 1) + [count]
+        predicted = costs.split(count, bench.size) / max(map(costs.whole, its_rows))
+        rows.append(
+            {"rows": count, "tokens": tokens, "on all": places[0] > 0, "own rows ms": took[False], "split ms": took[True],
+             "split / own": took[True] / took[False], "predicted at 64 tokens": predicted}
+        )  # fmt: skip
     return rows
 
 
@@ -286,8 +318,12 @@ PARTS: dict[str, tuple[str, Part]] = {
     "apart": ("Decodes that share nothing", nothing_shared),
     "undisturbed": ("Decodes on one GPU while the others prefill", undisturbed),
 }
-OF_LENGTHS = {"long": ("One row of a long sequence", long_rows), "prefill": ("Prefill on all GPUs", prefills)}
-OF_SEVERAL = ("exchange", "undisturbed")
+OF_LENGTHS = {
+    "long": ("One row of a long sequence", long_rows),
+    "prefill": ("Prefill on all GPUs", prefills),
+    "elastic": ("Dense layers shared by all GPUs", elastic),
+}
+OF_SEVERAL = ("exchange", "undisturbed", "elastic")
 """They need two GPUs at least."""
 
 
@@ -305,6 +341,7 @@ def parse(size: int, words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--long", type=tokens_or_largest, nargs="*", default=[524288, 1048576, 1572864], help="tokens, or largest: what fits"
     )
+    parser.add_argument("--elastic", type=int, nargs="*", default=[131072, 524288, 1048576], help="tokens of shared rows")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths, to try this out")
     args = parser.parse_args(words)
     for flag, count in (("--kv-tokens", args.kv_tokens), ("--chunk-tokens", args.chunk_tokens)):
@@ -317,10 +354,13 @@ def parse(size: int, words: Sequence[str] | None = None) -> argparse.Namespace:
     alone = [name for name in args.only or () if size == 1 and name in OF_SEVERAL]
     if alone:
         parser.error(f"{alone[0]} needs two GPUs at least, this is 1: start it with torch.distributed.run --nproc-per-node 2")
-    if args.only is None:
-        args.only = [name for name in names if size > 1 or name not in OF_SEVERAL]
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu" and "elastic" in (args.only or ()):
+        parser.error("elastic needs GPUs: it measures captured steps")
+    if args.only is None:
+        unfit = [*(OF_SEVERAL if size == 1 else ()), *(("elastic",) if args.device == "cpu" else ())]
+        args.only = [name for name in names if name not in unfit]
     if args.device == "cpu" and args.kv_tokens is None:
         parser.error("on the CPU it needs --kv-tokens")
     found = torch.cuda.device_count()
@@ -349,7 +389,7 @@ def start(args: argparse.Namespace, rank: int, size: int) -> tuple[Bench, int, o
     storage = make_storage(model, args.kv_tokens or capacity)
     copy = copy_bandwidth() if device.type == "cuda" else CPU_COPY
     cell, kept = meet(rank, size, device)
-    loop = Loop(model, storage, chunk_tokens=args.chunk_tokens, cell=cell)
+    loop = Loop(model, storage, chunk_tokens=args.chunk_tokens, cell=cell, shares_feeds="elastic" in args.only)
     return Bench(loop, cell, copy, round(bytes_read(model)), model.token_bytes(), model.vocab_size, args.scale), capacity, kept
 
 
