@@ -10,7 +10,7 @@ more that projections would take costs what halving them saves (docs/operate.md)
 Source of the switch by load: shift parallelism (Hidayetoglu et al., arXiv 2509.16495), which keeps weights in two layouts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -80,8 +80,11 @@ class FeedCosts:
 
     def split(self, rows: int, members: int) -> float:
         """Of so many members that compute so many rows together."""
-        trips = self.trip_ns + rows * (members - 1) * self.trip_row_ns
-        return (self.weights_ns + rows * self.row_ns) / members + trips
+        return self.whole(rows) / members + self.trips(rows, members)
+
+    def trips(self, rows: int, members: int) -> float:
+        """What that takes beside each one's part of the whole."""
+        return self.trip_ns + rows * (members - 1) * self.trip_row_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +97,24 @@ class SplitRule:
     """None: all up to `most_rows` are."""
     least_members: int = 2
     """Of the party that runs it: where steps are captured all of the epoch, as each has its part in the graph."""
+    stretch: float = 1.0
+    """How many times as long a member takes to read weights while it has prompts, too."""
 
-    def sharers(self, rows: Mapping[int, int]) -> list[int]:
+    def sharers(self, rows: Mapping[int, int], with_prompts: Collection[int] = ()) -> list[int]:
         """Among whom a step of decode rows is split, of which each member has so many; ascending. Empty: it is not.
 
-        It takes as long as the member for whom it takes longest.
+        It takes as long as the member for whom it takes longest. So an idle member that has prompts doesn't help: by itself its
+        part takes longer than the whole takes others.
         """
         total, members = sum(rows.values()), len(rows)
         if members < self.least_members or not 0 < total <= self.most_rows:
             return []
-        if self.costs is not None and self.costs.split(total, members) >= max(map(self.costs.whole, rows.values())):
-            return []
+        if self.costs is not None:
+            stretched = {rank: self.stretch if rank in with_prompts else 1.0 for rank in rows}
+            whole = max(stretched[rank] * self.costs.whole(count) for rank, count in rows.items())
+            part = max(stretched.values()) * self.costs.whole(total) / members
+            if part + self.costs.trips(total, members) >= whole:
+                return []
         return sorted(rows)
 
 

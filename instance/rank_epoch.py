@@ -27,7 +27,7 @@ from instance.fused import FusedDecoder
 from instance.model import Model
 from instance.pipe import ExchangePipe, Pipe
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, StepPlan
-from instance.processors import Processors
+from instance.processors import Processors, sharing_of
 from instance.runner import Runner
 from instance.shared_feeds import SharedFeeds
 from instance.stage_runner import StageRunner
@@ -286,7 +286,9 @@ class RankEpoch:
         own = runner.measure_feeds(range(self.size), self._join.rank)
         costs = FeedCosts.agreed([unpack(its) for its in group.hear_all("feeds", pack(own))])
         log.info("feeds measured", **{name: round(value / 1e3) for name, value in asdict(costs).items()}, unit="us")
-        return SplitRule(most, costs, least_members)
+        processors = self._equipment.processors
+        stretch = 1.0 if processors is None else sharing_of(self._equipment.model, processors).stretch
+        return SplitRule(most, costs, least_members, stretch)
 
     def _share_memory(self, group: EpochGroup) -> "PeerMemory | None":
         """Memory that the members write for each other, where graphs can use it."""

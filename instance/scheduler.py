@@ -280,7 +280,7 @@ class Scheduler:
             step=step,
             rank=self.rank,
             digest=digest,
-            is_beside_decodes=any(home.decodes_on for home in self._homes.values()),
+            both_lanes=self._has_other_work(lane),
             budget=self._pace.chunk_tokens,
             paced_budget=self._pace.mixed_chunk_tokens,
             reach=self._pace.reach,
@@ -296,6 +296,13 @@ class Scheduler:
             flips=flips,
             groupings=groupings,
         )
+
+    def _has_other_work(self, lane: Lane) -> bool:
+        """Whether there is work for the other lane."""
+        homes = self._homes.values()
+        if lane == "prefill":
+            return any(home.decodes_on for home in homes)
+        return bool(self._guests) or any(home.lane == "prefill" for home in homes)
 
     def known(self, lane: Lane) -> Mapping[int, list[Holding]]:
         """What needs no saying in the lane's next step: for `derive`."""

@@ -522,7 +522,7 @@ class Instance:
         gc.freeze()  # what was loaded stays: looking through it again and again delayed steps by tens of milliseconds
         if self._epoch is not epoch:
             return  # it has ended meanwhile
-        self._tell(wire.Joined(epoch=join.epoch))
+        self._tell(wire.Joined(epoch=join.epoch, shares_feeds=epoch.split_rule is not None))
         log.info("epoch joined", epoch=join.epoch, cell_rank=join.rank, instances=len(join.members))
         self._resume_tiers(join)
         reason = await epoch.run(partial(self._on_progress, epoch))

@@ -64,6 +64,13 @@ class Sharing:
         self._split = 0
         """The decode lane's part while the prefill lane has work; 0: all."""
 
+    @property
+    def stretch(self) -> float:
+        """How many times as long a decode step that reads nothing but weights takes beside a prompt as alone."""
+        if not self._splits:
+            return 1.0
+        return self._costs.step_s(Load(), self._splits[0]) / self._costs.step_s(Load(), self._total)
+
     def for_prefill(self, *, decodes_meanwhile: bool) -> int:
         """Processors of the next prefill step; `decodes_meanwhile`: whether the decode lane has work, or will have."""
         self._split = self._choose() if decodes_meanwhile and self._splits else 0

@@ -139,8 +139,9 @@ class Notice(Message):
     rank: int
     digest: list[int]
     """Of the step before, field by field (`Step.digest`); empty in a party's first step."""
-    is_beside_decodes: bool
-    """Whether it decodes meanwhile: then short chunks keep the wait of those short who come next."""
+    both_lanes: bool
+    """Whether its other lane has work meanwhile: beside decodes short chunks of prompts keep the wait of those short who come
+    next; beside prompts decodes have a part of the processors (`SplitRule.stretch`)."""
     budget: int
     """Prompt rows it would run in a step while no member decodes."""
     paced_budget: int
@@ -239,7 +240,14 @@ def derive(
         handoffs=[handoff for notice in notices for handoff in notice.handoffs],
         last_tokens=[token for notice in notices for token in notice.last_tokens],
         flips=[flip for notice in notices for flip in notice.flips],
-        sharers=[] if split_rule is None else split_rule.sharers({notice.rank: len(notice.decodes) for notice in notices}),
+        sharers=[] if split_rule is None else _sharers(split_rule, notices),
+    )
+
+
+def _sharers(rule: SplitRule, notices: Sequence[Notice]) -> list[int]:
+    """Among whom the feeds of decode rows are split."""
+    return rule.sharers(
+        {notice.rank: len(notice.decodes) for notice in notices}, {notice.rank for notice in notices if notice.both_lanes}
     )
 
 
@@ -296,7 +304,7 @@ def _chunks(notices: Sequence[Notice]) -> Iterable[tuple[Prefill, list[Span]]]:
         for prefill in notice.prefills
         if all(prefill.seq in ready.get(rank, ()) for rank in _concerned(prefill))
     ]
-    is_paced = any(notice.is_beside_decodes for notice in notices)
+    is_paced = any(notice.both_lanes for notice in notices)
     rooms = {notice.rank: _Room.of(notice, is_paced=is_paced) for notice in notices}
     by_slack = sorted(waiting, key=lambda p: (_slack(p, rooms), p.arrival, p.seq))
     for prefill in by_slack:

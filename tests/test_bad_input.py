@@ -170,7 +170,7 @@ def notice(**changes: Any) -> Notice:
     lists = ("digest", "ready", "decodes", "prefills", "released", "cancels", "handoffs", "last_tokens", "flips", "groupings")
     return Notice(
         **(
-            {"epoch": 99, "lane": "prefill", "party": 0, "step": 0, "rank": 0, "is_beside_decodes": False}
+            {"epoch": 99, "lane": "prefill", "party": 0, "step": 0, "rank": 0, "both_lanes": False}
             | {"budget": 1, "paced_budget": 1, "reach": 1, "grain": 1}
             | {name: [] for name in lists}
             | changes

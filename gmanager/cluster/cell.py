@@ -179,9 +179,8 @@ class Cell:
         return min(self.spec.max_context, MAX_TOKENS)
 
     def helpers(self) -> list[int]:
-        """Ranks that share dense layers, whatever they hold: all, if they are told to and are of one host; else none."""
-        is_one_host = len({member.spec.host for member in self.members}) == 1
-        return [member.rank for member in self.members] if is_one_host and self.spec.elastic_tp else []
+        """Ranks that share dense layers, whatever they hold: all, if all can in this epoch; else none."""
+        return [member.rank for member in self.members] if all(member.shares_feeds for member in self.members) else []
 
     def refusal(self, register: Register) -> str | None:
         """Why this instance can't be a member."""
@@ -415,9 +414,9 @@ class Cell:
             )
             self._emit(Send(m.peer, join))
 
-    def set_joined(self, member: Member) -> None:
+    def set_joined(self, member: Member, *, shares_feeds: bool) -> None:
         if self.phase == "joining":
-            member.joined = True
+            member.joined, member.shares_feeds = True, shares_feeds
             self._check_ready()
 
     def set_link_lost(self, member: Member, rank: int, reason: str, now: float) -> None:

@@ -67,7 +67,7 @@ class Instances:
             cell.set_kept(member, message)
             self._membership.go_on(cell)
         elif isinstance(message, m.Joined):
-            cell.set_joined(member)
+            cell.set_joined(member, shares_feeds=message.shares_feeds)
             self._membership.check_ready(cell)
         elif isinstance(message, m.LinkLost):
             cell.set_link_lost(member, message.rank, message.reason, self._turn.now)

@@ -24,6 +24,8 @@ class Member:
     rank: int = -1
     """In the epoch; -1 before it has begun."""
     joined: bool = False
+    shares_feeds: bool = False
+    """Whether it computes dense layers together with the others of the epoch that it joined last."""
     kept: dict[int, Runs] | None = None
     """seq -> what it has kept of the epoch before. None: it has not said yet."""
     shared_ends: dict[int, int] = field(default_factory=dict)

@@ -57,6 +57,16 @@ def test_rows_that_are_spread_already_need_no_help() -> None:
     assert SplitRule(256, costs).sharers({0: 1, 1: 1}) == [0, 1]
 
 
+def test_an_idle_member_with_prompts_does_not_help_and_one_without_helps_the_more() -> None:
+    rule = SplitRule(MOST_SPLIT_ROWS, H200, stretch=2.9)
+    assert rule.sharers({0: 1, 1: 0}, {1}) == []  # its half takes 1.45 times the whole
+    assert rule.sharers({0: 1, 1: 0}, {0}) == [0, 1]
+    assert rule.sharers({0: 1, 1: 0}, {0, 1}) == [0, 1]
+    assert rule.sharers({0: 1, 1: 1}, {1}) == [0, 1]  # who has rows waits for these prompts in any case
+    slow = FeedCosts(weights_ns=100, row_ns=1, trip_ns=60, trip_row_ns=0)
+    assert SplitRule(256, slow, stretch=3).sharers({0: 1, 1: 0}, {0}) == [0, 1]  # the trip is worth it now
+
+
 def test_a_trip_that_costs_more_than_it_saves_is_not_made() -> None:
     slow = FeedCosts(weights_ns=100, row_ns=1, trip_ns=60, trip_row_ns=0)
     assert SplitRule(256, slow).sharers({0: 1, 1: 0}) == []

@@ -19,7 +19,7 @@ def notice(rank: int, **fields: object) -> Notice:
     }
     pace = {"budget": 64, "paced_budget": 64, "reach": FAR, "grain": 1}
     same: dict[str, object] = {"epoch": 1, "lane": "prefill", "party": 2, "step": 3, "digest": [], **pace}
-    same |= {"is_beside_decodes": False}
+    same |= {"both_lanes": False}
     return Notice(rank=rank, **(same | empty | fields))  # type: ignore[arg-type]
 
 
@@ -75,7 +75,7 @@ def test_prompts_are_prefilled_exactly_and_none_starves(data: st.DataObject) -> 
                 paced_budget=(budgets[rank] + 1) // 2,
                 reach=reach,
                 grain=grain,
-                is_beside_decodes=is_paced and rank == size - 1,
+                both_lanes=is_paced and rank == size - 1,
                 ready=[seq for seq in waiting if rank in left[seq]],
                 prefills=[
                     Prefill(
@@ -156,15 +156,15 @@ def test_prompts_are_paced_beside_decodes_and_more_so_further_on() -> None:
 
     pace = {"budget": 500, "paced_budget": 60, "reach": 1000}
 
-    def rows(start: int, *, is_beside_decodes: bool) -> int:
+    def rows(start: int, *, both_lanes: bool) -> int:
         waiting = Prefill(seq=1, arrival=1, gaps=[(start, 10_000)], shares=home, holdings=[])
-        step = derive([notice(0, ready=[1], prefills=[waiting], is_beside_decodes=is_beside_decodes, **pace)])
+        step = derive([notice(0, ready=[1], prefills=[waiting], both_lanes=both_lanes, **pace)])
         return sum(span.stop - span.start for span in step.spans)
 
-    assert [rows(start, is_beside_decodes=True) for start in (0, 1000, 5000)] == [60, 30, 10]
-    assert rows(1000, is_beside_decodes=False) == 500
+    assert [rows(start, both_lanes=True) for start in (0, 1000, 5000)] == [60, 30, 10]
+    assert rows(1000, both_lanes=False) == 500
     late = Prefill(seq=1, arrival=1, gaps=[(900_000, 999_999)], shares=[Share(rank=0, tokens=99_999)], holdings=[])
-    step = derive([notice(0, ready=[1], prefills=[late], is_beside_decodes=True, **pace)])
+    step = derive([notice(0, ready=[1], prefills=[late], both_lanes=True, **pace)])
     assert sum(span.stop - span.start for span in step.spans if span.seq == 1) == 1
 
 
@@ -203,7 +203,7 @@ def test_a_chunk_goes_through_several_gaps() -> None:
 def test_rows_of_a_later_gap_cost_what_they_do_there() -> None:
     """Ten at the beginning for ten; then 30 are left, where a row costs three."""
     gaps = Prefill(seq=1, arrival=1, gaps=[(0, 10), (2000, 2100)], shares=[Share(rank=0, tokens=110)], holdings=[])
-    pace = {"budget": 500, "paced_budget": 40, "reach": 1000, "is_beside_decodes": True}
+    pace = {"budget": 500, "paced_budget": 40, "reach": 1000, "both_lanes": True}
     step = derive([notice(0, ready=[1], prefills=[gaps], **pace)])
     assert step.spans == [Span(1, 0, 0, 10), Span(1, 0, 2000, 2010)]
 
@@ -234,7 +234,7 @@ def test_rows_beside_decodes_come_in_grains() -> None:
     def rows(start: int, end: int = 10_000, budget: int = 500) -> int:
         waiting = Prefill(seq=1, arrival=1, gaps=[(start, end)], shares=[Share(rank=0, tokens=end - start)], holdings=[])
         pace = {"budget": budget, "paced_budget": 300, "reach": 1000, "grain": 128}
-        step = derive([notice(0, ready=[1], prefills=[waiting], is_beside_decodes=True, **pace)])
+        step = derive([notice(0, ready=[1], prefills=[waiting], both_lanes=True, **pace)])
         return sum(span.stop - span.start for span in step.spans if span.seq == 1)
 
     assert [rows(start) for start in (0, 400, 600, 1000, 9000)] == [256, 256, 128, 128, 128]
@@ -291,7 +291,7 @@ def test_a_prompts_wait_is_bounded_whatever_comes(data: st.DataObject) -> None:
 @pytest.mark.parametrize("is_paced", [False, True])
 def test_a_short_prompt_that_comes_goes_before_a_long_one_until_that_is_late(is_paced: bool) -> None:
     """Both take as many steps as their rows need, though a paced step would pay for more of them."""
-    pace = {"budget": 64, "paced_budget": 192, "reach": 1000, "is_beside_decodes": is_paced}
+    pace = {"budget": 64, "paced_budget": 192, "reach": 1000, "both_lanes": is_paced}
 
     def spans(waited: int) -> dict[int, int]:
         long = Prefill(seq=1, arrival=1, gaps=[(0, 640)], shares=[Share(rank=0, tokens=640)], holdings=[], waited=waited)

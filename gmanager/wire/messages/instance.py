@@ -101,6 +101,8 @@ class StoreOpened(Message):
 
 class Joined(Message):
     epoch: int
+    shares_feeds: bool = False
+    """Whether the epoch's instances can compute dense layers together, and so are to be one party (`--elastic-tp`)."""
 
 
 class Leave(Message):
