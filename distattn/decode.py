@@ -93,7 +93,9 @@ class DecodeStep:
         self._groups = [
             _Group(
                 DecodeTables(tables[_of("own", group)], tables["blocks"], sight != FULL),
-                None if peers is None else DecodeTables(tables[_of("others", group)], tables["blocks"], sight != FULL, True),
+                None
+                if peers is None
+                else DecodeTables(tables[_of("others", group)], tables["blocks"], sight != FULL, mostly_empty=True),
             )
             for group, sight in enumerate(shape.sights)
         ]

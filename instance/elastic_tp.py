@@ -29,7 +29,7 @@ ElasticTP = int | Literal["auto"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedCosts:
-    """Nanoseconds in a step, for the feeds of all layers and the head. Never negative."""
+    """Nanoseconds in a step, for the feeds of all layers and the head, and a factor. Never negative."""
 
     weights_ns: float
     """Of one instance to read all, whatever the rows."""
@@ -39,6 +39,8 @@ class FeedCosts:
     """For rows to travel to the other instances, and what they make of them back, however few."""
     trip_row_ns: float
     """For each row that travels, to each of the others."""
+    stretch: float = 1.0
+    """How many times as long weights and rows take an instance that computes prompts meanwhile."""
 
     @staticmethod
     def through(few_rows: tuple[int, float, float], many_rows: tuple[int, float, float], *, others: int) -> "FeedCosts":
@@ -71,7 +73,7 @@ class FeedCosts:
 
     @staticmethod
     def agreed(all_: Sequence["FeedCosts"]) -> "FeedCosts":
-        """Of all members' the largest of each: a step takes as long as the slowest."""
+        """Of all members' the largest of each: a step takes as long as the slowest. So all of them decide alike."""
         return FeedCosts(**{field.name: max(getattr(costs, field.name) for costs in all_) for field in fields(FeedCosts)})
 
     def whole(self, rows: int) -> float:
@@ -97,20 +99,18 @@ class SplitRule:
     """None: all up to `most_rows` are."""
     least_members: int = 2
     """Of the party that runs it: where steps are captured all of the epoch, as each has its part in the graph."""
-    stretch: float = 1.0
-    """How many times as long a member takes to read weights while it has prompts, too."""
 
     def sharers(self, rows: Mapping[int, int], with_prompts: Collection[int] = ()) -> list[int]:
         """Among whom a step of decode rows is split, of which each member has so many; ascending. Empty: it is not.
 
-        It takes as long as the member for whom it takes longest. So an idle member that has prompts doesn't help: by itself its
-        part takes longer than the whole takes others.
+        It takes as long as the member for whom it takes longest. So an idle one that has prompts only helps where its part, at
+        its pace, takes less time than the whole takes others.
         """
         total, members = sum(rows.values()), len(rows)
         if members < self.least_members or not 0 < total <= self.most_rows:
             return []
         if self.costs is not None:
-            stretched = {rank: self.stretch if rank in with_prompts else 1.0 for rank in rows}
+            stretched = {rank: self.costs.stretch if rank in with_prompts else 1.0 for rank in rows}
             whole = max(stretched[rank] * self.costs.whole(count) for rank, count in rows.items())
             part = max(stretched.values()) * self.costs.whole(total) / members
             if part + self.costs.trips(total, members) >= whole:

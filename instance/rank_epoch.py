@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -283,12 +283,12 @@ class RankEpoch:
         least_members = self.size if captured else 2
         if told != "auto":
             return SplitRule(min(told, most), least_members=least_members)
-        own = runner.measure_feeds(range(self.size), self._join.rank)
-        costs = FeedCosts.agreed([unpack(its) for its in group.hear_all("feeds", pack(own))])
-        log.info("feeds measured", **{name: round(value / 1e3) for name, value in asdict(costs).items()}, unit="us")
         processors = self._equipment.processors
         stretch = 1.0 if processors is None else sharing_of(self._equipment.model, processors).stretch
-        return SplitRule(most, costs, least_members, stretch)
+        own = replace(runner.measure_feeds(range(self.size), self._join.rank), stretch=stretch)
+        costs = FeedCosts.agreed([unpack(its) for its in group.hear_all("costs", pack(own))])
+        log.info("feeds measured", **{name: round(value, 1) for name, value in asdict(costs).items()})
+        return SplitRule(most, costs, least_members)
 
     def _share_memory(self, group: EpochGroup) -> "PeerMemory | None":
         """Memory that the members write for each other, where graphs can use it."""

@@ -69,11 +69,11 @@ class Sharing:
         """How many times as long a decode step that reads nothing but weights takes beside a prompt as alone."""
         if not self._splits:
             return 1.0
-        return self._costs.step_s(Load(), self._splits[0]) / self._costs.step_s(Load(), self._total)
+        return self._costs.step_s(Load(), self._choose(Load())) / self._costs.step_s(Load(), self._total)
 
     def for_prefill(self, *, decodes_meanwhile: bool) -> int:
         """Processors of the next prefill step; `decodes_meanwhile`: whether the decode lane has work, or will have."""
-        self._split = self._choose() if decodes_meanwhile and self._splits else 0
+        self._split = self._choose(self._load) if decodes_meanwhile and self._splits else 0
         return self._total - self._split
 
     def for_decode(self, load: Load, *, prefill_is_busy: bool) -> int:
@@ -81,8 +81,8 @@ class Sharing:
         self._load = load
         return self._split if prefill_is_busy and self._split else self._total
 
-    def _choose(self) -> int:
+    def _choose(self, load: Load) -> int:
         """The fewest with which a decode step is not stretched beyond `STRETCH`; else the most."""
-        allowed = STRETCH * self._costs.step_s(self._load, self._total)
-        enough = (split for split in self._splits if self._costs.step_s(self._load, split) <= allowed)
+        allowed = STRETCH * self._costs.step_s(load, self._total)
+        enough = (split for split in self._splits if self._costs.step_s(load, split) <= allowed)
         return next(enough, self._splits[-1])

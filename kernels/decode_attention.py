@@ -376,7 +376,7 @@ class DecodeAttention:
         self._slots = max(1, self.config.programs(processors) // sizes.num_kv_heads)
         pieces = 2 * self._slots * sizes.num_kv_heads * self._block_m
         self._piece_out = torch.empty((pieces, sizes.out_dim), dtype=torch.float32, device=sizes.device)
-        self._merging_few, self._merging = MergeShape(64, sizes.out_dim, 4), MergeShape(16, sizes.out_dim, 1)
+        self._merging_few, self._merging = MergeShape(64, min(128, sizes.out_dim), 4), MergeShape(16, sizes.out_dim, 1)
         self._piece_lse = torch.empty(pieces, dtype=torch.float32, device=sizes.device)
 
     def tables(

@@ -192,6 +192,8 @@ def gate_up(h_TE: torch.Tensor, gate_up_2IE: torch.Tensor, dims: range, *, backe
         both_NE = gate_up_2IE[dims.start : inner + dims.stop]
         return layer_ops_triton.gemv(h_TE, both_NE, None, None, skip=range(len(dims), inner))
     parts_2JE = gate_up_2IE.view(2, inner, -1)[:, dims.start : dims.stop]
+    if not h_TE.is_cuda:  # of 16 bits a product of several matrices would copy them
+        return torch.cat([functional.linear(h_TE, part_JE) for part_JE in parts_2JE], -1)
     out_T2J = h_TE.new_empty((len(h_TE), 2, len(dims)))
     torch.bmm(h_TE.expand(2, -1, -1), parts_2JE.mT, out=out_T2J.transpose(0, 1))  # both in one kernel, and in their places
     return out_T2J.flatten(1)

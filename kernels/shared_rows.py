@@ -199,10 +199,10 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     word = piece * TILE + tl.arange(0, TILE)
-    wait_for_previous(DEPENDENT)  # a step that begins with this has just got its tables
-    let_next_start(DEPENDENT)
     home = tl.load(ranks_ptr + row)
     own = tl.load(own_ptr + row).to(tl.int64)
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
     call = tl.load(calls_ptr + row * num_pieces + piece) + 1
     if home == PART:
         for peer in tl.static_range(N):

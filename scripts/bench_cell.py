@@ -184,7 +184,7 @@ def elastic(bench: Bench, lengths: Sequence[int]) -> list[Row]:
         predicted = costs.split(count, bench.size) / max(map(costs.whole, its_rows))
         rows.append(
             {"rows": count, "tokens": tokens, "on all": places[0] > 0, "own rows ms": took[False], "split ms": took[True],
-             "split / own": took[True] / took[False], "predicted at 64 tokens": predicted}
+             "split / own": took[True] / took[False], "predicted, no KV": predicted}
         )  # fmt: skip
     return rows
 
@@ -385,6 +385,9 @@ def start(args: argparse.Namespace, rank: int, size: int) -> tuple[Bench, int, o
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model: Model = make_model(args.shape, device)
+    if "elastic" in args.only and (model.fused is None or not model.fused.can_share):
+        print(f"{args.shape}: elastic is left out: its dense layers can't be split")
+        args.only.remove("elastic")
     capacity = pool_tokens(model, args.chunk_tokens, size) if device.type == "cuda" else args.kv_tokens
     storage = make_storage(model, args.kv_tokens or capacity)
     copy = copy_bandwidth() if device.type == "cuda" else CPU_COPY

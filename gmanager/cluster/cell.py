@@ -179,7 +179,7 @@ class Cell:
         return min(self.spec.max_context, MAX_TOKENS)
 
     def helpers(self) -> list[int]:
-        """Ranks that share dense layers, whatever they hold: all, if all can in this epoch; else none."""
+        """Ranks that share dense layers, whatever they hold: all, if all have said that they can in this epoch; else none."""
         return [member.rank for member in self.members] if all(member.shares_feeds for member in self.members) else []
 
     def refusal(self, register: Register) -> str | None:
@@ -530,6 +530,8 @@ class Cell:
     def _open(self, now: float) -> None:
         self.phase = "opening"
         self.began_at = now
+        for member in self.members:
+            member.shares_feeds = False
         self._emit(Send(self.members[0].peer, OpenStore(epoch=self.epoch)))
 
     def _check_ready(self) -> None:

@@ -4,7 +4,7 @@ Where instances share dense layers (`instance.elastic_tp`) all are one party, wh
 others. As nobody needs that while nothing runs, they meet with the first sequence of an epoch.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from gmanager.wire.messages import Regroup
 
@@ -12,9 +12,9 @@ from gmanager.wire.messages import Regroup
 class Parties:
     """The parties of one epoch. Every rank starts alone, in a party with number 0."""
 
-    def __init__(self, epoch: int, size: int, standing: Collection[int] = ()) -> None:
-        """`standing`: ranks that are together as soon as anything runs."""
-        self._standing = sorted(standing)
+    def __init__(self, epoch: int, size: int, standing: Callable[[], Collection[int]] = tuple) -> None:
+        """`standing`: which ranks are together as soon as anything runs: known by then, and the same from then on."""
+        self._standing = standing
         self._epoch = epoch
         self._size = size
         self._number = 0
@@ -24,11 +24,11 @@ class Parties:
 
     def hold(self, ranks: Iterable[int]) -> bool:
         """Whether these are in one party, and those together that are to be."""
-        return all(len({self._of[rank] for rank in its}) <= 1 for its in (ranks, self._standing))
+        return all(len({self._of[rank] for rank in its}) <= 1 for its in (ranks, self._standing()))
 
     def regroup(self, shared: Iterable[Iterable[int]]) -> tuple[list[int], Regroup] | None:
         """Make the parties fit these sets of participants. Returns whom to tell what, or None if nothing changes."""
-        wanted = connected(self._size, [self._standing, *shared])
+        wanted = connected(self._size, [self._standing(), *shared])
         known = {tuple(party) for party in self._parties}
         new = [party for party in wanted if tuple(party) not in known]
         if not new:
@@ -43,7 +43,7 @@ class Parties:
 
     def validate(self, shared: Iterable[Iterable[int]]) -> None:
         """Raises RuntimeError unless the parties are those that these sets make."""
-        wanted = connected(self._size, [self._standing if self._number else (), *shared])
+        wanted = connected(self._size, [self._standing() if self._number else (), *shared])
         if self._parties != wanted:
             raise RuntimeError(f"parties are {self._parties} and should be {wanted}")
 

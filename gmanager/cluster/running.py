@@ -72,7 +72,7 @@ class Running:
         self._emit = emit
         self._numbers = 0
         self._sequences: dict[int, Sequence] = {}
-        self._parties = Parties(cell.epoch, cell.size, cell.helpers())
+        self._parties = Parties(cell.epoch, cell.size, cell.helpers)
         self._shared: dict[int, Sequence] = {}
         """Those with more than one participant, which make parties."""
         self._loads: dict[int, _Load] = {}
@@ -154,7 +154,7 @@ class Running:
         self._prefilling = [{} for _ in range(self._cell.size)]
         self._views, self._seen = [], []
         self._num_ending = self._num_lacking = 0
-        self._parties = Parties(self._cell.epoch, self._cell.size, self._cell.helpers())
+        self._parties = Parties(self._cell.epoch, self._cell.size, self._cell.helpers)
 
     def join(self, sequence: Sequence, rank: int) -> None:
         """An instance takes part in a sequence from now on."""

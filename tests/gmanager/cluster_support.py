@@ -186,10 +186,10 @@ class Driver:
         self.free[who] = free
         return self.say(who, kept(free, shards, epoch))
 
-    def join(self, epoch: int, *members: PeerId, shares_feeds: bool = False) -> list[Action]:
+    def join(self, epoch: int, *members: PeerId) -> list[Action]:
         """Go through an epoch's beginning; returns what the last Joined brings about."""
         self.say(members[0], m.StoreOpened(epoch=epoch, address="tcp://store:1"))
-        return [action for who in members for action in self.say(who, m.Joined(epoch=epoch, shares_feeds=shares_feeds))]
+        return [action for who in members for action in self.say(who, m.Joined(epoch=epoch))]
 
 
 # --- words

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import pytest
+
 from gmanager.cluster.events import Action, TextLoaded
 from gmanager.wire import messages as m
 from tests.gmanager.cluster_support import (
@@ -15,6 +17,8 @@ from tests.gmanager.cluster_support import (
     regroup,
     running,
 )
+
+NEW = b"new"
 
 
 def cell_of(*shares: bool) -> Driver:
@@ -44,9 +48,23 @@ def test_all_meet_with_the_first_sequence_and_stay_together() -> None:
     assert regroups(running(driver, "t", spread=1)) == []
 
 
-def test_instances_that_cannot_share_meet_over_sequences_alone() -> None:
+def test_one_that_comes_belongs_to_it_in_the_next_epoch() -> None:
+    driver = cell_of(True, True)
+    running(driver, "r", spread=1)
+    driver.come(NEW, elastic_tp="auto")
+    driver.keep(peer(1), 8)
+    driver.keep(peer(0), 8)
+    driver.say(peer(0), m.StoreOpened(epoch=2, address="tcp://store:1"))
+    for who in (peer(0), peer(1), NEW):
+        actions = driver.say(who, m.Joined(epoch=2, shares_feeds=True))
+    (first, *_) = regroups(driver.grant(actions))
+    assert first == Send(peer(0), m.Regroup(epoch=2, number=1, parties=[[0, 1, 2]]))
+
+
+@pytest.mark.parametrize("shares", [(False, False), (True, False), (False, True)])
+def test_instances_that_cannot_all_share_meet_over_sequences_alone(shares: tuple[bool, bool]) -> None:
     """As on GPUs that don't reach each other's memory, or on several hosts, whatever they were told."""
-    driver = cell_of(False, False)
+    driver = cell_of(*shares)
     assert regroups(running(driver, "r", spread=1)) == []
     assert regroups(running(driver, "s", 10, spread=2)) == regroup(1, [0, 1])
 
@@ -57,6 +75,7 @@ def test_who_is_left_meets_again_in_the_next_epoch() -> None:
     driver.lose(2)
     driver.keep(peer(1), 8)
     driver.keep(peer(0), 8)
-    actions = driver.grant(driver.join(2, peer(0), peer(1), shares_feeds=True))
+    driver.say(peer(0), m.StoreOpened(epoch=2, address="tcp://store:1"), m.Joined(epoch=2, shares_feeds=True))
+    actions = driver.grant(driver.say(peer(1), m.Joined(epoch=2, shares_feeds=True)))
     (first, _) = regroups(actions)
     assert first == Send(peer(0), m.Regroup(epoch=2, number=1, parties=[[0, 1]]))

@@ -1,6 +1,7 @@
 """When steps are split between instances, and that the parts of a feed are the whole."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,13 +59,27 @@ def test_rows_that_are_spread_already_need_no_help() -> None:
 
 
 def test_an_idle_member_with_prompts_does_not_help_and_one_without_helps_the_more() -> None:
-    rule = SplitRule(MOST_SPLIT_ROWS, H200, stretch=2.9)
+    rule = SplitRule(MOST_SPLIT_ROWS, replace(H200, stretch=2.9))
     assert rule.sharers({0: 1, 1: 0}, {1}) == []  # its half takes 1.45 times the whole
     assert rule.sharers({0: 1, 1: 0}, {0}) == [0, 1]
     assert rule.sharers({0: 1, 1: 0}, {0, 1}) == [0, 1]
     assert rule.sharers({0: 1, 1: 1}, {1}) == [0, 1]  # who has rows waits for these prompts in any case
-    slow = FeedCosts(weights_ns=100, row_ns=1, trip_ns=60, trip_row_ns=0)
-    assert SplitRule(256, slow, stretch=3).sharers({0: 1, 1: 0}, {0}) == [0, 1]  # the trip is worth it now
+    assert rule.sharers(dict.fromkeys(range(8), 0) | {0: 1}, {1}) == [*range(8)]  # its eighth doesn't
+    slow = FeedCosts(weights_ns=100, row_ns=1, trip_ns=60, trip_row_ns=0, stretch=3)
+    assert SplitRule(256, slow).sharers({0: 1, 1: 0}, {0}) == [0, 1]  # the trip is worth it now
+
+
+def test_members_with_other_processors_decide_alike() -> None:
+    agreed = FeedCosts.agreed([replace(H200, stretch=1.0), replace(H200, weights_ns=1, stretch=2.9)])
+    assert agreed == replace(H200, stretch=2.9) == unpack(pack(agreed))
+
+
+def test_a_step_knows_who_has_prompts() -> None:
+    rule = SplitRule(MOST_SPLIT_ROWS, replace(H200, stretch=2.9))
+    decodes = [Decode(seq=1, position=7, holdings=[Holding(0, [HeldRun(0, 7, 7)])])]
+    for with_prompts, split in ((False, [0, 1]), (True, [])):
+        notices = [notice(0, decodes=decodes), notice(1, both_lanes=with_prompts)]
+        assert derive(notices, None, rule).sharers == split
 
 
 def test_a_trip_that_costs_more_than_it_saves_is_not_made() -> None:

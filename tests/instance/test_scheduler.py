@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distattn.layout import HeldRun, Holding
 from gmanager.wire.messages import FlipRun, SequenceParams, Share
-from instance.step import STRETCH, Handoff, Step, StepMismatch, derive
+from instance.step import STRETCH, Handoff, Lane, Step, StepMismatch, derive
 from tests.instance.scheduler_support import WINDOWS, FakeCell, token_at
 
 
@@ -192,6 +192,24 @@ def test_a_cancel_that_comes_while_the_notices_are_out_is_carried_by_the_next() 
     assert len(cell.outputs[1]) < 10
     assert 1 in cell.released
     cell.check_empty()
+
+
+def test_a_notice_tells_whether_the_other_lane_has_work() -> None:
+    """A prompt's home and who has a share of it; then only the home, which decodes."""
+    cell = FakeCell(2, blocks=20, block_size=4, chunk_tokens=8)
+
+    def told(lane: Lane) -> list[bool]:
+        asked = {"party": 0, "step": 0, "digest": [], "groupings": []}
+        return [i.scheduler.propose(lane, [0, 1], **asked).both_lanes for i in cell.instances]
+
+    assert told("decode") == told("prefill") == [False, False]
+    assert cell.admit(1, [Share(rank=0, tokens=20), Share(rank=1, tokens=20)], 8, [])
+    assert (told("decode"), told("prefill")) == ([True, True], [False, False])
+    while not cell.outputs.get(1):
+        cell.round()
+    assert (told("decode"), told("prefill")) == ([False, False], [True, False])
+    cell.drain()
+    assert told("decode") == told("prefill") == [False, False]
 
 
 def test_a_home_without_room_says_so_once_and_goes_on_when_there_is() -> None:

@@ -128,7 +128,7 @@ def test_any_rows_over_any_number_of_programs(
 @pytest.mark.parametrize("mostly_empty", [False, True])
 def test_more_rows_than_are_merged_at_once(num_rows: int, padding: int, mostly_empty: bool) -> None:
     lens = [(37 * row) % 120 for row in range(num_rows)]
-    with mock.patch.multiple(decode_attention, _MOST_MERGED=4, _MOST_OF_FEW=3, _FEW_ROWS=2):
+    with mock.patch.multiple(decode_attention, _MOST_MERGED=4, _MOST_OF_FEW=3):
         check(lens, block_size=16, heads=(4, 2), config=config(), padding=padding, mostly_empty=mostly_empty)
 
 
