@@ -211,6 +211,7 @@ class Epoch(RankEpoch):
             query_bytes=traffic.query_bytes,
             partial_bytes=traffic.partial_bytes,
             step_us=times.step_ns // 1000,
+            decode_us=self._lanes["decode"].runner.times.step_ns // 1000,
             exchange_us=times.exchange_ns // 1000,
             attention_us=times.attention_ns // 1000,
             split_steps=tally.split_steps,

@@ -46,8 +46,9 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     simulated: Group
     profile: Profile
     """With the step times that were measured in it."""
-    step_s: float
-    """That steps took in the service, both lanes' and all instances' together."""
+    prefill_s: float
+    """That the lanes' steps took in the service, all instances' together."""
+    decode_s: float
     real_ttft_s: list[float | None]
     """Of each request of the trace."""
     simulated_ttft_s: list[float | None]
@@ -121,12 +122,13 @@ async def validate(
 
 def _simulated(trace: Sequence[Arrival], instances: int, base: Profile, measured: Measured, replayed: Replayed) -> Round:
     fitted = fit(base, measured, instances)
-    profile, outcome = level(fitted, instances, trace, replayed.step_s)
+    profile, outcome = level(fitted, instances, trace, prefill_s=replayed.prefill_s, decode_s=replayed.decode_s)
     return Round(
         real=summarise(replayed.timings)[-1],
         simulated=summarise(outcome.timings)[-1],
         profile=profile,
-        step_s=replayed.step_s,
+        prefill_s=replayed.prefill_s,
+        decode_s=replayed.decode_s,
         real_ttft_s=[timing.ttft_s for timing in replayed.timings],
         simulated_ttft_s=[timing.ttft_s for timing in outcome.timings],
     )

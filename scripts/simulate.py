@@ -244,7 +244,8 @@ def validate(args: argparse.Namespace, profile: Profile) -> Report:
     measured, rounds = asyncio.run(work)
     print(f"measured: {measured}")
     for number, one in enumerate(rounds, 1):
-        print(f"round {number}: steps took {one.step_s:,.1f} s together")
+        slower = f"decodes {one.profile.decode_beside:.2f} times as long beside prompts"
+        print(f"round {number}: steps took {one.prefill_s:,.1f} and {one.decode_s:,.1f} s together; {slower}")
         for name, field in COMPARED.items():
             real, simulated = getattr(one.real, field), getattr(one.simulated, field)
             ratio = f"{simulated / real:.3f}" if real and simulated is not None else "-"

@@ -59,6 +59,7 @@ async def test_two_instances_that_share_requests(farm: Farm, llama: Path) -> Non
         assert counters.step_us > counters.attention_us > 0
         assert counters.exchange_us > 0
         assert counters.exchange_us + counters.attention_us < counters.step_us < elapsed * 1e6
+        assert 0 < counters.decode_us < counters.step_us
         assert counters.notice_us > 0
         assert counters.rows_dispatched > 0
         assert counters.query_bytes % counters.rows_dispatched == 0, "as many bytes for each, in all layers"

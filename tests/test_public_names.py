@@ -95,7 +95,7 @@ def test_chunk_and_stats() -> None:
     tiers = ["tier_bytes_down", "tier_bytes_up", "tier_tokens", "blocks_corrupt", "slots_failed", "copies_failed"]
     moves = ["home_moves", "preemptions", "moves_failed", "blocks_copied", "blocks_evicted", *tiers]
     moves += ["query_bytes", "partial_bytes", "kv_bytes"]
-    times = ["step_us", "exchange_us", "attention_us", "notice_us"]
+    times = ["step_us", "decode_us", "exchange_us", "attention_us", "notice_us"]
     assert fields(Counters) == [*tokens, *moves, *times, "dropped_messages"]
     assert fields(Histogram) == ["bounds", "counts", "total"]
     counts = ["prompt_tokens", "generated_tokens", "finished", "refused", "met_slo", "missed_ttft", "missed_tpot"]

@@ -56,8 +56,8 @@ class Device:
         """What each lane has the processor for."""
         self.busy_s = 0.0
         """What steps took that were done, each as if alone and without waits, both lanes' summed."""
-        self.occupied_s = 0.0
-        """What they took, both lanes' summed: as instances count `step_us`."""
+        self.occupied_s: dict[Lane, float] = {"prefill": 0.0, "decode": 0.0}
+        """What they took: as instances count `step_us` and `decode_us`."""
 
     def launch(self, part: Part) -> None:
         """Queue a part; `run_together` begins it once it is its turn everywhere."""
@@ -117,7 +117,7 @@ class Processor:
         for each in group.parts:
             each.is_over = True
             each.took_s = self._clock.now - each.first_s
-            each.device.occupied_s += each.took_s if each.work_s else 0.0
+            each.device.occupied_s[each.lane] += each.took_s if each.work_s else 0.0
             if not self._is_shared:
                 each.device._processor._drop(each)
         for each in group.parts:

@@ -29,6 +29,7 @@ from gmanager.cluster.events import (
 from gmanager.config import GManagerConfig, PolicyName, parse_spread
 from gmanager.wire import messages as m
 from gmanager.wire.peer import PeerId
+from instance.step import LANES
 from simulation.clock import Clock
 from simulation.device import Processor
 from simulation.instance import VOCABULARY, Instance, SimulationError
@@ -137,8 +138,9 @@ class Outcome:
     """Those that were found."""
     follows_s: list[float] = field(default_factory=list)
     """Of each run that was copied from what was its home: from when the home moved until the KV had followed."""
-    step_s: float = 0.0
-    """What steps took on all instances together, waits for other instances' rows included."""
+    prefill_s: float = 0.0
+    """What the lanes' steps took on all instances together, waits for other instances' rows included."""
+    decode_s: float = 0.0
     ended_s: float = 0.0
     """Simulated seconds until the last request had ended."""
     wall_s: float = 0.0
@@ -220,7 +222,8 @@ class Service:
         outcome.follows_s = [took for parties in self._parties.values() for took in parties.copies.follows_s]
         outcome.home_moves = sum(instance.scheduler.tally.home_moves for instance in self.instances.values())
         outcome.rounds = sum(parties.num_rounds for parties in self._parties.values())
-        outcome.step_s = sum(instance.device.occupied_s for instance in self.instances.values())
+        occupied = [instance.device.occupied_s for instance in self.instances.values()]
+        outcome.prefill_s, outcome.decode_s = (sum(its[lane] for its in occupied) for lane in LANES)
         busy = sum(instance.device.busy_s for instance in self.instances.values())
         outcome.busy = busy / (len(self.instances) * outcome.ended_s) if outcome.ended_s else 0.0
         outcome.wall_s = time.perf_counter() - began

@@ -1,11 +1,11 @@
 """The same trace for real, on the CPU, and simulated with step times that were measured in the same service.
 
 1. A service of a few instances is asked for single requests, again and again: what a step and a row take, a message, the host's
-   work between two steps, what it costs when rows travel, and how much longer decodes take beside prompts (`Sweep`, `fit`).
-2. It replays the trace, and counts what its steps took together.
+   work between two steps, and what it costs when rows travel (`Sweep`, `fit`).
+2. It replays the trace, and counts what its steps took together, those of prompts and those of decodes.
 3. The trace is simulated. A machine is not as fast at all times, least of all one that others use, so all coefficients are
-   scaled until the steps that are simulated take as long together as was counted (`level`). Who waits for whom, what runs
-   beside what, and when each token comes is the simulator's.
+   scaled until the steps that are simulated take as long together as was counted, and decodes beside prompts until theirs have
+   their part of it (`level`). Who waits for whom, what runs beside what, and when each token comes is the simulator's.
 """
 
 import asyncio
@@ -31,11 +31,10 @@ REPEATS = 6
 """Of each measurement; medians count: others may use the machine, as they do during the replay."""
 COUNTERS_LAG_S = 2.0
 """Instances tell their counters once a second."""
-MOST_BESIDE, BESIDE, BESIDES = 16.0, 0.02, 12
-"""Largest factor by which prompts slow decodes down, how near it is looked for, relative, and how often."""
-LEVELLINGS = 16
-LEVEL = 0.01
-"""How far, relative, the sum of all steps may be from what was counted."""
+LEVELLINGS, LEVEL = 24, 0.01
+"""How often, and how near, relative, it is looked for that steps take what was counted."""
+MOST_BESIDE = 16.0
+"""Largest factor by which prompts may slow decodes down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +53,6 @@ class Measured:
     """The same of one that all instances prefill together."""
     shared_between: float
     """From one token to the next of a decode that follows it."""
-    crowded: float
-    """From one token to the next where each instance decodes and prefills at once, over the time that these prompts take.
-
-    Means: a lane's waits for the other are rare and long.
-    """
 
 
 class Sweep:
@@ -79,7 +73,6 @@ class Sweep:
         alone: list[float] = []
         shared: list[float] = []
         shared_between: list[float] = []
-        crowded: list[float] = []
         for _ in range(REPEATS):
             before = await self._counters()
             (came,) = await self._ask([(SHORT, ANSWER)])
@@ -92,7 +85,6 @@ class Sweep:
             (came,) = await self._ask([(SHARED, ANSWER)], is_shared=True)
             shared.append(came[0])
             shared_between.append(statistics.median(b - a for a, b in pairwise(came)))
-            crowded.append(crowding(await self._ask(crowd(self._instances))))
         return Measured(
             round_trip=max(0.0, statistics.median(short)),
             between=statistics.median(between),
@@ -100,7 +92,6 @@ class Sweep:
             alone=statistics.median(alone),
             shared_prefill=statistics.median(shared),
             shared_between=statistics.median(shared_between),
-            crowded=statistics.median(crowded),
         )
 
     async def _counters(self) -> Counters:
@@ -125,35 +116,25 @@ class Sweep:
         return await asyncio.gather(*(one(first + i, *pair) for i, pair in enumerate(lengths)))
 
 
-def crowd(instances: int) -> list[tuple[int, int]]:
-    """(prompt, answer) of requests at once that give each instance an answer and a prompt to work on."""
-    return [(SHORT, ANSWER)] * instances + [(SHARED, 1)] * instances
-
-
-def crowding(came: Sequence[Sequence[float]]) -> float:
-    """`Measured.crowded`, of when the tokens of a crowd came: of the answers those until the first prompt was done."""
-    half = len(came) // 2
-    prompts = [each[0] for each in came[half:]]
-    gaps = [b - a for each in came[:half] for a, b in pairwise(each) if a < min(prompts)]
-    return statistics.fmean(gaps) / statistics.fmean(prompts) if gaps else 0.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
     """A trace that a service was asked for."""
 
     timings: list[Timing]
-    step_s: float
-    """What steps took on all instances together, both lanes."""
+    prefill_s: float
+    """What the lanes' steps took on all instances together."""
+    decode_s: float
 
 
 async def replay_counted(client: AsyncClient, trace: Sequence[Arrival], vocab_size: int, timeout_s: float) -> Replayed:
     """Replay a trace. Raises DistattnError."""
     await asyncio.sleep(COUNTERS_LAG_S)
-    before = (await client.stats()).counters.step_us
+    before = (await client.stats()).counters
     timings = await replay(client, trace, vocab_size, timeout_s=timeout_s)
     await asyncio.sleep(COUNTERS_LAG_S)
-    return Replayed(timings=timings, step_s=((await client.stats()).counters.step_us - before) / 1e6)
+    after = (await client.stats()).counters
+    step_s, decode_s = (after.step_us - before.step_us) / 1e6, (after.decode_us - before.decode_us) / 1e6
+    return Replayed(timings=timings, prefill_s=step_s - decode_s, decode_s=decode_s)
 
 
 def fit(base: Profile, measured: Measured, instances: int) -> Profile:
@@ -182,30 +163,11 @@ def fit(base: Profile, measured: Measured, instances: int) -> Profile:
     (shared,) = simulate(Setting(profile=profile, instances=instances, policy="all"), [alone]).timings
     shared_steps = -(-SHARED // (base.chunk_tokens * instances))
     prefill_exchange_s = max(0.0, measured.shared_prefill - (shared.ttft_s or 0.0)) / shared_steps
-    profile = msgspec.structs.replace(
+    return msgspec.structs.replace(
         profile,
         prefill=msgspec.structs.replace(profile.prefill, exchange=prefill_exchange_s),
         decode=msgspec.structs.replace(profile.decode, exchange=exchange_s),
     )
-    return beside(profile, measured.crowded, instances)
-
-
-def beside(profile: Profile, crowded: float, instances: int) -> Profile:
-    """With the factor by which a decode step takes longer beside a prompt of its own instance than its share of the cores says.
-
-    Only the proportion to the prompts is fitted: how busy the cores are with other things is `level`'s.
-    """
-    trace = [Arrival(at_s=0, prompt_tokens=prompt, max_tokens=answer) for prompt, answer in crowd(instances)]
-    for _ in range(BESIDES):
-        timings = simulate(Setting(profile=profile, instances=instances), trace).timings
-        simulated = crowding([timing.token_s for timing in timings])
-        if not crowded or not simulated:
-            return profile
-        factor = max(1.0, min(profile.decode_beside * crowded / simulated, MOST_BESIDE))
-        if abs(factor / profile.decode_beside - 1) < BESIDE:
-            return profile
-        profile = msgspec.structs.replace(profile, decode_beside=factor)
-    return profile
 
 
 def scaled(profile: Profile, factor: float) -> Profile:
@@ -217,22 +179,25 @@ def scaled(profile: Profile, factor: float) -> Profile:
     )
 
 
-def level(profile: Profile, instances: int, trace: Sequence[Arrival], step_s: float) -> tuple[Profile, Outcome]:
-    """The profile scaled so that the trace's steps take as long together as was counted, and what comes of it.
+def level(
+    profile: Profile, instances: int, trace: Sequence[Arrival], *, prefill_s: float, decode_s: float
+) -> tuple[Profile, Outcome]:
+    """The profile with which the trace's steps take as long together as was counted, and decodes as much of it; and what comes
+    of it.
 
-    Longer steps get into each other's way more, so the sum grows faster than the factor; it is looked for by halving.
+    Two numbers are looked for at once: what all steps are scaled by, in half steps (longer ones get into each other's way more,
+    so the sum grows faster than the number), and by how much prompts slow decodes down. Where decodes took less than they do
+    undisturbed their part stays too large.
     """
-    factor, low, high = 1.0, 0.0, math.inf
     for _ in range(LEVELLINGS):
-        outcome = simulate(Setting(profile=scaled(profile, factor), instances=instances), trace)
-        if not outcome.step_s or abs(step_s / outcome.step_s - 1) < LEVEL:
+        outcome = simulate(Setting(profile=profile, instances=instances), trace)
+        simulated_s = outcome.prefill_s + outcome.decode_s
+        if not outcome.prefill_s or not outcome.decode_s:
             break
-        if outcome.step_s < step_s:
-            low = factor
-        else:
-            high = factor
-        if low and high < math.inf:
-            factor = math.sqrt(low * high)
-        else:
-            factor *= step_s / outcome.step_s
-    return scaled(profile, factor), outcome
+        longer = (prefill_s + decode_s) / simulated_s
+        slower = decode_s / prefill_s / (outcome.decode_s / outcome.prefill_s)
+        beside = max(1.0, min(profile.decode_beside * slower, MOST_BESIDE))
+        if abs(longer - 1) < LEVEL and abs(beside / profile.decode_beside - 1) < LEVEL:
+            break
+        profile = msgspec.structs.replace(scaled(profile, math.sqrt(longer)), decode_beside=beside)
+    return profile, outcome

@@ -42,6 +42,8 @@ class Counters(Part):
     step_us: int = 0
     """Time in which the device ran steps, the sum of both lanes'; integers of microseconds, because counters are summed and
     clamped as such."""
+    decode_us: int = 0
+    """Of it: the decode lane's."""
     exchange_us: int = 0
     """Of it: waiting for rows of other instances. Measured on the CPU only."""
     attention_us: int = 0
