@@ -16,7 +16,6 @@ attended to all that others hold of the prompt, so by then all of it is written,
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from distattn.layout import HeldRun, Holding, Layout, Span, held_after_flip, lay_out, run_from
@@ -24,7 +23,6 @@ from gmanager.wire.messages import (
     Admit,
     FlipRun,
     HomeMoved,
-    KeptPart,
     Message,
     NeedBlock,
     Outputs,
@@ -39,10 +37,12 @@ from gmanager.wire.messages import (
 )
 from instance.elastic_tp import FeedShares
 from instance.handoff import handoff_of, home_of
+from instance.kept import check_kept, holdings_of
+from instance.lane_steps import Accepted, LaneSteps, Tally
 from instance.pipelining import deal
 from instance.plan import MAX_DECODE_ROWS, MAX_SAMPLES, Pace, SampledRow, ScoredRows, StepPlan, is_decode
 from instance.rmanager import RManager
-from instance.sequence import Guest, History, Home, gaps_between
+from instance.sequence import Guest, History, Home
 from instance.step import (
     LANES,
     MAX_GAPS,
@@ -59,60 +59,6 @@ from instance.step import (
 )
 from instance.unheard import Origin
 from kvstore.sight import FULL, Sight
-
-
-@dataclass(slots=True)
-class _Accepted:
-    """What a step that isn't known to have run leaves to be done."""
-
-    released: list[int]
-    """Sequences whose blocks are free, or cached, once it has."""
-    unwritten: list[int] = field(default_factory=list)
-    """Of these, those of whose prompts rows are in no step."""
-    prompts: list[tuple[int, int]] = field(default_factory=list)
-    """(seq, tokens) of prompts that are all written once it has."""
-    homes: list[Home] = field(default_factory=list)
-    """Of these, those that were here."""
-    written: list[tuple[int, int]] = field(default_factory=list)
-    """(seq, position) from which on it writes KV here; until it has run, that may not be there."""
-    detached: list[int] = field(default_factory=list)
-    """Moves of runs that were here: steps before this one read them."""
-    flipped: list[Flip] = field(default_factory=list)
-    """Of sequences whose home is here."""
-
-
-@dataclass(slots=True)
-class _Steps:
-    """What concerns the steps of one lane."""
-
-    cancels: dict[int, None] = field(default_factory=dict)
-    """To be told to the party."""
-    last_tokens: list[LastToken] = field(default_factory=list)
-    previous_samples: dict[int, int] = field(default_factory=dict)
-    """seq -> which token is its, of those that the newest plans sample: as many of them as there are stages."""
-    number: int = 0
-    """Of the next step."""
-    last_steps: dict[int, int] = field(default_factory=dict)
-    """seq -> number of the step in which it had its last row, where there are several stages."""
-    accepted: list[_Accepted] = field(default_factory=list)
-    """Each that is not committed."""
-    prompts: list[int] = field(default_factory=list)
-    """Sequences whose prompts the last notice proposed."""
-    known: dict[int, list[Holding]] = field(default_factory=dict)
-    """In the decode lane: what the present party's last step with a row of a sequence left held of it."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts for the statistics."""
-
-    steps: int = 0
-    rows: int = 0
-    split_steps: int = 0
-    """Whose feeds were split between members."""
-    tokens_prefilled: int = 0
-    tokens_generated: int = 0
-    home_moves: int = 0
 
 
 class Scheduler:
@@ -139,7 +85,7 @@ class Scheduler:
         self._lay_out = lay_out if lay_out_as is None else lay_out_as
         self._homes: dict[int, Home] = {}
         self._guests: dict[int, Guest] = {}
-        self._steps: dict[Lane, _Steps] = {lane: _Steps() for lane in LANES}
+        self._steps: dict[Lane, LaneSteps] = {lane: LaneSteps() for lane in LANES}
         self._departed: dict[int, None] = {}
         """Handed off while their last token was under way."""
         self._origins: dict[int, Origin] = {}
@@ -163,7 +109,7 @@ class Scheduler:
         prompt = unpack_tokens(admit.token_ids)
         starts = [runs[0][0] for part in admit.kept if part.rank == self.rank for runs in part.runs]
         self._rmanager.wake(admit.seq, len(prompt) - 1, starts, admit.branch)
-        gaps = self._check_kept(admit, len(prompt))
+        gaps = check_kept(admit, len(prompt), rank=self.rank, here=self._rmanager.ranges(admit.seq))
         self._guests[admit.seq] = Guest(prompt, admit.params.prompt_logprobs)
         if admit.shares[0].rank == self.rank:
             self._begin(
@@ -175,7 +121,7 @@ class Scheduler:
                     position=gaps[0][0],
                     gaps=gaps,
                     shares=list(admit.shares),
-                    holdings=_holdings(admit.kept),
+                    holdings=holdings_of(admit.kept),
                     history=History.of(prompt, admit.params),
                 )
             )
@@ -326,7 +272,7 @@ class Scheduler:
         for seq in step.cancels:
             if seq in self._homes:
                 self._homes[seq].cancelled = True
-        accepted = _Accepted(released=step.released)
+        accepted = Accepted(released=step.released)
         for flip in step.flips:
             self._change_hands(flip, accepted)
         if lane == "decode":
@@ -425,27 +371,6 @@ class Scheduler:
         accepted = [step for steps in self._steps.values() for step in steps.accepted]
         return self._rmanager.shard(seq) is not None and not any(seq in step.released for step in accepted)
 
-    def _check_kept(self, admit: Admit, prompt_tokens: int) -> list[tuple[int, int]]:
-        """The gaps in what is told of a sequence's KV. Raises StepMismatch if it is another thing than is here, or no KV that
-        the shares complete."""
-        told = [runs for part in admit.kept if part.rank == self.rank for runs in part.runs]
-        if told != (here := self._rmanager.ranges(admit.seq)):
-            raise StepMismatch(f"sequence {admit.seq}: rank {self.rank} is told that it has kept {told}, it has kept {here}")
-        kept = [piece for part in admit.kept for run in part.runs for piece in run]
-        gaps = gaps_between(kept, prompt_tokens)
-        missing = sum(end - start for start, end in gaps)
-        num_kept = sum(end - start for start, end in kept)
-        num_shared = sum(share.tokens for share in admit.shares)
-        ends_missing = bool(gaps) and gaps[-1][1] == prompt_tokens
-        if not ends_missing or num_shared != missing or num_kept + missing != prompt_tokens:
-            raise StepMismatch(
-                f"sequence {admit.seq}: {prompt_tokens} tokens, of which {num_kept} were kept, {num_shared} are shared out and "
-                f"{missing} are missing, in {gaps}"
-            )
-        if kept and admit.params.prompt_logprobs is not None:
-            raise StepMismatch(f"sequence {admit.seq}: {num_kept} tokens were kept, and log-probabilities of all are wanted")
-        return gaps
-
     def _tell_of_cancel(self, seq: int) -> None:
         """In all lanes: its home is in one of them, and may be on its way to the other, or to another instance."""
         for steps in self._steps.values():
@@ -514,7 +439,7 @@ class Scheduler:
             )
         )
 
-    def _change_hands(self, flip: Flip, accepted: _Accepted) -> None:
+    def _change_hands(self, flip: Flip, accepted: Accepted) -> None:
         """A run is another instance's from this step on. What the party knew to be held is no more: the home says it again."""
         for steps in self._steps.values():
             steps.known.pop(flip.seq, None)
@@ -662,13 +587,3 @@ class Scheduler:
             here = [] if shard is None else [HeldRun(run.start, run.end, run.num_tokens) for run in shard.runs]
             if here != named:
                 raise StepMismatch(f"sequence {seq}: the step says rank {self.rank} holds {named}, it holds {here}")
-
-
-def _holdings(kept: Sequence[KeptPart]) -> list[Holding]:
-    """What parts of a sequence's KV that were kept are to those who attend to them."""
-    held = {
-        part.rank: [HeldRun(run[0][0], run[-1][1], sum(end - start for start, end in run)) for run in part.runs]
-        for part in kept
-        if part.runs
-    }
-    return [Holding(rank, held[rank]) for rank in sorted(held)]
