@@ -28,6 +28,7 @@ from instance.grammars import grammar_tokenizer
 from instance.lane import Lanes
 from instance.model import Model
 from instance.party import PartyMessage
+from instance.pool_told import newest_cached, told_of_cached, told_of_kept
 from instance.processors import Processors
 from instance.rmanager import RManager
 from instance.step import Grouping
@@ -45,10 +46,6 @@ REDIAL_S = 0.2
 
 MOST_CACHED = 2**12
 """Sequences of which one message says what is cached."""
-MOST_CACHED_ENTRIES = 2**18
-"""Of a message, as the codec counts them: what is told of cached sequences when an epoch ends. What is not told is freed."""
-ENTRIES_OF_SHARD, ENTRIES_OF_RANGE = 14, 3
-"""At most, keys and values."""
 
 
 class Instance:
@@ -545,19 +542,9 @@ class Instance:
             epoch.take_messages(self._unheard, are_sent=False)
             self._requests |= epoch.requests()
         self._requests = {seq: self._requests.get(seq, 0) for seq in kept}
-        ends = self._rmanager.shared_ends()
-        shards = [
-            wire.KeptShard(
-                seq=seq,
-                runs=runs,
-                request=self._requests[seq],
-                shared_end=ends.get(seq, 0),
-                since=self._rmanager.since(seq),
-            )
-            for seq, runs in kept.items()
-        ]
+        shards = told_of_kept(self._rmanager, kept, self._requests)
         free, unheard = self._rmanager.free_blocks, self._unheard.report() if self._is_alone else []
-        cached = _newest_that_fit(self._rmanager)
+        cached = newest_cached(self._rmanager)
         answer(wire.Kept(epoch=suspend.epoch, free_blocks=free, shards=shards, cached=cached, unheard=unheard))
         log.info("epoch ended", epoch=suspend.epoch, reason=suspend.reason, kept_sequences=len(shards))
 
@@ -612,7 +599,7 @@ class Instance:
         if self._is_alone or self._epoch is None or self._epoch.lanes is None:
             return  # with the end of the epoch all is told
         reusable = self._rmanager.take_reusable()
-        shards = [_told(self._rmanager, seq, runs) for seq, runs in reusable.items()]
+        shards = [told_of_cached(self._rmanager, seq, runs) for seq, runs in reusable.items()]
         for first in range(0, len(shards), MOST_CACHED):
             self._tell(wire.Cached(epoch=self._epoch.number, shards=shards[first : first + MOST_CACHED]))
 
@@ -621,24 +608,6 @@ class Instance:
         self._rmanager.validate()
         if self._epoch is not None and self._epoch.lanes is not None:
             self._epoch.lanes.scheduler.validate()
-
-
-def _newest_that_fit(rmanager: RManager) -> list[wire.KeptShard]:
-    """Of cached sequences in order of their last use those that one message holds."""
-    told: list[wire.KeptShard] = []
-    room = MOST_CACHED_ENTRIES
-    for seq, runs in reversed(list(rmanager.cached().items())):
-        room -= ENTRIES_OF_SHARD + sum(2 + ENTRIES_OF_RANGE * len(run) for run in runs)
-        if room < 0:
-            break
-        told.append(_told(rmanager, seq, runs))
-    return told
-
-
-def _told(rmanager: RManager, seq: int, runs: list[list[tuple[int, int]]]) -> wire.KeptShard:
-    """What can be shared of a sequence."""
-    since, branches = (rmanager.since(seq), rmanager.branches(seq)) if runs else (0, [])
-    return wire.KeptShard(seq=seq, runs=runs, below=rmanager.below(seq), since=since, branches=branches)
 
 
 def _is_forgotten(message: object) -> TypeGuard[wire.Expelled | wire.Refused]:
