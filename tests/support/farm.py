@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from gmanager.wire.logs import configure
 from gmanager.wire.scaling import RopeScaling
 from instance.config import InstanceConfig, KVDType, KVFormatChoice, Launch, Quantize
 
@@ -141,6 +142,7 @@ def _work(index: int, pipe: Connection) -> None:
     os.environ.update(place(index)[1])
     import uvloop
 
+    configure("warning", "console", worker=index)  # with the reason why an epoch breaks
     uvloop.run(_obey(pipe))
 
 
