@@ -12,6 +12,7 @@ temperature, min_p, top_k and top_p. How often a sequence has each token is coun
 Shape suffixes: S rows, V tokens of the vocabulary, N slots, R some of the rows, B biased logits, W bad words, K their tokens.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,11 +124,17 @@ def _best(x_SV: torch.Tensor) -> torch.Tensor:
     """`x.argmax(-1)`, the first of equals. In two steps: PyTorch's kernel has one block of threads for a row, and took an H200
     31 us for 128,256 tokens."""
     num_rows, width = x_SV.shape
-    parts = max(number for number in range(1, _BEST_PARTS + 1) if width % number == 0)
+    parts = _parts_of(width)
     best_SP, places_SP = x_SV.view(num_rows, parts, width // parts).max(-1)
     part_S1 = best_SP.argmax(-1, keepdim=True)
     tokens_S: torch.Tensor = (places_SP.gather(1, part_S1) + part_S1 * (width // parts)).squeeze(1)
     return tokens_S
+
+
+@functools.cache
+def _parts_of(width: int) -> int:
+    """As many parts of one size as there may be."""
+    return max(number for number in range(1, _BEST_PARTS + 1) if width % number == 0)
 
 
 # --- what is the same in all steps that sample for the same sequences -------------------------------------------------
