@@ -1,8 +1,5 @@
 """Split decode steps as graphs, between real processes: on a GPU each, on one for all, or in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ from transformers import Gemma2Config, LlamaConfig, PretrainedConfig
 
 from instance.load import random_model
 from instance.shared_memory import FeedMemory, counted
+from tests.support.workers import run_workers
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
     "llama": (LlamaConfig, {}),
     "gemma2": (Gemma2Config, {"final_logit_softcapping": 9.0, "layer_types": ["full_attention"] * 2}),
@@ -42,24 +39,7 @@ def test_split_steps_as_graphs_are_whole_ones_run_eagerly(
     }
     model = random_model(config(**(sizes | more)), torch.float32, torch.device("cpu"), seed=5)
     model.module.save_pretrained(tmp_path / "model")
-    worker = ROOT / "tests" / "support" / "shared_worker.py"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}:{os.environ.get('PYTHONPATH', '')}"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(size), str(tmp_path), dtype],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(size)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    said = run_workers("shared_worker.py", size, size, tmp_path, dtype, timeout_s=240)
     assert all("EQUAL" in its for its in said), "\n".join(its[-3000:] for its in said)
 
 

@@ -1,15 +1,12 @@
 """Ranks that share a model, between real processes: by Gloo on the CPU, by NCCL on a GPU each."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.workers import run_workers
 
 
 @pytest.mark.skipif(0 < torch.cuda.device_count() < 2, reason="needs two GPUs, or none")
@@ -31,23 +28,5 @@ def test_decode_steps_as_graphs_are_those_run_eagerly(ranks: int, hidden: int, d
         max_position_embeddings=512,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    worker = ROOT / "tests" / "support" / "team_worker.py"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, str(worker)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(tmp_path), dtype],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    said = run_workers("team_worker.py", ranks, ranks, tmp_path, dtype, timeout_s=200)
     assert all("EQUAL" in its for its in said), "\n".join(its[-3000:] for its in said)
