@@ -178,7 +178,8 @@ class _ZmqEnd(Generic[M]):
     """One socket on the running loop: no thread, no task, no polling.
 
     ZeroMQ's file descriptor is edge-triggered: it becomes readable when *something* may have changed, and any call on the
-    socket may swallow that. So after each call that could have, `_on_activity` asks the socket what it can do now.
+    socket may swallow that, a send as well. So after each call that could have, `_on_activity` asks the socket what it can do
+    now; who waits for a message that nobody was told of would wait until the next one.
     """
 
     def __init__(self, transport: ZmqTransport, kind: int, decoder: Decoder[M], limits: QueueLimits) -> None:
@@ -219,12 +220,10 @@ class _ZmqEnd(Generic[M]):
         raise NotImplementedError
 
     def _on_activity(self) -> None:
-        if self._shut:
-            return
-        if int(self._sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._wake.set()
-        if self._queues:
+        if self._queues and not self._shut:
             self._drain()
+        if not self._shut and int(self._sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._wake.set()
 
     # --- receiving
 
@@ -449,6 +448,7 @@ class _ZmqListener(_ZmqEnd[M]):
             except zmq.ZMQError:
                 self._queues.pop(peer, None)
                 self._on_lost(peer, "it closed the connection")
+        self._on_activity()
 
     def _on_lost(self, peer: PeerId, reason: str) -> None:
         for _ in range(PIPE_MESSAGES * (1 + len(self._peers))):  # who is fast could go on for ever

@@ -167,6 +167,30 @@ async def test_a_loss_is_noticed_if_the_connection_is_taken_down_after_the_word_
         assert not early
 
 
+async def test_what_arrives_while_the_lost_are_looked_for_is_heard_of(transport: Transport) -> None:
+    """Word of it may come just before somebody is asked whether he is there, and with that be gone from ZeroMQ's descriptor."""
+    listener = transport.listen(ANY, UP)
+    leaves, stays = transport.dial(listener.address, DOWN), transport.dial(listener.address, DOWN)
+    async with closing(listener, leaves, stays):
+        for dialer in (stays, leaves):
+            dialer.send(m.Ping())
+        heard = [await listener.recv() for _ in range(2)]
+        await leaves.close()
+        assert isinstance((await listener.recv())[1], PeerLost)
+
+        def speak() -> None:
+            stays.send(m.GetStats(call=1))
+            time.sleep(0.2)  # till it is here
+
+        receiving = asyncio.create_task(listener.recv())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(speak)
+        time.sleep(1.1)  # all further looks are due at once: after it, and before the descriptor's turn
+        peer, message = await asyncio.wait_for(receiving, 5)
+        assert message == m.GetStats(call=1)
+        assert peer in [peer for peer, _ in heard]
+
+
 async def test_messages_that_lie_there_come_before_the_loss(transport: Transport) -> None:
     """Nobody has read them when the connection ends; after the loss the peer may come again."""
     listener = transport.listen(ANY, UP)
