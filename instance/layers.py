@@ -223,7 +223,7 @@ def _is_mixture(mlp: nn.Module) -> bool:
         {name for name, _ in router.named_parameters()} in ({"weight"}, {"weight", "bias"})
         and isinstance(getattr(router, "top_k", None), int)
         and len(inspect.signature(router.forward).parameters) == 1
-        and _are_experts(parts["experts"])
+        and are_experts(parts["experts"])
     )
 
 
@@ -297,7 +297,7 @@ def bind_experts(module: nn.Module, backend: str) -> list[ExpertWeights]:
     """
     bound = []
     for experts in module.modules():
-        weights = _experts_of(experts) if _are_experts(experts) else None
+        weights = _experts_of(experts) if are_experts(experts) else None
         if weights is not None and _mix_alike(experts, weights, backend):
             experts.forward = _mixing(weights, backend)
             bound.append(weights)
@@ -312,7 +312,7 @@ def bind_packed(module: PreTrainedModel) -> None:
     """
     for experts in module.modules():
         if module.device.type == "meta":
-            if _are_experts(experts):
+            if are_experts(experts):
                 experts.forward = lambda x_TE, *_: torch.empty_like(x_TE)
             continue
         if not is_packed(experts):
@@ -326,7 +326,7 @@ def bind_packed(module: PreTrainedModel) -> None:
 def expert_numbers(module: PreTrainedModel) -> int:
     """Most numbers of a row that lie between the products of its experts, where kernels of ours run them; 0: they run none."""
     parts: Iterator[Any] = module.modules()
-    sizes = [sum(_weights_of(part)[1].shape[1:]) for part in parts if _are_experts(part)]
+    sizes = [sum(_weights_of(part)[1].shape[1:]) for part in parts if are_experts(part)]
     return experts_of_a_row(module) * max(sizes, default=0)
 
 
@@ -351,13 +351,14 @@ def _mix_alike(experts: Any, weights: ExpertWeights, backend: str) -> bool:
     experts_TS = torch.rand(rows, weights.num_experts, generator=seeded).topk(top_k).indices.to(device)
     weights_TS = torch.rand(rows, top_k, generator=seeded).to(device, dtype)
     with torch.inference_mode():
-        theirs = run_plain(experts) if weights.is_packed else experts
+        # what is summed behind the module, where ranks have parts of it, is summed behind ours, too
+        theirs = run_plain(experts) if weights.is_packed else experts.forward
         want_TE = theirs(x_TE, experts_TS, weights_TS)
         return _close(_mixing(weights, backend)(x_TE, experts_TS, weights_TS), want_TE)
 
 
-def _are_experts(module: Any) -> bool:
-    """Whether a module has the weights of experts that `_experts_of` reads, and nothing else."""
+def are_experts(module: Any) -> bool:
+    """Whether a module has the weights of experts that `ExpertWeights` are made of, and nothing else."""
     names = {name for name, _ in module.named_parameters()}
     return (
         names - _EXPERT_BIASES in (_EXPERT_WEIGHTS, PARTS)
@@ -369,7 +370,7 @@ def _are_experts(module: Any) -> bool:
 
 def _experts_of(experts: Any) -> ExpertWeights | None:
     """The weights of experts; None: their gate is of no known kind."""
-    gate = _gate_of(experts)
+    gate = gate_of(experts)
     if gate is None:
         return None
     gate_up, down = _weights_of(experts)
@@ -399,7 +400,7 @@ def _mixture(mlp: Any) -> Mixture | None:
     return Mixture(router.weight, getattr(router, "bias", None), router.top_k, normalise, weights)
 
 
-def _gate_of(experts: Any) -> Gate | None:
+def gate_of(experts: Any) -> Gate | None:
     """How experts' gate and up meet, by trying; None: in no known way."""
     alpha, limit = getattr(experts, "alpha", 1.0), getattr(experts, "limit", None)
     known = [Gate("silu"), Gate("gelu_tanh"), Gate(alpha=alpha, limit=limit, up_offset=1.0, interleaved=True)]

@@ -23,11 +23,11 @@ from instance.calls import refuse_layer_types, refuse_state
 from instance.checkpoint import CheckpointError, first_line, has_tokenizer, load_whole, stored_dtype
 from instance.errors import UnsupportedModel
 from instance.model import ATTENTION, Model, register_attention
-from instance.parts import empty_part, has_dense_layers, load_part, place_part_by_config
+from instance.parts import Bits, empty_part, has_dense_layers, load_part, place_part_by_config
 from instance.quantised import quantise_linears, refuse_device
 from instance.rotary import longest_text, scale_rotary
 from instance.split import WHOLE, Place, stages_of
-from instance.stored import Form, PackedExperts, form_of, load_stored, place_by_config
+from instance.stored import Form, PackedExperts, form_of, load_stored, pack_experts, place_by_config
 from instance.team import Team
 from kernels.products import Kind
 
@@ -53,7 +53,7 @@ def load_model(
     form = _take_form(config, str(path), quantize)
     if place != WHOLE:
         place = _with_layers(config, place)
-        bits = quantize if form is None or isinstance(form, PackedExperts) else form
+        bits = Bits(form if isinstance(form, Form) else quantize, packs_experts=isinstance(form, PackedExperts))
         with _refusing_old_style(str(path)):
             part = load_part(path, config, place, _type_of_rows(dtype, config, path), device, register_attention(), bits)
         refuse_device(part, device)
@@ -161,6 +161,8 @@ def shaped_model(
         place = _with_layers(config, place)
         max_context, nowhere = _prepare(config, max_context, scaling), torch.device("meta")
         part = empty_part(config, place, dtype, nowhere, register_attention())
+        if isinstance(form, PackedExperts):
+            pack_experts(part)
         if isinstance(form, Form):
             place_part_by_config(part, config, place, form)
         elif quantize is not None:

@@ -1,17 +1,19 @@
 """One rank's part of a model, read from the checkpoint without ever holding the whole.
 
 The model is made as if it were a smaller one, with as many layers, heads and inner dims as this rank has, so its layers run as
-they are. What is theirs alone is summed behind `o_proj` and `down_proj`, and logits are gathered behind the head.
+they are. What is theirs alone is summed behind `o_proj`, `down_proj` and experts (`instance.expert_parts`), and logits are
+gathered behind the head.
 
 Embeddings, the last norm and the head are of the first stage. Those behind it have made-up ones of a few tokens, so that they
 too can be run by themselves and compared with transformers' own layers; in a step rows of the stage before come in their place.
 """
 
 import copy
+import itertools
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ from gmanager.wire.logs import get_logger
 from instance.checkpoint import CheckpointError, some_of, stored_tensors
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
-from instance.layers import has_dense_parts
+from instance.expert_parts import ExpertLayout, expert_layouts, give_memory, slice_of, stored_names
+from instance.layers import are_experts, has_dense_parts, has_known_parts
 from instance.quantised import QuantisedLinear, is_tied, linears_but_head, quantise_head, quantised_parts, replace_part
 from instance.split import Place, Split, split_of, stages_of
-from instance.stored import Form, block_start, part_of_matrix, place_stored, slices_of, stored_matrices
+from instance.stored import Form, block_start, pack_experts, part_of_matrix, place_stored, slices_of, stored_matrices
 from kernels.products import Kind, Quantised, dequantise, quantise
 
 log = get_logger("instance")
@@ -40,6 +43,24 @@ _MADE_UP_SIZE = 0.02
 """Of each number of theirs, as models are commonly initialised with."""
 _LAYER = re.compile(r"(\blayers\.)(\d+)\.")
 """In the name of a weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Of which weights are of fewer bits than rows."""
+
+    linears: Form | Kind | None = None
+    """In which form of 8 bits linear layers are stored, or what they become as they are read; None: neither."""
+    packs_experts: bool = False
+    """Whether experts are stored packed, and stay so."""
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether all are of the type of rows."""
+        return self.linears is None and not self.packs_experts
+
+
+PLAIN = Bits()
 
 
 def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedConfig, Split]:
@@ -56,7 +77,9 @@ def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedCo
         heads, inner = int(text.num_attention_heads), int(text.intermediate_size)
         kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
         vocabulary = int(text.vocab_size) if place.stage == 0 else _MADE_UP
-        split = split_of(place, heads=heads, kv_heads=kv_heads, inner=inner, vocabulary=vocabulary)
+        split = split_of(
+            place, heads=heads, kv_heads=kv_heads, inner=inner, vocabulary=vocabulary, expert_inner=_expert_inner(text)
+        )
         layers = layers_of_stage(config, place)
     except (AttributeError, TypeError) as error:
         raise UnsupportedModel(f"{config.model_type}: {place.flags} can't split it: {error}") from error
@@ -67,14 +90,24 @@ def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedCo
     part.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     part.num_attention_heads, part.num_key_value_heads = len(split.heads), len(split.kv_heads)
     part.intermediate_size = len(split.inner)
+    if hasattr(text, "moe_intermediate_size"):
+        part.moe_intermediate_size = len(split.expert_inner)
     if place.stages > 1:
         part.num_hidden_layers = len(layers)
         if kinds:
             part.layer_types = text.layer_types[layers.start : layers.stop]
+        if hasattr(text, "mlp_only_layers"):  # Qwen's way to say which have no experts, beside that each n-th has some
+            dense = [i for i in layers if i in (text.mlp_only_layers or ()) or (i + 1) % text.decoder_sparse_step]
+            part.mlp_only_layers, part.decoder_sparse_step = [i - layers.start for i in dense], 1
     if place.stage:
         part.vocab_size, part.tie_word_embeddings = vocabulary, False
         part.bos_token_id = part.eos_token_id = part.pad_token_id = None
     return smaller, split
+
+
+def _expert_inner(text: Any) -> int:
+    """Dims between gate and down of an expert; of a model without experts any number."""
+    return int(getattr(text, "moe_intermediate_size", None) or text.intermediate_size)
 
 
 def layers_of_stage(config: PretrainedConfig, place: Place) -> range:
@@ -93,7 +126,7 @@ def empty_part(
 ) -> PreTrainedModel:
     """That rank's part of a model, whose weights are whatever is in memory. `attention`: name of the attention function.
 
-    Raises UnsupportedModel for layers that have other parts than Llama's or Gemma's and a dense MLP.
+    Raises UnsupportedModel for layers that have other parts than Llama's or Gemma's, with a dense MLP or experts.
     """
     module, split = _with_whole_head(config, place, dtype, device, attention)
     if place.parts > 1:
@@ -107,10 +140,10 @@ def _with_whole_head(
     """As `empty_part`, but for the head."""
     smaller, split = part_of_config(config, place)
     module = _empty(smaller, dtype, device, attention)
-    if not has_dense_parts(module):
+    if not has_known_parts(module):
         raise UnsupportedModel(
-            f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's or Gemma's and a dense MLP, "
-            "and this model's have others"
+            f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's or Gemma's, with a dense MLP or "
+            "experts, and this model's have others"
         )
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     if place.parts > 1 and head.bias is not None:
@@ -125,29 +158,31 @@ def load_part(
     dtype: torch.dtype,
     device: torch.device,
     attention: str,
-    bits: Form | Kind | None = None,
+    bits: Bits = PLAIN,
 ) -> PreTrainedModel:
-    """That rank's part of a resolved checkpoint, as `empty_part`. `bits`: in which form of 8 bits its linear layers are stored,
-    or what they become as they are read; None: neither.
+    """That rank's part of a resolved checkpoint, as `empty_part`. `bits`: in which forms its weights are.
 
     Raises UnsupportedModel, and CheckpointError if a weight is missing or has another shape than the config says.
     """
-    # what isn't touched of a host's memory takes none: no more of a layer of 8 bits is ever there than is read of it
-    first_device = device if bits is None else torch.device("cpu")
+    # what isn't touched of a host's memory takes none: no more of a layer of fewer bits is ever there than is read of it
+    first_device = device if bits.are_plain else torch.device("cpu")
     module, split = _with_whole_head(config, place, dtype, first_device, attention)
     with torch.no_grad(), ExitStack() as opened:
-        source = _Source(path, opened, config, place, bits)
+        if bits.packs_experts:
+            pack_experts(module)
+            give_memory(module, first_device)
+        source = _Source(path, opened, module, config, place, bits.linears)
         ends = {id(weight) for weight in _ends(module)} if place.stage else set()
         source.refuse_missing(name for name, weight in module.named_parameters() if id(weight) not in ends)
-        if bits is not None:
-            _place_linears(module, source, bits, device)
-            module.to(device)  # type: ignore[arg-type]
+        if bits.linears is not None:
+            _place_linears(module, source, bits.linears, device)
+        module.to(device)  # type: ignore[arg-type]
         if place.parts > 1:
             _split_head(module, split)  # on its device: it may be a view of the embeddings
         if place.stage:
             _make_up_ends(module)
         _fill(module, source, made_up=_ends(module) if place.stage else [])
-        if isinstance(bits, str):
+        if isinstance(bits.linears, str):
             quantise_head(module, device)
     module.train(False)
     return module
@@ -170,6 +205,7 @@ class _Whole:
         self._head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
         self._first_layer = layers_of_stage(config, place).start
         self._vocab_size = int(text.vocab_size)
+        self._expert_inner = _expert_inner(text)
         self._splits = [part_of_config(config, replace(place, part=part))[1] for part in range(place.parts)]
         self.split = self._splits[place.part]
         """What this rank has."""
@@ -210,18 +246,28 @@ class _Source(_Whole):
     """Its checkpoint, of whose weights no more than a part is read."""
 
     def __init__(
-        self, folder: Path, opened: ExitStack, config: PretrainedConfig, place: Place, bits: Form | Kind | None
+        self,
+        folder: Path,
+        opened: ExitStack,
+        module: PreTrainedModel,
+        config: PretrainedConfig,
+        place: Place,
+        bits: Form | Kind | None,
     ) -> None:
-        """Raises CheckpointError if weights of 8 bits aren't of the form that is said."""
+        """`module`: that is to hold the part. Raises CheckpointError if weights of 8 bits aren't of the form that is said, and
+        UnsupportedModel."""
         super().__init__(config, place)
         self._stored = slices_of(folder, opened)
         self._folder = folder
+        self._layouts = expert_layouts(module)
+        self._names = stored_names(module, self._stored)
+        """By what a weight is called in the whole model, what it is made of."""
         self._form = bits if isinstance(bits, Form) else None
         self._matrices = set() if self._form is None else stored_matrices(folder, self._form, stored_tensors(folder))
 
     def refuse_missing(self, names: Iterable[str]) -> None:
         """Raises CheckpointError if it lacks one of these weights."""
-        if missing := {self.name(name) for name in names} - self._stored.keys():
+        if missing := {self.name(name) for name in names} - self._names.keys():
             raise CheckpointError(
                 f"{self._folder} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}"
             )
@@ -230,48 +276,81 @@ class _Source(_Whole):
         """The weight of a linear layer, of that shape, if it is stored in 8 bits and stays so. Raises CheckpointError."""
         if self._form is None or self.name(name) not in self._matrices or not self.keeps_blocks(name, self._form):
             return None
-        self._refuse_other_shape(f"{name}.weight", self.shape(f"{name}.weight", part))
+        stored = self._one(f"{name}.weight", self.shape(f"{name}.weight", part))
         rows, columns = self.ranges(f"{name}.weight")
-        return self._matrix(
-            f"{self.name(name)}.weight", self._form, _all_if_none(rows, part[0]), _all_if_none(columns, part[1])
-        )
+        return self._matrix(stored, self._form, _all_if_none(rows, part[0]), _all_if_none(columns, part[1]))
 
     def read(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """What a plain weight is to hold. Raises CheckpointError."""
-        self._refuse_other_shape(name, self.shape(name, part.shape))
+        *_, parent, own = name.split(".")
+        if (layout := self._layouts.get(name.rpartition(".")[0])) is not None:
+            return self._read_experts(name, layout, part)
+        stored = self._one(name, self.shape(name, part.shape))
         rows, columns = self.ranges(name)
-        if name.endswith(".bias") and name.split(".")[-2] in _SUMMED and not self.split.is_first:
+        if own == "bias" and parent in _SUMMED and not self.split.is_first:
             return torch.zeros_like(part)
-        if columns is None:
-            return self._read(name, _all_if_none(rows, part.shape[0]), None, part.dtype)
-        return self._read(name, range(part.shape[0]), columns, part.dtype)
+        return self._read(stored, rows, columns, part.dtype)
 
     def read_head(self, name: str, part_VE: torch.Tensor) -> torch.Tensor:
         """This rank's rows of the head, which is called so. Raises CheckpointError."""
-        self._refuse_other_shape(name, (self._vocab_size, part_VE.shape[1]))
-        return self._read(name, self.split.vocabulary, None, part_VE.dtype)
+        stored = self._one(name, (self._vocab_size, part_VE.shape[1]))
+        return self._read(stored, self.split.vocabulary, None, part_VE.dtype)
 
-    def _read(self, name: str, rows: range, columns: range | None, dtype: torch.dtype) -> torch.Tensor:
-        whole = self.name(name)
-        stored: Any = self._stored[whole]
+    def _read_experts(self, name: str, layout: ExpertLayout, part: torch.Tensor) -> torch.Tensor:
+        """What a weight of experts is to hold. Raises CheckpointError."""
+        inner = self.split.expert_inner
+        try:
+            its = slice_of(name.rpartition(".")[2], layout, inner, self._expert_inner)
+        except ValueError as error:
+            raise CheckpointError(f"{self._folder}: {name}: {error}") from error
+        if its is None:  # a bias of sums
+            stored = self._one(name, part.shape)
+            return self._read(stored, None, None, part.dtype) if self.split.is_first else torch.zeros_like(part)
+        made_of = self._names[self.name(name)]
+        if sum(map(len, made_of)) == 1:
+            return its.of(self._stored[self._one(name, its.whole_shape(part.shape))])
+        if [len(matrices) for matrices in made_of] != [len(part)] * len(its.ranges):
+            raise CheckpointError(
+                f"{self._folder}: {self.name(name)} is of {len(part)} experts by the config, and made of "
+                f"{sum(map(len, made_of))} matrices"
+            )
+        rows, columns = (inner, None) if its.axis == 1 else (None, inner)
+        whole = its.whole_shape(part.shape)[1:]
+        for stored in itertools.chain(*made_of):
+            self._refuse_other_shape(stored, (whole[0] // len(made_of), whole[1]))
+        experts = [torch.cat([self._read(m, rows, columns, part.dtype) for m in its]) for its in zip(*made_of, strict=True)]
+        return torch.stack(experts)
+
+    def _read(self, stored: str, rows: range | None, columns: range | None, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows, or some columns, of what is stored under that name."""
+        slices: Any = self._stored[stored]
         part: torch.Tensor
-        if self._form is None or whole.removesuffix(".weight") not in self._matrices:
-            part = stored[rows.start : rows.stop] if columns is None else stored[:, columns.start : columns.stop]
+        num_rows, *_ = shape = slices.get_shape()
+        rows = _all_if_none(rows, num_rows)
+        if self._form is None or stored.removesuffix(".weight") not in self._matrices:
+            part = slices[rows.start : rows.stop] if columns is None else slices[:, columns.start : columns.stop]
             return part
-        num_in = stored.get_shape()[1]
-        wanted = range(num_in) if columns is None else columns
-        start = block_start(self._form, wanted.start, num_in)
-        matrix = self._matrix(whole, self._form, rows, range(start, wanted.stop))
+        wanted = _all_if_none(columns, shape[1])
+        start = block_start(self._form, wanted.start, shape[1])
+        matrix = self._matrix(stored, self._form, rows, range(start, wanted.stop))
         return dequantise(matrix, dtype, backend="torch")[:, wanted.start - start :]
 
-    def _matrix(self, whole: str, form: Form, rows: range, columns: range) -> Quantised:
-        scale = self._stored[f"{whole.removesuffix('.weight')}.{form.scale}"]
-        return part_of_matrix(self._stored[whole], scale, form, rows, columns)
+    def _matrix(self, stored: str, form: Form, rows: range, columns: range) -> Quantised:
+        scale = self._stored[f"{stored.removesuffix('.weight')}.{form.scale}"]
+        return part_of_matrix(self._stored[stored], scale, form, rows, columns)
 
-    def _refuse_other_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+    def _one(self, name: str, wanted: tuple[int, ...]) -> str:
+        """Under which name the whole of a weight is stored, in that shape. Raises CheckpointError."""
         whole = self.name(name)
-        if (found := tuple(self._stored[whole].get_shape())) != tuple(wanted):
-            raise CheckpointError(f"{self._folder}: {whole} is {found}, and {tuple(wanted)} by the config")
+        stored = self._names[whole][0][0]
+        if self._names[whole] != [[stored]]:
+            raise CheckpointError(f"{self._folder}: {whole} is made of {sum(map(len, self._names[whole]))} weights, not one")
+        self._refuse_other_shape(stored, wanted)
+        return stored
+
+    def _refuse_other_shape(self, stored: str, wanted: tuple[int, ...]) -> None:
+        if (found := tuple(self._stored[stored].get_shape())) != tuple(wanted):
+            raise CheckpointError(f"{self._folder}: {stored} is {found}, and {tuple(wanted)} by the config")
 
 
 def _all_if_none(some: range | None, count: int) -> range:
@@ -342,7 +421,7 @@ def bind_team(module: PreTrainedModel, vocab_size: int, context: AttentionContex
         return logits_SV.reshape(*out.shape[:-1], vocab_size)
 
     for name, part in module.named_modules():
-        if name.rpartition(".")[2] in _SUMMED:
+        if name.rpartition(".")[2] in _SUMMED or are_experts(part):
             part.register_forward_hook(summed)
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     head.register_forward_hook(gathered)

@@ -2,6 +2,7 @@
 
     qkv, gate, up   rows, of some heads or inner dims          no exchange before them
     o, down         columns of the same                        what the parts add is summed after them
+    experts         likewise, of every expert some dims        each part routes all rows alike
     head            rows, of some of the vocabulary            logits are gathered
 
 So a layer takes two sums, and a part of the instance holds its heads' KV alone. KV heads are dealt out whole, with all query
@@ -77,6 +78,8 @@ class Split:
     kv_heads: range
     inner: range
     """Dims between gate and down."""
+    expert_inner: range
+    """Of each expert."""
     vocabulary: range
     """Fewer than the other parts', or none, where it doesn't divide: `padded` has as many for each."""
     padded: int
@@ -85,12 +88,14 @@ class Split:
     """What stands but once, as biases of sums, is the first part's."""
 
 
-def split_of(place: Place, *, heads: int, kv_heads: int, inner: int, vocabulary: int) -> Split:
-    """What that part has of a model. Raises ValueError, with the numbers, if there are more parts than query heads or inner
-    dims."""
-    parts = place.parts
-    if parts > min(heads, inner):
-        raise ValueError(f"it has {heads} query heads and {inner} inner dims, which {parts} parts can't share")
+def split_of(place: Place, *, heads: int, kv_heads: int, inner: int, vocabulary: int, expert_inner: int | None = None) -> Split:
+    """What that part has of a model. `expert_inner`: dims between gate and down of an expert; None: as many as `inner`.
+
+    Raises ValueError, with the numbers, if there are more parts than query heads or inner dims.
+    """
+    parts, of_expert = place.parts, inner if expert_inner is None else expert_inner
+    if parts > min(heads, inner, of_expert):
+        raise ValueError(f"it has {heads} query heads and {min(inner, of_expert)} inner dims, which {parts} parts can't share")
     padded = -(-vocabulary // parts)
     first = min(place.part * padded, vocabulary)
     own, kv = _heads_of(place, heads, kv_heads)
@@ -98,6 +103,7 @@ def split_of(place: Place, *, heads: int, kv_heads: int, inner: int, vocabulary:
         heads=own,
         kv_heads=kv,
         inner=inner_shares(inner, parts)[place.part],
+        expert_inner=inner_shares(of_expert, parts)[place.part],
         vocabulary=range(first, min(first + padded, vocabulary)),
         padded=padded,
         is_first=place.part == 0,

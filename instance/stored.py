@@ -246,7 +246,7 @@ class _Dequantised:
 def place_by_config(module: PreTrainedModel, form: Form | PackedExperts) -> None:
     """Give a model on `meta` the weights that it would have once a checkpoint of that form is loaded."""
     if isinstance(form, PackedExperts):
-        _pack_experts(module)
+        pack_experts(module)
         return
     for name, linear in linears_of(module).items():
         if form.is_of(name):
@@ -366,13 +366,13 @@ def _load_packed(
     if not names:
         raise CheckpointError(f"{folder}: its config says mxfp4, and none of its weights is packed")
     with ExitStack() as files:
-        auto = _placed(type(_shaped(options["config"])), _pack_experts)
+        auto = _placed(type(_shaped(options["config"])), pack_experts)
         module = load_whole(None, str(folder), auto=auto, state_dict=slices_of(folder, files), **options)
     log.info("experts stay packed", model=str(folder), stored="mxfp4", matrices=len(wholes))
     return module
 
 
-def _pack_experts(module: PreTrainedModel) -> None:
+def pack_experts(module: PreTrainedModel) -> None:
     """Raises CheckpointError for a model without such experts as are published packed."""
     experts = [part for part in module.modules() if can_be_packed(part)]
     if not experts:

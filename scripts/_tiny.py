@@ -14,10 +14,12 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 300
@@ -74,6 +76,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt-oss": GptOssConfig(
         **_SIZES, **_EXPERTS, head_dim=16, sliding_window=23, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
     ),
+    # experts: in all layers, and in some
+    "mixtral": MixtralConfig(**_SIZES, **_EXPERTS),
+    "qwen3-moe": Qwen3MoeConfig(**_SIZES, moe_intermediate_size=48, num_experts=6, num_experts_per_tok=2, mlp_only_layers=[0]),
     "llama4": Llama4TextConfig(
         **_SIZES,
         **_EXPERTS,

@@ -65,8 +65,8 @@ async def test_matrix(cell: Service, llama: Path, mixed: list[list[int]]) -> Non
 
 @pytest.mark.parametrize("kind", sorted(set(CONFIGS) - {"llama"}))
 async def test_other_models(kind: str, farm: Farm, tmp_path: Path) -> None:
-    """Qwen2 (bias), Qwen3 (q/k norm), Mistral; and each kind of mask: windows in all layers, in some, chunks, with a soft cap,
-    with sinks; and latents."""
+    """Qwen2 (bias), Qwen3 (q/k norm), Mistral, experts; and each kind of mask: windows in all layers, in some, chunks, with a
+    soft cap, with sinks; and latents."""
     path = make_model(kind, tmp_path)
     async with serve(farm, 2, Setup(model=path, chunk_tokens=24)) as service:
         await ask(service.client, path, prompt(path, 120), spread="all")
@@ -115,11 +115,14 @@ async def test_latents_and_plain_heads_say_the_same(
 
 @pytest.mark.parametrize(
     ("kind", "tp", "size"),
-    [("llama", 2, 1), ("llama", 3, 1), ("llama", 2, 2), ("qwen2", 3, 2), ("gemma2", 2, 2), ("mistral-window", 2, 2)],
+    [
+        *(("llama", 2, 1), ("llama", 3, 1), ("llama", 2, 2), ("qwen2", 3, 2), ("gemma2", 2, 2), ("mistral-window", 2, 2)),
+        *(("mixtral", 3, 1), ("qwen3-moe", 2, 2), ("gpt-oss", 2, 2)),
+    ],
 )
 async def test_models_that_are_split_between_ranks(kind: str, tp: int, size: int, farm: Farm, tmp_path: Path) -> None:
-    """Tensor parallel: heads that don't divide (4 query heads and 2 KV heads by 3), and two instances that share a sequence,
-    whose home moves on; as transformers has it in one piece."""
+    """Tensor parallel: heads that don't divide (4 query heads and 2 KV heads by 3), experts, and two instances that share a
+    sequence, whose home moves on; as transformers has it in one piece."""
     path = make_model(kind, tmp_path)
     long, moving = prompt(path, 150), prompt(path, 50, new=30)
     prompts = [prompt(path, length, seed=i) for i, length in enumerate((1, 24, 90, 63))]
@@ -139,6 +142,7 @@ async def test_models_that_are_split_between_ranks(kind: str, tp: int, size: int
         ("llama", 1, 2, (4, 1), 2),
         ("qwen2", 3, 2, (), 1),
         ("mistral-window", 1, 2, (), 2),
+        ("qwen3-moe", 2, 2, (), 1),
     ],
 )
 async def test_models_whose_layers_are_split_into_stages(

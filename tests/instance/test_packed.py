@@ -46,9 +46,12 @@ def pack(weight_EIO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny gpt-oss with packed experts and no `dtype` in its config, and the same with plain ones."""
-    packed = make_model("gpt-oss", tmp_path_factory.mktemp("packed"))
-    plain = make_model("gpt-oss", tmp_path_factory.mktemp("plain"))
+    return make_packed(tmp_path_factory.mktemp("models"))
+
+
+def make_packed(folder: Path, **other: Any) -> tuple[Path, Path]:
+    """A tiny gpt-oss with packed experts and no `dtype` in its config, and the same with plain ones. `other`: of its config."""
+    packed, plain = (make_model("gpt-oss", folder / name, **other) for name in ("packed", "plain"))
     weights = {name: weight.to(torch.bfloat16) for name, weight in load_file(packed / "model.safetensors").items()}
     in_blocks: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():

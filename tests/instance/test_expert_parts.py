@@ -1,0 +1,95 @@
+"""Mixtures of experts that ranks share: what the parts of an expert add up to, from all forms of checkpoints."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from instance.checkpoint import CheckpointError
+from instance.load import load_model
+from instance.memory import loaded_bytes
+from instance.split import Place
+from tests.instance.test_packed import make_packed
+from tests.instance.test_stored import FORMS, make_stored
+from tests.support.tiny import CONFIGS, make_model
+
+CPU = torch.device("cpu")
+
+
+def checkpoint(kind: str, folder: Path) -> Path:
+    match kind:
+        case "gpt-oss, packed":
+            return make_packed(folder)[0]
+        case "mixtral, fine-grained fp8":
+            return make_stored(folder, CONFIGS["mixtral"], FORMS["fine-grained"])[0]
+    return make_model(kind, folder)
+
+
+def experts_of(module: Any) -> list[Any]:
+    return [layer.mlp.experts for layer in module.model.layers if hasattr(layer.mlp, "experts")]
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "gpt-oss, packed", "mixtral, fine-grained fp8"])
+def test_the_parts_of_experts_add_up_to_the_whole(kind: str, parts: int, tmp_path: Path) -> None:
+    """Matrices one by one or in one tensor, gate and up in turns or not, with biases, packed, of 8 bits. Sizes are foreseen."""
+    path = checkpoint(kind, tmp_path)
+    places = [Place(part=i, parts=parts) for i in range(parts)]
+    whole, *split = (load_model(path, torch.float32, CPU, place=place) for place in (Place(), *places))
+    seeded = torch.Generator().manual_seed(0)
+    for experts, *its in zip(*(experts_of(model.module) for model in (whole, *split)), strict=True):
+        rows, num_experts = 9, next(experts.parameters()).shape[0]
+        x_TE = torch.randn(rows, whole.hidden_size, generator=seeded)
+        experts_TS = torch.rand(rows, num_experts, generator=seeded).topk(2).indices
+        weights_TS = torch.rand(rows, 2, generator=seeded)
+        with torch.inference_mode():
+            want_TE = experts.forward(x_TE, experts_TS, weights_TS)
+            got_TE = sum(part.forward(x_TE, experts_TS, weights_TS) for part in its)
+        assert float((got_TE - want_TE).norm() / want_TE.norm()) < 1e-5
+        sizes = [part.down_proj_blocks.shape[2] if "packed" in kind else part.down_proj.numel() for part in its]
+        assert len(set(sizes)) <= 2
+        assert sum(sizes) == (experts.down_proj_blocks.shape[2] if "packed" in kind else experts.down_proj.numel())
+    for place, model in zip(places, split, strict=True):
+        assert loaded_bytes(path, torch.float32, None, place) == model.weight_bytes()
+
+
+@pytest.mark.parametrize(("other", "number"), [({}, 3), ({"decoder_sparse_step": 2, "mlp_only_layers": []}, 2)])
+def test_stages_have_the_experts_of_their_layers(other: dict[str, Any], number: int, tmp_path: Path) -> None:
+    """Not in all layers, by number or by turns."""
+    path = make_model("qwen3-moe", tmp_path, num_hidden_layers=4, **other)
+    whole = load_model(path, torch.float32, CPU)
+    stages = [load_model(path, torch.float32, CPU, place=Place(stage=i, stages=2, layers=(1, 3))) for i in range(2)]
+    found = [experts for stage in stages for experts in experts_of(stage.module)]
+    assert len(found) == number
+    for got, want in zip(found, experts_of(whole.module), strict=True):
+        assert torch.equal(got.gate_up_proj, want.gate_up_proj)
+        assert torch.equal(got.down_proj, want.down_proj)
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
+    path = make_model("mixtral", tmp_path / "made")
+    weights = load_file(path / "model.safetensors")
+    lacks = {name: one for name, one in weights.items() if ".0.block_sparse_moe.experts.3.w2" not in name}
+    save_file(lacks, path / "model.safetensors", metadata={"format": "pt"})
+    sentence = "model.layers.0.mlp.experts.down_proj is of 4 experts by the config, and made of 3 matrices"
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
+        load_model(path, torch.float32, CPU, place=Place(part=1, parts=2))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_experts_of_another_size_than_the_config_says_are_refused(kind: str, tmp_path: Path) -> None:
+    path = make_model(kind, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match=r"experts.* is \(.*\), and \(.*\) by the config"):
+        load_model(path, torch.float32, CPU, place=Place(part=0, parts=2))
+
+
+def test_parts_that_would_tear_blocks_of_packed_weights_are_refused(tmp_path: Path) -> None:
+    path = make_packed(tmp_path / "made", intermediate_size=32)[0]
+    with pytest.raises(CheckpointError, match="its experts can't be packed: 16 features are no whole blocks of 32"):
+        load_model(path, torch.float32, CPU, place=Place(part=0, parts=2))
