@@ -1,5 +1,6 @@
 """What attention layers look like, and the rows they are given."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -53,19 +54,27 @@ class Groups:
 
 
 @cache
-def groups_of(sights: tuple[Sight, ...]) -> Groups:
-    """Groups of layers of which each has one of these sights."""
-    distinct = sorted(dict.fromkeys(sights), key=lambda sight: sight != FULL)
+def groups_of(sights: tuple[Sight, ...], whole: tuple[Sight, ...] = ()) -> Groups:
+    """Groups of layers of which each has one of these sights. `whole`: those of all layers of a model of which these are some:
+    its stages have the same tables, and each puts as many layers into a block as its own need.
+
+    Raises ValueError for sights that the whole hasn't.
+    """
+    distinct = sorted(dict.fromkeys(whole or sights), key=lambda sight: sight != FULL)
     if distinct[0] != FULL or len(distinct) == 1:
         return Groups(tuple(distinct), tuple(map(distinct.index, sights)), tuple(range(len(sights))), are_apart=False)
-    layers = [[layer for layer, its in enumerate(sights) if its == sight] for sight in distinct]
-    size = max(len(layers[0]), -(-(len(sights) - len(layers[0])) // (MOST_TABLES - len(distinct))))
-    tables = [(sight, its[i : i + size]) for sight, its in zip(distinct, layers, strict=True) for i in range(0, len(its), size)]
-    placed = {layer: (group, place) for group, (_, its) in enumerate(tables) for place, layer in enumerate(its)}
+    counts = Counter(sights)
+    if whole:
+        tables = groups_of(whole).sights
+        size = max(-(-count // max(1, tables.count(sight))) for sight, count in counts.items())
+    else:
+        size = max(counts[FULL], -(-(len(sights) - counts[FULL]) // (MOST_TABLES - len(distinct))))
+        tables = tuple(sight for sight in distinct for _ in range(0, counts[sight], size))
+    before = [sights[:layer].count(sight) for layer, sight in enumerate(sights)]
     return Groups(
-        tuple(sight for sight, _ in tables),
-        tuple(placed[layer][0] for layer in range(len(sights))),
-        tuple(placed[layer][1] for layer in range(len(sights))),
+        tables,
+        tuple(tables.index(sight) + count // size for sight, count in zip(sights, before, strict=True)),
+        tuple(count % size for count in before),
         are_apart=True,
     )
 
@@ -81,6 +90,8 @@ class AttentionShape(TokenForm):
     dtype: torch.dtype
     layers: tuple[LayerView, ...] = ()
     """Each; empty: in all of them rows see all before them, by `scale`."""
+    whole: tuple[Sight, ...] = ()
+    """Where these are a stage's layers: what rows see in each of the whole model's. Empty: they are all, or all see alike."""
     value_dim: int = 0
     """0: tokens have keys and values of `head_dim`. Else KV is latent: a token is one key, for all query heads, whose first
     `value_dim` numbers are its value. Such is what returns for a row, too: `instance.latent` makes heads' values of it."""
@@ -106,7 +117,7 @@ class AttentionShape(TokenForm):
     @property
     def groups(self) -> Groups | None:
         """None: there is but one, of all layers, whose rows see all before them."""
-        return groups_of(tuple(layer.sight for layer in self.layers)) if self.layers else None
+        return groups_of(tuple(layer.sight for layer in self.layers), self.whole) if self.layers else None
 
     @property
     def sights(self) -> tuple[Sight, ...]:

@@ -1,5 +1,6 @@
 """Reading a checkpoint: what its config says first, then its weights, and its text."""
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from instance.split import WHOLE, Place, stages_of
 from instance.stored import Form, PackedExperts, form_of, load_stored, pack_experts, place_by_config
 from instance.team import Team
 from kernels.products import Kind
+from kvstore.sight import Sight
 
 
 def load_model(
@@ -49,15 +51,16 @@ def load_model(
     OSError if it lacks a file.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    max_context = _prepare(config, max_context, scaling)
     form = _take_form(config, str(path), quantize)
+    sights = _sights_of_whole(config, place, max_context, scaling)
+    max_context = _prepare(config, max_context, scaling)
     if place != WHOLE:
         place = _with_layers(config, place)
         bits = Bits(form if isinstance(form, Form) else quantize, packs_experts=isinstance(form, PackedExperts))
         with _refusing_old_style(str(path)):
             part = load_part(path, config, place, _type_of_rows(dtype, config, path), device, register_attention(), bits)
         refuse_device(part, device)
-        return Model(part, max_context, scaling, team, place)
+        return Model(part, max_context, scaling, team, place, sights)
     if form is not None:
         with _refusing_old_style(str(path)):
             module = load_stored(
@@ -94,6 +97,17 @@ def _with_layers(config: PretrainedConfig, place: Place) -> Place:
     return replace(place, layers=tuple(map(len, stages)))
 
 
+def _sights_of_whole(
+    config: PretrainedConfig, place: Place, max_context: int | None, scaling: RopeScaling | None
+) -> tuple[Sight, ...]:
+    """What rows see in each layer of a model of which a stage is wanted; empty: the same in all. `config`: as it was read."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    if place.stages == 1 or len(set(kinds)) == 1:
+        return ()
+    whole = shaped_model(copy.deepcopy(config), config.model_type, torch.float32, max_context, scaling)
+    return tuple(whole.shape.layer(index).sight for index in range(whole.num_layers))
+
+
 def _settled(
     module: PreTrainedModel, device: torch.device, max_context: int | None, scaling: RopeScaling | None, quantize: Kind | None
 ) -> Model:
@@ -128,6 +142,14 @@ def refuse_unshared(path: Path, flag: str) -> None:
         )
 
 
+def refuse_unsplit(
+    path: Path, place: Place, max_context: int | None, scaling: RopeScaling | None, quantize: Kind | None
+) -> None:
+    """What `load_model` would refuse of a rank's part of a resolved checkpoint, by its config. Raises UnsupportedModel."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    shaped_model(config, str(path), torch.float32, max_context, scaling, quantize, place)
+
+
 def _take_form(config: PretrainedConfig, name: str, quantize: Kind | None) -> Form | PackedExperts | None:
     """Take what a config says of how weights are stored out of it. Raises UnsupportedModel for what isn't read."""
     form = form_of(config, name)
@@ -159,6 +181,7 @@ def shaped_model(
     config.dtype = dtype  # else what it says would be taken
     if place != WHOLE:
         place = _with_layers(config, place)
+        sights = _sights_of_whole(config, place, max_context, scaling)
         max_context, nowhere = _prepare(config, max_context, scaling), torch.device("meta")
         part = empty_part(config, place, dtype, nowhere, register_attention())
         if isinstance(form, PackedExperts):
@@ -167,7 +190,7 @@ def shaped_model(
             place_part_by_config(part, config, place, form)
         elif quantize is not None:
             quantise_linears(part, quantize, nowhere)
-        return Model(part, max_context, scaling, place=place)
+        return Model(part, max_context, scaling, place=place, sights=sights)
     return random_model(config, dtype, torch.device("meta"), 0, max_context, scaling, quantize, form)
 
 

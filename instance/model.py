@@ -65,11 +65,12 @@ class Model:
         scaling: RopeScaling | None = None,
         team: Team | None = None,
         place: Place = WHOLE,
+        sights: tuple[Sight, ...] = (),
     ) -> None:
         """`max_context`: tokens of the longest sequence served; None: as many as the config says. `scaling`: of its rotary
         frequencies, as the config has it already; None: the model's own. `place`: of the rank whose part `module` is
         (`instance.parts`). `team`: of the ranks that have the same layers; they all make theirs, and call what runs layers, at
-        once.
+        once. `sights`: what rows see in each layer of the whole model, where a stage's may not have them all.
 
         Raises UnsupportedModel by the name of what can't be served exactly, as far as layers show it; `instance.exact` compares
         the whole.
@@ -107,7 +108,7 @@ class Model:
         self._backend = ""
         self._experts: list[ExpertWeights] = []
         """That kernels of ours run in layers that aren't fused."""
-        self.heads_shape = self._probe(declared)
+        self.heads_shape = _of_whole(self._probe(declared), sights, self.num_layers)
         """Of attention as the layers call it."""
         self.shape = self.heads_shape
         """Of what is stored and attended to: of latents where the layers have some."""
@@ -399,7 +400,7 @@ class Model:
                     f"{self.module.config.model_type}: with windows of {size} tokens in its config rows of layer {index} see "
                     f"by {sight}, not by {smaller}, so that its own can't be compared"
                 )
-        return replace(shape, layers=tuple(replace(shape.layer(i), sight=sight) for i, sight in enumerate(sights)))
+        return replace(shape, layers=tuple(replace(shape.layer(i), sight=sight) for i, sight in enumerate(sights)), whole=())
 
     def _masked_by(self, max_context: int | None) -> list[Sight | None]:
         """What transformers' masks let rows see in each layer; None where it makes none.
@@ -496,6 +497,13 @@ def _decoder(module: PreTrainedModel) -> Any:
     """The layers without the head: also of a model that says it has none (Llama 4)."""
     base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
     return getattr(module, "model", base) if base is module else base
+
+
+def _of_whole(shape: AttentionShape, sights: tuple[Sight, ...], num_layers: int) -> AttentionShape:
+    """The shape of a stage's layers, as those of a model in whose layers rows see that."""
+    if len(set(sights)) < 2:
+        return shape
+    return replace(shape, layers=tuple(map(shape.layer, range(num_layers))), whole=sights)
 
 
 def _scale_by_place(module: PreTrainedModel, context: AttentionContext) -> None:

@@ -67,12 +67,6 @@ def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedCo
     """The config of that rank's smaller model, and what it has of the whole. Raises UnsupportedModel, with the numbers, for a
     model that so many can't share."""
     text = config.get_text_config()
-    kinds = sorted(set(getattr(text, "layer_types", None) or ()))
-    if place.stages > 1 and len(kinds) > 1:
-        raise UnsupportedModel(
-            f"{config.model_type}: --pp {place.stages} takes models whose layers all see alike, as yet, and this one's are of "
-            f"{len(kinds)} kinds ({', '.join(kinds)})"
-        )
     try:
         heads, inner = int(text.num_attention_heads), int(text.intermediate_size)
         kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
@@ -94,7 +88,7 @@ def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedCo
         part.moe_intermediate_size = len(split.expert_inner)
     if place.stages > 1:
         part.num_hidden_layers = len(layers)
-        if kinds:
+        if getattr(text, "layer_types", None):
             part.layer_types = text.layer_types[layers.start : layers.stop]
         if hasattr(text, "mlp_only_layers"):  # Qwen's way to say which have no experts, beside that each n-th has some
             dense = [i for i in layers if i in (text.mlp_only_layers or ()) or (i + 1) % text.decoder_sparse_step]

@@ -14,13 +14,14 @@ from instance.crew import Crew, Meeting
 from instance.errors import UnsupportedModel
 from instance.exact import refuse_inexact
 from instance.host import host_of_this_process, visible_gpus
-from instance.load import load_model, load_text_assets, refuse_by_config, refuse_unshared
+from instance.load import load_model, load_text_assets, refuse_by_config, refuse_unshared, refuse_unsplit
 from instance.memory import TooLittleMemory, check_tiers, check_weights, loaded_bytes, measure, tiers_bytes
 from instance.model import Model
 from instance.needs import Needs, settle_format, settle_shape
 from instance.plan import MAX_DECODE_ROWS
 from instance.processors import check_parts
 from instance.server import Instance
+from instance.split import WHOLE
 from instance.warmup import warm_up
 from kvstore.storage import KVStorage
 from kvstore.tier_storage import TierStorage, slot_bytes
@@ -63,6 +64,8 @@ def load(config: InstanceConfig) -> Loaded:
             check_weights(str(device), needed=loaded_bytes(path, dtype, quantize, place), free=free, total=total)
         if config.elastic_tp:
             refuse_unshared(path, f"--elastic-tp {config.elastic_tp}")
+        if place != WHOLE:  # before the ranks meet: who comes late would wait for one that has ended
+            refuse_unsplit(path, place, config.max_context, config.rope_scaling, quantize)
         meeting = None
         if config.meeting is not None:
             meeting = Meeting.of(config.meeting, place, device, config.host, config.step_timeout_s)

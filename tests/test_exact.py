@@ -143,6 +143,9 @@ async def test_models_that_are_split_between_ranks(kind: str, tp: int, size: int
         ("qwen2", 3, 2, (), 1),
         ("mistral-window", 1, 2, (), 2),
         ("qwen3-moe", 2, 2, (), 1),
+        ("gemma2", 1, 2, (), 2),
+        ("gemma2", 1, 3, (1, 3, 1), 2),
+        ("gpt-oss", 2, 2, (1, 4), 1),
     ],
 )
 async def test_models_whose_layers_are_split_into_stages(

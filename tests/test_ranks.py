@@ -116,7 +116,7 @@ async def test_what_can_not_be_split_is_said_before_weights_are_loaded(started: 
         ),
         (model_of_nothing, 1, "--elastic-tp on", "--elastic-tp 'on' is neither off, nor auto, nor a number of rows"),
         (experts, 1, "--elastic-tp 4", "gpt_oss: --elastic-tp 4 splits layers that have the parts of Llama's or Gemma's"),
-        (experts, 2, "--pp 2", "gpt_oss: --pp 2 takes models whose layers all see alike, as yet"),
+        (latents, 2, "--pp 2", "deepseek_v3: --pp 2 splits layers that have the parts of Llama's or Gemma's, with a dense MLP"),
     ]
     for path, processes, given, sentence in cases:
         run = secrets.token_hex(4)

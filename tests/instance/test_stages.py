@@ -12,6 +12,7 @@ from instance.load import load_model
 from instance.memory import loaded_bytes
 from instance.model import Model
 from instance.split import Place
+from kvstore.sight import FULL
 from tests.support.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -57,10 +58,16 @@ def test_rows_through_all_stages_are_those_of_the_model(kind: str, is_tied: bool
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_see_differently_are_refused(tmp_path: Path) -> None:
-    path = make_model("gemma2", tmp_path, num_hidden_layers=4)
-    with pytest.raises(UnsupportedModel, match=r"--pp 2 takes models whose layers all see alike, .*\(full_attention, sliding_"):
-        stages(path, (2, 2))
+def test_layers_that_see_differently_have_the_same_tables_in_all_stages(tmp_path: Path) -> None:
+    """A window and all, in turns: the first stage and the last have but windows."""
+    path = make_model("gemma2", tmp_path, num_hidden_layers=LAYERS)
+    whole, its = load_model(path, None, CPU), stages(path, (1, 3, 1))
+    assert {model.shape.sights for model in its} == {whole.shape.sights}
+    assert [model.shape.layers_of_block(model.num_layers) for model in its] == [1, 2, 1]
+    seen = [model.shape.layer(layer).sight for model in its for layer in range(model.num_layers)]
+    assert seen == [whole.shape.layer(layer).sight for layer in range(LAYERS)]
+    short = load_model(path, None, CPU, 20, place=Place(stage=2, stages=3, layers=(1, 3, 1)))
+    assert short.shape.sights == (FULL,), "no text is longer than the window"
 
 
 def test_wrong_numbers_of_layers_are_refused_before_there_are_weights(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Tables of blocks for layers that see but a window or a chunk: what is trimmed, and what others can begin with."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,6 +49,26 @@ def test_layers_are_put_in_tables_of_blocks_of_one_size(sights: list[Sight], tab
     assert [groups.sights[group] for group in groups.group_of] == sights
     places = list(zip(groups.group_of if groups.are_apart else [0] * len(sights), groups.place_of, strict=True))
     assert len(set(places)) == len(places), "no two layers lie in one place"
+
+
+@given(
+    st.lists(st.sampled_from([FULL, Sight(window=8), Sight(window=4), Sight(chunk=8)]), min_size=1, max_size=40),
+    st.lists(st.integers(1, 39), max_size=4),
+)
+def test_stages_have_the_tables_of_the_whole(sights: list[Sight], cuts: list[int]) -> None:
+    """Whichever layers each has, and with places for no more of them than it needs."""
+    whole = groups_of(tuple(sights))
+    ends = [0, *sorted({cut for cut in cuts if cut < len(sights)}), len(sights)]
+    for start, stop in itertools.pairwise(ends):
+        own = sights[start:stop]
+        groups = groups_of(tuple(own), tuple(sights))
+        assert (groups.sights, groups.windows) == (whole.sights, whole.windows)
+        assert [groups.sights[group] for group in groups.group_of] == own
+        places = list(zip(groups.group_of if groups.are_apart else [0] * len(own), groups.place_of, strict=True))
+        assert len(set(places)) == len(places), "no two layers lie in one place"
+        if groups.are_apart:
+            fewest = max(-(-own.count(sight) // whole.sights.count(sight)) for sight in own)
+            assert groups.layers_of_block == fewest
 
 
 class Kept:
