@@ -122,6 +122,17 @@ class Layer:
 
 def has_known_parts(module: PreTrainedModel) -> bool:
     """Whether a decoder's layers have the parts of a `Layer`, and no others. Looks at no values."""
+    return _layers_are(module, _has_known_parts)
+
+
+def can_be_split(module: PreTrainedModel, has_latents: Callable[[nn.Module], bool]) -> bool:
+    """Whether ranks can share a decoder's layers: they have the parts of a `Layer`, or attention of which it is said that it
+    `has_latents`, or beside their experts some that all rows go to. Looks at no values."""
+    return _layers_are(module, lambda layer: _can_be_split(layer, has_latents))
+
+
+def _layers_are(module: PreTrainedModel, fit: Callable[[nn.Module], bool]) -> bool:
+    """Whether a decoder is made of embeddings, layers that fit, a norm and a head."""
     base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
     head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     layers = list(getattr(base, "layers", ()))
@@ -131,7 +142,7 @@ def has_known_parts(module: PreTrainedModel) -> bool:
         and isinstance(base.embed_tokens, nn.Embedding)
         and is_linear(head)
         and _eps(base.norm) is not None
-        and all(_has_known_parts(layer) for layer in layers)
+        and all(fit(layer) for layer in layers)
     )
 
 
@@ -181,21 +192,39 @@ def norm_of(module: nn.Module) -> Norm | None:
 
 def _has_known_parts(layer: nn.Module) -> bool:
     parts: dict[str, Any] = dict(layer.named_children())
-    norms = set(parts) - {"self_attn", "mlp"}
-    if norms not in (_LLAMA_NORMS, _GEMMA_NORMS) or not {"self_attn", "mlp"} <= set(parts):
-        return False
-    attention: dict[str, Any] = dict(parts["self_attn"].named_children())
-    own = {name for name, _ in parts["self_attn"].named_parameters(recurse=False)}
+    return (
+        _is_between_norms(parts)
+        and _is_known_attention(parts["self_attn"])
+        and all(_eps(norm) is not None for norm in _norms(layer))
+        and (_is_dense(parts["mlp"]) or _is_mixture(parts["mlp"]))
+    )
+
+
+def _can_be_split(layer: nn.Module, has_latents: Callable[[nn.Module], bool]) -> bool:
+    parts: dict[str, Any] = dict(layer.named_children())
+    return (
+        _is_between_norms(parts)
+        and (_is_known_attention(parts["self_attn"]) or has_latents(parts["self_attn"]))
+        and (_is_dense(parts["mlp"]) or _is_mixture(parts["mlp"]) or _has_shared_experts(parts["mlp"]))
+    )
+
+
+def _is_between_norms(parts: Mapping[str, Any]) -> bool:
+    """Whether a layer is of attention, an MLP and such norms as Llama's or Gemma's has."""
+    return {"self_attn", "mlp"} <= set(parts) and set(parts) - {"self_attn", "mlp"} in (_LLAMA_NORMS, _GEMMA_NORMS)
+
+
+def _is_known_attention(module: nn.Module) -> bool:
+    attention: dict[str, Any] = dict(module.named_children())
+    own = {name for name, _ in module.named_parameters(recurse=False)}
     return (
         set(attention) in (_PROJECTIONS, _PROJECTIONS | _HEAD_NORMS)
         and own <= {"sinks"}
         and all(is_linear(attention[name]) for name in _PROJECTIONS)
         and _can_merge([attention[name] for name in ("q_proj", "k_proj", "v_proj")])
         and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
-        and all(_eps(norm) is not None for norm in _norms(layer))
         and len({_eps(attention[name]) for name in _HEAD_NORMS & set(attention)}) <= 1
-        and all(len(attention[n].weight) == getattr(parts["self_attn"], "head_dim", 0) for n in _HEAD_NORMS & set(attention))
-        and (_is_dense(parts["mlp"]) or _is_mixture(parts["mlp"]))
+        and all(len(attention[name].weight) == getattr(module, "head_dim", 0) for name in _HEAD_NORMS & set(attention))
     )
 
 
@@ -224,6 +253,16 @@ def _is_mixture(mlp: nn.Module) -> bool:
         and isinstance(getattr(router, "top_k", None), int)
         and len(inspect.signature(router.forward).parameters) == 1
         and are_experts(parts["experts"])
+    )
+
+
+def _has_shared_experts(mlp: nn.Module) -> bool:
+    """Whether an MLP has experts, and one made of those that all rows go to."""
+    parts: dict[str, Any] = dict(mlp.named_children())
+    return (
+        set(parts) in ({"experts", "shared_experts", name} for name in _ROUTERS)
+        and are_experts(parts["experts"])
+        and _is_dense(parts["shared_experts"])
     )
 
 

@@ -27,7 +27,8 @@ from instance.checkpoint import CheckpointError, some_of, stored_tensors
 from instance.context import AttentionContext
 from instance.errors import UnsupportedModel
 from instance.expert_parts import ExpertLayout, expert_layouts, give_memory, slice_of, stored_names
-from instance.layers import are_experts, has_dense_parts, has_known_parts
+from instance.latent import LatentDims
+from instance.layers import are_experts, can_be_split, has_dense_parts
 from instance.quantised import QuantisedLinear, is_tied, linears_but_head, quantise_head, quantised_parts, replace_part
 from instance.split import Place, Split, split_of, stages_of
 from instance.stored import Form, block_start, pack_experts, part_of_matrix, place_stored, slices_of, stored_matrices
@@ -36,6 +37,10 @@ from kernels.products import Kind, Quantised, dequantise, quantise
 log = get_logger("instance")
 
 _SUMMED = ("o_proj", "down_proj")
+_OF_KV_HEADS = ("k_proj", "v_proj")
+_OF_MLP = ("gate_proj", "up_proj", "down_proj")
+_SHARED = "shared_experts"
+"""An MLP of as many experts, that all rows go to."""
 
 _MADE_UP = 64
 """Tokens of a stage without embeddings."""
@@ -90,9 +95,14 @@ def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedCo
         part.num_hidden_layers = len(layers)
         if getattr(text, "layer_types", None):
             part.layer_types = text.layer_types[layers.start : layers.stop]
-        if hasattr(text, "mlp_only_layers"):  # Qwen's way to say which have no experts, beside that each n-th has some
+        # the ways to say which layers have no experts: Qwen's, beside that each n-th has some; DeepSeek's; GLM's
+        if hasattr(text, "mlp_only_layers"):
             dense = [i for i in layers if i in (text.mlp_only_layers or ()) or (i + 1) % text.decoder_sparse_step]
             part.mlp_only_layers, part.decoder_sparse_step = [i - layers.start for i in dense], 1
+        if hasattr(text, "first_k_dense_replace"):
+            part.first_k_dense_replace = max(0, (text.first_k_dense_replace or 0) - layers.start)
+        if getattr(text, "mlp_layer_types", None):
+            part.mlp_layer_types = text.mlp_layer_types[layers.start : layers.stop]
     if place.stage:
         part.vocab_size, part.tie_word_embeddings = vocabulary, False
         part.bos_token_id = part.eos_token_id = part.pad_token_id = None
@@ -120,7 +130,7 @@ def empty_part(
 ) -> PreTrainedModel:
     """That rank's part of a model, whose weights are whatever is in memory. `attention`: name of the attention function.
 
-    Raises UnsupportedModel for layers that have other parts than Llama's or Gemma's, with a dense MLP or experts.
+    Raises UnsupportedModel for layers that have other parts than Llama's, Gemma's or DeepSeek's.
     """
     module, split = _with_whole_head(config, place, dtype, device, attention)
     if place.parts > 1:
@@ -134,10 +144,10 @@ def _with_whole_head(
     """As `empty_part`, but for the head."""
     smaller, split = part_of_config(config, place)
     module = _empty(smaller, dtype, device, attention)
-    if not has_known_parts(module):
+    if not can_be_split(module, lambda attention: LatentDims.of(attention) is not None):
         raise UnsupportedModel(
-            f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's or Gemma's, with a dense MLP or "
-            "experts, and this model's have others"
+            f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's, Gemma's or DeepSeek's, and this "
+            "model's have others"
         )
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     if place.parts > 1 and head.bias is not None:
@@ -196,22 +206,20 @@ class _Whole:
     def __init__(self, config: PretrainedConfig, place: Place) -> None:
         text = config.get_text_config()
         heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self._head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        self._widths = _widths(text)
         self._first_layer = layers_of_stage(config, place).start
         self._vocab_size = int(text.vocab_size)
         self._expert_inner = _expert_inner(text)
         self._splits = [part_of_config(config, replace(place, part=part))[1] for part in range(place.parts)]
         self.split = self._splits[place.part]
         """What this rank has."""
-        queries, keys, inner = heads * self._head_dim, kv_heads * self._head_dim, int(text.intermediate_size)
+        inner = int(text.intermediate_size)
         self._sizes = {
-            "q_proj": queries,
-            "k_proj": keys,
-            "v_proj": keys,
-            "o_proj": queries,
+            **{name: (kv_heads if name in _OF_KV_HEADS else heads) * width for name, width in self._widths.items()},
             "sinks": heads,
-            **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner),
+            **dict.fromkeys(_OF_MLP, inner),
         }
+        self._shared = int(getattr(text, "n_shared_experts", None) or 0)
 
     def name(self, own: str) -> str:
         """What a weight or a layer is called there."""
@@ -219,20 +227,43 @@ class _Whole:
 
     def ranges(self, name: str) -> tuple[range | None, range | None]:
         """Rows and columns of a weight that are this rank's; None: all."""
-        return _ranges(name, self.split, self._head_dim)
+        return self._ranges(name, self.split)
 
     def shape(self, name: str, part: torch.Size) -> tuple[int, ...]:
         """Of a weight of which this rank's part has that shape."""
         rows, columns = self.ranges(name)
-        *_, parent, own = name.split(".")
-        size = self._sizes.get(parent) or self._sizes.get(own) or 0
+        size = self._size(name)
         return (part[0] if rows is None else size, *(part[1:] if columns is None else (size,)))
+
+    def _size(self, name: str) -> int:
+        """How many there are of what a weight is split by; 0: it isn't split."""
+        *before, parent, own = name.split(".")
+        if parent in _OF_MLP and before[-1] == _SHARED:
+            return self._expert_inner * self._shared
+        return self._sizes.get(parent) or self._sizes.get(own) or 0
+
+    def _ranges(self, name: str, split: Split) -> tuple[range | None, range | None]:
+        """Rows and columns of a whole weight that are that part's; None: all."""
+        *before, parent, own = name.split(".")
+        if own == "sinks":
+            return split.heads, None
+        if parent in self._widths:
+            heads, width = split.kv_heads if parent in _OF_KV_HEADS else split.heads, self._widths[parent]
+            its = range(heads.start * width, heads.stop * width)
+        elif parent in _OF_MLP:
+            inner, count = (split.expert_inner, self._shared) if before[-1] == _SHARED else (split.inner, 1)
+            its = range(inner.start * count, inner.stop * count)
+        else:
+            return None, None
+        if parent not in _SUMMED:
+            return its, None
+        return None, its if own == "weight" else None
 
     def keeps_blocks(self, name: str, form: Form) -> bool:
         """Whether no rank's part of a layer's features in begins within a block of the form. All ranks must come to the same:
         how many rows they warm up with depends on it."""
-        size = self._sizes[name.rpartition(".")[2]]
-        parts = [_ranges(f"{name}.weight", split, self._head_dim)[1] for split in self._splits]
+        size = self._size(f"{name}.weight")
+        parts = [self._ranges(f"{name}.weight", split)[1] for split in self._splits]
         return all(its is None or block_start(form, its.start, size) == its.start for its in parts)
 
 
@@ -265,6 +296,10 @@ class _Source(_Whole):
             raise CheckpointError(
                 f"{self._folder} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}"
             )
+
+    def has(self, name: str) -> bool:
+        """Whether something is stored under that name."""
+        return self.name(name) in self._names
 
     def matrix(self, name: str, part: torch.Size) -> Quantised | None:
         """The weight of a linear layer, of that shape, if it is stored in 8 bits and stays so. Raises CheckpointError."""
@@ -386,6 +421,9 @@ def _fill(module: PreTrainedModel, source: _Source, *, made_up: list[torch.Tenso
             own.copy_(source.read_head(of_embeddings if is_tied(module) else name, own))
         else:
             weight.copy_(source.read(name, weight))
+    for name, buffer in module.named_buffers():
+        if source.has(name):  # what routers add to their scores, say
+            buffer.copy_(source.read(name, buffer))
 
 
 def bind_stage(module: PreTrainedModel, context: AttentionContext) -> None:
@@ -455,27 +493,14 @@ def _empty(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, a
     return module
 
 
-def _ranges(name: str, split: Split, head_dim: int) -> tuple[range | None, range | None]:
-    """Rows and columns of a whole weight that are this rank's; None: all."""
-
-    def of(heads: range) -> range:
-        return range(heads.start * head_dim, heads.stop * head_dim)
-
-    match name.split(".")[-2:]:
-        case ["q_proj", _]:
-            return of(split.heads), None
-        case ["k_proj" | "v_proj", _]:
-            return of(split.kv_heads), None
-        case ["o_proj", "weight"]:
-            return None, of(split.heads)
-        case ["gate_proj" | "up_proj", _]:
-            return split.inner, None
-        case ["down_proj", "weight"]:
-            return None, split.inner
-        case [_, "sinks"]:
-            return split.heads, None
-        case _:
-            return None, None
+def _widths(text: Any) -> dict[str, int]:
+    """Of the projections of attention, how many rows (of `o_proj` columns) a head has."""
+    if getattr(text, "kv_lora_rank", None):
+        nope, value = int(text.qk_nope_head_dim), int(text.v_head_dim)
+        query = nope + int(text.qk_rope_head_dim)
+        return {"q_proj": query, "q_b_proj": query, "kv_b_proj": nope + value, "o_proj": value}
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), head_dim)
 
 
 def _split_head(module: PreTrainedModel, split: Split) -> None:

@@ -10,6 +10,7 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
+    Glm4MoeConfig,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
@@ -76,9 +77,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt-oss": GptOssConfig(
         **_SIZES, **_EXPERTS, head_dim=16, sliding_window=23, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
     ),
-    # experts: in all layers, and in some
+    # experts: in all layers, in some, and beside one that all rows go to
     "mixtral": MixtralConfig(**_SIZES, **_EXPERTS),
     "qwen3-moe": Qwen3MoeConfig(**_SIZES, moe_intermediate_size=48, num_experts=6, num_experts_per_tok=2, mlp_only_layers=[0]),
+    "glm4-moe": Glm4MoeConfig(
+        **_SIZES,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        use_qk_norm=True,
+    ),
     "llama4": Llama4TextConfig(
         **_SIZES,
         **_EXPERTS,

@@ -117,7 +117,8 @@ async def test_latents_and_plain_heads_say_the_same(
     ("kind", "tp", "size"),
     [
         *(("llama", 2, 1), ("llama", 3, 1), ("llama", 2, 2), ("qwen2", 3, 2), ("gemma2", 2, 2), ("mistral-window", 2, 2)),
-        *(("mixtral", 3, 1), ("qwen3-moe", 2, 2), ("gpt-oss", 2, 2)),
+        *(("mixtral", 3, 1), ("qwen3-moe", 2, 2), ("gpt-oss", 2, 2), ("deepseek", 2, 2), ("deepseek-v2", 3, 1)),
+        ("glm4-moe", 2, 1),
     ],
 )
 async def test_models_that_are_split_between_ranks(kind: str, tp: int, size: int, farm: Farm, tmp_path: Path) -> None:
@@ -146,6 +147,7 @@ async def test_models_that_are_split_between_ranks(kind: str, tp: int, size: int
         ("gemma2", 1, 2, (), 2),
         ("gemma2", 1, 3, (1, 3, 1), 2),
         ("gpt-oss", 2, 2, (1, 4), 1),
+        ("deepseek", 2, 2, (2, 3), 1),
     ],
 )
 async def test_models_whose_layers_are_split_into_stages(

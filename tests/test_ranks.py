@@ -78,7 +78,7 @@ async def test_an_instance_that_loses_a_rank_is_lost_and_the_others_go_on(
 
 async def test_what_can_not_be_split_is_said_before_weights_are_loaded(started: Processes, model: Path, tmp_path: Path) -> None:
     address = await address_of(started.gmanager())
-    experts, latents = (make_model(kind, tmp_path / kind) for kind in ("gpt-oss", "deepseek"))
+    experts, chunks = (make_model(kind, tmp_path / kind) for kind in ("gpt-oss", "llama4"))
     (model_of_nothing := tmp_path / "nothing").mkdir()
     for name in ("config.json", "tokenizer.json"):
         (model_of_nothing / name).write_bytes((model / name).read_bytes())
@@ -100,12 +100,7 @@ async def test_what_can_not_be_split_is_said_before_weights_are_loaded(started: 
             "--tp 5",
             r"llama: it has 4 query heads and \d+ inner dims, which 5 parts can't share \(--tp 5\)",
         ),
-        (
-            latents,
-            2,
-            "--tp 2",
-            r"deepseek_v3: --tp 2 splits layers that have the parts of Llama's or Gemma's, with a dense MLP",
-        ),
+        (chunks, 2, "--tp 2", "llama4_text: --tp 2 splits layers that have the parts of Llama's, Gemma's or DeepSeek's"),
         (model_of_nothing, 3, "--pp 3", r"llama: it has 2 layers, which 3 stages can't share \(--pp\)"),
         (model_of_nothing, 2, "--pp 2 --pp-layers 2,1", "llama: it has 2 layers, and --pp-layers 2,1 are 3"),
         (
@@ -116,7 +111,7 @@ async def test_what_can_not_be_split_is_said_before_weights_are_loaded(started: 
         ),
         (model_of_nothing, 1, "--elastic-tp on", "--elastic-tp 'on' is neither off, nor auto, nor a number of rows"),
         (experts, 1, "--elastic-tp 4", "gpt_oss: --elastic-tp 4 splits layers that have the parts of Llama's or Gemma's"),
-        (latents, 2, "--pp 2", "deepseek_v3: --pp 2 splits layers that have the parts of Llama's or Gemma's, with a dense MLP"),
+        (chunks, 2, "--pp 2", "llama4_text: --pp 2 splits layers that have the parts of Llama's, Gemma's or DeepSeek's"),
     ]
     for path, processes, given, sentence in cases:
         run = secrets.token_hex(4)

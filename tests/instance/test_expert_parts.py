@@ -34,7 +34,9 @@ def experts_of(module: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", "gpt-oss, packed", "mixtral, fine-grained fp8"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen3-moe", "gpt-oss", "deepseek", "gpt-oss, packed", "mixtral, fine-grained fp8"]
+)
 def test_the_parts_of_experts_add_up_to_the_whole(kind: str, parts: int, tmp_path: Path) -> None:
     """Matrices one by one or in one tensor, gate and up in turns or not, with biases, packed, of 8 bits. Sizes are foreseen."""
     path = checkpoint(kind, tmp_path)
@@ -55,6 +57,26 @@ def test_the_parts_of_experts_add_up_to_the_whole(kind: str, parts: int, tmp_pat
         assert sum(sizes) == (experts.down_proj_blocks.shape[2] if "packed" in kind else experts.down_proj.numel())
     for place, model in zip(places, split, strict=True):
         assert loaded_bytes(path, torch.float32, None, place) == model.weight_bytes()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_shared_experts_are_split_and_routers_are_whole(parts: int, tmp_path: Path) -> None:
+    """With what a router adds to its scores, which is no parameter."""
+    path = make_model("deepseek", tmp_path, n_shared_experts=2)
+    weights = load_file(path / "model.safetensors")
+    added = "model.layers.1.mlp.gate.e_score_correction_bias"
+    weights[added] = torch.arange(len(weights[added])) + 0.5
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    places = [Place(), *(Place(part=i, parts=parts) for i in range(parts))]
+    whole, *split = (load_model(path, torch.float32, CPU, place=place).module.model.layers[1].mlp for place in places)
+    x_TE = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        want_TE = whole.shared_experts(x_TE)
+        got_TE = sum(part.shared_experts(x_TE) for part in split)
+    assert float((got_TE - want_TE).norm() / want_TE.norm()) < 1e-5
+    for part in split:
+        assert torch.equal(part.gate.weight, whole.gate.weight)
+        assert torch.equal(part.gate.e_score_correction_bias, weights[added])
 
 
 @pytest.mark.parametrize(("other", "number"), [({}, 3), ({"decoder_sparse_step": 2, "mlp_only_layers": []}, 2)])
