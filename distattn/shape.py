@@ -29,8 +29,9 @@ class Groups:
     """A model's layers by what their rows see, and where the KV of each lies in a block.
 
     Where all see the same, a block has the tokens of all layers. Where some see all and others a window or a chunk, blocks have
-    the layers of one group alone, as many as the first group has: then what a window's layers see no more is freed without the
-    others, and all blocks are of one size, so that all are of one pool. A group with more layers has several tables.
+    the layers of one group alone, as many as the first group has (in a stage, as its own layers need): then what a window's
+    layers see no more is freed without the others, and all blocks are of one size, so that all are of one pool. A group with
+    more layers has several tables.
     """
 
     sights: tuple[Sight, ...]

@@ -21,13 +21,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from instance.errors import UnsupportedModel
 from instance.layers import are_experts, gate_of
 from instance.packed import PARTS, WEIGHTS
 from kernels.experts import PACKED_BYTES
 
+_KNOWN = (MergeModulelist, Concatenate)
+"""What transformers does with matrices of experts that is done here, too."""
 _PACKED = 2 * PACKED_BYTES
 """Numbers of a block of packed weights."""
 
@@ -77,7 +86,7 @@ def expert_layouts(module: PreTrainedModel) -> dict[str, ExpertLayout]:
 def slice_of(weight: str, layout: ExpertLayout, inner: range, size: int) -> ExpertSlice | None:
     """Which of a weight of experts, by the last part of its name, is that of the dims `inner` of `size`; None: all of it.
 
-    Raises ValueError, with the numbers, if blocks of packed weights would be torn.
+    Parts of packed weights begin and end with a block (`instance.part_config.refuse_torn_blocks`).
     """
     is_packed = weight in PARTS
     kind = next(kind for kind in WEIGHTS if weight.startswith(kind))
@@ -89,8 +98,6 @@ def slice_of(weight: str, layout: ExpertLayout, inner: range, size: int) -> Expe
     if weight.endswith("_bias"):
         return None
     if is_packed:
-        if inner.start % _PACKED or inner.stop % _PACKED or size % _PACKED:
-            raise ValueError(f"dims {inner.start} to {inner.stop} of {size} are no whole blocks of {_PACKED} packed weights")
         return ExpertSlice(2, (range(inner.start // _PACKED, inner.stop // _PACKED),), size // _PACKED)
     return ExpertSlice(1 if layout.is_transposed else 2, (inner,), size)
 
@@ -98,16 +105,22 @@ def slice_of(weight: str, layout: ExpertLayout, inner: range, size: int) -> Expe
 def stored_names(module: PreTrainedModel, names: Iterable[str]) -> dict[str, list[list[str]]]:
     """Of which tensors of a checkpoint that has these `names` each weight is made: mostly of one.
 
-    Several are the matrices of experts, one after the other; lists of them (gate and up) are one below the other.
+    Several are the matrices of experts, one after the other; lists of them (gate and up) are one below the other. Raises
+    UnsupportedModel where transformers would do something else with what is stored.
     """
     transforms = get_model_conversion_mapping(module)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    order = {pattern: place for one in converters for place, pattern in enumerate(one.source_patterns)}
+    order = {pattern: (place, one) for one in converters for place, pattern in enumerate(one.source_patterns)}
     found: dict[str, dict[int, list[str]]] = {}
     for name in sorted(names, key=dot_natural_key):
         own, pattern = rename_source_key(name, renamings, converters)
-        found.setdefault(own, {}).setdefault(0 if pattern is None else order[pattern], []).append(name)
+        place = 0
+        if pattern is not None:
+            place, converter = order[pattern]
+            if others := [type(one).__name__ for one in converter.operations if not isinstance(one, _KNOWN)]:
+                raise UnsupportedModel(f"{module.config.model_type}: parts of {own} aren't read: it takes {', '.join(others)}")
+        found.setdefault(own, {}).setdefault(place, []).append(name)
     return {own: [its[place] for place in sorted(its)] for own, its in found.items()}
 
 

@@ -329,15 +329,18 @@ def _dense(mlp: Any, activation: str) -> Dense:
     return Dense(gate_up, matrix_of(mlp.down_proj), activation)
 
 
-def bind_experts(module: nn.Module, backend: str) -> list[ExpertWeights]:
+def bind_experts(
+    module: nn.Module, backend: str, summed: Callable[[torch.Tensor], torch.Tensor] = lambda x_TE: x_TE
+) -> list[ExpertWeights]:
     """Let a model's experts run by `kernels.experts`, where they are of a known kind and compute the same: those that do.
 
-    For layers that run as transformers has them: so they are faster, and never wait for the device.
+    For layers that run as transformers has them: so they are faster, and never wait for the device. `summed`: what the parts of
+    several ranks add up to, which come to the same then.
     """
     bound = []
     for experts in module.modules():
         weights = _experts_of(experts) if are_experts(experts) else None
-        if weights is not None and _mix_alike(experts, weights, backend):
+        if weights is not None and _mix_alike(experts, weights, backend, summed):
             experts.forward = _mixing(weights, backend)
             bound.append(weights)
     return bound
@@ -381,7 +384,7 @@ def _mixing(weights: ExpertWeights, backend: str) -> Callable[..., torch.Tensor]
     return forward
 
 
-def _mix_alike(experts: Any, weights: ExpertWeights, backend: str) -> bool:
+def _mix_alike(experts: Any, weights: ExpertWeights, backend: str, summed: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Whether random rows become what a module's experts make of them."""
     device, dtype = weights.down_XEI.device, weights.dtype or torch.bfloat16
     seeded = torch.Generator().manual_seed(0)
@@ -392,8 +395,8 @@ def _mix_alike(experts: Any, weights: ExpertWeights, backend: str) -> bool:
     with torch.inference_mode():
         # what is summed behind the module, where ranks have parts of it, is summed behind ours, too
         theirs = run_plain(experts) if weights.is_packed else experts.forward
-        want_TE = theirs(x_TE, experts_TS, weights_TS)
-        return _close(_mixing(weights, backend)(x_TE, experts_TS, weights_TS), want_TE)
+        want_TE = summed(theirs(x_TE, experts_TS, weights_TS).contiguous())
+        return _close(summed(_mixing(weights, backend)(x_TE, experts_TS, weights_TS)), want_TE)
 
 
 def are_experts(module: Any) -> bool:

@@ -28,7 +28,7 @@ from instance.parts import Bits, empty_part, has_dense_layers, load_part, place_
 from instance.quantised import quantise_linears, refuse_device
 from instance.rotary import longest_text, scale_rotary
 from instance.split import WHOLE, Place, stages_of
-from instance.stored import Form, PackedExperts, form_of, load_stored, pack_experts, place_by_config
+from instance.stored import Form, PackedExperts, form_of, load_stored, place_by_config
 from instance.team import Team
 from kernels.products import Kind
 from kvstore.sight import Sight
@@ -102,7 +102,7 @@ def _sights_of_whole(
 ) -> tuple[Sight, ...]:
     """What rows see in each layer of a model of which a stage is wanted; empty: the same in all. `config`: as it was read."""
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
-    if place.stages == 1 or len(set(kinds)) == 1:
+    if place.stages == 1 or len(set(kinds)) < 2:
         return ()
     whole = shaped_model(copy.deepcopy(config), config.model_type, torch.float32, max_context, scaling)
     return tuple(whole.shape.layer(index).sight for index in range(whole.num_layers))
@@ -143,7 +143,11 @@ def refuse_unshared(path: Path, flag: str) -> None:
 
 
 def refuse_unsplit(
-    path: Path, place: Place, max_context: int | None, scaling: RopeScaling | None, quantize: Kind | None
+    path: Path,
+    place: Place,
+    max_context: int | None = None,
+    scaling: RopeScaling | None = None,
+    quantize: Kind | None = None,
 ) -> None:
     """What `load_model` would refuse of a rank's part of a resolved checkpoint, by its config. Raises UnsupportedModel."""
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -184,11 +188,9 @@ def shaped_model(
         sights = _sights_of_whole(config, place, max_context, scaling)
         max_context, nowhere = _prepare(config, max_context, scaling), torch.device("meta")
         part = empty_part(config, place, dtype, nowhere, register_attention())
-        if isinstance(form, PackedExperts):
-            pack_experts(part)
-        if isinstance(form, Form):
+        if form is not None:
             place_part_by_config(part, config, place, form)
-        elif quantize is not None:
+        if quantize is not None:
             quantise_linears(part, quantize, nowhere)
         return Model(part, max_context, scaling, place=place, sights=sights)
     return random_model(config, dtype, torch.device("meta"), 0, max_context, scaling, quantize, form)

@@ -198,7 +198,9 @@ class Model:
         for part in quantised_parts(self.module):
             part.backend = self._backend
         if self.device.type != "meta":
-            self._experts = bind_experts(self.module, self._backend)
+            team = self.context.team
+            summed = (team.sum,) if team is not None else ()
+            self._experts = bind_experts(self.module, self._backend, *summed)
 
     def run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor) -> Hidden:
         """All layers, of rows `[T]` (int64, or int32 where fused). Attention: `context.attention`."""

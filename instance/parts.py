@@ -8,7 +8,6 @@ Embeddings, the last norm and the head are of the first stage. Those behind it h
 too can be run by themselves and compared with transformers' own layers; in a step rows of the stage before come in their place.
 """
 
-import copy
 import itertools
 import re
 from collections.abc import Iterable
@@ -19,8 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gmanager.wire.logs import get_logger
 from instance.checkpoint import CheckpointError, some_of, stored_tensors
@@ -29,9 +27,27 @@ from instance.errors import UnsupportedModel
 from instance.expert_parts import ExpertLayout, expert_layouts, give_memory, slice_of, stored_names
 from instance.latent import LatentDims
 from instance.layers import are_experts, can_be_split, has_dense_parts
+from instance.part_config import (
+    empty_model,
+    expert_inner,
+    head_widths,
+    layers_of_stage,
+    part_of_config,
+    refuse_other_layers,
+    refuse_torn_blocks,
+)
 from instance.quantised import QuantisedLinear, is_tied, linears_but_head, quantise_head, quantised_parts, replace_part
-from instance.split import Place, Split, split_of, stages_of
-from instance.stored import Form, block_start, pack_experts, part_of_matrix, place_stored, slices_of, stored_matrices
+from instance.split import Place, Split
+from instance.stored import (
+    Form,
+    PackedExperts,
+    block_start,
+    pack_experts,
+    part_of_matrix,
+    place_stored,
+    slices_of,
+    stored_matrices,
+)
 from kernels.products import Kind, Quantised, dequantise, quantise
 
 log = get_logger("instance")
@@ -42,10 +58,8 @@ _OF_MLP = ("gate_proj", "up_proj", "down_proj")
 _SHARED = "shared_experts"
 """An MLP of as many experts, that all rows go to."""
 
-_MADE_UP = 64
-"""Tokens of a stage without embeddings."""
 _MADE_UP_SIZE = 0.02
-"""Of each number of theirs, as models are commonly initialised with."""
+"""Of each number of embeddings that a stage hasn't, as models are commonly initialised with."""
 _LAYER = re.compile(r"(\blayers\.)(\d+)\.")
 """In the name of a weight."""
 
@@ -68,61 +82,9 @@ class Bits:
 PLAIN = Bits()
 
 
-def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedConfig, Split]:
-    """The config of that rank's smaller model, and what it has of the whole. Raises UnsupportedModel, with the numbers, for a
-    model that so many can't share."""
-    text = config.get_text_config()
-    try:
-        heads, inner = int(text.num_attention_heads), int(text.intermediate_size)
-        kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-        vocabulary = int(text.vocab_size) if place.stage == 0 else _MADE_UP
-        split = split_of(
-            place, heads=heads, kv_heads=kv_heads, inner=inner, vocabulary=vocabulary, expert_inner=_expert_inner(text)
-        )
-        layers = layers_of_stage(config, place)
-    except (AttributeError, TypeError) as error:
-        raise UnsupportedModel(f"{config.model_type}: {place.flags} can't split it: {error}") from error
-    except ValueError as error:
-        raise UnsupportedModel(f"{config.model_type}: {error} ({place.flags})") from error
-    smaller = copy.deepcopy(config)
-    part = smaller.get_text_config()
-    part.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    part.num_attention_heads, part.num_key_value_heads = len(split.heads), len(split.kv_heads)
-    part.intermediate_size = len(split.inner)
-    if hasattr(text, "moe_intermediate_size"):
-        part.moe_intermediate_size = len(split.expert_inner)
-    if place.stages > 1:
-        part.num_hidden_layers = len(layers)
-        if getattr(text, "layer_types", None):
-            part.layer_types = text.layer_types[layers.start : layers.stop]
-        # the ways to say which layers have no experts: Qwen's, beside that each n-th has some; DeepSeek's; GLM's
-        if hasattr(text, "mlp_only_layers"):
-            dense = [i for i in layers if i in (text.mlp_only_layers or ()) or (i + 1) % text.decoder_sparse_step]
-            part.mlp_only_layers, part.decoder_sparse_step = [i - layers.start for i in dense], 1
-        if hasattr(text, "first_k_dense_replace"):
-            part.first_k_dense_replace = max(0, (text.first_k_dense_replace or 0) - layers.start)
-        if getattr(text, "mlp_layer_types", None):
-            part.mlp_layer_types = text.mlp_layer_types[layers.start : layers.stop]
-    if place.stage:
-        part.vocab_size, part.tie_word_embeddings = vocabulary, False
-        part.bos_token_id = part.eos_token_id = part.pad_token_id = None
-    return smaller, split
-
-
-def _expert_inner(text: Any) -> int:
-    """Dims between gate and down of an expert; of a model without experts any number."""
-    return int(getattr(text, "moe_intermediate_size", None) or text.intermediate_size)
-
-
-def layers_of_stage(config: PretrainedConfig, place: Place) -> range:
-    """Which of the whole model's layers that rank has. Raises ValueError, with the numbers, if they don't fit."""
-    text = config.get_text_config()
-    return stages_of(place, int(text.num_hidden_layers))[place.stage]
-
-
 def has_dense_layers(config: PretrainedConfig, attention: str) -> bool:
     """Whether the model of that config has `instance.layers.has_dense_parts`. `attention`: name of the attention function."""
-    return has_dense_parts(_empty(config, torch.float32, torch.device("meta"), attention))
+    return has_dense_parts(empty_model(config, torch.float32, torch.device("meta"), attention))
 
 
 def empty_part(
@@ -143,12 +105,13 @@ def _with_whole_head(
 ) -> tuple[PreTrainedModel, Split]:
     """As `empty_part`, but for the head."""
     smaller, split = part_of_config(config, place)
-    module = _empty(smaller, dtype, device, attention)
+    module = empty_model(smaller, dtype, device, attention)
     if not can_be_split(module, lambda attention: LatentDims.of(attention) is not None):
         raise UnsupportedModel(
             f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's, Gemma's or DeepSeek's, and this "
             "model's have others"
         )
+    refuse_other_layers(config, place, attention)
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     if place.parts > 1 and head.bias is not None:
         raise UnsupportedModel(f"{config.model_type}: its head has a bias, which {place.flags} doesn't split")
@@ -173,8 +136,8 @@ def load_part(
     module, split = _with_whole_head(config, place, dtype, first_device, attention)
     with torch.no_grad(), ExitStack() as opened:
         if bits.packs_experts:
-            pack_experts(module)
-            give_memory(module, first_device)
+            pack_part(module, config, place)
+            give_memory(module, device)
         source = _Source(path, opened, module, config, place, bits.linears)
         ends = {id(weight) for weight in _ends(module)} if place.stage else set()
         source.refuse_missing(name for name, weight in module.named_parameters() if id(weight) not in ends)
@@ -192,24 +155,35 @@ def load_part(
     return module
 
 
-def place_part_by_config(module: PreTrainedModel, config: PretrainedConfig, place: Place, form: Form) -> None:
+def place_part_by_config(module: PreTrainedModel, config: PretrainedConfig, place: Place, form: Form | PackedExperts) -> None:
     """Give a rank's part on `meta`, of the model of that config, the weights that `load_part` would."""
-    shape = _Whole(config, place)
+    if isinstance(form, PackedExperts):
+        pack_part(module, config, place)
+        return
+    shape = _Whole(module, config, place)
     for name, linear in linears_but_head(module).items():
         if form.is_of(shape.name(name)) and shape.keeps_blocks(name, form):
             place_stored(module, name, linear, form)
 
 
+def pack_part(module: PreTrainedModel, config: PretrainedConfig, place: Place) -> None:
+    """Give the experts of a rank's part the places of packed weights, on `meta`. Raises UnsupportedModel, on all ranks alike,
+    and CheckpointError."""
+    refuse_torn_blocks(config, place)
+    pack_experts(module)
+
+
 class _Whole:
     """The whole model, as a rank has its part of it."""
 
-    def __init__(self, config: PretrainedConfig, place: Place) -> None:
+    def __init__(self, module: PreTrainedModel, config: PretrainedConfig, place: Place) -> None:
+        """`module`: that is to hold the part."""
         text = config.get_text_config()
         heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self._widths = _widths(text)
+        self._widths = head_widths(text)
         self._first_layer = layers_of_stage(config, place).start
         self._vocab_size = int(text.vocab_size)
-        self._expert_inner = _expert_inner(text)
+        self._expert_inner = expert_inner(text)
         self._splits = [part_of_config(config, replace(place, part=part))[1] for part in range(place.parts)]
         self.split = self._splits[place.part]
         """What this rank has."""
@@ -219,11 +193,16 @@ class _Whole:
             "sinks": heads,
             **dict.fromkeys(_OF_MLP, inner),
         }
-        self._shared = int(getattr(text, "n_shared_experts", None) or 0)
+        base = module.get_decoder()  # type: ignore[no-untyped-call]
+        self._inside = next(f"{name}." for name, part in module.named_modules() if part is base)
+        """What names of the decoder begin with. What is beside it, a tower that sees pictures, is whole on all ranks."""
+        shared = [part.gate_proj for name, part in module.named_modules() if name.endswith(f".{_SHARED}")]
+        self._shared = shared[0].out_features // len(self.split.expert_inner) if shared else 0
+        """So many experts are in one MLP."""
 
     def name(self, own: str) -> str:
         """What a weight or a layer is called there."""
-        return _name_in_whole(own, self._first_layer)
+        return _name_in_whole(own, self._first_layer) if own.startswith(self._inside) else own
 
     def ranges(self, name: str) -> tuple[range | None, range | None]:
         """Rows and columns of a weight that are this rank's; None: all."""
@@ -245,6 +224,8 @@ class _Whole:
     def _ranges(self, name: str, split: Split) -> tuple[range | None, range | None]:
         """Rows and columns of a whole weight that are that part's; None: all."""
         *before, parent, own = name.split(".")
+        if not name.startswith(self._inside):
+            return None, None
         if own == "sinks":
             return split.heads, None
         if parent in self._widths:
@@ -281,7 +262,7 @@ class _Source(_Whole):
     ) -> None:
         """`module`: that is to hold the part. Raises CheckpointError if weights of 8 bits aren't of the form that is said, and
         UnsupportedModel."""
-        super().__init__(config, place)
+        super().__init__(module, config, place)
         self._stored = slices_of(folder, opened)
         self._folder = folder
         self._layouts = expert_layouts(module)
@@ -328,16 +309,16 @@ class _Source(_Whole):
     def _read_experts(self, name: str, layout: ExpertLayout, part: torch.Tensor) -> torch.Tensor:
         """What a weight of experts is to hold. Raises CheckpointError."""
         inner = self.split.expert_inner
-        try:
-            its = slice_of(name.rpartition(".")[2], layout, inner, self._expert_inner)
-        except ValueError as error:
-            raise CheckpointError(f"{self._folder}: {name}: {error}") from error
+        its = slice_of(name.rpartition(".")[2], layout, inner, self._expert_inner)
         if its is None:  # a bias of sums
             stored = self._one(name, part.shape)
             return self._read(stored, None, None, part.dtype) if self.split.is_first else torch.zeros_like(part)
         made_of = self._names[self.name(name)]
-        if sum(map(len, made_of)) == 1:
-            return its.of(self._stored[self._one(name, its.whole_shape(part.shape))])
+        if len(self._stored[made_of[0][0]].get_shape()) == part.dim():  # of all experts together
+            together = self._stored[self._one(name, its.whole_shape(part.shape))]
+            if part.dtype == torch.uint8 and together.get_dtype() != "U8":
+                raise CheckpointError(f"{self._folder}: packed {self.name(name)} is of type {together.get_dtype()}, not U8")
+            return its.of(together)
         if [len(matrices) for matrices in made_of] != [len(part)] * len(its.ranges):
             raise CheckpointError(
                 f"{self._folder}: {self.name(name)} is of {len(part)} experts by the config, and made of "
@@ -452,7 +433,8 @@ def bind_team(module: PreTrainedModel, vocab_size: int, context: AttentionContex
         logits_SV = context.members().gather(out.reshape(-1, out.shape[-1]))[:, :vocab_size]
         return logits_SV.reshape(*out.shape[:-1], vocab_size)
 
-    for name, part in module.named_modules():
+    base: Any = module.get_decoder()  # type: ignore[no-untyped-call]
+    for name, part in base.named_modules():
         if name.rpartition(".")[2] in _SUMMED or are_experts(part):
             part.register_forward_hook(summed)
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -477,30 +459,6 @@ def _make_up_ends(module: PreTrainedModel) -> None:
 def _name_in_whole(name: str, first_layer: int) -> str:
     """What a weight of a stage is called in the whole model."""
     return _LAYER.sub(lambda found: f"{found[1]}{int(found[2]) + first_layer}.", name, count=1)
-
-
-def _empty(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
-    """A model whose weights are whatever is in memory; buffers are as they should be."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device, no_init_weights():
-            auto: Any = AutoModelForCausalLM  # its from_config has no types
-            module: PreTrainedModel = auto.from_config(config, attn_implementation=attention, trust_remote_code=False)
-            module.tie_weights()  # which is a part of what isn't done here, too
-    finally:
-        torch.set_default_dtype(default)
-    return module
-
-
-def _widths(text: Any) -> dict[str, int]:
-    """Of the projections of attention, how many rows (of `o_proj` columns) a head has."""
-    if getattr(text, "kv_lora_rank", None):
-        nope, value = int(text.qk_nope_head_dim), int(text.v_head_dim)
-        query = nope + int(text.qk_rope_head_dim)
-        return {"q_proj": query, "q_b_proj": query, "kv_b_proj": nope + value, "o_proj": value}
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), head_dim)
 
 
 def _split_head(module: PreTrainedModel, split: Split) -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from instance.checkpoint import CheckpointError
-from instance.load import load_model
+from instance.errors import UnsupportedModel
+from instance.load import load_model, refuse_unsplit
 from instance.memory import loaded_bytes
 from instance.split import Place
 from tests.instance.test_packed import make_packed
@@ -26,6 +27,8 @@ def checkpoint(kind: str, folder: Path) -> Path:
             return make_packed(folder)[0]
         case "mixtral, fine-grained fp8":
             return make_stored(folder, CONFIGS["mixtral"], FORMS["fine-grained"])[0]
+        case "mixtral, one expert":
+            return make_model("mixtral", folder, num_local_experts=1, num_experts_per_tok=1)
     return make_model(kind, folder)
 
 
@@ -35,7 +38,11 @@ def experts_of(module: Any) -> list[Any]:
 
 @pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize(
-    "kind", ["mixtral", "qwen3-moe", "gpt-oss", "deepseek", "gpt-oss, packed", "mixtral, fine-grained fp8"]
+    "kind",
+    [
+        *("mixtral", "qwen3-moe", "gpt-oss", "deepseek"),
+        *("mixtral, one expert", "gpt-oss, packed", "mixtral, fine-grained fp8"),
+    ],
 )
 def test_the_parts_of_experts_add_up_to_the_whole(kind: str, parts: int, tmp_path: Path) -> None:
     """Matrices one by one or in one tensor, gate and up in turns or not, with biases, packed, of 8 bits. Sizes are foreseen."""
@@ -46,8 +53,8 @@ def test_the_parts_of_experts_add_up_to_the_whole(kind: str, parts: int, tmp_pat
     for experts, *its in zip(*(experts_of(model.module) for model in (whole, *split)), strict=True):
         rows, num_experts = 9, next(experts.parameters()).shape[0]
         x_TE = torch.randn(rows, whole.hidden_size, generator=seeded)
-        experts_TS = torch.rand(rows, num_experts, generator=seeded).topk(2).indices
-        weights_TS = torch.rand(rows, 2, generator=seeded)
+        experts_TS = torch.rand(rows, num_experts, generator=seeded).topk(min(2, num_experts)).indices
+        weights_TS = torch.rand(experts_TS.shape, generator=seeded)
         with torch.inference_mode():
             want_TE = experts.forward(x_TE, experts_TS, weights_TS)
             got_TE = sum(part.forward(x_TE, experts_TS, weights_TS) for part in its)
@@ -111,7 +118,12 @@ def test_experts_of_another_size_than_the_config_says_are_refused(kind: str, tmp
         load_model(path, torch.float32, CPU, place=Place(part=0, parts=2))
 
 
-def test_parts_that_would_tear_blocks_of_packed_weights_are_refused(tmp_path: Path) -> None:
-    path = make_packed(tmp_path / "made", intermediate_size=32)[0]
-    with pytest.raises(CheckpointError, match="its experts can't be packed: 16 features are no whole blocks of 32"):
-        load_model(path, torch.float32, CPU, place=Place(part=0, parts=2))
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_parts_that_would_tear_blocks_of_packed_weights_are_refused(part: int, tmp_path: Path) -> None:
+    """On all ranks, also where this one's are whole: part 0 would have 32 of the 64."""
+    path = make_packed(tmp_path / "made", intermediate_size=64)[0]
+    sentence = "gpt_oss: 64 inner dims of packed experts, in blocks of 32, can't be split between 3 ranks (--tp 3)"
+    for split in (load_model, refuse_unsplit):
+        with pytest.raises(UnsupportedModel, match=re.escape(sentence)):
+            arguments: Any = (path, torch.float32, CPU) if split is load_model else (path,)
+            split(*arguments, place=Place(part=part, parts=3))

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MiniCPM3Config, SmolLM3Config, SmolLM3ForCausalLM
 
 from instance.errors import UnsupportedModel
 from instance.fused import OwnRow
-from instance.load import load_model
+from instance.load import load_model, refuse_unsplit
 from instance.memory import loaded_bytes
 from instance.model import Model
 from instance.split import Place
 from kvstore.sight import FULL
-from tests.support.tiny import make_model
+from tests.support.tiny import SIZES, make_model
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -68,6 +69,25 @@ def test_layers_that_see_differently_have_the_same_tables_in_all_stages(tmp_path
     assert seen == [whole.shape.layer(layer).sight for layer in range(LAYERS)]
     short = load_model(path, None, CPU, 20, place=Place(stage=2, stages=3, layers=(1, 3, 1)))
     assert short.shape.sights == (FULL,), "no text is longer than the window"
+
+
+def test_what_a_config_says_of_layers_by_their_number_is_shifted(tmp_path: Path) -> None:
+    """SmolLM3's layers without rotary: each fourth. Rows of the stages are those of the whole."""
+    config = SmolLM3Config(**SIZES | {"num_hidden_layers": 6, "pad_token_id": 0})
+    SmolLM3ForCausalLM(config).save_pretrained(tmp_path)
+    whole, its = load_model(tmp_path, None, CPU), stages(tmp_path, (2, 4))
+    layers = [layer for model in its for layer in model.module.get_decoder().layers]  # type: ignore[no-untyped-call]
+    assert [layer.self_attn.use_rope for layer in layers] == [1, 1, 1, 0, 1, 1]
+    assert [layer.self_attn.use_rope for layer in whole.module.get_decoder().layers] == [1, 1, 1, 0, 1, 1]  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_layers_that_are_others_in_a_stage_are_refused(stage: int, tmp_path: Path) -> None:
+    """MiniCPM3 scales what a layer adds by how many there are. All ranks say so."""
+    latents = {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    MiniCPM3Config(**SIZES, **latents).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="layer 0 has another residual_scale in stage 0 than in the whole model"):
+        refuse_unsplit(tmp_path, Place(stage=stage, stages=2))
 
 
 def test_wrong_numbers_of_layers_are_refused_before_there_are_weights(tmp_path: Path) -> None:
