@@ -5,9 +5,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from gmanager.cluster.events import Log
-from gmanager.cluster.placement import PARALLEL_EFFICIENCY, Placement, prompt_work
+from gmanager.cluster.placement import PARALLEL_EFFICIENCY, prompt_work
 from gmanager.cluster.request import Request
-from gmanager.cluster.reuse import Reuse
 from gmanager.wire.messages import SequenceOutput, Share
 
 SOON = 256
@@ -138,31 +137,3 @@ def works_of(shares: Collection[Share], reach: int, done: Mapping[int, int] | No
     tokens = sum(share.tokens for share in shares)
     each = prompt_work(tokens, reach) / tokens / (PARALLEL_EFFICIENCY if len(shares) > 1 else 1)
     return {share.rank: round(each * max(0, share.tokens - done.get(share.rank, 0))) for share in shares}
-
-
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """Blocks that were asked for and aren't used yet."""
-
-    seq: int
-    blocks: dict[int, int]
-    """rank -> most that it takes there, with what it shares; a move takes one, or none if there is room for a token."""
-    request: Request
-    placement: Placement | None
-    """Of an admission; None for the move of a sequence's home."""
-    reuse: Reuse | None = None
-    """What the admission shares."""
-    granted: dict[int, int] = field(default_factory=dict)
-    """rank -> how many were added there."""
-
-    def validate(self, outstanding: Mapping[int, Mapping[int, int]]) -> None:
-        """Raises RuntimeError if the views (rank -> seq -> blocks) don't know of it, or it should be over."""
-        open_ranks = [rank for rank in self.blocks if rank not in self.granted]
-        for rank in open_ranks:
-            if outstanding[rank].get(self.seq) != self.blocks[rank]:
-                raise RuntimeError(f"reservation {self.seq}: the view of instance {rank} knows nothing of it")
-        if not open_ranks:
-            raise RuntimeError(f"reservation {self.seq} is granted and still open")
-        is_right = self.request.is_running if self.placement is None else self.request.state == "reserving"
-        if not is_right:
-            raise RuntimeError(f"reservation {self.seq} is of a request that is {self.request.state}")

@@ -19,44 +19,34 @@
 """
 
 from collections.abc import Collection, Mapping
-from itertools import islice
 
-from msgspec.structs import replace
-
-from gmanager.cluster.backfill import Backfill
+from gmanager.cluster.admission import Admission
 from gmanager.cluster.cell import Cell
-from gmanager.cluster.events import Emit, Send, SendAll
-from gmanager.cluster.forecast import Forecast
+from gmanager.cluster.events import Emit, Send
 from gmanager.cluster.homes import Homes
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.member import Member
 from gmanager.cluster.moves import Moves
-from gmanager.cluster.placement import Placement
 from gmanager.cluster.policies import NewHolder, NewHome
-from gmanager.cluster.prefixes import first_gap
-from gmanager.cluster.request import MoveCall, Request, count_tokens
+from gmanager.cluster.request import MoveCall, Request
 from gmanager.cluster.requests import Requests
+from gmanager.cluster.reservations import Reservation, Reservations
 from gmanager.cluster.reuse import Reuses
 from gmanager.cluster.running import Running
-from gmanager.cluster.sequence import Reservation, Sequence, told_of
+from gmanager.cluster.sequence import Sequence, told_of
 from gmanager.cluster.unsettled import Unsettled
 from gmanager.cluster.waiting import Waiting
 from gmanager.wire.messages import (
-    Admit,
     Beat,
     Cached,
     Cancel,
     Copied,
-    Drop,
     Fetched,
     Granted,
-    KeptPart,
     NotGranted,
     Outputs,
     Refusal,
     Released,
-    Reserve,
-    ReserveNext,
     RunMoved,
     RunOffered,
     Scored,
@@ -65,8 +55,6 @@ from gmanager.wire.messages import (
     Unheard,
 )
 
-MAX_BACKFILLED = 4
-"""Of those that may go before the next in the queue, for how many room is looked for at a time."""
 LIFTED = 8
 """So many of the first that wait have what they begin with brought from disk to host memory meanwhile."""
 
@@ -81,17 +69,17 @@ class Sequences:
         self._emit = emit
         self._waiting = Waiting(cell, requests, emit)
         self._running = Running(cell, emit)
-        self._reservation: Reservation | None = None
         self._crowded = False
         self._changed = False
         self._moves = Moves(cell, self._running, emit)
-        self._forecast = Forecast(cell, self._running, self._waiting, requests)
         self._unsettled = Unsettled(cell)
         self._homes = Homes(cell, requests, self._running, self._waiting, emit, self._make_way)
         self._released: dict[int, Sequence] = {}
         """Those whose blocks are free, and whose last tokens may be on their way."""
         self._reuses = Reuses(cell, emit)
-        self._backfill = Backfill(cell, self._running, self._waiting, requests)
+        self._reservations = Reservations(cell, self._running, self._homes, emit)
+        self._admission = Admission(cell, requests, self._waiting, self._running, self._reuses, self._reservations, emit)
+        self._forecast = self._admission.forecast
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -116,10 +104,7 @@ class Sequences:
 
     def refusal(self, request: Request) -> Refusal | None:
         """Why a request that is to be queued would miss its objectives; None: it may meet them."""
-        reservation = self._reservation
-        is_admission = reservation is not None and reservation.placement is not None
-        reserving = reservation.request if reservation and is_admission else None
-        return self._forecast.refusal(request, reserving, lambda: self._reuses.known(request))
+        return self._forecast.refusal(request, self._reservations.admitted, lambda: self._reuses.known(request))
 
     def withdraw(self, request: Request, was: State) -> None:
         """A request has ended otherwise than by its last token: release what it held in the state that it had."""
@@ -147,8 +132,7 @@ class Sequences:
     def suspend(self, now: float) -> None:
         """The epoch is over: all that runs or was about to goes back to the queue. What of its KV is left `inherit` says."""
         self._waiting.suspend()
-        if self._reservation is not None and self._reservation.placement is not None:
-            request = self._reservation.request
+        if (request := self._reservations.admitted) is not None:
             self._waiting.take_back(request, request.seq if request.kept else 0, request.waiting_since)
         for sequence in self._running.all():
             if sequence.is_current:
@@ -156,7 +140,7 @@ class Sequences:
                 is_kept = sequence.request.state != "preempted" and not sequence.unscored
                 taken_part = [self._id(rank) for rank in sequence.participants]
                 self._waiting.take_back(sequence.request, sequence.number if is_kept else 0, now, taken_part)
-        self._reservation = None
+        self._reservations.suspend()
         self._moves = Moves(self._cell, self._running, self._emit)
         self._reuses.suspend()
         self._running.clear()
@@ -232,18 +216,15 @@ class Sequences:
         if self._moves.is_reserving(seq):
             self._changed |= self._moves.on_granted(seq)
             return
-        reservation = self._reservation
-        if reservation is None or reservation.seq != seq:
+        reservation = self._reservations.of(seq)
+        if reservation is None:
             # It was given up, and a Drop is on its way.
             member.hear_free(granted.free_blocks + blocks)
             self._changed = True
-            return
-        reservation.granted[member.rank] = blocks
-        if len(reservation.granted) == len(reservation.blocks):
-            self._reservation = None
+        elif self._reservations.grant(reservation, member.rank, blocks):
             self._changed = True
             if reservation.placement is not None:
-                self._admit(reservation, reservation.placement)
+                self._admission.admit(reservation, reservation.placement)
             else:
                 self._homes.begin(self._running[seq], member.rank)
 
@@ -253,7 +234,8 @@ class Sequences:
         if blocks is None:
             self._running.num_dropped += 1
             return
-        reuse = self._reservation.reuse if self._reservation is not None and self._reservation.seq == seq else None
+        reservation = self._reservations.of(seq)
+        reuse = None if reservation is None else reservation.reuse
         # Whatever it says, it has less than was asked: so the next try asks for less, and there is no endless loop.
         if refused.lacks_source and reuse is not None:
             self._reuses.contradict(member, reuse)
@@ -264,8 +246,7 @@ class Sequences:
         if self._moves.is_reserving(seq):
             self._moves.on_not_granted(seq)
             return
-        reservation = self._reservation
-        if reservation is None or reservation.seq != seq:
+        if reservation is None:
             return
         self._give_up_reservation()
         request = reservation.request
@@ -364,7 +345,7 @@ class Sequences:
 
     def advance(self) -> None:
         """Start what can start now, if anything has changed."""
-        while self._changed and self._reservation is None and self._cell.is_ready:
+        while self._changed and self._reservations.open is None and self._cell.is_ready:
             self._changed = False
             if self._cell.is_draining:
                 everybody = self._running.in_order()
@@ -381,7 +362,7 @@ class Sequences:
 
     def emptied(self) -> Member | None:
         """A member that is being drained and has nothing left, or nothing that could go elsewhere now."""
-        if not (self._cell.is_ready and self._reservation is None and self._moves.is_idle and not self._changed):
+        if not (self._cell.is_ready and self._reservations.open is None and self._moves.is_idle and not self._changed):
             return None
         draining = (member for member in self._cell.members if member.is_draining and not member.outstanding)
         return next(filter(self._is_emptied, draining), None)
@@ -401,7 +382,7 @@ class Sequences:
 
     def _try_improve(self) -> None:
         """Begin what the policy wants to be moved, if that can begin now."""
-        while self._reservation is None and not self._running.lacks_blocks:
+        while self._reservations.open is None and not self._running.lacks_blocks:
             found = self._unsettled.ask(self._moves, lambda: self._waiting.outlook(self._running.views()))
             match found:
                 case None:
@@ -415,127 +396,16 @@ class Sequences:
         self._requests.change(sequence.request, "move")
         if target not in sequence.asked:
             sequence.asked.append(target)
-        self._reserve(Reservation(sequence.number, {target: self._cell.taken(1)}, sequence.request, None))
+        blocks = {target: self._cell.taken(1)}
+        self._reservations.begin(Reservation(sequence.number, blocks, sequence.request, None))
 
     def _try_admit(self) -> None:
-        if not self._waiting or self._crowded or self._running.lacks_blocks:
-            return
-        first = self._waiting.next(self._reuses.waits)
-        if first is None or self._is_asked_for(first):
-            return
-        if self._find_place(first):
-            return
-        if not self._running and not self._running.blocks_come:
-            self._waiting.give_up_kept(last=first)
-            return
-        for other in islice(self._backfill.before(first, self._reuses.waits), MAX_BACKFILLED):
-            if not self._is_asked_for(other) and self._find_place(other):
-                return
-
-    def _find_place(self, request: Request) -> bool:
-        """Reserve what it takes, if there is room. False: there is none. That may be better in a moment, and is waited for, as
-        is what has to be read first."""
-        place, now = self._waiting.placer(request), self._requests.now
-        placement, reuse = self._reuses.choose(request, self._running.views(), place, now)
-        if reuse is not None and reuse.below:
-            self._reuses.read(request, reuse, now)
-            self._changed = True  # who comes next need not wait for that, nor for its turn
-            return True
-        if self._reuses.should_wait(request, reuse, now):
-            self._changed = True
-            return True
-        if placement is None:
-            return False
-        is_better_later = self._cell.policy.waits_for_even and not (request.kept or reuse or placement.is_even)
-        if is_better_later and self._running.blocks_come:
-            return True
-        self._waiting.take(request)
-        self._requests.change(request, "reserve")
-        number = request.seq if request.kept else self._running.next_number()
-        blocks = {rank: self._cell.taken(length) for rank, length in placement.blocks.items()}
-        if reuse is not None:
-            blocks = reuse.with_pinned(blocks)
-        self._reserve(Reservation(number, blocks, request, placement, reuse))
-        return True
-
-    def _is_asked_for(self, request: Request) -> bool:
-        """Whether answers to an earlier Reserve for what is left of it are yet to come, which would be taken for those to
-        the next: a new sequence has a new number, this one keeps its own."""
-        return bool(request.kept) and any(request.seq in member.outstanding for member in self._cell.members)
-
-    # --- reservations -------------------------------------------------------------------------------------------------
-
-    def _reserve(self, reservation: Reservation) -> None:
-        self._reservation = reservation
-        for rank, blocks in reservation.blocks.items():
-            member = self._cell.members[rank]
-            member.outstanding[reservation.seq] = blocks
-            self._emit(Send(member.peer, self._asking(reservation, rank)))
-
-    def _asking(self, reservation: Reservation, rank: int) -> Reserve | ReserveNext:
-        """What an instance is asked for."""
-        if reservation.placement is None:
-            return ReserveNext(epoch=self._cell.epoch, seq=reservation.seq)
-        blocks = self._cell.taken(reservation.placement.blocks.get(rank, 0))
-        reserve = Reserve(epoch=self._cell.epoch, seq=reservation.seq, blocks=blocks)
-        reuse = reservation.reuse
-        if reuse is None or rank not in reuse.parts:
-            return reserve
-        row = first_gap(reuse.parts) if self._cell.spec.windows else 0
-        return replace(reserve, source=reuse.source, shared=[list(run) for run in reuse.parts[rank]], row=row)
+        if not self._crowded:
+            self._changed |= self._admission.begin()
 
     def _give_up_reservation(self) -> None:
-        """Give back what was granted, and what will be: a Drop that follows a Reserve undoes it."""
-        reservation, self._reservation = self._reservation, None
-        if reservation is None:
-            raise RuntimeError("there is no reservation to give up")
+        self._reservations.give_up()
         self._changed = True
-        sequence = self._running.get(reservation.seq) if reservation.placement is None else None
-        if sequence is not None:
-            self._homes.rest(sequence)
-        for rank in reservation.blocks:
-            member = self._cell.members[rank]
-            asked = reservation.seq in member.outstanding
-            # On a participant a Drop would take the blocks that its share needs: it gets one once all is released.
-            if (asked or rank in reservation.granted) and not (sequence and rank in sequence.participants):
-                self._emit(Send(member.peer, Drop(epoch=self._cell.epoch, seq=reservation.seq)))
-                if not asked:
-                    member.hear_free(member.free_blocks + reservation.granted[rank])
-
-    def _admit(self, reservation: Reservation, placement: Placement) -> None:
-        request, reuse = reservation.request, reservation.reuse
-        home = placement.shares[0].rank
-        kept, request.kept = request.kept if reuse is None else reuse.parts, {}
-        participants = sorted({*placement.blocks, *kept})
-        sequence = Sequence(reservation.seq, request, home, participants, placement.shares)
-        sequence.kept = {rank: count_tokens(runs) for rank, runs in kept.items()}
-        sequence.held = dict(sequence.kept)
-        if request.params.prompt_logprobs is not None and not request.is_scored:
-            sequence.unscored = request.prompt_tokens - 1
-            request.scores.clear()
-        self._running.add(sequence)
-        request.seq = sequence.number
-        request.home, request.gave_way_at = self._id(home), None
-        request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
-        self._reuses.admit(sequence.number, request, reuse, placement.shares)
-        self._requests.admit(request, 0 if reuse is None else reuse.tokens)
-        self._forecast.on_admitted(sequence)
-        self._running.regroup(sequence)
-        admit = Admit(
-            epoch=self._cell.epoch,
-            seq=sequence.number,
-            arrival=request.number,
-            token_ids=request.packed(),
-            shares=placement.shares,
-            params=request.sequence_params(self._cell.eos_token_ids),
-            kept=[KeptPart(rank=rank, runs=[list(run) for run in runs]) for rank, runs in sorted(kept.items())],
-            branch=0 if kept and reuse is None else self._reuses.branch(request, reuse),
-        )
-        self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
-        told = {"home": self._id(home), "kv_tokens": {self._id(share.rank): share.tokens for share in placement.shares}}
-        if kept:
-            told["kept" if reuse is None else "shared"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
-        self._emit(told_of(sequence, "request admitted", **told))
 
     # --- tokens -------------------------------------------------------------------------------------------------------
 
@@ -603,8 +473,7 @@ class Sequences:
         self._emit(told_of(sequence, "request preempted"))
 
     def _give_up_move(self, sequence: Sequence) -> None:
-        reservation = self._reservation
-        if reservation is not None and reservation.seq == sequence.number:
+        if self._reservations.of(sequence.number) is not None:
             self._give_up_reservation()
 
     def _settle(self, sequence: Sequence, now: float) -> None:
@@ -643,7 +512,7 @@ class Sequences:
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits, runs or is being reserved or released."""
-        busy = self._waiting or self._running or self._reservation or not self._moves.is_idle
+        busy = self._waiting or self._running or self._reservations.open or not self._moves.is_idle
         return not busy and not any(m.outstanding for m in self._cell.members)
 
     def validate(self) -> None:
@@ -652,9 +521,8 @@ class Sequences:
         self._waiting.validate()
         self._reuses.validate()
         self._reuses.reading.validate(self._waiting.numbers)
-        reserving = [] if self._reservation is None else [self._reservation.request.number]
+        reserving = [] if self._reservations.open is None else [self._reservations.open.request.number]
         self._reuses.following.validate([*self._waiting.numbers, *reserving])
-        if self._reservation is not None:
-            self._reservation.validate({m.rank: m.outstanding for m in self._cell.members})
-        elif self._changed and self._cell.is_ready:
+        self._reservations.validate()
+        if self._reservations.open is None and self._changed and self._cell.is_ready:
             raise RuntimeError("something has changed and was not looked at")
