@@ -105,8 +105,8 @@ def slice_of(weight: str, layout: ExpertLayout, inner: range, size: int) -> Expe
 def stored_names(module: PreTrainedModel, names: Iterable[str]) -> dict[str, list[list[str]]]:
     """Of which tensors of a checkpoint that has these `names` each weight is made: mostly of one.
 
-    Several are the matrices of experts, one after the other; lists of them (gate and up) are one below the other. Raises
-    UnsupportedModel where transformers would do something else with what is stored.
+    Several are the matrices of experts, one after the other; lists of them (gate and up) are one below the other. A weight that
+    transformers would make of what is stored in another way is left out.
     """
     transforms = get_model_conversion_mapping(module)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -118,8 +118,8 @@ def stored_names(module: PreTrainedModel, names: Iterable[str]) -> dict[str, lis
         place = 0
         if pattern is not None:
             place, converter = order[pattern]
-            if others := [type(one).__name__ for one in converter.operations if not isinstance(one, _KNOWN)]:
-                raise UnsupportedModel(f"{module.config.model_type}: parts of {own} aren't read: it takes {', '.join(others)}")
+            if not all(isinstance(operation, _KNOWN) for operation in converter.operations):
+                continue
         found.setdefault(own, {}).setdefault(place, []).append(name)
     return {own: [its[place] for place in sorted(its)] for own, its in found.items()}
 

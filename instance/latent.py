@@ -103,11 +103,14 @@ class LatentHeads:
         return weight.view(self.dims.heads, self.dims.nope + self.dims.value, self.dims.latent)
 
 
-def bind_latents(module: nn.Module, shape: AttentionShape, context: AttentionContext) -> list[LatentHeads]:
+def bind_latents(
+    module: nn.Module, shape: AttentionShape, context: AttentionContext, *, is_part: bool = False
+) -> list[LatentHeads]:
     """Let all attention layers of a model attend to latents, if they can; empty: they can't, and nothing is changed.
 
     `shape`: of plain heads, without sinks. Layers with windows or soft caps stay plain: no model has them beside latents, and
     the kernels of latents know nothing of them. Neither is there anything to be had where a latent is as large as all heads.
+    `is_part`: they are some of the heads that ranks share; then that isn't looked at, as all must come to the same.
     """
     attentions = [part for part in module.modules() if hasattr(part, "kv_b_proj") and hasattr(part, "layer_idx")]
     found = [LatentDims.of(attention) for attention in attentions]
@@ -118,7 +121,7 @@ def bind_latents(module: nn.Module, shape: AttentionShape, context: AttentionCon
     are_plain = all(layer.sight == FULL and not layer.scoring.soft_cap for layer in shape.layers)
     if heads != (dims.heads, dims.heads, dims.nope + dims.rotated) or not are_plain:
         return []
-    if latent_shape(shape, dims).layer_token_numbers >= shape.layer_token_numbers:
+    if not is_part and latent_shape(shape, dims).layer_token_numbers >= shape.layer_token_numbers:
         return []
     return [LatentHeads(attention, dims, context) for attention in attentions]
 

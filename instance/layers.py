@@ -127,7 +127,7 @@ def has_known_parts(module: PreTrainedModel) -> bool:
 
 def can_be_split(module: PreTrainedModel, has_latents: Callable[[nn.Module], bool]) -> bool:
     """Whether ranks can share a decoder's layers: they have the parts of a `Layer`, or attention of which it is said that it
-    `has_latents`, or beside their experts some that all rows go to. Looks at no values."""
+    `has_latents`, or beside their experts some that all rows go to; their norms may be any. Looks at no values."""
     return _layers_are(module, lambda layer: _can_be_split(layer, has_latents))
 
 
@@ -224,6 +224,7 @@ def _is_known_attention(module: nn.Module) -> bool:
         and _can_merge([attention[name] for name in ("q_proj", "k_proj", "v_proj")])
         and len({attention[name].bias is None for name in ("q_proj", "k_proj", "v_proj")}) == 1
         and len({_eps(attention[name]) for name in _HEAD_NORMS & set(attention)}) <= 1
+        and all(_eps(attention[name]) is not None for name in _HEAD_NORMS & set(attention))
         and all(len(attention[name].weight) == getattr(module, "head_dim", 0) for name in _HEAD_NORMS & set(attention))
     )
 
@@ -335,7 +336,7 @@ def bind_experts(
     """Let a model's experts run by `kernels.experts`, where they are of a known kind and compute the same: those that do.
 
     For layers that run as transformers has them: so they are faster, and never wait for the device. `summed`: what the parts of
-    several ranks add up to, which come to the same then.
+    several ranks add up to; all of them call this at once, and come to the same.
     """
     bound = []
     for experts in module.modules():

@@ -116,7 +116,7 @@ class Model:
         """How it is stored."""
         self._latents: list[LatentHeads] = []
         if not any(call.has_sinks for call in self._calls):
-            self._latents = bind_latents(module, self.heads_shape, self.context)
+            self._latents = bind_latents(module, self.heads_shape, self.context, is_part=place.parts > 1)
         if self._latents:
             self.shape = latent_shape(self.heads_shape, self._latents[0].dims)
         if declared is None:
@@ -193,7 +193,8 @@ class Model:
         return None
 
     def unfuse(self) -> None:
-        """Run the layers as transformers has them, but for experts that kernels of ours can run; weights stay merged."""
+        """Run the layers as transformers has them, but for experts that kernels of ours can run; weights stay merged. All ranks
+        of a team do so at once."""
         self._fused = None
         for part in quantised_parts(self.module):
             part.backend = self._backend

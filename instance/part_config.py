@@ -5,6 +5,7 @@ cut (`_of_layers`); whether that was all is seen in the layers.
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from instance.errors import UnsupportedModel
 from instance.split import Place, Split, inner_shares, split_of, stages_of
 from kernels.experts import PACKED_BYTES
 
-MADE_UP = 64
+_MADE_UP = 64
 """Tokens of a stage without embeddings."""
 _BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """What a config may have for each layer."""
@@ -33,7 +35,7 @@ def part_of_config(config: PretrainedConfig, place: Place) -> tuple[PretrainedCo
     try:
         heads, inner = int(text.num_attention_heads), int(text.intermediate_size)
         kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-        vocabulary = int(text.vocab_size) if place.stage == 0 else MADE_UP
+        vocabulary = int(text.vocab_size) if place.stage == 0 else _MADE_UP
         split = split_of(
             place, heads=heads, kv_heads=kv_heads, inner=inner, vocabulary=vocabulary, expert_inner=expert_inner(text)
         )
@@ -68,17 +70,18 @@ def _of_layers(part: Any, layers: range) -> None:
         part.mlp_only_layers, part.decoder_sparse_step = [i - layers.start for i in dense], 1
     if hasattr(part, "first_k_dense_replace"):  # so many have none
         part.first_k_dense_replace = max(0, (part.first_k_dense_replace or 0) - layers.start)
+    for name in ("moe_layer_start_index", "moe_layer_end_index"):
+        if hasattr(part, name):
+            setattr(part, name, (getattr(part, name) or 0) - layers.start)
 
 
-def refuse_other_layers(config: PretrainedConfig, place: Place, attention: str) -> None:
-    """Make the layers of all stages, without values, and of the whole: by their number or by how many there are, a stage's may
-    be others. `attention`: name of the attention function. Raises UnsupportedModel, on all ranks alike.
+def refuse_other_layers(config: PretrainedConfig, place: Place, whole: PreTrainedModel, attention: str) -> None:
+    """Make the layers of all stages, without values: by their number or by how many there are, they may be others than those of
+    the `whole`. `attention`: name of the attention function. Raises UnsupportedModel, on all ranks alike.
     """
-    if place.stages == 1:
-        return
     nowhere = torch.device("meta")
-    whole: Any = empty_model(config, torch.float32, nowhere, attention).get_decoder()  # type: ignore[no-untyped-call]
-    wanted = [dict(_looks(layer)) for layer in whole.layers]
+    layers: Any = whole.get_decoder().layers  # type: ignore[no-untyped-call]
+    wanted = [dict(_looks(layer)) for layer in layers]
     for stage in range(place.stages):
         its = replace(place, part=0, parts=1, stage=stage)
         smaller, _ = part_of_config(config, its)
@@ -99,8 +102,8 @@ def _looks(layer: nn.Module) -> Iterator[tuple[str, object]]:
         for key, value in vars(module).items():
             if isinstance(value, int | float | str | list | tuple) and key not in _OTHER and not key.startswith("_"):
                 yield f"{name}.{key}".lstrip("."), value
-    for name, weight in layer.named_parameters():
-        yield name, tuple(weight.shape)
+    for name, tensor in itertools.chain(layer.named_parameters(), layer.named_buffers()):
+        yield name, tuple(tensor.shape)
 
 
 def refuse_torn_blocks(config: PretrainedConfig, place: Place) -> None:
@@ -136,13 +139,22 @@ def head_widths(text: Any) -> dict[str, int]:
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
     """A model whose weights are whatever is in memory; buffers are as they should be."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device, no_init_weights():
-            auto: Any = AutoModelForCausalLM  # its from_config has no types
-            module: PreTrainedModel = auto.from_config(config, attn_implementation=attention, trust_remote_code=False)
-            module.tie_weights()  # which is a part of what isn't done here, too
-    finally:
-        torch.set_default_dtype(default)
+    auto: Any = AutoModelForCausalLM  # its from_config has no types
+    with device, no_init_weights():
+        module: PreTrainedModel = auto.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+        module.tie_weights()  # which is a part of what isn't done here, too
+    _keep_wide(module, dtype)
     return module
+
+
+def _keep_wide(module: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what the model wants in fp32, whatever the others are, that type: what routers add to their scores, say."""
+    plan = module._get_dtype_plan(dtype)
+    if not plan:
+        return
+    wanted, pattern_of, _ = build_glob_alternation(list(plan))
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if (found := wanted.search(name)) is not None:
+            tensor.data = tensor.data.to(plan[pattern_of[found.lastgroup or ""]])

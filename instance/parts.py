@@ -106,12 +106,15 @@ def _with_whole_head(
     """As `empty_part`, but for the head."""
     smaller, split = part_of_config(config, place)
     module = empty_model(smaller, dtype, device, attention)
-    if not can_be_split(module, lambda attention: LatentDims.of(attention) is not None):
+    # all ranks look at the whole model, and come to the same
+    whole = module if place.stages == 1 else empty_model(config, torch.float32, torch.device("meta"), attention)
+    if not can_be_split(whole, lambda attention: LatentDims.of(attention) is not None):
         raise UnsupportedModel(
             f"{config.model_type}: {place.flags} splits layers that have the parts of Llama's, Gemma's or DeepSeek's, and this "
             "model's have others"
         )
-    refuse_other_layers(config, place, attention)
+    if place.stages > 1:
+        refuse_other_layers(config, place, whole, attention)
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     if place.parts > 1 and head.bias is not None:
         raise UnsupportedModel(f"{config.model_type}: its head has a bias, which {place.flags} doesn't split")
@@ -141,6 +144,7 @@ def load_part(
         source = _Source(path, opened, module, config, place, bits.linears)
         ends = {id(weight) for weight in _ends(module)} if place.stage else set()
         source.refuse_missing(name for name, weight in module.named_parameters() if id(weight) not in ends)
+        source.refuse_missing(_stored_buffers(module))
         if bits.linears is not None:
             _place_linears(module, source, bits.linears, device)
         module.to(device)  # type: ignore[arg-type]
@@ -278,10 +282,6 @@ class _Source(_Whole):
                 f"{self._folder} lacks {len(missing)} of the weights that its config asks for: {some_of(missing)}"
             )
 
-    def has(self, name: str) -> bool:
-        """Whether something is stored under that name."""
-        return self.name(name) in self._names
-
     def matrix(self, name: str, part: torch.Size) -> Quantised | None:
         """The weight of a linear layer, of that shape, if it is stored in 8 bits and stays so. Raises CheckpointError."""
         if self._form is None or self.name(name) not in self._matrices or not self.keeps_blocks(name, self._form):
@@ -402,9 +402,19 @@ def _fill(module: PreTrainedModel, source: _Source, *, made_up: list[torch.Tenso
             own.copy_(source.read_head(of_embeddings if is_tied(module) else name, own))
         else:
             weight.copy_(source.read(name, weight))
-    for name, buffer in module.named_buffers():
-        if source.has(name):  # what routers add to their scores, say
-            buffer.copy_(source.read(name, buffer))
+    for name, buffer in _stored_buffers(module).items():
+        buffer.copy_(source.read(name, buffer))
+
+
+def _stored_buffers(module: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint has beside parameters: what routers add to their scores, say."""
+    made_anew = [re.compile(pattern) for pattern in module._keys_to_ignore_on_load_missing or ()]
+    kept = module.state_dict().keys()
+    return {
+        name: buffer
+        for name, buffer in module.named_buffers()
+        if name in kept and not any(pattern.search(name) for pattern in made_anew)
+    }
 
 
 def bind_stage(module: PreTrainedModel, context: AttentionContext) -> None:

@@ -5,8 +5,9 @@
     experts         likewise, of every expert some dims        each part routes all rows alike
     head            rows, of some of the vocabulary            logits are gathered
 
-So a layer takes two sums, and a part of the instance holds its heads' KV alone. KV heads are dealt out whole, with all query
-heads that read them; where there are more parts than KV heads, several parts have the same one, and share its query heads.
+So a layer takes two sums (three, where all rows go to some experts beside the others), and a part of the instance holds its
+heads' KV alone. KV heads are dealt out whole, with all query heads that read them; where there are more parts than KV heads,
+several parts have the same one, and share its query heads.
 
 Layers are dealt out to stages, consecutive ones to each, and every stage is split into as many parts:
 

@@ -34,6 +34,7 @@ class Admission:
         emit: Emit,
     ) -> None:
         self.forecast = Forecast(cell, running, waiting, requests)
+        """Of who waits here."""
         self._cell = cell
         self._requests = requests
         self._waiting = waiting
@@ -46,8 +47,8 @@ class Admission:
     # --- a reservation ------------------------------------------------------------------------------------------------
 
     def begin(self) -> bool:
-        """Reserve for the next that there is room for. Whether another may come next at once: this one waits for what it is to
-        share."""
+        """Reserve for the next that there is room for. Whether another may come next at once, as this one waits for what it is
+        to share, which another computes or which is read from below."""
         if not self._waiting or self._running.lacks_blocks:
             return False
         first = self._waiting.next(self._reuses.waits)

@@ -23,7 +23,7 @@ from gmanager.cluster.placement import LONG_PROMPT, PARALLEL_EFFICIENCY, Instanc
 from gmanager.cluster.request import Request
 from gmanager.cluster.requests import Requests
 from gmanager.cluster.running import Running
-from gmanager.cluster.sequence import Sequence as Admission
+from gmanager.cluster.sequence import Sequence as SequenceState
 from gmanager.cluster.sequence import works_of
 from gmanager.cluster.waiting import Waiting
 from gmanager.wire.messages import Outputs, Refusal
@@ -92,7 +92,7 @@ class Forecast:
 
     # --- what requests took -------------------------------------------------------------------------------------------
 
-    def on_admitted(self, sequence: Admission) -> None:
+    def on_admitted(self, sequence: SequenceState) -> None:
         """It is among those that run, since just now."""
         reach = self._cell.spec.reach
         own = works_of(sequence.shares, reach)
@@ -102,7 +102,7 @@ class Forecast:
         sequence.first_expected_s = self.predictor.prefill_s(sequence.work)
         sequence.step_expected_s = self.predictor.decode_step_s(self._running.homes(sequence.home))
 
-    def on_first(self, sequence: Admission) -> None:
+    def on_first(self, sequence: SequenceState) -> None:
         """Its first token has come."""
         took = self._requests.now - sequence.admitted_at
         self._late.hear(sequence.first_expected_s, took)
@@ -135,7 +135,7 @@ class Forecast:
             self._fewest = min(self._fewest or rows, rows)
             self._windows[member.id] = _Window(its.seq, now)
 
-    def on_released(self, sequence: Admission) -> None:
+    def on_released(self, sequence: SequenceState) -> None:
         """Its memory is free again."""
         request, now = sequence.request, self._requests.now
         self._runs_s.hear(now - sequence.admitted_at)

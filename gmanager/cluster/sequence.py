@@ -1,4 +1,4 @@
-"""One admission of a request, and one reservation: what `gmanager.cluster.sequences` keeps of each."""
+"""One admission of a request: what `gmanager.cluster.sequences` keeps of it."""
 
 import logging
 from collections.abc import Collection, Mapping

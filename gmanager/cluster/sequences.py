@@ -1,4 +1,4 @@
-"""What runs in one ready cell: admissions, their tokens, home moves, preemption, parties.
+"""What runs in one ready cell, from a place in its queue to its end: what begins next, tokens, home moves, preemption.
 
     waiting ──Reserve──> reservation ──all Granted: Regroup, Admit──> sequence ──Released──> gone
        ^                     │ NotGranted: Drop                          │
@@ -400,8 +400,8 @@ class Sequences:
         self._reservations.begin(Reservation(sequence.number, blocks, sequence.request, None))
 
     def _try_admit(self) -> None:
-        if not self._crowded:
-            self._changed |= self._admission.begin()
+        if not self._crowded and self._admission.begin():
+            self._changed = True
 
     def _give_up_reservation(self) -> None:
         self._reservations.give_up()

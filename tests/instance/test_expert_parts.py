@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2MoeConfig
 
 from instance.checkpoint import CheckpointError
 from instance.errors import UnsupportedModel
@@ -16,7 +17,7 @@ from instance.memory import loaded_bytes
 from instance.split import Place
 from tests.instance.test_packed import make_packed
 from tests.instance.test_stored import FORMS, make_stored
-from tests.support.tiny import CONFIGS, make_model
+from tests.support.tiny import CONFIGS, SIZES, make_model
 
 CPU = torch.device("cpu")
 
@@ -127,3 +128,49 @@ def test_parts_that_would_tear_blocks_of_packed_weights_are_refused(part: int, t
         with pytest.raises(UnsupportedModel, match=re.escape(sentence)):
             arguments: Any = (path, torch.float32, CPU) if split is load_model else (path,)
             split(*arguments, place=Place(part=part, parts=3))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("deepseek", "bfloat16"), ("gpt-oss", "float16"), ("qwen3-moe", "float32")])
+@pytest.mark.parametrize("degree", ["tp", "pp"])
+def test_parts_have_the_types_of_the_whole(kind: str, dtype: str, degree: str, tmp_path: Path) -> None:
+    """What a model wants in fp32 is that; and what is asked for goes before what the config says."""
+    path, asked = make_model(kind, tmp_path, num_hidden_layers=2), getattr(torch, dtype)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    whole = load_model(path, asked, CPU).module
+    place = Place(part=1, parts=2) if degree == "tp" else Place(stage=0, stages=2)
+    part = load_model(path, asked, CPU, place=place).module
+    types = {name: weight.dtype for name, weight in whole.state_dict().items()}
+    assert {types[name] for name in types} == ({asked} if dtype == "float32" else {asked, torch.float32})
+    for name, weight in part.state_dict().items():
+        assert weight.dtype == types[name], name
+
+
+def test_what_a_router_adds_is_of_the_checkpoint_and_other_buffers_are_not(tmp_path: Path) -> None:
+    path = make_model("deepseek", tmp_path)
+    weights = load_file(path / "model.safetensors")
+    stored = weights | {"model.rotary_emb.inv_freq": torch.zeros(8)}
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    part: Any = load_model(path, torch.float32, CPU, place=Place(part=0, parts=2)).module
+    assert part.model.rotary_emb.inv_freq.all()
+    del weights["model.layers.1.mlp.gate.e_score_correction_bias"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the weights .*: model.layers.1.mlp.gate.e_score_correction_bias"):
+        load_model(path, torch.float32, CPU, place=Place(part=0, parts=2))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2, 3])
+def test_all_parts_have_latents_or_none_has(part: int, tmp_path: Path) -> None:
+    """144 numbers of one head, which is all that a part has, would be more than its keys and values."""
+    path = make_model("deepseek", tmp_path, kv_lora_rank=128)
+    assert load_model(path, torch.float32, CPU).shape.value_dim == 128
+    assert load_model(path, torch.float32, CPU, place=Place(part=part, parts=4)).shape.value_dim == 128
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_layers_that_another_stage_has_are_refused_on_all_ranks(stage: int, tmp_path: Path) -> None:
+    """A shared expert with a gate, in the second half."""
+    sizes = SIZES | {"num_hidden_layers": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    Qwen2MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0, 1]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="qwen2_moe: --pp 2 splits layers that have the parts of Llama's, Gemma's or"):
+        refuse_unsplit(tmp_path, Place(stage=stage, stages=2))
