@@ -121,14 +121,13 @@ async def test_sigterm_empties_an_instance_and_the_last_one_leaves_at_once(start
         async with client_of(server.address) as client:
             stream = Stream(client, "s", ids, 200, "all")
             await stream.reach(10)
-            prefilled = (await until(client, lambda s: s.counters.tokens_prefilled >= 400)).counters.tokens_prefilled
             for _ in range(2):  # as torchrun does
                 instances[1].signal(signal.SIGTERM)
                 await asyncio.sleep(0.05)
             assert await instances[1].exit_code(25) == 0
             await stream.is_right(expected)
             stats = await until(client, lambda s: len(s.instances) == 1 and s.cells[0].state == "ready")
-            assert stats.counters.tokens_prefilled - prefilled <= 4
+            assert 400 <= stats.counters.tokens_prefilled <= 404
             assert stats.counters.blocks_copied > 0
             with pytest.raises(CallFailed, match="instance 0 is the last of cell 'main'"):
                 await client.drain(0)
