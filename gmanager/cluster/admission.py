@@ -5,7 +5,6 @@ from itertools import islice
 from gmanager.cluster.backfill import Backfill
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, SendAll
-from gmanager.cluster.forecast import Forecast
 from gmanager.cluster.placement import Placement
 from gmanager.cluster.request import Request, count_tokens
 from gmanager.cluster.requests import Requests
@@ -33,8 +32,6 @@ class Admission:
         reservations: Reservations,
         emit: Emit,
     ) -> None:
-        self.forecast = Forecast(cell, running, waiting, requests)
-        """Of who waits here."""
         self._cell = cell
         self._requests = requests
         self._waiting = waiting
@@ -96,7 +93,7 @@ class Admission:
 
     # --- a sequence ---------------------------------------------------------------------------------------------------
 
-    def admit(self, reservation: Reservation, placement: Placement) -> None:
+    def admit(self, reservation: Reservation, placement: Placement) -> Sequence:
         """All is granted: let it run."""
         request, reuse = reservation.request, reservation.reuse
         home = placement.shares[0].rank
@@ -110,11 +107,10 @@ class Admission:
             request.scores.clear()
         self._running.add(sequence)
         request.seq = sequence.number
-        request.home, request.gave_way_at = self._id(home), None
-        request.held = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
+        request.home, request.gave_way_at = self._cell.id_of(home), None
+        request.held = {self._cell.id_of(rank): tokens for rank, tokens in sequence.kept.items()}
         self._reuses.admit(sequence.number, request, reuse, placement.shares)
         self._requests.admit(request, 0 if reuse is None else reuse.tokens)
-        self.forecast.on_admitted(sequence)
         self._running.regroup(sequence)
         admit = Admit(
             epoch=self._cell.epoch,
@@ -127,10 +123,13 @@ class Admission:
             branch=0 if kept and reuse is None else self._reuses.branch(request, reuse),
         )
         self._emit(SendAll(tuple(self._cell.members[rank].peer for rank in sequence.participants), admit))
-        told = {"home": self._id(home), "kv_tokens": {self._id(share.rank): share.tokens for share in placement.shares}}
+        told = {
+            "home": self._cell.id_of(home),
+            "kv_tokens": {self._cell.id_of(share.rank): share.tokens for share in placement.shares},
+        }
         if kept:
-            told["kept" if reuse is None else "shared"] = {self._id(rank): tokens for rank, tokens in sequence.kept.items()}
+            told["kept" if reuse is None else "shared"] = {
+                self._cell.id_of(rank): tokens for rank, tokens in sequence.kept.items()
+            }
         self._emit(told_of(sequence, "request admitted", **told))
-
-    def _id(self, rank: int) -> int:
-        return self._cell.members[rank].id
+        return sequence

@@ -178,6 +178,10 @@ class Cell:
         """Most tokens of a request, prompt and generated, whatever memory there is."""
         return min(self.spec.max_context, MAX_TOKENS)
 
+    def id_of(self, rank: int) -> int:
+        """Of a member: what the world outside the epoch knows it by."""
+        return self.members[rank].id
+
     def helpers(self) -> list[int]:
         """Ranks that share dense layers, whatever they hold: all, if all have said that they can in this epoch; else none."""
         return [member.rank for member in self.members] if all(member.shares_feeds for member in self.members) else []

@@ -52,9 +52,6 @@ class Homes:
         """The epoch is over."""
         self._restless.clear()
 
-    def _id(self, rank: int) -> int:
-        return self._cell.members[rank].id
-
     def _rank(self, number: int) -> int | None:
         """Of the member with this id, in the epoch; None if there is none."""
         return next((member.rank for member in self._cell.members if member.id == number), None)
@@ -178,9 +175,9 @@ class Homes:
         sequence.needs_block = False
         self._running.touch(sequence)
         if sequence.is_current:
-            sequence.request.home = self._id(home)
+            sequence.request.home = self._cell.id_of(home)
             sequence.request.home_moves += 1
-            self._emit(told_of(sequence, "home moved", home=self._id(home)))
+            self._emit(told_of(sequence, "home moved", home=self._cell.id_of(home)))
         if not sequence.ending:
             self.rest(sequence)
             # A call for another instance came while this move was under way: it is tried next.
@@ -195,6 +192,6 @@ class Homes:
     def _answer(self, sequence: Sequence) -> None:
         request = sequence.request
         call = request.move_call
-        if call is not None and call.target == self._id(sequence.home):
+        if call is not None and call.target == self._cell.id_of(sequence.home):
             request.move_call = None
             self._emit(Send(call.peer, Done(call=call.call)))

@@ -145,7 +145,7 @@ class Reuses:
             self._prefixes.add(seq, chain)
             self._admitted[seq] = len(request.tokens), reuse
             self._count(self._sharing, reuse)
-            computed = ((self._cell.members[share.rank].id, share.tokens) for share in shares)
+            computed = ((self._cell.id_of(share.rank), share.tokens) for share in shares)
             self.following.begin(seq, chain, request.num_tokens, computed)
 
     def end(self, seq: int, request: Request) -> None:
@@ -252,7 +252,7 @@ class Reuses:
 
     def read(self, request: Request, reuse: Reuse, now: float) -> None:
         """Have what is below read, for a request that waits for it; or let it wait for its turn."""
-        below = {self._cell.members[rank].id: tokens for rank, tokens in reuse.below.items()}
+        below = {self._cell.id_of(rank): tokens for rank, tokens in reuse.below.items()}
         self.reading.begin(request, reuse.source, reuse.end, below, now)
 
     def lift(self, request: Request) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Collection, Mapping
 from gmanager.cluster.admission import Admission
 from gmanager.cluster.cell import Cell
 from gmanager.cluster.events import Emit, Send
+from gmanager.cluster.forecast import Forecast
 from gmanager.cluster.homes import Homes
 from gmanager.cluster.lifecycle import RUNNING, State
 from gmanager.cluster.member import Member
@@ -79,7 +80,7 @@ class Sequences:
         self._reuses = Reuses(cell, emit)
         self._reservations = Reservations(cell, self._running, self._homes, emit)
         self._admission = Admission(cell, requests, self._waiting, self._running, self._reuses, self._reservations, emit)
-        self._forecast = self._admission.forecast
+        self._forecast = Forecast(cell, self._running, self._waiting, requests)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class Sequences:
             if sequence.is_current:
                 # whose prompt is not scored is computed anew: each of its rows is needed
                 is_kept = sequence.request.state != "preempted" and not sequence.unscored
-                taken_part = [self._id(rank) for rank in sequence.participants]
+                taken_part = [self._cell.id_of(rank) for rank in sequence.participants]
                 self._waiting.take_back(sequence.request, sequence.number if is_kept else 0, now, taken_part)
         self._reservations.suspend()
         self._moves = Moves(self._cell, self._running, self._emit)
@@ -186,10 +187,6 @@ class Sequences:
         """The cell steps (again)."""
         self._changed = True
 
-    def _id(self, rank: int) -> int:
-        """Of a member: what the world outside the epoch knows it by."""
-        return self._cell.members[rank].id
-
     # --- what instances say -------------------------------------------------------------------------------------------
 
     def on_beat(self, member: Member, beat: Beat, is_news: bool) -> None:
@@ -224,7 +221,7 @@ class Sequences:
         elif self._reservations.grant(reservation, member.rank, blocks):
             self._changed = True
             if reservation.placement is not None:
-                self._admission.admit(reservation, reservation.placement)
+                self._forecast.on_admitted(self._admission.admit(reservation, reservation.placement))
             else:
                 self._homes.begin(self._running[seq], member.rank)
 
@@ -443,7 +440,9 @@ class Sequences:
         self._running.touch(sequence)
         self._give_up_move(sequence)
         if last.held is not None:
-            request.held = {self._id(share.rank): share.tokens for share in last.held if 0 <= share.rank < self._cell.size}
+            request.held = {
+                self._cell.id_of(share.rank): share.tokens for share in last.held if 0 <= share.rank < self._cell.size
+            }
         self._requests.finish(request, reason, token_ids=token_ids, logprobs=logprobs)
 
     # --- ends ---------------------------------------------------------------------------------------------------------
@@ -467,7 +466,7 @@ class Sequences:
         self.num_preemptions += 1
         request = sequence.request
         request.preemptions += 1
-        request.gave_way_at = self._id(sequence.home)
+        request.gave_way_at = self._cell.id_of(sequence.home)
         self._requests.change(request, "preempt")
         self._requests.fail_move(request, f"request {request.id!r} was preempted: the cell is full")
         self._emit(told_of(sequence, "request preempted"))
@@ -498,7 +497,7 @@ class Sequences:
             self._waiting.add(request, now, "release")
         else:
             self._crowded = False
-            error = f"instance {self._id(sequence.home)} of cell '{self._cell.name}' released the request unasked"
+            error = f"instance {self._cell.id_of(sequence.home)} of cell '{self._cell.name}' released the request unasked"
             self._requests.finish(request, "error", error=error)
         if not self._running:
             self._crowded = False

@@ -215,7 +215,7 @@ class Waiting:
             if since > first_gap(request.kept):
                 request.kept = {}  # what is missing would see more of it than is left, in layers with windows
             request.seq = seq
-            request.held = {self._cell.members[rank].id: count_tokens(runs) for rank, runs in request.kept.items()}
+            request.held = {self._cell.id_of(rank): count_tokens(runs) for rank, runs in request.kept.items()}
         for member in self._cell.members:
             kept_seqs = {request.seq for request in self._queue if member.rank in request.kept}
             said = member.kept or {}
