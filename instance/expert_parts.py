@@ -33,12 +33,10 @@ from transformers.core_model_loading import (
 from instance.errors import UnsupportedModel
 from instance.layers import are_experts, gate_of
 from instance.packed import PARTS, WEIGHTS
-from kernels.experts import PACKED_BYTES
+from kernels.experts import PACKED_BLOCK
 
 _KNOWN = (MergeModulelist, Concatenate)
 """What transformers does with matrices of experts that is done here, too."""
-_PACKED = 2 * PACKED_BYTES
-"""Numbers of a block of packed weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,6 @@ def slice_of(weight: str, layout: ExpertLayout, inner: range, size: int) -> Expe
 
     Parts of packed weights begin and end with a block (`instance.part_config.refuse_torn_blocks`).
     """
-    is_packed = weight in PARTS
     kind = next(kind for kind in WEIGHTS if weight.startswith(kind))
     if kind == "gate_up_proj":
         axis = 2 if layout.is_transposed and weight == kind else 1
@@ -97,8 +94,8 @@ def slice_of(weight: str, layout: ExpertLayout, inner: range, size: int) -> Expe
         return ExpertSlice(axis, (inner, range(size + inner.start, size + inner.stop)), 2 * size)
     if weight.endswith("_bias"):
         return None
-    if is_packed:
-        return ExpertSlice(2, (range(inner.start // _PACKED, inner.stop // _PACKED),), size // _PACKED)
+    if weight in PARTS:
+        return ExpertSlice(2, (range(inner.start // PACKED_BLOCK, inner.stop // PACKED_BLOCK),), size // PACKED_BLOCK)
     return ExpertSlice(1 if layout.is_transposed else 2, (inner,), size)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.experts import PACKED_BYTES, Packed
+from kernels.experts import PACKED_BLOCK, PACKED_BYTES, Packed
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 PARTS = frozenset(f"{name}_{part}" for name in WEIGHTS for part in ("blocks", "scales"))
@@ -30,9 +30,9 @@ def pack(module: Any) -> None:
     module._is_hf_initialized = True  # transformers would make up plain weights
     for name in WEIGHTS:
         num_experts, num_in, num_out = getattr(module, name).shape
-        blocks, rest = divmod(num_in, 2 * PACKED_BYTES)
+        blocks, rest = divmod(num_in, PACKED_BLOCK)
         if rest:
-            raise ValueError(f"{num_in} features are no whole blocks of {2 * PACKED_BYTES}")
+            raise ValueError(f"{num_in} features are no whole blocks of {PACKED_BLOCK}")
         delattr(module, name)
         for part, shape in (("blocks", (blocks, PACKED_BYTES)), ("scales", (blocks,))):
             empty = torch.empty((num_experts, num_out, *shape), dtype=torch.uint8, device="meta")

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from instance.errors import UnsupportedModel
 from instance.split import Place, Split, inner_shares, split_of, stages_of
-from kernels.experts import PACKED_BYTES
+from kernels.experts import PACKED_BLOCK
 
 _MADE_UP = 64
 """Tokens of a stage without embeddings."""
@@ -108,10 +108,11 @@ def _looks(layer: nn.Module) -> Iterator[tuple[str, object]]:
 
 def refuse_torn_blocks(config: PretrainedConfig, place: Place) -> None:
     """Raises UnsupportedModel, on all ranks alike, if some rank's part of packed experts would begin or end within a block."""
-    inner, block = expert_inner(config.get_text_config()), 2 * PACKED_BYTES
-    if place.parts > 1 and any(its.start % block or its.stop % block for its in inner_shares(inner, place.parts)):
+    inner = expert_inner(config.get_text_config())
+    ends = [end for its in inner_shares(inner, place.parts) for end in (its.start, its.stop)]
+    if place.parts > 1 and any(end % PACKED_BLOCK for end in ends):
         raise UnsupportedModel(
-            f"{config.model_type}: {inner} inner dims of packed experts, in blocks of {block}, can't be split between "
+            f"{config.model_type}: {inner} inner dims of packed experts, in blocks of {PACKED_BLOCK}, can't be split between "
             f"{place.parts} ranks ({place.flags})"
         )
 

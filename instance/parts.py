@@ -183,7 +183,9 @@ class _Whole:
     def __init__(self, module: PreTrainedModel, config: PretrainedConfig, place: Place) -> None:
         """`module`: that is to hold the part."""
         text = config.get_text_config()
-        heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self._heads = int(text.num_attention_heads)
+        self._kv_heads = int(getattr(text, "num_key_value_heads", None) or self._heads)
+        self._inner = int(text.intermediate_size)
         self._widths = head_widths(text)
         self._first_layer = layers_of_stage(config, place).start
         self._vocab_size = int(text.vocab_size)
@@ -191,12 +193,6 @@ class _Whole:
         self._splits = [part_of_config(config, replace(place, part=part))[1] for part in range(place.parts)]
         self.split = self._splits[place.part]
         """What this rank has."""
-        inner = int(text.intermediate_size)
-        self._sizes = {
-            **{name: (kv_heads if name in _OF_KV_HEADS else heads) * width for name, width in self._widths.items()},
-            "sinks": heads,
-            **dict.fromkeys(_OF_MLP, inner),
-        }
         base = module.get_decoder()  # type: ignore[no-untyped-call]
         self._inside = next(f"{name}." for name, part in module.named_modules() if part is base)
         """What names of the decoder begin with. What is beside it, a tower that sees pictures, is whole on all ranks."""
@@ -210,46 +206,47 @@ class _Whole:
 
     def ranges(self, name: str) -> tuple[range | None, range | None]:
         """Rows and columns of a weight that are this rank's; None: all."""
-        return self._ranges(name, self.split)
+        found = self._split_by(name, self.split)
+        if found is None:
+            return None, None
+        *_, parent, own = name.split(".")
+        if parent not in _SUMMED:
+            return found[0], None
+        return None, found[0] if own == "weight" else None
 
     def shape(self, name: str, part: torch.Size) -> tuple[int, ...]:
         """Of a weight of which this rank's part has that shape."""
-        rows, columns = self.ranges(name)
-        size = self._size(name)
+        (rows, columns), found = self.ranges(name), self._split_by(name, self.split)
+        size = 0 if found is None else found[1]
         return (part[0] if rows is None else size, *(part[1:] if columns is None else (size,)))
 
-    def _size(self, name: str) -> int:
-        """How many there are of what a weight is split by; 0: it isn't split."""
-        *before, parent, own = name.split(".")
-        if parent in _OF_MLP and before[-1] == _SHARED:
-            return self._expert_inner * self._shared
-        return self._sizes.get(parent) or self._sizes.get(own) or 0
-
-    def _ranges(self, name: str, split: Split) -> tuple[range | None, range | None]:
-        """Rows and columns of a whole weight that are that part's; None: all."""
+    def _split_by(self, name: str, split: Split) -> tuple[range, int] | None:
+        """Which are that part's of the rows of a weight (of the columns, where parts are summed), of how many; None: it isn't
+        split."""
         *before, parent, own = name.split(".")
         if not name.startswith(self._inside):
-            return None, None
+            return None
         if own == "sinks":
-            return split.heads, None
-        if parent in self._widths:
-            heads, width = split.kv_heads if parent in _OF_KV_HEADS else split.heads, self._widths[parent]
-            its = range(heads.start * width, heads.stop * width)
+            its, count, width = split.heads, self._heads, 1
+        elif parent in _OF_KV_HEADS and parent in self._widths:
+            its, count, width = split.kv_heads, self._kv_heads, self._widths[parent]
+        elif parent in self._widths:
+            its, count, width = split.heads, self._heads, self._widths[parent]
+        elif parent in _OF_MLP and before[-1] == _SHARED:
+            its, count, width = split.expert_inner, self._expert_inner, self._shared
         elif parent in _OF_MLP:
-            inner, count = (split.expert_inner, self._shared) if before[-1] == _SHARED else (split.inner, 1)
-            its = range(inner.start * count, inner.stop * count)
+            its, count, width = split.inner, self._inner, 1
         else:
-            return None, None
-        if parent not in _SUMMED:
-            return its, None
-        return None, its if own == "weight" else None
+            return None
+        return range(its.start * width, its.stop * width), count * width
 
     def keeps_blocks(self, name: str, form: Form) -> bool:
         """Whether no rank's part of a layer's features in begins within a block of the form. All ranks must come to the same:
         how many rows they warm up with depends on it."""
-        size = self._size(f"{name}.weight")
-        parts = [self._ranges(f"{name}.weight", split)[1] for split in self._splits]
-        return all(its is None or block_start(form, its.start, size) == its.start for its in parts)
+        if name.rpartition(".")[2] not in _SUMMED:
+            return True
+        parts = [self._split_by(f"{name}.weight", split) for split in self._splits]
+        return all(its is None or block_start(form, its[0].start, its[1]) == its[0].start for its in parts)
 
 
 class _Source(_Whole):

@@ -21,7 +21,9 @@ from torch.nn import functional
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 PACKED_BYTES = 16
-"""Of a block of packed weights."""
+"""Of a block of packed weights, ..."""
+PACKED_BLOCK = 2 * PACKED_BYTES
+"""... and the numbers that it holds."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """By exponent and mantissa; the highest of four bits is the sign."""
 
@@ -91,7 +93,7 @@ class Packed:
     def shape(self) -> torch.Size:
         """`(X, N, K)`, as of plain weights."""
         num_experts, num_out, blocks = self.scales_XNG.shape
-        return torch.Size((num_experts, num_out, 2 * PACKED_BYTES * blocks))
+        return torch.Size((num_experts, num_out, PACKED_BLOCK * blocks))
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,7 @@ from transformers import Gemma2Config, LlamaConfig, PretrainedConfig
 
 from instance.load import random_model
 from instance.shared_memory import FeedMemory, counted
+from tests.support.tiny import SIZES
 from tests.support.workers import run_workers
 
 KINDS: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
@@ -27,16 +28,7 @@ def test_split_steps_as_graphs_are_whole_ones_run_eagerly(
     if hidden > 64 and not torch.cuda.is_available():
         pytest.skip("takes too long in the interpreter")
     config, more = KINDS[kind]
-    sizes: dict[str, object] = {
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 97,
-        "max_position_embeddings": 512,
-    }
+    sizes = SIZES | {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": 16}
     model = random_model(config(**(sizes | more)), torch.float32, torch.device("cpu"), seed=5)
     model.module.save_pretrained(tmp_path / "model")
     said = run_workers("shared_worker.py", size, size, tmp_path, dtype, timeout_s=240)

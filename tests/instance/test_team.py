@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from tests.support.tiny import SIZES
 from tests.support.workers import run_workers
 
 
@@ -24,16 +25,7 @@ def test_decode_steps_as_graphs_are_those_run_eagerly(
         pytest.skip(f"needs {ranks} GPUs")
     if hidden > 64 and not torch.cuda.is_available():
         pytest.skip("takes too long in the interpreter")
-    sizes: dict[str, Any] = {
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 97,
-        "max_position_embeddings": 512,
-    }
+    sizes = SIZES | {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": 16}
     if experts:
         model: Any = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=experts, num_experts_per_tok=2))
     else:
