@@ -22,7 +22,7 @@ from instance.errors import UnsupportedModel
 from instance.packed import PARTS, is_packed, packed_weight, run_plain
 from instance.quantised import QuantisedLinear, is_linear, matrix_of
 from kernels.experts import ExpertWeights, Gate, Packed, mix_experts, route
-from kernels.layer_ops import ACTIVATIONS, Norm, gate_up, gated, gated_linear, linear, rms_norm, uses_gemv
+from kernels.layer_ops import ACTIVATIONS, Norm, gated_product, linear, rms_norm, uses_gemv
 from kernels.products import Matrix, Quantised, stack
 
 _LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -49,15 +49,15 @@ class Dense:
 
     def run(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor | None:
         """What the rows `h` become, new; or None, if it was added to the residual on the way."""
-        if uses_gemv(len(h_TE), self.down, backend):  # activation and sum ride along with the product
-            gate_up_T2I = linear(h_TE, self.gate_up, backend=backend)
-            out_TE = gated_linear(gate_up_T2I, self.down, self.activation, residual_TE=residual_TE, backend=backend)
+        if uses_gemv(len(h_TE), self.down, backend):  # the sum rides along with the product
+            active_TI = gated_product(h_TE, self.gate_up, self.activation, backend=backend)
+            out_TE = linear(active_TI, self.down, residual_TN=residual_TE, backend=backend)
             return out_TE if residual_TE is None else None
         parts = [self._run_part(part_TE, backend) for part_TE in torch.split(h_TE, MLP_ROWS)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run_part(self, h_TE: torch.Tensor, backend: str) -> torch.Tensor:
-        active_TI = gated(linear(h_TE, self.gate_up, backend=backend), self.activation, backend=backend)
+        active_TI = gated_product(h_TE, self.gate_up, self.activation, backend=backend)
         return linear(active_TI, self.down, backend=backend)
 
     def run_dims(self, h_TE: torch.Tensor, inner: range, backend: str) -> torch.Tensor:
@@ -65,11 +65,10 @@ class Dense:
 
         Weights aren't copied, and must not be of 8 bits: then it raises ValueError.
         """
-        gate_up_2IE, down_EI = self.gate_up, self.down
-        if isinstance(gate_up_2IE, Quantised) or isinstance(down_EI, Quantised):
+        if isinstance(self.down, Quantised):
             raise ValueError("weights of 8 bits have no parts")
-        gate_up_T2J = gate_up(h_TE, gate_up_2IE, inner, backend=backend)
-        return gated_linear(gate_up_T2J, down_EI[:, inner.start : inner.stop], self.activation, backend=backend)
+        active_TJ = gated_product(h_TE, self.gate_up, self.activation, inner, backend=backend)
+        return linear(active_TJ, self.down[:, inner.start : inner.stop], backend=backend)
 
     def matrices(self) -> list[Matrix]:
         """That every row is multiplied with, `[out, in]`."""

@@ -4,9 +4,7 @@ Nothing here reads a tensor on the host, and grids follow from shapes alone, so 
 
 A *pair* is a row with one of its experts, numbered `row * S + s`. How rows get through the experts is chosen by their number:
 
-    few rows    A program takes some columns of one pair's gate and up products (GEMV) and the activation; then one takes some
-                columns of a row's down products, of all its experts at once, and writes their weighted sum. The weights of an
-                expert are read once for each of its pairs.
+    few rows    Each pair reads its expert's weights on its own (`kernels.expert_pairs_triton`).
     more rows   Pairs are grouped by expert into tiles of BLOCK_M, an expert's last one filled up with nothing, so weights are
                 read once for a tile: by a product for gate, up and activation, then by one for down. Last comes the weighted
                 sum of each row's pairs.
@@ -24,28 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.expert_pairs_triton import combine, mix_pairs, uses_pairs
+from kernels.expert_weights_triton import gate_and_up, gate_constants, gate_up_columns, parts_of, unpacked
 from kernels.experts import MOST_ROWS, ExpertWeights, Gate, Packed
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 
-_PAIRED_ROWS = 4
-"""Up to so many rows a pair reads its expert's weights on its own."""
-
 _CHUNK_PAIRS = 4096
 """Pairs that a program counts or ranks at once."""
-
-_COMBINED = 1024
-"""Columns of a row that a program sums."""
-
-
-@dataclass(frozen=True, slots=True)
-class PairConfig:
-    """How the products of one pair (gate and up), or of one row's pairs (down), are cut."""
-
-    block_n: int
-    """Columns: of gate and up features, each of which has two columns."""
-    block_k: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,41 +43,6 @@ class GroupConfig:
     """Tiles of pairs side by side whose programs take one column tile after the other, all of them before the next tiles."""
     num_warps: int
     num_stages: int
-
-
-def uses_pairs(num_rows: int) -> bool:
-    """Whether rows take the path where each pair reads its expert's weights on its own."""
-    return num_rows <= _PAIRED_ROWS
-
-
-def gate_up_config(weights: ExpertWeights) -> PairConfig:
-    """How gate and up of few rows are cut: 8192 weights in registers, and 64 bytes or more side by side in memory.
-
-    One H200, one row of gpt-oss-20b (transposed), gate, up and down: 71.5 us, with 32 columns and four warps 74.5, with two
-    stages 81 to 86; the bytes take 47.
-    """
-    if weights.is_packed:  # as many products in registers; a byte is two weights. By arithmetic, not measured
-        block_k = min(512, max(32, triton.next_power_of_2(weights.hidden_size)))
-        return PairConfig(block_n=8192 // block_k, block_k=block_k, num_warps=4, num_stages=3)
-    if _is_transposed(weights.gate_up_XNE):
-        return PairConfig(block_n=64, block_k=128, num_warps=8, num_stages=3)
-    block_k = min(1024, triton.next_power_of_2(weights.hidden_size))
-    return PairConfig(block_n=4096 // block_k, block_k=block_k, num_warps=4, num_stages=2)
-
-
-def down_config(weights: ExpertWeights, top_k: int) -> PairConfig:
-    """How down of few rows is cut: 8192 weights of a row's `top_k` experts in registers.
-
-    As above: one stage 69.7 us, two and three 82, four warps 75.9.
-    """
-    slots = triton.next_power_of_2(top_k)
-    if weights.is_packed:
-        block_k = min(256, max(32, triton.next_power_of_2(weights.intermediate_size)))
-        return PairConfig(block_n=max(1, 16384 // (slots * block_k)), block_k=block_k, num_warps=4, num_stages=3)
-    if _is_transposed(weights.down_XEI):
-        return PairConfig(block_n=32, block_k=max(16, 512 // slots), num_warps=8, num_stages=1)
-    block_k = min(triton.next_power_of_2(weights.intermediate_size), 256)
-    return PairConfig(block_n=max(1, 8192 // (slots * block_k)), block_k=block_k, num_warps=4, num_stages=1)
 
 
 def group_config(num_pairs: int, num_experts: int, num_summed: int, dtype: torch.dtype) -> GroupConfig:
@@ -115,16 +63,23 @@ def group_config(num_pairs: int, num_experts: int, num_summed: int, dtype: torch
     return GroupConfig(block_m=128, block_n=256, block_k=64, group_m=8, num_warps=8, num_stages=4)
 
 
+@triton.jit
+def _logit_of(key):  # type: ignore[no-untyped-def]
+    """That `_route_kernel` orders by."""
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _route_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, experts_ptr, weights_ptr, stride_l,
     X: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, NORMALISE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """The S largest logits of a row, one after the other, and exp(logit - largest) / (the sum of all, or of the S)."""
+    """The S largest logits of a row, the largest first, and exp(logit - largest) / (the sum of all, or of the S)."""
     row = tl.program_id(0).to(tl.int64)
     x_X = tl.arange(0, TILE)
-    wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     logit_X = tl.load(logits_ptr + row * stride_l + x_X, mask=x_X < X, other=0.0).to(tl.float32)
     # One integer to order by: the logit, made so that its bits compare as it does (-0 as 0), above the index from the end.
     # NaN is as good as any other, so that an index is always one of an expert.
@@ -133,19 +88,10 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     nothing = tl.full((TILE,), -(1 << 63), tl.int64)
     key_X = tl.where(x_X < X, (bits_X.to(tl.int64) << 32) | (TILE - 1 - x_X).to(tl.int64), nothing)
     s_S = tl.arange(0, SLOTS)
-    largest = 0.0
-    expert_S = tl.zeros((SLOTS,), tl.int32)
-    chosen_S = tl.full((SLOTS,), float("-inf"), tl.float32)
-    for s in tl.static_range(S):
-        best = tl.max(key_X, 0)
-        expert = TILE - 1 - (best & 0x7FFFFFFF).to(tl.int32)
-        bits = (best >> 32).to(tl.int32)
-        logit = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        if s == 0:
-            largest = logit
-        expert_S = tl.where(s_S == s, expert, expert_S)
-        chosen_S = tl.where(s_S == s, logit, chosen_S)
-        key_X = tl.where(x_X == expert, nothing, key_X)
+    best_S = tl.topk(key_X, SLOTS)
+    expert_S = TILE - 1 - (best_S & 0x7FFFFFFF).to(tl.int32)
+    chosen_S = tl.where(s_S < S, _logit_of(best_S), float("-inf"))
+    largest = _logit_of(tl.max(best_S, 0))
     part_S = tl.exp(chosen_S - largest)
     if NORMALISE:
         total = tl.sum(part_S, 0)
@@ -169,187 +115,6 @@ def route(logits_TX: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.T
             NORMALISE=normalise, DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
         )  # fmt: skip
     return experts_TS, weights_TS
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gate_up_columns(  # type: ignore[no-untyped-def]
-    first, WIDTH: tl.constexpr, BLOCK_I: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr
-):  # fmt: skip
-    """Columns of gate and up of features [first, first + BLOCK_I), and whether there are such: in turns, or gate's first."""
-    at_N = tl.arange(0, 2 * BLOCK_I)
-    if HALVES:
-        feature_N, part_N = first + at_N % BLOCK_I, at_N // BLOCK_I
-    else:
-        feature_N, part_N = first + at_N // 2, at_N % 2
-    if INTERLEAVED:
-        column_N = 2 * first + at_N
-        is_N = column_N < 2 * WIDTH  # the same as below, but the compiler sees that it holds for many side by side
-    else:
-        column_N = part_N * WIDTH + feature_N
-        is_N = feature_N < WIDTH
-    return column_N, is_N
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gated(  # type: ignore[no-untyped-def]
-    gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr, GELU: tl.constexpr
-):  # fmt: skip
-    """act(gate) (up + offset), each factor rounded; GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
-    full, full_up = gate.to(tl.float32), up.to(tl.float32)
-    if LIMIT is not None:
-        full = tl.minimum(full, LIMIT)
-        full_up = tl.minimum(tl.maximum(full_up, -LIMIT), LIMIT)
-    if GELU:
-        active = full / (1 + tl.exp(-1.5957691216057308 * (full + 0.044715 * full * full * full)))
-    else:
-        active = full / (1 + tl.exp(-ALPHA * full))
-    raised = (full_up + UP_OFFSET).to(gate.dtype)
-    return (active.to(gate.dtype).to(tl.float32) * raised.to(tl.float32)).to(gate.dtype)
-
-
-@triton.jit
-def _number(code, scale):  # type: ignore[no-untyped-def]
-    """What a code of e2m1 stands for, times a scale: its bits as those of fp32, whose exponent is 126 more."""
-    bits = ((code & 7) << 22) | ((code & 8) << 28)
-    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale
-
-
-@triton.jit
-def _power(exponent):  # type: ignore[no-untyped-def]
-    """2^(exponent - 127) for bytes: as the exponent of fp32, or for 0 the subnormal."""
-    bits = exponent.to(tl.uint32)
-    return tl.where(bits == 0, 1 << 22, bits << 23).to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _unpacked(  # type: ignore[no-untyped-def]
-    w_ptr_NB, scale_ptr_NG, is_N1, left, ROWS: tl.constexpr, BYTES: tl.constexpr
-):  # fmt: skip
-    """The numbers in the low and in the high bits of packed weights, `[ROWS, BYTES]` each, of which only the first `left` bytes
-    of a row are there."""
-    is_NB = is_N1 & (tl.arange(0, BYTES) < left)[None, :]
-    is_NG = is_N1 & (tl.arange(0, BYTES // 16) * 16 < left)[None, :]
-    byte_NB = tl.load(w_ptr_NB, mask=is_NB, other=0).to(tl.uint32)
-    scale_NG = _power(tl.load(scale_ptr_NG, mask=is_NG, other=0))
-    scale_NB = tl.reshape(tl.broadcast_to(scale_NG[:, :, None], (ROWS, BYTES // 16, 16)), (ROWS, BYTES))
-    return _number(byte_NB & 15, scale_NB), _number(byte_NB >> 4, scale_NB)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _pair_gate_up_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, experts_ptr, weight_ptr, scale_ptr, bias_ptr, h_ptr, stride_x, stride_wx, stride_wn, stride_wk, stride_b,
-    S: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr,
-    GELU: tl.constexpr, INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, PACKED: tl.constexpr, WITH_BIAS: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """h[pair, i] = act(sum_e x[row, e] w[gate i, e] (+ bias)) (sum_e x[row, e] w[up i, e] (+ bias) + offset)."""
-    pair = tl.program_id(1)
-    dtype: tl.constexpr = h_ptr.dtype.element_ty
-    column_N, is_N = _gate_up_columns(tl.program_id(0) * BLOCK_I, WIDTH, BLOCK_I, INTERLEAVED, HALVES)
-    k_K = tl.arange(0, BLOCK_K)
-    x_ptr_K = x_ptr + (pair // S).to(tl.int64) * stride_x + k_K
-    w_at_NK = column_N[:, None] * stride_wn + k_K[None, :] * stride_wk
-    wait_for_previous(DEPENDENT)
-    let_next_start(DEPENDENT)
-    expert = tl.load(experts_ptr + pair).to(tl.int64)
-    if PACKED:
-        BYTES: tl.constexpr = BLOCK_K // 2
-        at_N1 = (expert * stride_wx + column_N.to(tl.int64) * stride_wn)[:, None]
-        w_ptr_NB = weight_ptr + at_N1 + tl.arange(0, BYTES)[None, :]
-        scale_ptr_NG = scale_ptr + at_N1 // 16 + tl.arange(0, BYTES // 16)[None, :]
-        acc_NB = tl.zeros((2 * BLOCK_I, BYTES), dtype=tl.float32)
-        for begin in tl.range(0, E, BLOCK_K, num_stages=STAGES):
-            at = begin // 2
-            low_NB, high_NB = _unpacked(w_ptr_NB + at, scale_ptr_NG + at // 16, is_N[:, None], E // 2 - at, 2 * BLOCK_I, BYTES)
-            x_K = tl.load(x_ptr_K + begin, mask=begin + k_K < E, other=0.0).to(tl.float32)
-            low_B, high_B = tl.split(tl.reshape(x_K, (BYTES, 2)))
-            acc_NB += low_NB * low_B[None, :] + high_NB * high_B[None, :]
-        sum_N = tl.sum(acc_NB, 1).to(dtype)
-    else:
-        w_ptr_NK = weight_ptr + expert * stride_wx + w_at_NK
-        acc_NK = tl.zeros((2 * BLOCK_I, BLOCK_K), dtype=tl.float32)
-        for begin in tl.range(0, E, BLOCK_K, num_stages=STAGES):
-            is_K = begin + k_K < E
-            w_NK = tl.load(w_ptr_NK + begin * stride_wk, mask=is_N[:, None] & is_K[None, :], other=0.0)
-            x_K = tl.load(x_ptr_K + begin, mask=is_K, other=0.0)
-            acc_NK += w_NK.to(tl.float32) * x_K.to(tl.float32)[None, :]
-        sum_N = tl.sum(acc_NK, 1).to(dtype)
-    if WITH_BIAS:
-        bias_N = tl.load(bias_ptr + expert * stride_b + column_N, mask=is_N, other=0.0)
-        sum_N = (sum_N.to(tl.float32) + bias_N.to(tl.float32)).to(dtype)
-    if HALVES:
-        gate_I, up_I = tl.split(tl.trans(tl.reshape(sum_N, (2, BLOCK_I))))
-    else:
-        gate_I, up_I = tl.split(tl.reshape(sum_N, (BLOCK_I, 2)))
-    i_I = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    h_I = _gated(gate_I, up_I, ALPHA, LIMIT, UP_OFFSET, GELU)
-    tl.store(h_ptr + pair.to(tl.int64) * WIDTH + i_I, h_I, mask=i_I < WIDTH)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _pair_down_kernel(  # type: ignore[no-untyped-def]
-    h_ptr, experts_ptr, weights_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, stride_wx, stride_wn, stride_wk, stride_b,
-    stride_o, S: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr,
-    WITH_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """out[row, n] = sum_s weights[row, s] (sum_i h[row, s, i] w[expert s, n, i] (+ bias)), the inner sum rounded."""
-    row = tl.program_id(1).to(tl.int64)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_K = tl.arange(0, BLOCK_K)
-    s_S = tl.arange(0, SLOTS)
-    is_S, is_N = s_S < S, n_N < E
-    is_SN1 = (is_S[:, None] & is_N[None, :])[:, :, None]
-    # Experts don't wait: the kernel before has waited for who wrote them. But an L1 cache may hold what was there earlier.
-    expert_S = tl.load(experts_ptr + row * S + s_S, mask=is_S, other=0, cache_modifier=".cg").to(tl.int64)
-    if PACKED:
-        # one feature of one of the experts is a row of the tile
-        BYTES: tl.constexpr = BLOCK_K // 2
-        r_R = tl.arange(0, SLOTS * BLOCK_N)
-        slot_R, column_R = r_R // BLOCK_N, tl.program_id(0) * BLOCK_N + r_R % BLOCK_N
-        is_R = (slot_R < S) & (column_R < E)
-        expert_R = tl.load(experts_ptr + row * S + slot_R, mask=is_R, other=0, cache_modifier=".cg").to(tl.int64)
-        at_R1 = (expert_R * stride_wx + column_R.to(tl.int64) * stride_wn)[:, None]
-        w_ptr_RB = weight_ptr + at_R1 + tl.arange(0, BYTES)[None, :]
-        scale_ptr_RG = scale_ptr + at_R1 // 16 + tl.arange(0, BYTES // 16)[None, :]
-        h_ptr_SK = h_ptr + ((row * S + s_S) * WIDTH)[:, None] + k_K[None, :]
-        acc_SNB = tl.zeros((SLOTS, BLOCK_N, BYTES), dtype=tl.float32)
-        wait_for_previous(DEPENDENT)
-        let_next_start(DEPENDENT)
-        for begin in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
-            at = begin // 2
-            low_RB, high_RB = _unpacked(
-                w_ptr_RB + at, scale_ptr_RG + at // 16, is_R[:, None], WIDTH // 2 - at, SLOTS * BLOCK_N, BYTES
-            )
-            is_K = begin + k_K < WIDTH
-            h_SK = tl.load(h_ptr_SK + begin, mask=is_S[:, None] & is_K[None, :], other=0.0).to(tl.float32)
-            low_SB, high_SB = tl.split(tl.reshape(h_SK, (SLOTS, BYTES, 2)))
-            acc_SNB += tl.reshape(low_RB, (SLOTS, BLOCK_N, BYTES)) * low_SB[:, None, :]
-            acc_SNB += tl.reshape(high_RB, (SLOTS, BLOCK_N, BYTES)) * high_SB[:, None, :]
-        part_SN = tl.sum(acc_SNB, 2).to(dtype)
-    else:
-        at_SNK = (n_N[:, None] * stride_wn + k_K[None, :] * stride_wk)[None, :, :]
-        w_ptr_SNK = weight_ptr + (expert_S * stride_wx)[:, None, None] + at_SNK
-        w_SNK = tl.load(w_ptr_SNK, mask=is_SN1 & (k_K < WIDTH)[None, None, :], other=0.0)  # nor do weights
-        wait_for_previous(DEPENDENT)
-        let_next_start(DEPENDENT)
-        h_ptr_SK = h_ptr + ((row * S + s_S) * WIDTH)[:, None] + k_K[None, :]
-        h_SK = tl.load(h_ptr_SK, mask=is_S[:, None] & (k_K < WIDTH)[None, :], other=0.0)
-        acc_SNK = w_SNK.to(tl.float32) * h_SK.to(tl.float32)[:, None, :]
-        for begin in tl.range(BLOCK_K, WIDTH, BLOCK_K, num_stages=STAGES):
-            is_K = begin + k_K < WIDTH
-            w_SNK = tl.load(w_ptr_SNK + begin * stride_wk, mask=is_SN1 & is_K[None, None, :], other=0.0)
-            h_SK = tl.load(h_ptr_SK + begin, mask=is_S[:, None] & is_K[None, :], other=0.0)
-            acc_SNK += w_SNK.to(tl.float32) * h_SK.to(tl.float32)[:, None, :]
-        part_SN = tl.sum(acc_SNK, 2).to(dtype)
-    if WITH_BIAS:
-        bias_ptr_SN = bias_ptr + (expert_S * stride_b)[:, None] + n_N[None, :]
-        bias_SN = tl.load(bias_ptr_SN, mask=is_S[:, None] & is_N[None, :], other=0.0)
-        part_SN = (part_SN.to(tl.float32) + bias_SN.to(tl.float32)).to(dtype)
-    weight_S = tl.load(weights_ptr + row * S + s_S, mask=is_S, other=0.0).to(tl.float32)
-    out_N = tl.sum(part_SN.to(tl.float32) * weight_S[:, None], 0)
-    tl.store(out_ptr + row * stride_o + n_N, out_N.to(dtype), mask=is_N)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
@@ -412,8 +177,8 @@ def _group_product_kernel(  # type: ignore[no-untyped-def]
     x_ptr, pairs_ptr, tile_experts_ptr, num_tiles_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_pairs,
     stride_x, stride_wx, stride_wn, stride_wk, stride_b, SHARED_BY: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr, GELU: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, PACKED: tl.constexpr, WITH_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DEPENDENT: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HALVES: tl.constexpr, PACKED: tl.constexpr, WITH_ASM: tl.constexpr, WITH_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[pair, n] = sum_k x[pair // SHARED_BY, k] w[expert, n, k] (+ bias); with GATED act(gate) (up + offset) of such.
 
@@ -437,7 +202,7 @@ def _group_product_kernel(  # type: ignore[no-untyped-def]
     pair_M = tl.load(pairs_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
     is_M = pair_M < num_pairs
     if GATED:
-        column_N, is_N = _gate_up_columns(column_tile * BLOCK_O, N, BLOCK_O, INTERLEAVED, HALVES)
+        column_N, is_N = gate_up_columns(column_tile * BLOCK_O, N, BLOCK_O, INTERLEAVED, HALVES)
     else:
         column_N = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         is_N = column_N < N
@@ -451,7 +216,9 @@ def _group_product_kernel(  # type: ignore[no-untyped-def]
         scale_ptr_NG = scale_ptr + at_N1 // 16 + tl.arange(0, BYTES // 16)[None, :]
         for begin in range(0, K, BLOCK_K):
             at = begin // 2
-            low_NB, high_NB = _unpacked(w_ptr_NB + at, scale_ptr_NG + at // 16, is_N[:, None], K // 2 - at, BLOCK_N, BYTES)
+            low_NB, high_NB = unpacked(
+                w_ptr_NB + at, scale_ptr_NG + at // 16, is_N[:, None], K // 2 - at, BLOCK_N, BYTES, WITH_ASM
+            )
             w_NK = tl.reshape(tl.join(low_NB.to(dtype), high_NB.to(dtype)), (BLOCK_N, BLOCK_K))
             x_MK = tl.load(x_ptr_MK + begin, mask=is_M[:, None] & (begin + k_K < K)[None, :], other=0.0)
             acc_MN = tl.dot(x_MK, tl.trans(w_NK), acc_MN, input_precision="ieee")
@@ -475,29 +242,12 @@ def _group_product_kernel(  # type: ignore[no-untyped-def]
             gate_MO, up_MO = tl.split(tl.permute(tl.reshape(out_MN, (BLOCK_M, 2, BLOCK_O)), (0, 2, 1)))
         else:
             gate_MO, up_MO = tl.split(tl.reshape(out_MN, (BLOCK_M, BLOCK_O, 2)))
-        out_MO = _gated(gate_MO, up_MO, ALPHA, LIMIT, UP_OFFSET, GELU)
+        out_MO = gate_and_up(gate_MO, up_MO, ALPHA, LIMIT, UP_OFFSET, GELU)
     else:
         out_MO = out_MN
     o_O = column_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     out_ptr_MO = out_ptr + pair_M.to(tl.int64)[:, None] * N + o_O[None, :]
     tl.store(out_ptr_MO, out_MO, mask=is_M[:, None] & (o_O < N)[None, :])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _combine_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr, weights_ptr, out_ptr, stride_o, S: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr
-):  # fmt: skip
-    """out[row, e] = sum_s weights[row, s] parts[row, s, e]."""
-    row = tl.program_id(0).to(tl.int64)
-    e_E = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    is_E = e_E < E
-    out_E = tl.zeros((TILE,), tl.float32)
-    wait_for_previous(DEPENDENT)
-    let_next_start(DEPENDENT)
-    for s in tl.static_range(S):
-        part_E = tl.load(parts_ptr + (row * S + s) * E + e_E, mask=is_E, other=0.0)
-        out_E += tl.load(weights_ptr + row * S + s).to(tl.float32) * part_E.to(tl.float32)
-    tl.store(out_ptr + row * stride_o + e_E, out_E.to(out_ptr.dtype.element_ty), mask=is_E)
 
 
 def mix_experts(
@@ -513,43 +263,6 @@ def mix_experts(
         mix = mix_pairs if uses_pairs(len(x_TE)) else mix_groups
         mix(x_TE[some], experts_TS[some], weights_TS[some], weights, out_TE[some])
     return out_TE
-
-
-def mix_pairs(
-    x_TE: torch.Tensor,
-    experts_TS: torch.Tensor,
-    weights_TS: torch.Tensor,
-    weights: ExpertWeights,
-    out_TE: torch.Tensor,
-    *,
-    gate_up: PairConfig | None = None,
-    down: PairConfig | None = None,
-) -> None:
-    """`mix_experts` of few rows, into `out_TE`."""
-    num_rows, top_k = experts_TS.shape
-    hidden, width = weights.hidden_size, weights.intermediate_size
-    dependent = has_dependent_launch(x_TE.device)
-    gate_up = gate_up or gate_up_config(weights)
-    down = down or down_config(weights, top_k)
-    weight, bias = weights.gate_up_XNE, weights.gate_up_bias_XN
-    numbers, scales = _parts(weight)
-    h_PI = x_TE.new_empty((num_rows * top_k, width))
-    _pair_gate_up_kernel[(triton.cdiv(width, gate_up.block_n), num_rows * top_k)](
-        x_TE, experts_TS, numbers, scales, numbers if bias is None else bias, h_PI, x_TE.stride(0), *weight.stride(),
-        0 if bias is None else bias.stride(0),
-        S=top_k, E=hidden, WIDTH=width, **_gate_constants(weights.gate, weight), WITH_BIAS=bias is not None,
-        BLOCK_I=gate_up.block_n, BLOCK_K=gate_up.block_k, STAGES=gate_up.num_stages, DEPENDENT=dependent,
-        num_warps=gate_up.num_warps, launch_pdl=dependent,
-    )  # fmt: skip
-    weight, bias = weights.down_XEI, weights.down_bias_XE
-    numbers, scales = _parts(weight)
-    _pair_down_kernel[(triton.cdiv(hidden, down.block_n), num_rows)](
-        h_PI, experts_TS, weights_TS, numbers, scales, numbers if bias is None else bias, out_TE, *weight.stride(),
-        0 if bias is None else bias.stride(0), out_TE.stride(0),
-        S=top_k, E=hidden, WIDTH=width, SLOTS=triton.next_power_of_2(top_k), PACKED=weights.is_packed,
-        WITH_BIAS=bias is not None, BLOCK_N=down.block_n, BLOCK_K=down.block_k, STAGES=down.num_stages, DEPENDENT=dependent,
-        num_warps=down.num_warps, launch_pdl=dependent,
-    )  # fmt: skip
 
 
 def mix_groups(
@@ -575,11 +288,7 @@ def mix_groups(
     _product(x_TE, top_k, groups, weights.gate_up_XNE, weights.gate_up_bias_XN, weights.gate, h_PI, gate_up)
     parts_PE = x_TE.new_empty((num_pairs, hidden))
     _product(h_PI, 1, groups, weights.down_XEI, weights.down_bias_XE, None, parts_PE, down)
-    dependent = has_dependent_launch(x_TE.device)
-    tile = min(_COMBINED, triton.next_power_of_2(hidden))
-    _combine_kernel[(num_rows, triton.cdiv(hidden, tile))](
-        parts_PE, weights_TS, out_TE, out_TE.stride(0), S=top_k, E=hidden, TILE=tile, DEPENDENT=dependent, launch_pdl=dependent,
-    )  # fmt: skip
+    combine(parts_PE.unsqueeze(0), experts_TS, weights_TS, None, out_TE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -650,7 +359,7 @@ def _product(
 ) -> None:
     """Rows of `x` are those of `shared_by` pairs each, rows of `out` those of one."""
     num_pairs, columns = out.shape
-    numbers, scales = _parts(weight_XNK)
+    numbers, scales = parts_of(weight_XNK)
     dependent = has_dependent_launch(x.device)
     column_tiles = triton.cdiv(columns, config.block_n // (1 if gate is None else 2))
     # whole groups of tiles: where in its group a program is follows from its number alone
@@ -659,30 +368,7 @@ def _product(
         x, groups.pairs_tM, groups.tile_experts_t, groups.num_tiles_1, numbers, scales, numbers if bias_XN is None else bias_XN,
         out, num_pairs, x.stride(0), *weight_XNK.stride(), 0 if bias_XN is None else bias_XN.stride(0),
         SHARED_BY=shared_by, N=columns, K=weight_XNK.shape[2], GATED=gate is not None,
-        **_gate_constants(gate or Gate(), weight_XNK), WITH_BIAS=bias_XN is not None,
+        **gate_constants(gate or Gate(), weight_XNK), WITH_BIAS=bias_XN is not None,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m, DEPENDENT=dependent,
         num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent,
     )  # fmt: skip
-
-
-def _parts(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers and scales; of plain weights twice the same."""
-    return (weight, weight) if isinstance(weight, torch.Tensor) else (weight.blocks_XNGB, weight.scales_XNG)
-
-
-def _gate_constants(gate: Gate, weight_XNE: torch.Tensor | Packed) -> dict[str, object]:
-    return {
-        "PACKED": isinstance(weight_XNE, Packed),
-        "ALPHA": gate.alpha,
-        "LIMIT": gate.limit,
-        "UP_OFFSET": gate.up_offset,
-        "GELU": gate.activation == "gelu_tanh",
-        "INTERLEAVED": gate.interleaved,
-        # side by side in memory lie features of one part, so that they must in a tile
-        "HALVES": _is_transposed(weight_XNE) and not gate.interleaved,
-    }
-
-
-def _is_transposed(weight_XNK: torch.Tensor | Packed) -> bool:
-    """Whether columns of the product lie side by side in memory, not what it sums over."""
-    return weight_XNK.stride()[2] != 1

@@ -1,8 +1,13 @@
 """Programmatic dependent launch (Hopper and later): a kernel starts while the one before it ends, and waits where it must.
 
 A kernel launched so calls `wait_for_previous` before it reads what kernels before it wrote, and before it writes anything.
-What no kernel writes (weights, and tables that a copy brought before the first of them) may be read earlier. Source: CUDA C++
-Programming Guide, "Programmatic Dependent Launch and Synchronization".
+What no kernel writes (weights, and tables that a copy brought before the first of them) may be read earlier.
+
+`let_next_start` comes behind that wait: then all that kernels before it wrote is there for the next from its start, but what
+this one writes. Kernels of few programs, which take little more than their start, call it before: the next is there when they
+end. One H200, steps of one row: 4.151 -> 4.112 ms of the 8B shape, 2.509 -> 2.426 of Qwen3-30B-A3B's.
+
+Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
 
 import functools
@@ -43,6 +48,6 @@ def wait_for_previous(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def let_next_start(DEPENDENT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The next kernel may start once all programs have come here: worth it where that one has something to do early."""
+    """The next kernel may start once all programs have come here, or ended."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()

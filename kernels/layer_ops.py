@@ -5,9 +5,10 @@
     rotate_and_store  out = x cos + rotate_half(x) sin for q and k; k and v go to their slots
     gated             activation(gate) * up
     linear            x W^T (+ bias), and its sum into a residual; of weights of 8 bits `kernels.products`
+    gated_product     activation(x Wg^T) * (x Wu^T)
 
 Formulas and rounding are those of transformers' Llama, or of Gemma where that differs. With one row a product takes the time to
-read its weights, so it has a kernel of its own, which the activation before and the sum after ride along with.
+read its weights, so it has a kernel of its own, which the sum or the activation after it rides along with.
 
 Shape suffixes: T rows, E features in, N features out, I intermediate size, D head dim, R <= D rotated dims, B blocks, P block
 size, K KV heads.
@@ -146,8 +147,7 @@ def gated(gate_up_T2I: torch.Tensor, activation: str = "silu", *, backend: str) 
     """
     if gate_up_T2I.shape[1] % 2:
         raise ValueError(f"gate and up must be of one width, together {gate_up_T2I.shape[1]}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check_activation(activation)
     match backend:
         case "torch":
             gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
@@ -178,19 +178,37 @@ def linear(
     return out_TN if residual_TN is None else residual_TN.add_(out_TN)
 
 
-def gate_up(h_TE: torch.Tensor, gate_up_2IE: torch.Tensor, dims: range, *, backend: str) -> torch.Tensor:
-    """Gate and up `[T, 2 J]` of J of the dims between gate and down, new: what `gated` takes. Weights aren't copied.
+def gated_product(
+    h_TE: torch.Tensor, gate_up_2IE: Matrix, activation: str = "silu", dims: range | None = None, *, backend: str
+) -> torch.Tensor:
+    """`gated(linear(h, gate_up))` `[T, J]` of J of the dims between gate and down (by default all), new. Weights aren't copied.
 
-    Raises ValueError for dims that aren't there.
+    In one kernel where there is one row.
+
+    Raises:
+        ValueError: dims that aren't there, or not all of weights of 8 bits; an unknown activation or backend.
     """
-    inner = len(gate_up_2IE) // 2
+    _check_activation(activation)
+    inner = gate_up_2IE.shape[0] // 2
+    dims = range(inner) if dims is None else dims
     if not 0 <= dims.start <= dims.stop <= inner:
         raise ValueError(f"dims {dims.start} to {dims.stop} of {inner}")
+    if isinstance(gate_up_2IE, Quantised) and len(dims) < inner:
+        raise ValueError("weights of 8 bits have no parts")
     if len(dims) and uses_gemv(len(h_TE), gate_up_2IE, backend):
-        from kernels import layer_ops_triton
+        from kernels import layer_ops_triton, products_triton
 
-        both_NE = gate_up_2IE[dims.start : inner + dims.stop]
-        return layer_ops_triton.gemv(h_TE, both_NE, None, None, skip=range(len(dims), inner))
+        if isinstance(gate_up_2IE, Quantised):
+            return products_triton.gemv(h_TE, gate_up_2IE, None, None, activation=activation)
+        return layer_ops_triton.gemv(h_TE, gate_up_2IE, None, None, activation=activation, dims=dims)
+    return gated(_gate_up(h_TE, gate_up_2IE, dims, backend), activation, backend=backend)
+
+
+def _gate_up(h_TE: torch.Tensor, gate_up_2IE: Matrix, dims: range, backend: str) -> torch.Tensor:
+    """`[T, 2 J]`, what `gated` takes."""
+    inner = gate_up_2IE.shape[0] // 2
+    if isinstance(gate_up_2IE, Quantised) or len(dims) == inner:
+        return linear(h_TE, gate_up_2IE, backend=backend)
     parts_2JE = gate_up_2IE.view(2, inner, -1)[:, dims.start : dims.stop]
     if not h_TE.is_cuda:  # of 16 bits a product of several matrices would copy them
         return torch.cat([functional.linear(h_TE, part_JE) for part_JE in parts_2JE], -1)
@@ -199,24 +217,9 @@ def gate_up(h_TE: torch.Tensor, gate_up_2IE: torch.Tensor, dims: range, *, backe
     return out_T2J.flatten(1)
 
 
-def gated_linear(
-    gate_up_T2I: torch.Tensor,
-    weight_EI: Matrix,
-    activation: str = "silu",
-    *,
-    residual_TE: torch.Tensor | None = None,
-    backend: str,
-) -> torch.Tensor:
-    """`linear(gated(gate_up))`, new or added to a residual.
-
-    In one kernel where there is one row of plain weights. Of 8 bits it would take longer, as each of its programs computes the
-    activation: the 8B shape's step on an H200 2.893 ms instead of 2.632.
-    """
-    if not isinstance(weight_EI, Quantised) and uses_gemv(gate_up_T2I.shape[0], weight_EI, backend):
-        from kernels import layer_ops_triton
-
-        return layer_ops_triton.gemv(gate_up_T2I, weight_EI, None, residual_TE, activation=activation)
-    return linear(gated(gate_up_T2I, activation, backend=backend), weight_EI, residual_TN=residual_TE, backend=backend)
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def _check_rows(x_TE: torch.Tensor, weight_E: torch.Tensor) -> None:

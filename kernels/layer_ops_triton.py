@@ -1,8 +1,8 @@
 """Triton versions of `kernels.layer_ops`, called by them after validation.
 
 The product of one row (GEMV): a program takes BLOCK_N rows of W and walks along E, the products summed in fp32 in registers.
-The activation before it and the sum after it ride along. (A norm before it, computed anew by every program, was tried: a step
-took 4.08 ms instead of 3.97 with a kernel of its own.)
+The sum after it rides along, and that of gate and up with what they make together. (A norm before it, computed anew by every
+program, was tried: a step took 4.08 ms instead of 3.97 with a kernel of its own.)
 
 Shape suffixes: T rows, E features in, N features out, I intermediate size, D head dim, R rotated dims, B blocks, P block
 size, K KV heads; in kernels, tiles of them.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels import fp8_triton
-from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
 from kernels.layer_ops import Norm
 
 _ROTATED_HEADS = 8
@@ -60,8 +60,8 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     weight_E = tl.load(weight_ptr + at_E, mask=is_E, other=0.0)
     if WITH_FIRST:
         first_E = tl.load(first_ptr + at_E, mask=is_E, other=0.0)
-    wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     x_E = tl.load(x_ptr + row * stride_x + at_E, mask=is_E, other=0.0)
     if WITH_FIRST:
         x_E = _normed(x_E, first_E, first_eps, E, FIRST_FROM_ONE)
@@ -114,8 +114,8 @@ def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     is_HD = (head_H < H + 2 * K)[:, None] & (d_D < D)[None, :]
     is_turned_HD = is_HD & is_turned_D[None, :] & (head_H < H + K)[:, None]
     x_ptr_H1 = qkv_ptr + row * stride_t + head_H[:, None] * D
-    wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     x_HD = tl.load(x_ptr_H1 + d_D[None, :], mask=is_HD, other=0.0)
     other_HD = tl.load(x_ptr_H1 + partner_D[None, :], mask=is_turned_HD, other=0.0).to(tl.float32)
     full_HD = x_HD.to(tl.float32)
@@ -226,8 +226,8 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at_I = tl.program_id(1) * TILE + tl.arange(0, TILE)
     is_I = at_I < WIDTH
-    wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     gate_I = tl.load(gate_up_ptr + row * stride_g + at_I, mask=is_I, other=0.0)
     up_I = tl.load(gate_up_ptr + row * stride_g + WIDTH + at_I, mask=is_I, other=0.0)
     tl.store(out_ptr + row * stride_o + at_I, activated(gate_I, up_I, ACTIVATION), mask=is_I)
@@ -237,7 +237,7 @@ def gated(gate_up_T2I: torch.Tensor, activation: str) -> torch.Tensor:
     """See `kernels.layer_ops.gated`."""
     num_rows, width = gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2
     out_TI = gate_up_T2I.new_empty((num_rows, width))
-    if num_rows:
+    if num_rows and width:
         tile = min(2048, triton.next_power_of_2(width))
         dependent = has_dependent_launch(gate_up_T2I.device)
         _gated_kernel[(num_rows, triton.cdiv(width, tile))](
@@ -248,69 +248,96 @@ def gated(gate_up_T2I: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def add_tile(  # type: ignore[no-untyped-def]
-    acc_NE, w_NE, x_ptr_E, is_E, begin, E: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr
-):  # fmt: skip
-    """acc[n, e] += w[n, e] f(x)[e] for features [begin, begin + BLOCK_E), of which only some are there unless WHOLE."""
+def add_tile(acc_NE, w_NE, x_ptr_E, is_E, begin, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc[n, e] += w[n, e] x[e] for features [begin, begin + BLOCK_E), of which only some are there unless WHOLE."""
     if WHOLE:
         x_E = tl.load(x_ptr_E + begin)
     else:
         x_E = tl.load(x_ptr_E + begin, mask=is_E, other=0.0)
-    if ACTIVATION is not None:
-        if WHOLE:
-            up_E = tl.load(x_ptr_E + E + begin)
-        else:
-            up_E = tl.load(x_ptr_E + E + begin, mask=is_E, other=0.0)
-        x_E = activated(x_E, up_E, ACTIVATION)
     return acc_NE + w_NE.to(tl.float32) * x_E.to(tl.float32)[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def rows_of(N, up_row, BLOCK_N: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which rows of a weight a program multiplies, and whether there are such: those of N features out; if GATED of gates, each
+    before that of what it gates, which is `up_row` rows behind."""
+    at_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GATED:
+        feature_N = at_N // 2
+        row_N = feature_N + at_N % 2 * up_row
+    else:
+        feature_N = at_N
+        row_N = at_N
+    return row_N.to(tl.int64), feature_N < N
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_sums(  # type: ignore[no-untyped-def]
+    out_ptr, sum_N, residual_N, N, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr, WITH_RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """What the rows of `rows_of` came to, added to a residual if there is one; with an activation `activated(gate, up)`."""
+    out_N = sum_N.to(out_ptr.dtype.element_ty)
+    if ACTIVATION is not None:
+        gate_I, up_I = tl.split(tl.reshape(out_N, (BLOCK_N // 2, 2)))
+        i_I = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        tl.store(out_ptr + i_I, activated(gate_I, up_I, ACTIVATION), mask=i_I < N)
+    else:
+        n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        if WITH_RESIDUAL:
+            out_N = (out_N.to(tl.float32) + residual_N.to(tl.float32)).to(out_N.dtype)
+        tl.store(out_ptr + n_N, out_N, mask=n_N < N)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _gemv_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N, first, skipped,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N, up_row,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, WITH_BIAS: tl.constexpr,
     WITH_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum_e f(x)[e] w[n, e] (+ bias[n]), added to the residual if there is one; f(x) is activation(gate) up, or x.
-
-    Behind the `first` rows of w lie `skipped` ones that aren't multiplied.
-    """
+    """out[n] = sum_e x[e] w[n, e] (+ bias[n]), added to the residual if there is one; or, with an activation, what it makes of
+    that for gate and up."""
     LAST: tl.constexpr = E // BLOCK_E * BLOCK_E
-    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_N = n_N < N
+    row_N, is_N = rows_of(N, up_row, BLOCK_N, ACTIVATION is not None)
     e_E = tl.arange(0, BLOCK_E)
     x_ptr_E = x_ptr + e_E
-    place_N = (n_N + tl.where(n_N < first, 0, skipped)).to(tl.int64)
-    w_ptr_NE = weight_ptr + place_N[:, None] * stride_w + e_E[None, :]
-    w_NE = tl.load(w_ptr_NE, mask=is_N[:, None], other=0.0)  # weights don't wait for the kernel before
+    w_ptr_NE = weight_ptr + row_N[:, None] * stride_w + e_E[None, :]
+    # weights don't wait for the kernel before
+    if LAST > 0:
+        w_NE = tl.load(w_ptr_NE, mask=is_N[:, None], other=0.0)
+    else:
+        w_NE = tl.load(w_ptr_NE, mask=is_N[:, None] & (e_E < E)[None, :], other=0.0)
+    bias_N = tl.load(bias_ptr + row_N, mask=is_N, other=0.0).to(tl.float32) if WITH_BIAS else 0.0
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
-    acc_NE = add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, e_E < E, 0, E, ACTIVATION, True)
+    residual_N = tl.load(residual_ptr + row_N, mask=is_N, other=0.0) if WITH_RESIDUAL else 0.0
+    acc_NE = add_tile(tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32), w_NE, x_ptr_E, e_E < E, 0, LAST > 0)
     for begin in tl.range(BLOCK_E, LAST, BLOCK_E, num_stages=STAGES):
         w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
-        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, E, ACTIVATION, True)
-    if LAST < E:
+        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, True)
+    if LAST > 0 and LAST < E:
         is_E = e_E < E - LAST
         w_NE = tl.load(w_ptr_NE + LAST, mask=is_N[:, None] & is_E[None, :], other=0.0)
-        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, E, ACTIVATION, False)
-    sum_N = tl.sum(acc_NE, 1)
-    if WITH_BIAS:
-        sum_N += tl.load(bias_ptr + n_N, mask=is_N, other=0.0).to(tl.float32)
-    out_N = sum_N.to(out_ptr.dtype.element_ty)
-    if WITH_RESIDUAL:
-        residual_N = tl.load(residual_ptr + n_N, mask=is_N, other=0.0)
-        out_N = (out_N.to(tl.float32) + residual_N.to(tl.float32)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + n_N, out_N, mask=is_N)
+        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, False)
+    sum_N = tl.sum(acc_NE, 1) + bias_N
+    store_sums(out_ptr, sum_N, residual_N, N, BLOCK_N, ACTIVATION, WITH_RESIDUAL)
 
 
-def gemv_config() -> GemvConfig:
-    """How a product is cut.
+def gemv_config(num_rows: int, num_in: int, device: torch.device) -> GemvConfig:
+    """How a product with so many rows of a weight is cut.
 
-    One H200, bf16, all products of the 8B shape, with dependent launch: 3.66 ms (torch 3.88); blocks of 4 x 1024 3.65, 4 x 2048
-    3.64, 16 x 1024 3.88, 8 x 512 4.01; without dependent launch 3.77. In a step with norms, rotary and activation 4.08, 4.30,
-    4.24, 5.11 and 4.38; without 4.23.
+    One H200, bf16, with a norm before each, us by rows of the weight x features in, for blocks of 8 x 1024 (two stages) and as
+    here: 2,048 x 4,096 8.5 and 6.1, 128 x 2,048 2.5 and 2.0, 32 x 2,880 3.1 and 2.3 (2 x 2048); 6,144 x 4,096 16.2 and 14.8,
+    4,096 x 4,096 11.1 and 10.6, 28,672 x 4,096 56.5 and 55.3 (4 x 1024); 8,192 x 5,376 26.9 and 23.4, 43,008 x 5,376 112 and
+    106, 5,376 x 21,504 71.9 and 59.6, 8,192 x 28,672 125 and 109 (4 x 2048); 5,120 x 2,880 10.3 and 9.7 (8 x 512). For
+    5,120 x 2,048 and 4,096 x 14,336, 7.4 and 30.0, all others take longer.
     """
-    return GemvConfig(block_n=8, block_e=1024, num_warps=4, num_stages=2)
+    if num_rows < 20 * num_processors(device):
+        return GemvConfig(block_n=2, block_e=2048, num_warps=4, num_stages=1)
+    if num_in == 4096:
+        return GemvConfig(block_n=4, block_e=1024, num_warps=4, num_stages=4)
+    if num_in > 4096 and num_rows > 4096:
+        return GemvConfig(block_n=4, block_e=2048, num_warps=4, num_stages=1)
+    return GemvConfig(block_n=8, block_e=1024 if num_in % 1024 == 0 else 512, num_warps=4, num_stages=2)
 
 
 def gemv(
@@ -320,18 +347,21 @@ def gemv(
     residual_1N: torch.Tensor | None,
     *,
     activation: str | None = None,
-    skip: range = range(0),
+    dims: range | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
-    """See `kernels.layer_ops.linear`; with an activation `gated_linear` (x is then `[1, 2 E]`). `skip`: weights' rows that are
-    left out."""
-    num_out, num_in = weight_NE.shape[0] - len(skip), weight_NE.shape[1]
-    config = config or gemv_config()
+    """See `kernels.layer_ops.linear`; with an activation `gated_product`, of `dims`, with no bias or residual."""
+    num_out, up_row = weight_NE.shape[0], 0
+    if activation is not None:
+        up_row = num_out // 2
+        dims = range(up_row) if dims is None else dims
+        weight_NE, num_out = weight_NE[dims.start :], len(dims)
+    num_rows, num_in = num_out if activation is None else 2 * num_out, weight_NE.shape[1]
+    config = config or gemv_config(num_rows, num_in, x_1E.device)
     dependent = has_dependent_launch(x_1E.device)
     out_1N = x_1E.new_empty((1, num_out)) if residual_1N is None else residual_1N
-    _gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
-        x_1E, weight_NE, x_1E if bias_N is None else bias_N, out_1N, out_1N, weight_NE.stride(0), num_out,
-        skip.start if skip else num_out, len(skip),
+    _gemv_kernel[(triton.cdiv(num_rows, config.block_n),)](
+        x_1E, weight_NE, x_1E if bias_N is None else bias_N, out_1N, out_1N, weight_NE.stride(0), num_out, up_row,
         E=num_in, BLOCK_N=config.block_n, BLOCK_E=config.block_e, ACTIVATION=activation, WITH_BIAS=bias_N is not None,
         WITH_RESIDUAL=residual_1N is not None, STAGES=config.num_stages, DEPENDENT=dependent, num_warps=config.num_warps,
         launch_pdl=dependent,

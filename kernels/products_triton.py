@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
-from kernels.layer_ops_triton import GemvConfig, add_tile
+from kernels.layer_ops_triton import GemvConfig, add_tile, rows_of, store_sums
 from kernels.products import Quantised
 
 
@@ -95,55 +95,53 @@ def _scaled(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gemv_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N, up_row,
     E: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    WITH_BIAS: tl.constexpr, WITH_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    ACTIVATION: tl.constexpr, WITH_BIAS: tl.constexpr, WITH_RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum_e x[e] q[n, e] scale[n, e // GROUP] (+ bias[n]), added to the residual if there is one."""
+    """out[n] = sum_e x[e] q[n, e] scale[n, e // GROUP] (+ bias[n]), added to the residual if there is one; or, with an
+    activation, what it makes of that for gate and up."""
     LAST: tl.constexpr = E // BLOCK_E * BLOCK_E
-    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_N = n_N < N
+    row_N, is_N = rows_of(N, up_row, BLOCK_N, ACTIVATION is not None)
     e_E = tl.arange(0, BLOCK_E)
     x_ptr_E = x_ptr + e_E
-    w_ptr_NE = weight_ptr + n_N.to(tl.int64)[:, None] * stride_w + e_E[None, :]
-    scale_ptr_N = scale_ptr + n_N.to(tl.int64) * GROUPS
+    w_ptr_NE = weight_ptr + row_N[:, None] * stride_w + e_E[None, :]
+    scale_ptr_N = scale_ptr + row_N * GROUPS
     # weights don't wait for the kernel before
     w_NE = tl.load(w_ptr_NE, mask=is_N[:, None] & (e_E < E)[None, :], other=0.0)
+    scale_N = tl.load(scale_ptr_N, mask=is_N, other=0.0) if GROUPS == 1 else 1.0
+    bias_N = tl.load(bias_ptr + row_N, mask=is_N, other=0.0).to(tl.float32) if WITH_BIAS else 0.0
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
+    residual_N = tl.load(residual_ptr + row_N, mask=is_N, other=0.0) if WITH_RESIDUAL else 0.0
     acc_NE = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
     w_NE = _scaled(w_NE, scale_ptr_N, is_N, 0, GROUPS, GROUP, BLOCK_N, BLOCK_E)
-    acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, 0, E, None, E >= BLOCK_E)
+    acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, 0, LAST > 0)
     for begin in tl.range(BLOCK_E, LAST, BLOCK_E, num_stages=STAGES):
         w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
         w_NE = _scaled(w_NE, scale_ptr_N, is_N, begin, GROUPS, GROUP, BLOCK_N, BLOCK_E)
-        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, E, None, True)
+        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, True)
     if LAST > 0 and LAST < E:
         is_E = e_E < E - LAST
         w_NE = tl.load(w_ptr_NE + LAST, mask=is_N[:, None] & is_E[None, :], other=0.0)
         w_NE = _scaled(w_NE, scale_ptr_N, is_N, LAST, GROUPS, GROUP, BLOCK_N, BLOCK_E)
-        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, E, None, False)
-    sum_N = tl.sum(acc_NE, 1)
-    if GROUPS == 1:
-        sum_N *= tl.load(scale_ptr_N, mask=is_N, other=0.0)
-    if WITH_BIAS:
-        sum_N += tl.load(bias_ptr + n_N, mask=is_N, other=0.0).to(tl.float32)
-    out_N = sum_N.to(out_ptr.dtype.element_ty)
-    if WITH_RESIDUAL:
-        residual_N = tl.load(residual_ptr + n_N, mask=is_N, other=0.0)
-        out_N = (out_N.to(tl.float32) + residual_N.to(tl.float32)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + n_N, out_N, mask=is_N)
+        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, False)
+    sum_N = tl.sum(acc_NE, 1) * scale_N + bias_N
+    store_sums(out_ptr, sum_N, residual_N, N, BLOCK_N, ACTIVATION, WITH_RESIDUAL)
 
 
 def gemv_config(matrix: Quantised) -> GemvConfig:
     """How a product of one row is cut.
 
-    The 8B shape's decode step of one row on an H200, as a graph: 2.632 ms; blocks of 4 x 1024, 4 x 2048, 16 x 1024 and, of 8
-    warps, 8 x 2048 2.955 to 3.295; two stages 2.939. With e4m3 converted by its bits, which the largest product alone gains 5 %
-    by, 2.640 at best (8 x 512, two warps).
+    One H200, e4m3, with a norm before each, us for four warps and for two: 6,144 x 4,096 9.85 and 9.44, 28,672 x 4,096 32.7
+    and 31.2, 4,096 x 4,096 6.9 and 8.8, 4,096 x 14,336 18.1 and 21.6. Blocks of 4 x 1024, 4 x 2048, 8 x 512, 8 x 2048 and
+    16 x 512, two and six stages are slower in one of them at least; so are weights that are converted by their bits (a step of
+    the 8B shape 2.640 ms instead of 2.632).
     """
-    block_e = min(1024, triton.next_power_of_2(matrix.shape[1]))
-    return GemvConfig(block_n=8, block_e=block_e, num_warps=4, num_stages=4)
+    num_out, num_in = matrix.shape
+    block_e = min(1024, triton.next_power_of_2(num_in))
+    return GemvConfig(block_n=8, block_e=block_e, num_warps=2 if num_out >= 6144 else 4, num_stages=4)
 
 
 def gemv(
@@ -152,18 +150,20 @@ def gemv(
     bias_N: torch.Tensor | None,
     residual_1N: torch.Tensor | None,
     *,
+    activation: str | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
-    """See `kernels.products.product`."""
-    num_out, num_in = matrix.shape
+    """See `kernels.products.product`; with an activation `kernels.layer_ops.gated_product`, with no bias or residual."""
+    num_rows, num_in = matrix.shape
+    num_out, up_row = (num_rows, 0) if activation is None else (num_rows // 2, num_rows // 2)
     config = config or gemv_config(matrix)
     dependent = has_dependent_launch(x_1E.device)
     out_1N = x_1E.new_empty((1, num_out)) if residual_1N is None else residual_1N
-    _gemv_kernel[(triton.cdiv(num_out, config.block_n),)](
+    _gemv_kernel[(triton.cdiv(num_rows, config.block_n),)](
         x_1E, matrix.weight_NE, matrix.scale_NG, x_1E if bias_N is None else bias_N, out_1N, out_1N,
-        matrix.weight_NE.stride(0), num_out,
+        matrix.weight_NE.stride(0), num_out, up_row,
         E=num_in, GROUPS=matrix.scale_NG.shape[1], GROUP=matrix.group, BLOCK_N=config.block_n, BLOCK_E=config.block_e,
-        WITH_BIAS=bias_N is not None, WITH_RESIDUAL=residual_1N is not None, STAGES=config.num_stages,
+        ACTIVATION=activation, WITH_BIAS=bias_N is not None, WITH_RESIDUAL=residual_1N is not None, STAGES=config.num_stages,
         DEPENDENT=dependent, num_warps=config.num_warps, launch_pdl=dependent,
     )  # fmt: skip
     return out_1N
@@ -234,8 +234,8 @@ def _add_parts_kernel(  # type: ignore[no-untyped-def]
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_N = n_N < N
     row_M = tl.program_id(1).to(tl.int64) + tl.zeros((1,), dtype=tl.int64)
-    wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     sum_MN = tl.zeros((1, BLOCK_N), dtype=tl.float32)
     for part in tl.static_range(PARTS):
         sum_MN += tl.load(parts_ptr + (part * num_rows + row_M)[:, None] * N + n_N[None, :], mask=is_N[None, :], other=0.0)

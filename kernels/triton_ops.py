@@ -132,8 +132,8 @@ def _sinks_kernel(  # type: ignore[no-untyped-def]
     is_head_H = head_H < H
     is_HD = is_head_H[:, None] & (dim_D < D)[None, :]
     sink_H = tl.load(sinks_ptr + head_H, mask=is_head_H, other=0.0).to(tl.float32)
-    wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     lse_H = tl.load(lse_ptr + row * stride_lt + head_H * stride_lh, mask=is_head_H, other=0.0)
     out_HD_ptr = out_ptr + row * stride_ot + head_H[:, None] * stride_oh + dim_D[None, :]
     out_HD = tl.load(out_HD_ptr, mask=is_HD, other=0.0)

@@ -23,17 +23,9 @@ import torch
 from _measure import Row, copy_bandwidth, graph_ms, matmul_tflops, show, write_json
 from triton.runtime.errors import OutOfResources
 
+from kernels.expert_pairs_triton import PairConfig, down_config, gate_up_config, mix_pairs, uses_pairs
 from kernels.experts import ExpertWeights, Gate, mix_experts, route
-from kernels.experts_triton import (
-    GroupConfig,
-    PairConfig,
-    down_config,
-    gate_up_config,
-    group_config,
-    mix_groups,
-    mix_pairs,
-    uses_pairs,
-)
+from kernels.experts_triton import GroupConfig, group_config, mix_groups
 
 ROWS = (1, 8, 64, 512, 8192)
 FEW_ROWS = 64

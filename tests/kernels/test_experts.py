@@ -105,6 +105,16 @@ def test_mixes(rows: int, gate: str, biased: bool, transposed: bool, dtype: torc
     assert torch.equal(got_TE, mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend))
 
 
+@pytest.mark.parametrize("width", [128, 129, 300, 520])
+@pytest.mark.parametrize("biased", [False, True])
+def test_down_of_transposed_weights_is_summed_in_parts(width: int, biased: bool) -> None:
+    """One to four of them, the last of which may be short."""
+    weights = make_weights((3, 72, width), GPT_OSS, torch.float16, transposed=True, biased=biased)
+    x_TE = torch.randn(2, 72, device=DEVICE).half()
+    experts_TS, weights_TS = make_routing(2, 3, 2)
+    near(mix_experts(x_TE, experts_TS, weights_TS, weights, backend="triton"), mix64(x_TE, experts_TS, weights_TS, weights))
+
+
 def make_packed(sizes: tuple[int, int, int], gate: Gate, dtype: torch.dtype) -> tuple[ExpertWeights, ExpertWeights]:
     """Of `(X, E, I)`, E and I whole blocks, with biases: packed, and as plain weights of the same values."""
     num_experts, hidden, width = sizes
@@ -343,12 +353,14 @@ def test_what_the_kernels_take_of_a_processor(tmp_path: Path) -> None:
         assert (taken["wgmma"] > 0) == (taken["block_m"] >= 64), product
 
 
-@pytest.mark.parametrize(("num_experts", "top_k", "most"), [(128, 8, 1600), (32, 4, 800), (8, 2, 4)])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "most", "transposed"), [(128, 8, 1600, False), (32, 4, 800, True), (8, 2, 4, False)]
+)
 def test_what_is_warmed_up_is_all_that_rows_compile(
-    num_experts: int, top_k: int, most: int, monkeypatch: pytest.MonkeyPatch
+    num_experts: int, top_k: int, most: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the constants that kernels are launched with: nothing may be compiled once an instance is ready."""
-    from kernels import experts_triton
+    from kernels import expert_pairs_triton, experts_triton
 
     launched: set[object] = set()
 
@@ -359,11 +371,14 @@ def test_what_is_warmed_up_is_all_that_rows_compile(
         def __getitem__(self, grid: object) -> Any:
             return lambda *_, **constants: launched.add((self._kernel, *constants.items()))
 
-    kernels = [name for name in vars(experts_triton) if name.startswith("_") and name.endswith("_kernel")]
-    assert len(kernels) >= 7
-    for name in kernels:
-        monkeypatch.setattr(experts_triton, name, Noted(name))
-    weights = make_weights((num_experts, 64, 32), Gate(), torch.float16, transposed=False, biased=False)
+    modules = (experts_triton, expert_pairs_triton)
+    kernels = [
+        (module, name) for module in modules for name in vars(module) if name.startswith("_") and name.endswith("_kernel")
+    ]
+    assert len(kernels) >= 8
+    for module, name in kernels:
+        monkeypatch.setattr(module, name, Noted(name))
+    weights = make_weights((num_experts, 64, 32), Gate(), torch.float16, transposed=transposed, biased=transposed)
 
     def mix(rows: int) -> None:
         experts_TS = torch.zeros((rows, top_k), dtype=torch.int32, device=DEVICE)

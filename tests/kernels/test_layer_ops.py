@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.layer_ops import ACTIVATIONS, Norm, add_rms_norm, gate_up, gated, gated_linear, linear, rms_norm, rotate_and_store
+from kernels.layer_ops import ACTIVATIONS, Norm, add_rms_norm, gated, gated_product, linear, rms_norm, rotate_and_store
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
@@ -75,12 +75,11 @@ def test_rotary_and_store(heads: tuple[int, int], dim: int, rotated: int, norms:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("rows", "width", "wide"), [(1, 1024, 2048), (1, 1472, 2880), (2, 1024, 2048), (7, 1024, 2048)])
-def test_products_and_what_rides_along(
-    rows: int, width: int, wide: int, activation: str, dtype: torch.dtype, backend: str
-) -> None:
-    out = 37
+@pytest.mark.parametrize(
+    ("rows", "width", "out"),
+    [(1, 1024, 37), (1, 1472, 37), (1, 2880, 37), (1, 1024, 131), (1, 1472, 131), (1, 4160, 131), (2, 1024, 37), (7, 1024, 37)],
+)
+def test_products_and_what_rides_along(rows: int, width: int, out: int, dtype: torch.dtype, backend: str) -> None:
     x = torch.randn(rows, width, device=DEVICE).to(dtype)
     weight = (torch.randn(out, width, device=DEVICE) / math.sqrt(width)).to(dtype)
     bias = torch.randn(out, device=DEVICE).to(dtype)
@@ -91,16 +90,18 @@ def test_products_and_what_rides_along(
     assert linear(x, weight, residual_TN=residual, backend=backend) is residual
     near(residual, want)
 
-    gate_up = torch.randn(rows, 2 * wide, device=DEVICE).to(dtype)
-    gate, up = gate_up.double().chunk(2, -1)
-    active = ACTIVATIONS[activation](gate) * up
-    near(gated(gate_up, activation, backend=backend), active)
-    down = (torch.randn(out, wide, device=DEVICE) / math.sqrt(wide)).to(dtype)
-    residual = torch.randn(rows, out, device=DEVICE).to(dtype)
-    want = residual.double() + active @ down.double().T
-    assert gated_linear(gate_up, down, activation, residual_TE=residual, backend=backend) is residual
-    near(residual, want)
-    near(gated_linear(gate_up, down, activation, backend=backend), active @ down.double().T)
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "width", "wide"), [(0, 96, 5), (1, 1024, 37), (1, 1472, 67), (1, 96, 37), (3, 1024, 37)])
+def test_gate_and_up(rows: int, width: int, wide: int, activation: str, dtype: torch.dtype, backend: str) -> None:
+    x = torch.randn(rows, width, device=DEVICE).to(dtype)
+    weight = (torch.randn(2 * wide, width, device=DEVICE) / math.sqrt(width)).to(dtype)
+    gate, up = (x.double() @ weight.double().T).chunk(2, -1)
+    want = ACTIVATIONS[activation](gate) * up
+    near(gated_product(x, weight, activation, backend=backend), want)
+    near(gated(torch.cat((gate, up), -1).to(dtype), activation, backend=backend), want)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -110,8 +111,10 @@ def test_products_and_what_rides_along(
 def test_gate_and_up_of_some_dims(dims: range, rows: int, width: int, dtype: torch.dtype, backend: str) -> None:
     x = torch.randn(rows, width, device=DEVICE).to(dtype)
     weight = (torch.randn(200, width, device=DEVICE) / math.sqrt(width)).to(dtype)
-    got = gate_up(x, weight, dims, backend=backend)
-    both = [*dims, *(100 + dim for dim in dims)]
-    near(got, x.double() @ weight[both].double().T)
+    got = gated_product(x, weight, dims=dims, backend=backend)
+    gate, up = ((x.double() @ weight[base:][list(dims)].double().T) for base in (0, 100))
+    near(got, ACTIVATIONS["silu"](gate) * up)
     with pytest.raises(ValueError, match="dims 90 to 101 of 100"):
-        gate_up(x, weight, range(90, 101), backend=backend)
+        gated_product(x, weight, dims=range(90, 101), backend=backend)
+    with pytest.raises(ValueError, match="activation must be one of silu"):
+        gated_product(x, weight, "relu", dims=dims, backend=backend)

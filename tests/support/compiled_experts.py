@@ -13,14 +13,14 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from kernels import experts_triton
+from kernels import expert_pairs_triton, experts_triton
 from kernels.experts import ExpertWeights, Gate, Packed
 from tests.support.compiled import HOPPER
 
 GPT_OSS = Gate("silu", 1.702, 7.0, 1.0, True)
 ROWS = (1, 8, 512, 8192)
 WIDE_LOADS = ("ld.global.v4", "cp.async.cg.shared.global")
-POINTERS = {torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
 
 
 class Compiled:
@@ -35,7 +35,7 @@ class Compiled:
 
     def _launch(self, *args: Any, num_warps: int = 4, num_stages: int = 3, launch_pdl: bool, **constants: Any) -> None:
         names = self._kernel.arg_names
-        constants |= {"DEPENDENT": True}
+        constants |= {"DEPENDENT": True} | ({"WITH_ASM": True} if "WITH_ASM" in constants else {})
         types = dict.fromkeys(constants, "constexpr")
         aligned = []
         for parameter, value in zip(self._kernel.params[: len(args)], args, strict=True):
@@ -65,7 +65,7 @@ class Compiled:
                 "shared": compiled.metadata.shared,
                 "programs": 1 if block_m == 128 else 2,
                 "wide_bytes": 16 * 32 * num_warps * sum(code.count(load) for load in WIDE_LOADS),
-                "tile_bytes": columns * constants["BLOCK_K"] * 2 // (4 if constants["PACKED"] else 1),
+                "tile_bytes": columns * constants["BLOCK_K"] * 2 // (4 if constants.get("PACKED") else 1),
                 "block_m": block_m,
                 "wgmma": code.count("wgmma.mma_async"),
             }
@@ -107,8 +107,13 @@ def main() -> None:
     }
     found: list[dict[str, int]] = []
     products = {}
-    kernels = {name: Compiled(kernel, found) for name, kernel in vars(experts_triton).items() if name.endswith("_kernel")}
-    with mock.patch.multiple(experts_triton, **kernels):
+    pairs, groups = (
+        mock.patch.multiple(
+            module, **{name: Compiled(kernel, found) for name, kernel in vars(module).items() if name.endswith("_kernel")}
+        )
+        for module in (expert_pairs_triton, experts_triton)
+    )
+    with pairs, groups:
         for model, (top_k, of_model) in models.items():
             for rows in ROWS:
                 found.clear()
