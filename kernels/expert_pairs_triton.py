@@ -55,9 +55,9 @@ def gate_up_config(weights: ExpertWeights) -> PairConfig:
     """How gate and up of few rows are cut, so that 64 bytes or more lie side by side in memory.
 
     One H200, one row, bf16, routing, gate, up and down, us: gpt-oss-20b (transposed) 62.2, with 64 columns and eight warps
-    72.4, 64 x 64 and four warps 68.1, two stages 82; the bytes take 47. Qwen3-30B-A3B 21.4, with four columns 24.1, with one
-    of 2048 21.6; the bytes 18. gpt-oss-20b as it is shipped (packed) 39.3, with blocks of 16 x 512 41.3, of 4 x 1024 42.0; the
-    bytes 12.
+    72.4, 64 x 64 and four warps 68.1, two stages 82; the bytes take 47. Qwen3-30B-A3B 21.4, with four columns 24.1 (in two
+    stages 23.6), with one of 2048 21.6; the bytes 18. gpt-oss-20b as it is shipped (packed) 39.3, with blocks of 16 x 512 41.3,
+    of 4 x 1024 42.0; the bytes 12.
     """
     if weights.is_packed:
         block_k = min(1024, max(32, triton.next_power_of_2(weights.hidden_size)))
@@ -69,7 +69,8 @@ def gate_up_config(weights: ExpertWeights) -> PairConfig:
 
 
 def down_config(weights: ExpertWeights, top_k: int) -> PairConfig:
-    """How down of few rows is cut: 8192 weights of a row's `top_k` experts in registers; of transposed ones, of one pair.
+    """How down of few rows is cut: 8192 weights of a row's `top_k` experts in registers, of packed ones half as many; of
+    transposed ones, of one pair.
 
     As above, gpt-oss-20b with another gate and up: four parts 61.6, three 72.4 (of 64 x 64), one 75; before there were parts,
     32 columns of all pairs at once, 82.
@@ -99,7 +100,7 @@ def _pair_gate_up_kernel(  # type: ignore[no-untyped-def]
     x_ptr_K = x_ptr + (pair // S).to(tl.int64) * stride_x + k_K
     w_at_NK = column_N[:, None] * stride_wn + k_K[None, :] * stride_wk
     wait_for_previous(DEPENDENT)
-    let_next_start(DEPENDENT)
+    let_next_start(DEPENDENT)  # not earlier: the next reads what is waited for here
     expert = tl.load(experts_ptr + pair).to(tl.int64)
     if PACKED:
         BYTES: tl.constexpr = BLOCK_K // 2
@@ -153,7 +154,8 @@ def _pair_down_kernel(  # type: ignore[no-untyped-def]
     s_S = tl.arange(0, SLOTS)
     is_S, is_N = s_S < S, n_N < E
     is_SN1 = (is_S[:, None] & is_N[None, :])[:, :, None]
-    # Experts don't wait: the kernel before has waited for who wrote them. But an L1 cache may hold what was there earlier.
+    # Experts don't wait: the kernel before has waited for who wrote them, and only then let this one start. But an L1 cache may
+    # hold what was there earlier.
     expert_S = tl.load(experts_ptr + row * S + s_S, mask=is_S, other=0, cache_modifier=".cg").to(tl.int64)
     if PACKED:
         # one feature of one of the experts is a row of the tile
@@ -223,7 +225,7 @@ def _pair_part_kernel(  # type: ignore[no-untyped-def]
     end = tl.minimum((part + 1) * LENGTH, WIDTH)
     acc_NK = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     wait_for_previous(DEPENDENT)
-    let_next_start(DEPENDENT)
+    let_next_start(DEPENDENT)  # not earlier: as in `_pair_gate_up_kernel`
     for begin in tl.range(part * LENGTH, end, BLOCK_K, num_stages=STAGES):
         is_K = begin + k_K < end
         w_NK = tl.load(w_ptr_NK + begin * stride_wk, mask=is_N[:, None] & is_K[None, :], other=0.0)
@@ -233,7 +235,7 @@ def _pair_part_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
-def _combine_kernel(  # type: ignore[no-untyped-def]
+def _combine_parts_kernel(  # type: ignore[no-untyped-def]
     parts_ptr, experts_ptr, weights_ptr, bias_ptr, out_ptr, num_pairs, stride_b, stride_o,
     S: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, WITH_BIAS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -245,7 +247,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     s_S = tl.arange(0, SLOTS)
     is_S, is_E = s_S < S, e_E < E
     is_SE = is_S[:, None] & is_E[None, :]
-    # early, as in `_pair_down_kernel`
+    # early, as experts in `_pair_down_kernel`
     weight_S = tl.load(weights_ptr + row * S + s_S, mask=is_S, other=0.0, cache_modifier=".cg").to(tl.float32)
     if WITH_BIAS:
         expert_S = tl.load(experts_ptr + row * S + s_S, mask=is_S, other=0, cache_modifier=".cg").to(tl.int64)
@@ -263,22 +265,19 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * stride_o + e_E, out_E.to(dtype), mask=is_E)
 
 
-def combine(
+def _combine_parts(
     parts_SPE: torch.Tensor,
     experts_TS: torch.Tensor,
     weights_TS: torch.Tensor,
     bias_XE: torch.Tensor | None,
     out_TE: torch.Tensor,
 ) -> None:
-    """The weighted sum of what each row's pairs came to, of which there are one or more parts to be added up before the bias.
-
-    In the stream of who has made the parts, of which the kernel before waits for who has made all else.
-    """
+    """The weighted sum of what each row's pairs came to, once their parts are added up."""
     num_rows, top_k = experts_TS.shape
     hidden = out_TE.shape[1]
     tile = min(_COMBINED, triton.next_power_of_2(hidden))
     dependent = has_dependent_launch(out_TE.device)
-    _combine_kernel[(num_rows, triton.cdiv(hidden, tile))](
+    _combine_parts_kernel[(num_rows, triton.cdiv(hidden, tile))](
         parts_SPE, experts_TS, weights_TS, parts_SPE if bias_XE is None else bias_XE, out_TE, num_rows * top_k,
         0 if bias_XE is None else bias_XE.stride(0), out_TE.stride(0),
         S=top_k, E=hidden, PARTS=len(parts_SPE), WITH_BIAS=bias_XE is not None, SLOTS=triton.next_power_of_2(top_k), TILE=tile,
@@ -322,7 +321,7 @@ def mix_pairs(
             E=hidden, WIDTH=width, LENGTH=length, BLOCK_N=down.block_n, BLOCK_K=down.block_k, STAGES=down.num_stages,
             DEPENDENT=dependent, num_warps=down.num_warps, launch_pdl=dependent,
         )  # fmt: skip
-        combine(parts_SPE, experts_TS, weights_TS, bias, out_TE)
+        _combine_parts(parts_SPE, experts_TS, weights_TS, bias, out_TE)
         return
     _pair_down_kernel[(triton.cdiv(hidden, down.block_n), num_rows)](
         h_PI, experts_TS, weights_TS, numbers, scales, numbers if bias is None else bias, out_TE, *weight.stride(),

@@ -22,13 +22,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.expert_pairs_triton import combine, mix_pairs, uses_pairs
+from kernels.expert_pairs_triton import mix_pairs, uses_pairs
 from kernels.expert_weights_triton import gate_and_up, gate_constants, gate_up_columns, parts_of, unpacked
 from kernels.experts import MOST_ROWS, ExpertWeights, Gate, Packed
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 
 _CHUNK_PAIRS = 4096
 """Pairs that a program counts or ranks at once."""
+
+_COMBINED = 1024
+"""Columns of a row that a program sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +114,10 @@ def route(logits_TX: torch.Tensor, top_k: int, normalise: bool) -> tuple[torch.T
     if num_rows:
         _route_kernel[(num_rows,)](
             logits_TX, experts_TS, weights_TS, logits_TX.stride(0),
-            X=num_experts, S=top_k, TILE=triton.next_power_of_2(num_experts), SLOTS=triton.next_power_of_2(top_k),
-            NORMALISE=normalise, DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
+            # two at least: `tl.topk` knows no one
+            X=num_experts, S=top_k, TILE=max(2, triton.next_power_of_2(num_experts)),
+            SLOTS=max(2, triton.next_power_of_2(top_k)), NORMALISE=normalise, DEPENDENT=dependent, num_warps=1,
+            launch_pdl=dependent,
         )  # fmt: skip
     return experts_TS, weights_TS
 
@@ -250,6 +255,23 @@ def _group_product_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr_MO, out_MO, mask=is_M[:, None] & (o_O < N)[None, :])
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    parts_ptr, weights_ptr, out_ptr, stride_o, S: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
+    """out[row, e] = sum_s weights[row, s] parts[row, s, e]."""
+    row = tl.program_id(0).to(tl.int64)
+    e_E = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    is_E = e_E < E
+    out_E = tl.zeros((TILE,), tl.float32)
+    let_next_start(DEPENDENT)
+    wait_for_previous(DEPENDENT)
+    for s in tl.static_range(S):
+        part_E = tl.load(parts_ptr + (row * S + s) * E + e_E, mask=is_E, other=0.0)
+        out_E += tl.load(weights_ptr + row * S + s).to(tl.float32) * part_E.to(tl.float32)
+    tl.store(out_ptr + row * stride_o + e_E, out_E.to(out_ptr.dtype.element_ty), mask=is_E)
+
+
 def mix_experts(
     x_TE: torch.Tensor,
     experts_TS: torch.Tensor,
@@ -288,7 +310,11 @@ def mix_groups(
     _product(x_TE, top_k, groups, weights.gate_up_XNE, weights.gate_up_bias_XN, weights.gate, h_PI, gate_up)
     parts_PE = x_TE.new_empty((num_pairs, hidden))
     _product(h_PI, 1, groups, weights.down_XEI, weights.down_bias_XE, None, parts_PE, down)
-    combine(parts_PE.unsqueeze(0), experts_TS, weights_TS, None, out_TE)
+    dependent = has_dependent_launch(x_TE.device)
+    tile = min(_COMBINED, triton.next_power_of_2(hidden))
+    _combine_kernel[(num_rows, triton.cdiv(hidden, tile))](
+        parts_PE, weights_TS, out_TE, out_TE.stride(0), S=top_k, E=hidden, TILE=tile, DEPENDENT=dependent, launch_pdl=dependent,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

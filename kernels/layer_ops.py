@@ -183,12 +183,15 @@ def gated_product(
 ) -> torch.Tensor:
     """`gated(linear(h, gate_up))` `[T, J]` of J of the dims between gate and down (by default all), new. Weights aren't copied.
 
-    In one kernel where there is one row.
+    In one kernel where there is one row (`uses_gemv`).
 
     Raises:
-        ValueError: dims that aren't there, or not all of weights of 8 bits; an unknown activation or backend.
+        ValueError: rows that don't fit; dims that aren't there, or not all of weights of 8 bits; an unknown activation or
+            backend.
     """
     _check_activation(activation)
+    if h_TE.dim() != 2 or h_TE.shape[1] != gate_up_2IE.shape[1] or h_TE.stride(1) != 1:
+        raise ValueError(f"rows {tuple(h_TE.shape)} with strides {h_TE.stride()} for weights {tuple(gate_up_2IE.shape)}")
     inner = gate_up_2IE.shape[0] // 2
     dims = range(inner) if dims is None else dims
     if not 0 <= dims.start <= dims.stop <= inner:

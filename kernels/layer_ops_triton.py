@@ -24,7 +24,7 @@ _ROTATED_HEADS = 8
 
 @dataclass(frozen=True, slots=True)
 class GemvConfig:
-    """How a product of few rows is cut."""
+    """How a product of one row is cut."""
 
     block_n: int
     block_e: int
@@ -259,8 +259,8 @@ def add_tile(acc_NE, w_NE, x_ptr_E, is_E, begin, WHOLE: tl.constexpr):  # type: 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def rows_of(N, up_row, BLOCK_N: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which rows of a weight a program multiplies, and whether there are such: those of N features out; if GATED of gates, each
-    before that of what it gates, which is `up_row` rows behind."""
+    """The rows of a weight that a program multiplies, and whether they are there: one for each of N features out, or if GATED
+    two, its gate's and `up_row` rows behind that what is gated, in turns."""
     at_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if GATED:
         feature_N = at_N // 2

@@ -24,6 +24,7 @@ from _measure import Row, copy_bandwidth, graph_ms, matmul_tflops, show, write_j
 from triton.runtime.errors import OutOfResources
 
 from kernels.expert_pairs_triton import PairConfig, down_config, gate_up_config, mix_pairs, uses_pairs
+from kernels.expert_weights_triton import is_transposed
 from kernels.experts import ExpertWeights, Gate, mix_experts, route
 from kernels.experts_triton import GroupConfig, group_config, mix_groups
 
@@ -166,8 +167,10 @@ def swept(case: Case) -> Iterator[tuple[object, Mix]]:
         ):
             narrow = PairConfig(max(1, tile // 2 // block_k), block_k, warps, stages)
             yield ("gate and up", narrow), by(mix_pairs, gate_up=narrow, down=down_config(weights, case.layer.top_k))
-            narrow = PairConfig(max(1, tile // slots // block_k), block_k, warps, stages)
-            yield ("down", narrow), by(mix_pairs, gate_up=gate_up_config(weights), down=narrow)
+            for parts in (1, 3, 4, 5) if is_transposed(weights.down_XEI) else (0,):
+                columns = max(1, tile // (1 if parts else slots) // block_k)
+                narrow = PairConfig(columns, block_k, warps, stages, max(1, parts))
+                yield ("down", narrow), by(mix_pairs, gate_up=gate_up_config(weights), down=narrow)
         return
     usual = [
         group_config(pairs, weights.num_experts, summed, torch.bfloat16)

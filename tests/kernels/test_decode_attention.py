@@ -165,6 +165,14 @@ def test_any_window_over_any_number_of_programs(
         check(lens, block_size=block_size, heads=(4, 2), config=one_each, seed=seed, window=window, soft_cap=soft_cap)
 
 
+@pytest.mark.parametrize("programs", [100, 300])
+def test_a_row_in_many_slots(programs: int) -> None:
+    """Its pieces are merged 128 at a time: all of them at once, or in two turns."""
+    config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs_per_processor=1, use_tma=False)
+    with mock.patch.object(decode_attention, "num_processors", return_value=programs):
+        check([16 * 260], block_size=16, heads=(2, 1), config=config)
+
+
 def test_a_start_in_tables_of_whole_runs_is_refused() -> None:
     sizes = AttentionSizes(
         num_rows=0, block_size=16, num_heads=2, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=DEVICE

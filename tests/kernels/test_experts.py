@@ -65,7 +65,9 @@ def mix64(x_TE: torch.Tensor, experts_TS: torch.Tensor, weights_TS: torch.Tensor
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize(("rows", "num_experts", "top_k"), [(1, 8, 2), (5, 60, 6), (3, 128, 8), (2, 1, 1), (4, 7, 7)])
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "top_k"), [(1, 8, 2), (5, 60, 6), (3, 128, 8), (2, 1, 1), (3, 8, 1), (4, 7, 7)]
+)
 def test_routes(rows: int, num_experts: int, top_k: int, normalise: bool, dtype: torch.dtype, backend: str) -> None:
     logits_TX = (3 * torch.randn(rows, num_experts, device=DEVICE)).to(dtype)
     experts_TS, weights_TS = route(logits_TX, top_k, normalise=normalise, backend=backend)
@@ -105,7 +107,7 @@ def test_mixes(rows: int, gate: str, biased: bool, transposed: bool, dtype: torc
     assert torch.equal(got_TE, mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend))
 
 
-@pytest.mark.parametrize("width", [128, 129, 300, 520])
+@pytest.mark.parametrize("width", [128, 129, 300, 500])
 @pytest.mark.parametrize("biased", [False, True])
 def test_down_of_transposed_weights_is_summed_in_parts(width: int, biased: bool) -> None:
     """One to four of them, the last of which may be short."""
@@ -145,6 +147,32 @@ def test_packed_numbers_are_those_of_the_format(dtype: torch.dtype) -> None:
     got = packed.dequantise(dtype)
     assert torch.equal(got[0].double(), want)
     assert torch.equal(packed.dequantise(dtype, 0), got[0])
+
+
+@pytest.mark.parametrize("rows", [4, 32])
+def test_all_codes_of_packed_weights(rows: int) -> None:
+    """Whatever unpacks them: each expert has one byte in all of up, 1 in gate and down, and a row a number in one place."""
+    codes = torch.arange(16, dtype=torch.uint8, device=DEVICE)
+    bytes_X = torch.cat((codes | codes << 4, codes | (15 - codes) << 4))
+    num_experts, hidden, width = len(bytes_X), 64, 32
+    value = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=DEVICE)
+    value = torch.cat((value, -value))
+
+    def ones(columns: int, summed: int) -> Packed:
+        blocks = torch.full((num_experts, columns, summed // 32, 16), 0x22, dtype=torch.uint8, device=DEVICE)
+        return Packed(blocks, torch.full(blocks.shape[:3], 127, dtype=torch.uint8, device=DEVICE))
+
+    gate_up = ones(2 * width, hidden)
+    gate_up.blocks_XNGB[:, width:] = bytes_X.view(-1, 1, 1, 1)
+    weights = ExpertWeights(gate_up, ones(hidden, width), Gate())
+    for place in (0, 63):
+        x_TE = torch.zeros(rows, hidden, device=DEVICE)
+        x_TE[:, place] = 32.0  # SiLU leaves it as it is
+        for first in range(0, num_experts, rows):
+            experts_T1 = first + torch.arange(rows, dtype=torch.int32, device=DEVICE).unsqueeze(1)
+            got_TE = mix_experts(x_TE, experts_T1, torch.ones(rows, 1, device=DEVICE), weights, backend="triton")
+            want_T1 = 32.0 * 32.0 * width * value[((bytes_X[experts_T1.long()] >> 4 * (place % 2)) & 15).long()]
+            assert torch.equal(got_TE, want_T1.expand_as(got_TE))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -288,10 +316,11 @@ def test_says_what_transformers_says(rows: int, kind: str, backend: str) -> None
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 40, 700])
-def test_captured(rows: int) -> None:
+def test_captured(rows: int, transposed: bool) -> None:
     """Graphs that are captured with one routing and replayed with another: what kernels read early must not be older."""
-    weights = make_weights((16, 256, 128), Gate(), torch.bfloat16, transposed=False, biased=True)
+    weights = make_weights((16, 256, 500), Gate(), torch.bfloat16, transposed=transposed, biased=True)
     x_TE = torch.randn(rows, 256, device=DEVICE).bfloat16()
     logits_TX = torch.randn(rows, 16, device=DEVICE)
 

@@ -77,7 +77,7 @@ def test_rotary_and_store(heads: tuple[int, int], dim: int, rotated: int, norms:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "width", "out"),
-    [(1, 1024, 37), (1, 1472, 37), (1, 2880, 37), (1, 1024, 131), (1, 1472, 131), (1, 4160, 131), (2, 1024, 37), (7, 1024, 37)],
+    [(1, 1024, 37), (1, 1472, 37), (1, 2880, 37), (1, 1024, 131), (1, 1472, 131), (1, 4096, 131), (2, 1024, 37), (7, 1024, 37)],
 )
 def test_products_and_what_rides_along(rows: int, width: int, out: int, dtype: torch.dtype, backend: str) -> None:
     x = torch.randn(rows, width, device=DEVICE).to(dtype)
@@ -118,3 +118,19 @@ def test_gate_and_up_of_some_dims(dims: range, rows: int, width: int, dtype: tor
         gated_product(x, weight, dims=range(90, 101), backend=backend)
     with pytest.raises(ValueError, match="activation must be one of silu"):
         gated_product(x, weight, "relu", dims=dims, backend=backend)
+
+
+@pytest.mark.parametrize("width", [1024, 1472, 2880])
+@pytest.mark.parametrize("block", [(2, 2048), (4, 1024), (4, 2048), (8, 512)])
+def test_all_ways_to_cut_a_product(block: tuple[int, int], width: int) -> None:
+    """Blocks wider than a row, too, and rows that fill none."""
+    from kernels.layer_ops_triton import GemvConfig, gemv
+
+    x = torch.randn(1, width, device=DEVICE).half()
+    weight = (torch.randn(2 * 37, width, device=DEVICE) / math.sqrt(width)).half()
+    residual, bias = torch.randn(1, 2 * 37, device=DEVICE).half(), torch.randn(2 * 37, device=DEVICE).half()
+    want = x.double() @ weight.double().T
+    config = GemvConfig(*block, num_warps=4, num_stages=2)
+    near(gemv(x, weight, None, None, activation="silu", config=config), ACTIVATIONS["silu"](want[:, :37]) * want[:, 37:])
+    want += residual.double() + bias.double()
+    near(gemv(x, weight, bias, residual, config=config), want)

@@ -73,15 +73,19 @@ def test_products(rows: int, num_in: int, group: int, kind: Kind, dtype: torch.d
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_gate_and_up(rows: int, activation: str, backend: str) -> None:
-    matrix = make(2 * 37, 1100, "fp8")
-    x = torch.randn(rows, 1100, device=DEVICE)
+@pytest.mark.parametrize(
+    ("kind", "num_in", "group"), [("fp8", 1100, 0), ("int8", 1100, 128), ("fp8", 1024, 512), ("int8", 48, 0), ("fp8", 96, 32)]
+)
+@pytest.mark.parametrize(("rows", "activation"), [(1, "silu"), (1, "gelu"), (3, "gelu_tanh")])
+def test_gate_and_up(rows: int, activation: str, kind: Kind, num_in: int, group: int, backend: str) -> None:
+    matrix = make(2 * 37, num_in, kind, group)
+    x = torch.randn(rows, num_in, device=DEVICE)
     gate, up = (x.double() @ weights64(matrix).T).chunk(2, -1)
     near(gated_product(x, matrix, activation, backend=backend), ACTIVATIONS[activation](gate) * up)
     with pytest.raises(ValueError, match="weights of 8 bits have no parts"):
         gated_product(x, matrix, activation, range(36), backend=backend)
+    with pytest.raises(ValueError, match=rf"rows \({rows}, {num_in - 1}\) .* for weights \(74, {num_in}\)"):
+        gated_product(x[:, 1:], matrix, activation, backend=backend)
 
 
 def test_many_rows_are_multiplied_with_the_same_weights() -> None:
