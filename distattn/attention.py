@@ -229,7 +229,7 @@ class DistAttention:
                 None if self.shape.value_dim else v_TKD,
                 self._storage.layer(layer),
                 group.slots_T,
-                scales_2BK=self._storage.scales(layer),
+                scales_2BKX=self._storage.scales(layer),
                 backend=self.backend,
             )
             return self._attend_rows(group, layer, q_THD, sinks_H)
@@ -248,8 +248,8 @@ class DistAttention:
             self._rotate_and_store(group, layer, rows)
 
     def _rotate_and_store(self, group: _GroupPlan, layer: int, rows: PackedRows) -> torch.Tensor:
-        kv_2BPKD, scales_2BK = self._storage.layer(layer), self._storage.scales(layer)
-        return rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, group.slots_T, self.backend, scales_2BK)
+        kv_2BPKD, scales_2BKX = self._storage.layer(layer), self._storage.scales(layer)
+        return rows.rotate_and_store(self.shape.num_heads, kv_2BPKD, group.slots_T, self.backend, scales_2BKX)
 
     def _planned(self, layer: int, num_rows: int) -> _GroupPlan:
         """The step's plan for a layer, once the device is near enough."""
@@ -302,7 +302,7 @@ class DistAttention:
             out_THD=out_THD,
             lse_TH=lse_TH,
             soft_cap=scoring.soft_cap,
-            scales_2BK=self._storage.scales(layer),
+            scales_2BKX=self._storage.scales(layer),
         )
 
     def take_times(self) -> LayerTimes:

@@ -21,7 +21,7 @@ from distattn.peers import PeerMemory
 from distattn.shape import AttentionShape, PackedRows, attention_sizes
 from kernels import triton_ops
 from kernels.decode_attention import DecodeAttention, DecodeTables, RowReading, Written
-from kernels.decode_fp8 import FP8Decode
+from kernels.decode_bytes import BytesDecode
 from kernels.kv_blocks import store_kv
 from kernels.latent_attention import LatentDecode
 from kernels.merge_state import apply_sinks
@@ -36,7 +36,7 @@ _PIECES = 8
 
 def decode_kernel(storage: KVStorage, shape: AttentionShape, processors: int | None = None) -> DecodeAttention:
     """The kernel that all `DecodeStep`s of a stream share. `processors`: of the stream, if not all of the device's."""
-    of_heads = FP8Decode if storage.format.has_scales else DecodeAttention
+    of_heads = BytesDecode if storage.format.has_scales else DecodeAttention
     of_shape = LatentDecode if shape.value_dim else of_heads
     sizes = attention_sizes(shape, storage.block_size, storage.data_L2BPKD.device, storage.format.dtype)
     return of_shape(sizes, processors=processors)
@@ -192,7 +192,7 @@ class DecodeStep:
             None if self._shape.value_dim else v_TKD,
             self._storage.layer(layer),
             self._slots(layer),
-            scales_2BK=self._storage.scales(layer),
+            scales_2BKX=self._storage.scales(layer),
             backend="triton",
         )
         return self._attend(layer, q_THD, sinks_H)
@@ -206,8 +206,8 @@ class DecodeStep:
         self._rotate_and_store(layer, rows)
 
     def _rotate_and_store(self, layer: int, rows: PackedRows) -> torch.Tensor:
-        kv_2BPKD, scales_2BK = self._storage.layer(layer), self._storage.scales(layer)
-        return rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots(layer), "triton", scales_2BK)
+        kv_2BPKD, scales_2BKX = self._storage.layer(layer), self._storage.scales(layer)
+        return rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots(layer), "triton", scales_2BKX)
 
     def _slots(self, layer: int) -> torch.Tensor:
         return self._tables[_of("slots", self._shape.table(self._layers[layer][1]))]
@@ -258,7 +258,7 @@ class DecodeStep:
             tables,
             out_THD=out_THD,
             lse_TH=lse_TH,
-            scales_2BK=self._storage.scales(layer),
+            scales_2BKX=self._storage.scales(layer),
         )
 
     def _plan_sends(self, peers: PeerMemory, layout: Layout, group: int) -> None:

@@ -186,7 +186,7 @@ class PackedRows:
         kv_2BPKD: torch.Tensor,
         slots_T: torch.Tensor,
         backend: str,
-        scales_2BK: torch.Tensor | None = None,
+        scales_2BKX: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Queries `[T, H, D]`, ready to attend; keys and values go to their slots."""
         return rotate_and_store(
@@ -198,6 +198,6 @@ class PackedRows:
             num_heads,
             q_norm=self.q_norm,
             k_norm=self.k_norm,
-            scales_2BK=scales_2BK,
+            scales_2BKX=scales_2BKX,
             backend=backend,
         )

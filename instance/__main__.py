@@ -83,7 +83,7 @@ def parse(arguments: list[str], launch: Launch) -> InstanceConfig:
         "--kv-dtype",
         default="auto",
         choices=settings.KV_DTYPES,
-        help="how KV is stored: in the model's dtype, or in fp8, half the bytes of 16 bits (%(default)s)",
+        help="how KV is stored: in the model's dtype, or in fp8 or int8, half the bytes of 16 bits (%(default)s)",
     )
     parser.add_argument(
         "--tp",

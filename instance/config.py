@@ -26,8 +26,8 @@ QUANTIZE: tuple[Quantize, ...] = ("none", "fp8", "int8")
 KVFormatChoice = Literal["auto", "plain"]
 KV_FORMATS: tuple[KVFormatChoice, ...] = ("auto", "plain")
 
-KVDType = Literal["auto", "fp8"]
-KV_DTYPES: tuple[KVDType, ...] = ("auto", "fp8")
+KVDType = Literal["auto", "fp8", "int8"]
+KV_DTYPES: tuple[KVDType, ...] = ("auto", "fp8", "int8")
 
 GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
@@ -133,7 +133,8 @@ class InstanceConfig:
     kv_format: KVFormatChoice = "auto"
     """auto: latents where the model's layers have some; plain: keys and values of all heads, to compare with."""
     kv_dtype: KVDType = "auto"
-    """auto: KV is stored in the model's dtype; fp8: in e4m3, with a scale for each block and KV head."""
+    """auto: KV is stored in the model's dtype; fp8: in e4m3, with a scale for each block and KV head; int8: with one for each
+    token and KV head."""
     elastic_tp: ElasticTP = 0
     """Most rows of a decode step whose feeds the cell's instances share; auto: as they measure it."""
     block_size: int = CPU_BLOCK_SIZE

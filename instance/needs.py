@@ -20,7 +20,7 @@ from instance.sharing import SPLITS
 from instance.step import LANES
 from kernels.kv_blocks import FP8
 from kernels.paged_attention import plan_attention
-from kvstore.format import SCALE_BYTES, KVFormat
+from kvstore.format import KVFormat
 from kvstore.sight import Sight
 
 
@@ -120,6 +120,10 @@ def settle_shape(model: Model, name: str, *, block_size: int, backend: str) -> N
         raise UnsupportedModel(f"{name}: {reason}")
 
 
+KV_TYPES: dict[KVDType, torch.dtype] = {"fp8": FP8, "int8": torch.int8}
+"""By what `--kv-dtype` calls them, but for the model's own."""
+
+
 def settle_format(model: Model, name: str, kv_dtype: KVDType, *, block_size: int, backend: str) -> None:
     """How the model's KV is stored, once its shape is settled.
 
@@ -127,16 +131,18 @@ def settle_format(model: Model, name: str, kv_dtype: KVDType, *, block_size: int
     """
     if kv_dtype == "auto":
         return
-    reason = _unsupported(model.shape, model.device, block_size, backend, FP8)
+    dtype = KV_TYPES[kv_dtype]
+    reason = _unsupported(model.shape, model.device, block_size, backend, dtype)
     if (
-        backend == "triton"
+        dtype == FP8
+        and backend == "triton"
         and model.device.type == "cuda"
         and (found := torch.cuda.get_device_capability(model.device)) < (8, 9)
     ):
         reason = f"it needs a GPU of compute capability 8.9 or more, {model.device} has {'.'.join(map(str, found))}"
-    model.kv_format = KVFormat(FP8)
-    if (size := model.block_bytes(block_size)) % SCALE_BYTES:
-        reason = f"blocks must be of a multiple of {SCALE_BYTES} bytes, and are of {size:,}"
+    model.kv_format = KVFormat(dtype)
+    if (size := model.block_bytes(block_size)) % model.kv_format.scale_bytes:
+        reason = f"blocks must be of a multiple of {model.kv_format.scale_bytes} bytes, and are of {size:,}"
     if reason is not None:
         raise UnsupportedModel(f"{name}: --kv-dtype {kv_dtype}: {reason}")
 

@@ -357,7 +357,7 @@ def parse(arguments: Sequence[str]) -> tuple[Question, bool]:
     parser.add_argument("--max-context", type=parse_count, help="tokens of the longest sequence served (as the config says)")
     parser.add_argument("--rope-scaling", metavar="KIND:F", help="rotary scaling, as yarn:4, or none (what the config says)")
     parser.add_argument("--kv-format", default="auto", choices=settings.KV_FORMATS, help="plain: of heads, not of latents")
-    parser.add_argument("--kv-dtype", default="auto", choices=settings.KV_DTYPES, help="fp8: KV in half the bytes of 16 bits")
+    parser.add_argument("--kv-dtype", default="auto", choices=settings.KV_DTYPES, help="fp8, int8: half the bytes of 16 bits")
     parser.add_argument("--block-size", type=int, help="tokens in a block (64 on GPU, 16 on CPU)")
     parser.add_argument("--chunk-tokens", type=parse_count, help="most prompt rows in one step (8192 on GPU, 512 on CPU)")
     parser.add_argument("--cache-dir", type=Path, help="where converted checkpoints are kept")

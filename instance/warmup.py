@@ -103,7 +103,7 @@ class _MadeUpStep:
             None if self._shape.value_dim else v_TKD,
             self._cleared(layer),
             self._slots_T,
-            scales_2BK=self._storage.scales(layer),
+            scales_2BKX=self._storage.scales(layer),
             backend=self._backend,
         )
         return self._attend(layer, q_THD, sinks_H)
@@ -115,8 +115,8 @@ class _MadeUpStep:
         self._rotate_and_store(layer, rows)
 
     def _rotate_and_store(self, layer: int, rows: PackedRows) -> torch.Tensor:
-        kv_2BPKD, scales_2BK = self._cleared(layer), self._storage.scales(layer)
-        return rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend, scales_2BK)
+        kv_2BPKD, scales_2BKX = self._cleared(layer), self._storage.scales(layer)
+        return rows.rotate_and_store(self._shape.num_heads, kv_2BPKD, self._slots_T, self._backend, scales_2BKX)
 
     def _attend(self, layer: int, q_THD: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
         scoring, attention = self._shape.layer(layer).scoring, self._attentions[self._shape.group(layer)]
@@ -129,7 +129,7 @@ class _MadeUpStep:
             out_THD=out_THD,
             lse_TH=lse_TH,
             soft_cap=scoring.soft_cap,
-            scales_2BK=self._storage.scales(layer),
+            scales_2BKX=self._storage.scales(layer),
         )
         merge_states(out_THD, lse_TH, out_THD[:1].clone(), lse_TH[:1].clone(), self._merge, backend=self._backend)
         if sinks_H is not None:
@@ -138,8 +138,10 @@ class _MadeUpStep:
         return out_THD
 
     def _cleared(self, layer: int) -> torch.Tensor:
-        kv_2BPKD = self._storage.layer(layer)
+        kv_2BPKD, scales_2BKX = self._storage.layer(layer), self._storage.scales(layer)
         kv_2BPKD[:, 0] = 0
+        if scales_2BKX is not None:  # of tokens that no row stores, too
+            scales_2BKX[:, 0] = 1
         return kv_2BPKD
 
 

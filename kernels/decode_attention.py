@@ -483,13 +483,13 @@ class DecodeAttention:
         *,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
-        scales_2BK: torch.Tensor | None = None,
+        scales_2BKX: torch.Tensor | None = None,
     ) -> None:
         """Fill the rows of `out` and `lse` that the tables name; a row with no token gets `0, -inf`. Only launches.
 
-        `scales_2BK`: of KV in fp8. Nothing is checked: the tables' contents may change between launches of a graph.
+        `scales_2BKX`: of KV of 8 bits. Nothing is checked: the tables' contents may change between launches of a graph.
         """
-        self._launch(q_THD, kv_2BPKD, scales_2BK, scoring, tables, out_THD, lse_TH)
+        self._launch(q_THD, kv_2BPKD, scales_2BKX, scoring, tables, out_THD, lse_TH)
         sizes = self.sizes
         num_rows = tables.rows_4R1.numel() // 4 - 1
         dependent = has_dependent_launch(sizes.device)
@@ -506,13 +506,13 @@ class DecodeAttention:
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         tables: DecodeTables,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
     ) -> None:
-        """The slots: rows that lie in one, and the pieces of the others. Scales are for who takes KV in fp8."""
+        """The slots: rows that lie in one, and the pieces of the others. Scales are for who takes KV of 8 bits."""
         sizes, config = self.sizes, self.config
         num_rows = tables.rows_4R1.numel() // 4 - 1
         dependent = has_dependent_launch(sizes.device)

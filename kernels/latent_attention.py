@@ -52,7 +52,7 @@ def _add_tile(  # type: ignore[no-untyped-def]
     s = (q_c c^T + q_r r^T) scale log2(e)    new = max(top, max_n s)    p = 2^(s - new)
     sum = sum 2^(top - new) + sum_n p        acc = acc 2^(top - new) + p c
 
-    SCALED: latents are in fp8, and acc in units (`kernels.decode_fp8`): their scale is `scale` if the tile lies IN_BLOCK,
+    SCALED: latents are in fp8, and acc in units (`kernels.decode_bytes`): their scale is `scale` if the tile lies IN_BLOCK,
     else that of each is in `scale_N`.
     """
     if SCALED:
@@ -350,7 +350,7 @@ class LatentDecode(DecodeAttention):
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         tables: DecodeTables,
         out_THD: torch.Tensor,
@@ -367,13 +367,13 @@ class LatentDecode(DecodeAttention):
                 for x, dim in ((c_src, latent), (r_src, rotated))
             )
         _latent_decode_kernel[(self._slots * sizes.num_kv_heads,)](
-            q_THD, c_src, r_src, scales_2BK, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1,
+            q_THD, c_src, r_src, scales_2BKX, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1,
             tables.blocks_N, tables.rows_4R1.numel() // 4 - 1,
             *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_BPD.stride()[:2],
-            0 if scales_2BK is None else scales_2BK.stride(1),
+            0 if scales_2BKX is None else scales_2BKX.stride(1),
             scoring.scale * math.log2(math.e),
             K=sizes.num_kv_heads, G=sizes.group, C=latent, R=rotated, P=sizes.block_size, BLOCK_M=self._block_m,
-            BLOCK_N=config.block_n, USE_TMA=config.use_tma, DEPENDENT=dependent, SCALED=scales_2BK is not None,
+            BLOCK_N=config.block_n, USE_TMA=config.use_tma, DEPENDENT=dependent, SCALED=scales_2BKX is not None,
             num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
         )  # fmt: skip
 
@@ -406,7 +406,7 @@ class TritonLatentAttention(PagedAttention):
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
@@ -417,28 +417,28 @@ class TritonLatentAttention(PagedAttention):
             out_THD[start:end] = 0
             lse_TH[start:end] = -torch.inf
         for kernel, tables in self._decode:
-            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH, scales_2BK=scales_2BK)
+            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH, scales_2BKX=scales_2BKX)
         if self._chunk is not None:
-            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scales_2BK, scoring, out_THD, lse_TH)
+            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scales_2BKX, scoring, out_THD, lse_TH)
 
     def _run_chunk(
         self,
         launch: Launch,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
     ) -> None:
         sizes, shape = self._tiled, launch.shape
         _latent_kernel[(launch.work_WC.shape[0], sizes.num_kv_heads)](
-            q_THD, kv_2BPKD, scales_2BK, out_THD, lse_TH, launch.part_out_XKMD, launch.part_lse_XKM,
+            q_THD, kv_2BPKD, scales_2BKX, out_THD, lse_TH, launch.part_out_XKMD, launch.part_lse_XKM,
             launch.work_WC, launch.sections_SC, launch.kv_lens, launch.tables, *q_THD.stride()[:2], *kv_2BPKD.stride()[1:3],
-            0 if scales_2BK is None else scales_2BK.stride(1), *out_THD.stride()[:2], *lse_TH.stride(),
+            0 if scales_2BKX is None else scales_2BKX.stride(1), *out_THD.stride()[:2], *lse_TH.stride(),
             scoring.scale * math.log2(math.e),
             K=sizes.num_kv_heads, G=sizes.group, C=sizes.value_dim, R=sizes.head_dim - sizes.value_dim, P=sizes.block_size,
-            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, SCALED=scales_2BK is not None,
+            BLOCK_M=shape.block_m, BLOCK_N=shape.block_n, SCALED=scales_2BKX is not None,
             num_warps=shape.num_warps, num_stages=shape.num_stages,
         )  # fmt: skip
         merge_parts(launch, sizes, out_THD, lse_TH)
@@ -470,6 +470,8 @@ def _refuse_unsupported(sizes: AttentionSizes, segments: Sequence[Segment]) -> N
             "of latent KV the triton backend takes float32, float16 and bfloat16, one KV head, and a latent and a rotated part "
             f"that are powers of two from 16 to 512; got {sizes.dtype}, {sizes.num_kv_heads} KV heads, {latent} and {rotated}"
         )
+    if sizes.has_token_scales:
+        raise ValueError("the kernels of latent KV know no scales of tokens, which int8 has: fp8, or --kv-format plain")
     if any(segment.starts for segment in segments):
         raise ValueError("the kernels of latent KV read runs from their beginning")
     if sizes.device.type == "cpu" and isinstance(_latent_kernel, triton.JITFunction):

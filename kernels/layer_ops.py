@@ -95,22 +95,22 @@ def rotate_and_store(
     *,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
-    scales_2BK: torch.Tensor | None = None,
+    scales_2BKX: torch.Tensor | None = None,
     backend: str,
 ) -> torch.Tensor:
     """Queries `[T, H, D]` after norm and rotary, new; keys (likewise) and values go to slots `block * P + offset`, -1 nowhere.
 
     `qkv_TE`: query heads, key heads, value heads, each D wide. `q_norm`, `k_norm`, alike but for their weights `[D]`: of each
-    head, before rotary. Dims from R on are not rotated. Slots (int32 or int64) are not checked. `scales_2BK`: of KV in fp8, as
-    `kernels.kv_blocks.store_kv` has them.
+    head, before rotary. Dims from R on are not rotated. Slots (int32 or int64) are not checked. `scales_2BKX`: of KV of 8
+    bits, as `kernels.kv_blocks.store_kv` has them.
 
     Raises:
         ValueError: shapes or dtypes that don't fit, or an unknown backend.
     """
     num_rows, width = qkv_TE.shape
     num_kv_heads, head_dim = kv_2BPKD.shape[3:]
-    check_scales(kv_2BPKD, scales_2BK)
-    fits = scales_2BK is not None or qkv_TE.dtype == kv_2BPKD.dtype
+    check_scales(kv_2BPKD, scales_2BKX)
+    fits = scales_2BKX is not None or qkv_TE.dtype == kv_2BPKD.dtype
     if width != (num_heads + 2 * num_kv_heads) * head_dim or not fits or kv_2BPKD.stride(-1) != 1:
         raise ValueError(
             f"rows of {width} {qkv_TE.dtype} for {num_heads} heads and kv {tuple(kv_2BPKD.shape)} {kv_2BPKD.dtype}, "
@@ -130,12 +130,12 @@ def rotate_and_store(
         raise ValueError(f"norms of queries and keys differ: eps {q_norm.eps} and {k_norm.eps}")
     match backend:
         case "torch":
-            return _rotate_and_store_torch(qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, scales_2BK, num_heads, q_norm, k_norm)
+            return _rotate_and_store_torch(qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, scales_2BKX, num_heads, q_norm, k_norm)
         case "triton":
             from kernels import layer_ops_triton
 
             return layer_ops_triton.rotate_and_store(
-                qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, scales_2BK, num_heads, q_norm, k_norm
+                qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, scales_2BKX, num_heads, q_norm, k_norm
             )
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
@@ -247,7 +247,7 @@ def _rotate_and_store_torch(
     sin_TR: torch.Tensor,
     slots_T: torch.Tensor,
     kv_2BPKD: torch.Tensor,
-    scales_2BK: torch.Tensor | None,
+    scales_2BKX: torch.Tensor | None,
     num_heads: int,
     q_norm: Norm | None,
     k_norm: Norm | None,
@@ -260,7 +260,7 @@ def _rotate_and_store_torch(
     if k_norm is not None:
         k_TKD = _rms_norm_torch(k_TKD, k_norm)
     rotated_TKD = _rotate_torch(k_TKD, cos_TR, sin_TR)
-    store_kv(rotated_TKD, v_TKD, kv_2BPKD, slots_T.long(), scales_2BK=scales_2BK, backend="torch")
+    store_kv(rotated_TKD, v_TKD, kv_2BPKD, slots_T.long(), scales_2BKX=scales_2BKX, backend="torch")
     return _rotate_torch(q_THD, cos_TR, sin_TR)
 
 

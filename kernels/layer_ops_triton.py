@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import fp8_triton
+from kernels import kv_bytes_triton
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
 from kernels.layer_ops import Norm
 
@@ -154,21 +154,21 @@ def rotate_and_store(
     sin_TR: torch.Tensor,
     slots_T: torch.Tensor,
     kv_2BPKD: torch.Tensor,
-    scales_2BK: torch.Tensor | None,
+    scales_2BKX: torch.Tensor | None,
     num_heads: int,
     q_norm: Norm | None,
     k_norm: Norm | None,
 ) -> torch.Tensor:
     """See `kernels.layer_ops.rotate_and_store`.
 
-    KV in fp8 passes through memory: what a row's scale is depends on other rows, whose keys must be rotated first.
+    KV of 8 bits passes through memory: in fp8 what a row's scale is depends on other rows, whose keys must be rotated first.
     """
-    if scales_2BK is not None:
+    if scales_2BKX is not None:
         num_rows, (num_kv_heads, head_dim) = qkv_TE.shape[0], kv_2BPKD.shape[3:]
         new_2T1KD = qkv_TE.new_empty((2, num_rows, 1, num_kv_heads, head_dim))  # blocks of one token
         q_THD = _rotate_and_store(qkv_TE, cos_TR, sin_TR, None, new_2T1KD, num_heads, q_norm, k_norm)
         if num_rows:
-            fp8_triton.store_kv(new_2T1KD[0, :, 0], new_2T1KD[1, :, 0], kv_2BPKD, scales_2BK, slots_T)
+            kv_bytes_triton.store_kv(new_2T1KD[0, :, 0], new_2T1KD[1, :, 0], kv_2BPKD, scales_2BKX, slots_T)
         return q_THD
     return _rotate_and_store(qkv_TE, cos_TR, sin_TR, slots_T, kv_2BPKD, num_heads, q_norm, k_norm)
 

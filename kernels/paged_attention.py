@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.kv_blocks import FP8
+from kernels.kv_blocks import SCALE_TYPES
 from kernels.segments import AttentionSizes, PagedAttention, Segment, validate
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def plan_attention(
     `value_dim` > 0: of latent KV. On triton that has one KV head, `value_dim` and the rest of `head_dim` are each a power of
     two from 16 to 512, rows see runs from their beginning, and there are no tiles and no soft cap.
 
-    `kv_dtype`: how KV is stored, if not in `dtype`, which q and out have: `kernels.kv_blocks.FP8`, with scales, on triton with
-    a head_dim from 32 on.
+    `kv_dtype`: how KV is stored, if not in `dtype`, which q and out have: of `kernels.kv_blocks.SCALE_TYPES`, with scales, on
+    triton with a head_dim from 32 on, and latents not in int8.
 
     Raises:
         ValueError: a segment that contradicts itself or another, or a shape that the backend doesn't support.
@@ -63,8 +63,10 @@ def plan_attention(
             f"block size {block_size}, {num_heads} heads, {num_kv_heads} KV heads, head dim {head_dim}: all must be at "
             f"least 1 and the heads a multiple of the KV heads; values of {value_dim} numbers of a key"
         )
-    if kv_dtype not in (None, dtype, FP8):
-        raise ValueError(f"KV is stored in {dtype}, as queries are, or in {FP8}, not in {kv_dtype}")
+    if kv_dtype not in (None, dtype, *SCALE_TYPES):
+        raise ValueError(
+            f"KV is stored in {dtype}, as queries are, or in {' or '.join(map(str, SCALE_TYPES))}, not in {kv_dtype}"
+        )
     sizes = AttentionSizes(
         num_rows=num_rows,
         block_size=block_size,

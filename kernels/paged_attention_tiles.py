@@ -19,7 +19,7 @@ equal length, which go to cuDNN as a batch.
 Rows that see several runs of tokens have such a segment for each: the states of all of them merge alike.
 
 Where the blocks of a tile are consecutive, the pool itself is read through a strided view; else its blocks are gathered into
-a buffer of the same strides, once for all rows. So are all blocks of KV in fp8, as the numbers that they stand for.
+a buffer of the same strides, once for all rows. So are all blocks of KV of 8 bits, as the numbers that they stand for.
 
 Sources: partial states are Flash-Decoding's and DistAttention's, the split by visibility cascade inference's (FlashInfer).
 
@@ -212,7 +212,7 @@ class TiledAttention:
         """Most bytes that this object and a `run` for so many rows hold beside the arguments, the library's own left out."""
         return scratch_bytes(self.sizes, num_rows, self._row_tiles[0], self._token_tiles[0])
 
-    def warm_up(self, kv_2BPKD: torch.Tensor, scales_2BK: torch.Tensor | None = None) -> None:
+    def warm_up(self, kv_2BPKD: torch.Tensor, scales_2BKX: torch.Tensor | None = None) -> None:
         """Build every plan and kernel that `run` may need; reads one block of `kv`, a layer of the pool, and writes nothing.
 
         Must be called on the thread that will call `run`: PyTorch keeps cuDNN's plans per thread, by sizes and strides.
@@ -224,7 +224,7 @@ class TiledAttention:
         ids_N = upload([0] * (self._token_tiles[0] // sizes.block_size), sizes.device, torch.int32)
         self._gathered_2SKD.zero_()
         all_2SKD = self._gathered_2SKD[:, : self._token_tiles[0]]
-        gather_kv_into(all_2SKD, kv_2BPKD, ids_N, 0, scales_2BK=scales_2BK, backend=self._backend)
+        gather_kv_into(all_2SKD, kv_2BPKD, ids_N, 0, scales_2BKX=scales_2BKX, backend=self._backend)
         by_parts: dict[int, tuple[int, int]] = {}
         for num_rows, num_tokens, is_causal in self.shapes():
             k_SKD, v_SKD = self._gathered_2SKD[:, :num_tokens]
@@ -239,7 +239,7 @@ class TiledAttention:
                 jobs = [TileJob(0, rows, i * tokens, tokens, is_causal=False) for i in range(num_jobs)]
                 for left_over in ([], [Segment(0, rows, ids, (1,) * rows)]):
                     plan = self._plan(ids, jobs, left_over)
-                    self.run(plan, q_THD, kv_2BPKD, 1.0, out_THD=out_THD, lse_TH=lse_TH, scales_2BK=scales_2BK)
+                    self.run(plan, q_THD, kv_2BPKD, 1.0, out_THD=out_THD, lse_TH=lse_TH, scales_2BKX=scales_2BKX)
 
     def plan(self, segments: Sequence[Segment], others: Sequence[Segment] = ()) -> TilePlan:
         """Cut segments of the same rows and upload their block tables. `others`: of these rows too, to be left over whole.
@@ -295,7 +295,7 @@ class TiledAttention:
         *,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
-        scales_2BK: torch.Tensor | None = None,
+        scales_2BKX: torch.Tensor | None = None,
     ) -> None:
         """Complete the states of the plan's rows in `out_THD` (q's dtype) and `lse_TH` (fp32, natural log).
 
@@ -317,7 +317,7 @@ class TiledAttention:
         for call in plan.calls:
             job = call.job
             if read is None or (job.first_token, job.num_tokens) != (read.first_token, read.num_tokens):
-                k_SKD, v_SKD = self._read(plan, call, kv_2BPKD, scales_2BK)
+                k_SKD, v_SKD = self._read(plan, call, kv_2BPKD, scales_2BKX)
                 read = job
             first, num_rows = job.first_row, job.num_rows
             num_parts = self._num_parts(num_rows, job.num_tokens, job.is_causal)
@@ -345,13 +345,13 @@ class TiledAttention:
         return parts
 
     def _read(
-        self, plan: TilePlan, call: _Call, kv_2BPKD: torch.Tensor, scales_2BK: torch.Tensor | None
+        self, plan: TilePlan, call: _Call, kv_2BPKD: torch.Tensor, scales_2BKX: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`k_SKD`, `v_SKD` of a job, with the same strides whether gathered or not."""
         job = call.job
         if call.pool_token is None:
             kv_2SKD = self._gathered_2SKD[:, : job.num_tokens]
-            gather_kv_into(kv_2SKD, kv_2BPKD, plan.block_ids_N, job.first_token, scales_2BK=scales_2BK, backend=self._backend)
+            gather_kv_into(kv_2SKD, kv_2BPKD, plan.block_ids_N, job.first_token, scales_2BKX=scales_2BKX, backend=self._backend)
         else:
             kv_2SKD = kv_2BPKD.flatten(1, 2)[:, call.pool_token : call.pool_token + job.num_tokens]
         return kv_2SKD[0], kv_2SKD[1]

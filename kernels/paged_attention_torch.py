@@ -42,7 +42,7 @@ One core, fp32, 2048 tokens, views against gathered: 1 row, 9/3 heads x 64, runs
 """
 
 _GATHER_BYTES = 64 << 20
-"""Most that is gathered at once: a long shard in scattered blocks, or in fp8, must not be copied whole."""
+"""Most that is gathered at once: a long shard in scattered blocks, or of 8 bits, must not be copied whole."""
 
 _FOLD_ROWS = 16
 """Up to so many unmasked rows, the heads of a group become rows of one head, so that a tile of K is used by all of them.
@@ -75,17 +75,17 @@ class _Piece:
     """Both as the fused kernel takes them: 0 or -inf in q's dtype."""
 
     def read(
-        self, kv_2BPKD: torch.Tensor, scales_2BK: torch.Tensor | None, sizes: AttentionSizes
+        self, kv_2BPKD: torch.Tensor, scales_2BKX: torch.Tensor | None, sizes: AttentionSizes
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`k_K1SD`, `v_K1SD`: views where the blocks are consecutive, unless KV has scales: then q's dtype.
 
         One `as_strided` each: slicing, flattening and transposing cost 12 us more per piece and layer.
         """
         blocks, first, value_dim = kv_2BPKD, self.first_block, sizes.value_dim
-        if scales_2BK is not None:
+        if scales_2BKX is not None:
             ids = self.gather_N
             used = slice(first, first + _cdiv(self.skip + self.num_tokens, sizes.block_size))
-            stored, scales = (x[:, used] if ids is None else x.index_select(1, ids) for x in (kv_2BPKD, scales_2BK))
+            stored, scales = (x[:, used] if ids is None else x.index_select(1, ids) for x in (kv_2BPKD, scales_2BKX))
             blocks, first = dequantised(stored, scales, sizes.dtype), 0
         elif self.gather_N is not None:
             blocks, first = kv_2BPKD.index_select(1, self.gather_N), 0
@@ -129,7 +129,7 @@ class TorchPagedAttention(PagedAttention):
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
@@ -147,7 +147,7 @@ class TorchPagedAttention(PagedAttention):
                 lse_TH[rows] = -torch.inf
                 continue
             q_rows = q_THD[rows]
-            parts = (attend(q_rows, *piece.read(kv_2BPKD, scales_2BK, self.sizes), scoring, piece) for piece in tile.pieces)
+            parts = (attend(q_rows, *piece.read(kv_2BPKD, scales_2BKX, self.sizes), scoring, piece) for piece in tile.pieces)
             out_THD[rows], lse_TH[rows] = reduce(_merge, parts)
 
 
@@ -277,7 +277,8 @@ def _prefix(block_ids: tuple[int, ...], begin: int, end: int, num_rows: int, siz
     if begin >= end:
         return
     block_size = sizes.block_size
-    itemsize = sizes.dtype.itemsize + sizes.has_scales  # what is in fp8 is there twice while it is read
+    # what is of 8 bits is there twice while it is read, in int8 in fp32 as well
+    itemsize = sizes.dtype.itemsize + sizes.has_scales + 4 * (sizes.has_token_scales and sizes.dtype != torch.float32)
     block_bytes = sizes.parts * block_size * sizes.num_kv_heads * sizes.head_dim * itemsize
     view_bytes = _VIEW_BYTES if num_rows <= _FOLD_ROWS else 4 * _VIEW_BYTES
     used = block_ids[begin // block_size : _cdiv(end, block_size)]

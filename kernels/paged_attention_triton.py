@@ -26,10 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import decode_attention, decode_fp8
+from kernels import decode_attention, decode_bytes
 from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeTables, RowReading, soft_capped
-from kernels.decode_fp8 import FP8Decode
-from kernels.kv_blocks import FP8, LEAST_EXPONENT
+from kernels.decode_bytes import BytesDecode
+from kernels.kv_blocks import LEAST_SCALE, SCALE_TYPES
 from kernels.launch import num_processors
 from kernels.paged_attention_tiles import TiledAttention, TilePlan, is_tileable, uses_tiles
 from kernels.segments import AttentionSizes, PagedAttention, Scoring, Segment, by_rows, uncovered_ranges
@@ -37,13 +37,13 @@ from kernels.upload import upload
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_GROUP = 64
-_LEAST_FP8_DIM = 32
-"""Products are of half of them (`kernels.decode_fp8`), and of 16 at least."""
+_LEAST_BYTES_DIM = 32
+"""Products are of half of them (`kernels.decode_bytes`), and of 16 at least."""
 _MIN_PART_TILES = 4
 """A part of split KV is at least so many KV tiles long, so that the merge stays small beside it."""
 _PROGRAMS_PER_PROCESSOR = 4
 _MERGE_PARTS = 16
-_LEAST_SCALE = tl.constexpr(2.0**LEAST_EXPONENT)
+_LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 WORK_COLUMNS = tl.constexpr(5)
 SECTION_COLUMNS = tl.constexpr(6)
 _SPLIT_COLUMNS = tl.constexpr(4)
@@ -78,15 +78,17 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
 ):
     """Online softmax, base 2, over tokens [begin, end), begin a multiple of BLOCK_N; end too unless MASKED.
 
     s = q k^T scale log2(e)    new = max(top, max_n s)    p = 2^(s - new)
     sum = sum 2^(top - new) + sum_n p                     acc = acc 2^(top - new) + p v
 
-    MASKED and WINDOWED: row m sees those from `start_M[m]` on, and nothing before `first` is read. SCALED: k and v are in fp8,
-    and acc is counted in `unit`s, as `kernels.decode_fp8` has them.
+    MASKED and WINDOWED: row m sees those from `start_M[m]` on, and nothing before `first` is read. SCALED: k and v are of 8
+    bits, and acc is counted in `unit`s, as `kernels.decode_bytes` has them.
     """
+    BY_TOKEN: tl.constexpr = TOKEN_SCALES or P % BLOCK_N != 0
     offset_N = tl.arange(0, BLOCK_N)
     dim_D = tl.arange(0, D)
     for start in range(begin, end, BLOCK_N):
@@ -112,16 +114,23 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             v_ND = v_ND.to(q_MD.dtype)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * log2_scale
         if SCALED:
-            if P % BLOCK_N == 0:
-                score_MN *= tl.load(k_scales_ptr + block * stride_sb)
-                v_scale = tl.load(v_scales_ptr + block * stride_sb)
-            else:
+            if BY_TOKEN:
                 has_scale_N = token_N < end
                 if WINDOWED:  # blocks before are others' by now
                     has_scale_N &= token_N >= first
-                score_MN *= tl.load(k_scales_ptr + block_N * stride_sb, mask=has_scale_N, other=0.0)[None, :]
-                v_scale_N = tl.load(v_scales_ptr + block_N * stride_sb, mask=has_scale_N, other=0.0)
+                if P % BLOCK_N == 0:
+                    scale_N = block * stride_sb + token_N % P
+                elif TOKEN_SCALES:
+                    scale_N = block_N * stride_sb + token_N % P
+                else:
+                    scale_N = block_N * stride_sb
+                score_MN *= tl.load(k_scales_ptr + scale_N, mask=has_scale_N, other=0.0).to(tl.float32)[None, :]
+                v_scale_N = tl.load(v_scales_ptr + scale_N, mask=has_scale_N, other=0.0).to(tl.float32)
+                # in fp16 p loses bits of values that are 10^4 times smaller than the tile's largest
                 v_scale = tl.maximum(tl.max(v_scale_N, 0), _LEAST_SCALE)
+            else:
+                score_MN *= tl.load(k_scales_ptr + block * stride_sb)
+                v_scale = tl.load(v_scales_ptr + block * stride_sb)
         if CAPPED:
             score_MN = soft_capped(score_MN, log2_cap)
         if MASKED:
@@ -135,7 +144,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         decay_M = tl.exp2(top_M - shift_M)
         sum_M = sum_M * decay_M + tl.sum(p_MN, 1)
         if SCALED:
-            if P % BLOCK_N != 0:
+            if BY_TOKEN:
                 p_MN *= (v_scale_N / v_scale)[None, :]
             decay_M *= unit / v_scale
             unit = v_scale
@@ -167,6 +176,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     stride_k,
     stride_s2,
     stride_sb,
+    stride_sk,
     stride_ot,
     stride_oh,
     stride_lt,
@@ -182,6 +192,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
 ):
     """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over one work item's tokens.
 
@@ -208,8 +219,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     k_scales_ptr = scales_ptr
     v_scales_ptr = scales_ptr
     if SCALED:
-        k_scales_ptr += kv_head
-        v_scales_ptr += kv_head + stride_s2
+        k_scales_ptr += kv_head * stride_sk
+        v_scales_ptr += kv_head * stride_sk + stride_s2
     unit = 1.0
 
     acc_MD = tl.zeros((BLOCK_M, D), dtype=tl.float32)
@@ -231,18 +242,18 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             acc_MD, top_M, sum_M, unit = _attend_tiles(
                 acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_begin,
                 stride_b, stride_p, log2_scale, log2_cap, unit, k_scales_ptr, v_scales_ptr, stride_sb,
-                D, P, BLOCK_N, True, True, CAPPED, SCALED,
+                D, P, BLOCK_N, True, True, CAPPED, SCALED, TOKEN_SCALES,
             )  # fmt: skip
             begin = full_begin
         acc_MD, top_M, sum_M, unit = _attend_tiles(
             acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, begin, full_end,
             stride_b, stride_p, log2_scale, log2_cap, unit, k_scales_ptr, v_scales_ptr, stride_sb,
-            D, P, BLOCK_N, False, WINDOWED, CAPPED, SCALED,
+            D, P, BLOCK_N, False, WINDOWED, CAPPED, SCALED, TOKEN_SCALES,
         )  # fmt: skip
         acc_MD, top_M, sum_M, unit = _attend_tiles(
             acc_MD, top_M, sum_M, q_MD, start_M, first, kv_len_M, k_ptr, v_ptr, table_ptr, full_end, end,
             stride_b, stride_p, log2_scale, log2_cap, unit, k_scales_ptr, v_scales_ptr, stride_sb,
-            D, P, BLOCK_N, True, WINDOWED, CAPPED, SCALED,
+            D, P, BLOCK_N, True, WINDOWED, CAPPED, SCALED, TOKEN_SCALES,
         )  # fmt: skip
 
     divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # an empty state: 0 / 1, and -inf + log 1
@@ -346,7 +357,7 @@ def scratch_bytes(
     """Most bytes of the parts of split KV: at most one for each program that fills the device, and the decode kernel's."""
     group: int = triton.next_power_of_2(num_heads // num_kv_heads)
     parts = parts_bytes(max(128, group), num_kv_heads, head_dim, device)
-    most = decode_fp8.MOST_PROGRAMS if kv_dtype == FP8 else decode_attention.MOST_PROGRAMS
+    most = decode_bytes.MOST_PROGRAMS if kv_dtype in SCALE_TYPES else decode_attention.MOST_PROGRAMS
     return parts + decode_attention.scratch_bytes(num_heads, num_kv_heads, head_dim, device, most)
 
 
@@ -381,7 +392,7 @@ class TritonPagedAttention(PagedAttention):
                 single.append([RowReading(run.first_row, run.block_ids, run.kv_lens[0], *run.starts) for run in runs])
         self._decode: list[tuple[DecodeAttention, DecodeTables]] = []
         if single:
-            kernel = (FP8Decode if sizes.has_scales else DecodeAttention)(sizes)
+            kernel = (BytesDecode if sizes.has_scales else DecodeAttention)(sizes)
             for at in range(0, len(single), MAX_ROWS):
                 readings = [reading for row in single[at : at + MAX_ROWS] for reading in row]
                 self._decode.append((kernel, kernel.upload_tables(readings)))
@@ -392,7 +403,7 @@ class TritonPagedAttention(PagedAttention):
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
@@ -403,19 +414,19 @@ class TritonPagedAttention(PagedAttention):
             out_THD[start:end] = 0
             lse_TH[start:end] = -torch.inf
         for kernel, tables in self._decode:
-            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH, scales_2BK=scales_2BK)
+            kernel.run(q_THD, kv_2BPKD, scoring, tables, out_THD=out_THD, lse_TH=lse_TH, scales_2BKX=scales_2BKX)
         if self._chunk is not None:
-            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scales_2BK, scoring, out_THD, lse_TH)
+            self._run_chunk(self._chunk, q_THD, kv_2BPKD, scales_2BKX, scoring, out_THD, lse_TH)
         if self._tiles is not None:
             for plan in self._tiled:
-                self._tiles.run(plan, q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH, scales_2BK=scales_2BK)
+                self._tiles.run(plan, q_THD, kv_2BPKD, scoring.scale, out_THD=out_THD, lse_TH=lse_TH, scales_2BKX=scales_2BKX)
 
     def _run_chunk(
         self,
         launch: Launch,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
@@ -424,7 +435,7 @@ class TritonPagedAttention(PagedAttention):
         _attention_kernel[(launch.work_WC.shape[0], sizes.num_kv_heads)](
             q_THD,
             kv_2BPKD,
-            scales_2BK,
+            scales_2BKX,
             out_THD,
             lse_TH,
             launch.part_out_XKMD,
@@ -436,7 +447,7 @@ class TritonPagedAttention(PagedAttention):
             launch.tables,
             *q_THD.stride()[:2],
             *kv_2BPKD.stride()[:4],
-            *((0, 0) if scales_2BK is None else scales_2BK.stride()[:2]),
+            *((0, 0, 0) if scales_2BKX is None else scales_2BKX.stride()[:3]),
             *out_THD.stride()[:2],
             *lse_TH.stride(),
             scoring.scale * math.log2(math.e),
@@ -449,7 +460,8 @@ class TritonPagedAttention(PagedAttention):
             BLOCK_N=shape.block_n,
             WINDOWED=launch.starts is not None,
             CAPPED=scoring.soft_cap > 0,
-            SCALED=scales_2BK is not None,
+            SCALED=scales_2BKX is not None,
+            TOKEN_SCALES=sizes.has_token_scales,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
         )
@@ -488,8 +500,8 @@ def _refuse_unsupported(sizes: AttentionSizes) -> None:
             f"the triton backend takes float32, float16 and bfloat16, head_dim a power of two from 16 to 256, and at most "
             f"{_MAX_GROUP} query heads per KV head; got {sizes.dtype}, head_dim {dim}, {sizes.group} query heads per KV head"
         )
-    if sizes.has_scales and dim < _LEAST_FP8_DIM:
-        raise ValueError(f"of KV in fp8 the triton backend takes head_dim from {_LEAST_FP8_DIM} on, got {dim}")
+    if sizes.has_scales and dim < _LEAST_BYTES_DIM:
+        raise ValueError(f"of KV of 8 bits the triton backend takes head_dim from {_LEAST_BYTES_DIM} on, got {dim}")
     if sizes.device.type == "cpu" and isinstance(_attention_kernel, triton.JITFunction):
         raise ValueError(f"the triton backend needs a CUDA device, got {sizes.device}")
 

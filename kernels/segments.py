@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.kv_blocks import FP8, check_scales
+from kernels.kv_blocks import SCALE_TYPES, check_scales, has_token_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,17 @@ class AttentionSizes(TokenForm):
     """0: tokens have keys and values of `head_dim`, the two parts of `kv`. Else latent KV of one part: the value of a token is
     the first `value_dim` numbers of its key."""
     kv_dtype: torch.dtype | None = None
-    """Of `kv`; None: as `dtype`. What is in fp8 has scales (`kernels.kv_blocks`)."""
+    """Of `kv`; None: as `dtype`. What is of 8 bits has scales (`kernels.kv_blocks`)."""
 
     @property
     def has_scales(self) -> bool:
-        """Whether KV is in fp8."""
-        return self.kv_dtype == FP8
+        """Whether KV is of 8 bits."""
+        return self.kv_dtype in SCALE_TYPES
+
+    @property
+    def has_token_scales(self) -> bool:
+        """Whether each token has scales of its own."""
+        return has_token_scales(self.kv_dtype)
 
     @property
     def group(self) -> int:
@@ -106,11 +111,11 @@ class PagedAttention(ABC):
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
         soft_cap: float = 0.0,
-        scales_2BK: torch.Tensor | None = None,
+        scales_2BKX: torch.Tensor | None = None,
     ) -> None:
         """Fill `out_THD` (q's dtype) and `lse_TH` (fp32, natural log) with the partial states of all rows.
 
-        `soft_cap` c > 0 bounds scores: s becomes c tanh(s / c). `scales_2BK`: of KV in fp8.
+        `soft_cap` c > 0 bounds scores: s becomes c tanh(s / c). `scales_2BKX`: of KV of 8 bits.
 
         Rows of no segment, and rows that see nothing, get `out = 0`, `lse = -inf`. KV that no row sees is never read into a
         result, so it may be NaN. The last dimension of q, kv and out must be contiguous.
@@ -133,20 +138,20 @@ class PagedAttention(ABC):
             or kv_2BPKD.stride(-1) != 1
         ):
             raise ValueError(f"kv must be ({sizes.parts}, blocks, {block}) {stored}, got {_describe(kv_2BPKD)}")
-        check_scales(kv_2BPKD, scales_2BK)
+        check_scales(kv_2BPKD, scales_2BKX)
         if kv_2BPKD.shape[1] < self._min_blocks:
             raise ValueError(f"the plan reads block {self._min_blocks - 1}, kv holds {kv_2BPKD.shape[1]} blocks")
         if not q_THD.device.type == kv_2BPKD.device.type == sizes.device.type:
             raise ValueError(f"planned for {sizes.device}, got q on {q_THD.device}, kv on {kv_2BPKD.device}")
         if sizes.num_rows:
-            self._run(q_THD, kv_2BPKD, scales_2BK, Scoring(scale, soft_cap), out_THD, lse_TH)
+            self._run(q_THD, kv_2BPKD, scales_2BKX, Scoring(scale, soft_cap), out_THD, lse_TH)
 
     @abstractmethod
     def _run(
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.kv_blocks import has_token_scales
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 
 _TILE_HEADS = 8
@@ -224,6 +225,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     stride_k,
     stride_s2,
     stride_sb,
+    stride_sk,
     stride_o2,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -231,9 +233,10 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SCALED_D: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
 ):
     """out[0, j - first] = kv[0, ids[j // P], j % P], out[1, ...] = kv[1, ...]; times its block's scale for each SCALED_D of a
-    token's elements, if that isn't 0.
+    token's elements, if that isn't 0, or with TOKEN_SCALES its own.
 
     One program per BLOCK_S tokens and BLOCK_C elements of each, keys and values.
     """
@@ -250,9 +253,14 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     k_SC = tl.load(from_SC_ptr, mask=is_SC)
     v_SC = tl.load(from_SC_ptr + stride_2, mask=is_SC)  # both are on their way before the first store waits
     if SCALED_D:
-        scale_SC_ptr = scales_ptr + (block_S * stride_sb)[:, None] + (element_C // SCALED_D)[None, :]
-        k_SC = (k_SC.to(tl.float32) * tl.load(scale_SC_ptr, mask=is_SC)).to(out_ptr.dtype.element_ty)
-        v_SC = (v_SC.to(tl.float32) * tl.load(scale_SC_ptr + stride_s2, mask=is_SC)).to(out_ptr.dtype.element_ty)
+        scale_S = block_S * stride_sb
+        if TOKEN_SCALES:
+            scale_S += token_S % P
+        scale_SC_ptr = scales_ptr + scale_S[:, None] + (element_C // SCALED_D)[None, :] * stride_sk
+        k_scale_SC = tl.load(scale_SC_ptr, mask=is_SC).to(tl.float32)
+        v_scale_SC = tl.load(scale_SC_ptr + stride_s2, mask=is_SC).to(tl.float32)
+        k_SC = (k_SC.to(tl.float32) * k_scale_SC).to(out_ptr.dtype.element_ty)
+        v_SC = (v_SC.to(tl.float32) * v_scale_SC).to(out_ptr.dtype.element_ty)
     tl.store(to_SC_ptr, k_SC, mask=is_SC)
     tl.store(to_SC_ptr + stride_o2, v_SC, mask=is_SC)
 
@@ -262,11 +270,11 @@ def gather_kv(
     kv_2BPKD: torch.Tensor,
     block_ids_N: torch.Tensor,
     first_token: int,
-    scales_2BK: torch.Tensor | None,
+    scales_2BKX: torch.Tensor | None,
 ) -> None:
     """See `kernels.kv_blocks.gather_kv_into`."""
     _, num_tokens, num_kv_heads, head_dim = out_2SKD.shape
-    scaled_dim = 0 if scales_2BK is None else head_dim
+    scaled_dim = 0 if scales_2BKX is None else head_dim
     stride_2, stride_b, stride_p, stride_k, _ = kv_2BPKD.stride()
     if stride_k == head_dim:  # one run of elements per token: nothing for the compiler to prove
         num_kv_heads, head_dim = 1, num_kv_heads * head_dim
@@ -275,7 +283,7 @@ def gather_kv(
     block_s = _GATHER_ELEMENTS // block_c
     _gather_kernel[(triton.cdiv(num_tokens, block_s), triton.cdiv(elements, block_c))](
         kv_2BPKD,
-        scales_2BK,
+        scales_2BKX,
         block_ids_N,
         out_2SKD,
         first_token,
@@ -284,7 +292,7 @@ def gather_kv(
         stride_b,
         stride_p,
         stride_k,
-        *((0, 0) if scales_2BK is None else scales_2BK.stride()[:2]),
+        *((0, 0, 0) if scales_2BKX is None else scales_2BKX.stride()[:3]),
         out_2SKD.stride(0),
         K=num_kv_heads,
         D=head_dim,
@@ -292,6 +300,7 @@ def gather_kv(
         BLOCK_S=block_s,
         BLOCK_C=block_c,
         SCALED_D=scaled_dim,
+        TOKEN_SCALES=has_token_scales(kv_2BPKD.dtype),
     )
 
 

@@ -4,10 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.kv_blocks import FP8
-
-SCALE_BYTES = 4
-"""Of a scale, in fp32."""
+from kernels.kv_blocks import SCALE_TYPES, scales_of_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +16,17 @@ class KVFormat:
 
     @property
     def has_scales(self) -> bool:
-        """Whether each block has scales: one for each layer, keys and values, and KV head."""
-        return self.dtype == FP8
+        """Whether each block has scales, for each layer, keys and values, and KV head: one, or one for each token."""
+        return self.dtype in SCALE_TYPES
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a scale, a multiple of which the numbers of a block must take; 1 where there is none."""
+        return SCALE_TYPES[self.dtype].itemsize if self.has_scales else 1
 
     def block_bytes(self, *, num_layers: int, parts: int, block_size: int, num_kv_heads: int, head_dim: int) -> int:
         """Of a block of so many tokens, with its scales. `parts` of a token in a layer: keys and values, or 1, where KV is
         latent."""
         heads = num_layers * parts * num_kv_heads
-        return heads * (block_size * head_dim * self.dtype.itemsize + (SCALE_BYTES if self.has_scales else 0))
+        scales = scales_of_block(self.dtype, block_size) * self.scale_bytes
+        return heads * (block_size * head_dim * self.dtype.itemsize + scales)

@@ -1,16 +1,18 @@
 """The tensors that hold KV: allocated once, never resized."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from kvstore.format import SCALE_BYTES, KVFormat
+from kernels.kv_blocks import SCALE_TYPES, scales_of_block
+from kvstore.format import KVFormat
 
 
 class KVStorage:
     """KV of one instance, `data_L2BPKD`: layers of a block, (K, V), blocks, block size, KV heads, head dim. Of latent KV
-    `data_L1BPKD`, by the same name. KV in fp8 has `scales_L2BK` (fp32) besides.
+    `data_L1BPKD`, by the same name. KV of 8 bits has `scales_L2BKX` besides (X: of a block and head, `kernels.kv_blocks`).
 
     A block has all of a model's layers, or those of one of several tables (`kvstore.run`): then several have the same place.
     Token-major inside a block, so that consecutive blocks are one strided view (`kernels.paged_attention`). The memory is
@@ -33,7 +35,7 @@ class KVStorage:
         """`num_layers`: of a block; `places`: where each of the model's layers is in one, if it doesn't have all. `parts` of a
         token in a layer: its keys and values, or 1, where KV is latent.
 
-        Raises ValueError for a size below 1, or a block in fp8 whose scales would be aligned to less than their size;
+        Raises ValueError for a size below 1, or a block of 8 bits whose scales would be aligned to less than their size;
         MemoryError (with the sizes) if the device can't hold it.
         """
         shape = (num_layers, parts, num_blocks, block_size, num_kv_heads, head_dim)
@@ -43,16 +45,19 @@ class KVStorage:
         self.block_bytes = format.block_bytes(
             num_layers=num_layers, parts=parts, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
-        if format.has_scales and self.block_bytes % SCALE_BYTES:
-            raise ValueError(f"blocks in {format.dtype} must be of a multiple of {SCALE_BYTES} bytes, got {self.block_bytes}")
+        if self.block_bytes % format.scale_bytes:
+            raise ValueError(
+                f"blocks in {format.dtype} must be of a multiple of {format.scale_bytes} bytes, got {self.block_bytes}"
+            )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._places = tuple(places) or tuple(range(num_layers))
-        self.scales_L2BK: torch.Tensor | None = None
+        self.scales_L2BKX: torch.Tensor | None = None
         try:
             self.data_L2BPKD = torch.empty(shape, dtype=format.dtype, device=device)
             if format.has_scales:
-                self.scales_L2BK = torch.empty((*shape[:3], num_kv_heads), dtype=torch.float32, device=device)
+                scales = (*shape[:3], num_kv_heads, scales_of_block(format.dtype, block_size))
+                self.scales_L2BKX = torch.empty(scales, dtype=SCALE_TYPES[format.dtype], device=device)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             needed = num_blocks * self.block_bytes
             raise MemoryError(
@@ -73,13 +78,16 @@ class KVStorage:
         return self.data_L2BPKD[self._places[layer]]
 
     def scales(self, layer: int) -> torch.Tensor | None:
-        """`scales_2BK` of one layer, a view; None: KV isn't in fp8."""
-        return None if self.scales_L2BK is None else self.scales_L2BK[self._places[layer]]
+        """`scales_2BKX` of one layer, a view; None: KV has none."""
+        return None if self.scales_L2BKX is None else self.scales_L2BKX[self._places[layer]]
 
     def fill_(self, value: float) -> None:
-        """Let all numbers and scales be `value`: for tests and made-up steps."""
+        """Let all numbers and scales be `value`, whole numbers as near as they come to it: for tests and made-up steps.
+
+        NaN, of which these have none, is in the scales then.
+        """
         for tensor in self._tensors():
-            tensor.fill_(value)
+            tensor.fill_(value if tensor.is_floating_point() else _nearest(value, tensor.dtype))
 
     def pack(self, block: int, into_N: torch.Tensor | None = None) -> torch.Tensor:
         """A copy of all bytes of a block (uint8), one after the other: numbers, then scales. `into_N`: where to; None: new."""
@@ -95,7 +103,7 @@ class KVStorage:
             place.copy_(packed)
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [self.data_L2BPKD] if self.scales_L2BK is None else [self.data_L2BPKD, self.scales_L2BK]
+        return [self.data_L2BPKD] if self.scales_L2BKX is None else [self.data_L2BPKD, self.scales_L2BKX]
 
     def _pieces(self, block: int, packed_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """A block's place in each tensor, and that of the same in its packed bytes."""
@@ -105,6 +113,12 @@ class KVStorage:
             end = at + place.numel() * place.dtype.itemsize
             yield place, packed_N[at:end].view(place.dtype).view(place.shape)
             at = end
+
+
+def _nearest(value: float, dtype: torch.dtype) -> int:
+    """Of the whole numbers of a type; of NaN its largest."""
+    limits = torch.iinfo(dtype)
+    return limits.max if math.isnan(value) else round(min(max(value, limits.min), limits.max))
 
 
 @contextmanager

@@ -7,7 +7,8 @@ read, beside the bandwidth of a device copy. Prefill: a chunk's rows against a l
 normal; a case whose KV is smaller than four times the L2 cache rotates over several copies of it. Every output is compared
 with the others' before it is timed.
 
-With --kv-dtype fp8 our decode kernels over KV in fp8, in GB/s of its bytes, and how many times as fast as ours in 16 bits.
+With --kv-dtype fp8 or int8 our decode kernels over KV so stored, in GB/s of its bytes without scales, and how many times as
+fast as ours in 16 bits.
 
 Latent: the same of latent KV (DeepSeek: 512 + 64 numbers a token, one key for all heads, whose beginning is the value), beside
 FlashInfer's MLA. With --sweep other ways to launch our kernel as well: blocks of tokens, warps, stages, programs a processor.
@@ -29,8 +30,8 @@ from _measure import Row, copy_bandwidth, graph_ms, matmul_tflops, show, write_j
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from kernels.decode_attention import DecodeAttention, DecodeConfig, RowReading
-from kernels.decode_fp8 import FP8Decode
-from kernels.kv_blocks import FP8
+from kernels.decode_bytes import BytesDecode
+from kernels.kv_blocks import FP8, SCALE_TYPES, scales_of_block
 from kernels.latent_attention import LatentDecode
 from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention
@@ -57,15 +58,18 @@ SWEEP = [
     for warps in (4, 8)
     for use_tma in (True, False)
 ]
-FP8_SWEEP = [
+BYTES_SWEEP = [
     DecodeConfig(block_n=64, num_warps=warps, num_stages=stages, programs_per_processor=programs, use_tma=use_tma)
     for warps, programs in ((2, 4), (2, 5), (2, 6), (2, 8), (4, 3), (4, 4), (1, 8))
     for stages, use_tma in ((2, True), (3, True), (3, False), (4, False))
 ]
-FP8_CASES = [
+BYTES_CASES = [
     *(((heads, name)) for heads in HEADS for name in ("8 x 128K", "1 x 128K", "64 x 8K")),
     *(((heads, 1), "8 x 128K") for heads in LATENT_HEADS),
 ]
+"""Those of latents in fp8 alone."""
+BYTES_SCALES = {FP8: 2.0, torch.int8: 2.0**-5}
+"""Of numbers around 1."""
 L2_CACHES = 4
 MOST_ERROR = 1e-2
 """Relative RMS between outputs in bf16; two right ones differ by about 3e-3."""
@@ -82,8 +86,8 @@ class Case:
     q_THD: torch.Tensor
     value_dim: int = 0
     """Of latent KV: that is keys alone."""
-    scales_2BK: torch.Tensor | None = None
-    """Of KV in fp8, of all copies."""
+    scales_2BKX: torch.Tensor | None = None
+    """Of KV of 8 bits, of all copies."""
 
     @property
     def scale(self) -> float:
@@ -113,19 +117,20 @@ class Case:
         q_THD = torch.randn(rows or len(lens), heads[0], head_dim, dtype=torch.bfloat16, device="cuda")
         return Case(lens, heads, pools, ids, q_THD, value_dim)
 
-    def in_fp8(self) -> "Case":
-        """The same, stored in fp8, in copies enough; and its numbers as fp8 has them, in 16 bits, in place of its own."""
-        first = self.kv_2BPKD[0]
-        parts, size = first.shape[:2]
-        scales_2BK = torch.full((parts, size, first.shape[3]), 2.0, device="cuda")
+    def stored_in(self, dtype: torch.dtype) -> "Case":
+        """The same, stored in 8 bits, in copies enough; and its numbers as these have them, in 16 bits, in place of its own."""
+        first, scale = self.kv_2BPKD[0], BYTES_SCALES[dtype]
+        parts, size, block_size, num_kv_heads, _ = first.shape
+        shape = (parts, size, num_kv_heads, scales_of_block(dtype, block_size))
+        scales_2BKX = torch.full(shape, scale, dtype=SCALE_TYPES[dtype], device="cuda")
         for pool in self.kv_2BPKD:
             for piece in torch.split(pool.view(-1), 1 << 28):
-                piece.copy_(piece.to(FP8))
+                piece.copy_((piece / scale).round().clamp(-127, 127) if dtype == torch.int8 else (piece / scale).to(FP8))
         copies = 1 + L2_CACHES * torch.cuda.get_device_properties(0).L2_cache_size // first.numel()
-        pools = [first.to(FP8) for _ in range(copies)]
+        pools = [first.to(dtype) for _ in range(copies)]
         for pool in self.kv_2BPKD:
-            pool *= 2
-        return replace(self, kv_2BPKD=pools, scales_2BK=scales_2BK)
+            pool *= scale
+        return replace(self, kv_2BPKD=pools, scales_2BKX=scales_2BKX)
 
     def results(self) -> "Result":
         """Of all rows, with nothing in them."""
@@ -141,7 +146,7 @@ Attention = Callable[[torch.Tensor], Result]
 
 def ours(case: Case, config: DecodeConfig | None = None) -> Attention:
     sizes = sizes_of(case)
-    of_heads = FP8Decode if sizes.has_scales else DecodeAttention
+    of_heads = BytesDecode if sizes.has_scales else DecodeAttention
     kernel = (LatentDecode if case.value_dim else of_heads)(sizes, config)
     readings = [RowReading(i, ids, n) for i, (ids, n) in enumerate(zip(case.block_ids, case.lens, strict=True))]
     tables = kernel.upload_tables(readings)
@@ -155,7 +160,7 @@ def ours(case: Case, config: DecodeConfig | None = None) -> Attention:
             tables,
             out_THD=out_THD,
             lse_TH=lse_TH,
-            scales_2BK=case.scales_2BK,
+            scales_2BKX=case.scales_2BKX,
         )
         return out_THD, lse_TH
 
@@ -376,21 +381,21 @@ def sizes_of(case: Case) -> AttentionSizes:
     )
 
 
-def fp8_decode(heads: tuple[int, int], name: str, copy: float, *, sweeps: bool) -> Row:
-    """KV in fp8 beside the same numbers in 16 bits; latents where there is one KV head."""
+def bytes_decode(heads: tuple[int, int], name: str, kv_dtype: str, copy: float, *, sweeps: bool) -> Row:
+    """KV of 8 bits beside the same numbers in 16; latents where there is one KV head."""
     is_latent = heads[1] == 1
     case = Case.make(DECODES[name], heads, None, *((LATENT + ROTATED, LATENT) if is_latent else ()))
-    stored = case.in_fp8()
+    stored = case.stored_in(FP8 if kv_dtype == "fp8" else torch.int8)
     plain, run = ours(case), ours(stored)
     want_out, want_lse = (x.float().clone() for x in plain(case.kv_2BPKD[0]))
     got_out, got_lse = (x.float().clone() for x in run(stored.kv_2BPKD[0]))
-    check(f"fp8 {name}", got_out, want_out)
-    check(f"fp8 {name}: lse", got_lse, want_lse)
+    check(f"{kv_dtype} {name}", got_out, want_out)
+    check(f"{kv_dtype} {name}: lse", got_lse, want_lse)
     rates = bandwidth(case, plain), bandwidth(stored, run)
-    for config in FP8_SWEEP if sweeps and not is_latent else ():
+    for config in BYTES_SWEEP if sweeps and not is_latent else ():
         try:
             other = ours(stored, config)
-            check(f"fp8 {name}, {config}", other(stored.kv_2BPKD[0])[0].float(), want_out)
+            check(f"{kv_dtype} {name}, {config}", other(stored.kv_2BPKD[0])[0].float(), want_out)
             found = bandwidth(stored, other)
         except (OutOfResources, PTXASError) as error:  # more shared memory or registers than a processor has
             print(f"{config}: {str(error)[:200]!r}", file=sys.stderr)
@@ -400,9 +405,9 @@ def fp8_decode(heads: tuple[int, int], name: str, copy: float, *, sweeps: bool) 
         "heads": f"{heads[0]}/{heads[1]}",
         "case": name,
         "16 bits": rates[0],
-        "fp8": rates[1],
+        kv_dtype: rates[1],
         "times as fast": 2 * rates[1] / rates[0],
-        "fp8 / copy": rates[1] / copy,
+        f"{kv_dtype} / copy": rates[1] / copy,
     }
 
 
@@ -427,8 +432,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_attention.json"))
     parser.add_argument("--only", choices=("decode", "prefill", "latent"), help="one part")
-    parser.add_argument("--sweep", action="store_true", help="of latents or fp8: other ways to launch our kernel, too")
-    parser.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8"), help="fp8: our decode kernels over KV in fp8")
+    parser.add_argument("--sweep", action="store_true", help="of latents or 8 bits: other ways to launch our kernel, too")
+    parser.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8", "int8"), help="our decode kernels over such KV")
     parser.add_argument("--without", nargs="*", default=[], choices=("flashinfer",), help="what not to compare with")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -438,13 +443,15 @@ def main() -> int:
     report: Row = {"copy_GB/s": copy_bandwidth(), "matmul_TFLOP/s": matmul_tflops()}
     report |= {name: [] for name in ("decode_GB/s", "prefill_TFLOP/s", "latent_GB/s", "latent_prefill_TFLOP/s")}
     print(f"copy {report['copy_GB/s']:.0f} GB/s, 8192^3 product {report['matmul_TFLOP/s']:.0f} TFLOP/s")
-    if args.kv_dtype == "fp8":
-        report = {"copy_GB/s": report["copy_GB/s"], "fp8_GB/s": []}
-        for heads, name in FP8_CASES:
-            report["fp8_GB/s"].append(fp8_decode(heads, name, report["copy_GB/s"], sweeps=args.sweep))
-            torch.cuda.empty_cache()
-            write_json(args.out, report)
-        show(report["fp8_GB/s"], "Decode over KV in fp8, GB/s of KV")
+    if args.kv_dtype != "auto":
+        report = {"copy_GB/s": report["copy_GB/s"], "bytes_GB/s": []}
+        for heads, name in BYTES_CASES:
+            if heads[1] > 1 or args.kv_dtype == "fp8":
+                row = bytes_decode(heads, name, args.kv_dtype, report["copy_GB/s"], sweeps=args.sweep)
+                report["bytes_GB/s"].append(row)
+                torch.cuda.empty_cache()
+                write_json(args.out, report)
+        show(report["bytes_GB/s"], f"Decode over KV in {args.kv_dtype}, GB/s of KV")
         return 0
     if args.only in (None, "decode"):
         for heads in HEADS:

@@ -63,7 +63,7 @@ def up(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; CPU: float32), float32, float16, bfloat16")] = "auto",
     kv_dtype: Annotated[
-        str, typer.Option(help="how KV is stored: auto (as dtype), or fp8, half the bytes of 16 bits")
+        str, typer.Option(help="how KV is stored: auto (as dtype), or fp8 or int8, half the bytes of 16 bits")
     ] = "auto",
     quantize: Annotated[str, typer.Option(help="weights of linear layers become 8 bits: none, fp8 or int8")] = "none",
     names: Annotated[

@@ -28,7 +28,7 @@ ECHO_S = 2.0
 
 QUANTIZE = ("none", "fp8", "int8")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-KV_DTYPES = ("auto", "fp8")
+KV_DTYPES = ("auto", "fp8", "int8")
 
 SLACK = 64
 """KV tokens beside the longest prompt: its answer, and a block or two."""

@@ -168,7 +168,7 @@ def test_the_pool_is_sized_once_beside_the_loaded_model(monkeypatch: pytest.Monk
         ({"threads": 0}, "--threads must be at least 1, got 0"),
         ({"decode_processors": (12, 24)}, "--decode-processors must be multiples of 8, got 12 24"),
         ({"cell_size": 0}, "--cell-size must be at least 1, got 0"),
-        ({"kv_dtype": "int4"}, "--kv-dtype must be one of auto, fp8, got int4"),
+        ({"kv_dtype": "int4"}, "--kv-dtype must be one of auto, fp8, int8, got int4"),
         ({"dtype": "int8"}, "--dtype must be one of auto, float32, float16, bfloat16, got int8"),
         ({"host": "0.0.0.0"}, "--host '0.0.0.0' is no address that the other instances could dial"),
         ({"cell": ""}, "--cell must not be empty"),

@@ -466,24 +466,36 @@ def test_a_token_costs_its_latents(
     assert "head_dim a power of two from 16 to 256" in capsys.readouterr().err
 
 
-def test_kv_in_fp8_holds_nearly_twice_the_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of what is left of a GPU; a token's bytes are half, and a scale for each block and head."""
+@pytest.mark.parametrize(("kv_dtype", "stored"), [("fp8", "float8_e4m3fn"), ("int8", "int8")])
+def test_kv_of_8_bits_holds_nearly_twice_the_tokens(
+    kv_dtype: str, stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what is left of a GPU; a token's bytes are half, and a scale for each block or token and head."""
     DeepseekV2Config(**V2_LITE).save_pretrained(tmp_path / "latents")
     LlamaConfig(
         hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32, max_position_embeddings=2**21
     ).save_pretrained(tmp_path / "heads")
-    for kind in ("latents", "heads"):
-        asked = [str(tmp_path / kind), "--dtype", "bfloat16", "--device", "cuda", "--gpu-memory", "139.8", "--gpus", "1"]
-        plain, fp8 = (ask(*asked, "--context", "32K", *more, capsys=capsys) for more in ([], ["--kv-dtype", "fp8"]))
-        assert (plain["kv_dtype"], fp8["kv_dtype"]) == ("bfloat16", "float8_e4m3fn")
-        assert fp8["instance"]["tokens"] >= 1.95 * plain["instance"]["tokens"]
-        assert plain["kv_per_token"] / 2 < fp8["kv_per_token"] < plain["kv_per_token"] / 1.95
-    assert main([*asked, "--kv-dtype", "fp8"]) == 0
-    assert "in float8_e4m3fn, with scales" in capsys.readouterr().out
+    asked_of_latents, asked = (
+        [str(tmp_path / kind), "--dtype", "bfloat16", "--device", "cuda", "--gpu-memory", "139.8", "--gpus", "1"]
+        for kind in ("latents", "heads")
+    )
+    for arguments in (asked_of_latents, asked) if kv_dtype == "fp8" else (asked,):
+        plain, small = (ask(*arguments, "--context", "32K", *more, capsys=capsys) for more in ([], ["--kv-dtype", kv_dtype]))
+        assert (plain["kv_dtype"], small["kv_dtype"]) == ("bfloat16", stored)
+        assert small["instance"]["tokens"] >= 1.95 * plain["instance"]["tokens"]
+        assert plain["kv_per_token"] / 2 < small["kv_per_token"] < plain["kv_per_token"] / 1.95
+    assert main([*asked, "--kv-dtype", kv_dtype]) == 0
+    assert f"in {stored}, with scales" in capsys.readouterr().out
+    if kv_dtype == "int8":
+        assert main([*asked_of_latents, "--kv-dtype", "int8"]) == 2
+        assert (
+            "--kv-dtype int8: the kernels of latent KV know no scales of tokens, which int8 has: fp8, or --kv-format plain"
+            in capsys.readouterr().err
+        )
 
 
 def test_heads_too_narrow_for_fp8_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, max_position_embeddings=1024).save_pretrained(tmp_path)
     asked = [str(tmp_path), "--dtype", "bfloat16", "--gpu-memory", "80", "--kv-dtype", "fp8"]
     assert main(asked) == 2
-    assert "--kv-dtype fp8: of KV in fp8 the triton backend takes head_dim from 32 on, got 16" in capsys.readouterr().err
+    assert "--kv-dtype fp8: of KV of 8 bits the triton backend takes head_dim from 32 on, got 16" in capsys.readouterr().err

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from kernels import decode_attention
 from kernels.decode_attention import _LEAST_SHARED, DecodeAttention, DecodeConfig, DecodeTables, RowReading, Written
-from kernels.decode_fp8 import FP8Decode
+from kernels.decode_bytes import BytesDecode
 from kernels.launch import num_processors
 from kernels.reference import attention_state
 from kernels.segments import AttentionSizes, Scoring
-from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, check_state, made_up_scales, put, union
+from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, Scales, blank, check_state, made_up_kv, put, union
 
 HEADS = [(4, 2), (9, 3), (2, 2), (7, 1)]
 
@@ -52,7 +52,7 @@ def check(
         device=DEVICE,
         kv_dtype=kv_dtype,
     )
-    kernel = (FP8Decode if sizes.has_scales else DecodeAttention)(sizes, config)
+    kernel = (BytesDecode if sizes.has_scales else DecodeAttention)(sizes, config)
     order = torch.randperm(len(lens)).tolist()
     runs = [(row, n) for row, each in zip(order, lens, strict=True) for n in (each if isinstance(each, list) else [each])]
     blocks = [-(-n // block_size) for _, n in runs]
@@ -70,19 +70,20 @@ def check(
     )
     for _ in range(2):
         stored = kv_dtype or dtype
-        kv_2BPKD = torch.full((2, sum(blocks) + 2, block_size, heads[1], head_dim), NAN).to(stored)
-        scales_2BK = None if kv_dtype is None else made_up_scales(kv_2BPKD)
+        kv_2BPKD = blank((2, sum(blocks) + 2, block_size, heads[1], head_dim), stored)
+        scales = None if kv_dtype is None else Scales(kv_2BPKD)
         q_THD = torch.randn(num_rows, heads[0], head_dim).to(dtype)
         want_out = torch.zeros(num_rows, *q_THD.shape[1:], dtype=torch.float64)
         want_lse = torch.full(q_THD.shape[:2], -torch.inf, dtype=torch.float64)
         for reading in readings:
             token_S = torch.arange(reading.kv_len)
-            kv_2SKD = torch.randn(2, reading.kv_len, heads[1], head_dim).to(stored)
+            kv_2SKD = made_up_kv((2, reading.kv_len, heads[1], head_dim), stored)
             place = torch.tensor(reading.block_ids, dtype=torch.int64)
             seen_S = token_S[reading.start :]
             put(kv_2BPKD, place[seen_S // block_size], seen_S % block_size, kv_2SKD[:, reading.start :])
-            if scales_2BK is not None:
-                kv_2SKD = kv_2SKD.double() * scales_2BK[:, place[token_S // block_size], :, None]
+            if scales is not None:
+                shown_2SKD = scales.times(kv_2SKD[:, reading.start :], place[seen_S // block_size], seen_S % block_size)
+                kv_2SKD = torch.cat((kv_2SKD[:, : reading.start].double(), shown_2SKD), 1)
             row = slice(reading.row, reading.row + 1)
             starts_1, lens_1 = torch.tensor([[reading.start], [reading.kv_len]])
             state = attention_state(q_THD[row].double(), *kv_2SKD.double(), scale, lens_1, starts_T=starts_1, soft_cap=soft_cap)
@@ -96,7 +97,7 @@ def check(
             tables,
             out_THD=out_THD,
             lse_TH=lse_TH,
-            scales_2BK=None if scales_2BK is None else scales_2BK.to(DEVICE),
+            scales_2BKX=None if scales is None else scales.seen_2BKX.to(DEVICE),
         )
         read = sorted(order)
         check_state(out_THD[read], lse_TH[read], want_out[read], want_lse[read])

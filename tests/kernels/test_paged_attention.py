@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import PagedAttention, Segment, gather_kv, paged_attention_torch, store_kv
-from kernels.kv_blocks import FP8
+from kernels.kv_blocks import FP8, SCALE_TYPES, scales_of_block
 from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention
 from kernels.reference import attention_state, compare
@@ -55,9 +55,32 @@ def powers(least: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.ldexp(torch.ones(shape), torch.randint(least, stop, shape))
 
 
-def made_up_scales(kv_2BPKD: torch.Tensor) -> torch.Tensor:
-    """Of each block and head, far apart."""
-    return powers(-4, 1, (*kv_2BPKD.shape[:2], kv_2BPKD.shape[3]))
+def blank(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """KV that nobody has written: NaN, and in int8, which has none, of which the scales are."""
+    return torch.full(shape, 99 if dtype == torch.int8 else NAN).to(dtype)
+
+
+def made_up_kv(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(-127, 128, shape).to(dtype) if dtype == torch.int8 else torch.randn(shape).to(dtype)
+
+
+class Scales:
+    """Made up, far apart, of each block and head, or in int8 of each of their tokens; NaN of what is not seen."""
+
+    def __init__(self, kv_2BPKD: torch.Tensor) -> None:
+        parts, num_blocks, block_size, num_kv_heads, _ = kv_2BPKD.shape
+        self._of_tokens = kv_2BPKD.dtype == torch.int8
+        shape = (parts, num_blocks, num_kv_heads, scales_of_block(kv_2BPKD.dtype, block_size))
+        made = powers(-10, -5, shape) if self._of_tokens else powers(-4, 1, shape)
+        self._made_2BKX = made.to(SCALE_TYPES[kv_2BPKD.dtype])
+        self.seen_2BKX = torch.full_like(self._made_2BKX, NAN)
+
+    def times(self, kv_2SKD: torch.Tensor, block_S: torch.Tensor, offset_S: torch.Tensor) -> torch.Tensor:
+        """What the numbers at these places stand for, which are seen then."""
+        at_S = offset_S if self._of_tokens else torch.zeros_like(offset_S)
+        made_2BXK, seen_2BXK = self._made_2BKX.transpose(2, 3), self.seen_2BKX.transpose(2, 3)
+        seen_2BXK[:, block_S, at_S] = made_2BXK[:, block_S, at_S]
+        return kv_2SKD.double() * made_2BXK[:, block_S, at_S].double().unsqueeze(-1)
 
 
 def put(kv_2BPKD: torch.Tensor, block_S: torch.Tensor, offset_S: torch.Tensor, kv_2SKD: torch.Tensor) -> None:
@@ -119,19 +142,17 @@ def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None
         # a layer of a bigger pool, and q as a slice of fused q, k and v: neither is contiguous as a whole
         pool = (parts, case.num_blocks + 3, case.block_size, num_kv_heads, case.head_dim)
         stored = case.kv_dtype or case.dtype
-        kv_2BPKD = torch.full(pool, NAN).to(stored)[:, :-3]
-        scales_2BK = made_up_scales(kv_2BPKD) if case.kv_dtype is not None else None
-        seen_B = torch.zeros(case.num_blocks, dtype=torch.bool)
+        kv_2BPKD = blank(pool, stored)[:, :-3]
+        scales = Scales(kv_2BPKD) if case.kv_dtype is not None else None
         q_THD = torch.randn(case.num_rows, num_heads + 2 * num_kv_heads, case.head_dim).to(case.dtype)[:, :num_heads]
         want_out = torch.zeros(case.num_rows, num_heads, out_dim, dtype=torch.float64)
         want_lse = torch.full((case.num_rows, num_heads), -torch.inf, dtype=torch.float64)
         for segment in case.segments:
             block, offset = visible_tokens(segment, case.block_size)
-            kv_2SKD = torch.randn(parts, len(block), num_kv_heads, case.head_dim).to(stored)
+            kv_2SKD = made_up_kv((parts, len(block), num_kv_heads, case.head_dim), stored)
             put(kv_2BPKD, block, offset, kv_2SKD)
-            seen_B[block] = True
-            if scales_2BK is not None:
-                kv_2SKD = kv_2SKD.double() * scales_2BK[:, block, :, None]
+            if scales is not None:
+                kv_2SKD = scales.times(kv_2SKD, block, offset)
             rows = slice(segment.first_row, segment.first_row + segment.num_rows)
             hidden = min(segment.starts, default=0)
             state = attention_state(
@@ -145,8 +166,6 @@ def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None
             want_out[rows], want_lse[rows] = union((want_out[rows], want_lse[rows]), state)
         out_THD = torch.full(want_out.shape, NAN, dtype=case.dtype, device=DEVICE)
         lse_TH = torch.full(want_lse.shape, NAN, device=DEVICE)
-        if scales_2BK is not None:
-            scales_2BK = torch.where(seen_B[None, :, None], scales_2BK, NAN).to(DEVICE)
         plan.run(
             q_THD.to(DEVICE),
             kv_2BPKD.to(DEVICE),
@@ -154,7 +173,7 @@ def check(case: Case, backend: str, tiles: TiledAttention | None = None) -> None
             out_THD=out_THD,
             lse_TH=lse_TH,
             soft_cap=case.soft_cap,
-            scales_2BK=scales_2BK,
+            scales_2BKX=None if scales is None else scales.seen_2BKX.to(DEVICE),
         )
         check_state(out_THD, lse_TH, want_out, want_lse)
 

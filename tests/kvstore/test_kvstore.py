@@ -333,11 +333,13 @@ def test_storage_is_what_it_says() -> None:
         )
 
 
-def test_kv_in_fp8_holds_twice_the_tokens() -> None:
-    """But for its scales: one for each layer, keys and values, and head of a block."""
+def test_kv_of_8_bits_holds_twice_the_tokens() -> None:
+    """But for its scales: one for each layer, keys and values, and head of a block, or of each of its tokens."""
     sizes = {"num_layers": 32, "parts": 2, "block_size": 64, "num_kv_heads": 8, "head_dim": 128}
-    plain, fp8 = KVFormat(torch.bfloat16), KVFormat(FP8)
-    assert (plain.has_scales, fp8.has_scales) == (False, True)
+    plain, fp8, int8 = KVFormat(torch.bfloat16), KVFormat(FP8), KVFormat(torch.int8)
+    assert (plain.has_scales, fp8.has_scales, int8.has_scales) == (False, True, True)
+    assert int8.block_bytes(**sizes) == 32 * 2 * 8 * 64 * (128 + 2)
+    assert plain.block_bytes(**sizes) / int8.block_bytes(**sizes) > 1.95
     assert plain.block_bytes(**sizes) == 32 * 2 * 64 * 8 * 128 * 2
     assert fp8.block_bytes(**sizes) == 32 * 2 * 8 * (64 * 128 + 4)
     assert plain.block_bytes(**sizes) / fp8.block_bytes(**sizes) > 1.95
@@ -345,7 +347,15 @@ def test_kv_in_fp8_holds_twice_the_tokens() -> None:
     storage = KVStorage(num_blocks=5, head_dim=8, format=fp8, **small)  # type: ignore[arg-type]
     assert storage.nbytes == 5 * storage.block_bytes
     assert storage.scales(1) is not None
-    assert storage.scales(1).shape == (2, 5, 2)  # type: ignore[union-attr]
+    assert storage.scales(1).shape == (2, 5, 2, 1)  # type: ignore[union-attr]
+    of_tokens = KVStorage(num_blocks=5, head_dim=8, format=int8, **small)  # type: ignore[arg-type]
+    assert of_tokens.nbytes == 5 * of_tokens.block_bytes
+    assert of_tokens.scales(1).shape == (2, 5, 2, 4)  # type: ignore[union-attr]
+    assert of_tokens.scales(1).dtype == torch.float16  # type: ignore[union-attr]
+    of_tokens.fill_(float("nan"))
+    assert bool(of_tokens.scales(1).isnan().all()) and bool((of_tokens.data_L2BPKD == 127).all())  # type: ignore[union-attr]
+    of_tokens.fill_(0.0)
+    assert not of_tokens.data_L2BPKD.any() and not of_tokens.scales(1).any()  # type: ignore[union-attr]
     small["block_size"], small["num_layers"] = 1, 1
     with pytest.raises(ValueError, match="must be of a multiple of 4 bytes, got 22"):
         KVStorage(num_blocks=5, head_dim=7, parts=1, format=fp8, **small)  # type: ignore[arg-type]

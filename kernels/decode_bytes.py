@@ -1,4 +1,4 @@
-"""`kernels.decode_attention` over KV in fp8 (`kernels.kv_blocks`): the same tables, slots, pieces and merge.
+"""`kernels.decode_attention` over KV of 8 bits (`kernels.kv_blocks`): the same tables, slots, pieces and merge.
 
 At half the bytes of a number, half as many instructions may be spent on it. On Hopper products take 16 bits, numbers that
 become them pass through registers, and what a product sums over must lie side by side in one. Tokens don't: the eight bits of a
@@ -10,11 +10,12 @@ behind the load, in registers (`split_pairs`); queries are taken apart before, s
 Instructions of a processor for a tile of 64 tokens and 128 dims (the compiler, sm_90): KV in 16 bits 1404; in fp8 by four warps
 3120 as products in bf16, 2344 in fp16, 1796 as pairs, and 1252 as pairs by two. There is time for 3,300, at 4.4 TB/s.
 
-Numbers become fp16, in one instruction for two, also where q is bf16: no number of fp8 is too large or too small for it. A
-query is divided by the power of two of its largest number before, and p counted up to 2^15, so that neither leaves its range.
+Numbers become fp16, of fp8 in one instruction for two, also where q is bf16: none is too large or too small for it. A query is
+divided by the power of two of its largest number before, and p counted up to 2^15, so that neither leaves its range.
 
-Scales of keys are factors of scores. Those of values would be lost in p: sums are counted in units of the last block's scale,
-and pass from one to the next with their decay, by which they are multiplied in any case.
+Scales of keys are factors of scores. Those of values would be lost in p: sums are counted in units of a scale, in fp8 the last
+block's, in int8 the largest of a tile's tokens, and pass from one to the next with their decay, by which they are multiplied in
+any case.
 
 Shape suffixes: as there; E the half of D.
 """
@@ -36,8 +37,36 @@ _P_SHIFT = tl.constexpr(15.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def split_pairs(pair, dtype: tl.constexpr, WITH_ASM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of pairs of numbers in fp8 the first of each, and the second, in another dtype. WITH_ASM: two pairs at a time."""
+def split_pairs(pair, dtype: tl.constexpr, WHOLE: tl.constexpr, WITH_ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of pairs of numbers in fp8, or if WHOLE in int8, the first of each, and the second, in another dtype. WITH_ASM: two pairs
+    at a time.
+
+    The bits of 128 more than a number of int8 are the last of fp16's 1152 more than it.
+    """
+    if WITH_ASM and WHOLE:
+        first, second = tl.inline_asm_elementwise(
+            """
+            {
+                .reg .b32 raised, thousands, less;
+                mov.b32 thousands, 0x64646464;
+                mov.b32 less, 0x64806480;
+                xor.b32 raised, $2, 0x80808080;
+                prmt.b32 $0, raised, thousands, 0x4240;
+                prmt.b32 $1, raised, thousands, 0x4341;
+                sub.rn.f16x2 $0, $0, less;
+                sub.rn.f16x2 $1, $1, less;
+            }
+            """,
+            "=&r,=&r,r",
+            [pair],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+        return first.to(dtype), second.to(dtype)
+    if WHOLE:
+        both = pair.to(tl.int32)
+        return ((both << 24) >> 24).to(dtype), (both >> 8).to(dtype)
     if WITH_ASM:
         first, second = tl.inline_asm_elementwise(
             """
@@ -79,16 +108,18 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     even_ME, odd_ME, top_M, sum_M, unit, q_even_ME, q_odd_ME, q_scale_M, token, kv_start, kv_len, block, k_scale, v_scale, head,
     k_src, v_src, scales_ptr, table_ptr, stride_b, stride_p, stride_k, stride_s2, stride_sb, log2_cap, E: tl.constexpr,
     P: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr, WITH_ASM: tl.constexpr,
+    CAPPED: tl.constexpr, TOKEN_SCALES: tl.constexpr, WITH_ASM: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax, base 2, over tokens [token, token + BLOCK_N), those from kv_len on masked, and if WINDOWED
     those before kv_start; at least one is seen.
 
     s = q k^T q_scale k_scale    new = max(top, max_n s)                    p = 2^(s - new + 15)
-    sum = sum 2^(top - new) + sum_n p                                       acc = acc 2^(top - new) unit / v_scale + p v
+    sum = sum 2^(top - new) + sum_n p                acc = acc 2^(top - new) unit / new_unit + p v v_scale / new_unit
 
-    k_scale and v_scale are looked at if the tile lies in one block. Else v_scale is the largest of the tile's.
+    k_scale and v_scale are looked at if the tile lies in one block; with TOKEN_SCALES they are its tokens'. new_unit is the
+    largest v_scale of what is seen, where a block has one just that.
     """
+    BY_TOKEN: tl.constexpr = TOKEN_SCALES or P % BLOCK_N != 0
     offset_N = tl.arange(0, BLOCK_N)
     is_seen_N = token + offset_N < kv_len
     if WINDOWED:
@@ -103,10 +134,11 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             token_N = token + offset_N
             block_N = tl.load(table_ptr + token_N // P, mask=is_seen_N, other=0).to(tl.int64)
             at_N = block_N * stride_b + (token_N % P) * stride_p
-            scale_N_ptr = scales_ptr + block_N * stride_sb + head
-            k_scale_N = tl.load(scale_N_ptr, mask=is_seen_N, other=0.0)
-            v_scale_N = tl.load(scale_N_ptr + stride_s2, mask=is_seen_N, other=0.0)
-            v_scale = tl.max(v_scale_N, 0)
+            scale_N_ptr = scales_ptr + block_N * stride_sb
+            if TOKEN_SCALES:
+                scale_N_ptr += token_N % P
+            k_scale = tl.load(scale_N_ptr, mask=is_seen_N, other=0.0).to(tl.float32)
+            v_scale = tl.load(scale_N_ptr + stride_s2, mask=is_seen_N, other=0.0).to(tl.float32)
         at_NE = (at_N + head.to(tl.int64) * stride_k)[:, None] + tl.arange(0, E)[None, :]
         if MASKED:
             k_NE = tl.load(k_src + at_NE, mask=is_seen_N[:, None], other=0)
@@ -116,14 +148,18 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             v_NE = tl.load(v_src + at_NE)
     if MASKED:
         v_NE = tl.where(is_seen_N[:, None], v_NE, 0)  # memory that nobody wrote may hold NaN, and 0 * NaN is NaN
-    k_even_NE, k_odd_NE = split_pairs(k_NE, q_even_ME.dtype, WITH_ASM)
-    v_even_NE, v_odd_NE = split_pairs(v_NE, q_even_ME.dtype, WITH_ASM)
+    k_even_NE, k_odd_NE = split_pairs(k_NE, q_even_ME.dtype, TOKEN_SCALES, WITH_ASM)
+    v_even_NE, v_odd_NE = split_pairs(v_NE, q_even_ME.dtype, TOKEN_SCALES, WITH_ASM)
     score_MN = tl.dot(q_even_ME, tl.trans(k_even_NE), input_precision="ieee")
     score_MN = tl.dot(q_odd_ME, tl.trans(k_odd_NE), score_MN, input_precision="ieee")
-    if P % BLOCK_N == 0:
-        score_MN *= (q_scale_M * k_scale)[:, None]
+    if BY_TOKEN:
+        score_MN *= q_scale_M[:, None] * k_scale[None, :]
+        if MASKED:  # as above
+            v_scale = tl.where(is_seen_N, v_scale, 0.0)
+        new_unit = tl.max(v_scale, 0)
     else:
-        score_MN *= q_scale_M[:, None] * k_scale_N[None, :]
+        score_MN *= (q_scale_M * k_scale)[:, None]
+        new_unit = v_scale
     if CAPPED:
         score_MN = soft_capped(score_MN, log2_cap)
     if MASKED:
@@ -132,27 +168,37 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     p_MN = tl.exp2(score_MN - (new_M - _P_SHIFT)[:, None])
     decay_M = tl.exp2(top_M - new_M)
     sum_M = sum_M * decay_M + tl.sum(p_MN, 1)
-    if P % BLOCK_N != 0:
-        p_MN *= (v_scale_N / v_scale)[None, :]
-    decay_M *= unit / v_scale
+    if BY_TOKEN:
+        p_MN *= (v_scale / new_unit)[None, :]
+    decay_M *= unit / new_unit
     p_MN = p_MN.to(q_even_ME.dtype)
     even_ME = tl.dot(p_MN, v_even_NE, even_ME * decay_M[:, None], input_precision="ieee")
     odd_ME = tl.dot(p_MN, v_odd_NE, odd_ME * decay_M[:, None], input_precision="ieee")
-    return even_ME, odd_ME, new_M, sum_M, v_scale
+    return even_ME, odd_ME, new_M, sum_M, new_unit
 
 
-@triton.jit
-def _scales_of(scales_ptr, block, head, stride_s2, stride_sb):  # type: ignore[no-untyped-def]
-    """Of a block's keys and values."""
-    scale_ptr = scales_ptr + block.to(tl.int64) * stride_sb + head
-    return tl.load(scale_ptr), tl.load(scale_ptr + stride_s2)
+@triton.jit  # type: ignore[untyped-decorator]
+def _scales_of(  # type: ignore[no-untyped-def]
+    scales_ptr, block, token, stride_s2, stride_sb, P: tl.constexpr, BLOCK_N: tl.constexpr, TOKEN_SCALES: tl.constexpr
+):  # fmt: skip
+    """Of the keys and values of a tile that lies in one block: the block's, or each token's. Of another, nothing yet."""
+    scale_ptr = scales_ptr + block.to(tl.int64) * stride_sb
+    if P % BLOCK_N != 0:
+        k_scale, v_scale = 1.0, 1.0
+    elif TOKEN_SCALES:
+        scale_ptr_N = scale_ptr + token % P + tl.arange(0, BLOCK_N)
+        k_scale, v_scale = tl.load(scale_ptr_N).to(tl.float32), tl.load(scale_ptr_N + stride_s2).to(tl.float32)
+    else:
+        k_scale, v_scale = tl.load(scale_ptr), tl.load(scale_ptr + stride_s2)
+    return k_scale, v_scale
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_run(  # type: ignore[no-untyped-def]
     even_ME, odd_ME, top_M, sum_M, unit, q_even_ME, q_odd_ME, q_scale_M, first_tile, num_tiles, kv_len, head, k_src, v_src,
     scales_ptr, table_ptr, stride_b, stride_p, stride_k, stride_s2, stride_sb, log2_cap, E: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WITH_ASM: tl.constexpr,
+    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, TOKEN_SCALES: tl.constexpr,
+    WITH_ASM: tl.constexpr,
 ):  # fmt: skip
     """`_attend_tile` over some tiles of one run, of which the last may be cut off by `kv_len`, and the first by its start.
 
@@ -169,26 +215,28 @@ def _attend_run(  # type: ignore[no-untyped-def]
         last = end - BLOCK_N
         block = tl.load(table_ptr + begin // P)
         next_block = tl.load(table_ptr + tl.minimum(begin + BLOCK_N, last) // P)
-        k_scale, v_scale = _scales_of(scales_ptr, block, head, stride_s2, stride_sb)
+        k_scale, v_scale = _scales_of(scales_ptr, block, begin, stride_s2, stride_sb, P, BLOCK_N, TOKEN_SCALES)
         if WINDOWED:  # noqa: SIM102  # the outer is decided when it is compiled
             if begin < kv_start:
                 even_ME, odd_ME, top_M, sum_M, unit = _attend_tile(
                     even_ME, odd_ME, top_M, sum_M, unit, q_even_ME, q_odd_ME, q_scale_M, begin, kv_start, kv_len, block,
                     k_scale, v_scale, head, k_src, v_src, scales_ptr, table_ptr, stride_b, stride_p, stride_k, stride_s2,
-                    stride_sb, log2_cap, E, P, BLOCK_N, USE_TMA, True, WINDOWED, CAPPED, WITH_ASM,
+                    stride_sb, log2_cap, E, P, BLOCK_N, USE_TMA, True, WINDOWED, CAPPED, TOKEN_SCALES, WITH_ASM,
                 )  # fmt: skip
                 begin += BLOCK_N
                 block = next_block
                 next_block = tl.load(table_ptr + tl.minimum(begin + BLOCK_N, last) // P)
-                k_scale, v_scale = _scales_of(scales_ptr, block, head, stride_s2, stride_sb)
+                k_scale, v_scale = _scales_of(scales_ptr, block, begin, stride_s2, stride_sb, P, BLOCK_N, TOKEN_SCALES)
         full_end = tl.maximum(begin, tl.minimum(end, kv_len // BLOCK_N * BLOCK_N))
         for token in tl.range(begin, full_end, BLOCK_N):
             block_behind = tl.load(table_ptr + tl.minimum(token + 2 * BLOCK_N, last) // P)
-            next_k_scale, next_v_scale = _scales_of(scales_ptr, next_block, head, stride_s2, stride_sb)
+            next_k_scale, next_v_scale = _scales_of(
+                scales_ptr, next_block, tl.minimum(token + BLOCK_N, last), stride_s2, stride_sb, P, BLOCK_N, TOKEN_SCALES
+            )
             even_ME, odd_ME, top_M, sum_M, unit = _attend_tile(
                 even_ME, odd_ME, top_M, sum_M, unit, q_even_ME, q_odd_ME, q_scale_M, token, kv_start, kv_len, block, k_scale,
                 v_scale, head, k_src, v_src, scales_ptr, table_ptr, stride_b, stride_p, stride_k, stride_s2, stride_sb,
-                log2_cap, E, P, BLOCK_N, USE_TMA, False, WINDOWED, CAPPED, WITH_ASM,
+                log2_cap, E, P, BLOCK_N, USE_TMA, False, WINDOWED, CAPPED, TOKEN_SCALES, WITH_ASM,
             )  # fmt: skip
             block = next_block
             next_block = block_behind
@@ -198,18 +246,18 @@ def _attend_run(  # type: ignore[no-untyped-def]
             even_ME, odd_ME, top_M, sum_M, unit = _attend_tile(
                 even_ME, odd_ME, top_M, sum_M, unit, q_even_ME, q_odd_ME, q_scale_M, full_end, kv_start, kv_len, block, k_scale,
                 v_scale, head, k_src, v_src, scales_ptr, table_ptr, stride_b, stride_p, stride_k, stride_s2, stride_sb,
-                log2_cap, E, P, BLOCK_N, USE_TMA, True, WINDOWED, CAPPED, WITH_ASM,
+                log2_cap, E, P, BLOCK_N, USE_TMA, True, WINDOWED, CAPPED, TOKEN_SCALES, WITH_ASM,
             )  # fmt: skip
     return even_ME, odd_ME, top_M, sum_M, unit
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
-def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
+def _bytes_decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_src, v_src, scales_ptr, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, blocks_ptr, num_rows,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_lh, stride_b, stride_p, stride_k, stride_s2, stride_sb,
-    log2_scale, log2_cap, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
+    stride_sk, log2_scale, log2_cap, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    WITH_ASM: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr, WITH_ASM: tl.constexpr,
 ):  # fmt: skip
     """The states of a slot's tiles and one KV head, as `kernels.decode_attention._decode_kernel` makes them.
 
@@ -228,6 +276,7 @@ def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
     last = (slot + 1) * tile_count // slots
     m_M = tl.arange(0, BLOCK_M)
     dim_E = 2 * tl.arange(0, E)
+    scales_ptr += head * stride_sk
     wait_for_previous(DEPENDENT)
     while tile < last:
         row, kv_len, begin, tiles, first_tile, num_tiles = part_of_row(rows_ptr, num_rows, tile, last)
@@ -251,7 +300,7 @@ def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
             even_ME, odd_ME, top_M, sum_M, unit = _attend_run(
                 even_ME, odd_ME, top_M, sum_M, unit, q_even_ME, q_odd_ME, q_scale_M, first_tile, num_tiles, kv_len, head, k_src,
                 v_src, scales_ptr, table_ptr, stride_b, stride_p, stride_k, stride_s2, stride_sb, log2_cap,
-                E, P, BLOCK_N, USE_TMA, WINDOWED, CAPPED, WITH_ASM,
+                E, P, BLOCK_N, USE_TMA, WINDOWED, CAPPED, TOKEN_SCALES, WITH_ASM,
             )  # fmt: skip
         else:
             skipped = first_tile  # of the run's tiles and those after it: not this slot's
@@ -263,7 +312,7 @@ def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
                 even_ME, odd_ME, top_M, sum_M, unit = _attend_run(
                     even_ME, odd_ME, top_M, sum_M, unit, q_even_ME, q_odd_ME, q_scale_M, first, taken, run_len, head, k_src,
                     v_src, scales_ptr, run_ptr, stride_b, stride_p, stride_k, stride_s2, stride_sb, log2_cap,
-                    E, P, BLOCK_N, USE_TMA, WINDOWED, CAPPED, WITH_ASM,
+                    E, P, BLOCK_N, USE_TMA, WINDOWED, CAPPED, TOKEN_SCALES, WITH_ASM,
                 )  # fmt: skip
 
         result_MD = tl.interleave(even_ME, odd_ME) * (unit / sum_M)[:, None]
@@ -275,8 +324,8 @@ def _fp8_decode_kernel(  # type: ignore[no-untyped-def]
         tile += num_tiles
 
 
-class FP8Decode(DecodeAttention):
-    """`DecodeAttention` over KV in fp8: the same tables, slots and merge."""
+class BytesDecode(DecodeAttention):
+    """`DecodeAttention` over KV of 8 bits: the same tables, slots and merge."""
 
     def __init__(self, sizes: AttentionSizes, config: DecodeConfig | None = None, processors: int | None = None) -> None:
         """As there."""
@@ -286,14 +335,14 @@ class FP8Decode(DecodeAttention):
         self,
         q_THD: torch.Tensor,
         kv_2BPKD: torch.Tensor,
-        scales_2BK: torch.Tensor | None,
+        scales_2BKX: torch.Tensor | None,
         scoring: Scoring,
         tables: DecodeTables,
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
     ) -> None:
-        if scales_2BK is None:
-            raise ValueError("KV in fp8 came without its scales")
+        if scales_2BKX is None:
+            raise ValueError("KV of 8 bits came without its scales")
         sizes, config = self.sizes, self.config
         pairs_2BPKE = kv_2BPKD.view(torch.int16)
         dependent = has_dependent_launch(sizes.device)
@@ -302,14 +351,14 @@ class FP8Decode(DecodeAttention):
             k_src, v_src = (TensorDescriptor.from_tensor(x_BPKE.flatten(0, 1).flatten(1), shape) for x_BPKE in pairs_2BPKE)
         else:
             k_src, v_src = pairs_2BPKE
-        _fp8_decode_kernel[(self._slots * sizes.num_kv_heads,)](
-            q_THD, k_src, v_src, scales_2BK, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1,
+        _bytes_decode_kernel[(self._slots * sizes.num_kv_heads,)](
+            q_THD, k_src, v_src, scales_2BKX, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1,
             tables.blocks_N, tables.rows_4R1.numel() // 4 - 1,
-            *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *pairs_2BPKE.stride()[1:4], *scales_2BK.stride()[:2],
+            *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *pairs_2BPKE.stride()[1:4], *scales_2BKX.stride()[:3],
             scoring.scale * math.log2(math.e), scoring.soft_cap * math.log2(math.e),
             K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, P=sizes.block_size, BLOCK_M=self._block_m,
             BLOCK_N=config.block_n, USE_TMA=config.use_tma, DEPENDENT=dependent, WINDOWED=tables.windowed,
-            CAPPED=scoring.soft_cap > 0, WITH_ASM=sizes.device.type == "cuda",
+            CAPPED=scoring.soft_cap > 0, TOKEN_SCALES=sizes.has_token_scales, WITH_ASM=sizes.device.type == "cuda",
             num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""Triton versions of what `kernels.kv_blocks` does to store KV in fp8, called by it after validation.
+"""Triton versions of what `kernels.kv_blocks` does to store KV of 8 bits, called by it after validation.
 
-A block's scale is chosen from all rows of a call that go to it, before any of them is stored. Where there are few rows each
-program looks for those of its own row's block itself, so that one launch does; where there are many, a launch before opens the
-blocks.
+In int8 each program has a row and a head. In fp8 a block's scale is chosen from all rows of a call that go to it, before any of
+them is stored. Where there are few rows each program looks for those of its own row's block itself, so that one launch does;
+where there are many, a launch before opens the blocks.
 
 Shape suffixes: T rows, K KV heads, D head dim, B blocks, P block size; in kernels R is a tile of rows, C of elements of one
 token (K * D).
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.kv_blocks import FP8_MOST, LEAST_EXPONENT, SCALE_SHIFT
+from kernels.kv_blocks import FP8_MOST, INT8_MOST, LEAST_EXPONENT, LEAST_SCALE, MOST_SCALE, SCALE_SHIFT, has_token_scales
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 
 _FEW_ROWS = 256
@@ -23,6 +23,10 @@ _MOST = tl.constexpr(FP8_MOST)
 _SHIFT = tl.constexpr(SCALE_SHIFT)
 _LEAST = tl.constexpr(LEAST_EXPONENT + 127)
 """With the bias of fp32."""
+_INT8_MOST = tl.constexpr(INT8_MOST)
+_LEAST_SCALE, _MOST_SCALE = tl.constexpr(LEAST_SCALE), tl.constexpr(MOST_SCALE)
+_ROUNDING = tl.constexpr(12582912.0)
+"""1.5 x 2^23: numbers of fp32 that are so large are whole, so a small one that is added is rounded to even."""
 
 
 @triton.jit
@@ -175,28 +179,74 @@ def _store_few_kernel(  # type: ignore[no-untyped-def]
         _store_one(v_head_ptr, stride_vt, to_ptr, scale_ptr, slots_ptr, row, slot, first, last, opens, D, P, BLOCK_R, TILE)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_token(x_ptr, to_ptr, scale_ptr, D: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x / scale in int8, and the scale: fp16(largest / 127); NaN in the scale if there is one in x."""
+    dim_D = tl.arange(0, TILE)
+    x_D = tl.load(x_ptr + dim_D, mask=dim_D < D, other=0.0).to(tl.float32)
+    largest = tl.max(tl.where(x_D == x_D, tl.abs(x_D), 0.0), 0)
+    scale = tl.minimum(tl.maximum(tl.div_rn(largest, _INT8_MOST), _LEAST_SCALE), _MOST_SCALE).to(tl.float16)
+    scale = tl.where(largest == 0, 1.0, scale).to(tl.float16)
+    has_nan = tl.max((x_D != x_D).to(tl.int32), 0)
+    scale = tl.where(has_nan != 0, float("nan"), scale).to(tl.float16)
+    tl.store(scale_ptr, scale)
+    scaled_D = tl.div_rn(x_D, tl.zeros_like(x_D) + scale.to(tl.float32))
+    scaled_D = tl.where(scaled_D == scaled_D, scaled_D, 0.0)
+    scaled_D = tl.minimum(tl.maximum(scaled_D, -_INT8_MOST), _INT8_MOST)
+    tl.store(to_ptr + dim_D, (scaled_D + _ROUNDING - _ROUNDING).to(tl.int8), mask=dim_D < D)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_tokens_kernel(  # type: ignore[no-untyped-def]
+    k_ptr, v_ptr, kv_ptr, scales_ptr, slots_ptr, stride_kt, stride_kk, stride_vt, stride_vk, stride_2, stride_b, stride_p,
+    stride_k, stride_s2, stride_sb, stride_sk,
+    D: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr, WITH_VALUES: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """kv[0, slot // P, slot % P] = int8(k[t] / scales[0, slot // P, slot % P]), and so of v. Grid: rows, KV heads."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    wait_for_previous(DEPENDENT)
+    let_next_start(DEPENDENT)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    if slot < 0:
+        return
+    to_ptr = kv_ptr + (slot // P) * stride_b + (slot % P) * stride_p + head * stride_k
+    scale_ptr = scales_ptr + (slot // P) * stride_sb + head * stride_sk + slot % P
+    _store_token(k_ptr + row * stride_kt + head * stride_kk, to_ptr, scale_ptr, D, TILE)
+    if WITH_VALUES:
+        _store_token(v_ptr + row * stride_vt + head * stride_vk, to_ptr + stride_2, scale_ptr + stride_s2, D, TILE)
+
+
 def store_kv(
-    k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_2BPKD: torch.Tensor, scales_2BK: torch.Tensor, slots_T: torch.Tensor
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_2BPKD: torch.Tensor, scales_2BKX: torch.Tensor, slots_T: torch.Tensor
 ) -> None:
     """See `kernels.kv_blocks.store_kv`."""
-    values_TKD, bits_2BPKD = k_TKD if v_TKD is None else v_TKD, kv_2BPKD.view(torch.uint8)
+    values_TKD = k_TKD if v_TKD is None else v_TKD
     num_rows, num_kv_heads, head_dim = k_TKD.shape
     block_size = kv_2BPKD.shape[2]
     rows = (*k_TKD.stride()[:2], *values_TKD.stride()[:2])
     tile: int = triton.next_power_of_2(head_dim)
     shape = {"D": head_dim, "P": block_size, "WITH_VALUES": v_TKD is not None}
+    if has_token_scales(kv_2BPKD.dtype):
+        dependent = has_dependent_launch(k_TKD.device)
+        _store_tokens_kernel[(num_rows, num_kv_heads)](
+            k_TKD, values_TKD, kv_2BPKD, scales_2BKX, slots_T, *rows, *kv_2BPKD.stride()[:4], *scales_2BKX.stride()[:3],
+            **shape, TILE=tile, DEPENDENT=dependent, num_warps=1, launch_pdl=dependent,
+        )  # fmt: skip
+        return
+    bits_2BPKD = kv_2BPKD.view(torch.uint8)
     opening = {"BLOCK_T": _BLOCK_ROWS, "BLOCK_R": max(1, 2048 // tile), "TILE": tile}
     if num_rows <= _FEW_ROWS:
         dependent = has_dependent_launch(k_TKD.device)
         _store_few_kernel[(num_rows, num_kv_heads)](
-            k_TKD, values_TKD, bits_2BPKD, scales_2BK, slots_T, num_rows, *rows, *bits_2BPKD.stride()[:4],
-            *scales_2BK.stride()[:2], **shape, **opening, DEPENDENT=dependent, launch_pdl=dependent,
+            k_TKD, values_TKD, bits_2BPKD, scales_2BKX, slots_T, num_rows, *rows, *bits_2BPKD.stride()[:4],
+            *scales_2BKX.stride()[:2], **shape, **opening, DEPENDENT=dependent, launch_pdl=dependent,
         )  # fmt: skip
         return
     _open_kernel[(num_rows, num_kv_heads)](
-        k_TKD, values_TKD, scales_2BK, slots_T, num_rows, *rows, *scales_2BK.stride()[:2], **shape, **opening
+        k_TKD, values_TKD, scales_2BKX, slots_T, num_rows, *rows, *scales_2BKX.stride()[:2], **shape, **opening
     )
     _store_kernel[(num_rows, triton.cdiv(num_kv_heads * head_dim, _TILE_ELEMENTS))](
-        k_TKD, values_TKD, bits_2BPKD, scales_2BK, slots_T, *rows, *bits_2BPKD.stride()[:4], *scales_2BK.stride()[:2],
+        k_TKD, values_TKD, bits_2BPKD, scales_2BKX, slots_T, *rows, *bits_2BPKD.stride()[:4], *scales_2BKX.stride()[:2],
         K=num_kv_heads, BLOCK_C=_TILE_ELEMENTS, **shape,
     )  # fmt: skip

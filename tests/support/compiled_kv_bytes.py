@@ -1,4 +1,4 @@
-"""What the kernels of KV in fp8 take of a Hopper processor, by the compiler: no GPU, in a process that doesn't interpret.
+"""What the kernels of KV of 8 bits take of a Hopper processor, by the compiler: no GPU, in a process that doesn't interpret.
 
 Prints JSON: for each kernel the bytes of shared memory, how many programs are to share a processor, and how many instructions
 load single numbers from there.
@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from kernels import decode_fp8, fp8_triton
+from kernels import decode_bytes, kv_bytes_triton
 from kernels.segments import AttentionSizes
 from tests.support.compiled import HOPPER
 
@@ -34,7 +34,14 @@ def main() -> None:
     floats = ("lse_ptr", "piece_out_ptr", "piece_lse_ptr", "scales_ptr")
     types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "log2_scale": "fp32", "log2_cap": "fp32"} | dict.fromkeys(floats, "*fp32")
     types |= dict.fromkeys(("rows_ptr", "blocks_ptr", "slots_ptr"), "*i32")
-    for head_dim, windowed in ((64, False), (128, False), (128, True)):
+    for head_dim, windowed, stored in (
+        (64, False, torch.float8_e4m3fn),
+        (128, False, torch.float8_e4m3fn),
+        (128, True, torch.float8_e4m3fn),
+        (64, False, torch.int8),
+        (128, False, torch.int8),
+        (128, True, torch.int8),
+    ):
         sizes = AttentionSizes(
             num_rows=0,
             block_size=64,
@@ -43,28 +50,33 @@ def main() -> None:
             head_dim=head_dim,
             dtype=torch.bfloat16,
             device=torch.device("meta"),
-            kv_dtype=torch.float8_e4m3fn,
+            kv_dtype=stored,
         )
-        config = decode_fp8._default_config(sizes)
+        config = decode_bytes._default_config(sizes)
         tile = f"tensordesc<i16[{config.block_n},{head_dim // 2}]>"
         constants = {"K": 8, "G": 4, "D": head_dim, "P": 64, "BLOCK_M": 16, "BLOCK_N": config.block_n, "USE_TMA": True}
         constants |= {"DEPENDENT": True, "WINDOWED": windowed, "CAPPED": windowed, "WITH_ASM": True}
+        constants["TOKEN_SCALES"] = sizes.has_token_scales
         made = compiled(
-            decode_fp8._fp8_decode_kernel,
-            types | {"k_src": tile, "v_src": tile},
+            decode_bytes._bytes_decode_kernel,
+            types | {"k_src": tile, "v_src": tile, "scales_ptr": "*fp16" if sizes.has_token_scales else "*fp32"},
             constants,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             maxnreg=config.max_registers,
         )
         by_bytes = len(re.findall(r"ld\.shared\.[bu]8", made.asm["ptx"]))
-        found[f"decode, {head_dim}, {windowed}"] = (made.metadata.shared, config.programs_per_processor, by_bytes)
+        found[f"decode, {stored}, {head_dim}, {windowed}"] = (made.metadata.shared, config.programs_per_processor, by_bytes)
     types |= {"k_ptr": "*bf16", "v_ptr": "*bf16", "kv_ptr": "*u8"}
     constants = {"K": 8, "D": 128, "P": 64, "BLOCK_T": 256, "BLOCK_R": 16, "TILE": 128, "BLOCK_C": 1024}
     constants |= {"WITH_VALUES": True, "DEPENDENT": True}
-    for kernel in (fp8_triton._open_kernel, fp8_triton._store_kernel, fp8_triton._store_few_kernel):
+    for kernel in (kv_bytes_triton._open_kernel, kv_bytes_triton._store_kernel, kv_bytes_triton._store_few_kernel):
         made = compiled(kernel, types, constants)
         found[kernel.fn.__name__] = (made.metadata.shared, 1, 0)
+    made = compiled(
+        kv_bytes_triton._store_tokens_kernel, types | {"kv_ptr": "*i8", "scales_ptr": "*fp16"}, constants, num_warps=1
+    )
+    found["_store_tokens_kernel"] = (made.metadata.shared, 1, 0)
     print(json.dumps(found))
 
 
