@@ -50,15 +50,14 @@ class Dense:
     def run(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor | None:
         """What the rows `h` become, new; or None, if it was added to the residual on the way."""
         if uses_gemv(len(h_TE), self.down, backend):  # the sum rides along with the product
-            active_TI = gated_product(h_TE, self.gate_up, self.activation, backend=backend)
-            out_TE = linear(active_TI, self.down, residual_TN=residual_TE, backend=backend)
+            out_TE = self._run_part(h_TE, residual_TE, backend)
             return out_TE if residual_TE is None else None
-        parts = [self._run_part(part_TE, backend) for part_TE in torch.split(h_TE, MLP_ROWS)]
+        parts = [self._run_part(part_TE, None, backend) for part_TE in torch.split(h_TE, MLP_ROWS)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _run_part(self, h_TE: torch.Tensor, backend: str) -> torch.Tensor:
+    def _run_part(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor:
         active_TI = gated_product(h_TE, self.gate_up, self.activation, backend=backend)
-        return linear(active_TI, self.down, backend=backend)
+        return linear(active_TI, self.down, residual_TN=residual_TE, backend=backend)
 
     def run_dims(self, h_TE: torch.Tensor, inner: range, backend: str) -> torch.Tensor:
         """What some of the dims between gate and down add to what the rows become, new: of all dims the sum is `run`'s.

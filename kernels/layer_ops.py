@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from kernels.kv_blocks import check_scales, store_kv
-from kernels.products import Matrix, Quantised, product
+from kernels.products import Matrix, Quantised, check_rows, product
 
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -190,8 +190,7 @@ def gated_product(
             backend.
     """
     _check_activation(activation)
-    if h_TE.dim() != 2 or h_TE.shape[1] != gate_up_2IE.shape[1] or h_TE.stride(1) != 1:
-        raise ValueError(f"rows {tuple(h_TE.shape)} with strides {h_TE.stride()} for weights {tuple(gate_up_2IE.shape)}")
+    check_rows(h_TE, gate_up_2IE)
     inner = gate_up_2IE.shape[0] // 2
     dims = range(inner) if dims is None else dims
     if not 0 <= dims.start <= dims.stop <= inner:

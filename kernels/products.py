@@ -127,6 +127,12 @@ def dequantise(matrix: Quantised, dtype: torch.dtype, *, backend: str) -> torch.
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 
+def check_rows(x_TE: torch.Tensor, matrix: Matrix) -> None:
+    """Raises ValueError unless rows can be multiplied with a matrix by kernels that look at no more than its shape."""
+    if x_TE.dim() != 2 or x_TE.shape[1] != matrix.shape[1] or x_TE.stride(1) != 1:
+        raise ValueError(f"rows {tuple(x_TE.shape)} with strides {x_TE.stride()} for weights {tuple(matrix.shape)}")
+
+
 def product(
     x_TE: torch.Tensor,
     matrix: Quantised,
@@ -139,8 +145,7 @@ def product(
 
     Raises ValueError for rows that don't fit, or an unknown backend.
     """
-    if x_TE.dim() != 2 or x_TE.shape[1] != matrix.shape[1] or x_TE.stride(1) != 1:
-        raise ValueError(f"rows {tuple(x_TE.shape)} with strides {x_TE.stride()} for weights {tuple(matrix.shape)}")
+    check_rows(x_TE, matrix)
     if backend == "triton" and 1 <= len(x_TE) <= TILED_ROWS:
         from kernels import products_triton
 
