@@ -1,7 +1,7 @@
 """KV of 8 bits: what is stored, bit by bit the same by both backends, and all kernels that read it against dense attention."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -298,7 +298,31 @@ def test_any_decode_rows_over_any_number_of_programs(
 @pytest.mark.parametrize("stored", [FP8, torch.int8])
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1e4])
 def test_queries_of_any_size_stay_in_range(scale: float, stored: torch.dtype) -> None:
-    """They become fp16, divided by the power of two of their largest number: that of scores is none of its business."""
+    """They become fp16, divided by the power of two of their largest number, or whole numbers: that of scores is none of their
+    business."""
+    q_1HD, attend = one_row(stored)
+    results = []
+    for factor in (1.0, scale):
+        q = q_1HD * factor
+        results.append(attend(q, 0.2 * float(q_1HD.abs().max()) / float(q.abs().max())))
+    bound = 0.2 if scale < 1e-3 else 2e-2  # of so small numbers fp16 itself has few bits
+    compare(results[1][0], results[0][0].double(), rms=bound, max=bound)
+    compare(results[1][1], results[0][1].double(), rms=bound, max=bound)
+
+
+@pytest.mark.parametrize("stored", [FP8, torch.int8])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about NaN
+def test_a_query_that_is_not_finite_shows(value: float, stored: torch.dtype) -> None:
+    q_1HD, attend = one_row(stored)
+    q_1HD[0, 1, 5] = value
+    out_1HD, lse_1H = attend(q_1HD, 0.2)
+    assert out_1HD[0, 1].isnan().all() and lse_1H[0, 1].isnan()
+    assert out_1HD[0, [0, 2, 3]].isfinite().all()
+
+
+def one_row(stored: torch.dtype) -> tuple[torch.Tensor, Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]]:
+    """Queries of a row in fp16, and what gives out and lse of them and a scale against 64 tokens."""
     torch.manual_seed(0)
     sizes = AttentionSizes(
         num_rows=0, block_size=16, num_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float16, device=DEVICE, kv_dtype=stored
@@ -307,17 +331,13 @@ def test_queries_of_any_size_stay_in_range(scale: float, stored: torch.dtype) ->
     kv, scales = pool(4, 16, 2, 32, dtype=stored)
     store(torch.randn(2, 64, 2, 32), (kv, scales), list(range(64)), "torch")
     tables = kernel.upload_tables([decode_attention.RowReading(0, [0, 1, 2, 3], 64)])
-    q_1HD = torch.randn(1, 4, 32, device=DEVICE).half()
-    results = []
-    for factor in (1.0, scale):
+
+    def attend(q_1HD: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = torch.empty(1, 4, 32, device=DEVICE).half(), torch.empty(1, 4, device=DEVICE)
-        q = q_1HD * factor
-        scoring = decode_attention.Scoring(0.2 * float(q_1HD.abs().max()) / float(q.abs().max()))
-        kernel.run(q, kv, scoring, tables, out_THD=out, lse_TH=lse, scales_2BKX=scales)
-        results.append((out, lse))
-    bound = 0.2 if scale < 1e-3 else 2e-2  # of so small numbers fp16 itself has few bits
-    compare(results[1][0], results[0][0].double(), rms=bound, max=bound)
-    compare(results[1][1], results[0][1].double(), rms=bound, max=bound)
+        kernel.run(q_1HD, kv, decode_attention.Scoring(scale), tables, out_THD=out, lse_TH=lse, scales_2BKX=scales)
+        return out, lse
+
+    return torch.randn(1, 4, 32, device=DEVICE).half(), attend
 
 
 @pytest.mark.parametrize("stored", [FP8, torch.int8])

@@ -54,12 +54,13 @@ def main() -> None:
         )
         config = decode_bytes._default_config(sizes)
         tile = f"tensordesc<i16[{config.block_n},{head_dim // 2}]>"
+        key_tile = f"tensordesc<i8[{config.block_n},{head_dim}]>" if sizes.has_token_scales else tile
         constants = {"K": 8, "G": 4, "D": head_dim, "P": 64, "BLOCK_M": 16, "BLOCK_N": config.block_n, "USE_TMA": True}
         constants |= {"DEPENDENT": True, "WINDOWED": windowed, "CAPPED": windowed, "WITH_ASM": True}
         constants["TOKEN_SCALES"] = sizes.has_token_scales
         made = compiled(
             decode_bytes._bytes_decode_kernel,
-            types | {"k_src": tile, "v_src": tile, "scales_ptr": "*fp16" if sizes.has_token_scales else "*fp32"},
+            types | {"k_src": key_tile, "v_src": tile, "scales_ptr": "*fp16" if sizes.has_token_scales else "*fp32"},
             constants,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
