@@ -183,7 +183,7 @@ def gated_product(
 ) -> torch.Tensor:
     """`gated(linear(h, gate_up))` `[T, J]` of J of the dims between gate and down (by default all), new. Weights aren't copied.
 
-    In one kernel where there is one row (`uses_gemv`).
+    In one kernel where there is one row (`uses_gemv`), and of some of the dims where there are few.
 
     Raises:
         ValueError: rows that don't fit; dims that aren't there, or not all of weights of 8 bits; an unknown activation or
@@ -203,6 +203,11 @@ def gated_product(
         if isinstance(gate_up_2IE, Quantised):
             return products_triton.gemv(h_TE, gate_up_2IE, None, None, activation=activation)
         return layer_ops_triton.gemv(h_TE, gate_up_2IE, None, None, activation=activation, dims=dims)
+    if isinstance(gate_up_2IE, torch.Tensor) and backend == "triton" and h_TE.dtype in _SIXTEEN_BITS and 0 < len(dims) < inner:
+        from kernels import layer_ops_triton
+
+        if layer_ops_triton.takes_gated_rows(*h_TE.shape):
+            return layer_ops_triton.gated_rows(h_TE, gate_up_2IE, activation, dims)
     return gated(_gate_up(h_TE, gate_up_2IE, dims, backend), activation, backend=backend)
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
-from kernels.layer_ops_triton import GemvConfig, add_tile, rows_of, store_sums
+from kernels.layer_ops_triton import GemvConfig, products_of_tile, rows_of, store_sums
 from kernels.products import Quantised
 
 
@@ -94,6 +94,14 @@ def _scaled(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _summed(w_NE, x_ptr_E, is_E, begin, WHOLE: tl.constexpr, PER_THREAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """w[n, e] x[e] of a tile, as many summed as a thread has side by side: sums for each would take the registers of programs
+    that could load more."""
+    full_NE = products_of_tile(w_NE, x_ptr_E, is_E, begin, WHOLE)
+    return tl.sum(tl.reshape(full_NE, (w_NE.shape[0], w_NE.shape[1] // PER_THREAD, PER_THREAD)), 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _gemv_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N, up_row,
     E: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -103,6 +111,7 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     """out[n] = sum_e x[e] q[n, e] scale[n, e // GROUP] (+ bias[n]), added to the residual if there is one; or, with an
     activation, what it makes of that for gate and up."""
     LAST: tl.constexpr = E // BLOCK_E * BLOCK_E
+    PER_THREAD: tl.constexpr = 16 if BLOCK_E >= 16 else BLOCK_E
     row_N, is_N = rows_of(N, up_row, BLOCK_N, ACTIVATION is not None)
     e_E = tl.arange(0, BLOCK_E)
     x_ptr_E = x_ptr + e_E
@@ -115,33 +124,34 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
     residual_N = tl.load(residual_ptr + row_N, mask=is_N, other=0.0) if WITH_RESIDUAL else 0.0
-    acc_NE = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
     w_NE = _scaled(w_NE, scale_ptr_N, is_N, 0, GROUPS, GROUP, BLOCK_N, BLOCK_E)
-    acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, 0, LAST > 0)
+    acc_NP = _summed(w_NE, x_ptr_E, e_E < E, 0, LAST > 0, PER_THREAD)
     for begin in tl.range(BLOCK_E, LAST, BLOCK_E, num_stages=STAGES):
         w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
         w_NE = _scaled(w_NE, scale_ptr_N, is_N, begin, GROUPS, GROUP, BLOCK_N, BLOCK_E)
-        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, e_E < E, begin, True)
+        acc_NP += _summed(w_NE, x_ptr_E, e_E < E, begin, True, PER_THREAD)
     if LAST > 0 and LAST < E:
         is_E = e_E < E - LAST
         w_NE = tl.load(w_ptr_NE + LAST, mask=is_N[:, None] & is_E[None, :], other=0.0)
         w_NE = _scaled(w_NE, scale_ptr_N, is_N, LAST, GROUPS, GROUP, BLOCK_N, BLOCK_E)
-        acc_NE = add_tile(acc_NE, w_NE, x_ptr_E, is_E, LAST, False)
-    sum_N = tl.sum(acc_NE, 1) * scale_N + bias_N
+        acc_NP += _summed(w_NE, x_ptr_E, is_E, LAST, False, PER_THREAD)
+    sum_N = tl.sum(acc_NP, 1) * scale_N + bias_N
     store_sums(out_ptr, sum_N, residual_N, N, BLOCK_N, ACTIVATION, WITH_RESIDUAL)
 
 
 def gemv_config(matrix: Quantised) -> GemvConfig:
     """How a product of one row is cut.
 
-    One H200, e4m3, with a norm before each, us for four warps and for two: 6,144 x 4,096 9.85 and 9.44, 28,672 x 4,096 32.7
-    and 31.2, 4,096 x 4,096 6.9 and 8.8, 4,096 x 14,336 18.1 and 21.6. Blocks of 4 x 1024, 4 x 2048, 8 x 512, 8 x 2048 and
-    16 x 512, two and six stages are slower in one of them at least; so are weights that are converted by their bits (a step of
-    the 8B shape 2.640 ms instead of 2.632).
+    One H200, e4m3, with a norm before each, us with blocks of 8 x 1024 in four stages and a sum for each weight, and as here:
+    6,144 x 4,096 9.02 and 8.11, 28,672 x 4,096 30.1 and 28.4, 4,096 x 4,096 6.64 and 5.97, 4,096 x 14,336 17.2 and 16.3. With
+    eight warps the first two take 8.53 and 29.2, with blocks of 4 x 2048 in four the others 6.54 and 18.6; two and three tiles
+    on their way at a time, by copies to shared memory or to registers, are no faster.
     """
     num_out, num_in = matrix.shape
-    block_e = min(1024, triton.next_power_of_2(num_in))
-    return GemvConfig(block_n=8, block_e=block_e, num_warps=2 if num_out >= 6144 else 4, num_stages=4)
+    block_e = min(2048, triton.next_power_of_2(num_in))
+    if num_out >= 6144:
+        return GemvConfig(block_n=4, block_e=block_e, num_warps=4, num_stages=1)
+    return GemvConfig(block_n=8, block_e=block_e, num_warps=8, num_stages=1)
 
 
 def gemv(

@@ -106,7 +106,7 @@ def test_gate_and_up(rows: int, width: int, wide: int, activation: str, dtype: t
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(0, 1024), (1, 1024), (1, 96), (3, 1024)])
+@pytest.mark.parametrize(("rows", "width"), [(0, 1024), (1, 1024), (1, 96), (3, 1024), (16, 4096), (33, 4096)])
 @pytest.mark.parametrize("dims", [range(37), range(37, 81), range(81, 100), range(100), range(5, 5)])
 def test_gate_and_up_of_some_dims(dims: range, rows: int, width: int, dtype: torch.dtype, backend: str) -> None:
     x = torch.randn(rows, width, device=DEVICE).to(dtype)
