@@ -28,15 +28,17 @@ MOST_TABLES = 8
 class Groups:
     """A model's layers by what their rows see, and where the KV of each lies in a block.
 
-    Where all see the same, a block has the tokens of all layers. Where some see all and others a window or a chunk, blocks have
-    the layers of one group alone, as many as the first group has (in a stage, as its own layers need): then what a window's
-    layers see no more is freed without the others, and all blocks are of one size, so that all are of one pool. A group with
-    more layers has several tables.
+    Where all see all, a block has the tokens of all layers. Where some see all and others a window or a chunk, blocks have the
+    layers of one group alone, as many as the first group has (in a stage, as its own layers need): then what a window's layers
+    see no more is freed without the others, and all blocks are of one size, so that all are of one pool. A group with more
+    layers has several tables. Where all see the same window or chunk, they have as many tables as there may be: only what the
+    first has is kept, as where rows begin and end is counted by it. (Of several windows and no layer that sees all, a block has
+    all layers.)
     """
 
     sights: tuple[Sight, ...]
-    """Of each group; first that of the layers that see all, if there are any: its holders are all that a step may need. As many
-    with the same sight as there are tables for it."""
+    """Of each group; first that of the layers that see all, if there are any, or what all see: its holders are all that a step
+    may need. As many with the same sight as there are tables for it."""
     group_of: tuple[int, ...]
     """Of each layer."""
     place_of: tuple[int, ...]
@@ -62,14 +64,17 @@ def groups_of(sights: tuple[Sight, ...], whole: tuple[Sight, ...] = ()) -> Group
     Raises ValueError for sights that the whole hasn't.
     """
     distinct = sorted(dict.fromkeys(whole or sights), key=lambda sight: sight != FULL)
-    if distinct[0] != FULL or len(distinct) == 1:
+    are_apart = len(distinct) > 1 if distinct[0] == FULL else len(distinct) == 1 < len(whole or sights)
+    if not are_apart:
         return Groups(tuple(distinct), tuple(map(distinct.index, sights)), tuple(range(len(sights))), are_apart=False)
     counts = Counter(sights)
     if whole:
         tables = groups_of(whole).sights
         size = max(-(-count // max(1, tables.count(sight))) for sight, count in counts.items())
     else:
-        size = max(counts[FULL], -(-(len(sights) - counts[FULL]) // (MOST_TABLES - len(distinct))))
+        size = -(-len(sights) // MOST_TABLES)
+        if counts[FULL]:
+            size = max(counts[FULL], -(-(len(sights) - counts[FULL]) // (MOST_TABLES - len(distinct))))
         tables = tuple(sight for sight in distinct for _ in range(0, counts[sight], size))
     before = [sights[:layer].count(sight) for layer, sight in enumerate(sights)]
     return Groups(
@@ -92,7 +97,7 @@ class AttentionShape(TokenForm):
     layers: tuple[LayerView, ...] = ()
     """Each; empty: in all of them rows see all before them, by `scale`."""
     whole: tuple[Sight, ...] = ()
-    """Where these are a stage's layers: what rows see in each of the whole model's. Empty: they are all, or all see alike."""
+    """Where these are a stage's layers: what rows see in each of the whole model's. Empty: they are all, or all see all."""
     value_dim: int = 0
     """0: tokens have keys and values of `head_dim`. Else KV is latent: a token is one key, for all query heads, whose first
     `value_dim` numbers are its value. Such is what returns for a row, too: `instance.latent` makes heads' values of it."""

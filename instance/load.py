@@ -100,9 +100,11 @@ def _with_layers(config: PretrainedConfig, place: Place) -> Place:
 def _sights_of_whole(
     config: PretrainedConfig, place: Place, max_context: int | None, scaling: RopeScaling | None
 ) -> tuple[Sight, ...]:
-    """What rows see in each layer of a model of which a stage is wanted; empty: the same in all. `config`: as it was read."""
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
-    if place.stages == 1 or len(set(kinds)) < 2:
+    """What rows see in each layer of a model of which a stage is wanted; empty: all. `config`: as it was read."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    all_see_all = set(kinds) == {"full_attention"} if kinds else not getattr(text, "sliding_window", None)
+    if place.stages == 1 or all_see_all:
         return ()
     whole = shaped_model(copy.deepcopy(config), config.model_type, torch.float32, max_context, scaling)
     return tuple(whole.shape.layer(index).sight for index in range(whole.num_layers))

@@ -504,7 +504,7 @@ def _decoder(module: PreTrainedModel) -> Any:
 
 def _of_whole(shape: AttentionShape, sights: tuple[Sight, ...], num_layers: int) -> AttentionShape:
     """The shape of a stage's layers, as those of a model in whose layers rows see that."""
-    if len(set(sights)) < 2:
+    if set(sights) <= {FULL}:
         return shape
     return replace(shape, layers=tuple(map(shape.layer, range(num_layers))), whole=sights)
 

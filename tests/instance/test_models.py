@@ -412,7 +412,7 @@ def test_what_rows_see_is_found_for_each_layer(kind: str) -> None:
     sights = make(kind, EXACT[kind]).shape.sights
     narrow = Sight(chunk=11) if kind == "llama4_text" else Sight(window=11)
     some = "layer_types" in EXACT[kind] or "max_window_layers" in EXACT[kind]
-    assert sights == ((FULL, narrow) if some else (narrow,))
+    assert sights == ((FULL, narrow) if some else (narrow, narrow)), "where all have windows each table has some of the layers"
     no_longer = make(kind, EXACT[kind], max_context=11)
     assert no_longer.shape.sights == (FULL,)
     assert refuse_inexact(no_longer, kind, block_size=60, backend="torch") < 1e-4

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DeepseekV2Config, DeepseekV3Config, Gemma3TextConfig, LlamaConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, Gemma3TextConfig, LlamaConfig, MistralConfig
 
 from gmanager.wire import footprint
 from instance.checkpoint import resolve_checkpoint
@@ -179,6 +179,18 @@ def test_layers_with_windows_take_what_their_rows_see(tmp_path: Path, capsys: py
     all_full, as_config = context * 62 * 8192, (10 * context + 52 * 1024) * 8192
     assert as_config <= in_use <= 1.05 * as_config
     assert 0.16 < in_use / all_full < 0.18
+
+
+def test_where_all_layers_have_windows_an_eighth_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shape of Mistral 7B v0.1: 32 layers with windows of 4,096 tokens, of which four keep what they see no more."""
+    MistralConfig(max_position_embeddings=32768, dtype="bfloat16").save_pretrained(tmp_path)
+    found = ask(str(tmp_path), *("--gpu-memory", "79.1", "--kv-tokens", "32K", "--chunk-tokens", "2048"), capsys=capsys)
+    assert found["kv_per_token"] == 4 * 2 * 8 * 128 * 2
+    assert found["kv_windows"] == 7 * ((4096 + 2048) // 64 + 1) * 64 * found["kv_per_token"]
+    assert found["instance"]["kv"] == 32768 * found["kv_per_token"] + found["kv_windows"]
+    assert 0.28 < found["instance"]["kv"] / (32768 * 32 * 2 * 8 * 128 * 2) < 0.3
+    below = ask(str(tmp_path), *("--gpu-memory", "79.1", "--max-context", "4K", "--kv-tokens", "4K"), capsys=capsys)
+    assert (below["kv_per_token"], below["kv_windows"]) == (32 * 2 * 8 * 128 * 2, 0)
 
 
 def test_tokens_that_are_given_need_not_leave_anything_free(shape_8b: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,10 @@ def test_a_sight_knows_the_first_row_that_sees_nothing_before(sight: Sight, posi
     ("sights", "tables", "layers"),
     [
         ([FULL] * 32, 1, 32),
-        ([Sight(window=8)] * 32, 1, 32),
+        ([Sight(window=8)] * 32, 8, 4),
+        ([Sight(chunk=8)] * 3, 3, 1),
+        ([Sight(window=8)], 1, 1),
+        ([Sight(window=8), Sight(window=4)] * 2, 2, 4),
         ([Sight(window=8), FULL] * 12, 2, 12),
         (([Sight(window=8)] * 5 + [FULL]) * 10 + [Sight(window=8)] * 2, 7, 10),  # the shape of Gemma 3 27B
         ([Sight(window=8)] * 31 + [FULL], 7, 6),  # no more tables than a step can bear
