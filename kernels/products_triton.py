@@ -139,6 +139,13 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     store_sums(out_ptr, sum_N, residual_N, N, BLOCK_N, ACTIVATION, WITH_RESIDUAL)
 
 
+def _in_groups(block_e: int, matrix: Quantised) -> int:
+    """A tile of no more features in that lies within a group, or has whole groups (`_scales`)."""
+    if matrix.scale_NG.shape[1] == 1 or matrix.group.bit_count() == 1:
+        return block_e
+    return min(block_e, matrix.group & -matrix.group)
+
+
 def gemv_config(matrix: Quantised) -> GemvConfig:
     """How a product of one row is cut.
 
@@ -148,7 +155,7 @@ def gemv_config(matrix: Quantised) -> GemvConfig:
     on their way at a time, by copies to shared memory or to registers, are no faster.
     """
     num_out, num_in = matrix.shape
-    block_e = min(2048, triton.next_power_of_2(num_in))
+    block_e = _in_groups(min(2048, triton.next_power_of_2(num_in)), matrix)
     if num_out >= 6144:
         return GemvConfig(block_n=4, block_e=block_e, num_warps=4, num_stages=1)
     return GemvConfig(block_n=8, block_e=block_e, num_warps=8, num_stages=1)
@@ -264,7 +271,7 @@ def product_config(num_rows: int, matrix: Quantised, dtype: torch.dtype) -> Prod
     if dtype == torch.float32:
         return ProductConfig(block_m, block_n=64, block_e=32, num_warps=4, num_stages=2)
     # as many features as a group has at most, so that what a tile sums has one scale
-    block_e = min(128, max(16, triton.next_power_of_2(min(num_in, matrix.group))))
+    block_e = _in_groups(min(128, max(16, triton.next_power_of_2(min(num_in, matrix.group)))), matrix)
     if num_out >= 128 * num_processors(matrix.device):
         return ProductConfig(block_m, block_n=128, block_e=block_e, num_warps=4, num_stages=3)
     if num_in <= 4096:

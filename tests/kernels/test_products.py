@@ -88,6 +88,15 @@ def test_gate_and_up(rows: int, activation: str, kind: Kind, num_in: int, group:
         gated_product(x[:, 1:], matrix, activation, backend=backend)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("num_in", "group"), [(6144, 3072), (4608, 1536), (288, 96)])
+def test_groups_need_not_be_powers_of_two(num_in: int, group: int, rows: int) -> None:
+    matrix = make(5, num_in, "fp8", group)
+    matrix.scale_NG.mul_(torch.arange(1, 1 + matrix.scale_NG.shape[1], device=DEVICE))  # no two alike
+    x = torch.randn(rows, num_in, device=DEVICE)
+    near(product(x, matrix, backend="triton"), x.double() @ weights64(matrix).T)
+
+
 def test_many_rows_are_multiplied_with_the_same_weights() -> None:
     matrix = make(9, 48, "fp8")
     x = torch.randn(TILED_ROWS + 1, 48, device=DEVICE)
