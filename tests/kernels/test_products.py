@@ -88,12 +88,13 @@ def test_gate_and_up(rows: int, activation: str, kind: Kind, num_in: int, group:
         gated_product(x[:, 1:], matrix, activation, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("num_in", "group"), [(6144, 3072), (4608, 1536), (288, 96)])
-def test_groups_need_not_be_powers_of_two(num_in: int, group: int, rows: int) -> None:
+def test_groups_need_not_be_powers_of_two(num_in: int, group: int, rows: int, dtype: torch.dtype) -> None:
     matrix = make(5, num_in, "fp8", group)
     matrix.scale_NG.mul_(torch.arange(1, 1 + matrix.scale_NG.shape[1], device=DEVICE))  # no two alike
-    x = torch.randn(rows, num_in, device=DEVICE)
+    x = torch.randn(rows, num_in, device=DEVICE).to(dtype)
     near(product(x, matrix, backend="triton"), x.double() @ weights64(matrix).T)
 
 
