@@ -351,7 +351,7 @@ def _gated_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 def gated_rows(h_TE: torch.Tensor, gate_up_2IE: torch.Tensor, activation: str, dims: range) -> torch.Tensor:
-    """See `kernels.layer_ops.gated_product`, of rows and a weight that `takes_gated_rows` says yes to."""
+    """See `kernels.layer_ops.gated_product`, of rows and a weight that `kernels.layer_ops.uses_gated_rows` says yes to."""
     (num_rows, num_in), num_out = h_TE.shape, len(dims)
     block_m, block_n, block_e, stages = (16, 64, 64, 6) if num_rows <= 16 else (64, 64, 128, 3)
     dependent = has_dependent_launch(h_TE.device)
@@ -362,18 +362,6 @@ def gated_rows(h_TE: torch.Tensor, gate_up_2IE: torch.Tensor, activation: str, d
         STAGES=stages, DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
     return out_TJ
-
-
-def takes_gated_rows(num_rows: int, num_in: int) -> bool:
-    """Whether few rows and a part of gate and up are faster by `gated_rows` than by the library's product of two matrices.
-
-    One H200, bf16, with a norm before, us by the library with what is gated behind it, and by one kernel, of 2, 16, 48 and 64
-    rows: 7,168 of 14,336 dims and 4,096 features in 33.2 and 31.1, 34.0 and 32.3, 34.8 and 33.7, 38.6 and 34.0 (32 rows: 34.0
-    and 34.4); 8,192 features in 60.5 and 58.5, 62.1 and 61.3, 63.0 and 62.4, 71.3 and 63.4. But 10,752 dims and 5,376 features
-    in 60.6 and 77.1, 61.5 and 75.1. All 14,336 dims, one matrix to the library: 61.8 and 57.6 of 2 rows, of 8 to 32 the same,
-    64.7 and 62.5 of 64.
-    """
-    return (2 <= num_rows <= 16 or 32 < num_rows <= 64) and num_in % 4096 == 0
 
 
 def gemv_config(num_rows: int, num_in: int, device: torch.device) -> GemvConfig:
