@@ -220,20 +220,22 @@ class DecodeStep:
     def _attend(self, layer: int, q_THD: torch.Tensor, sinks_H: torch.Tensor | None = None) -> torch.Tensor:
         tables, peers = self._tables, self._peers
         group = self._layers[layer][1]
-        if peers is not None:
-            push_rows(q_THD, None, tables[_of("sends", group)], peers.query_inbox)
-        self._attend_local(layer, q_THD, self._groups[group].own, self._out_THD, self._lse_TH)
-        if peers is not None:
-            self._serve(peers, layer)
-            wait_rows(peers.state_signals_N, tables[_of("expected_states", group)], peers.abort_1)
-            triton_ops.merge_states(
-                self._out_THD,
-                self._lse_TH,
-                peers.outs_MHD,
-                peers.lses_MH,
-                tables[_of("part_offsets", group)],
-                tables[_of("part_index", group)],
-            )
+        own = self._groups[group].own
+        if peers is None:
+            self._attend_local(layer, q_THD, own, self._out_THD, self._lse_TH, sinks_H)
+            return self._out_THD
+        push_rows(q_THD, None, tables[_of("sends", group)], peers.query_inbox)
+        self._attend_local(layer, q_THD, own, self._out_THD, self._lse_TH)
+        self._serve(peers, layer)
+        wait_rows(peers.state_signals_N, tables[_of("expected_states", group)], peers.abort_1)
+        triton_ops.merge_states(
+            self._out_THD,
+            self._lse_TH,
+            peers.outs_MHD,
+            peers.lses_MH,
+            tables[_of("part_offsets", group)],
+            tables[_of("part_index", group)],
+        )
         if sinks_H is not None:
             apply_sinks(self._out_THD, self._lse_TH, sinks_H, backend="triton")
         return self._out_THD
@@ -248,9 +250,15 @@ class DecodeStep:
         push_rows(self._served_MHD, self._served_MH, self._tables[_of("returns", group)], peers.state_inbox)
 
     def _attend_local(
-        self, layer: int, q_THD: torch.Tensor, tables: DecodeTables, out_THD: torch.Tensor, lse_TH: torch.Tensor
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        tables: DecodeTables,
+        out_THD: torch.Tensor,
+        lse_TH: torch.Tensor,
+        sinks_H: torch.Tensor | None = None,
     ) -> None:
-        """Partial states of what lies here."""
+        """Partial states of what lies here; with sinks, which whole rows have, their attention."""
         self._kernel.run(
             q_THD,
             self._storage.layer(layer),
@@ -259,6 +267,7 @@ class DecodeStep:
             out_THD=out_THD,
             lse_TH=lse_TH,
             scales_2BKX=self._storage.scales(layer),
+            sinks_H=sinks_H,
         )
 
     def _plan_sends(self, peers: PeerMemory, layout: Layout, group: int) -> None:

@@ -231,7 +231,7 @@ class FusedDecoder:
         x_SE = hidden.x_TE[rows_S]
         if hidden.pending_TE is not None:
             x_SE = x_SE + hidden.pending_TE[rows_S]
-        return self._logits_of(rms_norm(x_SE, self._final_norm, backend=self._backend))
+        return self._logits_of(x_SE, self._final_norm)
 
     def agrees(self, attention: PackedAttention) -> bool:
         """Whether every layer adds to random rows what transformers' own layer adds, up to rounding.
@@ -293,12 +293,14 @@ class FusedDecoder:
         weight_VE: torch.Tensor = self._embed.weight  # type: ignore[assignment]
         return weight_VE
 
-    def _logits_of(self, h_SE: torch.Tensor) -> torch.Tensor:
+    def _logits_of(self, x_SE: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
+        """Of rows, or of their norm."""
         head_NE = matrix_of(self._head)
         if (sharing := self._sharing()) is not None and not isinstance(head_NE, Quantised):
+            h_SE = x_SE if norm is None else rms_norm(x_SE, norm, backend=self._backend)
             logits_SV = sharing.logits(head_NE, self._head.bias, h_SE)
         else:
-            logits_SV = linear(h_SE, head_NE, self._head.bias, backend=self._backend)
+            logits_SV = linear(x_SE, head_NE, self._head.bias, norm=norm, backend=self._backend)
         if (team := self._team()) is not None:
             logits_SV = team.gather(logits_SV)[:, : self._vocab_size]
         return torch.tanh(logits_SV / self._soft_cap) * self._soft_cap if self._soft_cap else logits_SV
@@ -350,15 +352,15 @@ class FusedDecoder:
         out_TE = attention.run_packed(index, rows).view(len(x_TE), -1)
         is_shared = self._sharing() is not None
         if team is None and not is_shared and layer.attention_norm is None and uses_gemv(len(x_TE), layer.out, backend):
-            # the sum rides along with the product
+            # the sum rides along with the product, and the norm with the one behind it
             linear(out_TE, layer.out, layer.out_bias, residual_TN=x_TE, backend=backend)
-            h_TE = rms_norm(x_TE, layer.feed_input_norm, backend=backend)
+            h_TE, norm = x_TE, layer.feed_input_norm
         else:
             added_TE = linear(out_TE, layer.out, layer.out_bias, backend=backend)
             if (shared := self._share(layer, added_TE, x_TE)) is not None:
                 return shared
-            h_TE = self._add_norm(_Pending(added_TE, layer.attention_norm, team), x_TE, layer.feed_input_norm)
-        fed_TE = layer.feed.run(h_TE, x_TE if team is None and layer.feed_norm is None else None, backend)
+            h_TE, norm = self._add_norm(_Pending(added_TE, layer.attention_norm, team), x_TE, layer.feed_input_norm), None
+        fed_TE = layer.feed.run(h_TE, x_TE if team is None and layer.feed_norm is None else None, backend, norm)
         return None if fed_TE is None else _Pending(fed_TE, layer.feed_norm, team)
 
     def _share(self, layer: Layer, added_TE: torch.Tensor, x_TE: torch.Tensor) -> _Pending | None:
@@ -371,12 +373,11 @@ class FusedDecoder:
 
     def _project(self, layer: Layer, x_TE: torch.Tensor, pending: _Pending | None, rotary: Rotary) -> PackedRows:
         """The layer's rows, before attention. Adds what is pending to `x_TE`."""
-        backend = self._backend
         if pending is None:
-            h_TE = rms_norm(x_TE, layer.input_norm, backend=backend)
+            h_TE, norm = x_TE, layer.input_norm
         else:
-            h_TE = self._add_norm(pending, x_TE, layer.input_norm)
-        qkv_TE = linear(h_TE, layer.qkv, layer.qkv_bias, backend=backend)
+            h_TE, norm = self._add_norm(pending, x_TE, layer.input_norm), None
+        qkv_TE = linear(h_TE, layer.qkv, layer.qkv_bias, norm=norm, backend=self._backend)
         return PackedRows(qkv_TE, *rotary[layer.rotary], layer.q_norm, layer.k_norm, layer.sinks_H)
 
     def _add_norm(self, pending: _Pending, residual_TE: torch.Tensor, norm: Norm) -> torch.Tensor:

@@ -22,7 +22,7 @@ from instance.errors import UnsupportedModel
 from instance.packed import PARTS, is_packed, packed_weight, run_plain
 from instance.quantised import QuantisedLinear, is_linear, matrix_of
 from kernels.experts import ExpertWeights, Gate, Packed, mix_experts, route
-from kernels.layer_ops import ACTIVATIONS, Norm, gated_product, linear, rms_norm, uses_gemv
+from kernels.layer_ops import ACTIVATIONS, Norm, gated_product, linear, normed_linear, rms_norm, uses_gemv
 from kernels.products import Matrix, Quantised, stack
 
 _LLAMA_NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -47,8 +47,11 @@ class Dense:
     down: Matrix
     activation: str
 
-    def run(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor | None:
-        """What the rows `h` become, new; or None, if it was added to the residual on the way."""
+    def run(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str, norm: Norm | None = None
+    ) -> torch.Tensor | None:
+        """What the rows `x`, or their norm, become, new; or None, if it was added to the residual on the way."""
+        h_TE = x_TE if norm is None else rms_norm(x_TE, norm, backend=backend)
         if uses_gemv(len(h_TE), self.down, backend):  # the sum rides along with the product
             out_TE = self._run_part(h_TE, residual_TE, backend)
             return out_TE if residual_TE is None else None
@@ -84,11 +87,17 @@ class Mixture:
     normalise: bool
     experts: ExpertWeights
 
-    def run(self, h_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str) -> torch.Tensor:
-        """As `Dense.run`; nothing is added to the residual."""
-        logits_TX = linear(h_TE, self.router_XE, self.router_bias_X, backend=backend)
+    def run(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, backend: str, norm: Norm | None = None
+    ) -> torch.Tensor | None:
+        """As `Dense.run`."""
+        if norm is None:
+            h_TE, logits_TX = x_TE, linear(x_TE, self.router_XE, self.router_bias_X, backend=backend)
+        else:
+            h_TE, logits_TX = normed_linear(x_TE, norm, self.router_XE, self.router_bias_X, backend=backend)
         experts_TS, weights_TS = route(logits_TX, self.top_k, normalise=self.normalise, backend=backend)
-        return mix_experts(h_TE, experts_TS, weights_TS, self.experts, backend=backend)
+        out_TE = mix_experts(h_TE, experts_TS, weights_TS, self.experts, residual_TE=residual_TE, backend=backend)
+        return out_TE if residual_TE is None else None
 
     def matrices(self) -> list[Matrix]:
         """As `Dense.matrices`."""

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.decode_merge import MergeShape, PieceMerge
 from kernels.decode_slots import part_of_row, part_of_run, store_state
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
 from kernels.segments import AttentionSizes, Scoring
@@ -130,31 +131,6 @@ class DecodeConfig:
         return min(255, 65536 // (self.programs_per_processor * 32 * self.num_warps) // 8 * 8)
 
 
-@dataclass(frozen=True, slots=True)
-class MergeShape:
-    """How pieces are merged: so many at a time, so many of their dims in a program."""
-
-    block_x: int
-    block_d: int
-    num_warps: int
-
-
-def _shape_for_few(slots: int, out_dim: int) -> MergeShape:
-    """Of rows that may lie in so many slots each: all pieces at a time, if they are no more than 128.
-
-    One H200, a step of one row of Qwen3-30B-A3B's with 8K tokens, which lies in 99: 2.537 ms, 64 at a time 2.583.
-    """
-    block_x = 64 if slots <= 64 else 128
-    return MergeShape(block_x, min(8192 // block_x, out_dim), 4)
-
-
-_FEW_ROWS = 2
-"""That lie in so many slots each, and have so few programs, that these take many pieces at a time."""
-_MOST_MERGED, _MOST_OF_FEW = 64, 8
-"""Rows that are merged at once, and likewise where most are missing: a program takes every so-manyth. One that finds nothing to
-do isn't free: on an H200 8,192 of them, for the 256 rows that another may send here, took 10.5 us of each layer."""
-
-
 @triton.jit
 def soft_capped(score_MN, log2_cap):  # type: ignore[no-untyped-def]
     """c tanh(s / c), of scores and a cap that are both times log2(e)."""
@@ -250,7 +226,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_src, v_src, out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, blocks_ptr, num_rows,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_lh, stride_b, stride_p, stride_k, log2_scale,
     log2_cap, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr, DEPENDENT: tl.constexpr, MERGE_EARLY: tl.constexpr, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """lse = log sum_j exp(s_j), out = sum_j exp(s_j - lse) v_j, s_j = scale q . k_j, over this slot's tiles and one KV head."""
     program = tl.program_id(0)
@@ -258,7 +235,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     slot = program // K
     tile_count = tl.load(rows_ptr + 3 * (num_rows + 1) + num_rows).to(tl.int64)
     slots = tl.minimum(tl.num_programs(0) // K, tile_count)
-    if slot >= slots:
+    if slot >= slots:  # it ends, by which the next may start, too
         wait_for_previous(DEPENDENT)
         return
     tile = slot * tile_count // slots
@@ -268,6 +245,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     # the tables were there before any of the step's kernels
     row, kv_len, begin, tiles, first_tile, num_tiles = part_of_row(rows_ptr, num_rows, tile, last)
     wait_for_previous(DEPENDENT)
+    if MERGE_EARLY:
+        let_next_start(DEPENDENT)
     while tile < last:
         table_ptr = blocks_ptr + begin
         head_M = head * G + m_M
@@ -306,73 +285,18 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             row, kv_len, begin, tiles, first_tile, num_tiles = part_of_row(rows_ptr, num_rows, tile, last)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_slots"])  # type: ignore[untyped-decorator]
-def _merge_kernel(  # type: ignore[no-untyped-def]
-    out_ptr, lse_ptr, piece_out_ptr, piece_lse_ptr, rows_ptr, num_rows, num_slots,
-    stride_ot, stride_oh, stride_lt, stride_lh,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """lse = log sum_x exp(lse_x), out = sum_x exp(lse_x - lse) out_x over the pieces x of some rows and one head.
-
-    Grid: rows of the tables, or fewer, of which each takes every so-manyth; query heads; parts of BLOCK_D of the dims of out.
-    Missing rows come last.
-    """
-    index = tl.program_id(0)
-    head = tl.program_id(1)
-    size = num_rows + 1
-    dim_D = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    # the tables were there before any of the step's kernels
-    tile_count = tl.load(rows_ptr + 3 * size + num_rows).to(tl.int64)
-    slots = tl.minimum(num_slots, tile_count)
-    row = tl.load(rows_ptr + index).to(tl.int64)
-    before = tl.load(rows_ptr + 3 * size + index)
-    after = tl.load(rows_ptr + 3 * size + index + 1)
-    let_next_start(DEPENDENT)
-    wait_for_previous(DEPENDENT)
-    while row >= 0:
-        out_D_ptr = out_ptr + row * stride_ot + head * stride_oh + dim_D
-        lse_at_ptr = lse_ptr + row * stride_lt + head * stride_lh
-        if before == after:
-            tl.store(out_D_ptr, tl.zeros((BLOCK_D,), dtype=out_ptr.dtype.element_ty))
-            tl.store(lse_at_ptr, -float("inf"))
-        else:
-            # the slot s with s * tile_count // slots <= t < (s + 1) * tile_count // slots has tile t
-            first = ((before + 1) * slots - 1) // tile_count
-            last = (after * slots - 1) // tile_count
-            if first < last:
-                m = head % G
-                top = -float("inf")
-                total = 0.0
-                acc_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
-                for at in range(first, last + 1, BLOCK_X):
-                    slot_X = at + tl.arange(0, BLOCK_X)
-                    is_X = slot_X <= last
-                    # the first slot begins this row: its second piece; each other passes through or ends it: its first
-                    piece_X = (2 * (slot_X * K + head // G) + (slot_X == first).to(tl.int64)) * BLOCK_M + m
-                    lse_X = tl.load(piece_lse_ptr + piece_X, mask=is_X, other=-float("inf"))
-                    out_XD = tl.load(piece_out_ptr + piece_X[:, None] * D + dim_D[None, :], mask=is_X[:, None], other=0.0)
-                    new = tl.maximum(top, tl.max(lse_X, 0))
-                    weight_X = tl.exp(lse_X - new)
-                    decay = tl.exp(top - new)
-                    total = total * decay + tl.sum(weight_X, 0)
-                    acc_D = acc_D * decay + tl.sum(out_XD * weight_X[:, None], 0)
-                    top = new
-                tl.store(out_D_ptr, (acc_D / total).to(out_ptr.dtype.element_ty))
-                tl.store(lse_at_ptr, top + tl.log(total))
-        index += tl.num_programs(0)
-        is_row = index < num_rows
-        row = tl.load(rows_ptr + index, mask=is_row, other=-1).to(tl.int64)
-        before = tl.load(rows_ptr + 3 * size + index, mask=is_row, other=0)
-        after = tl.load(rows_ptr + 3 * size + index + 1, mask=is_row, other=0)
-
-
 class DecodeAttention:
     """The kernels and their scratch; any number of tables, layers and CUDA graphs may use one, in the order of one stream."""
 
-    def __init__(self, sizes: AttentionSizes, config: DecodeConfig | None = None, processors: int | None = None) -> None:
+    def __init__(
+        self,
+        sizes: AttentionSizes,
+        config: DecodeConfig | None = None,
+        processors: int | None = None,
+        merge_shape: MergeShape | None = None,
+    ) -> None:
         """`sizes.num_rows` is not looked at, and the caller has refused unsupported sizes. `processors`: those that it will run
-        on, if not all of the device's.
+        on, if not all of the device's. `merge_shape`: of pieces where there are many rows.
 
         Raises ValueError for tiles that TMA can't load: they must lie in one block.
         """
@@ -383,10 +307,7 @@ class DecodeAttention:
             raise ValueError(f"tiles of {self.config.block_n} tokens cross blocks of {sizes.block_size}: TMA can't load them")
         self._block_m = max(16, triton.next_power_of_2(sizes.group))
         self._slots = max(1, self.config.programs(processors) // sizes.num_kv_heads)
-        pieces = 2 * self._slots * sizes.num_kv_heads * self._block_m
-        self._piece_out = torch.empty((pieces, sizes.out_dim), dtype=torch.float32, device=sizes.device)
-        self._merging_few, self._merging = _shape_for_few(self._slots, sizes.out_dim), MergeShape(16, sizes.out_dim, 1)
-        self._piece_lse = torch.empty(pieces, dtype=torch.float32, device=sizes.device)
+        self._pieces = PieceMerge(sizes, self._slots, self._block_m, merge_shape)
 
     def tables(
         self,
@@ -484,23 +405,15 @@ class DecodeAttention:
         out_THD: torch.Tensor,
         lse_TH: torch.Tensor,
         scales_2BKX: torch.Tensor | None = None,
+        sinks_H: torch.Tensor | None = None,
     ) -> None:
         """Fill the rows of `out` and `lse` that the tables name; a row with no token gets `0, -inf`. Only launches.
 
-        `scales_2BKX`: of KV of 8 bits. Nothing is checked: the tables' contents may change between launches of a graph.
+        `scales_2BKX`: of KV of 8 bits. `sinks_H`: of rows that no others have a part of, as in
+        `kernels.merge_state.apply_sinks`. Nothing is checked: the tables' contents may change between launches of a graph.
         """
         self._launch(q_THD, kv_2BPKD, scales_2BKX, scoring, tables, out_THD, lse_TH)
-        sizes = self.sizes
-        num_rows = tables.rows_4R1.numel() // 4 - 1
-        dependent = has_dependent_launch(sizes.device)
-        merging = self._merging_few if num_rows <= _FEW_ROWS else self._merging
-        at_once = min(num_rows, _MOST_OF_FEW if tables.mostly_empty else _MOST_MERGED)
-        _merge_kernel[(at_once, sizes.num_heads, sizes.out_dim // merging.block_d)](
-            out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, num_rows, self._slots,
-            *out_THD.stride()[:2], *lse_TH.stride(),
-            K=sizes.num_kv_heads, G=sizes.group, D=sizes.out_dim, BLOCK_M=self._block_m, BLOCK_X=merging.block_x,
-            BLOCK_D=merging.block_d, DEPENDENT=dependent, num_warps=merging.num_warps, launch_pdl=dependent,
-        )  # fmt: skip
+        self._pieces.run(tables.rows_4R1, mostly_empty=tables.mostly_empty, sinks_H=sinks_H, out_THD=out_THD, lse_TH=lse_TH)
 
     def _launch(
         self,
@@ -522,12 +435,13 @@ class DecodeAttention:
         else:
             k_src, v_src = kv_2BPKD
         _decode_kernel[(self._slots * sizes.num_kv_heads,)](
-            q_THD, k_src, v_src, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1, tables.blocks_N, num_rows,
-            *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_2BPKD.stride()[1:4],
+            q_THD, k_src, v_src, out_THD, lse_TH, self._pieces.out_XD, self._pieces.lse_X, tables.rows_4R1, tables.blocks_N,
+            num_rows, *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_2BPKD.stride()[1:4],
             scoring.scale * math.log2(math.e), scoring.soft_cap * math.log2(math.e),
             K=sizes.num_kv_heads, G=sizes.group, D=sizes.head_dim, P=sizes.block_size,
             BLOCK_M=self._block_m, BLOCK_N=config.block_n,
-            USE_TMA=config.use_tma, DEPENDENT=dependent, WINDOWED=tables.windowed, CAPPED=scoring.soft_cap > 0,
+            USE_TMA=config.use_tma, DEPENDENT=dependent, MERGE_EARLY=self._pieces.starts_early, WINDOWED=tables.windowed,
+            CAPPED=scoring.soft_cap > 0,
             num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=dependent, maxnreg=config.max_registers,
         )  # fmt: skip
 

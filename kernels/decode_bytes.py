@@ -387,7 +387,7 @@ class BytesDecode(DecodeAttention):
                 for x_BPKN in (k_src, v_src)
             )
         _bytes_decode_kernel[(self._slots * sizes.num_kv_heads,)](
-            q_THD, k_src, v_src, scales_2BKX, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1,
+            q_THD, k_src, v_src, scales_2BKX, out_THD, lse_TH, self._pieces.out_XD, self._pieces.lse_X, tables.rows_4R1,
             tables.blocks_N, tables.rows_4R1.numel() // 4 - 1,
             *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *pairs_2BPKE.stride()[1:4], *scales_2BKX.stride()[:3],
             scoring.scale * math.log2(math.e), scoring.soft_cap * math.log2(math.e),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.expert_weights_triton import (
+    added_to,
     gate_and_up,
     gate_constants,
     gate_up_columns,
@@ -143,10 +144,11 @@ def _pair_gate_up_kernel(  # type: ignore[no-untyped-def]
 def _pair_down_kernel(  # type: ignore[no-untyped-def]
     h_ptr, experts_ptr, weights_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, stride_wx, stride_wn, stride_wk, stride_b,
     stride_o, S: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr,
-    WITH_ASM: tl.constexpr, WITH_BIAS: tl.constexpr,
+    WITH_ASM: tl.constexpr, WITH_BIAS: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[row, n] = sum_s weights[row, s] (sum_i h[row, s, i] w[expert s, n, i] (+ bias)), the inner sum rounded."""
+    """out[row, n] = sum_s weights[row, s] (sum_i h[row, s, i] w[expert s, n, i] (+ bias)), the inner sum rounded. ADDED: the
+    sum, rounded, to what is there."""
     row = tl.program_id(1).to(tl.int64)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -204,7 +206,9 @@ def _pair_down_kernel(  # type: ignore[no-untyped-def]
         part_SN = (part_SN.to(tl.float32) + bias_SN.to(tl.float32)).to(dtype)
     weight_S = tl.load(weights_ptr + row * S + s_S, mask=is_S, other=0.0).to(tl.float32)
     out_N = tl.sum(part_SN.to(tl.float32) * weight_S[:, None], 0)
-    tl.store(out_ptr + row * stride_o + n_N, out_N.to(dtype), mask=is_N)
+    # not earlier: beside weights on their way it cost a step of Qwen3-30B-A3B's 2 %
+    residual_N = tl.load(out_ptr + row * stride_o + n_N, mask=is_N, other=0.0) if ADDED else 0.0
+    tl.store(out_ptr + row * stride_o + n_N, added_to(residual_N, out_N, dtype, ADDED), mask=is_N)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -237,10 +241,11 @@ def _pair_part_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
 def _combine_parts_kernel(  # type: ignore[no-untyped-def]
     parts_ptr, experts_ptr, weights_ptr, bias_ptr, out_ptr, num_pairs, stride_b, stride_o,
-    S: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, WITH_BIAS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    S: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, WITH_BIAS: tl.constexpr, ADDED: tl.constexpr, SLOTS: tl.constexpr,
+    TILE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[row, e] = sum_s weights[row, s] (sum_part parts[part, row, s, e] (+ bias[expert s, e])), the inner sum rounded."""
+    """out[row, e] = sum_s weights[row, s] (sum_part parts[part, row, s, e] (+ bias[expert s, e])), the inner sum rounded.
+    ADDED: the sum, rounded, to what is there."""
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     e_E = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -254,6 +259,7 @@ def _combine_parts_kernel(  # type: ignore[no-untyped-def]
         bias_SE = tl.load(bias_ptr + expert_S[:, None] * stride_b + e_E[None, :], mask=is_SE, other=0.0).to(tl.float32)
     let_next_start(DEPENDENT)
     wait_for_previous(DEPENDENT)
+    residual_E = tl.load(out_ptr + row * stride_o + e_E, mask=is_E, other=0.0) if ADDED else 0.0
     part_SE = tl.zeros((SLOTS, TILE), dtype=tl.float32)
     for part in tl.static_range(PARTS):
         at_SE = (part * num_pairs + row * S + s_S)[:, None] * E + e_E[None, :]
@@ -262,7 +268,7 @@ def _combine_parts_kernel(  # type: ignore[no-untyped-def]
     if WITH_BIAS:
         part_SE = (part_SE + bias_SE).to(dtype).to(tl.float32)
     out_E = tl.sum(part_SE * weight_S[:, None], 0)
-    tl.store(out_ptr + row * stride_o + e_E, out_E.to(dtype), mask=is_E)
+    tl.store(out_ptr + row * stride_o + e_E, added_to(residual_E, out_E, dtype, ADDED), mask=is_E)
 
 
 def _combine_parts(
@@ -271,6 +277,8 @@ def _combine_parts(
     weights_TS: torch.Tensor,
     bias_XE: torch.Tensor | None,
     out_TE: torch.Tensor,
+    *,
+    added: bool,
 ) -> None:
     """The weighted sum of what each row's pairs came to, once their parts are added up."""
     num_rows, top_k = experts_TS.shape
@@ -280,8 +288,8 @@ def _combine_parts(
     _combine_parts_kernel[(num_rows, triton.cdiv(hidden, tile))](
         parts_SPE, experts_TS, weights_TS, parts_SPE if bias_XE is None else bias_XE, out_TE, num_rows * top_k,
         0 if bias_XE is None else bias_XE.stride(0), out_TE.stride(0),
-        S=top_k, E=hidden, PARTS=len(parts_SPE), WITH_BIAS=bias_XE is not None, SLOTS=triton.next_power_of_2(top_k), TILE=tile,
-        DEPENDENT=dependent, launch_pdl=dependent,
+        S=top_k, E=hidden, PARTS=len(parts_SPE), WITH_BIAS=bias_XE is not None, ADDED=added,
+        SLOTS=triton.next_power_of_2(top_k), TILE=tile, DEPENDENT=dependent, launch_pdl=dependent,
     )  # fmt: skip
 
 
@@ -292,10 +300,11 @@ def mix_pairs(
     weights: ExpertWeights,
     out_TE: torch.Tensor,
     *,
+    added: bool = False,
     gate_up: PairConfig | None = None,
     down: PairConfig | None = None,
 ) -> None:
-    """`mix_experts` of few rows, into `out_TE`."""
+    """`mix_experts` of few rows, into `out_TE`, or added to it."""
     num_rows, top_k = experts_TS.shape
     hidden, width = weights.hidden_size, weights.intermediate_size
     dependent = has_dependent_launch(x_TE.device)
@@ -321,12 +330,12 @@ def mix_pairs(
             E=hidden, WIDTH=width, LENGTH=length, BLOCK_N=down.block_n, BLOCK_K=down.block_k, STAGES=down.num_stages,
             DEPENDENT=dependent, num_warps=down.num_warps, launch_pdl=dependent,
         )  # fmt: skip
-        _combine_parts(parts_SPE, experts_TS, weights_TS, bias, out_TE)
+        _combine_parts(parts_SPE, experts_TS, weights_TS, bias, out_TE, added=added)
         return
     _pair_down_kernel[(triton.cdiv(hidden, down.block_n), num_rows)](
         h_PI, experts_TS, weights_TS, numbers, scales, numbers if bias is None else bias, out_TE, *weight.stride(),
         0 if bias is None else bias.stride(0), out_TE.stride(0),
         S=top_k, E=hidden, WIDTH=width, SLOTS=triton.next_power_of_2(top_k), **packing(weight),
-        WITH_BIAS=bias is not None, BLOCK_N=down.block_n, BLOCK_K=down.block_k, STAGES=down.num_stages, DEPENDENT=dependent,
-        num_warps=down.num_warps, launch_pdl=dependent,
+        WITH_BIAS=bias is not None, ADDED=added, BLOCK_N=down.block_n, BLOCK_K=down.block_k, STAGES=down.num_stages,
+        DEPENDENT=dependent, num_warps=down.num_warps, launch_pdl=dependent,
     )  # fmt: skip

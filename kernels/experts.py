@@ -200,9 +200,16 @@ def route(logits_TX: torch.Tensor, top_k: int, *, normalise: bool, backend: str)
 
 
 def mix_experts(
-    x_TE: torch.Tensor, experts_TS: torch.Tensor, weights_TS: torch.Tensor, weights: ExpertWeights, *, backend: str
+    x_TE: torch.Tensor,
+    experts_TS: torch.Tensor,
+    weights_TS: torch.Tensor,
+    weights: ExpertWeights,
+    *,
+    residual_TE: torch.Tensor | None = None,
+    backend: str,
 ) -> torch.Tensor:
-    """The weighted sum of what the experts of each row make of it, `[T, E]`, new.
+    """The weighted sum of what the experts of each row make of it, `[T, E]`, new; or, with a residual, which must not be `x`,
+    that sum in place of it. Rounded before the residual is added.
 
     The same numbers on every run: nothing is summed in an order that depends on timing. `experts_TS` (int32 or int64) is not
     checked: each must be in [0, X). With Triton nothing waits for the device, so that it can be captured in a CUDA graph.
@@ -211,6 +218,8 @@ def mix_experts(
         ValueError: shapes, dtypes or strides that don't fit, or an unknown backend.
     """
     is_of_type = weights.dtype in (x_TE.dtype, None)
+    if residual_TE is not None and (residual_TE.shape != x_TE.shape or residual_TE.stride(1) != 1):
+        raise ValueError(f"rows {tuple(x_TE.shape)} for a residual {tuple(residual_TE.shape)}, strides {residual_TE.stride()}")
     if x_TE.dim() != 2 or x_TE.shape[1] != weights.hidden_size or x_TE.stride(1) != 1 or not is_of_type:
         raise ValueError(
             f"rows {tuple(x_TE.shape)} {x_TE.dtype} with strides {x_TE.stride()} for experts of hidden size "
@@ -229,11 +238,12 @@ def mix_experts(
         )
     match backend:
         case "torch":
-            return _mix_experts_torch(x_TE, experts_TS, weights_TS, weights)
+            out_TE = _mix_experts_torch(x_TE, experts_TS, weights_TS, weights)
+            return out_TE if residual_TE is None else residual_TE.add_(out_TE)
         case "triton":
             from kernels import experts_triton
 
-            return experts_triton.mix_experts(x_TE, experts_TS, weights_TS, weights)
+            return experts_triton.mix_experts(x_TE, experts_TS, weights_TS, weights, residual_TE)
     raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
 
 

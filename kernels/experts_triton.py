@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.expert_pairs_triton import mix_pairs, uses_pairs
-from kernels.expert_weights_triton import gate_and_up, gate_constants, gate_up_columns, parts_of, unpacked
+from kernels.expert_weights_triton import added_to, gate_and_up, gate_constants, gate_up_columns, parts_of, unpacked
 from kernels.experts import MOST_ROWS, ExpertWeights, Gate, Packed
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 
@@ -257,19 +257,21 @@ def _group_product_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _combine_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr, weights_ptr, out_ptr, stride_o, S: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, DEPENDENT: tl.constexpr
+    parts_ptr, weights_ptr, out_ptr, stride_o, S: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, ADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[row, e] = sum_s weights[row, s] parts[row, s, e]."""
+    """out[row, e] = sum_s weights[row, s] parts[row, s, e]. ADDED: the sum, rounded, to what is there."""
     row = tl.program_id(0).to(tl.int64)
     e_E = tl.program_id(1) * TILE + tl.arange(0, TILE)
     is_E = e_E < E
     out_E = tl.zeros((TILE,), tl.float32)
     let_next_start(DEPENDENT)
     wait_for_previous(DEPENDENT)
+    residual_E = tl.load(out_ptr + row * stride_o + e_E, mask=is_E, other=0.0) if ADDED else 0.0
     for s in tl.static_range(S):
         part_E = tl.load(parts_ptr + (row * S + s) * E + e_E, mask=is_E, other=0.0)
         out_E += tl.load(weights_ptr + row * S + s).to(tl.float32) * part_E.to(tl.float32)
-    tl.store(out_ptr + row * stride_o + e_E, out_E.to(out_ptr.dtype.element_ty), mask=is_E)
+    tl.store(out_ptr + row * stride_o + e_E, added_to(residual_E, out_E, out_ptr.dtype.element_ty, ADDED), mask=is_E)
 
 
 def mix_experts(
@@ -277,13 +279,14 @@ def mix_experts(
     experts_TS: torch.Tensor,
     weights_TS: torch.Tensor,
     weights: ExpertWeights,
+    residual_TE: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `kernels.experts.mix_experts`."""
-    out_TE = x_TE.new_empty(x_TE.shape)
+    out_TE = x_TE.new_empty(x_TE.shape) if residual_TE is None else residual_TE
     for begin in range(0, len(x_TE), MOST_ROWS):
         some = slice(begin, begin + MOST_ROWS)
         mix = mix_pairs if uses_pairs(len(x_TE)) else mix_groups
-        mix(x_TE[some], experts_TS[some], weights_TS[some], weights, out_TE[some])
+        mix(x_TE[some], experts_TS[some], weights_TS[some], weights, out_TE[some], added=residual_TE is not None)
     return out_TE
 
 
@@ -294,10 +297,12 @@ def mix_groups(
     weights: ExpertWeights,
     out_TE: torch.Tensor,
     *,
+    added: bool = False,
     gate_up: GroupConfig | None = None,
     down: GroupConfig | None = None,
 ) -> None:
-    """`mix_experts` of any number of rows, grouped by expert, into `out_TE`. The configs must have one `block_m`."""
+    """`mix_experts` of any number of rows, grouped by expert, into `out_TE`, or added to it. The configs must have one
+    `block_m`."""
     num_rows, top_k = experts_TS.shape
     num_pairs = num_rows * top_k
     hidden, width = weights.hidden_size, weights.intermediate_size
@@ -313,7 +318,8 @@ def mix_groups(
     dependent = has_dependent_launch(x_TE.device)
     tile = min(_COMBINED, triton.next_power_of_2(hidden))
     _combine_kernel[(num_rows, triton.cdiv(hidden, tile))](
-        parts_PE, weights_TS, out_TE, out_TE.stride(0), S=top_k, E=hidden, TILE=tile, DEPENDENT=dependent, launch_pdl=dependent,
+        parts_PE, weights_TS, out_TE, out_TE.stride(0), S=top_k, E=hidden, TILE=tile, ADDED=added, DEPENDENT=dependent,
+        launch_pdl=dependent,
     )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeConfig, DecodeTables, MergeShape, RowReading
+from kernels.decode_attention import MAX_ROWS, DecodeAttention, DecodeConfig, DecodeTables, RowReading
+from kernels.decode_merge import MergeShape
 from kernels.decode_slots import part_of_row, part_of_run, store_state
 from kernels.launch import has_dependent_launch, num_processors, wait_for_previous
 from kernels.paged_attention_triton import (
@@ -342,9 +343,9 @@ class LatentDecode(DecodeAttention):
     def __init__(self, sizes: AttentionSizes, config: DecodeConfig | None = None, processors: int | None = None) -> None:
         """`sizes`: one KV head, and a `value_dim`; else as there."""
         tiled = _in_head_tiles(sizes)
-        super().__init__(tiled, config or _decode_config(tiled), processors)
         # One H200, 64 rows of 8K: 185 us, 64 x 64 202. A row alone has a piece from every program, and takes more at a time.
-        self._merging = MergeShape(32, min(128, sizes.value_dim), 4)
+        merge_shape = MergeShape(32, min(128, sizes.value_dim), 4)
+        super().__init__(tiled, config or _decode_config(tiled), processors, merge_shape)
 
     def _launch(
         self,
@@ -367,7 +368,7 @@ class LatentDecode(DecodeAttention):
                 for x, dim in ((c_src, latent), (r_src, rotated))
             )
         _latent_decode_kernel[(self._slots * sizes.num_kv_heads,)](
-            q_THD, c_src, r_src, scales_2BKX, out_THD, lse_TH, self._piece_out, self._piece_lse, tables.rows_4R1,
+            q_THD, c_src, r_src, scales_2BKX, out_THD, lse_TH, self._pieces.out_XD, self._pieces.lse_X, tables.rows_4R1,
             tables.blocks_N, tables.rows_4R1.numel() // 4 - 1,
             *q_THD.stride()[:2], *out_THD.stride()[:2], *lse_TH.stride(), *kv_BPD.stride()[:2],
             0 if scales_2BKX is None else scales_2BKX.stride(1),

@@ -4,11 +4,13 @@
     add_rms_norm      the same of residual + x, or of residual + norm(x)
     rotate_and_store  out = x cos + rotate_half(x) sin for q and k; k and v go to their slots
     gated             activation(gate) * up
-    linear            x W^T (+ bias), and its sum into a residual; of weights of 8 bits `kernels.products`
+    linear            x W^T (+ bias), or norm(x) W^T, and its sum into a residual; of weights of 8 bits `kernels.products`
+    normed_linear     norm(x), and norm(x) W^T (+ bias)
     gated_product     activation(x Wg^T) * (x Wu^T)
 
 Formulas and rounding are those of transformers' Llama, or of Gemma where that differs. With one row a product takes the time to
-read its weights, so it has a kernel of its own, which the sum or the activation after it rides along with.
+read its weights, so it has a kernel of its own, with which the norm before it and the sum or the activation after it ride
+along. There what a norm makes is not rounded.
 
 Shape suffixes: T rows, E features in, N features out, I intermediate size, D head dim, R <= D rotated dims, B blocks, P block
 size, K KV heads.
@@ -53,6 +55,17 @@ def uses_gemv(num_rows: int, weight_NE: Matrix, backend: str) -> bool:
         return backend == "triton" and num_rows == 1
     fits = weight_NE.dtype in _SIXTEEN_BITS and weight_NE.shape[1] >= 1024 and weight_NE.shape[1] % 64 == 0
     return fits and backend == "triton" and num_rows == 1
+
+
+def norm_rides_along(num_rows: int, weight_NE: Matrix, backend: str) -> bool:
+    """Whether a product of a row's norm takes one kernel.
+
+    One H200, bf16, a product before and what follows, us with a kernel for the norm and without: 5,120 x 2,048 10.6 and 9.7,
+    6,144 x 4,096 20.1 and 20.1, 28,672 x 4,096 60.0 and 59.1. But whole steps of the 8B shape took 3.88 to 3.93 ms instead of
+    3.84, where all products rode.
+    """
+    is_measured = isinstance(weight_NE, torch.Tensor) and weight_NE.shape[1] <= 3072 and weight_NE.shape[0] <= 8192
+    return is_measured and uses_gemv(num_rows, weight_NE, backend)
 
 
 def uses_gated_rows(num_rows: int, gate_up_2IE: torch.Tensor, dims: range, backend: str) -> bool:
@@ -177,18 +190,40 @@ def linear(
     weight_NE: Matrix,
     bias_N: torch.Tensor | None = None,
     *,
+    norm: Norm | None = None,
     residual_TN: torch.Tensor | None = None,
     backend: str,
 ) -> torch.Tensor:
-    """`x weight^T (+ bias)`, new; or, with a residual, that sum in place of it. Rounded before the residual is added."""
+    """`x weight^T (+ bias)`, or that of the norm of x, new; or, with a residual, that sum in place of it. Rounded before the
+    residual is added. Raises ValueError for rows that don't fit."""
+    if norm is not None and not norm_rides_along(len(x_TE), weight_NE, backend):
+        x_TE, norm = rms_norm(x_TE, norm, backend=backend), None
     if isinstance(weight_NE, Quantised):
         return product(x_TE, weight_NE, bias_N, residual_TN=residual_TN, backend=backend)
     if uses_gemv(x_TE.shape[0], weight_NE, backend):
         from kernels import layer_ops_triton
 
-        return layer_ops_triton.gemv(x_TE, weight_NE, bias_N, residual_TN)
+        check_rows(x_TE, weight_NE)
+        if norm is not None:
+            _check_rows(x_TE, norm.weight_E)
+        return layer_ops_triton.gemv(x_TE, weight_NE, bias_N, residual_TN, norm=norm)
     out_TN = functional.linear(x_TE, weight_NE, bias_N)
     return out_TN if residual_TN is None else residual_TN.add_(out_TN)
+
+
+def normed_linear(
+    x_TE: torch.Tensor, norm: Norm, weight_NE: torch.Tensor, bias_N: torch.Tensor | None = None, *, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of each row `[T, E]`, and `linear` of it `[T, N]`, both new. Raises as `linear`."""
+    if uses_gemv(len(x_TE), weight_NE, backend):
+        from kernels import layer_ops_triton
+
+        _check_rows(x_TE, norm.weight_E)
+        check_rows(x_TE, weight_NE)
+        h_TE = torch.empty_like(x_TE)
+        return h_TE, layer_ops_triton.gemv(x_TE, weight_NE, bias_N, None, norm=norm, normed_1E=h_TE)
+    h_TE = rms_norm(x_TE, norm, backend=backend)
+    return h_TE, linear(h_TE, weight_NE, bias_N, backend=backend)
 
 
 def gated_product(

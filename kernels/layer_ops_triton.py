@@ -1,8 +1,9 @@
 """Triton versions of `kernels.layer_ops`, called by them after validation.
 
 The product of one row (GEMV): a program takes BLOCK_N rows of W and walks along E, the products summed in fp32 in registers.
-The sum after it rides along, and that of gate and up with what they make together. (A norm before it, computed anew by every
-program, was tried: a step took 4.08 ms instead of 3.97 with a kernel of its own.)
+The sum after it rides along, that of gate and up with what they make together, and a norm before it: weights of the norm are
+multiplied with on the way, squares are summed beside the products, and what a row is divided by divides the sums. (Where every
+program normed the row before it began, a step took 4.08 ms instead of 3.97 with a kernel for the norm.)
 
 Shape suffixes: T rows, E features in, N features out, I intermediate size, D head dim, R rotated dims, B blocks, P block
 size, K KV heads; in kernels, tiles of them.
@@ -248,13 +249,29 @@ def gated(gate_up_T2I: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def products_of_tile(w_NE, x_ptr_E, is_E, begin, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """w[n, e] x[e] for features [begin, begin + BLOCK_E), of which only some are there unless WHOLE."""
+def features_of_row(  # type: ignore[no-untyped-def]
+    x_ptr_E, norm_ptr_E, is_E, begin, WHOLE: tl.constexpr, WITH_NORM: tl.constexpr, FROM_ONE: tl.constexpr
+):  # fmt: skip
+    """Features [begin, begin + BLOCK_E) of a row, of which only some are there unless WHOLE, and their squares. WITH_NORM:
+    times the norm's weights, and still to be divided (`norm_divisor`)."""
     if WHOLE:
-        x_E = tl.load(x_ptr_E + begin)
+        x_E = tl.load(x_ptr_E + begin).to(tl.float32)
     else:
-        x_E = tl.load(x_ptr_E + begin, mask=is_E, other=0.0)
-    return w_NE.to(tl.float32) * x_E.to(tl.float32)[None, :]
+        x_E = tl.load(x_ptr_E + begin, mask=is_E, other=0.0).to(tl.float32)
+    square_E = x_E * x_E
+    if WITH_NORM:
+        if WHOLE:
+            weight_E = tl.load(norm_ptr_E + begin).to(tl.float32)
+        else:
+            weight_E = tl.load(norm_ptr_E + begin, mask=is_E, other=0.0).to(tl.float32)
+        x_E *= (1 + weight_E) if FROM_ONE else weight_E
+    return x_E, square_E
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def norm_divisor(square_E, eps, E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sqrt(mean(x^2) + eps), of squares that lie summed in some places."""
+    return tl.sqrt(tl.sum(square_E, 0) / E + eps)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -290,16 +307,27 @@ def store_sums(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gemv_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, stride_w, N, up_row,
-    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr, WITH_BIAS: tl.constexpr,
+    x_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, normed_ptr, eps, stride_w, N, up_row,
+    E: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, ACTIVATION: tl.constexpr,
+    WITH_NORM: tl.constexpr, FROM_ONE: tl.constexpr, KEEP_NORMED: tl.constexpr, WITH_BIAS: tl.constexpr,
     WITH_RESIDUAL: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum_e x[e] w[n, e] (+ bias[n]), added to the residual if there is one; or, with an activation, what it makes of
-    that for gate and up."""
+    that for gate and up. WITH_NORM: of the norm of x, which is kept by one more program if KEEP_NORMED."""
     LAST: tl.constexpr = E // BLOCK_E * BLOCK_E
+    if KEEP_NORMED:  # noqa: SIM102  # the outer is decided when it is compiled
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            at_E = tl.arange(0, TILE)
+            norm_E = tl.load(norm_ptr + at_E, mask=at_E < E, other=0.0)
+            wait_for_previous(DEPENDENT)
+            let_next_start(DEPENDENT)
+            x_E = tl.load(x_ptr + at_E, mask=at_E < E, other=0.0)
+            tl.store(normed_ptr + at_E, _normed(x_E, norm_E, eps, E, FROM_ONE), mask=at_E < E)
+            return
     row_N, is_N = rows_of(N, up_row, BLOCK_N, ACTIVATION is not None)
     e_E = tl.arange(0, BLOCK_E)
     x_ptr_E = x_ptr + e_E
+    norm_ptr_E = norm_ptr + e_E
     w_ptr_NE = weight_ptr + row_N[:, None] * stride_w + e_E[None, :]
     # weights don't wait for the kernel before
     if LAST > 0:
@@ -310,15 +338,25 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
     residual_N = tl.load(residual_ptr + row_N, mask=is_N, other=0.0) if WITH_RESIDUAL else 0.0
-    acc_NE = products_of_tile(w_NE, x_ptr_E, e_E < E, 0, LAST > 0)
+    x_E, square_E = features_of_row(x_ptr_E, norm_ptr_E, e_E < E, 0, LAST > 0, WITH_NORM, FROM_ONE)
+    acc_NE = w_NE.to(tl.float32) * x_E[None, :]
     for begin in tl.range(BLOCK_E, LAST, BLOCK_E, num_stages=STAGES):
         w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
-        acc_NE += products_of_tile(w_NE, x_ptr_E, e_E < E, begin, True)
+        x_E, more_E = features_of_row(x_ptr_E, norm_ptr_E, e_E < E, begin, True, WITH_NORM, FROM_ONE)
+        acc_NE += w_NE.to(tl.float32) * x_E[None, :]
+        if WITH_NORM:
+            square_E += more_E
     if LAST > 0 and LAST < E:
         is_E = e_E < E - LAST
         w_NE = tl.load(w_ptr_NE + LAST, mask=is_N[:, None] & is_E[None, :], other=0.0)
-        acc_NE += products_of_tile(w_NE, x_ptr_E, is_E, LAST, False)
-    sum_N = tl.sum(acc_NE, 1) + bias_N
+        x_E, more_E = features_of_row(x_ptr_E, norm_ptr_E, is_E, LAST, False, WITH_NORM, FROM_ONE)
+        acc_NE += w_NE.to(tl.float32) * x_E[None, :]
+        if WITH_NORM:
+            square_E += more_E
+    sum_N = tl.sum(acc_NE, 1)
+    if WITH_NORM:
+        sum_N /= norm_divisor(square_E, eps, E)
+    sum_N += bias_N
     store_sums(out_ptr, sum_N, residual_N, N, BLOCK_N, ACTIVATION, WITH_RESIDUAL)
 
 
@@ -364,17 +402,24 @@ def gated_rows(h_TE: torch.Tensor, gate_up_2IE: torch.Tensor, activation: str, d
     return out_TJ
 
 
-def gemv_config(num_rows: int, num_in: int, device: torch.device) -> GemvConfig:
-    """How a product with so many rows of a weight is cut.
+def gemv_config(num_rows: int, num_in: int, device: torch.device, *, normed: bool = False) -> GemvConfig:
+    """How a product with so many rows of a weight is cut. `normed`: with which a norm rides along.
 
     One H200, bf16, with a norm before each, us by rows of the weight x features in, for blocks of 8 x 1024 (two stages) and as
     here: 2,048 x 4,096 8.5 and 6.1, 128 x 2,048 2.5 and 2.0, 32 x 2,880 3.1 and 2.3 (2 x 2048); 6,144 x 4,096 16.2 and 14.8,
     4,096 x 4,096 11.1 and 10.6, 28,672 x 4,096 56.5 and 55.3 (4 x 1024); 8,192 x 5,376 26.9 and 23.4, 43,008 x 5,376 112 and
     106, 5,376 x 21,504 71.9 and 59.6, 8,192 x 28,672 125 and 109 (4 x 2048); 5,120 x 2,880 10.3 and 9.7 (8 x 512). For
     5,120 x 2,048 and 4,096 x 14,336, 7.4 and 30.0, all others take longer.
+
+    With norms that ride along, and a product before, cut as without them and as here: 5,120 x 2,048 11.5 and 9.7, 5,120 x 2,880
+    18.2 and 14.6 (with two or four stages the same), 32 x 2,880 7.9 and 7.0.
     """
     if num_rows < 20 * num_processors(device):
-        return GemvConfig(block_n=2, block_e=2048, num_warps=4, num_stages=1)
+        return GemvConfig(block_n=4 if normed else 2, block_e=2048, num_warps=4, num_stages=1)
+    if normed and num_in < 4096:
+        return (
+            GemvConfig(8, 1024, num_warps=4, num_stages=1) if num_in % 1024 else GemvConfig(8, 512, num_warps=4, num_stages=2)
+        )
     if num_in == 4096:
         return GemvConfig(block_n=4, block_e=1024, num_warps=4, num_stages=4)
     if num_in > 4096 and num_rows > 4096:
@@ -388,23 +433,29 @@ def gemv(
     bias_N: torch.Tensor | None,
     residual_1N: torch.Tensor | None,
     *,
+    norm: Norm | None = None,
+    normed_1E: torch.Tensor | None = None,
     activation: str | None = None,
     dims: range | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
-    """See `kernels.layer_ops.linear`; with an activation `gated_product`, of `dims`, with no bias or residual."""
+    """See `kernels.layer_ops.linear`; with an activation `gated_product`, of `dims`, with no bias or residual. `normed_1E`:
+    where the norm of x is kept, too."""
     num_out, up_row = weight_NE.shape[0], 0
     if activation is not None:
         up_row = num_out // 2
         dims = range(up_row) if dims is None else dims
         weight_NE, num_out = weight_NE[dims.start :], len(dims)
     num_rows, num_in = num_out if activation is None else 2 * num_out, weight_NE.shape[1]
-    config = config or gemv_config(num_rows, num_in, x_1E.device)
+    config = config or gemv_config(num_rows, num_in, x_1E.device, normed=norm is not None)
     dependent = has_dependent_launch(x_1E.device)
     out_1N = x_1E.new_empty((1, num_out)) if residual_1N is None else residual_1N
-    _gemv_kernel[(triton.cdiv(num_rows, config.block_n),)](
-        x_1E, weight_NE, x_1E if bias_N is None else bias_N, out_1N, out_1N, weight_NE.stride(0), num_out, up_row,
-        E=num_in, BLOCK_N=config.block_n, BLOCK_E=config.block_e, ACTIVATION=activation, WITH_BIAS=bias_N is not None,
+    _gemv_kernel[(triton.cdiv(num_rows, config.block_n) + (normed_1E is not None),)](
+        x_1E, x_1E if norm is None else norm.weight_E, weight_NE, x_1E if bias_N is None else bias_N, out_1N, out_1N,
+        out_1N if normed_1E is None else normed_1E, 0.0 if norm is None else norm.eps, weight_NE.stride(0), num_out, up_row,
+        E=num_in, TILE=1 if normed_1E is None else triton.next_power_of_2(num_in), BLOCK_N=config.block_n,
+        BLOCK_E=config.block_e, ACTIVATION=activation, WITH_NORM=norm is not None,
+        FROM_ONE=norm is not None and norm.from_one, KEEP_NORMED=normed_1E is not None, WITH_BIAS=bias_N is not None,
         WITH_RESIDUAL=residual_1N is not None, STAGES=config.num_stages, DEPENDENT=dependent, num_warps=config.num_warps,
         launch_pdl=dependent,
     )  # fmt: skip

@@ -131,6 +131,8 @@ def check_rows(x_TE: torch.Tensor, matrix: Matrix) -> None:
     """Raises ValueError unless rows can be multiplied with a matrix by kernels that look at no more than its shape."""
     if x_TE.dim() != 2 or x_TE.shape[1] != matrix.shape[1] or x_TE.stride(1) != 1:
         raise ValueError(f"rows {tuple(x_TE.shape)} with strides {x_TE.stride()} for weights {tuple(matrix.shape)}")
+    if isinstance(matrix, torch.Tensor) and (matrix.dtype != x_TE.dtype or matrix.stride(1) != 1):
+        raise ValueError(f"rows of {x_TE.dtype} for weights of {matrix.dtype} with strides {matrix.stride()}")
 
 
 def product(

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import decode_attention
+from kernels import decode_attention, decode_merge
 from kernels.decode_attention import _LEAST_SHARED, DecodeAttention, DecodeConfig, DecodeTables, RowReading, Written
 from kernels.decode_bytes import BytesDecode
 from kernels.launch import num_processors
-from kernels.reference import attention_state
+from kernels.reference import attention_state, with_sinks
 from kernels.segments import AttentionSizes, Scoring
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU, Scales, blank, check_state, made_up_kv, put, union
 
@@ -36,6 +36,7 @@ def check(
     soft_cap: float = 0.0,
     kv_dtype: torch.dtype | None = None,
     mostly_empty: bool = False,
+    sinks: bool = False,
 ) -> None:
     """Each row reads a run of its own, or several; the tables' order is not that of q. Twice, as two layers would.
 
@@ -90,6 +91,7 @@ def check(
             want_out[row], want_lse[row] = union((want_out[row], want_lse[row]), state)
         out_THD = torch.full(q_THD.shape, NAN, dtype=dtype, device=DEVICE)
         lse_TH = torch.full(q_THD.shape[:2], NAN, device=DEVICE)
+        sinks_H = 3 * torch.randn(heads[0]).to(dtype)
         kernel.run(
             q_THD.to(DEVICE),
             kv_2BPKD.to(DEVICE),
@@ -98,7 +100,10 @@ def check(
             out_THD=out_THD,
             lse_TH=lse_TH,
             scales_2BKX=None if scales is None else scales.seen_2BKX.to(DEVICE),
+            sinks_H=sinks_H.to(DEVICE) if sinks else None,
         )
+        if sinks:
+            want_out = with_sinks(want_out, want_lse, sinks_H.double())
         read = sorted(order)
         check_state(out_THD[read], lse_TH[read], want_out[read], want_lse[read])
         assert out_THD[len(lens) :].isnan().all()  # rows that the tables don't name are left alone
@@ -115,21 +120,22 @@ def config(block_n: int = 32, *, use_tma: bool = False) -> DecodeConfig:
     st.sampled_from(HEADS),
     st.integers(0, 3),
     st.integers(1, 40),
+    st.booleans(),
     st.integers(0, 2**31),
 )
 def test_any_rows_over_any_number_of_programs(
-    lens: list[int], block_size: int, heads: tuple[int, int], padding: int, programs: int, seed: int
+    lens: list[int], block_size: int, heads: tuple[int, int], padding: int, programs: int, sinks: bool, seed: int
 ) -> None:
     one_each = replace(config(), programs_per_processor=1)
     with mock.patch.object(decode_attention, "num_processors", return_value=programs):
-        check(lens, block_size=block_size, heads=heads, config=one_each, padding=padding, seed=seed)
+        check(lens, block_size=block_size, heads=heads, config=one_each, padding=padding, sinks=sinks, seed=seed)
 
 
 @pytest.mark.parametrize(("num_rows", "padding"), [(9, 0), (9, 20), (13, 3)])
 @pytest.mark.parametrize("mostly_empty", [False, True])
 def test_more_rows_than_are_merged_at_once(num_rows: int, padding: int, mostly_empty: bool) -> None:
     lens = [(37 * row) % 120 for row in range(num_rows)]
-    with mock.patch.multiple(decode_attention, _MOST_MERGED=4, _MOST_OF_FEW=3):
+    with mock.patch.multiple(decode_merge, _MOST_MERGED=4, _MOST_OF_FEW=3):
         check(lens, block_size=16, heads=(4, 2), config=config(), padding=padding, mostly_empty=mostly_empty)
 
 

@@ -105,6 +105,10 @@ def test_mixes(rows: int, gate: str, biased: bool, transposed: bool, dtype: torc
     got_TE = mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend)
     near(got_TE, mix64(x_TE, experts_TS, weights_TS, weights))
     assert torch.equal(got_TE, mix_experts(x_TE, experts_TS, weights_TS, weights, backend=backend))
+    residual_TE = torch.randn(rows, sizes[1], device=DEVICE).to(dtype)
+    want_TE = residual_TE + got_TE  # rounded twice
+    mixed_TE = mix_experts(x_TE, experts_TS, weights_TS, weights, residual_TE=residual_TE, backend=backend)
+    assert mixed_TE is residual_TE and torch.equal(residual_TE, want_TE)
 
 
 @pytest.mark.parametrize("width", [128, 129, 300, 500])
@@ -187,6 +191,10 @@ def test_mixes_packed_weights(rows: int, gate: str, dtype: torch.dtype, backend:
     got_TE = mix_experts(x_TE, experts_TS, weights_TS, packed, backend=backend)
     near(got_TE, mix64(x_TE, experts_TS, weights_TS, plain))
     assert torch.equal(got_TE, mix_experts(x_TE, experts_TS, weights_TS, packed, backend=backend))
+    residual_TE = torch.randn(rows, sizes[1], device=DEVICE).to(dtype)
+    want_TE = residual_TE + got_TE
+    mix_experts(x_TE, experts_TS, weights_TS, packed, residual_TE=residual_TE, backend=backend)
+    assert torch.equal(residual_TE, want_TE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -178,7 +178,7 @@ def test_scratch_is_what_is_allocated() -> None:
             value_dim=512,
         )
     )
-    pieces = kernel._piece_out.nbytes + kernel._piece_lse.nbytes
+    pieces = kernel._pieces.out_XD.nbytes + kernel._pieces.lse_X.nbytes
     parts = latent_attention.parts_bytes(64, 1, 512, DEVICE)
     assert attention_scratch_bytes(9, 16, 1, 576, DEVICE, "triton", 512) == pieces + parts
 

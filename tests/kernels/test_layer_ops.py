@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from kernels.layer_ops import ACTIVATIONS, Norm, add_rms_norm, gated, gated_product, linear, rms_norm, rotate_and_store
+from kernels.layer_ops import (
+    ACTIVATIONS,
+    Norm,
+    add_rms_norm,
+    gated,
+    gated_product,
+    linear,
+    normed_linear,
+    rms_norm,
+    rotate_and_store,
+)
 from tests.kernels.test_paged_attention import DEVICE, NAN, ON_GPU
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
@@ -93,6 +103,38 @@ def test_products_and_what_rides_along(rows: int, width: int, out: int, dtype: t
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("from_one", [False, True])
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 1024, 37), (1, 1472, 131), (1, 4096, 131), (1, 96, 9), (3, 1024, 37)])
+def test_norms_ride_along(rows: int, width: int, out: int, from_one: bool, dtype: torch.dtype, backend: str) -> None:
+    x = 3 * torch.randn(rows, width, device=DEVICE).to(dtype)
+    norm = Norm(torch.randn(width, device=DEVICE).to(dtype), 1e-2, from_one)
+    weight = (torch.randn(out, width, device=DEVICE) / math.sqrt(width)).to(dtype)
+    bias, residual = torch.randn(out, device=DEVICE).to(dtype), torch.randn(rows, out, device=DEVICE).to(dtype)
+    want = norm64(x, norm) @ weight.double().T
+    near(linear(x, weight, norm=norm, backend=backend), want)
+    before = x.clone()
+    normed, got = normed_linear(x, norm, weight, bias, backend=backend)
+    near(normed, norm64(x, norm))
+    near(got, want + bias.double())
+    assert torch.equal(x, before)
+    want += residual.double()
+    near(linear(x, weight, norm=norm, residual_TN=residual, backend=backend), want)
+    with pytest.raises(ValueError, match=rf"rows \({rows}, {width}\) .* weight \({width - 1},\)"):
+        linear(x, weight, norm=Norm(norm.weight_E[1:], 1e-2), backend=backend)
+
+
+def test_a_kernel_for_one_row_refuses_what_it_would_read_wrongly() -> None:
+    x, weight = torch.zeros(1, 1024, device=DEVICE).half(), torch.zeros(1024, 8, device=DEVICE).half()
+    with pytest.raises(ValueError, match=r"weights of torch.float16 with strides \(1, 8\)"):
+        linear(x, weight.T, backend="triton")
+    with pytest.raises(ValueError, match=r"rows \(1, 1023\) with strides \(1024, 1\) for weights \(8, 1024\)"):
+        linear(x[:, 1:], weight.T.contiguous(), backend="triton")
+    with pytest.raises(ValueError, match=r"rows of torch.float32 for weights of torch.float16"):
+        linear(x.float(), weight.T.contiguous(), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "width", "wide"), [(0, 96, 5), (1, 1024, 37), (1, 1472, 67), (1, 96, 37), (3, 1024, 37)])
 def test_gate_and_up(rows: int, width: int, wide: int, activation: str, dtype: torch.dtype, backend: str) -> None:
@@ -106,14 +148,18 @@ def test_gate_and_up(rows: int, width: int, wide: int, activation: str, dtype: t
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(0, 1024), (1, 1024), (1, 96), (3, 1024), (16, 4096), (33, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(0, 1024), (1, 1024), (1, 96), (3, 1024), (2, 4096), (16, 4096), (17, 4096), (32, 4096), (33, 4096), (64, 4096)],
+)
 @pytest.mark.parametrize("dims", [range(37), range(37, 81), range(81, 100), range(100), range(5, 5)])
 def test_gate_and_up_of_some_dims(dims: range, rows: int, width: int, dtype: torch.dtype, backend: str) -> None:
-    x = torch.randn(rows, width, device=DEVICE).to(dtype)
+    x = torch.randn(rows, width + 16, device=DEVICE).to(dtype)[:, :width]  # rows that don't follow each other
+    activation = "gelu" if rows == 2 else "silu"
     weight = (torch.randn(200, width, device=DEVICE) / math.sqrt(width)).to(dtype)
-    got = gated_product(x, weight, dims=dims, backend=backend)
+    got = gated_product(x, weight, activation, dims=dims, backend=backend)
     gate, up = ((x.double() @ weight[base:][list(dims)].double().T) for base in (0, 100))
-    near(got, ACTIVATIONS["silu"](gate) * up)
+    near(got, ACTIVATIONS[activation](gate) * up)
     with pytest.raises(ValueError, match="dims 90 to 101 of 100"):
         gated_product(x, weight, dims=range(90, 101), backend=backend)
     with pytest.raises(ValueError, match="activation must be one of silu"):

@@ -119,7 +119,7 @@ def main() -> None:
                 found.clear()
                 x_TE = torch.empty((rows, of_model.hidden_size), dtype=torch.bfloat16, device="meta")
                 experts_TS = torch.empty((rows, top_k), dtype=torch.int32, device="meta")
-                experts_triton.mix_experts(x_TE, experts_TS, experts_TS.to(x_TE.dtype), of_model)
+                experts_triton.mix_experts(x_TE, experts_TS, experts_TS.float(), of_model, torch.empty_like(x_TE))
                 products |= {
                     f"{model}, {rows} rows, {part}": one for part, one in zip(("gate and up", "down"), found, strict=True)
                 }
