@@ -93,6 +93,12 @@ class Scoring:
     scale: float
     soft_cap: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a scale that isn't positive, behind which kernels couldn't take the largest score, or for a cap
+        that is negative."""
+        if not self.scale > 0 or not self.soft_cap >= 0:
+            raise ValueError(f"a scale must be positive and a soft cap not negative, got {self.scale} and {self.soft_cap}")
+
 
 class PagedAttention(ABC):
     """Attention of one step's rows: what makes it builds all tables, `run` only launches."""

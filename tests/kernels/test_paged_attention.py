@@ -17,6 +17,7 @@ from kernels.kv_blocks import FP8, SCALE_TYPES, scales_of_block
 from kernels.paged_attention import plan_attention
 from kernels.paged_attention_tiles import TiledAttention
 from kernels.reference import attention_state, compare
+from kernels.segments import Scoring
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -482,6 +483,12 @@ def test_contradictory_segments_are_refused(segments: list[Segment], message: st
 def test_unsupported_shapes_are_refused(changed: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_of([], **changed)
+
+
+@pytest.mark.parametrize(("scale", "soft_cap"), [(0.0, 0.0), (-1.0, 0.0), (math.nan, 0.0), (1.0, -2.0), (1.0, math.nan)])
+def test_a_scale_that_is_not_positive_is_refused(scale: float, soft_cap: float) -> None:
+    with pytest.raises(ValueError, match=f"a scale must be positive and a soft cap not negative, got {scale} and {soft_cap}"):
+        Scoring(scale, soft_cap)
 
 
 def test_run_refuses_other_tensors_than_planned() -> None:
