@@ -20,8 +20,8 @@ from instance.split import WHOLE, Place
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("auto", "float32", "float16", "bfloat16")
 
-Quantize = Literal["none", "fp8", "int8"]
-QUANTIZE: tuple[Quantize, ...] = ("none", "fp8", "int8")
+Quantize = Literal["none", "fp8", "int8", "int8-32"]
+QUANTIZE: tuple[Quantize, ...] = ("none", "fp8", "int8", "int8-32")
 
 KVFormatChoice = Literal["auto", "plain"]
 KV_FORMATS: tuple[KVFormatChoice, ...] = ("auto", "plain")

@@ -30,7 +30,7 @@ from instance.rotary import longest_text, scale_rotary
 from instance.split import WHOLE, Place, stages_of
 from instance.stored import Form, PackedExperts, form_of, load_stored, place_by_config
 from instance.team import Team
-from kernels.products import Kind
+from kernels.products import Scheme
 from kvstore.sight import Sight
 
 
@@ -40,7 +40,7 @@ def load_model(
     device: torch.device,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
-    quantize: Kind | None = None,
+    quantize: Scheme | None = None,
     team: Team | None = None,
     place: Place = WHOLE,
 ) -> Model:
@@ -111,7 +111,7 @@ def _sights_of_whole(
 
 
 def _settled(
-    module: PreTrainedModel, device: torch.device, max_context: int | None, scaling: RopeScaling | None, quantize: Kind | None
+    module: PreTrainedModel, device: torch.device, max_context: int | None, scaling: RopeScaling | None, quantize: Scheme | None
 ) -> Model:
     """With its weights on the device, quantised on their way there. Raises UnsupportedModel."""
     if quantize is not None:
@@ -123,7 +123,7 @@ def _settled(
 
 
 def refuse_by_config(
-    path: Path, max_context: int | None = None, scaling: RopeScaling | None = None, quantize: Kind | None = None
+    path: Path, max_context: int | None = None, scaling: RopeScaling | None = None, quantize: Scheme | None = None
 ) -> None:
     """What `load_model` would refuse of a directory before it looks at weights, which need not be there yet.
 
@@ -149,14 +149,14 @@ def refuse_unsplit(
     place: Place,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
-    quantize: Kind | None = None,
+    quantize: Scheme | None = None,
 ) -> None:
     """What `load_model` would refuse of a rank's part of a resolved checkpoint, by its config. Raises UnsupportedModel."""
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     shaped_model(config, str(path), torch.float32, max_context, scaling, quantize, place)
 
 
-def _take_form(config: PretrainedConfig, name: str, quantize: Kind | None) -> Form | PackedExperts | None:
+def _take_form(config: PretrainedConfig, name: str, quantize: Scheme | None) -> Form | PackedExperts | None:
     """Take what a config says of how weights are stored out of it. Raises UnsupportedModel for what isn't read."""
     form = form_of(config, name)
     if form is None:
@@ -175,7 +175,7 @@ def shaped_model(
     dtype: torch.dtype,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
-    quantize: Kind | None = None,
+    quantize: Scheme | None = None,
     place: Place = WHOLE,
 ) -> Model:
     """The model `name` of that config as `load_model` makes it, or a rank's part of it, on torch's meta device: without values,
@@ -205,7 +205,7 @@ def random_model(
     seed: int,
     max_context: int | None = None,
     scaling: RopeScaling | None = None,
-    quantize: Kind | None = None,
+    quantize: Scheme | None = None,
     form: Form | PackedExperts | None = None,
 ) -> Model:
     """A model of that shape with random normal weights, the same for the same seed and kind of device: to measure with.

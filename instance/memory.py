@@ -22,7 +22,7 @@ from instance.quantised import most_weights
 from instance.split import WHOLE, Place
 from instance.stored import form_of
 from kernels.experts import MOST_ROWS
-from kernels.products import TILED_ROWS, Kind
+from kernels.products import TILED_ROWS, Scheme
 
 COPIES_BYTES = 384 * 2**20
 """For block moves: NCCL's buffers of their communicator, and one block on its way. By arithmetic, not measured:
@@ -203,7 +203,7 @@ def checkpoint_bytes(folder: Path, dtype: torch.dtype | None) -> int:
     return sum(torch.Size(shape).numel() for shape in tensor_shapes(folder).values()) * dtype.itemsize
 
 
-def loaded_bytes(folder: Path, dtype: torch.dtype | None, quantize: Kind | None, place: Place = WHOLE) -> int:
+def loaded_bytes(folder: Path, dtype: torch.dtype | None, quantize: Scheme | None, place: Place = WHOLE) -> int:
     """Bytes of a rank's part of the weights in `folder` once they are loaded as `dtype` (None: as they are) and quantised, or
     as they are stored in fewer bits. Raises UnsupportedModel for a form that isn't read, or a model that can't be split so."""
     config = read_config(str(folder))

@@ -48,7 +48,7 @@ from instance.stored import (
     slices_of,
     stored_matrices,
 )
-from kernels.products import Kind, Quantised, dequantise, quantise
+from kernels.products import Quantised, Scheme, dequantise, quantise
 
 log = get_logger("instance")
 
@@ -68,7 +68,7 @@ _LAYER = re.compile(r"(\blayers\.)(\d+)\.")
 class Bits:
     """Of which weights are of fewer bits than rows."""
 
-    linears: Form | Kind | None = None
+    linears: Form | Scheme | None = None
     """In which form of 8 bits linear layers are stored, or what they become as they are read; None: neither."""
     packs_experts: bool = False
     """Whether experts are stored packed, and stay so."""
@@ -259,7 +259,7 @@ class _Source(_Whole):
         module: PreTrainedModel,
         config: PretrainedConfig,
         place: Place,
-        bits: Form | Kind | None,
+        bits: Form | Scheme | None,
     ) -> None:
         """`module`: that is to hold the part. Raises CheckpointError if weights of 8 bits aren't of the form that is said, and
         UnsupportedModel."""
@@ -364,7 +364,7 @@ def _all_if_none(some: range | None, count: int) -> range:
     return range(count) if some is None else some
 
 
-def _place_linears(module: PreTrainedModel, source: _Source, bits: Form | Kind, device: torch.device) -> None:
+def _place_linears(module: PreTrainedModel, source: _Source, bits: Form | Scheme, device: torch.device) -> None:
     """Give a part, but for its head, the linear layers of 8 bits that it is to have."""
     layers = linears_but_head(module)
     for name, linear in layers.items():

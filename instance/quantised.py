@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from instance.errors import UnsupportedModel
 from instance.packed import plain_experts
-from kernels.products import Kind, Matrix, Quantised, product, quantise
+from kernels.products import Matrix, Quantised, Scheme, product, quantise
 
 KEPT = frozenset({"kv_b_proj", "gate", "router", "shared_expert_gate"})
 """Names of linear layers whose weights stay as they are."""
-_HEAD_KIND: Kind = "int8"
+_HEAD_SCHEME: Scheme = "int8"
 _FP8_CAPABILITY = (8, 9)
 """The first whose processors know e4m3."""
 
@@ -68,7 +68,7 @@ def matrix_of(linear: Any) -> Matrix:
     return linear.matrix if isinstance(linear, QuantisedLinear) else linear.weight
 
 
-def quantise_linears(module: PreTrainedModel, kind: Kind, device: torch.device) -> None:
+def quantise_linears(module: PreTrainedModel, scheme: Scheme, device: torch.device) -> None:
     """Give a model's linear layers weights of 8 bits, on `device`, one after the other: what they were is freed.
 
     Raises UnsupportedModel if it has none.
@@ -76,10 +76,10 @@ def quantise_linears(module: PreTrainedModel, kind: Kind, device: torch.device) 
     found = linears_but_head(module)
     if not found:
         raise UnsupportedModel(
-            f"{module.config.model_type}: it has no linear layers, so none that --quantize {kind} could change"
+            f"{module.config.model_type}: it has no linear layers, so none that --quantize {scheme} could change"
         )
     for name, part in found.items():
-        _quantise(module, name, part, kind, device)
+        _quantise(module, name, part, scheme, device)
     quantise_head(module, device)
 
 
@@ -88,12 +88,12 @@ def quantise_head(module: PreTrainedModel, device: torch.device) -> None:
     head: Any = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     for name, part in linears_of(module).items():
         if part is head and not is_tied(module):
-            _quantise(module, name, part, _HEAD_KIND, device)
+            _quantise(module, name, part, _HEAD_SCHEME, device)
 
 
-def _quantise(module: PreTrainedModel, name: str, part: nn.Linear, kind: Kind, device: torch.device) -> None:
+def _quantise(module: PreTrainedModel, name: str, part: nn.Linear, scheme: Scheme, device: torch.device) -> None:
     bias = None if part.bias is None else part.bias.data.to(device)
-    replace_part(module, name, QuantisedLinear(quantise(part.weight.data.to(device), kind), bias))
+    replace_part(module, name, QuantisedLinear(quantise(part.weight.data.to(device), scheme), bias))
     part.weight.data = part.weight.data.new_empty(0)  # somebody may hold the module, but nobody the weight
 
 

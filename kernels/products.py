@@ -6,7 +6,8 @@ Rows stay in their own type, however many there are: what a row becomes does not
 and its only error is that of the weights. One row, and few, are multiplied by kernels that convert in registers; for many a
 matrix of the rows' type is made first, which costs little beside so large a product.
 
-Shape suffixes: T rows, E features in, N features out, R some of these, G groups of features in that share a scale.
+Shape suffixes: T rows, E features in, N features out, R some of these, G groups of features in that share a scale, e
+those of a group.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ Kind = Literal["fp8", "int8"]
 
 TYPES: dict[Kind, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _LARGEST: dict[Kind, float] = {"fp8": 448.0, "int8": 127.0}
+
+Scheme = Literal["fp8", "int8", "int8-32"]
+SCHEMES: dict[Scheme, tuple[Kind, int | None]] = {"fp8": ("fp8", None), "int8": ("int8", None), "int8-32": ("int8", 32)}
+"""What plain weights may become: numbers, and how many features in share a scale; None: all."""
 
 _QUANTISED_ROWS = 4096
 """Of a matrix that are worked on at a time: in fp32 they take memory."""
@@ -84,21 +89,25 @@ Matrix = torch.Tensor | Quantised
 """`[N, E]`."""
 
 
-def quantise(weight_NE: torch.Tensor, kind: Kind) -> Quantised:
-    """A matrix with one scale for each feature out, such that its largest weight is the largest number there is. Rounds to
-    nearest. On `meta` too."""
+def quantise(weight_NE: torch.Tensor, scheme: Scheme) -> Quantised:
+    """A matrix with scales such that the largest weight of each is the largest number there is. Rounds to nearest. On `meta`
+    too."""
     num_out, num_in = weight_NE.shape
+    kind, group = SCHEMES[scheme]
+    group = min(group or num_in, num_in)
+    groups = -(-num_in // group)
     made_NE = torch.empty((num_out, num_in), dtype=TYPES[kind], device=weight_NE.device)
-    scale_N1 = torch.empty((num_out, 1), dtype=torch.float32, device=weight_NE.device)
+    scale_NG = torch.empty((num_out, groups), dtype=torch.float32, device=weight_NE.device)
     for start in range(0, num_out, _QUANTISED_ROWS):
         some = slice(start, start + _QUANTISED_ROWS)
-        full_RE = weight_NE[some].float()
-        scale_R1 = full_RE.abs().amax(1, keepdim=True) / _LARGEST[kind]
-        scale_R1 = torch.where(scale_R1 > 0, scale_R1, 1.0)  # of a row of zeros
-        scaled_RE = full_RE / scale_R1
+        padded_RE = functional.pad(weight_NE[some].float(), (0, groups * group - num_in))
+        full_RGe = padded_RE.reshape(-1, groups, group)
+        scale_RG1 = full_RGe.abs().amax(2, keepdim=True) / _LARGEST[kind]
+        scale_RG1 = torch.where(scale_RG1 > 0, scale_RG1, 1.0)  # of zeros
+        scaled_RE = (full_RGe / scale_RG1).flatten(1)[:, :num_in]
         made_NE[some] = (scaled_RE.round() if kind == "int8" else scaled_RE).to(TYPES[kind])
-        scale_N1[some] = scale_R1
-    return Quantised(made_NE, scale_N1, num_in)
+        scale_NG[some] = scale_RG1.squeeze(2)
+    return Quantised(made_NE, scale_NG, group)
 
 
 def stack(parts: Sequence[Quantised]) -> Quantised:

@@ -12,7 +12,7 @@ from instance.memory import measure
 from instance.model import Model
 from instance.needs import Needs
 from instance.warmup import warm_up
-from kernels.products import Kind
+from kernels.products import Scheme
 from kvstore.storage import KVStorage
 
 BLOCK = 64
@@ -22,7 +22,7 @@ STD = 0.5
 """Of the KV that stands in for what a prefill would have written."""
 
 
-def make_model(shape: str, device: torch.device, quantize: Kind | None = None) -> Model:
+def make_model(shape: str, device: torch.device, quantize: Scheme | None = None) -> Model:
     """Of a shape as `make_dummy_model.config_of` takes it: bf16, and fused if it can be, on a GPU; fp32 elsewhere.
     `quantize`: its linear layers' weights."""
     on_gpu = device.type == "cuda"

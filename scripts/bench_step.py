@@ -43,7 +43,7 @@ from instance.processors import queues_of_their_own
 from instance.sharing import SPLITS
 from kernels.launch import num_processors
 from kernels.layer_ops import linear
-from kernels.products import TYPES
+from kernels.products import SCHEMES
 from kvstore.run import Run
 from kvstore.storage import KVStorage
 
@@ -224,7 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_step.json"))
     parser.add_argument("--shape", default="llama-3.1-8b", help="of make_dummy_model.py, or a config.json")
-    parser.add_argument("--quantize", choices=list(TYPES), help="weights of linear layers")
+    parser.add_argument("--quantize", choices=list(SCHEMES), help="weights of linear layers")
     parser.add_argument("--kv-tokens", type=int, default=64 * 8192 + 64 * 256)
     parser.add_argument("--kv-blocks", type=int, default=0, help=f"of {BLOCK} tokens, instead: where layers have windows")
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS), help="of a step without attention")

@@ -65,7 +65,7 @@ def up(
     kv_dtype: Annotated[
         str, typer.Option(help="how KV is stored: auto (as dtype), or fp8 or int8, half the bytes of 16 bits")
     ] = "auto",
-    quantize: Annotated[str, typer.Option(help="weights of linear layers become 8 bits: none, fp8 or int8")] = "none",
+    quantize: Annotated[str, typer.Option(help="weights of linear layers become 8 bits: none, fp8, int8 or int8-32")] = "none",
     names: Annotated[
         list[str] | None,
         typer.Option("--served-model-name", metavar="NAME", help="what requests call the model; may be given again: also that"),

@@ -26,7 +26,7 @@ BLOCK_SIZE = {"cpu": 16, "cuda": 64}
 ECHO_S = 2.0
 """Who is killed ends the others of its cell while that forms: its torchrun says so within that time."""
 
-QUANTIZE = ("none", "fp8", "int8")
+QUANTIZE = ("none", "fp8", "int8", "int8-32")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_DTYPES = ("auto", "fp8", "int8")
 

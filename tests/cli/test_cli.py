@@ -411,7 +411,7 @@ def test_what_is_wrong_is_said_before_anything_starts(model: Path, tmp_path: Pat
             ([str(model), "--kv-tokens", "64", "--kv-memory", "0.9"], "give --kv-tokens or --kv-memory, not both (got 64 and "),
             ([str(model), "--kv-dtype", "int4"], "--kv-dtype must be one of auto, fp8, int8, got int4"),
             ([str(model), "--dtype", "int3"], "--dtype must be one of auto, float32, float16, bfloat16, got int3"),
-            ([str(model), "--quantize", "int4"], "--quantize must be one of none, fp8, int8, got int4"),
+            ([str(model), "--quantize", "int4"], "--quantize must be one of none, fp8, int8, int8-32, got int4"),
             ([str(model), "--served-model-name", ""], "--served-model-name must not be empty"),
             ([str(model), "--served-model-name", "a", "--served-model-name", ""], "--served-model-name must not be empty"),
             ([str(model), "--max-context", "0"], "--max-context must be at least 1, got 0"),

@@ -67,7 +67,7 @@ def test_rotary_scaling_is_read() -> None:
 def test_weights_stay_as_they_are_unless_asked() -> None:
     assert parse([*NEEDED, "--device", "cpu"], LAUNCH).quantize == "none"
     assert parse([*NEEDED, "--device", "cpu", "--quantize", "fp8"], LAUNCH).quantize == "fp8"
-    with pytest.raises(ValueError, match="--quantize must be one of none, fp8, int8, got int4"):
+    with pytest.raises(ValueError, match="--quantize must be one of none, fp8, int8, int8-32, got int4"):
         config(quantize="int4")
 
 

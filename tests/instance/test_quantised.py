@@ -13,7 +13,7 @@ from instance.exact import refuse_inexact
 from instance.load import load_model, random_model
 from instance.model import Model
 from instance.quantised import QuantisedLinear, matrix_of, quantised_parts
-from kernels.products import TYPES, Kind, Quantised, dequantise, quantise
+from kernels.products import SCHEMES, Quantised, Scheme, dequantise, quantise
 from tests.instance.test_fused import CPU, KNOWN, OTHERS, logits, make
 from tests.support.exactness import ask, prompt
 from tests.support.farm import Farm, Setup
@@ -23,7 +23,7 @@ from tests.support.tiny import CONFIGS, SIZES, make_model
 DENSE = ["llama", "llama, tied", "qwen2, biases", "qwen3, head norms", "gemma2, norms of what is added, capped logits"]
 
 
-def make_both(kind: tuple[Any, dict[str, Any]], dtype: torch.dtype, quantize: Kind) -> tuple[Model, Model]:
+def make_both(kind: tuple[Any, dict[str, Any]], dtype: torch.dtype, quantize: Scheme) -> tuple[Model, Model]:
     """A quantised model, and one with the plain weights that its own stand for."""
     plain = make(kind, dtype)
     quantised = random_model(kind[0](**(SIZES | kind[1])), dtype, CPU, seed=1, quantize=quantize)
@@ -31,7 +31,7 @@ def make_both(kind: tuple[Any, dict[str, Any]], dtype: torch.dtype, quantize: Ki
         path, _, own = name.rpartition(".")
         part: Any = quantised.module.get_submodule(path)
         if isinstance(part, QuantisedLinear) and own == "weight":
-            part.become(quantise(parameter.data, "int8" if part.weight.dtype == torch.int8 else "fp8"))
+            part.become(quantise(parameter.data, "int8" if name == "lm_head.weight" else quantize))
             parameter.data = dequantise(part.matrix, dtype, backend="torch")
         else:
             getattr(part, own).data = parameter.data.clone()
@@ -42,10 +42,10 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("quantize", TYPES)
+@pytest.mark.parametrize("quantize", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", DENSE)
-def test_fused_or_not_they_compute_what_their_weights_stand_for(kind: str, dtype: torch.dtype, quantize: Kind) -> None:
+def test_fused_or_not_they_compute_what_their_weights_stand_for(kind: str, dtype: torch.dtype, quantize: Scheme) -> None:
     model, plain = make_both(KNOWN[kind], dtype, quantize)
     want, print_before, bytes_before = logits(plain), model.fingerprint(), model.weight_bytes()
     assert model.is_quantised and not plain.is_quantised
@@ -102,8 +102,8 @@ def test_a_weight_that_is_not_what_it_should_be_is_found() -> None:
         refuse_inexact(model, "llama", block_size=16, backend="torch")
 
 
-@pytest.mark.parametrize("quantize", TYPES)
-async def test_it_is_served_as_the_plain_weights_that_its_own_stand_for(quantize: Kind, farm: Farm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", SCHEMES)
+async def test_it_is_served_as_the_plain_weights_that_its_own_stand_for(quantize: Scheme, farm: Farm, tmp_path: Path) -> None:
     path, twin = make_model("llama", tmp_path / "plain"), make_model("llama", tmp_path / "twin")
     weights = load_file(twin / "model.safetensors")
     for name, part in load_model(path, torch.float32, CPU, quantize=quantize).module.named_modules():

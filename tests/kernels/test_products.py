@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from kernels.layer_ops import ACTIVATIONS, gated_product, linear, uses_gemv
-from kernels.products import TILED_ROWS, TYPES, Kind, Quantised, dequantise, product, quantise, rows_of_each_kernel, stack
+from kernels.products import (
+    SCHEMES,
+    TILED_ROWS,
+    TYPES,
+    Kind,
+    Quantised,
+    Scheme,
+    dequantise,
+    product,
+    quantise,
+    rows_of_each_kernel,
+    stack,
+)
 from tests.kernels.test_layer_ops import DTYPES, near
 from tests.kernels.test_paged_attention import DEVICE
 from tests.support.compiling import compiled
@@ -28,20 +40,27 @@ def weights64(matrix: Quantised) -> torch.Tensor:
     return matrix.weight_NE.double() * scale_NE
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_quantised_weights_are_the_nearest_that_there_are(kind: Kind) -> None:
-    weight_NE = torch.randn(7, 300, device=DEVICE)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", [300, 320, 20])
+def test_quantised_weights_are_the_nearest_that_there_are(width: int, scheme: Scheme) -> None:
+    weight_NE = torch.randn(7, width, device=DEVICE)
     weight_NE[2] = 0
     weight_NE[3] *= 1e-6
-    matrix = quantise(weight_NE, kind)
-    assert matrix.weight_NE.dtype == TYPES[kind] and matrix.nbytes == 7 * 300 + 7 * 4
-    got_NE, largest_N1 = dequantise(matrix, torch.float32, backend="torch"), weight_NE.abs().amax(1, keepdim=True)
+    weight_NE[4, :10] *= 1e3
+    matrix = quantise(weight_NE, scheme)
+    kind, group = SCHEMES[scheme]
+    group = min(group or width, width)
+    assert matrix.group == group and matrix.weight_NE.dtype == TYPES[kind]
+    assert matrix.nbytes == 7 * width + 7 * 4 * math.ceil(width / group)
+    got_NE = dequantise(matrix, torch.float32, backend="torch")
     assert torch.equal(got_NE[2], weight_NE[2])
-    torch.testing.assert_close(got_NE.abs().amax(1, keepdim=True), largest_N1)
-    # of e4m3 half a step is 1/16 of a number at most, or 2^-10 of the least; of int8 half of 1/127 of the largest
-    step = weight_NE.abs() / 16 + largest_N1 / 448 * 2**-10 if kind == "fp8" else largest_N1 / 254
-    assert bool(((got_NE - weight_NE).abs() <= step * 1.001).all())
-    bf16 = dequantise(quantise(weight_NE.bfloat16(), kind), torch.bfloat16, backend="torch")
+    for got_Ne, want_Ne in zip(got_NE.split(group, 1), weight_NE.split(group, 1), strict=True):
+        largest_N1 = want_Ne.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(got_Ne.abs().amax(1, keepdim=True), largest_N1)
+        # of e4m3 half a step is 1/16 of a number at most, or 2^-10 of the least; of int8 half of 1/127 of the largest
+        step = want_Ne.abs() / 16 + largest_N1 / 448 * 2**-10 if kind == "fp8" else largest_N1 / 254
+        assert bool(((got_Ne - want_Ne).abs() <= step * 1.001).all())
+    bf16 = dequantise(quantise(weight_NE.bfloat16(), scheme), torch.bfloat16, backend="torch")
     assert bf16.dtype == torch.bfloat16
 
 
