@@ -218,8 +218,16 @@ def mix_experts(
         ValueError: shapes, dtypes or strides that don't fit, or an unknown backend.
     """
     is_of_type = weights.dtype in (x_TE.dtype, None)
-    if residual_TE is not None and (residual_TE.shape != x_TE.shape or residual_TE.stride(1) != 1):
-        raise ValueError(f"rows {tuple(x_TE.shape)} for a residual {tuple(residual_TE.shape)}, strides {residual_TE.stride()}")
+    if residual_TE is not None and (
+        residual_TE.shape != x_TE.shape
+        or residual_TE.dtype != x_TE.dtype
+        or residual_TE.stride(1) != 1
+        or (len(x_TE) and residual_TE.data_ptr() == x_TE.data_ptr())
+    ):
+        raise ValueError(
+            f"rows {tuple(x_TE.shape)} {x_TE.dtype} for a residual {tuple(residual_TE.shape)} {residual_TE.dtype} with strides "
+            f"{residual_TE.stride()}, which must not be the rows themselves"
+        )
     if x_TE.dim() != 2 or x_TE.shape[1] != weights.hidden_size or x_TE.stride(1) != 1 or not is_of_type:
         raise ValueError(
             f"rows {tuple(x_TE.shape)} {x_TE.dtype} with strides {x_TE.stride()} for experts of hidden size "

@@ -104,7 +104,8 @@ async def test_after_preemption_and_beside_penalties(farm: Farm, llama: Path) ->
 
         alone = [await one(seed) for seed in range(4)]
         assert all(len(json.loads(text)) == 20 and "3" not in text for text in alone)
-        assert await asyncio.gather(*(one(seed) for seed in range(4))) == alone
+        # so many that there is never room for all, however late one begins
+        assert await asyncio.gather(*(one(seed) for _ in range(3) for seed in range(4))) == 3 * alone
         assert (await service.client.stats()).counters.preemptions >= 1
 
 

@@ -133,10 +133,11 @@ def test_any_rows_over_any_number_of_programs(
 
 @pytest.mark.parametrize(("num_rows", "padding"), [(9, 0), (9, 20), (13, 3)])
 @pytest.mark.parametrize("mostly_empty", [False, True])
-def test_more_rows_than_are_merged_at_once(num_rows: int, padding: int, mostly_empty: bool) -> None:
+@pytest.mark.parametrize("sinks", [False, True])
+def test_more_rows_than_are_merged_at_once(num_rows: int, padding: int, mostly_empty: bool, sinks: bool) -> None:
     lens = [(37 * row) % 120 for row in range(num_rows)]
     with mock.patch.multiple(decode_merge, _MOST_MERGED=4, _MOST_OF_FEW=3):
-        check(lens, block_size=16, heads=(4, 2), config=config(), padding=padding, mostly_empty=mostly_empty)
+        check(lens, block_size=16, heads=(4, 2), config=config(), padding=padding, mostly_empty=mostly_empty, sinks=sinks)
 
 
 @settings(max_examples=60 if ON_GPU else 12)
@@ -169,7 +170,16 @@ def test_any_window_over_any_number_of_programs(
 ) -> None:
     one_each = replace(config(), programs_per_processor=1)
     with mock.patch.object(decode_attention, "num_processors", return_value=programs):
-        check(lens, block_size=block_size, heads=(4, 2), config=one_each, seed=seed, window=window, soft_cap=soft_cap)
+        check(
+            lens,
+            block_size=block_size,
+            heads=(4, 2),
+            config=one_each,
+            seed=seed,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=seed % 2 == 0,
+        )
 
 
 @pytest.mark.parametrize("programs", [100, 300])

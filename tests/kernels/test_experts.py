@@ -370,6 +370,9 @@ def test_refusals() -> None:
         mix_experts(x_TE.half(), experts_TS, weights_TS, weights, backend="torch")
     with pytest.raises(ValueError, match=r"3 rows, experts \(2, 2\)"):
         mix_experts(x_TE, experts_TS[1:], weights_TS, weights, backend="torch")
+    for residual_TE in (x_TE, x_TE[:2].clone(), x_TE.half()):
+        with pytest.raises(ValueError, match=r"for a residual \(\d, 32\).* must not be the rows themselves"):
+            mix_experts(x_TE, experts_TS, weights_TS, weights, residual_TE=residual_TE, backend="torch")
     with pytest.raises(ValueError, match=r"top 5 of logits \(3, 4\)"):
         route(torch.zeros(3, 4, device=DEVICE), 5, normalise=True, backend="torch")
     for refused in (
