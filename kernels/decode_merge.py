@@ -18,6 +18,14 @@ import triton.language as tl
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
 from kernels.segments import AttentionSizes
 
+_FEW_SLOTS = 64
+"""In which a row may lie: where there are more, twice as many pieces are merged at a time, and the kernel starts early."""
+_FEW_ROWS = 2
+"""That lie in so many slots each, and have so few programs, that these take many pieces at a time."""
+_MOST_MERGED, _MOST_OF_FEW = 64, 8
+"""Rows that are merged at once, and likewise where most are missing: a program takes every so-manyth. One that finds nothing to
+do isn't free: on an H200 8,192 of them, for the 256 rows that another may send here, took 10.5 us of each layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class MergeShape:
@@ -35,14 +43,6 @@ def _shape_for_few(slots: int, out_dim: int) -> MergeShape:
     """
     block_x = 64 if slots <= _FEW_SLOTS else 128
     return MergeShape(block_x, min(8192 // block_x, out_dim), 4)
-
-
-_FEW_SLOTS = 64
-_FEW_ROWS = 2
-"""That lie in so many slots each, and have so few programs, that these take many pieces at a time."""
-_MOST_MERGED, _MOST_OF_FEW = 64, 8
-"""Rows that are merged at once, and likewise where most are missing: a program takes every so-manyth. One that finds nothing to
-do isn't free: on an H200 8,192 of them, for the 256 rows that another may send here, took 10.5 us of each layer."""
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_slots"])  # type: ignore[untyped-decorator]
@@ -124,9 +124,9 @@ class PieceMerge:
         self._sizes, self._slots, self._block_m = sizes, slots, block_m
         self._for_few, self._for_many = _shape_for_few(slots, sizes.out_dim), shape or MergeShape(16, sizes.out_dim, 1)
         self.starts_early = slots > _FEW_SLOTS
-        """Whether the kernel is there before the pieces are: to have begun takes it as long as to merge them, where they may be
-        many. One H200, steps of one row: Qwen3-30B-A3B 2.380 and 2.319 ms at 1K, 2.657 and 2.643 at 8K. The 8B shape, with few
-        slots, gains nothing: 3.869 and 3.867 at 1K, 7.651 and 7.681 at 128K."""
+        """Whether the decode kernel of 16 bits lets this one start before the pieces are there: to have begun takes it as
+        long as to merge them, where they may be many. One H200, steps of one row: Qwen3-30B-A3B 2.380 and 2.319 ms at 1K, 2.657
+        and 2.643 at 8K. The 8B shape, with few slots, gains nothing: 3.869 and 3.867 at 1K, 7.651 and 7.681 at 128K."""
         pieces = 2 * slots * sizes.num_kv_heads * block_m
         self.out_XD = torch.empty((pieces, sizes.out_dim), dtype=torch.float32, device=sizes.device)
         self.lse_X = torch.empty(pieces, dtype=torch.float32, device=sizes.device)

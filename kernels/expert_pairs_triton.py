@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from kernels.expert_weights_triton import (
-    added_to,
     gate_and_up,
     gate_constants,
     gate_up_columns,
@@ -26,6 +25,7 @@ from kernels.expert_weights_triton import (
 )
 from kernels.experts import ExpertWeights
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+from kernels.layer_ops_triton import added_to
 
 _PAIRED_ROWS = 4
 """Up to so many rows a pair reads its expert's weights on its own."""

@@ -47,15 +47,6 @@ def gate_and_up(  # type: ignore[no-untyped-def]
     return (active.to(gate.dtype).to(tl.float32) * raised.to(tl.float32)).to(gate.dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def added_to(residual, out, dtype: tl.constexpr, ADDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A sum, rounded; ADDED: to what was there, and rounded once more."""
-    rounded = out.to(dtype)
-    if ADDED:
-        rounded = (residual.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
-    return rounded
-
-
 @triton.jit
 def _power(exponent):  # type: ignore[no-untyped-def]
     """2^(exponent - 127) for bytes: as the exponent of fp32, or for 0 the subnormal."""

@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 
 from kernels.expert_pairs_triton import mix_pairs, uses_pairs
-from kernels.expert_weights_triton import added_to, gate_and_up, gate_constants, gate_up_columns, parts_of, unpacked
+from kernels.expert_weights_triton import gate_and_up, gate_constants, gate_up_columns, parts_of, unpacked
 from kernels.experts import MOST_ROWS, ExpertWeights, Gate, Packed
 from kernels.launch import has_dependent_launch, let_next_start, wait_for_previous
+from kernels.layer_ops_triton import added_to
 
 _CHUNK_PAIRS = 4096
 """Pairs that a program counts or ranks at once."""

@@ -201,12 +201,7 @@ def linear(
     if isinstance(weight_NE, Quantised):
         return product(x_TE, weight_NE, bias_N, residual_TN=residual_TN, backend=backend)
     if uses_gemv(x_TE.shape[0], weight_NE, backend):
-        from kernels import layer_ops_triton
-
-        check_rows(x_TE, weight_NE)
-        if norm is not None:
-            _check_rows(x_TE, norm.weight_E)
-        return layer_ops_triton.gemv(x_TE, weight_NE, bias_N, residual_TN, norm=norm)
+        return _gemv(x_TE, weight_NE, bias_N, residual_TN, norm)
     out_TN = functional.linear(x_TE, weight_NE, bias_N)
     return out_TN if residual_TN is None else residual_TN.add_(out_TN)
 
@@ -216,14 +211,27 @@ def normed_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of each row `[T, E]`, and `linear` of it `[T, N]`, both new. Raises as `linear`."""
     if uses_gemv(len(x_TE), weight_NE, backend):
-        from kernels import layer_ops_triton
-
-        _check_rows(x_TE, norm.weight_E)
-        check_rows(x_TE, weight_NE)
         h_TE = torch.empty_like(x_TE)
-        return h_TE, layer_ops_triton.gemv(x_TE, weight_NE, bias_N, None, norm=norm, normed_1E=h_TE)
+        return h_TE, _gemv(x_TE, weight_NE, bias_N, None, norm, h_TE)
     h_TE = rms_norm(x_TE, norm, backend=backend)
     return h_TE, linear(h_TE, weight_NE, bias_N, backend=backend)
+
+
+def _gemv(
+    x_1E: torch.Tensor,
+    weight_NE: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    residual_1N: torch.Tensor | None,
+    norm: Norm | None,
+    normed_1E: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear` of one row by its kernel, which looks at no types or strides. Raises ValueError for what doesn't fit."""
+    from kernels import layer_ops_triton
+
+    check_rows(x_1E, weight_NE)
+    if norm is not None:
+        _check_rows(x_1E, norm.weight_E)
+    return layer_ops_triton.gemv(x_1E, weight_NE, bias_N, residual_1N, norm=norm, normed_1E=normed_1E)
 
 
 def gated_product(

@@ -42,10 +42,25 @@ def scaled(x, scale, weight, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def added_to(residual, x, dtype: tl.constexpr, ADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, rounded; ADDED: to what was there, and rounded once more."""
+    rounded = x.to(dtype)
+    if ADDED:
+        rounded = (residual.to(tl.float32) + rounded.to(tl.float32)).to(dtype)
+    return rounded
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_divisor(square_E, eps, E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sqrt(mean(x^2) + eps), of squares that lie summed in some places."""
+    return tl.sqrt(tl.sum(square_E, 0) / E + eps)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _normed(x_E, weight_E, eps, E: tl.constexpr, FROM_ONE: tl.constexpr):  # type: ignore[no-untyped-def]
     """weight (x / sqrt(mean(x^2) + eps))"""
     full_E = x_E.to(tl.float32)
-    return scaled(x_E, 1 / tl.sqrt(tl.sum(full_E * full_E, 0) / E + eps), weight_E, FROM_ONE)
+    return scaled(x_E, 1 / _norm_divisor(full_E * full_E, eps, E), weight_E, FROM_ONE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -68,7 +83,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
         x_E = _normed(x_E, first_E, first_eps, E, FIRST_FROM_ONE)
     if WITH_RESIDUAL:
         residual_E = tl.load(residual_ptr + row * stride_r + at_E, mask=is_E, other=0.0)
-        x_E = (residual_E.to(tl.float32) + x_E.to(tl.float32)).to(x_E.dtype)
+        x_E = added_to(residual_E, x_E, x_E.dtype, True)
         tl.store(residual_ptr + row * stride_r + at_E, x_E, mask=is_E)
     tl.store(out_ptr + row * stride_o + at_E, _normed(x_E, weight_E, eps, E, FROM_ONE), mask=is_E)
 
@@ -249,29 +264,26 @@ def gated(gate_up_T2I: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def features_of_row(  # type: ignore[no-untyped-def]
-    x_ptr_E, norm_ptr_E, is_E, begin, WHOLE: tl.constexpr, WITH_NORM: tl.constexpr, FROM_ONE: tl.constexpr
-):  # fmt: skip
-    """Features [begin, begin + BLOCK_E) of a row, of which only some are there unless WHOLE, and their squares. WITH_NORM:
-    times the norm's weights, and still to be divided (`norm_divisor`)."""
+def features(ptr_E, is_E, begin, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Features [begin, begin + BLOCK_E) of a row, of which only some are there unless WHOLE."""
     if WHOLE:
-        x_E = tl.load(x_ptr_E + begin).to(tl.float32)
+        x_E = tl.load(ptr_E + begin)
     else:
-        x_E = tl.load(x_ptr_E + begin, mask=is_E, other=0.0).to(tl.float32)
-    square_E = x_E * x_E
-    if WITH_NORM:
-        if WHOLE:
-            weight_E = tl.load(norm_ptr_E + begin).to(tl.float32)
-        else:
-            weight_E = tl.load(norm_ptr_E + begin, mask=is_E, other=0.0).to(tl.float32)
-        x_E *= (1 + weight_E) if FROM_ONE else weight_E
-    return x_E, square_E
+        x_E = tl.load(ptr_E + begin, mask=is_E, other=0.0)
+    return x_E.to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def norm_divisor(square_E, eps, E: tl.constexpr):  # type: ignore[no-untyped-def]
-    """sqrt(mean(x^2) + eps), of squares that lie summed in some places."""
-    return tl.sqrt(tl.sum(square_E, 0) / E + eps)
+def _features_to_norm(  # type: ignore[no-untyped-def]
+    x_ptr_E, norm_ptr_E, is_E, begin, WHOLE: tl.constexpr, WITH_NORM: tl.constexpr, FROM_ONE: tl.constexpr
+):  # fmt: skip
+    """`features` and their squares. WITH_NORM: times the norm's weights, and still to be divided (`_norm_divisor`)."""
+    x_E = features(x_ptr_E, is_E, begin, WHOLE)
+    square_E = x_E * x_E
+    if WITH_NORM:
+        weight_E = features(norm_ptr_E, is_E, begin, WHOLE)
+        x_E *= (1 + weight_E) if FROM_ONE else weight_E
+    return x_E, square_E
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -300,9 +312,7 @@ def store_sums(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + i_I, activated(gate_I, up_I, ACTIVATION), mask=i_I < N)
     else:
         n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        if WITH_RESIDUAL:
-            out_N = (out_N.to(tl.float32) + residual_N.to(tl.float32)).to(out_N.dtype)
-        tl.store(out_ptr + n_N, out_N, mask=n_N < N)
+        tl.store(out_ptr + n_N, added_to(residual_N, out_N, out_N.dtype, WITH_RESIDUAL), mask=n_N < N)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -338,24 +348,24 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     wait_for_previous(DEPENDENT)
     let_next_start(DEPENDENT)
     residual_N = tl.load(residual_ptr + row_N, mask=is_N, other=0.0) if WITH_RESIDUAL else 0.0
-    x_E, square_E = features_of_row(x_ptr_E, norm_ptr_E, e_E < E, 0, LAST > 0, WITH_NORM, FROM_ONE)
+    x_E, square_E = _features_to_norm(x_ptr_E, norm_ptr_E, e_E < E, 0, LAST > 0, WITH_NORM, FROM_ONE)
     acc_NE = w_NE.to(tl.float32) * x_E[None, :]
     for begin in tl.range(BLOCK_E, LAST, BLOCK_E, num_stages=STAGES):
         w_NE = tl.load(w_ptr_NE + begin, mask=is_N[:, None], other=0.0)
-        x_E, more_E = features_of_row(x_ptr_E, norm_ptr_E, e_E < E, begin, True, WITH_NORM, FROM_ONE)
+        x_E, more_E = _features_to_norm(x_ptr_E, norm_ptr_E, e_E < E, begin, True, WITH_NORM, FROM_ONE)
         acc_NE += w_NE.to(tl.float32) * x_E[None, :]
         if WITH_NORM:
             square_E += more_E
     if LAST > 0 and LAST < E:
         is_E = e_E < E - LAST
         w_NE = tl.load(w_ptr_NE + LAST, mask=is_N[:, None] & is_E[None, :], other=0.0)
-        x_E, more_E = features_of_row(x_ptr_E, norm_ptr_E, is_E, LAST, False, WITH_NORM, FROM_ONE)
+        x_E, more_E = _features_to_norm(x_ptr_E, norm_ptr_E, is_E, LAST, False, WITH_NORM, FROM_ONE)
         acc_NE += w_NE.to(tl.float32) * x_E[None, :]
         if WITH_NORM:
             square_E += more_E
     sum_N = tl.sum(acc_NE, 1)
     if WITH_NORM:
-        sum_N /= norm_divisor(square_E, eps, E)
+        sum_N /= _norm_divisor(square_E, eps, E)
     sum_N += bias_N
     store_sums(out_ptr, sum_N, residual_N, N, BLOCK_N, ACTIVATION, WITH_RESIDUAL)
 

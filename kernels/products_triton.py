@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import has_dependent_launch, let_next_start, num_processors, wait_for_previous
-from kernels.layer_ops_triton import GemvConfig, features_of_row, rows_of, store_sums
+from kernels.layer_ops_triton import GemvConfig, features, rows_of, store_sums
 from kernels.products import Quantised
 
 
@@ -97,8 +97,7 @@ def _scaled(  # type: ignore[no-untyped-def]
 def _summed(w_NE, x_ptr_E, is_E, begin, WHOLE: tl.constexpr, PER_THREAD: tl.constexpr):  # type: ignore[no-untyped-def]
     """w[n, e] x[e] of a tile, as many summed as a thread has side by side: sums for each would take the registers of programs
     that could load more."""
-    x_E, _ = features_of_row(x_ptr_E, x_ptr_E, is_E, begin, WHOLE, False, False)
-    full_NE = w_NE.to(tl.float32) * x_E[None, :]
+    full_NE = w_NE.to(tl.float32) * features(x_ptr_E, is_E, begin, WHOLE)[None, :]
     return tl.sum(tl.reshape(full_NE, (w_NE.shape[0], w_NE.shape[1] // PER_THREAD, PER_THREAD)), 2)
 
 
