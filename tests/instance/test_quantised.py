@@ -82,7 +82,7 @@ def test_layers_that_stay_as_they_are_run_by_kernels_of_ours(kind: str) -> None:
     assert model.fuse("triton") is not None
     assert {part.backend for part in quantised_parts(model.module)} == {"triton"}
     assert distance(logits(model), logits(plain)) < 1e-5
-    assert model.rows_to_warm(300) == [1, 16, 32, 64, 257] and plain.rows_to_warm(300) == []
+    assert model.rows_to_warm(300) == [1, 8, 16, 32, 64, 256, 257] and plain.rows_to_warm(300) == []
 
 
 def test_fused_layers_run_by_kernels_of_ours() -> None:

@@ -38,7 +38,7 @@ class Compiled:
         names = self._kernel.arg_names
         constants |= {"DEPENDENT": True}
         if "PACKED" in constants:
-            constants["PACKED"] = args[1].dtype == torch.float8_e4m3fn  # as a GPU has it for rows in bf16
+            constants["PACKED"] = True  # as a GPU has it for rows in bf16
         types = dict.fromkeys(constants, "constexpr")
         aligned = []
         for parameter, value in zip(self._kernel.params[: len(args)], args, strict=True):
@@ -81,10 +81,10 @@ def main() -> None:
     kernels = {name: Compiled(kernel, found) for name, kernel in vars(products_triton).items() if name.endswith("_kernel")}
     with mock.patch.multiple(products_triton, **kernels):
         for kind, dtype in TYPES.items():
-            for group in (4096, 128):
+            for group in (4096, 128, 32):
                 matrix = Quantised(
                     torch.empty((6144, 4096), dtype=dtype, device="meta"),
-                    torch.empty((6144, 4096 // group), dtype=torch.float32, device="meta"),
+                    torch.empty((6144, 4096 // group), dtype=torch.bfloat16 if group == 32 else torch.float32, device="meta"),
                     group,
                 )
                 for rows in (1, 8, 64, 256):
